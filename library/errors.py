@@ -1,0 +1,69 @@
+"""The one way a script says no: a sentence on stderr and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a resumable state was saved, run the same command again
+EXIT_DIVERGED = 76
+EXIT_OUT_OF_MEMORY = 77
+
+
+class UserError(Exception):
+    """What was wrong, what was found, where, and what to do, in one sentence or two."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class RunFailed(UserError):
+    """The input was fine and the work still could not be finished (full disk, failed verification)."""
+
+    exit_code = EXIT_FAILED
+
+
+class Diverged(UserError):
+    """A loss stopped being a finite number."""
+
+    exit_code = EXIT_DIVERGED
+
+
+class Stopped(UserError):
+    """Somebody asked for an early end; what is needed to go on was saved."""
+
+    exit_code = EXIT_STOPPED
+
+
+def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
+    """Make `main(argv)` return an exit code whatever happens that a user can cause.
+
+    A UserError becomes its sentence and its code. Any other exception is a defect of this project and keeps
+    its traceback, except Ctrl-C and a full GPU, which have sentences of their own.
+    """
+
+    @wraps(main)
+    def run(argv: list[str]) -> int:
+        try:
+            return main(argv) or EXIT_OK
+        except UserError as error:
+            print(f"error: {error}" if error.exit_code != EXIT_STOPPED else str(error), file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("Interrupted. Nothing half-written was left; run the same command again to go on.", file=sys.stderr)
+            return EXIT_STOPPED
+        except Exception as error:
+            # torch is not imported on the way to a configuration error, so its class is known by name only.
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            print(
+                "error: the device is out of memory. Lower --train_batch_size and raise --gradient_accumulation_steps "
+                f"by the same factor, or turn on --gradient_checkpointing. ({str(error).splitlines()[0]})",
+                file=sys.stderr,
+            )
+            return EXIT_OUT_OF_MEMORY
+
+    return run

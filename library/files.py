@@ -1,0 +1,164 @@
+"""Files that appear whole or not at all, and hashes of what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from library.errors import RunFailed, UserError
+
+
+def _fsync_folder(folder: Path) -> None:
+    # Windows cannot open a folder; there the rename alone has to do.
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _readable_mode() -> int:
+    """0666 less the umask: safetensors 0.8 and mkstemp create files as 0600, which no other user's UI can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def whole_file(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it into place.
+
+    On any exception the temporary file is removed and `path` is what it was before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        _sync_file(temporary)
+        os.chmod(temporary, _readable_mode())
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        raise RunFailed(f"{path} could not be written: {error.strerror or error}. What was there before is untouched.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success flush every file in it and rename it into place.
+
+    With `overwrite`, an existing folder is moved aside first and removed only when the new one stands.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already. Name another folder, or remove this one first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    aside = path.with_name(f".{path.name}.old-{os.getpid()}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        mode = _readable_mode()
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync_file(file)
+                os.chmod(file, mode)
+        for folder in [*(f for f in temporary.rglob("*") if f.is_dir()), temporary]:
+            _fsync_folder(folder)
+        if path.exists():
+            os.replace(path, aside)
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        if aside.exists() and not path.exists():
+            os.replace(aside, path)
+        raise RunFailed(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Parse a JSON file. Raises UserError naming file, line and column where it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
+
+
+def free_bytes(path: Path | str) -> int:
+    """Bytes that can still be written where `path` is or would be."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_space(path: Path | str, needed: int, what: str) -> None:
+    """Raise UserError before the first write when `needed` bytes do not fit where `path` is or would be."""
+    free = free_bytes(path)
+    if needed > free:
+        raise UserError(
+            f"{what} needs {human_bytes(needed)} ({needed} bytes) in {path}, but only {human_bytes(free)} ({free} bytes) are free there."
+        )
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def file_hash(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file.read)
+
+
+def _digest(read: Callable[[int], bytes]) -> str:
+    # hashlib.file_digest came with Python 3.11.
+    digest = hashlib.sha256()
+    while block := read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def remembered_hash(path: Path | str, memory: Path | str) -> str:
+    """`file_hash(path)`, looked up in the JSON file `memory` while size and modification time are unchanged."""
+    path, memory = Path(path).resolve(), Path(memory)
+    status = path.stat()
+    known = read_json(memory) if memory.exists() else {}
+    entry = known.get(str(path))
+    if entry and entry["size"] == status.st_size and entry["mtime_ns"] == status.st_mtime_ns:
+        return entry["sha256"]
+    digest = file_hash(path)
+    known[str(path)] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest}
+    write_json(memory, known)
+    return digest
