@@ -1,0 +1,1 @@
+"""Caches of what the frozen encoders say about each picture: planned, built, continued, verified."""

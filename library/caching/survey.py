@@ -1,0 +1,152 @@
+"""What is in a store, what is missing and what no longer fits: the plan of a cache build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lmdb
+
+from library.caching.producers import Wanted
+from library.data.sources import ImageSource, Sample
+from library.data.store import META_KEY, SUFFIXES, StoreMeta, shard_folders, unpack_source
+from library.errors import UserError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry to make. `shard` is where an older one stands; `content` its picture's hash, if only that is in doubt."""
+
+    sample: Sample
+    shard: int | None = None
+    content: bytes | None = None
+
+
+@dataclass
+class Survey:
+    """State of one store against one manifest."""
+
+    path: Path
+    wanted: Wanted
+    meta: StoreMeta | None = None
+    foreign: bool = False
+    shards: int = 0
+    present: int = 0
+    missing: list[Entry] = field(default_factory=list)
+    stale: list[Entry] = field(default_factory=list)
+    doubtful: list[Entry] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def work(self) -> list[Entry]:
+        return [*self.missing, *self.stale, *self.doubtful]
+
+    @property
+    def differences(self) -> list[str]:
+        return [] if self.meta is None or self.foreign else self.wanted.differences(self.meta)
+
+    @property
+    def complete(self) -> bool:
+        return not self.work and self.meta is not None and (self.foreign or self.meta.complete)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Disk that building what is missing will take. Stale entries are replaced on the pages they free."""
+        return len(self.missing) * self.wanted.meta(complete=False).entry_bytes
+
+
+def survey(
+    path: Path,
+    wanted: Wanted,
+    source: ImageSource,
+    samples: list[Sample],
+    *,
+    made_elsewhere: tuple[int, ...] | None = None,
+) -> Survey:
+    """Compare the store at `path` with what `wanted` and the picture files say, reading 48 bytes per entry.
+
+    A store without `__meta__` is accepted as made elsewhere where its shape is given; nothing can be rebuilt in it.
+    Raises UserError where such a store lacks samples (count and three examples), or has another shape.
+    """
+    result = Survey(path, wanted)
+    environments = [
+        lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False) for folder in shard_folders(path)
+    ]
+    transactions = [environment.begin(buffers=True) for environment in environments]
+    try:
+        result.shards = len(environments)
+        if environments:
+            data = transactions[0].get(META_KEY)
+            result.meta = StoreMeta.from_json(bytes(data), path) if data is not None else None
+            if result.meta is None and made_elsewhere is not None:
+                _survey_foreign(result, transactions, samples, made_elsewhere)
+                return result
+            if result.meta is None and transactions[0].stat()["entries"] > 0:
+                option = "latent_shape" if wanted.kind == "latents" else "token_shape"
+                raise UserError(
+                    f"The store {path} has no __meta__. If it was made elsewhere with raw float16 values, give {option}; "
+                    "if not, delete it."
+                )
+        for sample in samples:
+            _survey_sample(result, transactions, source, sample)
+    finally:
+        for transaction in transactions:
+            transaction.abort()
+        for environment in environments:
+            environment.close()
+    return result
+
+
+def _survey_sample(result: Survey, transactions: list[lmdb.Transaction], source: ImageSource, sample: Sample) -> None:
+    key = f"{sample.sample_id}{SUFFIXES[result.wanted.kind]}".encode()
+    for shard, transaction in enumerate(transactions):
+        record = transaction.get(key + b"#source")
+        if record is not None:
+            signature, content, producer = unpack_source(record)
+            if producer != result.wanted.fingerprint:
+                result.stale.append(Entry(sample, shard))
+            elif signature != source.signature(sample):
+                result.doubtful.append(Entry(sample, shard, content))
+            else:
+                result.present += 1
+            return
+        record = transaction.get(key + b"#unreadable")
+        if record is not None:
+            signature, _, producer = unpack_source(record)
+            if producer == result.wanted.fingerprint and signature == source.signature(sample):
+                result.unreadable[sample.sample_id] = bytes(record[48:]).decode()
+            else:
+                result.missing.append(Entry(sample, shard))
+            return
+    result.missing.append(Entry(sample))
+
+
+def _survey_foreign(
+    result: Survey, transactions: list[lmdb.Transaction], samples: list[Sample], shape: tuple[int, ...]
+) -> None:
+    result.foreign = True
+    result.meta = StoreMeta(result.wanted.kind, "float16", shape, complete=True)
+    if tuple(shape) != tuple(result.wanted.shape):
+        option = "latent_shape" if result.wanted.kind == "latents" else "token_shape"
+        raise UserError(
+            f"{option} {tuple(shape)} of the store {result.path} is not what this run needs, {tuple(result.wanted.shape)}: it "
+            "was made for another resolution or teacher."
+        )
+    suffix = SUFFIXES[result.wanted.kind]
+    absent = []
+    for sample in samples:
+        value = next((v for t in transactions if (v := t.get(f"{sample.sample_id}{suffix}".encode())) is not None), None)
+        if value is None:
+            absent.append(sample.sample_id)
+        elif len(value) != result.meta.value_bytes:
+            raise UserError(
+                f"Entry {sample.sample_id}{suffix} of the store {result.path} has {len(value)} bytes, but {tuple(shape)} in "
+                f"float16 are {result.meta.value_bytes}."
+            )
+    if absent:
+        raise UserError(
+            f"{len(absent)} of {len(samples)} samples of the manifest are not in the store {result.path} (first: "
+            f"{', '.join(absent[:3])}), and it was made elsewhere, so they cannot be added to it. Check that manifest and "
+            "store belong together."
+        )
+    result.present = len(samples)

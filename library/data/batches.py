@@ -1,0 +1,192 @@
+"""Which samples make which batch, and batches read ahead of the training step.
+
+Order: the samples of an epoch are a permutation drawn from (seed, epoch); process r of W takes every r-th slice of
+each global batch; what does not fill a global batch at the end of an epoch is left out, a different rest each time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from library.data.store import TensorStore
+from library.errors import UserError
+
+
+@dataclass
+class Batch:
+    """What a step sees. tokens: float16 [B, N, D], or int8 with token_scales [B, N]; None in runs without alignment."""
+
+    latents: torch.Tensor
+    text_rows: torch.Tensor
+    tokens: torch.Tensor | None
+    token_scales: torch.Tensor | None
+    indices: np.ndarray
+
+    def to(self, device: torch.device) -> Batch:
+        moved = [
+            None if tensor is None else tensor.to(device, non_blocking=True)
+            for tensor in (self.latents, self.text_rows, self.tokens, self.token_scales)
+        ]
+        return Batch(moved[0], moved[1], moved[2], moved[3], self.indices)  # type: ignore[arg-type]
+
+    def target_tokens(self) -> torch.Tensor:
+        """Teacher tokens [B, N, D] float32."""
+        assert self.tokens is not None
+        tokens = self.tokens.float()
+        return tokens if self.token_scales is None else tokens * self.token_scales.float().unsqueeze(-1)
+
+
+class CachedSamples:
+    """Samples whose latents and tokens lie in LMDB stores, read straight into the tensors of a batch."""
+
+    def __init__(
+        self, sample_ids: list[str], text_rows: torch.Tensor, latents: TensorStore, tokens: TensorStore | None
+    ) -> None:
+        self.sample_ids, self.text_rows, self.latents, self.tokens = sample_ids, text_rows, latents, tokens
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def empty_batch(self, indices: np.ndarray, pin: bool) -> Batch:
+        """A batch whose tensors are allocated, pinned for a fast copy to the device where asked, and not yet filled."""
+
+        def allocate(store: TensorStore) -> torch.Tensor:
+            dtype = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}[store.meta.dtype]
+            return torch.empty((len(indices), *store.meta.shape), dtype=dtype, pin_memory=pin)
+
+        scales = None
+        if self.tokens is not None and self.tokens.meta.has_scale:
+            scales = torch.empty((len(indices), self.tokens.meta.shape[0]), dtype=torch.float16, pin_memory=pin)
+        rows = self.text_rows[torch.from_numpy(indices)]
+        return Batch(
+            allocate(self.latents),
+            rows.pin_memory() if pin else rows,
+            None if self.tokens is None else allocate(self.tokens),
+            scales,
+            indices,
+        )
+
+    def fill(self, batch: Batch, part: slice) -> None:
+        """Copy the stored values of batch rows `part` from the memory map into the batch."""
+        ids = [self.sample_ids[i] for i in batch.indices[part]]
+        self.latents.read_into(ids, batch.latents.numpy()[part])
+        if self.tokens is not None and batch.tokens is not None:
+            self.tokens.read_into(ids, batch.tokens.numpy()[part])
+            if batch.token_scales is not None:
+                self.tokens.read_scales_into(ids, batch.token_scales.numpy()[part])
+
+    def read(self, indices: np.ndarray) -> Batch:
+        batch = self.empty_batch(indices, pin=False)
+        self.fill(batch, slice(0, len(indices)))
+        return batch
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """The batches of a whole run, as pure arithmetic."""
+
+    samples: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"One optimizer step takes {self.samples_per_step} samples (train_batch_size {self.batch_size} x accumulation "
+                f"{self.accumulation} x {self.world_size} processes), but there are only {self.samples}. Lower train_batch_size."
+            )
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.samples // self.samples_per_step
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))).permutation(self.samples)
+
+    def from_step(self, step: int) -> Iterator[np.ndarray]:
+        """This process's batches, indices [B], from optimizer step `step` on, without end."""
+        epoch, offset = divmod(step, self.steps_per_epoch)
+        while True:
+            order = self.permutation(epoch)
+            for micro in range(offset * self.accumulation, self.steps_per_epoch * self.accumulation):
+                start = (micro * self.world_size + self.rank) * self.batch_size
+                yield order[start : start + self.batch_size]
+            epoch, offset = epoch + 1, 0
+
+
+class Prefetcher:
+    """Batches assembled ahead by threads, each batch in slices by all of them, and copied to the device early.
+
+    numpy copies without holding the interpreter's lock, so threads fill one (pinned) batch together, without the
+    copies and the forks that worker processes would need. `waited` sums the seconds the step had to wait for data.
+    """
+
+    def __init__(
+        self, samples: CachedSamples, order: Iterator[np.ndarray], device: torch.device, *, workers: int, depth: int = 3
+    ) -> None:
+        self.samples, self.order, self.device, self.depth = samples, order, device, depth
+        self.workers = max(1, workers)
+        self.waited = 0.0
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="read")
+        self._ahead: deque[tuple[Batch, list[Future[None]]]] = deque()
+        self._on_device: Batch | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._top_up()
+
+    def _top_up(self) -> None:
+        while len(self._ahead) < self.depth and (indices := next(self.order, None)) is not None:
+            batch = self.samples.empty_batch(indices, pin=self._stream is not None)
+            bounds = np.linspace(0, len(indices), self.workers + 1).astype(int)
+            parts = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
+            self._ahead.append((batch, [self._pool.submit(self.samples.fill, batch, part) for part in parts]))
+
+    def _take(self) -> Batch | None:
+        if not self._ahead:
+            return None
+        batch, futures = self._ahead.popleft()
+        for future in futures:
+            future.result()
+        self._top_up()
+        if self._stream is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self._stream):
+            return batch.to(self.device)
+
+    def __iter__(self) -> Prefetcher:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch, on the device. Raises StopIteration after the last of a finite order."""
+        start = time.perf_counter()
+        batch = self._on_device or self._take()
+        self._on_device = None
+        if batch is None:
+            raise StopIteration
+        if self._stream is not None:
+            # The step's stream waits for the copy on the device; the host does not.
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._stream)
+            for tensor in (batch.latents, batch.text_rows, batch.tokens, batch.token_scales):
+                if tensor is not None:
+                    tensor.record_stream(current)
+            if all(future.done() for future in (self._ahead[0][1] if self._ahead else [])):
+                self._on_device = self._take()
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,135 @@
+"""From the bytes of an image file to upright RGB, and from there to the square a model is trained on."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+PIXELS_VERSION = 1
+"""Part of every cache fingerprint. Raise it when `decode_rgb` or `square_crop` gives other pixels for the same file."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""The only decoders of Pillow that are ever tried: the fewer, the smaller the surface a hostile file can reach."""
+
+_16_BIT_GREY = ("I;16", "I;16B", "I;16L", "I;16N")
+_WHITE = (255, 255, 255, 255)
+
+
+class UnreadableImage(Exception):
+    """A file that gives no picture. `name` says which one, `reason` why, in a few words."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)  # both, so that it survives the way out of a DataLoader worker
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def decode_rgb(data: bytes | Path, *, name: str) -> Image.Image:
+    """Decode an image file to upright 8-bit RGB; of an animation, the first frame.
+
+    The EXIF orientation is applied, transparency is laid on white, 16-bit and float grey are scaled to 8 bits
+    (see `_grey_to_8_bits`). Colour profiles are not applied: values are taken as sRGB, as the VAE's training did.
+
+    Args:
+        data: the bytes of the file, or its path.
+        name: how to call it in an error.
+
+    Returns:
+        A loaded image of mode RGB.
+
+    Raises:
+        UnreadableImage: missing, truncated or damaged, not one of `FORMATS`, or above `Image.MAX_IMAGE_PIXELS`.
+    """
+    try:
+        content = data.read_bytes() if isinstance(data, Path) else data
+        image = _open(content, name)
+        image.load()
+        # Damaged EXIF says nothing about the pixels, which are already loaded.
+        with suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+    except (UnreadableImage, MemoryError):
+        raise
+    except Image.UnidentifiedImageError:
+        reason = f"not a PNG, JPEG, WebP, BMP, GIF or TIFF image ({len(content)} bytes)"
+        raise UnreadableImage(name, reason) from None
+    except Exception as error:
+        # Damaged files make Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, KeyError ...
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UnreadableImage(name, (text.splitlines() or [type(error).__name__])[0]) from error
+
+
+def square_crop(image: Image.Image, resolution: int) -> npt.NDArray[np.uint8]:
+    """Scale the short side to `resolution` with Lanczos, up or down, and keep the centre.
+
+    The long side becomes int(long * scale + 0.5), and an odd surplus loses its extra pixel at the right or bottom.
+    Only the part that is kept is computed, so a strip of 1 x 50,000 pixels costs no more than any other picture.
+
+    Args:
+        image: mode RGB.
+        resolution: side of the result in pixels.
+
+    Returns:
+        uint8 [resolution, resolution, 3], contiguous and writable.
+    """
+    scale = resolution / min(image.size)
+    box_start, box_end = [], []
+    for side in image.size:
+        scaled = int(side * scale + 0.5)
+        start = (scaled - resolution) // 2
+        box_start.append(start * side / scaled)
+        box_end.append(min((start + resolution) * side / scaled, side))
+    box = (box_start[0], box_start[1], box_end[0], box_end[1])
+    return np.array(image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box))
+
+
+def _open(content: bytes, name: str) -> Image.Image:
+    """Read the header, and refuse what Pillow only warns about: more than MAX_IMAGE_PIXELS pixels."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(name, str(error)) from None
+    # Compared here rather than by turning the warning into an error: warning filters are shared between threads.
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise UnreadableImage(name, f"{image.width} x {image.height} pixels, more than the limit of {limit}")
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in (*_16_BIT_GREY, "I", "F"):
+        image = _grey_to_8_bits(image)
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture)
+    return image.convert("RGB")
+
+
+def _grey_to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale grey of more than 8 bits, which Pillow's own conversion would clip at 255, to mode L or LA.
+
+    Integers are 16-bit: 65535 / 257 = 255. Floats are taken to reach 1, 255 or 65535, whichever is the first not
+    exceeded, these being the ranges in use. Anything outside has no known white and is refused with a ValueError.
+    """
+    values: npt.NDArray[Any] = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high <= 65535:  # false for NaN too
+        raise ValueError(f"grey values from {low:g} to {high:g}, outside 0 to 65535")
+    white = 65535 if image.mode != "F" or high > 255 else 255 if high > 1 else 1
+    grey = Image.fromarray((values * (255 / white) + 0.5).astype(np.uint8))
+    transparent = image.info.get("transparency")  # PNG tRNS: the one grey value that is not to be seen
+    if transparent is not None:
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey

@@ -1,0 +1,373 @@
+"""The LMDB tensor store: one environment (or several shards that read as one) of tensors of one kind.
+
+Key = sample id plus the kind's suffix; value = raw little-endian tensor bytes and nothing else, so that
+`np.frombuffer(value, np.float16)` reads it. Beside them:
+
+    __meta__            JSON: format version, kind, dtype, shape, producer, complete or not
+    {key}#scale         float16 scale per token, where dtype is int8
+    {key}#source        what the entry was made from (library.caching.fingerprints)
+    {key}#unreadable    why there is no entry
+
+Rank 0 of a cache build writes `folder/data.mdb`, rank r > 0 `folder/shard-00r/data.mdb`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from library.errors import RunFailed, UserError
+
+META_KEY = b"__meta__"
+FORMAT_VERSION = 1
+SUFFIXES = {"latents": "", "tokens": "_mid"}
+LMDB_PAGE = 4096
+# Metadata of a shard is small; this leaves room for it, for free pages and for the B-tree of a small store.
+MAP_SLACK = 64 << 20
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """What `__meta__` says of a store."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    producer: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def value_bytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def has_scale(self) -> bool:
+        return self.dtype == "int8"
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes one entry takes on disk: its values on whole LMDB pages, and its share of the key pages."""
+        value_pages = -(-(self.value_bytes + 16) // LMDB_PAGE)
+        scale = self.shape[0] * 2 + 64 if self.has_scale else 0
+        return value_pages * LMDB_PAGE + scale + 256
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def from_json(data: bytes, path: Path) -> StoreMeta:
+        try:
+            values = json.loads(data)
+            version = values["format_version"]
+            if version > FORMAT_VERSION:
+                raise UserError(
+                    f"The store {path} has format version {version}, this program reads up to {FORMAT_VERSION}. Update the program."
+                )
+            return StoreMeta(
+                kind=values["kind"],
+                dtype=values["dtype"],
+                shape=tuple(values["shape"]),
+                producer=values.get("producer", {}),
+                complete=bool(values.get("complete", False)),
+                format_version=version,
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"__meta__ of the store {path} is damaged ({error}). Delete the store and build it again.") from None
+
+
+def shard_folders(path: Path) -> list[Path]:
+    """Folders of the environments that make up the store at `path`, the root first; empty when there is none."""
+    roots = [path] if (path / "data.mdb").is_file() else []
+    return roots + sorted(p.parent for p in path.glob("shard-*/data.mdb"))
+
+
+def shard_folder(path: Path, rank: int) -> Path:
+    return path if rank == 0 else path / f"shard-{rank:03d}"
+
+
+def disk_bytes(path: Path) -> int:
+    """Bytes the store at `path` really occupies (LMDB files are sparse)."""
+    statuses = [(folder / "data.mdb").stat() for folder in shard_folders(path)]
+    return sum(getattr(status, "st_blocks", -(-status.st_size // 512)) * 512 for status in statuses)
+
+
+def _open(folder: Path, **options: Any) -> lmdb.Environment:
+    try:
+        return lmdb.open(str(folder), subdir=True, max_dbs=0, **options)
+    except lmdb.Error as error:
+        raise UserError(f"{folder} could not be opened as an LMDB store: {error}. If it is damaged, delete it and build it again.") from None
+
+
+class TensorStore:
+    """Read side. Opens its environments on first use in each process; a transaction per thread.
+
+    made_elsewhere: (dtype, shape) of the values, for a store that carries no `__meta__`.
+    Raises UserError where the store is absent, damaged, or without `__meta__` and made_elsewhere.
+    """
+
+    def __init__(self, path: Path | str, kind: str, *, made_elsewhere: tuple[str, tuple[int, ...]] | None = None) -> None:
+        self.path = Path(path)
+        self.suffix = SUFFIXES[kind]
+        self._environments: list[lmdb.Environment] | None = None
+        self._owner: int | None = None
+        self._local = threading.local()
+        self._opening = threading.Lock()
+        self._lock: Any = None
+        self.foreign = False
+        self.meta = self._read_meta(kind, made_elsewhere)
+        self._dtype = np.dtype(self.meta.dtype).newbyteorder("<")
+
+    def _read_meta(self, kind: str, made_elsewhere: tuple[str, tuple[int, ...]] | None) -> StoreMeta:
+        data = self.get_raw(META_KEY)
+        if data is not None:
+            meta = StoreMeta.from_json(bytes(data), self.path)
+            if meta.kind != kind:
+                raise UserError(f"{self.path} holds {meta.kind}, not {kind}. Check the paths of the stores.")
+            return meta
+        if made_elsewhere is None:
+            raise UserError(
+                f"The store {self.path} has no __meta__, so the shape of its values is unknown. If it was made elsewhere "
+                f"with raw float16 values, give {'latent_shape' if kind == 'latents' else 'token_shape'}."
+            )
+        self.foreign = True
+        dtype, shape = made_elsewhere
+        return StoreMeta(kind, dtype, shape, complete=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        return state | {"_environments": None, "_owner": None, "_local": None, "_opening": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
+        self._opening = threading.Lock()
+
+    def _transactions(self) -> list[lmdb.Transaction]:
+        if self._owner != os.getpid():
+            with self._opening:
+                if self._owner != os.getpid():
+                    folders = shard_folders(self.path)
+                    if not folders:
+                        raise UserError(f"There is no LMDB store at {self.path}. prepare_cache.py builds one.")
+                    self._lock = lock_store(self.path, exclusive=False)
+                    self._environments = [
+                        _open(folder, readonly=True, lock=False, readahead=False, max_spare_txns=64) for folder in folders
+                    ]
+                    self._local = threading.local()
+                    self._owner = os.getpid()
+        if not hasattr(self._local, "transactions"):
+            assert self._environments is not None
+            self._local.transactions = [environment.begin(buffers=True) for environment in self._environments]
+        return self._local.transactions
+
+    def close(self) -> None:
+        self._local = threading.local()
+        if self._environments is not None and self._owner == os.getpid():
+            for environment in self._environments:
+                environment.close()
+        self._environments, self._owner = None, None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def get_raw(self, key: bytes) -> memoryview | None:
+        """The stored bytes, straight from the memory map: valid until the store is closed."""
+        for transaction in self._transactions():
+            value = transaction.get(key)
+            if value is not None:
+                return value
+        return None
+
+    def key(self, sample_id: str) -> bytes:
+        return f"{sample_id}{self.suffix}".encode()
+
+    def __contains__(self, sample_id: str) -> bool:
+        return self.get_raw(self.key(sample_id)) is not None
+
+    def missing(self, sample_ids: Sequence[str]) -> list[str]:
+        return [sample_id for sample_id in sample_ids if sample_id not in self]
+
+    def sample_ids(self) -> Iterator[str]:
+        """Ids of all entries."""
+        suffix = self.suffix.encode()
+        for transaction in self._transactions():
+            for key in transaction.cursor().iternext(keys=True, values=False):
+                key = bytes(key)
+                if key != META_KEY and b"#" not in key and key.endswith(suffix):
+                    yield key[: len(key) - len(suffix)].decode()
+
+    def read(self, sample_id: str) -> np.ndarray:
+        """A copy of one entry, dtype and shape of the store, without its scale."""
+        out = np.empty(self.meta.shape, self._dtype)
+        self.read_into([sample_id], out[None])
+        return out
+
+    def read_into(self, sample_ids: Sequence[str], out: np.ndarray) -> None:
+        """Copy entries into `out` [B, *shape], which is C-contiguous and of the store's dtype.
+
+        Raises UserError naming the sample where an entry is absent or of another length.
+        """
+        rows = out.reshape(len(sample_ids), -1).view(np.uint8)
+        self._copy([self.key(sample_id) for sample_id in sample_ids], rows)
+
+    def read_scales_into(self, sample_ids: Sequence[str], out: np.ndarray) -> None:
+        """Copy int8 scales into `out` [B, N] float16."""
+        self._copy([self.key(sample_id) + b"#scale" for sample_id in sample_ids], out.view(np.uint8))
+
+    def _copy(self, keys: Sequence[bytes], rows: np.ndarray) -> None:
+        width = rows.shape[1]
+        for row, key in zip(rows, keys, strict=True):
+            value = self.get_raw(key)
+            if value is None:
+                raise UserError(f"The store {self.path} has no entry {key.decode()}. prepare_cache.py builds what is missing.")
+            if len(value) != width:
+                raise UserError(
+                    f"Entry {key.decode()} of the store {self.path} has {len(value)} bytes, and {self.meta.shape} of "
+                    f"{self.meta.dtype} are {width}: it was made with another resolution, teacher or number format."
+                )
+            row[:] = np.frombuffer(value, np.uint8)
+
+
+class StoreWriter:
+    """Write side of one environment: collects entries and commits them in large transactions.
+
+    An interruption loses only what was not committed; a commit is on disk when it returns.
+    """
+
+    def __init__(self, folder: Path, kind: str, *, expected_bytes: int, commit_bytes: int = 256 << 20) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.suffix = SUFFIXES[kind]
+        data = folder / "data.mdb"
+        present = data.stat().st_size if data.exists() else 0
+        self._environment = _open(folder, map_size=int((present + expected_bytes) * 1.25) + MAP_SLACK, readahead=False)
+        self._commit_bytes = commit_bytes
+        self._pending: list[tuple[bytes, bytes]] = []
+        self._dropped: list[bytes] = []
+        self._pending_bytes = 0
+
+    def key(self, sample_id: str) -> bytes:
+        return f"{sample_id}{self.suffix}".encode()
+
+    def meta(self) -> StoreMeta | None:
+        with self._environment.begin() as transaction:
+            data = transaction.get(META_KEY)
+        return StoreMeta.from_json(data, self.folder) if data is not None else None
+
+    def set_meta(self, meta: StoreMeta) -> None:
+        self.put_raw(META_KEY, meta.to_json())
+        self.commit()
+
+    def put(self, sample_id: str, value: np.ndarray, source: bytes, scale: np.ndarray | None = None) -> None:
+        """Add or replace an entry with what it was made from; a note that it was unreadable goes."""
+        key = self.key(sample_id)
+        self.put_raw(key, np.ascontiguousarray(value).tobytes())
+        if scale is not None:
+            self.put_raw(key + b"#scale", np.ascontiguousarray(scale, np.float16).tobytes())
+        self.put_raw(key + b"#source", source)
+        self._dropped.append(key + b"#unreadable")
+        if self._pending_bytes >= self._commit_bytes:
+            self.commit()
+
+    def put_source(self, sample_id: str, source: bytes) -> None:
+        self.put_raw(self.key(sample_id) + b"#source", source)
+
+    def put_unreadable(self, sample_id: str, source: bytes, reason: str) -> None:
+        """Note that there is no entry, and why; an older entry of that id goes."""
+        key = self.key(sample_id)
+        self.put_raw(key + b"#unreadable", source + reason.encode())
+        self._dropped += [key, key + b"#scale", key + b"#source"]
+
+    def delete(self, sample_id: str) -> None:
+        key = self.key(sample_id)
+        self._dropped += [key, key + b"#scale", key + b"#source", key + b"#unreadable"]
+
+    def put_raw(self, key: bytes, value: bytes) -> None:
+        self._pending.append((key, value))
+        self._pending_bytes += len(value)
+
+    def commit(self) -> None:
+        """Write what is pending in one transaction. Raises RunFailed when the disk is full; what was committed stays."""
+        if not self._pending and not self._dropped:
+            return
+        try:
+            self._write_pending()
+        except lmdb.MapFullError:
+            # Free pages of replaced entries can be scattered; a larger map costs address space only.
+            self._environment.set_mapsize(self._environment.info()["map_size"] + self._pending_bytes * 2 + MAP_SLACK)
+            self.commit()
+            return
+        except (lmdb.Error, OSError) as error:
+            raise RunFailed(
+                f"Writing to {self.folder} failed: {error}. What was committed before is whole; make room and run the "
+                "same command again to continue."
+            ) from None
+        self._pending, self._dropped, self._pending_bytes = [], [], 0
+
+    def _write_pending(self) -> None:
+        with self._environment.begin(write=True) as transaction:
+            for key in self._dropped:
+                transaction.delete(key)
+            for key, value in self._pending:
+                transaction.put(key, value)
+
+    def close(self) -> None:
+        """Close without committing what is pending."""
+        self._environment.close()
+
+
+def mark(path: Path, complete: bool) -> None:
+    """Set `complete` in every shard of the store at `path`."""
+    for folder in shard_folders(path):
+        writer = StoreWriter(folder, "latents", expected_bytes=0)
+        meta = writer.meta()
+        if meta is not None and meta.complete != complete:
+            writer.set_meta(replace(meta, complete=complete))
+        writer.close()
+
+
+def lock_store(path: Path, *, exclusive: bool) -> Any:
+    """Hold a lock on the store as long as the returned file is open: shared for readers, exclusive for the builder.
+
+    Raises UserError when somebody else holds it the other way. The kernel lets go of it when a process dies. Where
+    flock does not exist (Windows) or the file system is read-only, nothing is locked.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        file = open(path / ".lock", "a+b")  # noqa: SIM115: the open file is the lock
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"The store {path} is {'in use by' if exclusive else 'being written by'} another process. Wait for it, or stop it."
+        ) from None
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def pack_source(signature: bytes, content: bytes, producer: bytes) -> bytes:
+    """48 bytes: 16 that change when the file changes, 16 of its content's hash, 16 of the producer's."""
+    return struct.pack("16s16s16s", signature, content, producer)
+
+
+def unpack_source(record: bytes) -> tuple[bytes, bytes, bytes]:
+    return struct.unpack("16s16s16s", bytes(record[:48]))

@@ -1,0 +1,282 @@
+"""Where the files of a frozen model lie: a reserved tiny name, a folder, a single file, or a hub id.
+
+Light on purpose (no torch), so that `--help`, `--dry_run` and configuration errors stay quick.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.errors import UserError
+
+TINY_SD15 = "tiny-sd15"
+TINY_DINOV2 = "tiny-dinov2"
+
+COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+DINOV2 = "dinov2"  # a DINOv2 folder has one component, which lies at its root
+
+# Ids that left the hub, and where the same files are now.
+MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+
+# What a file of tensors is called, without its suffix, as diffusers and transformers save it.
+_SAFE_STEM = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    DINOV2: "model",
+}
+_PICKLE_STEM = {**_SAFE_STEM, "text_encoder": "pytorch_model", DINOV2: "pytorch_model"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class BaseLocation:
+    """Where the files of a frozen model lie on this machine."""
+
+    name: str
+    """What the user wrote."""
+    path: Path
+    """A folder in diffusers' (DINOv2: transformers') layout, or one file that holds everything."""
+    note: str | None = None
+    """A sentence worth printing, e.g. that a hub id has moved."""
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.is_file()
+
+
+def locate_base(name: str, components: Sequence[str] = COMPONENTS) -> BaseLocation:
+    """Find a Stable Diffusion base; fetch it from the hub if it is a hub id not yet in the local cache.
+
+    `name` is `tiny-sd15`, a diffusers folder, a `.safetensors` file, or `owner/name`. Of a hub model only `components`
+    are fetched. A complete copy in the hub cache is used as it is, without asking the hub for a newer one.
+    Raises UserError for everything that cannot be used, with what to do.
+    """
+    if name == TINY_SD15:
+        return _tiny(name)
+    return _local_base(name, components) or _fetch(name, components)
+
+
+def locate_dino(name: str) -> BaseLocation:
+    """Find a DINOv2: `tiny-dinov2`, a transformers folder, Meta's `.pth` (or `.safetensors`) file, or a hub id."""
+    if name == TINY_DINOV2:
+        return _tiny(name)
+    return _local_dino(name) or _fetch(name, (DINOV2,))
+
+
+def base_status(name: str, components: Sequence[str] = COMPONENTS) -> str | None:
+    """None when `locate_base(name, components)` needs no network, else a sentence saying what is missing.
+
+    Looks at names of files only: nothing is fetched, built or opened. A tiny model counts as there, since it is built.
+    """
+    try:
+        there = name == TINY_SD15 or _local_base(name, components) is not None
+    except UserError as error:
+        return str(error)
+    return None if there else _absent(name)
+
+
+def dino_status(name: str) -> str | None:
+    """`base_status` for the names that `locate_dino` takes."""
+    try:
+        there = name == TINY_DINOV2 or _local_dino(name) is not None
+    except UserError as error:
+        return str(error)
+    return None if there else _absent(name)
+
+
+def is_sd15_hub_id(name: str) -> bool:
+    """Whether a hub id is known to be Stable Diffusion 1.x, so that its configuration needs no download."""
+    from library.models.sd15_configs import SD15_HUB_IDS
+
+    return name in SD15_HUB_IDS
+
+
+def weight_files(folder: Path, component: str) -> list[Path]:
+    """The files of `folder` (the model's root) that hold a component's tensors: one, or its shards in order.
+
+    Preferred in this order: full precision, fp16, shards, `.bin`. Raises UserError when there is none.
+    """
+    inside = folder if component == DINOV2 else folder / component
+    names = [file.name for file in inside.iterdir()] if inside.is_dir() else []
+    chosen = choose_weights(names, component)
+    if not chosen:
+        raise UserError(
+            f"{folder} has no weights for {component}: {_in_component(component, _SAFE_STEM[component])}.safetensors "
+            "was looked for (also .fp16.safetensors, shards, .bin). Complete the folder or name another base model."
+        )
+    return [inside / name for name in chosen]
+
+
+def choose_weights(names: Collection[str], component: str) -> list[str]:
+    """Which of the file names in a component's folder hold its tensors; empty when none does (see `weight_files`)."""
+    safe, pickled = _SAFE_STEM[component], _PICKLE_STEM[component]
+    shards = sorted(name for name in names if re.fullmatch(re.escape(safe) + r"-\d+-of-\d+\.safetensors", name))
+    complete = bool(shards) and len(shards) == int(shards[0].split("-")[-1].removesuffix(".safetensors"))
+    candidates = [
+        [f"{safe}.safetensors"],
+        [f"{safe}.fp16.safetensors"],
+        shards if complete else [],
+        [f"{pickled}.bin"],
+        [f"{pickled}.fp16.bin"],
+    ]
+    return next((files for files in candidates if files and set(files) <= set(names)), [])
+
+
+def conversion_command(path: Path | str) -> str:
+    """A shell command that rewrites a pickled checkpoint as safetensors. It runs what is in the pickle."""
+    target = Path(path).with_suffix(".safetensors")
+    return (
+        'python -c "import torch; from safetensors.torch import save_file; '
+        f"d = torch.load(r'{path}', map_location='cpu', weights_only=False); d = d.get('state_dict', d); "
+        "save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, "
+        f"r'{target}')\""
+    )
+
+
+def _tiny(name: str) -> BaseLocation:
+    # Building needs torch; finding does not.
+    from library.models.tiny import ensure_tiny
+
+    return BaseLocation(name, ensure_tiny(name))
+
+
+def _local_base(name: str, components: Sequence[str]) -> BaseLocation | None:
+    path = Path(name).expanduser()
+    if path.suffix.lower() in _PICKLE_SUFFIXES and not path.is_dir():
+        raise UserError(
+            f"{name} is a pickle, which can run code when it is read, so it is refused as a base model. If you trust "
+            f"where it came from, convert it once and name the .safetensors file: {conversion_command(path)}"
+        )
+    if path.is_file():
+        if path.suffix.lower() != ".safetensors":
+            raise UserError(f"{name} is not a base model: a diffusers folder or a .safetensors file is needed.")
+        return BaseLocation(name, path)
+    if path.is_dir():
+        if not ((path / "model_index.json").exists() or (path / "unet" / "config.json").exists()):
+            raise UserError(
+                f"{name} is not a diffusers folder: it has neither model_index.json nor unet/config.json. Name the "
+                "folder that holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/."
+            )
+        if missing := missing_parts(path, components):
+            raise UserError(f"{name} is incomplete: {', '.join(missing)} missing. Complete it or name another.")
+        return BaseLocation(name, path)
+    return _cached(name, components)
+
+
+def _local_dino(name: str) -> BaseLocation | None:
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() not in (".pth", ".safetensors"):
+            raise UserError(f"{name} is not a DINOv2: a transformers folder, a .pth or .safetensors file is needed.")
+        return BaseLocation(name, path)
+    if path.is_dir():
+        if missing := missing_parts(path, (DINOV2,)):
+            raise UserError(f"{name} is not a DINOv2 folder: {', '.join(missing)} missing.")
+        return BaseLocation(name, path)
+    return _cached(name, (DINOV2,))
+
+
+def missing_parts(folder: Path, components: Sequence[str]) -> list[str]:
+    """The files that a diffusers (DINOv2: transformers) folder lacks for these components, by name only."""
+    files = [file.relative_to(folder).as_posix() for file in folder.glob("*")]
+    files += [file.relative_to(folder).as_posix() for file in folder.glob("*/*")]
+    return _missing(files, components)
+
+
+def _missing(files: Collection[str], components: Sequence[str]) -> list[str]:
+    missing = []
+    for component in components:
+        if component == "tokenizer":
+            if not ({"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(files) or "tokenizer/tokenizer.json" in files):
+                missing.append("tokenizer/vocab.json")
+        elif component == "scheduler":
+            if "scheduler/scheduler_config.json" not in files:
+                missing.append("scheduler/scheduler_config.json")
+        else:
+            if (config := _in_component(component, "config.json")) not in files:
+                missing.append(config)
+            if not choose_weights(_names_in(files, component), component):
+                missing.append(_in_component(component, f"{_SAFE_STEM[component]}.safetensors"))
+    return missing
+
+
+def _in_component(component: str, file: str) -> str:
+    return file if component == DINOV2 else f"{component}/{file}"
+
+
+def _names_in(files: Collection[str], component: str) -> list[str]:
+    if component == DINOV2:
+        return [file for file in files if "/" not in file]
+    return [file.split("/")[1] for file in files if file.startswith(f"{component}/") and file.count("/") == 1]
+
+
+def _cached(name: str, components: Sequence[str]) -> BaseLocation | None:
+    """A complete copy in the hub cache of the id, or of the id it moved to."""
+    if not _is_hub_id(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    marker = "config.json" if DINOV2 in components else "model_index.json"
+    for hub_id in (name, MOVED[name]) if name in MOVED else (name,):
+        found = try_to_load_from_cache(hub_id, marker)
+        if isinstance(found, str) and not missing_parts(Path(found).parent, components):
+            return BaseLocation(name, Path(found).parent, None if hub_id == name else _moved(name))
+    return None
+
+
+def _fetch(name: str, components: Sequence[str]) -> BaseLocation:
+    if not _is_hub_id(name):
+        raise UserError(_absent(name))
+    import httpx
+    from huggingface_hub import HfApi, snapshot_download
+
+    hub_id = MOVED.get(name, name)
+    try:
+        files = HfApi().list_repo_files(hub_id)
+        if missing := _missing(files, components):
+            raise UserError(
+                f"{hub_id} on the hub is not in the needed layout: {', '.join(missing)} missing. If it holds a single "
+                ".safetensors file, download that and give its path."
+            )
+        folder = snapshot_download(hub_id, allow_patterns=_wanted(files, components))
+    except (OSError, httpx.HTTPError) as error:  # hub errors are OSErrors, lost connections are httpx's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{_absent(name)} Fetching it failed ({type(error).__name__}: {reason})") from error
+    return BaseLocation(name, Path(folder), _moved(name) if name in MOVED else None)
+
+
+def _wanted(files: Collection[str], components: Sequence[str]) -> list[str]:
+    """Exactly the files of a hub repository that the components need: one set of weights each, configurations, words."""
+    wanted = [file for file in files if "/" not in file and file.endswith(".json") and "index" in file]
+    for component in components:
+        names = _names_in(files, component)
+        weights = choose_weights(names, component) if component in _SAFE_STEM else []
+        texts = [n for n in names if n.endswith((".json", ".txt")) and not n.endswith(".index.json")]
+        wanted += [_in_component(component, n) for n in [*weights, *texts]]
+    return sorted(set(wanted))
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(_HUB_ID.fullmatch(name)) and not name.lower().endswith((".safetensors", *_PICKLE_SUFFIXES))
+
+
+def _moved(name: str) -> str:
+    return f"{name} has left the hub; its copy {MOVED[name]} is used."
+
+
+def _absent(name: str) -> str:
+    if not _is_hub_id(name):
+        return f"{name} does not exist (looked in {Path.cwd()}), and it is no hub id of the form owner/name."
+    from huggingface_hub import constants
+
+    offline = " HF_HUB_OFFLINE is set, so it cannot be fetched: unset it," if constants.is_offline_mode() else ""
+    advice = " or" if offline else " It is fetched from the hub at first use, which needs a network; else"
+    return (
+        f"{name} is not on this machine: no such file or folder in {Path.cwd()}, and no complete copy in the hub cache "
+        f"{constants.HF_HUB_CACHE}.{offline}{advice} give a local folder, a .safetensors file or {TINY_SD15}."
+    )

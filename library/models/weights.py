@@ -1,0 +1,101 @@
+"""Tensors from files, with a sentence for every file that is not what it should be. Nothing is ever unpickled freely."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.models.locate import conversion_command
+
+Model = TypeVar("Model", bound=nn.Module)
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_shapes(path: Path) -> Shapes:
+    """Name -> shape of every tensor in a safetensors file, from its header alone."""
+    return _with_safetensors(path, lambda file: {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
+
+
+def read_tensors(paths: Path | Iterable[Path], prefix: str | tuple[str, ...] = "") -> dict[str, Tensor]:
+    """Every tensor whose name begins with `prefix`, on the CPU, from safetensors files or tensor-only pickles.
+
+    Raises UserError for a truncated or corrupt file, and for a pickle that holds more than tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in [paths] if isinstance(paths, Path) else paths:
+        tensors |= _read_safetensors(path, prefix) if path.suffix == ".safetensors" else _read_pickle(path, prefix)
+    return tensors
+
+
+def _read_safetensors(path: Path, prefix: str | tuple[str, ...]) -> dict[str, Tensor]:
+    return _with_safetensors(
+        path, lambda file: {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+    )
+
+
+def _with_safetensors(path: Path, read: Callable[[Any], Any]) -> Any:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return read(file)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise UserError(
+            f"{path} ({size} bytes) is not a whole safetensors file: {error}. It is probably truncated: fetch it again."
+        ) from error
+
+
+def _read_pickle(path: Path, prefix: str | tuple[str, ...]) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is a pickle with more than tensors in it, which could run code, so it is not read. If you trust "
+            f"where it came from, convert it once: {conversion_command(path)}"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}. Fetch it again.") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors.")
+    return {name: value for name, value in loaded.items() if isinstance(value, Tensor) and name.startswith(prefix)}
+
+
+def assemble(
+    build: Callable[[], Model], tensors: dict[str, Tensor], where: str, *, dtype: torch.dtype, device: torch.device | str
+) -> Model:
+    """Build a model without initialising it, fill it with `tensors`, freeze it.
+
+    Strict: from_pretrained would draw missing weights at random and only log it. Raises UserError with the count and the
+    first of the missing, unexpected and misshapen names. `where` names the source in that sentence.
+    """
+    with init_empty_weights():  # parameters without memory, buffers real
+        model = build()
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    problems = [
+        _count("missing", sorted(expected.keys() - found.keys())),
+        _count("unknown", sorted(found.keys() - expected.keys())),
+        _count("of another shape", [f"{n}: {found[n]} for {expected[n]}" for n in sorted(expected.keys() & found.keys()) if found[n] != expected[n]]),
+    ]
+    if any(problems):
+        raise UserError(
+            f"{where} does not fit a {type(model).__name__} of {len(expected)} tensors: "
+            f"{'; '.join(filter(None, problems))}. The file and its configuration do not belong together."
+        )
+    model.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, strict=True, assign=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _count(what: str, names: list[str]) -> str:
+    return f"{len(names)} {what} (first: {names[0]})" if names else ""

@@ -1,0 +1,47 @@
+"""Which pretrained models a run stands on, and in what form they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from library.options.checks import require
+
+Precision = Literal["bf16", "no"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    pretrained_model_name_or_path: str = "tiny-sd15"
+    """Base model: a hub id, a diffusers folder, one .safetensors file, or tiny-sd15, the embedded default."""
+    dino_model: str = "tiny-dinov2"
+    """Teacher: a hub id (facebook/dinov2-large), a folder, Meta's dinov2_vit*14*.pth, or tiny-dinov2."""
+    mixed_precision: Precision = "bf16"
+    """Number format in which frozen weights are kept and everything but losses and trained weights is computed."""
+    device: str | None = None
+    """Device to compute on, as torch names it (cuda, cuda:1, cpu). Default: what accelerate finds."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.pretrained_model_name_or_path), "pretrained_model_name_or_path", "is empty.")
+        require(bool(self.dino_model), "dino_model", "is empty.")
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    sdpa: bool = True
+    """Attention by torch's scaled_dot_product_attention."""
+    xformers: bool = False
+    """Attention by xformers instead, which has to be installed (pip install '.[xformers]')."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about half the memory for a third more time."""
+    compile: Literal["none", "regional", "whole"] = "none"
+    """torch.compile the U-Net: its repeated blocks (regional, seconds to compile) or all of it (whole, minutes)."""
+    channels_last: bool = True
+    """Keep feature maps channels-last, which convolutions on tensor cores want."""
+    deterministic: bool = True
+    """Use only kernels that give the same bits every time, so that a resumed run is the uninterrupted one."""
+    max_data_loader_n_workers: int = 8
+    """Workers that read caches during training (threads) and decode images while caches are built (processes)."""
+
+    def __post_init__(self) -> None:
+        require(self.max_data_loader_n_workers >= 0, "max_data_loader_n_workers", "must not be negative.")
