@@ -55,8 +55,8 @@ class _Pictures(Dataset):
         try:
             signature = self.source.signature(job.sample)
             data = self.source.read(job.sample)
-        except OSError as error:
-            return Picture(index, bytes(16), bytes(16), (), f"cannot be read: {error.strerror or error}"), None
+        except UnreadableImage as error:
+            return Picture(index, bytes(16), bytes(16), (), str(error)), None
         content = content_hash(data)
         kinds = tuple(kind for kind, known in job.contents.items() if known != content)
         if not kinds:

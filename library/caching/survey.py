@@ -8,6 +8,7 @@ from pathlib import Path
 import lmdb
 
 from library.caching.producers import Wanted
+from library.data.pixels import UnreadableImage
 from library.data.sources import ImageSource, Sample
 from library.data.store import META_KEY, SUFFIXES, StoreMeta, shard_folders, unpack_source
 from library.errors import UserError
@@ -105,7 +106,7 @@ def _survey_sample(result: Survey, transactions: list[lmdb.Transaction], source:
             signature, content, producer = unpack_source(record)
             if producer != result.wanted.fingerprint:
                 result.stale.append(Entry(sample, shard))
-            elif signature != source.signature(sample):
+            elif _signature(source, sample) not in (signature, None):
                 result.doubtful.append(Entry(sample, shard, content))
             else:
                 result.present += 1
@@ -113,12 +114,20 @@ def _survey_sample(result: Survey, transactions: list[lmdb.Transaction], source:
         record = transaction.get(key + b"#unreadable")
         if record is not None:
             signature, _, producer = unpack_source(record)
-            if producer == result.wanted.fingerprint and signature == source.signature(sample):
+            if producer == result.wanted.fingerprint and signature == _signature(source, sample):
                 result.unreadable[sample.sample_id] = bytes(record[48:]).decode()
             else:
                 result.missing.append(Entry(sample, shard))
             return
     result.missing.append(Entry(sample))
+
+
+def _signature(source: ImageSource, sample: Sample) -> bytes | None:
+    """None where the picture is gone: its entry still stands for it."""
+    try:
+        return source.signature(sample)
+    except UnreadableImage:
+        return None
 
 
 def _survey_foreign(

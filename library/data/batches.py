@@ -1,7 +1,7 @@
 """Which samples make which batch, and batches read ahead of the training step.
 
-Order: the samples of an epoch are a permutation drawn from (seed, epoch); process r of W takes every r-th slice of
-each global batch; what does not fill a global batch at the end of an epoch is left out, a different rest each time.
+Order: the samples of an epoch are a permutation drawn from (seed, epoch); process r of W takes the r-th slice of each
+global batch; what does not fill a global batch at the end of an epoch is left out, a different rest each time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from library.data.store import TensorStore
-from library.errors import UserError
 
 
 @dataclass
@@ -98,13 +97,6 @@ class BatchOrder:
     rank: int = 0
     world_size: int = 1
     accumulation: int = 1
-
-    def __post_init__(self) -> None:
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"One optimizer step takes {self.samples_per_step} samples (train_batch_size {self.batch_size} x accumulation "
-                f"{self.accumulation} x {self.world_size} processes), but there are only {self.samples}. Lower train_batch_size."
-            )
 
     @property
     def samples_per_step(self) -> int:

@@ -18,7 +18,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -288,9 +288,10 @@ class StoreWriter:
         self.put_raw(key + b"#unreadable", source + reason.encode())
         self._dropped += [key, key + b"#scale", key + b"#source"]
 
-    def delete(self, sample_id: str) -> None:
-        key = self.key(sample_id)
-        self._dropped += [key, key + b"#scale", key + b"#source", key + b"#unreadable"]
+    def delete_raw(self, keys: Sequence[bytes]) -> None:
+        """Delete entries by their whole keys, with all that belongs to them."""
+        for key in keys:
+            self._dropped += [key, key + b"#scale", key + b"#source", key + b"#unreadable"]
 
     def put_raw(self, key: bytes, value: bytes) -> None:
         self._pending.append((key, value))
@@ -326,14 +327,32 @@ class StoreWriter:
         self._environment.close()
 
 
-def mark(path: Path, complete: bool) -> None:
-    """Set `complete` in every shard of the store at `path`."""
+def mark(path: Path, meta: StoreMeta) -> None:
+    """Write `meta` to every shard of the store at `path`."""
     for folder in shard_folders(path):
-        writer = StoreWriter(folder, "latents", expected_bytes=0)
-        meta = writer.meta()
-        if meta is not None and meta.complete != complete:
-            writer.set_meta(replace(meta, complete=complete))
+        writer = StoreWriter(folder, meta.kind, expected_bytes=0)
+        if writer.meta() != meta:
+            writer.set_meta(meta)
         writer.close()
+
+
+def purge(path: Path, producer: bytes) -> int:
+    """Delete the entries that another producer made; how many there were."""
+    deleted = 0
+    for folder in shard_folders(path):
+        with _open(folder, readonly=True, lock=False) as environment, environment.begin() as transaction:
+            foreign = [
+                key
+                for key, record in transaction.cursor()
+                if key.endswith((b"#source", b"#unreadable")) and unpack_source(record)[2] != producer
+            ]
+        if foreign:
+            writer = StoreWriter(folder, "latents", expected_bytes=0)
+            writer.delete_raw([key.rpartition(b"#")[0] for key in foreign])
+            writer.commit()
+            writer.close()
+        deleted += len(foreign)
+    return deleted
 
 
 def lock_store(path: Path, *, exclusive: bool) -> Any:

@@ -77,7 +77,7 @@ def base_status(name: str, components: Sequence[str] = COMPONENTS) -> str | None
         there = name == TINY_SD15 or _local_base(name, components) is not None
     except UserError as error:
         return str(error)
-    return None if there else _absent(name)
+    return None if there else _absent(name, TINY_SD15)
 
 
 def dino_status(name: str) -> str | None:
@@ -86,7 +86,7 @@ def dino_status(name: str) -> str | None:
         there = name == TINY_DINOV2 or _local_dino(name) is not None
     except UserError as error:
         return str(error)
-    return None if there else _absent(name)
+    return None if there else _absent(name, TINY_DINOV2)
 
 
 def is_sd15_hub_id(name: str) -> bool:
@@ -147,7 +147,7 @@ def _tiny(name: str) -> BaseLocation:
 
 def _local_base(name: str, components: Sequence[str]) -> BaseLocation | None:
     path = Path(name).expanduser()
-    if path.suffix.lower() in _PICKLE_SUFFIXES and not path.is_dir():
+    if path.suffix.lower() in _PICKLE_SUFFIXES and path.is_file():
         raise UserError(
             f"{name} is a pickle, which can run code when it is read, so it is refused as a base model. If you trust "
             f"where it came from, convert it once and name the .safetensors file: {conversion_command(path)}"
@@ -230,11 +230,14 @@ def _cached(name: str, components: Sequence[str]) -> BaseLocation | None:
 
 
 def _fetch(name: str, components: Sequence[str]) -> BaseLocation:
+    tiny = TINY_DINOV2 if DINOV2 in components else TINY_SD15
     if not _is_hub_id(name):
-        raise UserError(_absent(name))
+        raise UserError(_absent(name, tiny))
     import httpx
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
+    if constants.is_offline_mode():
+        raise UserError(_absent(name, tiny))
     hub_id = MOVED.get(name, name)
     try:
         files = HfApi().list_repo_files(hub_id)
@@ -245,14 +248,17 @@ def _fetch(name: str, components: Sequence[str]) -> BaseLocation:
             )
         folder = snapshot_download(hub_id, allow_patterns=_wanted(files, components))
     except (OSError, httpx.HTTPError) as error:  # hub errors are OSErrors, lost connections are httpx's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{_absent(name)} Fetching it failed ({type(error).__name__}: {reason})") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{hub_id} could not be fetched from the hub ({reason}), and is no file or folder in {Path.cwd()}. Check the "
+            f"name and the network, or give a local folder, a file or {tiny}."
+        ) from error
     return BaseLocation(name, Path(folder), _moved(name) if name in MOVED else None)
 
 
 def _wanted(files: Collection[str], components: Sequence[str]) -> list[str]:
     """Exactly the files of a hub repository that the components need: one set of weights each, configurations, words."""
-    wanted = [file for file in files if "/" not in file and file.endswith(".json") and "index" in file]
+    wanted = [file for file in ("model_index.json",) if file in files]
     for component in components:
         names = _names_in(files, component)
         weights = choose_weights(names, component) if component in _SAFE_STEM else []
@@ -269,14 +275,17 @@ def _moved(name: str) -> str:
     return f"{name} has left the hub; its copy {MOVED[name]} is used."
 
 
-def _absent(name: str) -> str:
+def _absent(name: str, tiny: str) -> str:
     if not _is_hub_id(name):
-        return f"{name} does not exist (looked in {Path.cwd()}), and it is no hub id of the form owner/name."
+        return f"{name} does not exist (looked in {Path.cwd()}), and is no hub id of the form owner/name."
     from huggingface_hub import constants
 
-    offline = " HF_HUB_OFFLINE is set, so it cannot be fetched: unset it," if constants.is_offline_mode() else ""
-    advice = " or" if offline else " It is fetched from the hub at first use, which needs a network; else"
+    remedy = (
+        "HF_HUB_OFFLINE is set, so it cannot be fetched: unset it, or"
+        if constants.is_offline_mode()
+        else "It is fetched from the hub at first use, which needs a network; else"
+    )
     return (
         f"{name} is not on this machine: no such file or folder in {Path.cwd()}, and no complete copy in the hub cache "
-        f"{constants.HF_HUB_CACHE}.{offline}{advice} give a local folder, a .safetensors file or {TINY_SD15}."
+        f"{constants.HF_HUB_CACHE}. {remedy} give a local folder, a file or {tiny}."
     )

@@ -1,0 +1,126 @@
+"""Which states a run keeps, and from which it goes on."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.options.training import OutputOptions
+from library.training.plan import Plan
+from library.training.processes import Processes
+from library.training.state import (
+    Trained,
+    changed_options,
+    list_states,
+    load_state,
+    prune_states,
+    read_facts,
+    save_state,
+    state_name,
+)
+
+# Options that a resumed run may change without becoming another run.
+HARMLESS = frozenset(
+    """
+    dataset_config dry_run device sdpa xformers gradient_checkpointing compile channels_last deterministic
+    max_data_loader_n_workers cache_dir train_latents train_tokens val_latents val_tokens text_embeddings cache_batch_size
+    val_data max_validation_samples image_root output_dir output_name logging_dir log_every_n_steps validate_every_n_steps
+    save_every_n_steps save_last_n_states resume allow_changed_options
+    """.split()  # noqa: SIM905: a list of words reads best as words
+)
+
+
+@dataclass
+class Checkpoints:
+    """Saves states of a run under its output folder and finds the one to resume from."""
+
+    output: OutputOptions
+    options: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    plan: Plan
+    trained: Trained
+    processes: Processes
+    export: Callable[[int], None] | None = None
+    newest: Path | None = field(default=None)
+
+    def save(self, step: int) -> None:
+        """Save once, by the main process: every process holds the same state."""
+        if self.processes.is_main:
+            start = time.perf_counter()
+            folder = self.output.output_dir / state_name(step)
+            save_state(folder, self.trained, self.describe(step))
+            if self.export is not None:
+                self.export(step)
+            prune_states(self.output.output_dir, self.output.save_last_n_states)
+            self.processes.say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
+        self.newest = self.output.output_dir / state_name(step)
+        self.processes.wait()
+
+    def describe(self, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "samples_seen": step * self.plan.samples_per_step,
+            "epoch": step / self.plan.steps_per_epoch,
+            "world_size": self.plan.world_size,
+            **self.facts,
+            "options": dict(self.options),
+            "versions": versions(),
+        }
+
+    def resume(self, state: Path | None) -> int:
+        """Load a state found by `state_to_resume`; return the step to go on from."""
+        if state is None:
+            return 0
+        facts = load_state(state, self.trained)
+        self.newest = state
+        return int(facts["step"])
+
+
+def state_to_resume(
+    output: OutputOptions, options: Mapping[str, Any], world_size: int
+) -> tuple[Path | None, dict[str, Any]]:
+    """The state to go on from, if any, and its facts; needs no model.
+
+    Raises UserError where `--resume` names no state, or options that change the outcome differ from the state's.
+    """
+    states = list_states(output.output_dir)
+    if output.resume == "none":
+        if states:
+            raise UserError(
+                f"{output.output_dir} already holds states (newest: {states[-1][1].name}) and --resume none asks for a new run. "
+                "Name another --output_dir, or remove them."
+            )
+        return None, {}
+    if output.resume == "auto":
+        if not states:
+            return None, {}
+        folder = states[-1][1]
+    else:
+        folder = Path(output.resume)
+    facts = read_facts(folder)
+    changes = changed_options(facts["options"], options, HARMLESS)
+    if facts["world_size"] != world_size:
+        changes.append(f"number of processes was {facts['world_size']}, is {world_size}")
+    if changes and not output.allow_changed_options:
+        raise UserError(
+            f"{folder} belongs to a run with other options: {'; '.join(changes)}. Restore them, start anew in another "
+            "--output_dir, or continue all the same with --allow_changed_options."
+        )
+    return folder, facts
+
+
+def versions() -> dict[str, str]:
+    """Library versions that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,215 @@
+"""The training loop of every script: what it trains is a Task, how long a Plan, what it leaves a Checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from library.data.batches import Batch
+from library.errors import Stopped
+from library.options.training import OutputOptions
+from library.training.checkpoints import Checkpoints
+from library.training.optimizers import ParameterGroup, set_rates
+from library.training.plan import Plan
+from library.training.processes import Processes
+from library.training.randomness import StepRandomness
+from library.training.state import Trained
+from library.training.stop import NOTHING, STOP, Requests
+from library.training.tracking import AnomalyWatch, Clock, MetricLog, MetricWindow, status_line
+
+
+class Batches(Protocol):
+    """An endless iterator of batches that knows how long it kept the step waiting, in seconds."""
+
+    waited: float
+
+    def __next__(self) -> Batch: ...
+
+
+class Task(Protocol):
+    """What a run trains."""
+
+    groups: list[ParameterGroup]
+
+    def losses(self, batch: Batch, generator: torch.Generator, step: int) -> dict[str, torch.Tensor]:
+        """Loss parts of a batch, scalars on the device; "loss" is the one to minimise."""
+        ...
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Metrics of the validation set with the weights as they are; the same call gives the same numbers."""
+        ...
+
+    def sample_ids(self, indices: np.ndarray) -> list[str]: ...
+
+
+@dataclass
+class Run:
+    """All that the loop works with, built by a script."""
+
+    task: Task
+    plan: Plan
+    trained: Trained
+    batches: Batches
+    multiplier: Callable[[int], float]
+    max_grad_norm: float
+    seed: int
+    output: OutputOptions
+    processes: Processes
+    checkpoints: Checkpoints
+    log: MetricLog | None
+    validates: bool
+
+
+def train(run: Run, first_step: int) -> dict[str, float]:
+    """Train from `first_step` to the plan's last step; return the last validation's metrics.
+
+    Raises Stopped after saving when asked to stop, Diverged when a loss is not finite.
+    """
+    plan, output, processes = run.plan, run.output, run.processes
+    requests, window, clock = Requests(output.output_dir), MetricWindow(), Clock()
+    report = _Reporter(run, clock)
+    randomness = StepRandomness(run.seed, processes.rank, processes.device)
+    parameters = list(run.trained.parameters.values())
+    peaks = [group.learning_rate for group in run.task.groups]
+    step, results = first_step, {}
+
+    with requests.listening():
+        while True:
+            # Report status: the only read from the device.
+            finished = step >= plan.last_step
+            validating = run.validates and _due(step, output.validate_every_n_steps, finished) and step > first_step
+            saving = _due(step, output.save_every_n_steps, finished) and step > first_step
+            looking = processes.world_size == 1 or _due(step, output.log_every_n_steps, finished)
+            request = processes.agree(requests.look()) if looking else NOTHING
+            if window and (_due(step, output.log_every_n_steps, finished) or validating or saving or request):
+                report(step, window)
+
+            # Validate, save, obey a stop: maintenance, timed apart.
+            if validating:
+                results = _validate(run, step)
+            if (saving or request) and step > first_step:
+                run.checkpoints.save(step)
+            if request:
+                requests.done()
+            clock.to_other()
+            if finished:
+                return results
+            if request == STOP:
+                raise Stopped(
+                    f"Stopped at step {step} of {plan.last_step} by {requests.reason}. Run the same command again to continue."
+                )
+
+            # Forward and backward, each micro-batch with its own randomness from (seed, rank, step).
+            set_rates(run.trained.optimizer, peaks, run.multiplier(step))
+            metrics, indices = _accumulate(run, randomness, step)
+
+            # Clip, step, average.
+            processes.average_gradients(parameters)
+            metrics["grad_norm"] = clip_gradients(parameters, run.max_grad_norm)
+            run.trained.optimizer.step()
+            run.trained.optimizer.zero_grad(set_to_none=True)
+            if run.trained.average is not None:
+                run.trained.average.update()
+            window.add(step, metrics, indices)
+            step += 1
+            clock.to_train()
+
+
+def _accumulate(run: Run, randomness: StepRandomness, step: int) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+    """Leave the gradients of one optimizer step; mean loss parts over its micro-batches, and their sample indices."""
+    share = 1.0 / run.plan.accumulation
+    totals: dict[str, torch.Tensor] = {}
+    indices = []
+    for micro in range(run.plan.accumulation):
+        batch = next(run.batches)
+        parts = run.task.losses(batch, randomness.at(step, micro), step)
+        (parts["loss"] * share).backward()
+        for name, value in parts.items():
+            totals[name] = totals[name] + value.detach() * share if name in totals else value.detach() * share
+        indices.append(batch.indices)
+    return totals, np.concatenate(indices)
+
+
+def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale gradients down to a global norm of `max_norm` (0: leave them); the norm before, on the device."""
+    if max_norm > 0:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def _due(step: int, every: int | None, finished: bool) -> bool:
+    return finished or (every is not None and step % every == 0)
+
+
+def _validate(run: Run, step: int) -> dict[str, float]:
+    average = run.trained.average
+    if average is None:
+        results = run.task.validate(step)
+    else:
+        with average.swapped_in():
+            results = run.task.validate(step)
+    if run.log is not None:
+        run.log.add(step, results)
+    parts = "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in results.items())
+    run.processes.say(f"validation at step {step}: {parts}")
+    return results
+
+
+class _Reporter:
+    """Turns a window of device metrics into a status line, metric rows, warnings, or the end of a diverged run."""
+
+    def __init__(self, run: Run, clock: Clock) -> None:
+        self.run, self.clock = run, clock
+        self.watch = AnomalyWatch(run.output.output_dir / "anomalies.jsonl")
+        self.rate: float | None = None
+        self.last_time = time.perf_counter()
+        self.last_other = 0.0
+        self.last_waited = 0.0
+        self.reports = 0
+
+    def __call__(self, step: int, window: MetricWindow) -> None:
+        run = self.run
+        names, steps, on_device, samples = window.read()
+        own = on_device.cpu().numpy().astype(float)
+        shared = run.processes.mean(on_device).cpu().numpy() if run.processes.world_size > 1 else own
+        for row, (at, indices) in enumerate(zip(steps, samples, strict=True)):
+            values = dict(zip(names, own[row].tolist(), strict=False))
+            AnomalyWatch.refuse_non_finite(at, values, run.task.sample_ids(indices), run.checkpoints.newest)
+            if run.processes.is_main and (said := self.watch.check(at, values, run.task.sample_ids(indices))):
+                run.processes.say(said)
+        means = dict(zip(names, np.nanmean(shared, axis=0).tolist(), strict=False))
+        row_out = self._row(means, len(set(steps)))
+        if run.log is not None:
+            run.log.add(step, row_out)
+        left = (run.plan.last_step - step) * (self.rate or 0.0)
+        run.processes.say(status_line(step, run.plan.last_step, row_out, left))
+
+    def _row(self, means: dict[str, float], steps: int) -> dict[str, float]:
+        run = self.run
+        now = time.perf_counter()
+        other = self.clock.other - self.last_other
+        seconds = max(now - self.last_time - other, 1e-9)
+        waited = run.batches.waited - self.last_waited
+        self.last_time, self.last_other, self.last_waited = now, self.clock.other, run.batches.waited
+        self.reports += 1
+        per_step = seconds / max(steps, 1)
+        # The first report holds the warm-up (kernels chosen, compilation); it is no measure of what is to come.
+        self.rate = per_step if self.rate is None or self.reports == 2 else 0.7 * self.rate + 0.3 * per_step
+        row = {f"train/{name}": value for name, value in means.items() if name not in ("lambda",)}
+        if "lambda" in means:
+            row["lambda"] = means["lambda"]
+        row |= {f"lr/{group['name']}": float(group["lr"]) for group in run.trained.optimizer.param_groups}
+        row["time/step_ms"] = 1000 * per_step
+        row["time/samples_per_second"] = run.plan.samples_per_step / per_step
+        row["time/data_wait_share"] = waited / seconds
+        row["time/train_s"], row["time/other_s"] = self.clock.train, self.clock.other
+        device = run.processes.device
+        if device.type == "cuda":
+            row["memory/peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+            row["memory/total_gb"] = torch.cuda.get_device_properties(device).total_memory / 1e9
+        return row

@@ -1,0 +1,81 @@
+"""The processes of a run, through accelerate: who am I, where do I compute, and the few things said between us."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed
+from accelerate import PartialState
+from accelerate.utils import reduce
+
+from library.errors import UserError
+
+
+class Processes:
+    """rank of world_size, this one's device; collectives that do nothing where there is one process."""
+
+    def __init__(self, device: str | None = None) -> None:
+        cpu = device is not None and device.startswith("cpu")
+        try:
+            self.state = PartialState(cpu=cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
+            self.device = torch.device(device) if device is not None else self.state.device
+            if self.device.type == "cuda" and not torch.cuda.is_available():
+                raise UserError(f"--device {device} was asked for, but this machine has no usable CUDA device. Use --device cpu.")
+        except RuntimeError as error:
+            raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        self.rank: int = self.state.process_index
+        self.world_size: int = self.state.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, *words: object) -> None:
+        """Print, once."""
+        if self.is_main:
+            print(*words, flush=True)
+
+    def wait(self) -> None:
+        self.state.wait_for_everyone()
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Mean over processes."""
+        return reduce(tensor, "mean") if self.world_size > 1 else tensor
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return reduce(tensor, "sum") if self.world_size > 1 else tensor
+
+    def agree(self, flag: int) -> int:
+        """The largest flag of all processes, so that a request made to one is seen by all at the same step."""
+        if self.world_size == 1:
+            return flag
+        shared = torch.tensor(flag, device=self.device)
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+        return int(shared.item())
+
+    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace gradients by their mean over processes, all in one collective."""
+        if self.world_size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return
+        flat = self.mean(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """[B, D] of every process as [W*B, D], in rank order, with gradients into this process's rows.
+
+        Every process computes the same loss of the gathered rows, each with the gradient of its own part only. Gradients
+        are averaged over processes afterwards, so that part is scaled by W to make the average the true gradient.
+        """
+        if self.world_size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, rows.detach().contiguous())
+        # rows - rows.detach() is exactly 0: the value stays, the gradient is scaled.
+        parts[self.rank] = rows.detach() + (rows - rows.detach()) * self.world_size
+        return torch.cat(parts)

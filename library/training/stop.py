@@ -1,0 +1,53 @@
+"""Requests from outside: Ctrl-C, SIGTERM, and files named `stop` or `save` in the output folder."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+NOTHING, SAVE, STOP = 0, 1, 2
+
+
+class Requests:
+    """What has been asked for since last looked. Looking is cheap: the folder is read at most once a second."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._signalled = NOTHING
+        self._looked = 0.0
+        self.reason = ""
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch signals within the context. A second Ctrl-C ends the program at once."""
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signalled == STOP:
+            raise KeyboardInterrupt
+        self._signalled = STOP
+        self.reason = signal.Signals(number).name
+
+    def look(self) -> int:
+        if self._signalled == NOTHING and time.monotonic() - self._looked >= 1.0:
+            self._looked = time.monotonic()
+            for name, request in (("stop", STOP), ("save", SAVE)):
+                if (self.folder / name).exists():
+                    self.reason = f"the file {self.folder / name}"
+                    return request
+        return self._signalled
+
+    def done(self) -> None:
+        """The request was carried out: remove its file."""
+        for name in ("stop", "save"):
+            (self.folder / name).unlink(missing_ok=True)
+        self._signalled = NOTHING
