@@ -42,12 +42,12 @@ class AlignHead(nn.Module):
 
     def _draw_weights(self, seed: int, name: str) -> None:
         generator = generator_for(seed, f"align_heads.{name}")
-        self.proj.to_empty(device="cpu")
         for layer in self.proj:
             if isinstance(layer, Conv2d):
-                layer.weight.data = draw_uniform(layer.weight, generator)
+                layer.weight = nn.Parameter(draw_uniform(layer.weight.shape, generator))
                 if layer.bias is not None:
-                    layer.bias.data = draw_uniform(layer.bias, generator, fan_in=layer.weight[0].numel())
+                    fan_in = layer.weight[0].numel()
+                    layer.bias = nn.Parameter(draw_uniform(layer.bias.shape, generator, fan_in=fan_in))
 
 
 class AlignHeads(nn.ModuleDict):

@@ -176,7 +176,7 @@ def _materialise(layer: Any, path: str, seed: int) -> None:
         # The same module with another forward; a new class keeps the names in the state dict.
         part[_ADAPTER].__class__ = Conv2d if isinstance(part[_ADAPTER], nn.Conv2d) else Linear
     down, up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
-    down.weight = nn.Parameter(draw_uniform(down.weight, generator_for(seed, path)).to(device))
+    down.weight = nn.Parameter(draw_uniform(down.weight.shape, generator_for(seed, path)).to(device))
     up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
 
 

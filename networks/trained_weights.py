@@ -35,10 +35,11 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # manual_seed takes 63 bits
 
 
-def draw_uniform(weight: Tensor, generator: torch.Generator, *, fan_in: int | None = None) -> Tensor:
-    """Float32 values of the shape of `weight`, uniform within +-1/sqrt(fan_in), on its device.
+def draw_uniform(shape: torch.Size, generator: torch.Generator, *, fan_in: int | None = None) -> Tensor:
+    """Float32 values on the CPU, uniform within +-1/sqrt(fan_in).
 
-    That is kaiming_uniform(a=sqrt(5)), the default of nn.Linear and nn.Conv2d. `fan_in` is given for biases.
+    That is kaiming_uniform(a=sqrt(5)), the default of nn.Linear and nn.Conv2d. `fan_in` is that of `shape` as a weight
+    [out, in, ...] unless given (for biases).
     """
-    bound = 1 / math.sqrt(fan_in or weight[0].numel())
-    return torch.empty(weight.shape).uniform_(-bound, bound, generator=generator).to(weight.device)
+    bound = 1 / math.sqrt(fan_in or math.prod(shape[1:]))
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)

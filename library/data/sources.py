@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import itertools
 import os
 import posixpath
 import re
@@ -13,10 +14,9 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from library.data.pixels import UnreadableImage
 from library.errors import UserError
@@ -29,6 +29,7 @@ MAX_MEMBER_BYTES = 256 << 20  # a ZIP member that declares more is a bomb or no 
 
 # Either separator and drive letters, whatever the system: a manifest is as dangerous as the machine that reads it.
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:")
+_CLASS_ID = re.compile(r"\s*[0-9]{1,9}\s*")
 _UPWARD = re.compile(r"(?:^|[/\\])\.\.(?:[/\\]|$)")
 
 
@@ -51,9 +52,9 @@ class ImageSource(ABC):
         """Class folders in the order of their class ids; None where a manifest gave the ids."""
 
     def describe(self) -> str:
-        """Say in one phrase what is here: `400 images of 16 classes in data/demo/train.csv`."""
+        """Say in one phrase what is here: `data/demo/train.csv (images: 400, classes: 16)`."""
         classes = len({sample.class_id for sample in self.samples})
-        return f"{_count(len(self.samples), 'image')} of {_count(classes, 'class')} in {self.location}"
+        return f"{self.location} (images: {len(self.samples)}, classes: {classes})"
 
     @abstractmethod
     def read(self, sample: Sample) -> bytes:
@@ -107,12 +108,9 @@ class ZipSource(ImageSource):
         try:
             with self._archive().open(info) as file:
                 # Never more than declared: what is behind it would not be checked against the CRC either.
-                data = file.read(info.file_size)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+                return file.read(info.file_size)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, ValueError) as error:
             raise UnreadableImage(name, f"damaged in the archive ({error})") from error
-        if len(data) != info.file_size:
-            raise UnreadableImage(name, f"damaged in the archive ({len(data)} of {info.file_size} bytes)")
-        return data
 
     def signature(self, sample: Sample) -> bytes:
         info = self._member(sample)
@@ -129,10 +127,15 @@ class ZipSource(ImageSource):
 
     def _archive(self) -> zipfile.ZipFile:
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), _open_zip(self.location))
+            try:
+                self._opened = (os.getpid(), zipfile.ZipFile(self.location))
+            except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+                raise UserError(
+                    f"{self.location} is not a readable ZIP ({error}). Download or pack it again."
+                ) from None
         return self._opened[1]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_opened"}
 
 
@@ -144,22 +147,20 @@ def open_source(path: Path | str, *, image_root: Path | None = None) -> ImageSou
     - A `.csv` with the columns sample_id, path, class_id; paths are relative to `image_root`, else to the CSV.
     - A `.zip` with `manifest.csv` (or one other CSV) whose paths are member names, or with class folders inside.
 
-    Files that a manifest names and nobody has are not looked for here; see `missing_files`.
-
     Raises:
         UserError: nothing there, no such layout, a bad or duplicate row, a path that leaves its root, a ZIP bomb.
+            Files that a manifest names in vain are the caller's to judge; see `missing_files`.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist. Give a folder of class folders, a CSV manifest or a ZIP.")
-    kind = "folder" if path.is_dir() else path.suffix.lower()
-    if image_root is not None and kind != ".csv":
-        raise UserError(f"--image_root {image_root} goes with a CSV manifest, but {path} is none. Leave it out.")
-    if kind == "folder":
-        return _open_folder(path)
-    if kind == ".csv":
+    if path.is_file() and path.suffix.lower() == ".csv":
         return _open_manifest(path, image_root)
-    if kind == ".zip" or zipfile.is_zipfile(path):
+    if image_root is not None:
+        raise UserError(f"--image_root {image_root} goes with a CSV manifest, but {path} is none. Leave it out.")
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
         return _open_archive(path)
     raise UserError(f"{path} is neither a folder of class folders, a CSV manifest (.csv) nor a ZIP.")
 
@@ -194,17 +195,16 @@ def load_class_names(path: Path | str | None, *, folder_names: Sequence[str] | N
     for key, value in entries.items():
         folder, name = str(key), value
         if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
-            folder = value[0] if value[0] in folders else folder
-            name = value[1].replace("_", " ")
+            folder, name = value[0] if value[0] in folders else folder, value[1].replace("_", " ")
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{path}: class {key!r} has the name {value!r}. Expected a text that is not empty.")
         named.append((folder, name))
     if any(folder in folders for folder, _ in named):
         return {folders[folder]: name for folder, name in named if folder in folders}
-    if unknown := [folder for folder, _ in named if not _is_class_id(folder)]:
+    if unknown := [folder for folder, _ in named if not _CLASS_ID.fullmatch(folder)]:
         raise UserError(
-            f"{_count(len(unknown), 'key')} of {path} could be matched with neither a class id nor a class folder of "
-            f"the data set ({_examples(map(repr, unknown))}). Name the classes by number, or use class folders."
+            f"{path} has keys that are neither a class id nor a class folder of the data set ({_examples(unknown)}). "
+            "Name the classes by number, or use a folder of class folders."
         )
     return {int(number): name for number, name in named}
 
@@ -215,91 +215,69 @@ def check_class_names(samples: Sequence[Sample], names: dict[int, str]) -> None:
     if nameless:
         known = f"names for ids {min(names)} to {max(names)} ({len(names)} in all)" if names else "no names"
         raise UserError(
-            f"No class name for {_count(len(nameless), 'class id')} of the data set ({_examples(map(str, nameless))}); "
-            f"there are {known}. Add the missing names, or correct the class ids."
+            f"The data set has class ids without a name ({_examples(nameless)}); there are {known}. "
+            "Add the missing names, or correct the class ids."
         )
 
 
 def _open_folder(path: Path) -> FileSource:
     root = os.path.abspath(path)
     entries = sorted(_scan(root), key=lambda entry: entry.name)
-    folders = {entry.name: _images_in(entry.path) for entry in entries if entry.is_dir() and entry.name[0] != "."}
+    # Not is_file(): a broken symlink is a missing picture, to be reported, not one that never was.
+    folders = {
+        folder.name: sorted(file.path for file in _scan(folder.path) if _is_image(file.name) and not file.is_dir())
+        for folder in entries
+        if folder.is_dir() and not folder.name.startswith(".")
+    }
     empty = [name for name, images in folders.items() if not images]
     if len(empty) == len(folders):
         manifests = [entry.name for entry in entries if entry.name.lower().endswith(".csv")]
-        hint = f"; or give one of its manifests ({_examples(manifests)})" if manifests else ""
-        raise UserError(f"{path} has no class folders with images. Expected {path}/<class name>/*.jpg{hint}.")
-    if empty:
-        raise UserError(
-            f"{_count(len(empty), 'class folder')} of {path} without images ({_examples(empty)}). Class ids follow the "
-            "sorted folder names, so none is skipped: fill or remove it."
-        )
+        hint = f" Or name a manifest in it ({_examples(manifests)})." if manifests else ""
+        raise UserError(f"{path} has no class folders with images; expected {path}/<class name>/*.jpg.{hint}")
+    remedy = "Class ids follow the sorted folder names, so none is skipped: fill or remove it."
+    _refuse(str(path), empty, "class folders without images", remedy)
     return FileSource(path, _samples_of_classes(path, folders), list(folders))
 
 
-def _images_in(folder: str) -> list[str]:
-    # Not is_file(): a broken symlink is a missing picture, to be reported, not one that never was.
-    return sorted(entry.path for entry in _scan(folder) if _is_image(entry.name) and not entry.is_dir())
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
-
-
 def _samples_of_classes(where: Path, folders: dict[str, list[str]]) -> list[Sample]:
-    def stem(path: str) -> str:
-        return os.path.splitext(os.path.basename(path))[0]
-
-    times = Counter(stem(path) for paths in folders.values() for path in paths)
+    stems = {path: os.path.splitext(os.path.basename(path))[0] for paths in folders.values() for path in paths}
+    times = Counter(stems.values())
     samples = [
-        Sample(stem(path) if times[stem(path)] == 1 else f"{folder}/{stem(path)}", path, class_id)
+        Sample(stems[path] if times[stems[path]] == 1 else f"{folder}/{stems[path]}", path, class_id)
         for class_id, (folder, paths) in enumerate(folders.items())
         for path in paths
     ]
-    _check_ids(str(where), samples, lambda index: samples[index].path)
+    _check_ids(str(where), samples, [sample.path for sample in samples])
     return samples
 
 
 def _open_manifest(path: Path, image_root: Path | None) -> FileSource:
     root = os.path.abspath(path.parent if image_root is None else image_root)
     if not os.path.isdir(root):
-        raise UserError(f"--image_root {image_root} is not a folder. Give the folder that the paths of {path} start in.")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} could not be read: {error.strerror or error}.") from None
-    rows, lines = _parse_manifest(content, str(path))
-
-    def place(index: int) -> str:
-        return f"line {lines[index]}"
-
-    remedy = f"Write paths relative to {root}, or give the folder they start in with --image_root."
-    _check_paths(str(path), rows, place, remedy)
-    samples = [Sample(row.sample_id, os.path.normpath(os.path.join(root, row.path)), row.class_id) for row in rows]
-    if outside := _links_outside(root, samples):
+        raise UserError(f"--image_root {image_root} is not a folder. Give the one that the paths of {path} start in.")
+    source = FileSource(path, [])
+    rows, places = _parse_manifest(source, str(path), str(path))
+    remedy = f"Write paths relative to {root}, or give another folder for them to start in with --image_root."
+    _check_paths(str(path), rows, places, remedy)
+    source.samples = [
+        Sample(row.sample_id, os.path.normpath(os.path.join(root, row.path)), row.class_id) for row in rows
+    ]
+    if outside := _links_outside(root, source.samples):
         found = [
-            f"{place(index)}: {rows[index].path!r}"
-            for index, sample in enumerate(samples)
+            f"{place}: {row.path!r}"
+            for place, row, sample in zip(places, rows, source.samples, strict=True)
             if sample.path in outside or os.path.dirname(sample.path) in outside
         ]
-        _refuse(str(path), found, f"path is a link that leaves {root}", remedy)
-    return FileSource(path, samples)
+        _refuse(str(path), found, f"path is a link to outside of {root}", remedy)
+    return source
 
 
 def _links_outside(root: str, samples: list[Sample]) -> set[str]:
     """The folders and files in use that are symbolic links, or lie behind one, to outside of `root`."""
     real_root = os.path.realpath(root)
-
-    def leaves(path: str) -> bool:
-        return not Path(os.path.realpath(path)).is_relative_to(real_root)
-
-    outside: set[str] = set()
-    for folder in {os.path.dirname(sample.path) for sample in samples}:
-        if leaves(folder):
-            outside.add(folder)
-        else:
-            outside.update(entry.path for entry in _scan(folder) if entry.is_symlink() and leaves(entry.path))
-    return outside
+    folders = {os.path.dirname(sample.path) for sample in samples}
+    links = (entry.path for folder in folders for entry in _scan(folder) if entry.is_symlink())
+    return {path for path in (*folders, *links) if not Path(os.path.realpath(path)).is_relative_to(real_root)}
 
 
 def _open_archive(path: Path) -> ZipSource:
@@ -309,116 +287,119 @@ def _open_archive(path: Path) -> ZipSource:
     names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
     manifests = [name for name in names if name.lower().endswith(".csv")]
     if len(manifests) == 1 or "manifest.csv" in manifests:
-        manifest = Sample("manifest", "manifest.csv" if "manifest.csv" in manifests else manifests[0], 0)
-        where = f"{path}:{manifest.path}"
+        manifest = "manifest.csv" if "manifest.csv" in manifests else manifests[0]
+        where = f"{path}:{manifest}"
         _check_members(path, archive, [manifest])
-        try:
-            source.samples, lines = _parse_manifest(source.read(manifest), where)
-        except UnreadableImage as error:
-            raise UserError(f"{error}. Download or pack it again.") from None
-        remedy = "Write the member names of the archive."
-        _check_paths(where, source.samples, lambda index: f"line {lines[index]}", remedy)
-    elif manifests:
-        raise UserError(f"{path} has several CSV files ({_examples(manifests)}). Name the one to use manifest.csv.")
+        source.samples, places = _parse_manifest(source, manifest, where)
+        _check_paths(where, source.samples, places, "Write the member names of the archive.")
     else:
-        folders: dict[str, list[str]] = {}
-        for name in sorted(name for name in names if _is_image(posixpath.basename(name))):
-            folders.setdefault(posixpath.dirname(name), []).append(name)
-        if "" in folders or len({posixpath.dirname(folder) for folder in folders}) != 1:
+        images = sorted(name for name in names if _is_image(posixpath.basename(name)))
+        folders = {folder: list(paths) for folder, paths in itertools.groupby(images, posixpath.dirname)}
+        if manifests or "" in folders or len({posixpath.dirname(folder) for folder in folders}) != 1:
+            found = f"{len(manifests)} CSV files and {len(images)} images in {len(folders)} folders"
             raise UserError(
-                f"{path} has neither a manifest.csv nor class folders side by side ({len(names)} files inside). "
-                f"Add a manifest with the columns {', '.join(COLUMNS)}, or pack as <class name>/*.jpg."
+                f"{path} has neither a manifest.csv nor class folders side by side, but {found}. Add a manifest.csv "
+                f"with the columns {', '.join(COLUMNS)}, or pack the images as <class name>/*.jpg."
             )
-        by_class = {posixpath.basename(folder): folders[folder] for folder in sorted(folders)}
-        source.samples = _samples_of_classes(path, by_class)
-        source.folder_names = list(by_class)
-        remedy = "Pack it again without such names."
-        _check_paths(str(path), source.samples, lambda index: f"member {index + 1}", remedy)
-    _check_members(path, archive, source.samples)
+        classes = {posixpath.basename(folder): paths for folder, paths in sorted(folders.items())}
+        samples = _samples_of_classes(path, classes)
+        _check_paths(str(path), samples, [sample.path for sample in samples], "Pack it again without such names.")
+        source.samples, source.folder_names = samples, list(classes)
+    _check_members(path, archive, [sample.path for sample in source.samples])
     return source
 
 
-def _open_zip(path: Path) -> zipfile.ZipFile:
+def _check_members(path: Path, archive: zipfile.ZipFile, names: list[str]) -> None:
+    """Refuse what cannot be read within the memory it declares: zipfile bounds deflate, but not bzip2 and LZMA."""
+    usual = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    found = [
+        f"{info.filename}: {human_bytes(info.file_size)}, method {info.compress_type}, flags {info.flag_bits}"
+        for info in (archive.NameToInfo[name] for name in names if name in archive.NameToInfo)
+        if info.file_size > MAX_MEMBER_BYTES or info.flag_bits & 1 or info.compress_type not in usual
+    ]
+    remedy = f"Pack it again: stored or deflated, no password, no member above {human_bytes(MAX_MEMBER_BYTES)}."
+    _refuse(str(path), found, "members that are not read", remedy)
+
+
+def _parse_manifest(source: ImageSource, name: str, where: str) -> tuple[list[Sample], list[str]]:
+    """The rows of a CSV as samples, with their paths as written, and the place of each: `line 2`."""
     try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-        raise UserError(f"{path} is not a readable ZIP ({error}). Download or pack it again.") from None
-
-
-def _check_members(path: Path, archive: zipfile.ZipFile, samples: list[Sample]) -> None:
-    """Refuse what cannot be read within the memory it declares. zipfile bounds deflate, but not bzip2 and LZMA."""
-    infos = archive.NameToInfo
-    found = []
-    for sample in samples:
-        info = infos.get(sample.path)
-        if info is None:
-            continue  # for missing_files to report
-        if info.file_size > MAX_MEMBER_BYTES:
-            found.append(f"{sample.path}: declares {human_bytes(info.file_size)}")
-        elif info.flag_bits & 1:
-            found.append(f"{sample.path}: encrypted")
-        elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            method = zipfile.compressor_names.get(info.compress_type, str(info.compress_type))
-            found.append(f"{sample.path}: compressed with {method}")
-    if found:
-        raise UserError(
-            f"{path}: {_count(len(found), 'member')} refused ({_examples(found)}). Members may be stored or deflated, "
-            f"without a password, up to {human_bytes(MAX_MEMBER_BYTES)}: pack them again."
-        )
-
-
-def _parse_manifest(content: bytes, where: str) -> tuple[list[Sample], list[int]]:
-    """The rows of a CSV as samples with the paths as written, and the line that each row ends in."""
-    try:
-        text = content.decode("utf-8-sig")
+        text = source.read(Sample("manifest", name, 0)).decode("utf-8-sig")
+    except UnreadableImage as error:
+        raise UserError(f"{error}. Make it readable, or get it again.") from None
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{where} is not UTF-8 (line {line}, byte {error.start}). Save it as CSV UTF-8.") from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        table = [(reader.line_num, row) for row in reader if row]
+        table = [(f"line {reader.line_num}", row) for row in reader if row]
     except csv.Error as error:
         raise UserError(f"{where}, line {reader.line_num}, is not CSV ({error}). Check its quotes.") from None
     header = [name.strip() for name in table[0][1]] if table else []
-    _check_header(where, header)
+    if missing := [name for name in COLUMNS if name not in header]:
+        near = [(found, name) for name in missing for found in difflib.get_close_matches(name, header, n=1)]
+        hints = "".join(f" Is {found!r} meant to be {name!r}?" for found, name in near)
+        raise UserError(
+            f"{where} has no column {' or '.join(missing)}; its first line is {','.join(header)!r}.{hints} "
+            f"The first line must name {', '.join(COLUMNS)}."
+        )
     if len(table) == 1:
         raise UserError(f"{where} has a header but no rows. Write one row per image.")
     id_at, path_at, class_at = (header.index(name) for name in COLUMNS)
-    samples, lines, ragged, unnumbered = [], [], [], []
-    for line, row in table[1:]:
-        if len(row) != len(header):
-            ragged.append(f"line {line}: {len(row)}")
-        elif not _is_class_id(row[class_at].strip()):
-            unnumbered.append(f"line {line}: {row[class_at]!r}")
-        else:
-            samples.append(Sample(row[id_at], row[path_at], int(row[class_at])))
-            lines.append(line)
+    ragged = [f"{place}: {len(row)}" for place, row in table if len(row) != len(header)]
     _refuse(where, ragged, f"the number of columns is not {len(header)}", "Put quotes around a path with a comma.")
+    places, rows = [place for place, _ in table[1:]], [row for _, row in table[1:]]
+    unnumbered = [f"{place}: {row[class_at]!r}" for place, row in table[1:] if not _CLASS_ID.fullmatch(row[class_at])]
     _refuse(where, unnumbered, "class_id is not a whole number from 0", "Number the classes, the first one 0.")
-    _check_ids(where, samples, lambda index: f"line {lines[index]}")
-    return samples, lines
+    samples = [Sample(row[id_at], row[path_at], int(row[class_at])) for row in rows]
+    _check_ids(where, samples, places)
+    return samples, places
 
 
-def _check_header(where: str, header: list[str]) -> None:
-    missing = [name for name in COLUMNS if name not in header]
-    if not missing:
-        return
-    near = {name: difflib.get_close_matches(name, header, n=1) for name in missing}
-    hints = "".join(f" Is {found[0]!r} meant to be {name!r}?" for name, found in near.items() if found)
-    raise UserError(
-        f"{where} has no column {' or '.join(missing)}; its first line is {','.join(header)!r}.{hints} "
-        f"The first line must name {', '.join(COLUMNS)}."
-    )
-
-
-def _check_ids(where: str, samples: list[Sample], place: Callable[[int], str]) -> None:
-    first: dict[str, int] = {}
+def _check_ids(where: str, samples: list[Sample], places: list[str]) -> None:
+    first: dict[str, str] = {}
     unusable, repeated = [], []
-    for index, sample in enumerate(samples):
-        size = len(sample.sample_id.encode("utf-8", "surrogateescape"))
-        if not sample.sample_id.strip() or size > MAX_ID_BYTES or _has_surrogates(sample.sample_id):
-            unusable.append(f"{place(index)}: {sample.sample_id[:24]!r}, {size} bytes")
-        elif (before := first.setdefault(sample.sample_id, index)) != index:
-            repeated.append(f"{sample.sample_id!r} in {place(before)} and {place(index)}")
-    _refuse(where, unusable, f"sample_id is not 1 to {MAX_ID_BYTES} bytes of UTF-8", "It is a key in the caches: rename.")
-    _refuse(where, repeated, "sample_id is taken already", "Give every image a name of its own.")
+    for place, sample in zip(places, samples, strict=True):
+        key = sample.sample_id.encode("utf-8", "replace")
+        if not sample.sample_id.strip() or len(key) > MAX_ID_BYTES or key.decode() != sample.sample_id:
+            unusable.append(f"{place}: {sample.sample_id[:24]!r}, {len(key)} bytes")
+        elif first.setdefault(sample.sample_id, place) is not place:
+            repeated.append(f"{sample.sample_id!r} in {first[sample.sample_id]} and {place}")
+    _refuse(where, unusable, f"sample_id is not 1 to {MAX_ID_BYTES} bytes of UTF-8", "It is a cache key: rename it.")
+    _refuse(where, repeated, "sample_id is there twice", "Give every image a name of its own.")
+
+
+def _check_paths(where: str, samples: list[Sample], places: list[str], remedy: str) -> None:
+    """Refuse paths that are empty or could name anything outside of the folder or archive they start in."""
+    absolute, outside = [], []
+    for place, sample in zip(places, samples, strict=True):
+        if not sample.path or "\0" in sample.path or _UPWARD.search(sample.path):
+            outside.append(f"{place}: {sample.path!r}")
+        elif _ABSOLUTE.match(sample.path):
+            absolute.append(f"{place}: {sample.path!r}")
+    _refuse(where, absolute, "path is absolute", remedy)
+    _refuse(where, outside, "path is empty or leaves the folder it starts in", remedy)
+
+
+def _scan(folder: str) -> list[os.DirEntry[str]]:
+    """What is in a folder, nothing where there is none."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{folder} could not be listed: {error.strerror or error}.") from None
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
+
+
+def _refuse(where: str, found: Sequence[str], problem: str, remedy: str) -> None:
+    if found:
+        raise UserError(f"{where}: {problem} ({_examples(found)}). {remedy}")
+
+
+def _examples(found: Sequence[object]) -> str:
+    return "; ".join([*(str(one) for one in found[:3]), f"{len(found)} in all"])

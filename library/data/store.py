@@ -341,11 +341,11 @@ def purge(path: Path, producer: bytes) -> int:
     deleted = 0
     for folder in shard_folders(path):
         with _open(folder, readonly=True, lock=False) as environment, environment.begin() as transaction:
-            foreign = [
-                key
-                for key, record in transaction.cursor()
-                if key.endswith((b"#source", b"#unreadable")) and unpack_source(record)[2] != producer
+            # Keys only: reading the values along would read the whole store.
+            notes = [
+                key for key in transaction.cursor().iternext(keys=True, values=False) if key.endswith((b"#source", b"#unreadable"))
             ]
+            foreign = [key for key in notes if unpack_source(transaction.get(key))[2] != producer]
         if foreign:
             writer = StoreWriter(folder, "latents", expected_bytes=0)
             writer.delete_raw([key.rpartition(b"#")[0] for key in foreign])

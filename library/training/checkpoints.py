@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -124,3 +125,9 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary folders of a run that was killed while saving."""
+    for path in [*folder.glob(".step_*.tmp-*"), *folder.glob(".step_*.old-*"), *folder.glob(".preflight*")]:
+        shutil.rmtree(path, ignore_errors=True)

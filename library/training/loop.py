@@ -30,6 +30,8 @@ class Batches(Protocol):
 
     def __next__(self) -> Batch: ...
 
+    def close(self) -> None: ...
+
 
 class Task(Protocol):
     """What a run trains."""
@@ -54,15 +56,15 @@ class Run:
     task: Task
     plan: Plan
     trained: Trained
-    batches: Batches
+    batches: Callable[[int], Batches]
     multiplier: Callable[[int], float]
     max_grad_norm: float
     seed: int
     output: OutputOptions
     processes: Processes
     checkpoints: Checkpoints
-    log: MetricLog | None
     validates: bool
+    log: MetricLog | None = None
 
 
 def train(run: Run, first_step: int) -> dict[str, float]:
@@ -72,7 +74,8 @@ def train(run: Run, first_step: int) -> dict[str, float]:
     """
     plan, output, processes = run.plan, run.output, run.processes
     requests, window, clock = Requests(output.output_dir), MetricWindow(), Clock()
-    report = _Reporter(run, clock)
+    batches = run.batches(first_step)
+    report = _Reporter(run, clock, batches)
     randomness = StepRandomness(run.seed, processes.rank, processes.device)
     parameters = list(run.trained.parameters.values())
     peaks = [group.learning_rate for group in run.task.groups]
@@ -98,6 +101,7 @@ def train(run: Run, first_step: int) -> dict[str, float]:
                 requests.done()
             clock.to_other()
             if finished:
+                batches.close()
                 return results
             if request == STOP:
                 raise Stopped(
@@ -106,7 +110,7 @@ def train(run: Run, first_step: int) -> dict[str, float]:
 
             # Forward and backward, each micro-batch with its own randomness from (seed, rank, step).
             set_rates(run.trained.optimizer, peaks, run.multiplier(step))
-            metrics, indices = _accumulate(run, randomness, step)
+            metrics, indices = _accumulate(run, batches, randomness, step)
 
             # Clip, step, average.
             processes.average_gradients(parameters)
@@ -120,13 +124,15 @@ def train(run: Run, first_step: int) -> dict[str, float]:
             clock.to_train()
 
 
-def _accumulate(run: Run, randomness: StepRandomness, step: int) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+def _accumulate(
+    run: Run, batches: Batches, randomness: StepRandomness, step: int
+) -> tuple[dict[str, torch.Tensor], np.ndarray]:
     """Leave the gradients of one optimizer step; mean loss parts over its micro-batches, and their sample indices."""
     share = 1.0 / run.plan.accumulation
     totals: dict[str, torch.Tensor] = {}
     indices = []
     for micro in range(run.plan.accumulation):
-        batch = next(run.batches)
+        batch = next(batches)
         parts = run.task.losses(batch, randomness.at(step, micro), step)
         (parts["loss"] * share).backward()
         for name, value in parts.items():
@@ -163,8 +169,8 @@ def _validate(run: Run, step: int) -> dict[str, float]:
 class _Reporter:
     """Turns a window of device metrics into a status line, metric rows, warnings, or the end of a diverged run."""
 
-    def __init__(self, run: Run, clock: Clock) -> None:
-        self.run, self.clock = run, clock
+    def __init__(self, run: Run, clock: Clock, batches: Batches) -> None:
+        self.run, self.clock, self.batches = run, clock, batches
         self.watch = AnomalyWatch(run.output.output_dir / "anomalies.jsonl")
         self.rate: float | None = None
         self.last_time = time.perf_counter()
@@ -194,8 +200,8 @@ class _Reporter:
         now = time.perf_counter()
         other = self.clock.other - self.last_other
         seconds = max(now - self.last_time - other, 1e-9)
-        waited = run.batches.waited - self.last_waited
-        self.last_time, self.last_other, self.last_waited = now, self.clock.other, run.batches.waited
+        waited = self.batches.waited - self.last_waited
+        self.last_time, self.last_other, self.last_waited = now, self.clock.other, self.batches.waited
         self.reports += 1
         per_step = seconds / max(steps, 1)
         # The first report holds the warm-up (kernels chosen, compilation); it is no measure of what is to come.

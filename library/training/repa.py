@@ -124,9 +124,7 @@ class RepaTask:
         """Token and manifold loss of the captured features against `target` [B, N, D] float32, mean over taps."""
         token, manifold = [], []
         for tap, head in self.heads.items():
-            with torch.autocast(target.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-                predicted = head(self.features[tap])
-            predicted = predicted.float()
+            predicted = head(self.features[tap])
             token.append(losses.token_loss(predicted, target))
             manifold.append(self.manifold(predicted, target, generator))
         return torch.stack(token).mean(), torch.stack(manifold).mean()

@@ -1,0 +1,162 @@
+"""Puts a U-REPA run together from its options and caches."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.caching.prepare import Cached, Caches
+from library.data.batches import BatchOrder, CachedSamples, Prefetcher
+from library.diffusion.objective import Objective
+from library.diffusion.schedule import NoiseSchedule
+from library.models.load import load_scheduler_config, load_unet
+from library.models.locate import BaseLocation, locate_base
+from library.options.parser import flatten
+from library.options.repa import TrainRepaOptions
+from library.training.checkpoints import Checkpoints
+from library.training.ema import ExponentialAverage
+from library.training.loop import Run
+from library.training.optimizers import ParameterGroup, make_optimizer, rate_multiplier
+from library.training.plan import Plan
+from library.training.processes import Processes
+from library.training.repa import RepaTask
+from library.training.speed import check_attention, set_up_determinism, set_up_speed
+from library.training.state import Trained
+from networks.align_head import AlignHeads
+from networks.features import capture, tap_channels
+from networks.lora import LoraSpec, add_lora
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
+
+
+def lora_spec(options: TrainRepaOptions) -> LoraSpec:
+    adapters = options.adapters
+    return LoraSpec(
+        rank=adapters.network_dim,
+        alpha=adapters.network_alpha,
+        dropout=adapters.network_dropout,
+        scope=adapters.lora_scope,
+        conv_rank=adapters.conv_dim,
+        conv_alpha=adapters.conv_alpha if adapters.conv_dim is not None else None,
+    )
+
+
+def add_trained_parts(
+    unet: nn.Module, options: TrainRepaOptions, teacher_width: int, device: torch.device
+) -> tuple[dict[str, dict[str, nn.Parameter]], AlignHeads]:
+    """Put LoRA into `unet` and make the heads. Returns the trained parts, by file stem, and the heads (maybe none)."""
+    parts = {"lora": add_lora(unet, lora_spec(options), options.training.seed)}
+    shapes = tap_channels(unet.config, options.adapters.taps) if options.alignment.alignment else {}  # type: ignore[arg-type]
+    heads = AlignHeads(
+        {tap: shape.channels for tap, shape in shapes.items()},
+        teacher_width,
+        grid=options.cache.token_grid,
+        kind=options.adapters.align_head,
+        seed=options.training.seed,
+    ).to(device)
+    if shapes:
+        parts["align_heads"] = {f"align_heads.{name}": parameter for name, parameter in heads.named_parameters()}
+    return parts, heads
+
+
+def parameter_groups(parts: dict[str, dict[str, nn.Parameter]], options: TrainRepaOptions) -> list[ParameterGroup]:
+    o = options.optimizer
+    head_rate = o.learning_rate if o.align_learning_rate is None else o.align_learning_rate
+    of_part = {"lora": (o.learning_rate, o.weight_decay), "align_heads": (head_rate, o.align_weight_decay)}
+    return [ParameterGroup(part, list(named.values()), *of_part[part]) for part, named in parts.items()]
+
+
+def make_objective(options: TrainRepaOptions, base: BaseLocation, processes: Processes) -> Objective:
+    kind = "raw_v" if options.objective.raw_v_target else "v" if options.objective.v_parameterization else "base"
+    schedule = NoiseSchedule.from_config(load_scheduler_config(base), processes.device)
+    if kind == "raw_v" and schedule.prediction_type == "epsilon":
+        processes.say(
+            "warning: --raw_v_target takes the output of an epsilon model for v. The documented run never got below the zero "
+            "predictor's loss that way; --v_parameterization is the exact form."
+        )
+    return Objective(schedule, kind, options.objective.min_snr_gamma)
+
+
+def open_samples(cached: Cached, caches: Caches) -> CachedSamples:
+    rows = caches.text.rows_of([sample.class_id for sample in cached.samples], caches.text_path)
+    ids = [sample.sample_id for sample in cached.samples]
+    return CachedSamples(ids, rows, cached.stores["latents"], cached.stores.get("tokens"))
+
+
+def build_run(
+    options: TrainRepaOptions, processes: Processes, caches: Caches, plan: Plan, context: ExitStack
+) -> tuple[Run, RepaTask]:
+    """Model, adapters, heads, data, optimizer and checkpoints of a run. `context` holds the feature hooks."""
+    check_attention(options.speed)
+    set_up_determinism(options.speed, processes.device)
+    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
+    workers, seed = options.speed.max_data_loader_n_workers, options.training.seed
+    base = locate_base(options.model.pretrained_model_name_or_path, ("unet", "scheduler"))
+    unet = load_unet(base, dtype=dtype, device=processes.device)
+    teacher_width = caches.train.stores["tokens"].meta.shape[1] if options.alignment.alignment else 0
+    parts, heads = add_trained_parts(unet, options, teacher_width, processes.device)
+    groups = parameter_groups(parts, options)
+    for group in groups:
+        processes.say(f"training {sum(p.numel() for p in group.parameters):,} parameters of {group.name}")
+
+    # The hooks stand for the whole run, entered before anything is compiled.
+    features = context.enter_context(capture(unet, list(heads)))
+    unet.train()
+    set_up_speed(unet, options.speed)
+
+    trained = Trained(parts, make_optimizer(groups, options.optimizer), None, _metadata(options))
+    if options.optimizer.ema_decay > 0:
+        trained.average = ExponentialAverage(trained.parameters, options.optimizer.ema_decay)
+    task = RepaTask(
+        unet=unet,
+        heads=heads,
+        features=features,
+        groups=groups,
+        objective=make_objective(options, base, processes),
+        text=caches.text,
+        alignment=options.alignment,
+        class_dropout=options.objective.class_dropout,
+        compute_dtype=dtype,
+        processes=processes,
+        training=open_samples(caches.train, caches),
+        validation=None if caches.val is None else open_samples(caches.val, caches),
+        batch_size=plan.batch_size,
+        workers=workers,
+        seed=seed,
+        channels_last=options.speed.channels_last,
+    )
+    order = BatchOrder(plan.samples, plan.batch_size, seed, processes.rank, plan.world_size, plan.accumulation)
+    run = Run(
+        task=task,
+        plan=plan,
+        trained=trained,
+        batches=lambda step: Prefetcher(task.training, order.from_step(step), processes.device, workers=workers),
+        multiplier=rate_multiplier(options.optimizer, plan),
+        max_grad_norm=options.optimizer.max_grad_norm,
+        seed=seed,
+        output=options.output,
+        processes=processes,
+        checkpoints=Checkpoints(options.output, flatten(options), _facts(options, caches), plan, trained, processes),
+        validates=task.validation is not None,
+    )
+    return run, task
+
+
+def _metadata(options: TrainRepaOptions) -> dict[str, str]:
+    return {
+        "format": "pt",
+        "lora_spec": lora_spec(options).to_json(),
+        "base_model": options.model.pretrained_model_name_or_path,
+    }
+
+
+def _facts(options: TrainRepaOptions, caches: Caches) -> dict[str, Any]:
+    """What state.json says besides the counters: enough to rebuild the model around the saved weights."""
+    return {
+        "base_model": options.model.pretrained_model_name_or_path,
+        "caches": {kind: store.meta.producer for kind, store in caches.train.stores.items()},
+        "teacher_width": caches.train.stores["tokens"].meta.shape[1] if options.alignment.alignment else 0,
+    }

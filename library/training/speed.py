@@ -1,0 +1,58 @@
+"""Ways to compute the same thing faster or in less memory."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from library.errors import UserError
+from library.options.model import SpeedOptions
+
+# Blocks that occur many times in a Stable Diffusion U-Net: compiled once each, used everywhere.
+REPEATED_BLOCKS = frozenset({"ResnetBlock2D", "BasicTransformerBlock"})
+
+
+def check_attention(options: SpeedOptions) -> None:
+    """Raise UserError where xformers was asked for and cannot be used; imported only then."""
+    if not options.xformers:
+        return
+    try:
+        import xformers.ops  # noqa: F401
+    except Exception as error:  # a broken build raises all kinds of errors
+        raise UserError(
+            f"--xformers was asked for, but xformers cannot be used here ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Install it with pip install '.[xformers]', or use --sdpa."
+        ) from None
+    if not torch.cuda.is_available():
+        raise UserError("--xformers was asked for, but its kernels need a CUDA device and there is none. Use --sdpa.")
+
+
+def set_up_determinism(options: SpeedOptions, device: torch.device) -> None:
+    """Choose kernels. On the CPU torch's are deterministic as they are."""
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = not options.deterministic
+    torch.backends.cudnn.deterministic = options.deterministic
+    if options.deterministic:
+        # cuBLAS asks for this before its first use.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def set_up_speed(unet: Any, options: SpeedOptions) -> None:
+    """Attention, memory format, checkpointing and compilation of a U-Net that has its adapters already."""
+    if options.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if options.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if options.xformers:
+        unet.enable_xformers_memory_efficient_attention()
+    if options.compile == "whole":
+        unet.compile()
+    elif options.compile == "regional":
+        for module in unet.modules():
+            if type(module).__name__ in REPEATED_BLOCKS:
+                module.compile()

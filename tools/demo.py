@@ -1,0 +1,63 @@
+"""make demo: the main job on the embedded default, from generated pictures to a picture, with what came out of it.
+
+    python tools/demo.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "outputs" / "demo"
+PROMPT = "a photo of a red circle"
+
+
+def main() -> int:
+    start = time.perf_counter()
+    # A demo shows a whole run; without this a second one would only find that the first is finished.
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    adapter, merged, picture = OUTPUT / "demo.safetensors", OUTPUT / "merged", OUTPUT / "picture.png"
+    for command in (
+        [*launch, "train_repa.py", "--dataset_config", "demo.toml"],
+        [sys.executable, "merge_lora.py", "--model", adapter, "--output_dir", merged, "--overwrite"],
+        [sys.executable, "generate.py", "--pretrained_model_name_or_path", merged, "--prompt", PROMPT,
+         "--images", "4", "--steps", "12", "--output", picture],
+    ):  # fmt: skip
+        words = [str(word) for word in command]
+        shown = [word.removeprefix(f"{ROOT}/") for word in words]
+        print(f"\n$ {' '.join(f'{w!r}' if ' ' in w else w for w in ['python', *shown[1:]])}", flush=True)
+        finished = subprocess.run(words, cwd=ROOT)
+        if finished.returncode:
+            print(f"The demo ended here: exit code {finished.returncode}.", file=sys.stderr)
+            return finished.returncode
+    print_summary(adapter, merged, picture, time.perf_counter() - start)
+    return 0
+
+
+def print_summary(adapter: Path, merged: Path, picture: Path, seconds: float) -> None:
+    rows = [json.loads(line) for line in (OUTPUT / "metrics.jsonl").read_text().splitlines()]
+    training = [row for row in rows if "train/loss" in row]
+    validation = [row for row in rows if "val/total" in row]
+    print(f"\n{'':14}{'start':>10}{'end':>10}")
+    for name, of in (("train", training), ("val", validation)):
+        for part in ("diffusion", "token", "manifold"):
+            first, last = of[0][f"{name}/{part}"], of[-1][f"{name}/{part}"]
+            print(f"{name + '/' + part:14}{first:10.4f}{last:10.4f}")
+    reference = next(row for row in rows if "reference/constant_token_loss" in row)
+    print(f"The token loss of the best constant is {reference['reference/constant_token_loss']:.4f}.\n")
+    print(f"adapter        {adapter.relative_to(ROOT)}")
+    print(f"merged model   {merged.relative_to(ROOT)}")
+    print(f"picture        {picture.relative_to(ROOT)}  (noise: the tiny base was never trained)")
+    print(f"TensorBoard    tensorboard --logdir {(OUTPUT / 'logs').relative_to(ROOT)}")
+    print(f"{seconds:.0f} s in all")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
