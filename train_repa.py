@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 @script
 def main(argv: list[str]) -> int:
-    options = parse(
-        TrainRepaOptions, argv, prog="train_repa.py", description=__doc__, default_config="demo.toml"
-    )
+    options = parse(TrainRepaOptions, argv, prog="train_repa.py", description=__doc__, default_config="demo.toml")
     if options.config.dry_run:
         from library.training.forecast import print_plan
 

@@ -52,7 +52,9 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
         _fsync_folder(path.parent)
     except OSError as error:
-        raise RunFailed(f"{path} could not be written: {error.strerror or error}. What was there before is untouched.") from error
+        raise RunFailed(
+            f"{path} could not be written: {error.strerror or error}. What was there before is untouched."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -139,7 +141,9 @@ def human_bytes(count: float) -> str:
 def file_hash(path: Path | str) -> str:
     """SHA-256 of a file's bytes, hex."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file.read)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file.read)
+        )
 
 
 def _digest(read: Callable[[int], bytes]) -> str:

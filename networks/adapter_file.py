@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +117,7 @@ def adapter_metadata(
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(spec.rank),
         "ss_network_alpha": str(spec.alpha),
-        "ss_network_dropout": str(spec.dropout or None),
+        "ss_network_dropout": str(spec.dropout) if spec.dropout > 0 else "None",
         "ss_base_model_version": base_model_version,
         "ss_output_name": output_name,
         "ss_v2": "False",
@@ -134,15 +135,20 @@ def adapter_metadata(
         metadata["ss_network_args"] = json.dumps({"conv_dim": str(conv_rank), "conv_alpha": str(conv_alpha)})
     if base_model is not None:
         metadata["ss_sd_model_name"] = Path(base_model).name
-        # A published file should not tell how its author's home folder is called.
-        metadata[BASE_MODEL_KEY] = base_model.replace(str(Path.home()), "~", 1)
+        metadata[BASE_MODEL_KEY] = _without_home(base_model)
     metadata |= extra or {}
     model_hash, legacy_hash = _kohya_hashes(tensors, metadata)
     return {**metadata, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
 
 
+def _without_home(base_model: str) -> str:
+    """A published file should not tell how its author's home folder is called."""
+    home = f"{Path.home()}{os.sep}"
+    return f"~{os.sep}{base_model.removeprefix(home)}" if base_model.startswith(home) else base_model
+
+
 def _kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """sshs_model_hash: SHA-256 of the tensor bytes. sshs_legacy_hash: of 64 KiB at 1 MiB, which depends on ss_ metadata."""
+    """sshs_model_hash: SHA-256 of the tensors' bytes. sshs_legacy_hash: of 64 KiB at 1 MiB, so with ss_ metadata."""
     whole = save(dict(tensors), {key: value for key, value in metadata.items() if key.startswith("ss_")})
     start = 8 + int.from_bytes(whole[:8], "little")
     legacy = whole[0x100000 : 0x100000 + 0x10000]
@@ -152,8 +158,8 @@ def _kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 def read_adapter(path: Path | str, *, alpha: float | None = None) -> Adapter:
     """Read a kohya, PEFT or diffusers LoRA file of safetensors.
 
-    Kohya files without alpha mean alpha = rank. PEFT files carry no alpha: it comes from their metadata (`lora_spec`, or
-    diffusers' `lora_adapter_metadata`), from an adapter_config.json beside them, or else from the argument.
+    Kohya files without alpha mean alpha = rank. PEFT files carry no alpha: it comes from their metadata (`lora_spec`,
+    or diffusers' `lora_adapter_metadata`), from an adapter_config.json beside them, or else from the argument.
     Raises AdapterError for other files and other kinds of adapters, missing halves, missing alphas, values not finite.
     """
     path = Path(path)
@@ -180,10 +186,12 @@ class _Parts:
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix != ".safetensors":
-        raise AdapterError(f"{path} is not a .safetensors file; adapters in other formats can run code and are not read.")
+        raise AdapterError(
+            f"{path} is not a .safetensors file; adapters in other formats can run code and are not read."
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except FileNotFoundError:
         raise AdapterError(f"{path} does not exist.") from None
     except (SafetensorError, OSError) as error:
@@ -210,20 +218,28 @@ def _sort_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Parts], list[
 
 def _whole(parts: _Parts, path: Path, alpha_of: Callable[[_Parts, LoraModule], float]) -> LoraModule:
     if missing := {"down", "up"} - parts.tensors.keys():
-        raise AdapterError(f"{path} has no {' and no '.join(sorted(missing))} weight for {parts.name}: it is incomplete.")
+        raise AdapterError(
+            f"{path} has no {' and no '.join(sorted(missing))} weight for {parts.name}: it is incomplete."
+        )
     down, up = parts.tensors["down"], parts.tensors["up"]
     if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0]:
-        raise AdapterError(f"{path}: {parts.name} has down {list(down.shape)} and up {list(up.shape)}, whose ranks differ.")
+        raise AdapterError(
+            f"{path}: {parts.name} has down {list(down.shape)} and up {list(up.shape)}, whose ranks differ."
+        )
     for part, value in parts.tensors.items():
         if not torch.isfinite(value).all():
-            raise AdapterError(f"{path}: {part} of {parts.name} has values that are not finite; the training has diverged.")
+            raise AdapterError(
+                f"{path}: {part} of {parts.name} has values that are not finite; the training has diverged."
+            )
     module = LoraModule(down, up, alpha=float(down.shape[0]))
     if "alpha" in parts.tensors:
         return LoraModule(down, up, alpha=float(parts.tensors["alpha"]))
     return module if parts.component is None else LoraModule(down, up, alpha_of(parts, module))
 
 
-def _alpha_source(path: Path, metadata: Mapping[str, str], given: float | None) -> Callable[[_Parts, LoraModule], float]:
+def _alpha_source(
+    path: Path, metadata: Mapping[str, str], given: float | None
+) -> Callable[[_Parts, LoraModule], float]:
     """Where the alphas of a PEFT file are to be had."""
     if SPEC_KEY in metadata:
         spec = LoraSpec.from_json(metadata[SPEC_KEY])
@@ -234,15 +250,16 @@ def _alpha_source(path: Path, metadata: Mapping[str, str], given: float | None) 
         config = configs.get(parts.component or "", configs.get("", {}))
         if config.get("use_dora"):
             raise AdapterError(f"{path} is a DoRA, which is not supported. Merge it with the tool that made it.")
-        if config.get("lora_alpha") is None and given is None:
+        patterns = config.get("alpha_pattern") or {}
+        found = patterns.get(get_pattern_key(list(patterns), parts.path), config.get("lora_alpha"))
+        value = given if found is None else found
+        if value is None:
             raise AdapterError(
                 f"{path} does not say its alpha: neither its metadata nor an adapter_config.json beside it does. "
                 "Give the alpha it was trained with as --network_alpha (the rank, where nothing was set)."
             )
-        patterns = config.get("alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(list(patterns), parts.path), config.get("lora_alpha", given))
         # rsLoRA scales with alpha / sqrt(rank).
-        return alpha * math.sqrt(module.rank) if config.get("use_rslora") else float(alpha)
+        return value * math.sqrt(module.rank) if config.get("use_rslora") else float(value)
 
     return alpha_of
 
@@ -251,13 +268,23 @@ def _peft_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str
     """Component ("" for any) -> LoraConfig, as diffusers writes it into the metadata or PEFT into a file beside."""
     beside = path.with_name("adapter_config.json")
     if "lora_adapter_metadata" in metadata:
-        flat = json.loads(metadata["lora_adapter_metadata"])
+        flat = _json(metadata["lora_adapter_metadata"], f"lora_adapter_metadata in {path}")
         configs: dict[str, dict[str, Any]] = {}
         for key, value in flat.items():
             component, _, name = key.partition(".")
             configs.setdefault(component, {})[name] = value
         return configs
-    return {"": json.loads(beside.read_text(encoding="utf-8"))} if beside.is_file() else {}
+    return {"": _json(beside.read_text(encoding="utf-8"), str(beside))} if beside.is_file() else {}
+
+
+def _json(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"{where} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"{where} is a JSON {type(value).__name__}, not an object.")
+    return value
 
 
 def _not_lora(path: Path, foreign: list[str], count: int) -> str:

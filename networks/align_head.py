@@ -27,7 +27,14 @@ class AlignHead(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_dim: int, *, grid: int = 16, kind: HeadKind = "mlp", seed: int = 0, name: str = "mid"
+        self,
+        in_channels: int,
+        out_dim: int,
+        *,
+        grid: int = 16,
+        kind: HeadKind = "mlp",
+        seed: int = 0,
+        name: str = "mid",
     ) -> None:
         super().__init__()
         self.grid = grid

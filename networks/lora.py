@@ -71,9 +71,14 @@ class LoraSpec:
 
     @classmethod
     def from_json(cls, text: str) -> LoraSpec:
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise AdapterError(f"LoRA specification is not valid JSON: {error}.") from None
         if unknown := sorted(values.keys() - {field.name for field in fields(cls)}):
-            raise AdapterError(f"LoRA specification has unknown entries: {', '.join(unknown)}. It is of a newer version.")
+            raise AdapterError(
+                f"LoRA specification has unknown entries: {', '.join(unknown)}. It is of a newer version."
+            )
         return cls(**values)
 
 
@@ -95,7 +100,9 @@ def target_modules(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Module]:
         for child_path, child in parent.named_modules(prefix=parent_path):
             if not isinstance(child, (nn.Linear, nn.Conv2d)):
                 continue
-            if of_transformer and (_kernel(child) != 1 or (spec.targets == "attention" and not child_path.endswith(_ATTENTION))):
+            if of_transformer and (
+                _kernel(child) != 1 or (spec.targets == "attention" and not child_path.endswith(_ATTENTION))
+            ):
                 continue
             found[child_path] = child
     return found
@@ -107,7 +114,7 @@ def add_lora(unet: nn.Module, spec: LoraSpec, seed: int) -> dict[str, nn.Paramet
     Returns the adapter's parameters, float32 whatever the dtype of the base, under their names in the model
     (`X.lora_A.default.weight` [rank, in, ...], `X.lora_B.default.weight` [out, rank, ...]). A is uniform within
     +-1/sqrt(fan_in) and depends on `seed` and the name alone; B is zero, so that the output is the base's to the bit.
-    Adapters compute in the dtype of their input. Raises AdapterError when nothing matches or adapters are there already.
+    Adapters compute in the dtype of their input. Raises AdapterError when nothing matches or there are adapters already.
     """
     if any(_adapted(unet)):
         raise AdapterError("The model has LoRA adapters already; remove_lora takes them off.")
@@ -126,7 +133,9 @@ def add_lora(unet: nn.Module, spec: LoraSpec, seed: int) -> dict[str, nn.Paramet
     # On the meta device PEFT draws nothing from the global generator and casts nothing to the dtype of the base.
     inject_adapter_in_model(config, unet, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
     for path, layer in _adapted(unet):
-        layer.cast_input_dtype_enabled = False  # PEFT would cast the input to float32 instead of the weights to its dtype
+        layer.cast_input_dtype_enabled = (
+            False  # PEFT would cast the input to float32 instead of the weights to its dtype
+        )
         _materialise(layer, path, seed)
     return {name: parameter for name, parameter in unet.named_parameters() if ".lora_" in name}
 

@@ -1,6 +1,6 @@
 """make demo: the main job on the embedded default, from generated pictures to a picture, with what came out of it.
 
-    python tools/demo.py
+python tools/demo.py
 """
 
 from __future__ import annotations

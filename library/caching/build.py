@@ -122,7 +122,9 @@ def _encode(batch: PictureBatch, encoders: dict[str, PixelEncoder], device: torc
 class _Writer:
     """The one thread that writes. Takes encoded batches from a short queue, so encoding runs on meanwhile."""
 
-    def __init__(self, surveys: dict[str, Survey], planned: list[tuple[Job, dict[str, int]]], result: BuildResult) -> None:
+    def __init__(
+        self, surveys: dict[str, Survey], planned: list[tuple[Job, dict[str, int]]], result: BuildResult
+    ) -> None:
         self.surveys, self.planned, self.result = surveys, planned, result
         self.error: BaseException | None = None
         self._stores: dict[tuple[str, int], StoreWriter] = {}

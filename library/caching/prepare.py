@@ -21,8 +21,8 @@ from library.data.store import TensorStore, disk_bytes, lock_store, mark, purge,
 from library.data.text_embeddings import TextEmbeddings, read_text_embeddings
 from library.errors import UserError
 from library.files import human_bytes, require_space, write_text
-from library.models.encoders import DinoEncoder, TextEncoder, VaeEncoder, weight_fingerprint
 from library.models.dinov2 import load_dinov2
+from library.models.encoders import DinoEncoder, TextEncoder, VaeEncoder, weight_fingerprint
 from library.models.load import load_text_encoder, load_vae
 from library.models.locate import DINOV2, locate_base, locate_dino
 from library.options.data import DEMO_DATA, CacheOptions, DataOptions
@@ -107,7 +107,14 @@ class Preparation:
     """What the options ask of the caches. Encoders are loaded only when something has to be encoded."""
 
     def __init__(
-        self, model: ModelOptions, data: DataOptions, cache: CacheOptions, processes: Processes, *, workers: int, tokens: bool
+        self,
+        model: ModelOptions,
+        data: DataOptions,
+        cache: CacheOptions,
+        processes: Processes,
+        *,
+        workers: int,
+        tokens: bool,
     ) -> None:
         self.model, self.data, self.cache, self.processes, self.workers = model, data, cache, processes, workers
         self.kinds = KINDS if tokens else KINDS[:1]
@@ -167,7 +174,12 @@ class Preparation:
         return Wanted("tokens", self.cache.token_dtype, shape, producer)
 
     def _pixels(self) -> dict[str, Any]:
-        return {"resolution": self.data.resolution, "crop": "centre", "pixels": PIXELS_VERSION, "precision": self.precision}
+        return {
+            "resolution": self.data.resolution,
+            "crop": "centre",
+            "pixels": PIXELS_VERSION,
+            "precision": self.precision,
+        }
 
     def encoder(self, kind: str) -> Any:
         """VaeEncoder, DinoEncoder or TextEncoder, loaded on first use."""
@@ -226,7 +238,9 @@ class Preparation:
             self._finish(pictures, {kind: states[kind] for kind in todo})
         dropped = {sample_id: why for state in states.values() for sample_id, why in state.unreadable.items()}
         present = [sample for sample in pictures.samples if sample.sample_id not in dropped]
-        stores = ", ".join(f"{kind} {human_bytes(disk_bytes(state.path))} in {state.path}" for kind, state in states.items())
+        stores = ", ".join(
+            f"{kind} {human_bytes(disk_bytes(state.path))} in {state.path}" for kind, state in states.items()
+        )
         say(f"{pictures.name}: {len(present)} samples cached, {len(dropped)} unreadable; {stores}")
         self._list_unreadable(pictures, dropped, say)
         if not present:
@@ -248,7 +262,9 @@ class Preparation:
             words = [f"{len(entries)} {word}" for word, entries in
                      (("missing", state.missing), ("outdated", state.stale), ("changed", state.doubtful)) if entries]  # fmt: skip
             if words:
-                say(f"{pictures.name} {state.path.name}: {state.present} of {len(pictures.samples)} present, {', '.join(words)}")
+                say(
+                    f"{pictures.name} {state.path.name}: {state.present} of {len(pictures.samples)} present, {', '.join(words)}"
+                )
         self._check_before_writing(pictures, todo)
         if self.processes.is_main:
             locks = [lock_store(state.path, exclusive=True) for state in todo.values()]
@@ -272,7 +288,9 @@ class Preparation:
             for lock in locks:
                 if lock is not None:
                     lock.close()
-        counts = torch.tensor([result.encoded, result.unchanged, result.unreadable, result.images], device=self.processes.device)
+        counts = torch.tensor(
+            [result.encoded, result.unchanged, result.unreadable, result.images], device=self.processes.device
+        )
         encoded, unchanged, unreadable, images = self.processes.sum(counts).tolist()
         if images:
             rate = images / max(result.seconds, 1e-9)
@@ -337,7 +355,9 @@ class Preparation:
         producer = {
             "model": self.model.pretrained_model_name_or_path,
             "weights": weight_fingerprint(
-                locate_base(self.model.pretrained_model_name_or_path, ("text_encoder", "tokenizer")), "text_encoder", self.memory
+                locate_base(self.model.pretrained_model_name_or_path, ("text_encoder", "tokenizer")),
+                "text_encoder",
+                self.memory,
             ),
         }
         if self.processes.is_main and not up_to_date(path, prompts, producer):

@@ -71,7 +71,8 @@ def survey(
     """
     result = Survey(path, wanted)
     environments = [
-        lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False) for folder in shard_folders(path)
+        lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False)
+        for folder in shard_folders(path)
     ]
     transactions = [environment.begin(buffers=True) for environment in environments]
     try:
@@ -144,7 +145,9 @@ def _survey_foreign(
     suffix = SUFFIXES[result.wanted.kind]
     absent = []
     for sample in samples:
-        value = next((v for t in transactions if (v := t.get(f"{sample.sample_id}{suffix}".encode())) is not None), None)
+        value = next(
+            (v for t in transactions if (v := t.get(f"{sample.sample_id}{suffix}".encode())) is not None), None
+        )
         if value is None:
             absent.append(sample.sample_id)
         elif len(value) != result.meta.value_bytes:

@@ -33,7 +33,12 @@ def up_to_date(path: Path, prompts: list[str], producer: dict[str, Any]) -> bool
 
 
 def build_text_embeddings(
-    path: Path, class_ids: list[int], prompts: list[str], producer: dict[str, Any], encoder: PromptEncoder, batch: int = 64
+    path: Path,
+    class_ids: list[int],
+    prompts: list[str],
+    producer: dict[str, Any],
+    encoder: PromptEncoder,
+    batch: int = 64,
 ) -> TextEmbeddings:
     """Encode all prompts, write [C+1, 77, D] float16 and read it back."""
     with torch.no_grad():

@@ -32,7 +32,9 @@ def verify(preparation: Preparation, pictures: Pictures, caches: Caches, *, say:
             if not store.foreign:
                 say(f"{one.name} {kind}: {_encode_again(preparation, one, cached, kind)}")
     finite = bool(caches.text.embeddings.isfinite().all())
-    say(f"text: {caches.text.embeddings.shape[0]} rows of {tuple(caches.text.embeddings.shape[1:])}, all finite: {finite}")
+    say(
+        f"text: {caches.text.embeddings.shape[0]} rows of {tuple(caches.text.embeddings.shape[1:])}, all finite: {finite}"
+    )
 
 
 def _read_all(kind: str, store: TensorStore, cached: Cached) -> str:
@@ -49,7 +51,9 @@ def _read_all(kind: str, store: TensorStore, cached: Cached) -> str:
             bad.append(sample.sample_id)
         total, squares, count = total + float(values.sum()), squares + float((values**2).sum()), count + values.size
     if bad:
-        raise RunFailed(f"{len(bad)} entries of {store.path} are not finite (first: {', '.join(bad[:3])}). Delete the store and rebuild.")
+        raise RunFailed(
+            f"{len(bad)} entries of {store.path} are not finite (first: {', '.join(bad[:3])}). Delete the store and rebuild."
+        )
     mean = total / count
     deviation = max(squares / count - mean**2, 0.0) ** 0.5
     orphans = sum(1 for _ in store.sample_ids()) - len(cached.samples)

@@ -72,6 +72,10 @@ class CachedSamples:
             indices,
         )
 
+    def relabel(self, batch: Batch, indices: np.ndarray) -> Batch:
+        """A batch for other samples in the memory of `batch`, to be filled."""
+        return Batch(batch.latents, self.text_rows[torch.from_numpy(indices)], batch.tokens, batch.token_scales, indices)
+
     def fill(self, batch: Batch, part: slice) -> None:
         """Copy the stored values of batch rows `part` from the memory map into the batch."""
         ids = [self.sample_ids[i] for i in batch.indices[part]]
@@ -107,7 +111,9 @@ class BatchOrder:
         return self.samples // self.samples_per_step
 
     def permutation(self, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))).permutation(self.samples)
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))).permutation(
+            self.samples
+        )
 
     def from_step(self, step: int) -> Iterator[np.ndarray]:
         """This process's batches, indices [B], from optimizer step `step` on, without end."""
@@ -125,6 +131,7 @@ class Prefetcher:
 
     numpy copies without holding the interpreter's lock, so threads fill one (pinned) batch together, without the
     copies and the forks that worker processes would need. `waited` sums the seconds the step had to wait for data.
+    A batch is valid until the next one is asked for: its memory is used again, since fresh pages cost more than the copy.
     """
 
     def __init__(
@@ -136,15 +143,23 @@ class Prefetcher:
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="read")
         self._ahead: deque[tuple[Batch, list[Future[None]]]] = deque()
         self._on_device: Batch | None = None
+        self._given: Batch | None = None
+        self._spare: list[Batch] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._top_up()
 
     def _top_up(self) -> None:
         while len(self._ahead) < self.depth and (indices := next(self.order, None)) is not None:
-            batch = self.samples.empty_batch(indices, pin=self._stream is not None)
+            batch = self._memory_for(indices)
             bounds = np.linspace(0, len(indices), self.workers + 1).astype(int)
             parts = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
             self._ahead.append((batch, [self._pool.submit(self.samples.fill, batch, part) for part in parts]))
+
+    def _memory_for(self, indices: np.ndarray) -> Batch:
+        if self._spare and len(self._spare[-1].indices) == len(indices):
+            return self.samples.relabel(self._spare.pop(), indices)
+        # torch's pinned allocator reuses its own blocks once their copies are done.
+        return self.samples.empty_batch(indices, pin=self._stream is not None)
 
     def _take(self) -> Batch | None:
         if not self._ahead:
@@ -154,6 +169,7 @@ class Prefetcher:
             future.result()
         self._top_up()
         if self._stream is None:
+            self._given = batch
             return batch.to(self.device)
         with torch.cuda.stream(self._stream):
             return batch.to(self.device)
@@ -164,6 +180,8 @@ class Prefetcher:
     def __next__(self) -> Batch:
         """The next batch, on the device. Raises StopIteration after the last of a finite order."""
         start = time.perf_counter()
+        if self._given is not None:
+            self._spare, self._given = [*self._spare, self._given], None
         batch = self._on_device or self._take()
         self._on_device = None
         if batch is None:

@@ -101,6 +101,8 @@ def _open(content: bytes, name: str) -> Image.Image:
             image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise UnreadableImage(name, str(error)) from None
+    if 0 in image.size:
+        raise UnreadableImage(name, f"{image.width} x {image.height} pixels, nothing to see")
     # Compared here rather than by turning the warning into an error: warning filters are shared between threads.
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:

@@ -27,10 +27,9 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_ID_BYTES = 480  # LMDB keys end at 511, and the stores append "_mid" and "#shape"
 MAX_MEMBER_BYTES = 256 << 20  # a ZIP member that declares more is a bomb or no picture
 
-# Either separator and drive letters, whatever the system: a manifest is as dangerous as the machine that reads it.
-_ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:")
 _CLASS_ID = re.compile(r"\s*[0-9]{1,9}\s*")
-_UPWARD = re.compile(r"(?:^|[/\\])\.\.(?:[/\\]|$)")
+# Empty, absolute, upward. Either separator and drive letters, whatever the system that reads it.
+_OUTSIDE = re.compile(r"\A(?:\Z|[/\\]|[A-Za-z]:)|(?:\A|[/\\])\.\.(?:[/\\]|\Z)|\0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,14 +370,8 @@ def _check_ids(where: str, samples: list[Sample], places: list[str]) -> None:
 
 def _check_paths(where: str, samples: list[Sample], places: list[str], remedy: str) -> None:
     """Refuse paths that are empty or could name anything outside of the folder or archive they start in."""
-    absolute, outside = [], []
-    for place, sample in zip(places, samples, strict=True):
-        if not sample.path or "\0" in sample.path or _UPWARD.search(sample.path):
-            outside.append(f"{place}: {sample.path!r}")
-        elif _ABSOLUTE.match(sample.path):
-            absolute.append(f"{place}: {sample.path!r}")
-    _refuse(where, absolute, "path is absolute", remedy)
-    _refuse(where, outside, "path is empty or leaves the folder it starts in", remedy)
+    found = [f"{place}: {s.path!r}" for place, s in zip(places, samples, strict=True) if _OUTSIDE.search(s.path)]
+    _refuse(where, found, "path is empty, absolute or leaves the folder it starts in", remedy)
 
 
 def _scan(folder: str) -> list[os.DirEntry[str]]:

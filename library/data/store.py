@@ -26,6 +26,7 @@ import lmdb
 import numpy as np
 
 from library.errors import RunFailed, UserError
+from library.files import free_bytes
 
 META_KEY = b"__meta__"
 FORMAT_VERSION = 1
@@ -82,7 +83,9 @@ class StoreMeta:
                 format_version=version,
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"__meta__ of the store {path} is damaged ({error}). Delete the store and build it again.") from None
+            raise UserError(
+                f"__meta__ of the store {path} is damaged ({error}). Delete the store and build it again."
+            ) from None
 
 
 def shard_folders(path: Path) -> list[Path]:
@@ -105,20 +108,57 @@ def _open(folder: Path, **options: Any) -> lmdb.Environment:
     try:
         return lmdb.open(str(folder), subdir=True, max_dbs=0, **options)
     except lmdb.Error as error:
-        raise UserError(f"{folder} could not be opened as an LMDB store: {error}. If it is damaged, delete it and build it again.") from None
+        raise UserError(
+            f"{folder} could not be opened as an LMDB store: {error}. If it is damaged, delete it and build it again."
+        ) from None
+
+
+class _SharedEnvironments:
+    """Read-only environments of this process: LMDB forbids opening one twice, and stores may share one."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[int, str], tuple[lmdb.Environment, int]] = {}
+        self._guard = threading.Lock()
+
+    def take(self, folder: Path) -> lmdb.Environment:
+        key = (os.getpid(), str(folder.resolve()))
+        with self._guard:
+            if key not in self._open:
+                self._open[key] = (_open(folder, readonly=True, lock=False, readahead=False, max_spare_txns=64), 0)
+            environment, users = self._open[key]
+            self._open[key] = (environment, users + 1)
+            return environment
+
+    def give_back(self, folder: Path) -> None:
+        key = (os.getpid(), str(folder.resolve()))
+        with self._guard:
+            if key in self._open:
+                environment, users = self._open.pop(key)
+                if users > 1:
+                    self._open[key] = (environment, users - 1)
+                else:
+                    environment.close()
+
+
+_shared = _SharedEnvironments()
 
 
 class TensorStore:
     """Read side. Opens its environments on first use in each process; a transaction per thread.
 
+    Goes to other processes by pickling (spawn). A fork inherits LMDB's state and cannot use it: fork first, open after.
+
     made_elsewhere: (dtype, shape) of the values, for a store that carries no `__meta__`.
     Raises UserError where the store is absent, damaged, or without `__meta__` and made_elsewhere.
     """
 
-    def __init__(self, path: Path | str, kind: str, *, made_elsewhere: tuple[str, tuple[int, ...]] | None = None) -> None:
+    def __init__(
+        self, path: Path | str, kind: str, *, made_elsewhere: tuple[str, tuple[int, ...]] | None = None
+    ) -> None:
         self.path = Path(path)
         self.suffix = SUFFIXES[kind]
         self._environments: list[lmdb.Environment] | None = None
+        self._folders: list[Path] = []
         self._owner: int | None = None
         self._local = threading.local()
         self._opening = threading.Lock()
@@ -160,9 +200,8 @@ class TensorStore:
                     if not folders:
                         raise UserError(f"There is no LMDB store at {self.path}. prepare_cache.py builds one.")
                     self._lock = lock_store(self.path, exclusive=False)
-                    self._environments = [
-                        _open(folder, readonly=True, lock=False, readahead=False, max_spare_txns=64) for folder in folders
-                    ]
+                    self._environments = [_shared.take(folder) for folder in folders]
+                    self._folders = folders
                     self._local = threading.local()
                     self._owner = os.getpid()
         if not hasattr(self._local, "transactions"):
@@ -173,8 +212,8 @@ class TensorStore:
     def close(self) -> None:
         self._local = threading.local()
         if self._environments is not None and self._owner == os.getpid():
-            for environment in self._environments:
-                environment.close()
+            for folder in self._folders:
+                _shared.give_back(folder)
         self._environments, self._owner = None, None
         if self._lock is not None:
             self._lock.close()
@@ -229,7 +268,9 @@ class TensorStore:
         for row, key in zip(rows, keys, strict=True):
             value = self.get_raw(key)
             if value is None:
-                raise UserError(f"The store {self.path} has no entry {key.decode()}. prepare_cache.py builds what is missing.")
+                raise UserError(
+                    f"The store {self.path} has no entry {key.decode()}. prepare_cache.py builds what is missing."
+                )
             if len(value) != width:
                 raise UserError(
                     f"Entry {key.decode()} of the store {self.path} has {len(value)} bytes, and {self.meta.shape} of "
@@ -309,9 +350,12 @@ class StoreWriter:
             self.commit()
             return
         except (lmdb.Error, OSError) as error:
+            # LMDB reports a write cut short by a full disk as an input/output error.
+            free = free_bytes(self.folder)
+            why = f"no space left ({free} bytes free)" if free < self._pending_bytes else str(error)
             raise RunFailed(
-                f"Writing to {self.folder} failed: {error}. What was committed before is whole; make room and run the "
-                "same command again to continue."
+                f"Writing to {self.folder} failed: {why}. What was committed before is whole; make room and run the same "
+                "command again to continue."
             ) from None
         self._pending, self._dropped, self._pending_bytes = [], [], 0
 
@@ -343,7 +387,9 @@ def purge(path: Path, producer: bytes) -> int:
         with _open(folder, readonly=True, lock=False) as environment, environment.begin() as transaction:
             # Keys only: reading the values along would read the whole store.
             notes = [
-                key for key in transaction.cursor().iternext(keys=True, values=False) if key.endswith((b"#source", b"#unreadable"))
+                key
+                for key in transaction.cursor().iternext(keys=True, values=False)
+                if key.endswith((b"#source", b"#unreadable"))
             ]
             foreign = [key for key in notes if unpack_source(transaction.get(key))[2] != producer]
         if foreign:
@@ -367,7 +413,7 @@ def lock_store(path: Path, *, exclusive: bool) -> Any:
         return None
     path.mkdir(parents=True, exist_ok=True)
     try:
-        file = open(path / ".lock", "a+b")  # noqa: SIM115: the open file is the lock
+        file = open(path / ".lock", "a+b")  # noqa: SIM115
     except OSError:
         return None
     try:

@@ -49,7 +49,9 @@ def read_text_embeddings(path: Path) -> TextEmbeddings:
         embeddings = _read_pickle(path)
         rows, prompts, producer = {i: i for i in range(embeddings.shape[0] - 1)}, None, {}
     if embeddings.ndim != 3 or embeddings.shape[0] < 1 or not embeddings.is_floating_point():
-        raise UserError(f"{path} should hold prompt embeddings [C+1, 77, D], but holds {tuple(embeddings.shape)} {embeddings.dtype}.")
+        raise UserError(
+            f"{path} should hold prompt embeddings [C+1, 77, D], but holds {tuple(embeddings.shape)} {embeddings.dtype}."
+        )
     if not embeddings.isfinite().all():
         raise UserError(f"{path} holds values that are not finite. Delete it and build it again.")
     return TextEmbeddings(embeddings.to(torch.float16), rows, prompts, producer)
@@ -68,7 +70,9 @@ def _read_safetensors(path: Path) -> tuple[torch.Tensor, dict[int, int], list[st
             json.loads(metadata["producer"]),
         )
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{path} is not a file of prompt embeddings ({error}). Delete it to have it built again.") from None
+        raise UserError(
+            f"{path} is not a file of prompt embeddings ({error}). Delete it to have it built again."
+        ) from None
 
 
 def _read_pickle(path: Path) -> torch.Tensor:

@@ -31,7 +31,14 @@ class NoiseSchedule:
             raise UserError(
                 f"The base's scheduler says prediction_type {prediction_type!r}; this program trains epsilon and v_prediction."
             )
-        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+        names = (
+            "num_train_timesteps",
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "trained_betas",
+            "rescale_betas_zero_snr",
+        )
         scheduler = DDPMScheduler(**{name: config[name] for name in names if name in config})
         return NoiseSchedule(scheduler.alphas_cumprod.to(device=device, dtype=torch.float32), prediction_type)
 
@@ -54,7 +61,9 @@ class NoiseSchedule:
         alpha, sigma = self.at(timesteps)
         return alpha * noise - sigma * latents
 
-    def velocity_from_epsilon(self, epsilon: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def velocity_from_epsilon(
+        self, epsilon: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
         """v = (eps - sigma * x_t) / alpha, exact for any predicted eps."""
         alpha, sigma = self.at(timesteps)
         return (epsilon - sigma * noisy) / alpha

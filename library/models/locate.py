@@ -192,7 +192,9 @@ def _missing(files: Collection[str], components: Sequence[str]) -> list[str]:
     missing = []
     for component in components:
         if component == "tokenizer":
-            if not ({"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(files) or "tokenizer/tokenizer.json" in files):
+            if not (
+                {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(files) or "tokenizer/tokenizer.json" in files
+            ):
                 missing.append("tokenizer/vocab.json")
         elif component == "scheduler":
             if "scheduler/scheduler_config.json" not in files:

@@ -72,7 +72,12 @@ def _read_pickle(path: Path, prefix: str | tuple[str, ...]) -> dict[str, Tensor]
 
 
 def assemble(
-    build: Callable[[], Model], tensors: dict[str, Tensor], where: str, *, dtype: torch.dtype, device: torch.device | str
+    build: Callable[[], Model],
+    tensors: dict[str, Tensor],
+    where: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> Model:
     """Build a model without initialising it, fill it with `tensors`, freeze it.
 
@@ -86,7 +91,14 @@ def assemble(
     problems = [
         _count("missing", sorted(expected.keys() - found.keys())),
         _count("unknown", sorted(found.keys() - expected.keys())),
-        _count("of another shape", [f"{n}: {found[n]} for {expected[n]}" for n in sorted(expected.keys() & found.keys()) if found[n] != expected[n]]),
+        _count(
+            "of another shape",
+            [
+                f"{n}: {found[n]} for {expected[n]}"
+                for n in sorted(expected.keys() & found.keys())
+                if found[n] != expected[n]
+            ],
+        ),
     ]
     if any(problems):
         raise UserError(

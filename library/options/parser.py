@@ -78,7 +78,11 @@ def fields_of(options_type: type) -> dict[str, Any]:
     hints = typing.get_type_hints(options_type)
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(options_type):
-        inner = fields_of(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else {field.name: hints[field.name]}
+        inner = (
+            fields_of(hints[field.name])
+            if dataclasses.is_dataclass(hints[field.name])
+            else {field.name: hints[field.name]}
+        )
         twice = flat.keys() & inner.keys()
         if twice:
             raise TypeError(f"{options_type.__name__} has the option {', '.join(twice)} in two groups")
@@ -94,7 +98,9 @@ def flatten(options: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             flat |= flatten(value)
         else:
-            flat[field.name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            flat[field.name] = (
+                str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            )
     return flat
 
 
@@ -114,7 +120,9 @@ def _option_in(argv: list[str], name: str) -> str | None:
 
 
 def _refuse_unknown(values: dict[str, Located], known: set[str]) -> None:
-    unknown = [f"{name}{nearest(name, known)} in {located.place}" for name, located in values.items() if name not in known]
+    unknown = [
+        f"{name}{nearest(name, known)} in {located.place}" for name, located in values.items() if name not in known
+    ]
     if unknown:
         raise UserError(f"Unknown {'key' if len(unknown) == 1 else 'keys'}: {'; '.join(unknown)}.")
 
@@ -125,14 +133,20 @@ def _typed(values: dict[str, Located], types: dict[str, Any]) -> dict[str, Locat
     for name, located in values.items():
         if name not in types:
             continue
-        adapter = TypeAdapter(types[name], config=ConfigDict(strict=True)) if not _has_config(types[name]) else TypeAdapter(types[name])
+        adapter = (
+            TypeAdapter(types[name], config=ConfigDict(strict=True))
+            if not _has_config(types[name])
+            else TypeAdapter(types[name])
+        )
         value = Path(located.value) if _wants_path(types[name]) and isinstance(located.value, str) else located.value
         value = tuple(value) if isinstance(value, list) else value
         try:
             typed[name] = dataclasses.replace(located, value=adapter.validate_python(value))
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise UserError(f"{name} is {located.value!r} in {located.place}: {reason[0].lower()}{reason[1:]}.") from None
+            raise UserError(
+                f"{name} is {located.value!r} in {located.place}: {reason[0].lower()}{reason[1:]}."
+            ) from None
     return typed
 
 
@@ -212,4 +226,8 @@ def _sentence(message: str, argv: list[str], known: dict[str, Any]) -> str:
             break
         body.append(line)
     text = " ".join(" ".join(body).split())
-    return f"{text[:1].upper()}{text[1:]}." if text and not text.endswith(".") else text or "The command line could not be read."
+    return (
+        f"{text[:1].upper()}{text[1:]}."
+        if text and not text.endswith(".")
+        else text or "The command line could not be read."
+    )

@@ -25,9 +25,9 @@ class OptimizerOptions:
     """AdamW: decoupled weight decay of the LoRA weights."""
     align_weight_decay: float = 0.01
     """AdamW: decoupled weight decay of the AlignHeads."""
-    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"] = (
-        "cosine"
-    )
+    lr_scheduler: Literal[
+        "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"
+    ] = "cosine"
     """Learning rate after the warm-up, as diffusers defines it."""
     lr_warmup_steps: float = 0.1
     """Linear warm-up: optimizer steps, or below 1 a share of all steps."""
@@ -105,7 +105,9 @@ class OutputOptions:
         for name in ("log_every_n_steps", "validate_every_n_steps", "save_every_n_steps", "save_last_n_states"):
             positive(name, getattr(self, name))
         require(
-            bool(self.output_name) and not any(c in self.output_name for c in '/\\:*?"<>|') and self.output_name not in (".", ".."),
+            bool(self.output_name)
+            and not any(c in self.output_name for c in '/\\:*?"<>|')
+            and self.output_name not in (".", ".."),
             "output_name",
             f"is a file name without its ending and must have no path separators, got {self.output_name!r}.",
         )

@@ -33,7 +33,7 @@ HARMLESS = frozenset(
     max_data_loader_n_workers cache_dir train_latents train_tokens val_latents val_tokens text_embeddings cache_batch_size
     val_data max_validation_samples image_root output_dir output_name logging_dir log_every_n_steps validate_every_n_steps
     save_every_n_steps save_last_n_states resume allow_changed_options
-    """.split()  # noqa: SIM905: a list of words reads best as words
+    """.split()  # noqa: SIM905
 )
 
 

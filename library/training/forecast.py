@@ -23,7 +23,16 @@ from library.training.plan import Plan, make_plan
 from library.training.repa_run import COMPUTE_DTYPES, add_trained_parts
 
 # Widths of DINOv2 ViT-S, B, L and g (Oquab et al. 2023, table 17), for a teacher that is not on this machine yet.
-TEACHER_WIDTHS = {"small": 384, "vits": 384, "base": 768, "vitb": 768, "large": 1024, "vitl": 1024, "giant": 1536, "vitg": 1536}
+TEACHER_WIDTHS = {
+    "small": 384,
+    "vits": 384,
+    "base": 768,
+    "vitb": 768,
+    "large": 1024,
+    "vitl": 1024,
+    "giant": 1536,
+    "vitg": 1536,
+}
 # Contexts, kernels' workspaces and fragmentation; a guess, not a measurement.
 WORKSPACE_BYTES = 2 << 30
 
@@ -128,7 +137,9 @@ def activation_bytes(unet: Any, heads: nn.Module, options: TrainRepaOptions, dty
             kept[storage._cdata] = storage
         return tensor
 
-    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+    def attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
+    ) -> torch.Tensor:
         return _FusedAttention.apply(query, key, value)
 
     from networks.features import capture

@@ -25,7 +25,12 @@ def make_optimizer(groups: Sequence[ParameterGroup], options: OptimizerOptions) 
     """AdamW (Loshchilov and Hutter 2019), one fused kernel for all weights where the device has it."""
     return torch.optim.AdamW(
         [
-            {"params": list(group.parameters), "lr": group.learning_rate, "weight_decay": group.weight_decay, "name": group.name}
+            {
+                "params": list(group.parameters),
+                "lr": group.learning_rate,
+                "weight_decay": group.weight_decay,
+                "name": group.name,
+            }
             for group in groups
         ],
         betas=(options.adam_beta1, options.adam_beta2),

@@ -33,12 +33,15 @@ def preflight(run: Run, task: RepaTask, say: Callable[..., None]) -> dict[str, f
     say("preflight: " + ", ".join(f"{what} {taken:.2f} s" for what, taken in seconds.items()))
     facts = reference_values(task)
     say(
-        f"frozen base's loss {facts['reference/frozen_base_loss']:.4f}, zero predictor's {facts['reference/zero_predictor_loss']:.4f}, "
-        f"standard deviation of latents {facts['reference/latent_std']:.3f} (over {int(facts['reference/samples'])} training samples)"
+        f"frozen base's loss {facts['reference/frozen_base_loss']:.4f}, zero predictor's "
+        f"{facts['reference/zero_predictor_loss']:.4f}, standard deviation of latents {facts['reference/latent_std']:.3f} "
+        f"(over {int(facts['reference/samples'])} training samples)"
     )
     if "reference/constant_token_loss" in facts:
         ceilings = ", ".join(
-            f"{name.rpartition('_')[2]} {value:.3f}" for name, value in facts.items() if name.startswith("reference/grid_ceiling")
+            f"{name.rpartition('_')[2]} {value:.3f}"
+            for name, value in facts.items()
+            if name.startswith("reference/grid_ceiling")
         )
         say(
             f"token loss of the best constant {facts['reference/constant_token_loss']:.4f}, of the best per position "
@@ -126,4 +129,3 @@ def reference_values(task: RepaTask) -> dict[str, float]:
         for tap, shape in tap_channels(task.unet.config, list(task.heads)).items():
             facts[f"reference/grid_ceiling_{tap}"] = losses.grid_ceiling(target, side // shape.stride).item()
     return facts
-

@@ -22,7 +22,9 @@ class Processes:
             self.state = PartialState(cpu=cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
             self.device = torch.device(device) if device is not None else self.state.device
             if self.device.type == "cuda" and not torch.cuda.is_available():
-                raise UserError(f"--device {device} was asked for, but this machine has no usable CUDA device. Use --device cpu.")
+                raise UserError(
+                    f"--device {device} was asked for, but this machine has no usable CUDA device. Use --device cpu."
+                )
         except RuntimeError as error:
             raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
         self.rank: int = self.state.process_index
@@ -64,7 +66,9 @@ class Processes:
             return
         flat = self.mean(torch.cat([gradient.reshape(-1) for gradient in gradients]))
         parts = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+        torch._foreach_copy_(
+            gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+        )
 
     def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, D] of every process as [W*B, D], in rank order, with gradients into this process's rows.

@@ -1,6 +1,6 @@
 """What train_repa.py trains: LoRA in a frozen U-Net and AlignHeads on its features (U-REPA, arXiv 2503.18414).
 
-    loss = L_diff + lambda(step) * (L_token + w * L_manifold)
+loss = L_diff + lambda(step) * (L_token + w * L_manifold)
 """
 
 from __future__ import annotations

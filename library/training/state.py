@@ -100,7 +100,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is no training state: there is no state.json in it.{hint}")
     facts = read_json(folder / "state.json")
     if facts.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{folder} is a state of format {facts.get('format_version')}; this program reads {FORMAT_VERSION}.")
+        raise UserError(
+            f"{folder} is a state of format {facts.get('format_version')}; this program reads {FORMAT_VERSION}."
+        )
     return facts
 
 

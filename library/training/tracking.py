@@ -130,7 +130,7 @@ class MetricLog:
         jsonl.parent.mkdir(parents=True, exist_ok=True)
         if jsonl.exists():
             write_text(jsonl, "".join(f"{line}\n" for line in _rows_until(jsonl, step)))
-        self._file = open(jsonl, "a", encoding="utf-8")  # noqa: SIM115: closed with the run
+        self._file = open(jsonl, "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
 
     def add(self, step: int, values: dict[str, float]) -> None:

@@ -1,0 +1,42 @@
+"""What every benchmark does alike: say where it ran, keep the result as JSON, print it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and date of a measurement."""
+    import torch
+
+    from library.training.checkpoints import versions
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return {
+        "device": device,
+        "machine": platform.machine(),
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def save(name: str, settings: dict[str, Any], measured: dict[str, Any], targets: dict[str, Any]) -> Path:
+    """Write results/{name}.json and print it. targets: name of a figure -> (bound, met or not or why unknown)."""
+    from library.files import write_json
+
+    result = {"settings": settings, "measured": measured, "targets": targets, **environment()}
+    path = RESULTS / f"{name}.json"
+    write_json(path, result)
+    print(json.dumps(result, indent=2))
+    print(f"written to {path}")
+    return path

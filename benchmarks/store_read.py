@@ -1,0 +1,97 @@
+"""Rate at which samples come from the LMDB stores into a training batch, beside a memcpy of the same bytes.
+
+    python benchmarks/store_read.py [--samples 1500] [--threads 8] [--folder /tmp]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from common import save
+
+import numpy as np
+import torch
+
+from library.data.batches import CachedSamples, Prefetcher
+from library.data.store import StoreMeta, StoreWriter, TensorStore
+
+BATCH = 128
+# Batches in flight (depth 3 and the one in use); the first ones touch fresh memory, which a long run does once.
+WARM_UP = 4
+SHAPES = {"latents": (4, 64, 64), "tokens": (256, 1024)}
+TARGETS = {"tokens_of_memcpy": 0.6, "latents_per_second": 15000}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=1500)
+    parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", default=None)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        stores = {kind: make_store(Path(folder) / kind, kind, arguments.samples) for kind in SHAPES}
+        measured: dict[str, float] = {}
+        for kind in SHAPES:
+            measured |= measure(kind, stores, arguments)
+    # Both in one run on one machine: the ratio holds on a noisy one, the rates only here.
+    measured["tokens_of_memcpy"] = measured["tokens_per_second"] / measured["tokens_memcpy_per_second"]
+    measured["latents_of_memcpy"] = measured["latents_per_second"] / measured["latents_memcpy_per_second"]
+    settings = {"samples": arguments.samples, "batch": BATCH, "threads": arguments.threads, "page_cache": "warm"}
+    targets = {name: {"at_least": bound, "met": measured[name] >= bound} for name, bound in TARGETS.items()}
+    save("store_read", settings, measured, targets)
+
+
+def make_store(path: Path, kind: str, samples: int) -> TensorStore:
+    generator = np.random.default_rng(0)
+    meta = StoreMeta(kind, "float16", SHAPES[kind], complete=True)
+    writer = StoreWriter(path, kind, expected_bytes=meta.entry_bytes * samples)
+    for i in range(samples):
+        writer.put(f"n{i:08d}", generator.random(SHAPES[kind], np.float32).astype(np.float16), bytes(48))
+    writer.set_meta(meta)
+    writer.close()
+    return TensorStore(path, kind)
+
+
+def measure(kind: str, stores: dict[str, TensorStore], arguments: argparse.Namespace) -> dict[str, float]:
+    generator = np.random.default_rng(1)
+    order = [generator.permutation(arguments.samples)[:BATCH] for _ in range(arguments.batches)]
+    ids = [f"n{i:08d}" for i in range(arguments.samples)]
+    # CachedSamples reads latents always; measuring one kind at a time, that kind plays the latents.
+    samples = CachedSamples(ids, torch.zeros(len(ids), dtype=torch.int64), stores[kind], None)
+
+    def through_training_path() -> float:
+        ahead = Prefetcher(samples, iter([*order[:WARM_UP], *order]), torch.device("cpu"), workers=arguments.threads)
+        for _ in range(WARM_UP):
+            next(ahead)
+        start = time.perf_counter()
+        for _ in ahead:
+            pass
+        seconds = time.perf_counter() - start
+        ahead.close()
+        return seconds
+
+    memory = np.full((arguments.samples, int(np.prod(SHAPES[kind]))), 1.0, np.float16)
+    # As many targets as the training path has batches in flight: one alone would stay in the processor's cache.
+    targets = np.full((WARM_UP, BATCH, memory.shape[1]), 1.0, np.float16)
+
+    def memcpy() -> float:
+        start = time.perf_counter()
+        for number, batch in enumerate(order):
+            target = targets[number % WARM_UP]
+            for row, index in enumerate(batch):
+                target[row] = memory[index]
+        return time.perf_counter() - start
+
+    through_training_path(), memcpy()
+    pairs = [(through_training_path(), memcpy()) for _ in range(arguments.repeats)]
+    read, copied = (len(order) * BATCH / min(seconds) for seconds in zip(*pairs, strict=True))
+    return {f"{kind}_per_second": read, f"{kind}_memcpy_per_second": copied}
+
+
+if __name__ == "__main__":
+    main()

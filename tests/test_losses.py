@@ -1,0 +1,153 @@
+"""Alignment losses against slow references: loops over float64 numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from library import losses
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+
+
+def unit(vector: list[float]) -> list[float]:
+    length = max(math.sqrt(sum(x * x for x in vector)), 1e-6)
+    return [x / length for x in vector]
+
+
+def dot(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def pooled(sample: list[list[float]]) -> list[float]:
+    rows = [unit(row) for row in sample]
+    return unit([sum(row[d] for row in rows) / len(rows) for d in range(len(rows[0]))])
+
+
+def hinge(difference: float, margin: float) -> float:
+    return max(abs(difference) - margin, 0.0) ** 2
+
+
+def test_token_loss_is_the_mean_of_one_minus_cosine() -> None:
+    predicted, target = tokens(3, 5, 7, seed=1), tokens(3, 5, 7, seed=2)
+    expected = [
+        1 - dot(unit(p), unit(t))
+        for ps, ts in zip(predicted.tolist(), target.tolist(), strict=True)
+        for p, t in zip(ps, ts, strict=True)
+    ]
+    assert losses.token_loss(predicted, target).item() == pytest.approx(sum(expected) / len(expected), abs=1e-6)
+
+
+def test_token_loss_is_0_for_the_same_and_2_for_the_opposite_direction() -> None:
+    target = tokens(2, 4, 8)
+    assert losses.token_loss(target * 3, target).item() == pytest.approx(0, abs=1e-6)
+    assert losses.token_loss(-target, target).item() == pytest.approx(2, abs=1e-6)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_sample_manifold_loss_is_the_mean_over_pairs_of_pooled_images(margin: float) -> None:
+    predicted, target = tokens(4, 3, 6, seed=3), tokens(4, 3, 6, seed=4)
+    p, t = [pooled(s) for s in predicted.tolist()], [pooled(s) for s in target.tolist()]
+    pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+    expected = sum(hinge(dot(p[i], p[j]) - dot(t[i], t[j]), margin) for i, j in pairs) / len(pairs)
+    assert losses.sample_manifold_loss(predicted, target, margin).item() == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_token_manifold_loss_is_the_mean_over_all_token_pairs_of_each_image(margin: float) -> None:
+    predicted, target = tokens(2, 4, 6, seed=5), tokens(2, 4, 6, seed=6)
+    expected = []
+    for ps, ts in zip(predicted.tolist(), target.tolist(), strict=True):
+        p, t = [unit(row) for row in ps], [unit(row) for row in ts]
+        expected += [hinge(dot(p[i], p[j]) - dot(t[i], t[j]), margin) for i in range(4) for j in range(4)]
+    value = losses.token_manifold_loss(predicted, target, margin).item()
+    assert value == pytest.approx(sum(expected) / len(expected), abs=1e-7)
+
+
+def test_random_manifold_loss_compares_the_chosen_tokens_of_the_whole_batch() -> None:
+    predicted, target = tokens(2, 3, 5, seed=7), tokens(2, 3, 5, seed=8)
+    chosen = [0, 4, 5]
+    flat_p = [unit(row) for sample in predicted.tolist() for row in sample]
+    flat_t = [unit(row) for sample in target.tolist() for row in sample]
+    expected = [(dot(flat_p[i], flat_p[j]) - dot(flat_t[i], flat_t[j])) ** 2 for i in chosen for j in chosen]
+    value = losses.random_manifold_loss(predicted, target, torch.tensor(chosen)).item()
+    assert value == pytest.approx(sum(expected) / len(expected), abs=1e-7)
+
+
+def test_the_document_example_of_upper_triangles_gives_0_00117() -> None:
+    # Section 4.4 of the U-REPA document writes 0.00127; 0.05^2 + 0.05^2 + 0.02^2 + 0.03^2 + 0.02^2 + 0.03^2 over 6.
+    difference = torch.tensor([[0, -0.05, -0.05, 0.02], [0, 0, -0.03, 0.02], [0, 0, 0, 0.03], [0, 0, 0, 0]])
+    assert difference.square().triu(1).sum().item() / 6 == pytest.approx(0.0076 / 6, abs=1e-9)
+
+
+def test_manifold_losses_are_0_when_similarities_agree_although_tokens_do_not() -> None:
+    target = tokens(3, 4, 6)
+    rotation = torch.linalg.qr(tokens(6, 6, seed=9))[0]
+    turned = target @ rotation
+    for loss in (losses.sample_manifold_loss, losses.token_manifold_loss):
+        assert loss(turned, target).item() == pytest.approx(0, abs=1e-10)
+    assert losses.token_loss(turned, target).item() > 0.3
+
+
+def test_one_sample_has_no_pair_and_a_sample_loss_of_0_with_a_gradient() -> None:
+    predicted = tokens(1, 4, 6).requires_grad_()
+    loss = losses.sample_manifold_loss(predicted, tokens(1, 4, 6, seed=1))
+    loss.backward()
+    assert loss.item() == 0 and predicted.grad is not None
+
+
+def test_losses_are_float32_whatever_comes_in() -> None:
+    predicted, target = tokens(2, 4, 8).bfloat16(), tokens(2, 4, 8, seed=1).half()
+    for loss in (losses.token_loss, losses.sample_manifold_loss, losses.token_manifold_loss):
+        assert loss(predicted, target).dtype == torch.float32
+
+
+def test_zero_tokens_give_finite_losses_and_gradients() -> None:
+    predicted = torch.zeros(2, 3, 4, requires_grad=True)
+    loss = losses.token_loss(predicted, tokens(2, 3, 4)) + losses.sample_manifold_loss(predicted, tokens(2, 3, 4))
+    loss.backward()
+    assert loss.isfinite() and predicted.grad is not None and predicted.grad.isfinite().all()
+
+
+@given(value=st.floats(1e-6, 1e3), cap=st.floats(1e-3, 10))
+@settings(max_examples=50, deadline=None)
+def test_clipping_caps_the_value_and_scales_the_gradient_alike(value: float, cap: float) -> None:
+    x = torch.tensor(value, requires_grad=True)
+    clipped = losses.clip_loss(x * 1.0, cap)
+    clipped.backward()
+    factor = min(1.0, cap / value)
+    assert clipped.item() == pytest.approx(value * factor, rel=1e-5)
+    assert x.grad is not None and x.grad.item() == pytest.approx(factor, rel=1e-5)
+
+
+def test_lambda_follows_its_schedules() -> None:
+    def at(step: int, schedule: str, cutoff: int | None = None) -> float:
+        return losses.align_coefficient(step, 0.5, schedule, 3000, cutoff)
+
+    assert [at(s, "warmup") for s in (0, 750, 1500, 2250, 3000, 9000)] == [0, 0.125, 0.25, 0.375, 0.5, 0.5]
+    assert at(0, "constant") == 0.5
+    assert [at(s, "cutoff", 5000) for s in (1500, 4999, 5000)] == [0.25, 0.5, 0.0]
+    assert losses.align_coefficient(0, 0.5, "warmup", 0, None) == 0.5
+
+
+def test_the_grid_ceiling_is_1_for_a_flat_image_and_falls_with_a_coarser_tap() -> None:
+    flat = tokens(2, 1, 8).expand(2, 64, 8)
+    assert losses.grid_ceiling(flat, 4).item() == pytest.approx(1, abs=1e-5)
+    varied = tokens(2, 64, 8)
+    assert losses.grid_ceiling(varied, 2) < losses.grid_ceiling(varied, 4) < losses.grid_ceiling(varied, 8)
+    assert losses.grid_ceiling(varied, 8).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_constant_baseline_is_the_best_of_all_constants() -> None:
+    target = tokens(4, 6, 5)
+    constant, positional = losses.constant_baselines(target)
+    for seed in range(20):
+        tried = tokens(5, seed=seed).expand(4, 6, 5)
+        assert losses.token_loss(tried, target) >= constant - 1e-6
+    assert positional <= constant

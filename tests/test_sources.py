@@ -1,0 +1,523 @@
+"""Folders, manifests and ZIPs list the same samples, and every bad input is named."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from library.data.pixels import UnreadableImage
+from library.data.sources import (
+    ImageSource,
+    Sample,
+    check_class_names,
+    load_class_names,
+    missing_files,
+    open_source,
+)
+from library.errors import UserError
+
+HEADER = "sample_id,path,class_id\n"
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    return str(caught.value)
+
+
+def lay(root: Path, *names: str) -> Path:
+    """Files whose content is their own name; reading them needs no picture."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def pack(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def triples(source: ImageSource, root: Path | None = None) -> list[tuple[str, str, int]]:
+    return [(s.sample_id, os.path.relpath(s.path, root) if root else s.path, s.class_id) for s in source.samples]
+
+
+# Folders
+
+
+def test_class_folders_are_numbered_in_the_order_of_their_names(tmp_path: Path) -> None:
+    source = open_source(lay(tmp_path, "dog/b.png", "dog/a.JPG", "cat/c.webp", "dog/notes.txt"))
+    assert triples(source, tmp_path) == [("c", "cat/c.webp", 0), ("a", "dog/a.JPG", 1), ("b", "dog/b.png", 1)]
+    assert source.folder_names == ["cat", "dog"]
+    assert source.describe() == f"{tmp_path} (images: 3, classes: 2)"
+
+
+def test_a_stem_that_occurs_twice_carries_its_class(tmp_path: Path) -> None:
+    source = open_source(lay(tmp_path, "cat/1.png", "cat/2.png", "dog/1.png"))
+    assert [s.sample_id for s in source.samples] == ["cat/1", "2", "dog/1"]
+
+
+def test_every_usual_extension_counts_but_no_deeper_folder_nor_hidden_file(tmp_path: Path) -> None:
+    names = ["1.png", "2.jpg", "3.jpeg", "4.webp", "5.bmp", "6.tif", "7.tiff", "8.gif", "9.PNG"]
+    lay(tmp_path, "cat/old/2.png", "cat/._1.png", ".cache/3.png", "4.png")
+    assert [Path(s.path).name for s in open_source(lay(tmp_path / "cat", *names).parent).samples] == names
+
+
+def test_a_folder_without_class_folders_says_what_it_wants(tmp_path: Path) -> None:
+    lay(tmp_path, "a.png")
+    expected = f"{tmp_path} has no class folders with images; expected {tmp_path}/<class name>/*.jpg."
+    assert refusal(lambda: open_source(tmp_path)) == expected
+    lay(tmp_path, "train.csv", "val.csv")
+    hint = " Or name a manifest in it (train.csv; val.csv; 2 in all)."
+    assert refusal(lambda: open_source(tmp_path)) == expected + hint
+
+
+def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
+    (lay(tmp_path, "cat/1.png") / "dog").mkdir()
+    assert refusal(lambda: open_source(tmp_path)) == (
+        f"{tmp_path}: class folders without images (dog; 1 in all). Class ids follow the sorted folder names, so none "
+        "is skipped: fill or remove it."
+    )
+
+
+def test_two_files_of_one_name_in_a_class_are_named(tmp_path: Path) -> None:
+    lay(tmp_path, "cat/1.jpg", "cat/1.png")
+    message = refusal(lambda: open_source(tmp_path))
+    assert f"sample_id is there twice ('cat/1' in {tmp_path}/cat/1.jpg and {tmp_path}/cat/1.png; 1 in all)" in message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep file names in Unicode")
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    with open(os.fsencode(tmp_path / "cat") + b"/\xff.png", "wb"):
+        pass
+    assert "sample_id is not 1 to 480 bytes of UTF-8" in refusal(lambda: open_source(tmp_path))
+
+
+def test_a_broken_link_is_a_missing_file(tmp_path: Path) -> None:
+    source = open_source(lay(tmp_path, "cat/1.png"))
+    assert missing_files(source) == []
+    (tmp_path / "cat" / "2.png").symlink_to(tmp_path / "gone.png")
+    assert [s.sample_id for s in missing_files(open_source(tmp_path))] == ["2"]
+
+
+# Manifests
+
+
+def test_manifest_paths_start_in_its_own_folder(tmp_path: Path) -> None:
+    lay(tmp_path, "images/a.png", "images/b.png")
+    manifest = written(tmp_path / "train.csv", HEADER + "one,images/a.png,5\ntwo,./images//b.png, 0\n")
+    source = open_source(manifest)
+    assert triples(source, tmp_path) == [("one", "images/a.png", 5), ("two", "images/b.png", 0)]
+    assert source.folder_names is None
+    assert source.read(source.samples[0]) == b"images/a.png"
+    assert missing_files(source) == []
+
+
+def test_manifest_paths_start_in_the_image_root_where_one_is_given(tmp_path: Path) -> None:
+    lay(tmp_path, "elsewhere/a.png")
+    manifest = written(tmp_path / "train.csv", HEADER + "one,a.png,0\n")
+    assert len(missing_files(open_source(manifest))) == 1
+    assert missing_files(open_source(manifest, image_root=tmp_path / "elsewhere")) == []
+    gone = tmp_path / "gone"
+    assert refusal(lambda: open_source(manifest, image_root=gone)) == (
+        f"--image_root {gone} is not a folder. Give the one that the paths of {manifest} start in."
+    )
+    folder = tmp_path / "elsewhere"
+    assert refusal(lambda: open_source(folder, image_root=folder)) == (
+        f"--image_root {folder} goes with a CSV manifest, but {folder} is none. Leave it out."
+    )
+
+
+def test_columns_may_come_in_any_order_with_others_between_and_a_byte_order_mark(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    manifest.write_bytes('\ufeffclass_id,split,path, sample_id\r\n3,train,"a,b.png",é\r\n\r\n'.encode())
+    assert triples(open_source(manifest), tmp_path) == [("é", "a,b.png", 3)]
+
+
+def test_missing_files_agrees_with_looking_for_each_and_lists_each_folder_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay(tmp_path, *(f"{i % 3}/{i}.png" for i in range(0, 30, 2)))
+    (tmp_path / "1" / "folder.png").mkdir()
+    rows = "".join(f"{i},{i % 3}/{i}.png,0\n" for i in range(30)) + "x,nowhere/x.png,0\ny,1/folder.png,0\n"
+    source = open_source(written(tmp_path / "m.csv", HEADER + rows))
+    listed: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (listed.append(path), scandir(path))[1])
+    missing = missing_files(source)
+    assert missing == [s for s in source.samples if not os.path.isfile(s.path)] and len(missing) == 17
+    assert sorted(os.path.relpath(path, tmp_path) for path in listed) == ["0", "1", "2", "nowhere"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "id,path,classid\na,a.png,0\n",
+            "{m} has no column sample_id or class_id; its first line is 'id,path,classid'. Is 'classid' meant to be "
+            "'class_id'? The first line must name sample_id, path, class_id.",
+        ),
+        ("", "{m} has no column sample_id or path or class_id; its first line is ''."),
+        (HEADER, "{m} has a header but no rows. Write one row per image."),
+        (
+            HEADER + "a,a.png,0\nb,b.png,cat\nc,c.png,-1\nd,d.png,1.0\ne,e.png,\n",
+            "{m}: class_id is not a whole number from 0 (line 3: 'cat'; line 4: '-1'; line 5: '1.0'; 4 in all). "
+            "Number the classes, the first one 0.",
+        ),
+        (
+            HEADER + "a,a.png,0\na,b.png,0\nc,c.png,1\na,d.png,1\n",
+            "{m}: sample_id is there twice ('a' in line 2 and line 3; 'a' in line 2 and line 5; 2 in all). Give every "
+            "image a name of its own.",
+        ),
+        (
+            HEADER + " ,a.png,0\n" + "é" * 240 + ",b.png,0\n" + "é" * 241 + ",c.png,0\n",
+            "{m}: sample_id is not 1 to 480 bytes of UTF-8 (line 2: ' ', 1 bytes; line 4: '"
+            + "é" * 24
+            + "', 482 bytes; "
+            "2 in all). It is a cache key: rename it.",
+        ),
+        (
+            HEADER + "a,a.png,0\nb,b, c.png,0\nd,d.png\n",
+            "{m}: the number of columns is not 3 (line 3: 4; line 4: 2; 2 in all). Put quotes around a path with a "
+            "comma.",
+        ),
+        (HEADER + 'a,"a.png,0\n', "{m}, line 2, is not CSV (unexpected end of data). Check its quotes."),
+    ],
+    ids=["columns", "empty", "no rows", "class_id", "twice", "bytes", "ragged", "quotes"],
+)
+def test_a_bad_manifest_says_what_is_wrong_where(tmp_path: Path, text: str, expected: str) -> None:
+    manifest = written(tmp_path / "m.csv", text)
+    assert refusal(lambda: open_source(manifest)).startswith(expected.format(m=manifest))
+
+
+def test_a_manifest_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    manifest.write_bytes(HEADER.encode() + b"a,a.png,0\nb,\xe9.png,0\n")
+    expected = f"{manifest} is not UTF-8 (line 3, byte 36). Save it as CSV UTF-8."
+    assert refusal(lambda: open_source(manifest)) == expected
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "../a.png",
+        "b/../../a.png",
+        "b/..",
+        "..",
+        "/etc/passwd",
+        "..\\a.png",
+        "C:\\a.png",
+        "c:a.png",
+        "\\\\host\\a.png",
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_path_cannot_leave_its_root(tmp_path: Path, path: str, packed: bool) -> None:
+    text = HEADER + f'ok,ok..png,0\nbad,"{path}",0\n'
+    if packed:
+        target, where = pack(tmp_path / "a.zip", {"m.csv": text.encode(), "../a.png": b""}), f"{tmp_path}/a.zip:m.csv"
+    else:
+        target = written(tmp_path / "m.csv", text)
+        where = str(target)
+    message = refusal(lambda: open_source(target))
+    problem = "path is empty, absolute or leaves the folder it starts in"
+    assert message.startswith(f"{where}: {problem} (line 3: {path!r}; 1 in all). ")
+    assert ("--image_root" in message) is not packed
+
+
+def test_a_link_cannot_leave_the_root_of_a_manifest(tmp_path: Path) -> None:
+    lay(tmp_path, "outside/a.png", "root/real/a.png")
+    root = tmp_path / "root"
+    (root / "linked").symlink_to(tmp_path / "outside")
+    (root / "real" / "b.png").symlink_to(tmp_path / "outside" / "a.png")
+    (root / "real" / "inside.png").symlink_to(root / "real" / "a.png")
+    fine = written(root / "fine.csv", HEADER + "1,real/a.png,0\n2,real/inside.png,0\n")
+    assert missing_files(open_source(fine)) == []
+    bad = written(root / "bad.csv", HEADER + "1,real/a.png,0\n2,linked/a.png,0\n3,real/b.png,0\n")
+    assert refusal(lambda: open_source(bad)) == (
+        f"{bad}: path is a link to outside of {root} (line 3: 'linked/a.png'; line 4: 'real/b.png'; 2 in all). "
+        f"Write paths relative to {root}, or give another folder for them to start in with --image_root."
+    )
+
+
+def test_a_root_that_is_a_link_itself_is_fine(tmp_path: Path) -> None:
+    lay(tmp_path, "real/a.png")
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    manifest = written(tmp_path / "m.csv", HEADER + "1,a.png,0\n")
+    assert missing_files(open_source(manifest, image_root=tmp_path / "linked")) == []
+
+
+def test_what_is_not_there_or_no_source_is_said(tmp_path: Path) -> None:
+    for name in ("gone", "gone.csv", "gone.zip"):
+        path = tmp_path / name
+        expected = f"{path} does not exist. Give a folder of class folders, a CSV manifest or a ZIP."
+        assert refusal(lambda path=path: open_source(path)) == expected
+    note = written(tmp_path / "note.txt", "hello")
+    expected = f"{note} is neither a folder of class folders, a CSV manifest (.csv) nor a ZIP."
+    assert refusal(lambda: open_source(note)) == expected
+
+
+# ZIPs
+
+
+def test_a_zip_with_a_manifest_reads_its_members(tmp_path: Path) -> None:
+    members = {"in/x.png": b"one", "in/y.png": b"two" * 1000, "other.csv": b"", "manifest.csv": b""}
+    members["manifest.csv"] = (HEADER + "a,in/x.png,0\nb,in/y.png,1\nc,in/z.png,1\n").encode()
+    source = open_source(pack(tmp_path / "set.zip", members))
+    assert triples(source) == [("a", "in/x.png", 0), ("b", "in/y.png", 1), ("c", "in/z.png", 1)]
+    assert [source.read(s) for s in source.samples[:2]] == [b"one", b"two" * 1000]
+    assert [s.sample_id for s in missing_files(source)] == ["c"]
+    for use in (source.read, source.signature):
+        with pytest.raises(UnreadableImage, match=r"set.zip:in/z.png: not in the archive"):
+            use(source.samples[2])
+
+
+def test_a_zip_may_call_its_only_manifest_as_it_likes(tmp_path: Path) -> None:
+    text = (HEADER + "a,a.png,0\n").encode()
+    source = open_source(pack(tmp_path / "set.zip", {"list.csv": text, "a.png": b"", "__MACOSX/x.csv": b""}))
+    assert triples(source) == [("a", "a.png", 0)]
+
+
+@pytest.mark.parametrize("top", ["", "train/", "data/train/"])
+def test_a_zip_of_class_folders_is_listed_like_the_folder(tmp_path: Path, top: str) -> None:
+    names = ["cat/1.png", "cat b/1.png", "dog/2.JPG", "dog/notes.txt"]
+    folder = open_source(lay(tmp_path / "folder", *names))
+    noise = {"__MACOSX/cat/._1.png": b"", top + "dog/._2.JPG": b"", "README.md": b""}
+    source = open_source(pack(tmp_path / "set.zip", {**{top + n: n.encode() for n in names}, **noise}))
+    assert source.folder_names == folder.folder_names == ["cat", "cat b", "dog"]
+    assert triples(source) == [(i, top + path, c) for i, path, c in triples(folder, tmp_path / "folder")]
+    assert [source.read(s) for s in source.samples] == [folder.read(s) for s in folder.samples]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["a.png"], "0 CSV files and 1 images in 1 folders"),
+        (["a/1.png", "b/c/2.png"], "0 CSV files and 2 images in 2 folders"),
+        (["a.csv", "b.csv", "c/1.png"], "2 CSV files and 1 images in 1 folders"),
+        ([], "0 CSV files and 0 images in 0 folders"),
+    ],
+)
+def test_a_zip_without_either_says_what_it_has(tmp_path: Path, names: list[str], found: str) -> None:
+    path = pack(tmp_path / "set.zip", dict.fromkeys(names, b""))
+    assert refusal(lambda: open_source(path)) == (
+        f"{path} has neither a manifest.csv nor class folders side by side, but {found}. Add a manifest.csv with the "
+        "columns sample_id, path, class_id, or pack the images as <class name>/*.jpg."
+    )
+
+
+def test_class_folders_of_a_zip_cannot_leave_it(tmp_path: Path) -> None:
+    path = pack(tmp_path / "set.zip", {"../cat/1.png": b""})
+    assert refusal(lambda: open_source(path)) == (
+        f"{path}: path is empty, absolute or leaves the folder it starts in (../cat/1.png: '../cat/1.png'; 1 in all). "
+        "Pack it again without such names."
+    )
+
+
+def test_a_zip_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "set.zip"
+    whole = pack(path, {"cat/1.png": b"x" * 100}).read_bytes()
+    for content, reason in ((b"hello", "File is not a zip file"), (whole[:80], "File is not a zip file")):
+        path.write_bytes(content)
+        expected = f"{path} is not a readable ZIP ({reason}). Download or pack it again."
+        assert refusal(lambda: open_source(path)) == expected
+
+
+def test_damage_to_one_member_is_found_when_it_is_read(tmp_path: Path) -> None:
+    path = pack(tmp_path / "set.zip", {"cat/1.png": b"a" * 50, "cat/2.png": b"b" * 50}, zipfile.ZIP_STORED)
+    path.write_bytes(path.read_bytes().replace(b"a" * 50, b"a" * 49 + b"!"))
+    source = open_source(path)
+    with pytest.raises(UnreadableImage, match=r"set.zip:cat/1.png: damaged in the archive \(Bad CRC-32"):
+        source.read(source.samples[0])
+    assert source.read(source.samples[1]) == b"b" * 50
+
+
+def edited(path: Path, offset: int, value: bytes) -> Path:
+    """Change the last entry of a ZIP's central directory, which is what zipfile believes."""
+    data = bytearray(path.read_bytes())
+    start = data.rindex(b"PK\x01\x02") + offset
+    data[start : start + len(value)] = value
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "said"),
+    [
+        (24, struct.pack("<I", (256 << 20) + 1), "256.0 MiB, method 8, flags 0"),
+        (8, struct.pack("<H", 1), "1000 B, method 8, flags 1"),
+        (10, struct.pack("<H", zipfile.ZIP_BZIP2), "1000 B, method 12, flags 0"),
+        (10, struct.pack("<H", zipfile.ZIP_LZMA), "1000 B, method 14, flags 0"),
+    ],
+    ids=["too large", "encrypted", "bzip2", "lzma"],
+)
+def test_a_zip_bomb_is_refused_before_it_is_read(tmp_path: Path, offset: int, value: bytes, said: str) -> None:
+    for name in ("cat/2.png", "manifest.csv"):
+        path = edited(pack(tmp_path / "set.zip", {"cat/1.png": b"", name: bytes(1000)}), offset, value)
+        assert refusal(lambda path=path: open_source(path)) == (
+            f"{path}: members that are not read ({name}: {said}; 1 in all). Pack it again: stored or deflated, no "
+            "password, no member above 256.0 MiB."
+        )
+
+
+def test_never_more_is_read_than_a_member_declares(tmp_path: Path) -> None:
+    path = edited(pack(tmp_path / "set.zip", {"cat/1.png": bytes(50_000_000)}), 24, struct.pack("<I", 1000))
+    source = open_source(path)
+    tracemalloc.start()
+    with pytest.raises(UnreadableImage, match="damaged in the archive"):
+        source.read(source.samples[0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+# Signatures, workers
+
+
+def test_a_signature_has_16_bytes_and_changes_with_the_file(tmp_path: Path) -> None:
+    source = open_source(lay(tmp_path / "set", "cat/1.png"))
+    sample = source.samples[0]
+    before = source.signature(sample)
+    assert len(before) == 16 and source.signature(sample) == before
+    modified = os.stat(sample.path).st_mtime_ns
+    os.utime(sample.path, ns=(0, modified + 1000))
+    touched = source.signature(sample)
+    Path(sample.path).write_bytes(b"longer than before")
+    os.utime(sample.path, ns=(0, modified))
+    assert len({before, touched, source.signature(sample)}) == 3
+    Path(sample.path).unlink()
+    for use in (source.read, source.signature):
+        with pytest.raises(UnreadableImage, match=r"cat/1.png: No such file or directory"):
+            use(sample)
+
+
+def test_the_signature_of_a_member_is_its_checksum_and_size(tmp_path: Path) -> None:
+    source = open_source(pack(tmp_path / "set.zip", {"cat/1.png": b"hello"}))
+    assert source.signature(source.samples[0]) == struct.pack("<QQ", zlib.crc32(b"hello"), 5)
+
+
+def test_a_source_survives_pickling(tmp_path: Path) -> None:
+    lay(tmp_path / "folder", "cat/1.png")
+    pack(tmp_path / "set.zip", {"cat/1.png": b"cat/1.png"})
+    for path in (tmp_path / "folder", tmp_path / "set.zip"):
+        source = open_source(path)
+        source.read(source.samples[0])
+        copy = pickle.loads(pickle.dumps(source))
+        assert copy.samples == source.samples and copy.folder_names == ["cat"]
+        assert copy.read(copy.samples[0]) == b"cat/1.png"
+        assert copy.signature(copy.samples[0]) == source.signature(source.samples[0])
+
+
+def mismatches(source: ImageSource) -> int:
+    return sum(source.read(s) != s.sample_id.encode() * 500 for _ in range(20) for s in source.samples)
+
+
+def test_threads_and_forked_workers_read_the_right_members(tmp_path: Path) -> None:
+    source = open_source(pack(tmp_path / "set.zip", {f"cat/{i}.png": str(i).encode() * 500 for i in range(20)}))
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(mismatches, [source] * 3)) == [0, 0, 0]
+    if "fork" in multiprocessing.get_all_start_methods():
+        # The archive is open by now, and what is forked inherits it.
+        fork = multiprocessing.get_context("fork")
+        workers = [fork.Process(target=lambda: sys.exit(mismatches(source))) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        assert mismatches(source) == 0
+        for worker in workers:
+            worker.join()
+        assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def test_importing_brings_no_torch() -> None:
+    code = "import sys, library.data.sources, library.data.demo_pictures; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Class names
+
+
+@pytest.mark.parametrize(
+    ("content", "folders", "expected"),
+    [
+        ({"0": "tench", "7": "goldfish"}, None, {0: "tench", 7: "goldfish"}),
+        (["tench", "goldfish"], None, {0: "tench", 1: "goldfish"}),
+        ({"0": ["n01", "tench"], "1": ["n02", "white_shark"]}, None, {0: "tench", 1: "white shark"}),
+        ({"n02": "goldfish", "n01": "tench", "n03": "shark"}, ["n01", "n02"], {0: "tench", 1: "goldfish"}),
+        ({"0": "blue circle", "1": "red star"}, ["blue_circle", "red_star"], {0: "blue circle", 1: "red star"}),
+        (None, ["great_white", "cat"], {0: "great white", 1: "cat"}),
+    ],
+    ids=["object", "list", "torchvision", "folders", "numbers beside folders", "folder names alone"],
+)
+def test_class_names_come_in_five_forms(
+    tmp_path: Path, content: object, folders: list[str] | None, expected: dict[int, str]
+) -> None:
+    path = None if content is None else written(tmp_path / "names.json", json.dumps(content))
+    assert load_class_names(path, folder_names=folders) == expected
+
+
+def test_a_subset_of_imagenet_gets_the_names_of_its_own_folders(tmp_path: Path) -> None:
+    index = {"0": ["n01", "tench"], "1": ["n02", "goldfish"], "2": ["n03", "shark"]}
+    path = written(tmp_path / "imagenet_class_index.json", json.dumps(index))
+    assert load_class_names(path, folder_names=["n02", "n03"]) == {0: "goldfish", 1: "shark"}
+
+
+def test_numbered_folders_are_meant_by_their_numbers(tmp_path: Path) -> None:
+    path = written(tmp_path / "names.json", json.dumps({"1": "one", "2": "two", "10": "ten"}))
+    assert load_class_names(path, folder_names=["1", "10", "2"]) == {0: "one", 1: "ten", 2: "two"}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('"tench"', '{p} has no class names. Expected {{"0": "tench", ...}} or ["tench", ...].'),
+        ("{{}}", '{p} has no class names. Expected {{"0": "tench", ...}} or ["tench", ...].'),
+        ('["tench", 3]', "{p}: class 1 has the name 3. Expected a text that is not empty."),
+        ('{{"0": " "}}', "{p}: class '0' has the name ' '. Expected a text that is not empty."),
+        (
+            '{{"n01": "tench", "n02": "goldfish"}}',
+            "{p} has keys that are neither a class id nor a class folder of the data set (n01; n02; 2 in all). Name "
+            "the classes by number, or use a folder of class folders.",
+        ),
+        ("{{", "{p} is not valid JSON: "),
+    ],
+)
+def test_bad_class_names_are_refused(tmp_path: Path, content: str, expected: str) -> None:
+    path = written(tmp_path / "names.json", content.format())
+    assert refusal(lambda: load_class_names(path)).startswith(expected.format(p=path))
+
+
+def test_no_class_names_at_all_are_refused() -> None:
+    expected = 'The classes have no names: give a JSON file with them, such as {"0": "tench"}.'
+    assert refusal(lambda: load_class_names(None)) == expected
+
+
+def test_class_ids_without_a_name_are_counted() -> None:
+    samples = [Sample(str(i), "a.png", i) for i in (0, 1, 1, 5, 6, 7, 8)]
+    check_class_names(samples, dict.fromkeys(range(9), "x"))
+    assert refusal(lambda: check_class_names(samples, {0: "a", 1: "b"})) == (
+        "The data set has class ids without a name (5; 6; 7; 4 in all); there are names for ids 0 to 1 (2 in all). "
+        "Add the missing names, or correct the class ids."
+    )
+    assert "there are no names." in refusal(lambda: check_class_names(samples, {}))

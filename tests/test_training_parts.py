@@ -1,0 +1,203 @@
+"""The small parts of a run: arithmetic, randomness, average, schedule, requests, reports."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from library.errors import Diverged, UserError
+from library.options.training import OptimizerOptions, TrainingOptions
+from library.training.ema import ExponentialAverage
+from library.training.loop import clip_gradients
+from library.training.optimizers import ParameterGroup, make_optimizer, rate_multiplier
+from library.training.plan import make_plan
+from library.training.randomness import StepRandomness, sample_noise, seed_of, stratified_timesteps
+from library.training.stop import NOTHING, SAVE, STOP, Requests
+from library.training.tracking import AnomalyWatch, MetricLog, MetricWindow, clock_text, status_line
+
+
+def test_track_a_is_1562_steps_per_epoch_and_62480_in_all() -> None:
+    plan = make_plan(200_000, TrainingOptions(), OptimizerOptions())
+    assert (plan.steps_per_epoch, plan.last_step, plan.warmup_steps) == (1562, 62480, 6248)
+
+
+def test_track_b_is_10009_steps_per_epoch() -> None:
+    assert make_plan(1_281_167, TrainingOptions(), OptimizerOptions()).steps_per_epoch == 10009
+
+
+def test_processes_and_accumulation_divide_the_steps() -> None:
+    plan = make_plan(1000, TrainingOptions(train_batch_size=10, gradient_accumulation_steps=2), OptimizerOptions(), 3)
+    assert (plan.samples_per_step, plan.steps_per_epoch) == (60, 16)
+
+
+def test_a_batch_larger_than_the_data_is_refused_with_the_largest_that_fits() -> None:
+    with pytest.raises(
+        UserError, match="is 128 samples a step, but the training set has only 100. Lower .* at most 100"
+    ):
+        make_plan(100, TrainingOptions(), OptimizerOptions())
+
+
+def test_steps_beat_epochs_and_warm_up_is_a_share_or_a_count() -> None:
+    plan = make_plan(
+        1000, TrainingOptions(train_batch_size=10, max_train_steps=77), OptimizerOptions(lr_warmup_steps=5)
+    )
+    assert (plan.last_step, plan.warmup_steps) == (77, 5)
+
+
+def test_the_learning_rate_is_the_documents_warm_up_and_cosine() -> None:
+    options = OptimizerOptions()
+    plan = make_plan(200_000, TrainingOptions(), options)
+    multiplier = rate_multiplier(options, plan)
+
+    def reference(step: int) -> float:
+        if step < 6248:
+            return step / 6248
+        return 0.5 * (1 + math.cos(math.pi * (step - 6248) / (62480 - 6248)))
+
+    for step in (0, 1, 3124, 6248, 34364, 62479):
+        assert multiplier(step) == pytest.approx(reference(step), abs=1e-12)
+    assert multiplier(3124) == 0.5 and multiplier(34364) == pytest.approx(0.5)
+
+
+def test_adamw_is_the_published_formula() -> None:
+    options = OptimizerOptions()
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = make_optimizer([ParameterGroup("x", [weight], 0.1, 0.01)], options)
+    gradients = [[0.5, -1.0], [0.1, 2.0], [-3.0, 0.2]]
+    w, m, v = [1.0, -2.0], [0.0, 0.0], [0.0, 0.0]
+    for t, gradient in enumerate(gradients, start=1):
+        weight.grad = torch.tensor(gradient)
+        optimizer.step()
+        for i, g in enumerate(gradient):
+            m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.999 * v[i] + 0.001 * g * g
+            step = (m[i] / (1 - 0.9**t)) / (math.sqrt(v[i] / (1 - 0.999**t)) + 1e-8)
+            w[i] -= 0.1 * (step + 0.01 * w[i])
+    assert weight.tolist() == pytest.approx(w, abs=1e-5)
+
+
+def test_gradients_are_scaled_to_the_global_norm() -> None:
+    parameters = [
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.nn.Parameter(torch.zeros(1)),
+        torch.nn.Parameter(torch.zeros(1)),
+    ]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    assert clip_gradients(parameters, 0.0).item() == 5 and parameters[1].grad.item() == 4
+    assert clip_gradients(parameters, 1.0).item() == 5
+    assert parameters[0].grad.tolist() == pytest.approx([0.6, 0]) and parameters[1].grad.item() == pytest.approx(0.8)
+
+
+def test_the_average_is_the_recursion_and_swaps_in_and_out_to_the_bit() -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    average = ExponentialAverage({"w": weight}, 0.9)
+    expected = [1.0, 2.0]
+    for step in range(5):
+        with torch.no_grad():
+            weight.add_(0.3 * step)
+        average.update()
+        expected = [0.9 * e + 0.1 * w for e, w in zip(expected, weight.tolist(), strict=True)]
+    before = weight.detach().clone()
+    with average.swapped_in():
+        assert weight.tolist() == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(weight, before)
+
+
+def test_the_randomness_of_a_step_depends_on_seed_rank_step_and_micro_batch_alone() -> None:
+    def draw(seed: int, rank: int, step: int, micro: int = 0) -> list[float]:
+        randomness = StepRandomness(seed, rank, torch.device("cpu"))
+        randomness.at(99)
+        return torch.randn(3, generator=randomness.at(step, micro)).tolist() + torch.rand(1).tolist()
+
+    assert draw(1, 0, 5) == draw(1, 0, 5)
+    different = [draw(1, 0, 5), draw(2, 0, 5), draw(1, 1, 5), draw(1, 0, 6), draw(1, 0, 5, 1)]
+    assert len({tuple(values) for values in different}) == 5
+    assert seed_of(1, 23) != seed_of(12, 3)
+
+
+def test_validation_noise_belongs_to_the_sample_and_not_to_the_batch() -> None:
+    together = sample_noise(0, ["a", "b", "c"], (4, 2, 2))
+    assert torch.equal(sample_noise(0, ["c"], (4, 2, 2))[0], together[2])
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("count", [60, 1000])
+def test_validation_timesteps_are_evenly_spread(count: int) -> None:
+    timesteps = stratified_timesteps(count, 1000)
+    assert timesteps.min() >= 0 and timesteps.max() < 1000
+    histogram = torch.histc(timesteps.float(), bins=10, min=0, max=1000)
+    assert (histogram - count / 10).abs().max() <= 2
+
+
+def test_files_and_signals_are_requests(tmp_path: Path) -> None:
+    requests = Requests(tmp_path)
+    assert requests.look() == NOTHING
+    (tmp_path / "save").touch()
+    requests._looked = 0.0
+    assert requests.look() == SAVE
+    requests.done()
+    assert not (tmp_path / "save").exists() and requests.look() == NOTHING
+    with requests.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.look() == STOP and requests.reason == "SIGTERM"
+    with requests.listening(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_window_is_read_in_one_piece_and_starts_anew() -> None:
+    window = MetricWindow()
+    for step in range(3):
+        window.add(step, {"loss": torch.tensor(float(step)), "token": torch.tensor(0.5)}, np.array([step]))
+    names, steps, values, samples = window.read()
+    assert names == ["loss", "token"] and steps == [0, 1, 2] and values[:, 0].tolist() == [0, 1, 2]
+    assert [s.tolist() for s in samples] == [[0], [1], [2]] and len(window) == 0
+
+
+def test_a_manifold_loss_of_5_medians_is_written_down_with_its_samples(tmp_path: Path) -> None:
+    watch = AnomalyWatch(tmp_path / "anomalies.jsonl")
+    for step in range(30):
+        assert watch.check(step, {"loss": 1.0, "manifold": 0.02}, ["a"]) is None
+    assert "25 times its running median" in str(watch.check(30, {"loss": 2.0, "manifold": 0.5}, ["x", "y"]))
+    record = json.loads((tmp_path / "anomalies.jsonl").read_text())
+    assert record["step"] == 30 and record["samples"] == ["x", "y"] and record["median"] == 0.02
+
+
+def test_a_loss_that_is_no_number_names_step_parts_samples_and_the_last_state(tmp_path: Path) -> None:
+    with pytest.raises(
+        Diverged, match=r"step 7: token nan .*Samples of that step: a, b. The last good state is .*step_000005"
+    ):
+        AnomalyWatch.refuse_non_finite(7, {"loss": 1.0, "token": math.nan}, ["a", "b"], tmp_path / "step_000005")
+
+
+def test_metric_rows_after_the_resumed_step_are_written_again(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path / "m.jsonl", tmp_path / "logs", 0)
+    for step in (10, 20, 30):
+        log.add(step, {"train/loss": 1.0 / step})
+    log.close()
+    with open(tmp_path / "m.jsonl", "a") as file:
+        file.write('{"step": 40, "train/lo')
+    log = MetricLog(tmp_path / "m.jsonl", tmp_path / "logs", 20)
+    log.add(30, {"train/loss": 5.0})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 30] and rows[-1]["train/loss"] == 5.0
+
+
+def test_the_status_line_reads_as_documented() -> None:
+    values = {
+        "train/loss": 0.0812, "train/token": 0.671, "train/manifold": 0.02, "lr/lora": 8.1e-5, "time/step_ms": 412.0,
+        "time/samples_per_second": 310.0, "time/data_wait_share": 0.004, "memory/peak_gb": 38.0, "memory/total_gb": 139.0,
+        "time/train_s": 494.0, "time/other_s": 41.0,
+    }  # fmt: skip
+    assert status_line(1200, 4000, values, 1160.0) == (
+        "step 1200/4000 30%  loss 0.0812  token 0.671  manifold 0.020  lr 8.1e-05  412 ms  310 img/s  wait 0.4%  38/139 GB  "
+        "train 8:14  other 0:41  left 19:20"
+    )
+    assert clock_text(3661) == "1:01:01"
