@@ -60,7 +60,7 @@ def run(options: TrainRepaOptions, context: ExitStack) -> int:
     open_log(run_, options, step, preflight(run_, task, processes.say))
     train(run_, step)
     if processes.is_main:
-        finish(run_, options)
+        finish(run_, options, task.objective.schedule.prediction_type)
     return EXIT_OK
 
 
@@ -93,11 +93,11 @@ def open_log(run: Run, options: TrainRepaOptions, step: int, references: dict[st
     run.log.add(step, references)
 
 
-def finish(run: Run, options: TrainRepaOptions) -> None:
+def finish(run: Run, options: TrainRepaOptions, prediction_type: str) -> None:
     """Write the adapter files that other programs read, and say what there is."""
     from library.training.adapters import export_adapters
 
-    files = export_adapters(run.trained, options, run.plan)
+    files = export_adapters(run.trained, options, run.plan, prediction_type)
     if run.log is not None:
         run.log.close()
     folder = options.output.output_dir

@@ -157,6 +157,7 @@ def _facts(options: TrainRepaOptions, caches: Caches) -> dict[str, Any]:
     """What state.json says besides the counters: enough to rebuild the model around the saved weights."""
     return {
         "base_model": options.model.pretrained_model_name_or_path,
+        "lora_spec": lora_spec(options).to_json(),
         "caches": {kind: store.meta.producer for kind, store in caches.train.stores.items()},
         "teacher_width": caches.train.stores["tokens"].meta.shape[1] if options.alignment.alignment else 0,
     }

@@ -1,0 +1,177 @@
+"""The frozen encoders as caches use them: pixels to latents, pixels to tokens, prompts to text embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from library.errors import UserError
+from library.files import remembered_hash
+from library.models.dinov2 import Dinov2, register_count
+from library.models.locate import BaseLocation, weight_files
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+VAE_FACTOR = 8
+PROMPTS_AT_ONCE = 64
+
+
+class VaeEncoder:
+    """Pixels to scaled latents. Takes the posterior's mode: a cache with noise in it could not be checked."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self.vae = vae
+        self.scaling_factor = float(vae.config["scaling_factor"])
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> float16 [B, 4, H/8, W/8], near zero mean and unit variance."""
+        mean, _ = self.moments(pixels)
+        return (mean.float() * self.scaling_factor).to(torch.float16)
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the posterior, unscaled, in the model's dtype, both [B, 4, H/8, W/8]."""
+        _require_uint8(pixels)
+        if pixels.shape[-1] % VAE_FACTOR or pixels.shape[-2] % VAE_FACTOR:
+            raise UserError(
+                f"The VAE needs sides that are multiples of {VAE_FACTOR}, got {tuple(pixels.shape[-2:])}. Change --resolution."
+            )
+        inputs = pixels.to(self.vae.device).float() / 127.5 - 1.0
+        posterior = self.vae.encode(inputs.to(self.vae.dtype)).latent_dist
+        return posterior.mean, posterior.logvar
+
+
+class DinoEncoder:
+    """Pixels to DINOv2's patch tokens, pooled to a square grid.
+
+    The whole crop is resized, so that token (r, c) of the grid and latent (r, c) of a grid x grid map show the same
+    place; the tokens keep their true grid of resolution / patch until they are pooled by area.
+
+    model: from `load_dinov2`. resolution: side the crop is resized to, a multiple of the patch size (224, 448, 518).
+    grid: tokens per side that come out, at most resolution / patch. Raises UserError otherwise.
+    """
+
+    def __init__(self, model: Dinov2, resolution: int, grid: int) -> None:
+        patch = int(model.config.patch_size)
+        if resolution % patch:
+            below = resolution // patch * patch
+            raise UserError(
+                f"dino_resolution must be a multiple of the patch size {patch}, got {resolution}. Nearest: {below or patch} "
+                f"and {below + patch}."
+            )
+        self.side = resolution // patch
+        if not 1 <= grid <= self.side:
+            raise UserError(
+                f"token_grid must lie between 1 and {self.side}, the patches per side at dino_resolution {resolution}, got "
+                f"{grid}. Raise dino_resolution to {grid * patch} or lower token_grid."
+            )
+        self.model, self.resolution, self.grid = model, resolution, grid
+        self.width = int(model.config.hidden_size)
+        self._mean = torch.tensor(IMAGENET_MEAN, device=model.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(IMAGENET_STD, device=model.device).view(1, 3, 1, 1)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, R, R] -> float16 [B, grid * grid, D], row-major, after the final layer norm, not normalised."""
+        tokens = self.patch_tokens(pixels)  # [B, D, h, w]
+        return F.adaptive_avg_pool2d(tokens, self.grid).flatten(2).transpose(1, 2).to(torch.float16)
+
+    @torch.no_grad()
+    def patch_tokens(self, pixels: Tensor) -> Tensor:
+        """Patch tokens on their true grid, without CLS and registers: float32 [B, D, h, w], h = w = resolution / patch."""
+        hidden = self.model(pixel_values=self._inputs(pixels).to(self.model.dtype)).last_hidden_state
+        tokens = hidden[:, 1 + register_count(self.model) :]
+        if tokens.shape[1] != self.side**2:
+            raise UserError(
+                f"The teacher gave {tokens.shape[1]} patch tokens for {self.resolution} x {self.resolution} pixels, not "
+                f"{self.side} x {self.side}. Its configuration (patch size, registers) does not describe its weights."
+            )
+        return tokens.float().transpose(1, 2).unflatten(2, (self.side, self.side))
+
+    def _inputs(self, pixels: Tensor) -> Tensor:
+        _require_uint8(pixels)
+        if pixels.shape[-1] != pixels.shape[-2]:
+            raise UserError(f"DINOv2 tokens are taken of square crops, got {tuple(pixels.shape[-2:])}.")
+        pictures = pixels.to(self.model.device).float() / 255.0
+        size = (self.resolution, self.resolution)
+        if pictures.shape[-2:] != size:
+            pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True, align_corners=False)
+        # Bicubic overshoots at edges, and no picture the teacher saw did.
+        return (pictures.clamp(0.0, 1.0) - self._mean) / self._std
+
+
+class TextEncoder:
+    """Prompts to CLIP text embeddings, as SD1.5 was trained with: padded to 77, no attention mask."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, model: CLIPTextModel) -> None:
+        self.tokenizer, self.model = tokenizer, model
+        self.length = int(model.config.max_position_embeddings)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], clip_skip: int | None = None) -> Tensor:
+        """float16 [N, 77, D], after the final layer norm.
+
+        clip_skip counts as A1111 and kohya do: None or 1 is the last layer, 2 the last but one. Longer prompts are cut;
+        `overlong` says which.
+        """
+        layers = int(self.model.config.num_hidden_layers)
+        if clip_skip is not None and not 1 <= clip_skip <= layers:
+            raise UserError(f"clip_skip must lie between 1 and {layers}, the text encoder's layers, got {clip_skip}.")
+        parts = [
+            self._encode(prompts[start : start + PROMPTS_AT_ONCE], clip_skip or 1)
+            for start in range(0, len(prompts), PROMPTS_AT_ONCE)
+        ]
+        return torch.cat(parts) if parts else torch.empty(0, self.length, self.model.config.hidden_size).half()
+
+    def overlong(self, prompts: Sequence[str]) -> list[int]:
+        """Indices of the prompts that have more tokens than fit between the start and end markers (75)."""
+        return [i for i, ids in enumerate(self.tokenizer(list(prompts)).input_ids) if len(ids) > self.length] if prompts else []
+
+    def _encode(self, prompts: Sequence[str], clip_skip: int) -> Tensor:
+        ids = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        ).input_ids.to(self.model.device)
+        if clip_skip == 1:
+            return self.model(ids).last_hidden_state.to(torch.float16)
+        hidden = self.model(ids, output_hidden_states=True).hidden_states[-clip_skip]
+        return self.model.text_model.final_layer_norm(hidden).to(torch.float16)
+
+
+def quantize_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [..., N, D] -> int8 of the same shape, and a float16 scale [..., N] per token: absmax / 127.
+
+    Rounded against the scale as stored, so that its own rounding costs nothing. A token of zeros stays zero.
+    """
+    values = tokens.float()
+    scale = (values.abs().amax(dim=-1) / 127.0).to(torch.float16)
+    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
+    return (values / divisor.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def dequantize_tokens(values: Tensor, scale: Tensor) -> Tensor:
+    """Inverse of `quantize_tokens`: float32 [..., N, D]."""
+    return values.float() * scale.float().unsqueeze(-1)
+
+
+def weight_fingerprint(location: BaseLocation, component: str, memory: Path | str) -> str:
+    """SHA-256 (hex) of a component's weight file, looked up in the JSON file `memory` while the file is unchanged.
+
+    Of a single file: that file. Of shards: of their hashes in order.
+    """
+    files = [location.path] if location.is_file else weight_files(location.path, component)
+    hashes = [remembered_hash(file, memory) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _require_uint8(pixels: Tensor) -> None:
+    """A defect of the caller, not of the user: float pixels would be scaled twice without a sign of it."""
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise TypeError(f"pixels must be uint8 [B, 3, H, W], got {pixels.dtype} {tuple(pixels.shape)}")
