@@ -35,7 +35,8 @@ def run(options: PrepareCacheOptions) -> int:
 
     start = time.perf_counter()
     processes = Processes(options.model.device)
-    pictures = open_pictures(options.data)
+    with processes.main_first():
+        pictures = open_pictures(options.data)
     for one in pictures.sets:
         processes.say(f"{one.name}: {one.source.describe()}, {len(one.samples)} used")
     preparation = Preparation(

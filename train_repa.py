@@ -68,7 +68,8 @@ def prepare(options: TrainRepaOptions, processes: Processes) -> Caches:
     """Caches of the run's pictures, complete."""
     from library.caching.prepare import Preparation, open_pictures
 
-    pictures = open_pictures(options.data)
+    with processes.main_first():
+        pictures = open_pictures(options.data)
     workers = options.speed.max_data_loader_n_workers
     preparation = Preparation(
         options.model, options.data, options.cache, processes, workers=workers, tokens=options.alignment.alignment

@@ -179,6 +179,7 @@ def test_float_grey_without_a_known_white_is_refused(values: list[float], reason
         decoded(encoded(Image.fromarray(np.array([values], dtype=np.float32)), "TIFF"))
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_a_truncated_file_gives_all_of_its_picture_or_none(photo: Image.Image, kind: str) -> None:
     data = encoded(photo, kind)

@@ -21,8 +21,8 @@ from library.data.store import TensorStore, disk_bytes, lock_store, mark, purge,
 from library.data.text_embeddings import TextEmbeddings, read_text_embeddings
 from library.errors import UserError
 from library.files import human_bytes, require_space, write_text
-from library.models.dinov2 import load_dinov2
-from library.models.encoders import DinoEncoder, TextEncoder, VaeEncoder, weight_fingerprint
+from library.models.dinov2 import dinov2_width, load_dinov2
+from library.models.encoders import VAE_FACTOR, DinoEncoder, TextEncoder, VaeEncoder, weight_fingerprint
 from library.models.load import load_text_encoder, load_vae
 from library.models.locate import DINOV2, locate_base, locate_dino
 from library.options.data import DEMO_DATA, CacheOptions, DataOptions
@@ -32,7 +32,7 @@ from library.training.processes import Processes
 
 KINDS = ("latents", "tokens")
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
-SD_LATENT_CHANNELS, VAE_FACTOR = 4, 8
+SD_LATENT_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,24 @@ def open_pictures(data: DataOptions) -> Pictures:
     source = open_source(train_data, image_root=data.image_root)
     names = load_class_names(names_file, folder_names=source.folder_names)
     train = PictureSet("train", source, choose_samples(source.samples, data.max_train_samples))
+    _check_ids(train)
     check_class_names(train.samples, names)
     val = None
     if val_data is not None:
         source = open_source(val_data, image_root=data.image_root)
         val = PictureSet("val", source, choose_samples(source.samples, data.max_validation_samples))
+        _check_ids(val)
         check_class_names(val.samples, names)
     return Pictures(train, val, names)
+
+
+def _check_ids(pictures: PictureSet) -> None:
+    reserved = [sample.sample_id for sample in pictures.samples if "#" in sample.sample_id or sample.sample_id == "__meta__"]
+    if reserved:
+        raise UserError(
+            f"{len(reserved)} sample ids of {pictures.source.location} contain #, which the stores keep for their notes (first: "
+            f"{', '.join(reserved[:3])}). Rename them."
+        )
 
 
 def choose_samples(samples: list[Sample], limit: int | None) -> list[Sample]:
@@ -170,7 +181,7 @@ class Preparation:
             "dino_resolution": self.cache.dino_resolution,
             "token_grid": self.cache.token_grid,
         }
-        shape = (self.cache.token_grid**2, self.encoder("tokens").width)
+        shape = (self.cache.token_grid**2, dinov2_width(location))
         return Wanted("tokens", self.cache.token_dtype, shape, producer)
 
     def _pixels(self) -> dict[str, Any]:
@@ -197,6 +208,11 @@ class Preparation:
         return self._encoders[kind]
 
     def survey(self, pictures: PictureSet) -> dict[str, Survey]:
+        # The main process first: it may have to fetch or make a model.
+        with self.processes.main_first():
+            return self._survey(pictures)
+
+    def _survey(self, pictures: PictureSet) -> dict[str, Survey]:
         states = {}
         for kind in self.kinds:
             foreign = self.is_foreign(pictures.name, kind)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 PIXELS_VERSION = 1
 """Part of every cache fingerprint. Raise it when `decode_rgb` or `square_crop` gives other pixels for the same file."""
@@ -60,7 +60,7 @@ def decode_rgb(data: bytes | Path, *, name: str) -> Image.Image:
         return _to_rgb(image)
     except (UnreadableImage, MemoryError):
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         reason = f"not a PNG, JPEG, WebP, BMP, GIF or TIFF image ({len(content)} bytes)"
         raise UnreadableImage(name, reason) from None
     except Exception as error:

@@ -113,7 +113,9 @@ def fold_into_modules(unet: nn.Module, text_encoder: nn.Module | None, adapter: 
 
 def _fits(module: LoraModule, shape: Sequence[int]) -> bool:
     """Whether up @ down has as many rows and columns as the weight; 1x1 convolutions may come as matrices."""
-    return len(shape) >= 2 and module.up.shape[0] == shape[0] and module.down[0].numel() == torch.Size(shape[1:]).numel()
+    return (
+        len(shape) >= 2 and module.up.shape[0] == shape[0] and module.down[0].numel() == torch.Size(shape[1:]).numel()
+    )
 
 
 def _guess(adapter: Adapter, homeless: list[str], misfits: list[str], first: str, wanted: list[int]) -> str:

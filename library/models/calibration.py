@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def synthetic_pictures(count: int, size: int, generator: torch.Generator) -> Tensor:
+def synthetic_pictures(count: int, size: int) -> Tensor:
     """Pictures [count, 3, size, size] in [-1, 1]: smooth coloured clouds cut by hard edges.
 
     Octaves of noise with amplitude 1/frequency, as in photographs (Field 1987), so that what is calibrated on them
-    holds roughly on photographs too.
+    holds roughly on photographs too. Drawn from torch's global generator.
     """
 
     def clouds(channels: int) -> Tensor:
-        octaves = (torch.randn(count, channels, 2**k, 2**k, generator=generator) * 2.0 ** (1 - k) for k in range(1, 6))
+        octaves = (torch.randn(count, channels, 2**k, 2**k) * 2.0 ** (1 - k) for k in range(1, 6))
         return sum((F.interpolate(octave, size=(size, size), mode="bicubic") for octave in octaves), torch.zeros(()))
 
     def tint() -> Tensor:
-        return torch.randn(count, 3, 1, 1, generator=generator)
+        return torch.randn(count, 3, 1, 1)
 
     return torch.tanh(torch.where(clouds(1) > 0.3, clouds(3), clouds(3) + tint()) * 0.45 + tint() * 0.3)
 

@@ -14,7 +14,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -25,9 +24,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model
 
 from library.errors import UserError, script
-from library.files import read_json, whole_folder, write_json
+from library.files import human_bytes, read_json, whole_folder, write_json
 from library.models.calibration import fit_convolution, input_of, synthetic_pictures
-from library.models.clip_tokenizer import build_tokenizer, tiny_merges, vocabulary, write_tokenizer
+from library.models.clip_tokenizer import tiny_merges, vocabulary, write_tokenizer
 from library.models.locate import TINY_DINOV2, TINY_SD15
 from library.models.sd15_configs import SD15_SCHEDULER, SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
 
@@ -73,19 +72,16 @@ PIPELINE = {
 }
 
 
-def build_tiny_sd15(folder: Path | str, seed: int = 0) -> Path:
+def build_tiny_sd15(folder: Path | str, seed: int = 0, *, overwrite: bool = False) -> Path:
     """Write a whole diffusers folder that StableDiffusionPipeline loads. Same seed, same machine: same bytes.
 
-    Raises UserError when the folder exists already.
+    Raises UserError when the folder exists already, unless `overwrite`.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), whole_folder(folder) as out:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), whole_folder(folder, overwrite=overwrite) as out:
         torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
-        pictures = synthetic_pictures(8, 128, generator)
-        vae = _tiny_vae(pictures)
-        text_encoder = _tiny_text_encoder()
-        unet = _tiny_unet(_latents(vae, synthetic_pictures(32, 128, generator)), text_encoder, generator)
-
+        vae = _tiny_vae()
+        text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)).eval()
+        unet = _tiny_unet(vae, text_encoder)
         vae.save_pretrained(out / "vae")
         text_encoder.save_pretrained(out / "text_encoder")
         unet.save_pretrained(out / "unet")
@@ -96,54 +92,118 @@ def build_tiny_sd15(folder: Path | str, seed: int = 0) -> Path:
     return Path(folder)
 
 
-def build_tiny_dinov2(folder: Path | str, seed: int = 0) -> Path:
+def build_tiny_dinov2(folder: Path | str, seed: int = 0, *, overwrite: bool = False) -> Path:
     """Write a transformers folder of a three-layer Dinov2Model whose tokens say much of the patch, little of its place.
 
-    Raises UserError when the folder exists already.
+    Raises UserError when the folder exists already, unless `overwrite`.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), whole_folder(folder) as out:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), whole_folder(folder, overwrite=overwrite) as out:
         torch.manual_seed(seed)
         model = Dinov2Model(Dinov2Config(**DINOV2_CONFIG)).eval()
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                # Unit variance in, unit variance out: the default 0.02 would drown the patch in the position.
+                # Unit variance in, unit variance out: with the usual 0.02 the position would drown the patch.
                 module.weight.normal_(std=module.weight[0].numel() ** -0.5)
         model.embeddings.position_embeddings.normal_(std=0.02)
-        model.embeddings.cls_token.normal_(std=1.0)
         model.save_pretrained(out)
         write_json(out / RECORD, {"kind": TINY_DINOV2, "builder_version": BUILDER_VERSION, "seed": seed})
     return Path(folder)
 
 
-BUILDERS: dict[str, Callable[[Path | str, int], Path]] = {
-    TINY_SD15: build_tiny_sd15,
-    TINY_DINOV2: build_tiny_dinov2,
-}
-
-
 def ensure_tiny(name: str) -> Path:
     """The folder `models/<name>` of this project, built if absent or made by another version of the builder.
 
-    Processes that start together wait for the first one to build it.
+    Processes that start together wait for the first one to build it. Raises UserError for an unknown name, and rather
+    than overwrite a folder that this module did not make.
     """
     if name not in BUILDERS:
         raise UserError(f"{name} is not a tiny model of this project. Known: {', '.join(BUILDERS)}.")
     folder = MODELS / name
-    if _is_current(folder, name):
-        return folder
     MODELS.mkdir(parents=True, exist_ok=True)
     with FileLock(MODELS / f".{name}.lock"):
-        if not _is_current(folder, name):
-            _refuse_foreign(folder)
-            with whole_folder(folder, overwrite=True) as out:
-                BUILDERS[name](out / "new", 0)
-                for part in (out / "new").iterdir():
-                    part.rename(out / part.name)
-                (out / "new").rmdir()
+        if folder.exists() and not (folder / RECORD).exists():
+            raise UserError(f"{folder} was not made by this project ({RECORD} is missing). Move it to another name.")
+        if not folder.exists() or read_json(folder / RECORD).get("builder_version") != BUILDER_VERSION:
+            BUILDERS[name](folder, overwrite=True)
     return folder
 
 
-def _is_current(folder: Path, name: str) -> bool:
-    record = folder / RECORD
-    found = read_json(record) if record.exists() else {}
-    return found.get("kind") == name and found.get("builder_version") == BUILDER_VERSION
+def _tiny_vae() -> AutoencoderKL:
+    """An autoencoder whose latents are a thumbnail: the colour of each 8 x 8 cell, and its brightness from top to bottom."""
+    vae = AutoencoderKL.from_config(VAE).eval()
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.zeros_(module.bias)
+        if name.endswith(("conv_in", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")):
+            _pass_on(module, name)
+        elif name.endswith(("conv2", "to_out.0")):
+            module.weight *= 0.1  # the random part of a block colours what passes, and does not drown it
+    pictures = synthetic_pictures(8, 128)
+    # Encoder: solve for the thumbnail, then scale and shift each channel to SD's latents, with a narrow posterior.
+    features = input_of(vae.encoder.conv_out, lambda: vae.encoder(pictures))
+    fit_convolution(vae.encoder.conv_out, features, _thumbnail(pictures))
+    vae.encoder.conv_out.weight[4:] = 0.0
+    nn.init.dirac_(vae.quant_conv.weight)
+    mean = vae.encode(pictures).latent_dist.mean  # [8, 4, 16, 16]
+    scale = 1.0 / (mean.std(dim=(0, 2, 3)) * vae.config.scaling_factor)
+    vae.quant_conv.weight[:4] *= scale.view(4, 1, 1, 1)
+    vae.quant_conv.bias[:4] = -mean.mean(dim=(0, 2, 3)) * scale
+    vae.quant_conv.bias[4:] = -12.0
+    # Decoder: bring latents back to unit variance, then solve for the pictures.
+    nn.init.dirac_(vae.post_quant_conv.weight)
+    vae.post_quant_conv.weight *= vae.config.scaling_factor
+    latents = vae.encode(pictures).latent_dist.mean
+    features = input_of(vae.decoder.conv_out, lambda: vae.decode(latents))
+    fit_convolution(vae.decoder.conv_out, features, pictures)
+    return vae
+
+
+def _pass_on(conv: nn.Conv2d, name: str) -> None:
+    """Make a convolution outside the residual blocks mix channels without loss, and average or smooth over space."""
+    mix = nn.init.orthogonal_(torch.empty(conv.out_channels, conv.in_channels))
+    kernel = torch.zeros(3, 3)
+    if "downsamplers" in name:
+        kernel[:2, :2] = 1 / 4
+    elif "upsamplers" in name:
+        kernel = torch.outer(torch.tensor([1.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])) / 16
+    else:
+        kernel[1, 1] = 1.0
+    conv.weight.copy_(mix[:, :, None, None] * (kernel if conv.kernel_size == (3, 3) else kernel[1:2, 1:2]))
+
+
+def _thumbnail(pictures: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B, 4, H/8, W/8]: mean colour, and the brightness of the upper half above the mean."""
+    grey = pictures.mean(dim=1, keepdim=True)
+    upper = F.avg_pool2d(grey, (4, 8), stride=8) - F.avg_pool2d(grey, 8)
+    return torch.cat([F.avg_pool2d(pictures, 8), upper], dim=1)
+
+
+def _tiny_unet(vae: AutoencoderKL, text_encoder: CLIPTextModel) -> UNet2DConditionModel:
+    """A random U-Net whose last convolution is solved to predict the noise in latents of synthetic pictures."""
+    unet = UNet2DConditionModel.from_config(UNET).eval()
+    latents = vae.encode(synthetic_pictures(64, 128)).latent_dist.mean * vae.config.scaling_factor  # [64, 4, 16, 16]
+    words = text_encoder(torch.randint(TEXT_ENCODER["vocab_size"], (64, 77))).last_hidden_state
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(1000, (64,))
+    noisy = DDPMScheduler.from_config(SD15_SCHEDULER).add_noise(latents, noise, timesteps)
+    features = input_of(unet.conv_out, lambda: unet(noisy, timesteps, words))
+    fit_convolution(unet.conv_out, features, noise)
+    return unet
+
+
+BUILDERS: dict[str, Callable[..., Path]] = {TINY_SD15: build_tiny_sd15, TINY_DINOV2: build_tiny_dinov2}
+
+
+@script
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m library.models.tiny", description="Build a tiny model to try things.")
+    parser.add_argument("--out", required=True, help="folder to write; must not exist yet")
+    parser.add_argument("--kind", choices=("sd15", "dinov2"), default="sd15", help="which model (default: sd15)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
+    options = parser.parse_args(argv)
+    folder = BUILDERS[f"tiny-{options.kind}"](options.out, options.seed)
+    print(f"{folder}: {human_bytes(sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

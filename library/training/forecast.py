@@ -10,11 +10,12 @@ from unittest import mock
 import torch
 from torch import nn
 
-from library.caching.prepare import SD_LATENT_CHANNELS, VAE_FACTOR, open_pictures
+from library.caching.prepare import SD_LATENT_CHANNELS, open_pictures
 from library.data.demo_pictures import DEFAULT_TRAINING_IMAGES
 from library.data.store import StoreMeta, disk_bytes, shard_folders
 from library.errors import UserError
 from library.files import free_bytes, human_bytes
+from library.models.encoders import VAE_FACTOR
 from library.models.load import unet_config
 from library.models.locate import base_status, dino_status
 from library.options.data import DEMO_DATA

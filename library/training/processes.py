@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed
@@ -38,6 +39,10 @@ class Processes:
         """Print, once."""
         if self.is_main:
             print(*words, flush=True)
+
+    def main_first(self) -> AbstractContextManager[None]:
+        """A context that the main process goes through before the others: what it makes they find."""
+        return self.state.main_process_first()
 
     def wait(self) -> None:
         self.state.wait_for_everyone()
