@@ -1,7 +1,7 @@
 """Draw pictures from a prompt, with or without LoRAs.
 
     python generate.py --pretrained_model_name_or_path outputs/demo/merged --prompt "a photo of a golden retriever"
-    python generate.py --prompt "a red square" --lora outputs/demo/demo.safetensors:0.8 --images 1 --output outputs/square.png
+    python generate.py --prompt "a red square" --lora outputs/demo/demo.safetensors:0.8 --images 1
 
 The sampler is DPM++ 2M Karras. Picture number i has the seed --seed + i and depends on nothing but its own seed.
 """
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Literal
 from library.errors import EXIT_OK, UserError, script
 from library.options.checks import positive, require
 from library.options.parser import parse
-from library.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -86,10 +85,14 @@ def split_weight(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
+def file_title(path: Path) -> str:
+    """What a model is called in a picture's parameters; a folder's name may have a point in it."""
+    return path.name.removesuffix(".safetensors")
+
+
 @script
 def main(argv: list[str]) -> int:
     options = parse(GenerateOptions, argv, prog="generate.py", description=__doc__)
-    quiet_libraries()
     if options.dry_run:
         print_plan(options)
         return EXIT_OK
@@ -102,7 +105,8 @@ def print_plan(options: GenerateOptions) -> None:
     for text in options.lora:
         print("lora       {}, weight {:g}".format(*split_weight(text)))
     size = f"{options.width or 'native'} x {options.height or 'native'}"
-    print(f"pictures   {options.images} of {size}, seeds {options.seed} to {options.seed + options.images - 1}")
+    last = f" to {options.seed + options.images - 1}" if options.images > 1 else ""
+    print(f"pictures   {options.images} of {size}, seed {options.seed}{last}")
     print(f"sampler    DPM++ 2M Karras, {options.steps} steps, cfg_scale {options.cfg_scale:g}")
     print(f"output     {options.output}")
 
@@ -134,7 +138,7 @@ def build(options: GenerateOptions) -> tuple[StableDiffusionPipeline, Drawing, l
         width=native if options.width is None else options.width,
         height=native if options.height is None else options.height,
     )
-    loras = [describe_lora(path.stem, w, source.file) for source, (path, w) in zip(sources, wanted, strict=True)]
+    loras = [describe_lora(file_title(path), w, source.file) for source, (path, w) in zip(sources, wanted, strict=True)]
     return pipeline, drawing, loras
 
 
@@ -145,7 +149,7 @@ def run(options: GenerateOptions) -> list[Path]:
 
     print_plan(options)
     pipeline, drawing, loras = build(options)
-    model = Path(options.pretrained_model_name_or_path).stem
+    model = file_title(Path(options.pretrained_model_name_or_path))
     pictures, files = [], []
     seeds = [options.seed + number for number in range(options.images)]
     for start in range(0, len(seeds), options.batch_size):

@@ -1,7 +1,7 @@
 """Fold a LoRA into its base model and write a diffusers folder.
 
     python merge_lora.py --model outputs/demo/demo.safetensors --output_dir outputs/demo/merged
-    python merge_lora.py --model outputs/demo/step_000150 --use_ema --pretrained_model_name_or_path tiny-sd15 --output_dir m
+    python merge_lora.py --model outputs/demo/step_000150 --use_ema --output_dir outputs/demo/averaged
 
 Without --pretrained_model_name_or_path the base is the one the adapter was trained on, as its files name it.
 """
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 from library.errors import EXIT_OK, script
 from library.options.checks import positive, require
 from library.options.parser import parse
-from library.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from library.merging.diffusers_folder import MergeReport
@@ -29,7 +28,7 @@ DTYPES = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 @dataclass(frozen=True)
 class MergeLoraOptions:
     model: Path
-    """What to merge: a LoRA .safetensors file (kohya's, PEFT's or diffusers' format) or a training state step_NNNNNN/."""
+    """What to merge: a LoRA .safetensors file (kohya's, PEFT's or diffusers' format) or a training state's folder."""
     output_dir: Path
     """Diffusers folder to write."""
     pretrained_model_name_or_path: str | None = None
@@ -39,7 +38,7 @@ class MergeLoraOptions:
     ratio: float = 1.0
     """Strength of the adapter: 1 is as trained, 0 gives the base."""
     save_precision: Literal["float", "fp16", "bf16"] | None = None
-    """Number format of the merged weights. Default: that of the base. What the adapter does not touch stays as it is."""
+    """Number format of the merged weights. Default: that of the base. Untouched components keep their own."""
     network_alpha: float | None = None
     """Alpha of a PEFT file that does not say it."""
     overwrite: bool = False
@@ -56,7 +55,6 @@ class MergeLoraOptions:
 @script
 def main(argv: list[str]) -> int:
     options = parse(MergeLoraOptions, argv, prog="merge_lora.py", description=__doc__)
-    quiet_libraries()
     source, base_name = build(options)
     print_plan(options, source, base_name)
     if not options.dry_run:

@@ -13,6 +13,7 @@ import time
 from library.errors import EXIT_OK, script
 from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions, TrainRepaOptions
+from library.training.launch import start_cpu_processes
 
 
 @script
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> int:
         default_config="demo.toml",
         also_known=[TrainRepaOptions],
     )
+    start_cpu_processes(__file__, argv)
     return run(options)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from library.errors import EXIT_OK, script
 from library.options.parser import flatten, parse
 from library.options.repa import TrainRepaOptions
+from library.training.launch import start_cpu_processes
 
 if TYPE_CHECKING:
     from library.caching.prepare import Caches
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
 
         print_plan(options)
         return EXIT_OK
+    start_cpu_processes(__file__, argv)
     with ExitStack() as context:
         return run(options, context)
 

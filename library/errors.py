@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 
+from library.quiet import quiet_libraries
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -47,6 +49,7 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int
 
     @wraps(main)
     def run(argv: list[str]) -> int:
+        quiet_libraries()
         try:
             return main(argv) or EXIT_OK
         except UserError as error:

@@ -43,7 +43,9 @@ class AlignHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         projected = self.proj(features)  # [B, D, h, w]
-        with torch.autocast(projected.device.type, enabled=False):
+        # The meta device, on which memory is forecast, knows no autocast.
+        device = "cpu" if projected.is_meta else projected.device.type
+        with torch.autocast(device, enabled=False):
             tokens = resize_bilinear(projected.float(), self.grid).flatten(2).transpose(1, 2)  # [B, grid * grid, D]
             return F.normalize(tokens, dim=-1, eps=1e-6)  # a zero token gets a gradient of 1e6 at most, not 1e12
 

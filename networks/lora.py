@@ -114,7 +114,7 @@ def add_lora(unet: nn.Module, spec: LoraSpec, seed: int) -> dict[str, nn.Paramet
     Returns the adapter's parameters, float32 whatever the dtype of the base, under their names in the model
     (`X.lora_A.default.weight` [rank, in, ...], `X.lora_B.default.weight` [out, rank, ...]). A is uniform within
     +-1/sqrt(fan_in) and depends on `seed` and the name alone; B is zero, so that the output is the base's to the bit.
-    Adapters compute in the dtype of their input. Raises AdapterError when nothing matches or there are adapters already.
+    Adapters compute in the dtype of their input. Raises AdapterError when nothing matches or adapters are on already.
     """
     if any(_adapted(unet)):
         raise AdapterError("The model has LoRA adapters already; remove_lora takes them off.")

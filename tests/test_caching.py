@@ -58,6 +58,7 @@ class Setting:
 
     def __init__(self, tmp_path: Path, photos: Path, base: Path, dino: Path) -> None:
         self.said: list[str] = []
+        self.last: Caches | None = None
         self.argv = {
             "train_data": photos / "train.csv", "val_data": photos / "val.csv", "class_names": photos / "names.json",
             "cache_dir": tmp_path / "caches", "pretrained_model_name_or_path": base, "dino_model": dino,
@@ -78,8 +79,13 @@ class Setting:
 
     def build(self, *, rebuild: bool = True, **changes: object) -> Caches:
         self.said.clear()
+        # A process that still reads a store cannot write to it. A closed store opens again when it is read.
+        for cached in [] if self.last is None else [self.last.train, self.last.val]:
+            for store in cached.stores.values() if cached is not None else ():
+                store.close()
         preparation, options = self.preparation(**changes)
-        return preparation.prepare(open_pictures(options.data), rebuild=rebuild, say=lambda *w: self.said.append(" ".join(map(str, w))))
+        self.last = preparation.prepare(open_pictures(options.data), rebuild=rebuild, say=self.said.append)
+        return self.last
 
     @property
     def counts(self) -> list[tuple[int, int, int]]:
@@ -163,7 +169,9 @@ def test_another_option_is_refused_in_training_and_rebuilt_by_prepare_cache(
     assert "let prepare_cache.py rebuild it" in str(caught.value)
     caches = setting.build(**change)
     assert setting.counts == [(8, 0, 0), (4, 0, 0)]
-    rebuilt = {kind for kind in ("latents", "tokens") if any(f"train_{kind} was made differently" in s for s in setting.said)}
+    rebuilt = {
+        kind for kind in ("latents", "tokens") if any(f"train_{kind} was made differently" in s for s in setting.said)
+    }
     assert rebuilt == set(kinds)
     assert all(store.meta.complete for store in caches.train.stores.values())
     setting.build(**change)
@@ -190,7 +198,9 @@ def test_int8_tokens_are_half_the_size_and_almost_the_same(setting: Setting, tmp
         scale = np.empty((1, 16), np.float16)
         small.read_scales_into([f"p{i}"], scale)
         again = dequantize_tokens(torch.from_numpy(small.read(f"p{i}")), torch.from_numpy(scale[0]))
-        cosine = torch.nn.functional.cosine_similarity(again.float(), torch.from_numpy(plain.read(f"p{i}")).float(), dim=-1)
+        cosine = torch.nn.functional.cosine_similarity(
+            again.float(), torch.from_numpy(plain.read(f"p{i}")).float(), dim=-1
+        )
         assert cosine.min() >= 0.999
 
 
@@ -216,7 +226,9 @@ def test_no_usable_picture_says_how_many_were_seen_and_why(setting: Setting, pho
 
 def test_rows_without_files_are_counted_before_anything_is_written(setting: Setting, photos: Path) -> None:
     (photos / "images" / "p2.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 8 rows of .*train.csv name files that are not there \(first: .*p2.png\)"):
+    with pytest.raises(
+        UserError, match=r"1 of 8 rows of .*train.csv name files that are not there \(first: .*p2.png\)"
+    ):
         setting.build()
     assert not list(Path(setting.argv["cache_dir"]).rglob("data.mdb"))
 
@@ -229,7 +241,9 @@ def test_a_class_without_a_name_is_refused(setting: Setting, photos: Path) -> No
 
 def test_a_disk_too_small_is_found_before_the_first_write(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("library.files.free_bytes", lambda path: 1000)
-    with pytest.raises(UserError, match=r"Building train_latents and train_tokens needs .* \(\d+ bytes\) in .* \(1000 bytes\)"):
+    with pytest.raises(
+        UserError, match=r"Building train_latents and train_tokens needs .* \(\d+ bytes\) in .* \(1000 bytes\)"
+    ):
         setting.build()
     assert not list(Path(setting.argv["cache_dir"]).rglob("data.mdb"))
 
@@ -269,7 +283,10 @@ def test_verify_passes_what_was_built_and_finds_what_was_changed(setting: Settin
     assert any("8 encoded again: least cosine 1.0000" in line for line in said)
     path = caches.train.stores["latents"].path
     caches.train.stores["latents"].close()
-    for value, message in ((np.full((4, 8, 8), np.nan, np.float16), "not finite"), (np.ones((4, 8, 8), np.float16), "not what")):
+    for value, message in (
+        (np.full((4, 8, 8), np.nan, np.float16), "not finite"),
+        (np.ones((4, 8, 8), np.float16), "not what"),
+    ):
         with lmdb.open(str(path), map_size=1 << 27) as environment, environment.begin(write=True) as transaction:
             transaction.put(b"p4", value.tobytes())
         with pytest.raises(RunFailed, match=message):
@@ -294,9 +311,13 @@ def test_stores_made_elsewhere_are_used_as_they_are(setting: Setting, tmp_path: 
     assert (caches.train.stores["latents"].read("p3") == 3).all() and setting.counts == []
 
 
-def test_a_store_made_elsewhere_that_lacks_samples_or_has_another_shape_is_refused(setting: Setting, tmp_path: Path) -> None:
+def test_a_store_made_elsewhere_that_lacks_samples_or_has_another_shape_is_refused(
+    setting: Setting, tmp_path: Path
+) -> None:
     foreign_store(tmp_path / "l", [f"p{i}" for i in range(5)], (4, 8, 8))
-    with pytest.raises(UserError, match=r"3 of 8 samples of the manifest are not in the store .* \(first: p5, p6, p7\)"):
+    with pytest.raises(
+        UserError, match=r"3 of 8 samples of the manifest are not in the store .* \(first: p5, p6, p7\)"
+    ):
         setting.build(latent_shape="4 8 8", train_latents=tmp_path / "l")
     with pytest.raises(UserError, match=r"latent_shape \(4, 16, 16\) .* is not what this run needs, \(4, 8, 8\)"):
         setting.build(latent_shape="4 16 16", train_latents=tmp_path / "l")
@@ -316,7 +337,15 @@ def test_the_chosen_subset_does_not_depend_on_what_else_there_is() -> None:
 def run_script(setting: Setting, *extra: str, processes: int = 1, **changes: object) -> subprocess.Popen:
     launch = [sys.executable]
     if processes > 1:
-        launch += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+        launch += [
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+        ]
         launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [*launch, "prepare_cache.py", *setting.arguments(**changes), *extra]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -71,7 +71,8 @@ class _Pictures(Dataset):
 def _collate(items: list[tuple[Picture, np.ndarray | None]]) -> PictureBatch:
     decoded = [picture for picture, pixels in items if pixels is not None]
     arrays = [pixels.transpose(2, 0, 1) for _, pixels in items if pixels is not None]
-    stacked = torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, dtype=torch.uint8)
+    # np.stack would keep the strides of the transposed views.
+    stacked = torch.from_numpy(np.ascontiguousarray(np.stack(arrays))) if arrays else torch.empty(0, dtype=torch.uint8)
     return PictureBatch(decoded, stacked, [picture for picture, pixels in items if pixels is None])
 
 

@@ -10,7 +10,7 @@ import lmdb
 from library.caching.producers import Wanted
 from library.data.pixels import UnreadableImage
 from library.data.sources import ImageSource, Sample
-from library.data.store import META_KEY, SUFFIXES, StoreMeta, shard_folders, unpack_source
+from library.data.store import META_KEY, SUFFIXES, StoreMeta, read_transactions, unpack_source
 from library.errors import UserError
 
 
@@ -70,14 +70,9 @@ def survey(
     Raises UserError where such a store lacks samples (count and three examples), or has another shape.
     """
     result = Survey(path, wanted)
-    environments = [
-        lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False)
-        for folder in shard_folders(path)
-    ]
-    transactions = [environment.begin(buffers=True) for environment in environments]
-    try:
-        result.shards = len(environments)
-        if environments:
+    with read_transactions(path) as transactions:
+        result.shards = len(transactions)
+        if transactions:
             data = transactions[0].get(META_KEY)
             result.meta = StoreMeta.from_json(bytes(data), path) if data is not None else None
             if result.meta is None and made_elsewhere is not None:
@@ -86,16 +81,11 @@ def survey(
             if result.meta is None and transactions[0].stat()["entries"] > 0:
                 option = "latent_shape" if wanted.kind == "latents" else "token_shape"
                 raise UserError(
-                    f"The store {path} has no __meta__. If it was made elsewhere with raw float16 values, give {option}; "
-                    "if not, delete it."
+                    f"The store {path} has no __meta__. If it was made elsewhere with raw float16 values, give {option}; if "
+                    "not, delete it."
                 )
         for sample in samples:
             _survey_sample(result, transactions, source, sample)
-    finally:
-        for transaction in transactions:
-            transaction.abort()
-        for environment in environments:
-            environment.close()
     return result
 
 

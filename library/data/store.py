@@ -18,6 +18,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,20 @@ class _SharedEnvironments:
 _shared = _SharedEnvironments()
 
 
+@contextmanager
+def read_transactions(path: Path) -> Iterator[list[lmdb.Transaction]]:
+    """One read transaction on each environment of the store at `path`, for a look at it; none where there is no store."""
+    folders = shard_folders(path)
+    transactions = [_shared.take(folder).begin(buffers=True) for folder in folders]
+    try:
+        yield transactions
+    finally:
+        for transaction in transactions:
+            transaction.abort()
+        for folder in folders:
+            _shared.give_back(folder)
+
+
 class TensorStore:
     """Read side. Opens its environments on first use in each process; a transaction per thread.
 
@@ -218,6 +233,11 @@ class TensorStore:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def __del__(self) -> None:
+        # An environment that stays open keeps this process from writing to the store.
+        with suppress(Exception):
+            self.close()
 
     def get_raw(self, key: bytes) -> memoryview | None:
         """The stored bytes, straight from the memory map: valid until the store is closed."""

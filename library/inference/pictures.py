@@ -39,7 +39,7 @@ def describe_lora(name: str, weight: float, file_path: Path) -> FoldedLora:
 
 
 def parameters_text(drawing: Drawing, seed: int, model: str, loras: Sequence[FoldedLora]) -> str:
-    """Prompt, negative prompt and one line of "Name: value" pairs. Adapters stand in the prompt, as A1111 takes them."""
+    """Prompt, negative prompt and a line of "Name: value" pairs. Adapters stand in the prompt, as A1111 takes them."""
     tags = "".join(f" <lora:{lora.name}:{lora.weight:g}>" for lora in loras)
     values: dict[str, object] = {
         "Steps": drawing.steps,

@@ -25,8 +25,14 @@ SAMPLER = "DPM++ 2M Karras"
 
 # What of a base's scheduler describes its training; the rest is about sampling.
 _TRAINED_WITH = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr",
-)  # fmt: skip
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 
 
 @dataclass(frozen=True)

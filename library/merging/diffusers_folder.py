@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from library.errors import RunFailed, UserError
 from library.files import read_json, require_space, whole_folder, write_json
@@ -61,7 +62,7 @@ class MergeReport:
 
 
 def check_output(output: Path, sources: list[Path], *, overwrite: bool) -> None:
-    """Raise UserError where writing the folder `output` would replace what is not an earlier merge, or is to be read."""
+    """Raise UserError where writing `output` would replace what is not an earlier merge, or what is to be read."""
     if not output.exists():
         return
     if not overwrite:
@@ -90,34 +91,26 @@ def write_merged_folder(
     encoder carry `text_model.`, without which transformers < 5.6 loads random weights.
     Raises UserError where base or adapter do not fit, RunFailed where the result cannot be written.
     """
-    stored = {component: _stored_names(base, component) for component in (UNET, TEXT_ENCODER)}
     tokenizer, text_encoder = load_text_encoder(base)
     unet = load_unet(base)
     weights = {UNET: unet.state_dict(), TEXT_ENCODER: text_encoder.state_dict()}
-    placed = place(
-        adapter, {component: {key: w.shape for key, w in named.items()} for component, named in weights.items()}
-    )
-    size = (dtype or _stored_dtype(base, UNET)).itemsize
-    require_space(
-        output, size * sum(w.numel() for named in weights.values() for w in named.values()), "The merged model"
-    )
+    placed = place(adapter, {part: {key: w.shape for key, w in named.items()} for part, named in weights.items()})
+    values = sum(w.numel() for named in weights.values() for w in named.values())
+    require_space(output, values * (dtype or _stored_dtype(base, UNET)).itemsize, "The merged model")
     done = []
     with whole_folder(output, overwrite=overwrite) as folder:
         for component, named in weights.items():
-            copied = component == TEXT_ENCODER and not placed[component] and _loads_anywhere(base, stored[component])
+            before = _stored_names(base, component)
+            touched = component == UNET or bool(placed[component])
+            copied = not touched and _can_be_copied(base, before)
             changes: list[Change] = []
-            if copied:
-                _copy_component(base.path, component, folder)
-            else:
-                changes = merge_adapter(named, placed[component], ratio, dtype or _stored_dtype(base, component))
+            if not copied:
+                target = dtype if touched and dtype is not None else _stored_dtype(base, component)
+                changes = merge_adapter(named, placed[component], ratio, target)
                 _save_weights(named, folder / component / _FILE_NAMES[component])
-            done.append(Merged(component, len(stored[component]), len(named), changes, copied))
+            done.append(Merged(component, len(before), len(named), changes, copied))
         if base.is_file:
-            unet.save_config(folder / UNET)
-            _save_text_config(text_encoder, folder / TEXT_ENCODER)
-            tokenizer.save_pretrained(folder / "tokenizer")
-            load_vae(base, dtype=_stored_dtype(base, "vae")).save_pretrained(folder / "vae")
-            write_json(folder / "scheduler" / "scheduler_config.json", load_scheduler_config(base))
+            _save_rest(base, folder, unet, tokenizer, text_encoder)
         else:
             for component in (*COMPONENTS, *_OPTIONAL):
                 _copy_component(base.path, component, folder)
@@ -140,8 +133,8 @@ def _stored_dtype(base: BaseLocation, component: str) -> torch.dtype:
     return read_tensors(file, first)[first].dtype
 
 
-def _loads_anywhere(base: BaseLocation, names: list[str]) -> bool:
-    """Whether a text encoder's file can be copied: it has the prefix that transformers < 5.6 needs."""
+def _can_be_copied(base: BaseLocation, names: list[str]) -> bool:
+    """Whether a text encoder of these names loads everywhere: it has the prefix that transformers < 5.6 needs."""
     return not base.is_file and all(name.startswith("text_model.") for name in names)
 
 
@@ -155,9 +148,20 @@ def _save_weights(weights: dict[str, Tensor], path: Path) -> None:
         )
 
 
-def _save_text_config(text_encoder: CLIPTextModel, folder: Path) -> None:
+def _save_rest(
+    base: BaseLocation,
+    folder: Path,
+    unet: UNet2DConditionModel,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+) -> None:
+    """What a single file has of the other components, and the configurations it does not have."""
+    unet.save_config(folder / UNET)
     text_encoder.config.architectures = ["CLIPTextModel"]
-    text_encoder.config.save_pretrained(folder)
+    text_encoder.config.save_pretrained(folder / TEXT_ENCODER)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    load_vae(base, dtype=_stored_dtype(base, "vae")).save_pretrained(folder / "vae")
+    write_json(folder / "scheduler" / "scheduler_config.json", load_scheduler_config(base))
 
 
 def _copy_component(base: Path, component: str, folder: Path) -> None:

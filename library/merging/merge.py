@@ -1,7 +1,7 @@
 """W' = W + ratio * alpha / rank * up @ down, for every module of an adapter, and not one module less.
 
-Source: LoRA (arXiv 2106.09685, section 4.1); the same product for Linear layers, 1x1 and 3x3 convolutions, as in sd-scripts,
-A1111 and ComfyUI.
+Source: LoRA (arXiv 2106.09685, section 4.1); the same product for Linear layers, 1x1 and 3x3 convolutions, as in
+sd-scripts, A1111 and ComfyUI.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ def place(adapter: Adapter, shapes: Mapping[str, Shapes]) -> dict[str, dict[str,
     if homeless or misfits:
         first = sorted(homeless or misfits)[0]
         wanted = list(shapes[targets[first][0]][targets[first][1]]) if first in targets else []
+        why = _guess(adapter, homeless, misfits, first, wanted)
         raise UserError(
             f"{len(homeless) + len(misfits)} of {len(adapter.modules)} LoRA modules have no place in this checkpoint "
-            f"(first: {', '.join(sorted(homeless or misfits)[:3])}). {_guess(adapter, homeless, misfits, first, wanted)}"
+            f"(first: {', '.join(sorted(homeless or misfits)[:3])}). {why}"
         )
     return placed
 

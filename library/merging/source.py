@@ -42,9 +42,9 @@ def read_source(model: Path, *, use_ema: bool = False, network_alpha: float | No
         base_model = adapter.metadata.get(BASE_MODEL_KEY, adapter.metadata.get("base_model"))
         return Source(model, adapter, base_model, "the adapter's metadata")
     if not (model / "state.json").is_file():
-        raise UserError(
-            f"{model} is no training state: there is no state.json in it. Name a step_NNNNNN folder or a file."
-        )
+        states = sorted(path.parent for path in model.glob("step_*/state.json"))
+        hint = f"Its newest state is {states[-1]}." if states else "Name a step_NNNNNN folder or a file."
+        raise UserError(f"{model} is no training state: there is no state.json in it. {hint}")
     file = model / ("ema.safetensors" if use_ema else "lora.safetensors")
     if not file.is_file():
         hint = " The run kept no moving average (--ema_decay 0); leave --use_ema out." if use_ema else ""

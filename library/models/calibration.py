@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 
 def synthetic_pictures(count: int, size: int) -> Tensor:
-    """Pictures [count, 3, size, size] in [-1, 1]: smooth coloured clouds cut by hard edges.
+    """Pictures [count, 3, size, size] in [-1, 1]: coloured clouds cut by hard edges.
 
-    Octaves of noise with amplitude 1/frequency, as in photographs (Field 1987), so that what is calibrated on them
+    The octaves from 4 pixels up have equal energy, as in photographs (Field 1987), so that what is calibrated on these
     holds roughly on photographs too. Drawn from torch's global generator.
     """
+    octaves = [2**k for k in range(1, 12) if 2**k <= size // 4]
 
     def clouds(channels: int) -> Tensor:
-        octaves = (torch.randn(count, channels, 2**k, 2**k) * 2.0 ** (1 - k) for k in range(1, 6))
-        return sum((F.interpolate(octave, size=(size, size), mode="bicubic") for octave in octaves), torch.zeros(()))
+        layers = [torch.randn(count, channels, cells, cells) for cells in octaves]
+        resized = [F.interpolate(layer, size=(size, size), mode="bicubic") for layer in layers]
+        return torch.stack(resized).sum(dim=0) / len(octaves) ** 0.5
 
     def tint() -> Tensor:
         return torch.randn(count, 3, 1, 1)

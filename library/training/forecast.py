@@ -85,7 +85,7 @@ def _print_model(options: TrainRepaOptions, plan: Plan) -> None:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config).to(dtype)
+        unet = nn.Module.to(UNet2DConditionModel.from_config(config), dtype)
     unet.requires_grad_(False)
     frozen = sum(p.numel() for p in unet.parameters())
     parts, heads = add_trained_parts(unet, options, _teacher_width(options), torch.device("meta"))

@@ -179,12 +179,12 @@ class RepaTask:
         total = sum(len(part) for part in order) * self.processes.world_size
         means = (self.processes.sum(sums) / total).tolist()
         quarters = self.processes.sum(quarters)
-        by_quarter = (quarters[0] / quarters[1].clamp(min=1)).tolist()
+        by_quarter = [(i, loss / seen) for i, (loss, seen) in enumerate(quarters.T.tolist(), start=1) if seen]
         results = {"val/total": means[0], "val/diffusion": means[0]}
         if self.heads:
             results["val/total"] += self.coefficient(step) * (means[1] + self.alignment.manifold_weight * means[2])
             results |= {"val/token": means[1], "val/manifold": means[2]}
-        return results | {f"val/diffusion_q{i + 1}": value for i, value in enumerate(by_quarter)}
+        return results | {f"val/diffusion_q{i}": value for i, value in by_quarter}
 
 
 def validation_order(count: int, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:

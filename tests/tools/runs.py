@@ -1,0 +1,109 @@
+"""A small U-REPA run as tests need it: tiny models, twelve pictures, a few steps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from library.options.toml_file import PROJECT_ROOT
+
+IMAGES = 12
+
+
+def draw(path: Path, seed: int, size: int = 128) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(path)
+
+
+class RepaSetting:
+    """Options of a run over a folder of pictures; caches are built once and shared by all runs of a session."""
+
+    def __init__(self, folder: Path, base: Path, dino: Path) -> None:
+        self.folder = folder
+        (folder / "images").mkdir(parents=True)
+        for name, ids in (("train", range(8)), ("val", range(8, IMAGES))):
+            with open(folder / f"{name}.csv", "w", newline="") as file:
+                rows = csv.writer(file)
+                rows.writerow(["sample_id", "path", "class_id"])
+                for i in ids:
+                    draw(folder / "images" / f"p{i}.png", i)
+                    rows.writerow([f"p{i}", f"images/p{i}.png", i % 2])
+        (folder / "names.json").write_text(json.dumps(["cat", "dog"]))
+        self.options = {
+            "train_data": folder / "train.csv", "val_data": folder / "val.csv", "class_names": folder / "names.json",
+            "cache_dir": folder / "caches", "pretrained_model_name_or_path": base, "dino_model": dino, "device": "cpu",
+            "resolution": 128, "dino_resolution": 56, "token_grid": 4, "mixed_precision": "no", "lora_scope": "mid",
+            "max_data_loader_n_workers": 1, "train_batch_size": 4, "max_train_steps": 4, "learning_rate": 1e-2,
+            "align_warmup_steps": 2, "lr_warmup_steps": 1, "ema_decay": 0.5, "log_every_n_steps": 1,
+        }  # fmt: skip
+
+    def argv(self, output: Path, *extra: str, **changes: object) -> list[str]:
+        options = {**self.options, "output_dir": output, **changes}
+        return [w for name, value in options.items() for w in (f"--{name}", *str(value).split())] + list(extra)
+
+    def train(self, output: Path, *extra: str, **changes: object) -> int:
+        """Run train_repa.py in this process; its exit code."""
+        import train_repa
+
+        return train_repa.main(self.argv(output, *extra, **changes))
+
+    def start(self, output: Path, *extra: str, processes: int = 1, **changes: object) -> subprocess.Popen[str]:
+        """Start train_repa.py as a process of its own, or as several under accelerate."""
+        launch = [sys.executable]
+        if processes > 1:
+            launch += [
+                "-m",
+                "accelerate.commands.launch",
+                "--cpu",
+                "--num_processes",
+                str(processes),
+                "--num_machines",
+                "1",
+            ]
+            launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        command = [*launch, "train_repa.py", *self.argv(output, *extra, **changes)]
+        return subprocess.Popen(
+            command,
+            cwd=PROJECT_ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def state_tensors(state: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a state, by file and name."""
+    return {f"{f.stem}/{name}": t for f in state.glob("*.safetensors") for name, t in load_file(f).items()}
+
+
+def assert_equal_states(a: Path, b: Path) -> None:
+    left, right = state_tensors(a), state_tensors(b)
+    assert left.keys() == right.keys() and len(left) > 20
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, different[:5]
+
+
+def copy_until(source: Path, target: Path, step: int) -> None:
+    """The output folder as it was at `step`: later states, and metrics, are those of a run that was killed later."""
+    shutil.copytree(source, target)
+    for state in target.glob("step_*"):
+        if int(state.name[5:]) > step:
+            shutil.rmtree(state)
+    for adapter in target.glob("*.safetensors"):
+        adapter.unlink()
+
+
+def metric_rows(output: Path, name: str) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if name in row]
