@@ -1,6 +1,6 @@
 """Images a second through the cache pipeline, beside the rate of decoding alone and of encoding alone, in one run.
 
-    python benchmarks/cache_build.py [--pictures data/demo/train.csv] [--base tiny-sd15] [--dino tiny-dinov2]
+python benchmarks/cache_build.py [--pictures data/demo/train.csv] [--base tiny-sd15] [--dino tiny-dinov2]
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import save
-
 import torch
+from common import save
 
 from library.caching.pictures import Job, picture_batches
 from library.caching.prepare import Preparation, open_pictures

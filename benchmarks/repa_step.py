@@ -15,10 +15,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
-from common import save
-
 import numpy as np
 import torch
+from common import save
 from diffusers import UNet2DConditionModel
 
 from library.caching.prepare import Cached, Caches
@@ -55,9 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as context:
         settings, measured = measure(arguments, Path(folder), context, full_size=gpu)
     unknown = None if gpu else "not measured: no GPU here, and the tiny model is not the target"
-    targets = {
-        name: {"at_most": bound, "met": unknown or measured[name] <= bound} for name, bound in TARGETS.items()
-    }
+    targets = {name: {"at_most": bound, "met": unknown or measured[name] <= bound} for name, bound in TARGETS.items()}
     name = arguments.name or ("repa_step" if gpu else "repa_step_cpu_tiny")
     save(name, settings, measured, targets)
 

@@ -1,6 +1,6 @@
 """Rate at which samples come from the LMDB stores into a training batch, beside a memcpy of the same bytes.
 
-    python benchmarks/store_read.py [--samples 1500] [--threads 8] [--folder /tmp]
+python benchmarks/store_read.py [--samples 1500] [--threads 8] [--folder /tmp]
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import save
-
 import numpy as np
 import torch
+from common import save
 
 from library.data.batches import CachedSamples, Prefetcher
 from library.data.store import StoreMeta, StoreWriter, TensorStore

@@ -126,7 +126,8 @@ def require_space(path: Path | str, needed: int, what: str) -> None:
     free = free_bytes(path)
     if needed > free:
         raise UserError(
-            f"{what} needs {human_bytes(needed)} ({needed} bytes) in {path}, but only {human_bytes(free)} ({free} bytes) are free there."
+            f"{what} needs {human_bytes(needed)} ({needed} bytes) in {path}, but only {human_bytes(free)} ({free} bytes) are "
+            "free there."
         )
 
 

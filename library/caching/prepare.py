@@ -94,7 +94,9 @@ def open_pictures(data: DataOptions) -> Pictures:
 
 
 def _check_ids(pictures: PictureSet) -> None:
-    reserved = [sample.sample_id for sample in pictures.samples if "#" in sample.sample_id or sample.sample_id == "__meta__"]
+    reserved = [
+        sample.sample_id for sample in pictures.samples if "#" in sample.sample_id or sample.sample_id == "__meta__"
+    ]
     if reserved:
         raise UserError(
             f"{len(reserved)} sample ids of {pictures.source.location} contain #, which the stores keep for their notes (first: "

@@ -74,7 +74,9 @@ class CachedSamples:
 
     def relabel(self, batch: Batch, indices: np.ndarray) -> Batch:
         """A batch for other samples in the memory of `batch`, to be filled."""
-        return Batch(batch.latents, self.text_rows[torch.from_numpy(indices)], batch.tokens, batch.token_scales, indices)
+        return Batch(
+            batch.latents, self.text_rows[torch.from_numpy(indices)], batch.tokens, batch.token_scales, indices
+        )
 
     def fill(self, batch: Batch, part: slice) -> None:
         """Copy the stored values of batch rows `part` from the memory map into the batch."""

@@ -145,7 +145,7 @@ _shared = _SharedEnvironments()
 
 
 @contextmanager
-def read_transactions(path: Path) -> Iterator[list[lmdb.Transaction]]:
+def read_transactions(path: Path) -> Iterator[list[Any]]:
     """One read transaction on each environment of the store at `path`, for a look at it; none where there is no store."""
     folders = shard_folders(path)
     transactions = [_shared.take(folder).begin(buffers=True) for folder in folders]
@@ -207,7 +207,7 @@ class TensorStore:
         self._local = threading.local()
         self._opening = threading.Lock()
 
-    def _transactions(self) -> list[lmdb.Transaction]:
+    def _transactions(self) -> list[Any]:
         if self._owner != os.getpid():
             with self._opening:
                 if self._owner != os.getpid():
@@ -239,8 +239,8 @@ class TensorStore:
         with suppress(Exception):
             self.close()
 
-    def get_raw(self, key: bytes) -> memoryview | None:
-        """The stored bytes, straight from the memory map: valid until the store is closed."""
+    def get_raw(self, key: bytes) -> Any:
+        """The stored bytes as a memoryview straight from the memory map, valid until the store is closed; None if absent."""
         for transaction in self._transactions():
             value = transaction.get(key)
             if value is not None:
@@ -411,7 +411,7 @@ def purge(path: Path, producer: bytes) -> int:
                 for key in transaction.cursor().iternext(keys=True, values=False)
                 if key.endswith((b"#source", b"#unreadable"))
             ]
-            foreign = [key for key in notes if unpack_source(transaction.get(key))[2] != producer]
+            foreign = [key for key in notes if unpack_source(transaction.get(key) or b"")[2] != producer]
         if foreign:
             writer = StoreWriter(folder, "latents", expected_bytes=0)
             writer.delete_raw([key.rpartition(b"#")[0] for key in foreign])
@@ -454,5 +454,5 @@ def pack_source(signature: bytes, content: bytes, producer: bytes) -> bytes:
     return struct.pack("16s16s16s", signature, content, producer)
 
 
-def unpack_source(record: bytes) -> tuple[bytes, bytes, bytes]:
+def unpack_source(record: Any) -> tuple[bytes, bytes, bytes]:
     return struct.unpack("16s16s16s", bytes(record[:48]))

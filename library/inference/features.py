@@ -39,7 +39,9 @@ class FeatureModel:
             raise UserError(f"timestep must lie in 0..{self.schedule.timesteps - 1}, got {timestep}.")
         if what != "map" and tap not in self.heads:
             trained = ", ".join(self.heads) or "none"
-            raise UserError(f"This state has no AlignHead at {tap} (heads: {trained}). Ask for what='map', or another tap.")
+            raise UserError(
+                f"This state has no AlignHead at {tap} (heads: {trained}). Ask for what='map', or another tap."
+            )
         device = latents.device
         generator = torch.Generator(device).manual_seed(seed_of(seed, "features"))
         noise = torch.randn(latents.shape, generator=generator, device=device)

@@ -6,6 +6,7 @@ import gzip
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from transformers import CLIPTokenizer
 
@@ -52,7 +53,8 @@ def tokenizer_for(vocabulary_size: int, where: str) -> CLIPTokenizer:
 
 def build_tokenizer(merges: tuple[tuple[str, str], ...]) -> CLIPTokenizer:
     """A CLIPTokenizer of 77 positions over the vocabulary that the merges span."""
-    return CLIPTokenizer(vocab=vocabulary(merges), merges=list(merges), model_max_length=MAX_LENGTH)
+    pairs: Any = list(merges)  # annotated as strings, but tokenizers' BPE takes pairs
+    return CLIPTokenizer(vocab=vocabulary(merges), merges=pairs, model_max_length=MAX_LENGTH)
 
 
 def write_tokenizer(folder: Path, merges: tuple[tuple[str, str], ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from library.files import read_json
 from library.models.locate import DINOV2, BaseLocation, locate_dino, weight_files
 from library.models.weights import assemble, read_tensors
 
-Dinov2 = Dinov2Model | Dinov2WithRegistersModel
-Config = Dinov2Config | Dinov2WithRegistersConfig
+Dinov2: TypeAlias = Dinov2Model | Dinov2WithRegistersModel
+Config: TypeAlias = Dinov2Config | Dinov2WithRegistersConfig
 
 _HEAD_WIDTH = 64  # of every published size: 384/6, 768/12, 1024/16, 1536/24
 
@@ -46,8 +46,8 @@ def load_dinov2(
 ) -> Dinov2:
     """The teacher, frozen. Raises UserError for a file that is no DINOv2, is torn, or does not fit its configuration.
 
-    Position embeddings at another resolution are interpolated as transformers does it, which differs from Meta's code
-    without registers in the last digits of the scale (16/37 against 16.1/37 at 224 pixels).
+    At other resolutions than 518 position embeddings are interpolated as transformers does it: by 16/37 at 224 pixels, where
+    Meta's code for models without registers takes (16 + 0.1)/37.
     """
     location = _located(location)
     if location.is_file:
@@ -57,10 +57,8 @@ def load_dinov2(
     else:
         config = _folder_config(location.path)
         tensors = read_tensors(weight_files(location.path, DINOV2))
-    # Of registers or none the configuration is the sign; the models have the same constructor.
-    cls = Dinov2WithRegistersModel if isinstance(config, Dinov2WithRegistersConfig) else Dinov2Model
-    model: Dinov2 = assemble(lambda: cls(config), tensors, f"The DINOv2 in {location.path}", dtype=dtype, device=device)
-    return model
+    cls: Any = Dinov2WithRegistersModel if isinstance(config, Dinov2WithRegistersConfig) else Dinov2Model
+    return assemble(lambda: cls(config), tensors, f"The DINOv2 in {location.path}", dtype=dtype, device=device)
 
 
 def dinov2_width(location: BaseLocation | str) -> int:
@@ -85,7 +83,9 @@ def _folder_config(folder: Path) -> Config:
     classes: dict[str, Any] = {"dinov2": Dinov2Config, "dinov2_with_registers": Dinov2WithRegistersConfig}
     kind = fields.get("model_type")
     if kind not in classes:
-        raise UserError(f"{folder / 'config.json'} describes a {kind}. A dinov2 or dinov2_with_registers is needed here.")
+        raise UserError(
+            f"{folder / 'config.json'} describes a {kind}. A dinov2 or dinov2_with_registers is needed here."
+        )
     return classes[kind].from_dict(fields)
 
 
@@ -102,18 +102,18 @@ def _meta_config(meta: dict[str, Tensor], path: Path) -> Config:
     swiglu = "blocks.0.mlp.w3.weight" in meta
     # SwiGLU keeps 2/3 of the hidden width, so that it costs what a plain MLP would.
     hidden = meta["blocks.0.mlp.w3.weight"].shape[1] * 3 / 2 if swiglu else meta["blocks.0.mlp.fc1.weight"].shape[0]
-    fields = {
+    fields: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": len({name.split(".")[1] for name in meta if name.startswith("blocks.")}),
-        "num_attention_heads": width // _HEAD_WIDTH,
+        "num_attention_heads": max(1, width // _HEAD_WIDTH),
         "mlp_ratio": round(hidden / width),
         "patch_size": patch,
         "image_size": patch * isqrt(meta["pos_embed"].shape[1] - 1),
         "use_swiglu_ffn": swiglu,
     }
     if "register_tokens" in meta:
-        return Dinov2WithRegistersConfig(**fields, num_register_tokens=meta["register_tokens"].shape[1])
-    return Dinov2Config(**fields)
+        return Dinov2WithRegistersConfig.from_dict(fields | {"num_register_tokens": meta["register_tokens"].shape[1]})
+    return Dinov2Config.from_dict(fields)
 
 
 def _transformers_names(meta: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers.models import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -60,7 +61,8 @@ class DinoEncoder:
     """
 
     def __init__(self, model: Dinov2, resolution: int, grid: int) -> None:
-        patch = int(model.config.patch_size)
+        config: Any = model.config  # annotated as int or pair; every DINOv2 has square patches
+        patch = int(config.patch_size)
         if resolution % patch:
             below = resolution // patch * patch
             raise UserError(
@@ -74,7 +76,7 @@ class DinoEncoder:
                 f"{grid}. Raise dino_resolution to {grid * patch} or lower token_grid."
             )
         self.model, self.resolution, self.grid = model, resolution, grid
-        self.width = int(model.config.hidden_size)
+        self.width = int(config.hidden_size)
         self._mean = torch.tensor(IMAGENET_MEAN, device=model.device).view(1, 3, 1, 1)
         self._std = torch.tensor(IMAGENET_STD, device=model.device).view(1, 3, 1, 1)
 
@@ -133,7 +135,11 @@ class TextEncoder:
 
     def overlong(self, prompts: Sequence[str]) -> list[int]:
         """Indices of the prompts that have more tokens than fit between the start and end markers (75)."""
-        return [i for i, ids in enumerate(self.tokenizer(list(prompts)).input_ids) if len(ids) > self.length] if prompts else []
+        return (
+            [i for i, ids in enumerate(self.tokenizer(list(prompts)).input_ids) if len(ids) > self.length]
+            if prompts
+            else []
+        )
 
     def _encode(self, prompts: Sequence[str], clip_skip: int) -> Tensor:
         ids = self.tokenizer(
@@ -148,7 +154,8 @@ class TextEncoder:
 def quantize_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [..., N, D] -> int8 of the same shape, and a float16 scale [..., N] per token: absmax / 127.
 
-    Rounded against the scale as stored, so that its own rounding costs nothing. A token of zeros stays zero.
+    Rounded against the scale as stored, so that its own rounding costs nothing. A token of zeros stays zero. The cosine to
+    what went in is 1 - (absmax / rms / 127)^2 / 24: at least 0.999 while no value exceeds 19 times the token's rms.
     """
     values = tokens.float()
     scale = (values.abs().amax(dim=-1) / 127.0).to(torch.float16)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -93,7 +93,9 @@ def unet_config(base: Base) -> dict[str, Any]:
         return single_file.file_unet_config(location.path)
     config = _component_config(location, "unet", "UNet2DConditionModel")
     if config.get("addition_embed_type") == "text_time":
-        raise UserError(f"{location.path} looks like SDXL (it has size conditions). An SD1.5 base model is needed here.")
+        raise UserError(
+            f"{location.path} looks like SDXL (it has size conditions). An SD1.5 base model is needed here."
+        )
     return config
 
 
@@ -139,4 +141,6 @@ def _folder_tokenizer(folder: Path) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} holds no readable CLIP tokenizer: {reason}. vocab.json and merges.txt are needed.") from error
+        raise UserError(
+            f"{folder} holds no readable CLIP tokenizer: {reason}. vocab.json and merges.txt are needed."
+        ) from error

@@ -47,7 +47,9 @@ def file_unet_config(path: Path) -> dict[str, Any]:
         "cross_attention_dim": _size(path, shapes, cross, 1),
     }
     if config["in_channels"] == 9:
-        raise UserError(f"{path} looks like an inpainting model (9 input channels). A text-to-image SD1.5 model is needed.")
+        raise UserError(
+            f"{path} looks like an inpainting model (9 input channels). A text-to-image SD1.5 model is needed."
+        )
     return config
 
 
@@ -66,12 +68,13 @@ def file_vae_config(path: Path) -> dict[str, Any]:
 def file_text_config(path: Path) -> dict[str, Any]:
     """CLIPTextConfig's fields. CLIP's heads are 64 wide at every size (Radford et al. 2021, table 20)."""
     shapes = {name.removeprefix("text_model."): shape for name, shape in _shapes(path, "text_encoder").items()}
-    vocabulary, hidden = shapes.get("embeddings.token_embedding.weight", (0, 0))
+    vocabulary = _size(path, shapes, "embeddings.token_embedding.weight", 0)
+    hidden = _size(path, shapes, "embeddings.token_embedding.weight", 1)
     return SD15_TEXT_ENCODER | {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "projection_dim": hidden,
-        "num_attention_heads": hidden // 64,
+        "num_attention_heads": max(1, hidden // 64),
         "intermediate_size": _size(path, shapes, "encoder.layers.0.mlp.fc1.weight", 0),
         "num_hidden_layers": len({name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")}),
         "max_position_embeddings": _size(path, shapes, "embeddings.position_embedding.weight", 0),
@@ -96,7 +99,9 @@ def file_unet_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """The U-Net under diffusers' names."""
     tensors = read_tensors(path, UNET_PREFIX)
     # The converter looks these keys up without a default.
-    return _all_converted(path, tensors, convert_ldm_unet_checkpoint(dict(tensors), {"class_embed_type": None, **config}))
+    return _all_converted(
+        path, tensors, convert_ldm_unet_checkpoint(dict(tensors), {"class_embed_type": None, **config})
+    )
 
 
 def file_vae_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:

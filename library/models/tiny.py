@@ -14,11 +14,13 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.schedulers import DDPMScheduler
 from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from library.models.clip_tokenizer import tiny_merges, vocabulary, write_tokeniz
 from library.models.locate import TINY_DINOV2, TINY_SD15
 from library.models.sd15_configs import SD15_SCHEDULER, SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
 
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 """Raised whenever the same seed gives other weights or files; `ensure_tiny` then rebuilds what it built before."""
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -51,7 +53,7 @@ TEXT_ENCODER = {
     "eos_token_id": len(vocabulary(tiny_merges())) - 1,
     "pad_token_id": len(vocabulary(tiny_merges())) - 1,
 }
-DINOV2_CONFIG = {
+DINOV2_CONFIG: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -120,20 +122,27 @@ def ensure_tiny(name: str) -> Path:
     if name not in BUILDERS:
         raise UserError(f"{name} is not a tiny model of this project. Known: {', '.join(BUILDERS)}.")
     folder = MODELS / name
+    if _is_current(folder):
+        return folder
     MODELS.mkdir(parents=True, exist_ok=True)
     with FileLock(MODELS / f".{name}.lock"):
         if folder.exists() and not (folder / RECORD).exists():
             raise UserError(f"{folder} was not made by this project ({RECORD} is missing). Move it to another name.")
-        if not folder.exists() or read_json(folder / RECORD).get("builder_version") != BUILDER_VERSION:
+        if not _is_current(folder):
             BUILDERS[name](folder, overwrite=True)
     return folder
+
+
+def _is_current(folder: Path) -> bool:
+    record = folder / RECORD
+    return record.exists() and read_json(record).get("builder_version") == BUILDER_VERSION
 
 
 def _tiny_vae() -> AutoencoderKL:
     """An autoencoder whose latents are a thumbnail: the colour of each 8 x 8 cell, and its brightness from top to bottom."""
     vae = AutoencoderKL.from_config(VAE).eval()
     for name, module in vae.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if name.endswith(("conv_in", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")):
             _pass_on(module, name)
@@ -146,13 +155,13 @@ def _tiny_vae() -> AutoencoderKL:
     vae.encoder.conv_out.weight[4:] = 0.0
     nn.init.dirac_(vae.quant_conv.weight)
     mean = vae.encode(pictures).latent_dist.mean  # [8, 4, 16, 16]
-    scale = 1.0 / (mean.std(dim=(0, 2, 3)) * vae.config.scaling_factor)
+    scale = 1.0 / (mean.std(dim=(0, 2, 3)) * vae.config["scaling_factor"])
     vae.quant_conv.weight[:4] *= scale.view(4, 1, 1, 1)
     vae.quant_conv.bias[:4] = -mean.mean(dim=(0, 2, 3)) * scale
     vae.quant_conv.bias[4:] = -12.0
     # Decoder: bring latents back to unit variance, then solve for the pictures.
     nn.init.dirac_(vae.post_quant_conv.weight)
-    vae.post_quant_conv.weight *= vae.config.scaling_factor
+    vae.post_quant_conv.weight *= vae.config["scaling_factor"]
     latents = vae.encode(pictures).latent_dist.mean
     features = input_of(vae.decoder.conv_out, lambda: vae.decode(latents))
     fit_convolution(vae.decoder.conv_out, features, pictures)
@@ -185,7 +194,7 @@ def _tiny_unet(vae: AutoencoderKL, text_encoder: CLIPTextModel) -> UNet2DConditi
     for name, module in unet.named_modules():
         if name.endswith("attn2.to_v"):
             module.weight *= 4.0  # a prompt then moves the prediction by some 5 %, not 2 %
-    latents = vae.encode(synthetic_pictures(64, 128)).latent_dist.mean * vae.config.scaling_factor  # [64, 4, 16, 16]
+    latents = vae.encode(synthetic_pictures(64, 128)).latent_dist.mean * vae.config["scaling_factor"]  # [64, 4, 16, 16]
     words = text_encoder(torch.randint(TEXT_ENCODER["vocab_size"], (64, 77))).last_hidden_state
     noise = torch.randn_like(latents)
     timesteps = torch.randint(1000, (64,))
@@ -208,7 +217,9 @@ BUILDERS: dict[str, Callable[..., Path]] = {TINY_SD15: build_tiny_sd15, TINY_DIN
 
 @script
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m library.models.tiny", description="Build a tiny model to try things.")
+    parser = argparse.ArgumentParser(
+        prog="python -m library.models.tiny", description="Build a tiny model to try things."
+    )
     parser.add_argument("--out", required=True, help="folder to write; must not exist yet")
     parser.add_argument("--kind", choices=("sd15", "dinov2"), default="sd15", help="which model (default: sd15)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")

@@ -21,7 +21,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 def read_shapes(path: Path) -> Shapes:
     """Name -> shape of every tensor in a safetensors file, from its header alone."""
-    return _with_safetensors(path, lambda file: {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
+    return _with_safetensors(
+        path, lambda file: {name: tuple(file.get_slice(name).get_shape()) for name in _names(file)}
+    )
 
 
 def read_tensors(paths: Path | Iterable[Path], prefix: str | tuple[str, ...] = "") -> dict[str, Tensor]:
@@ -37,8 +39,12 @@ def read_tensors(paths: Path | Iterable[Path], prefix: str | tuple[str, ...] = "
 
 def _read_safetensors(path: Path, prefix: str | tuple[str, ...]) -> dict[str, Tensor]:
     return _with_safetensors(
-        path, lambda file: {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+        path, lambda file: {name: file.get_tensor(name) for name in _names(file) if name.startswith(prefix)}
     )
+
+
+def _names(file: Any) -> list[str]:
+    return list(file.keys())  # safe_open is no mapping
 
 
 def _with_safetensors(path: Path, read: Callable[[Any], Any]) -> Any:
@@ -105,7 +111,12 @@ def assemble(
             f"{where} does not fit a {type(model).__name__} of {len(expected)} tensors: "
             f"{'; '.join(filter(None, problems))}. The file and its configuration do not belong together."
         )
-    model.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, strict=True, assign=True)
+    # Copied out of the file's memory map: tensors lie there on odd addresses, and kernels for those round otherwise.
+    fresh = {
+        name: value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
+    }
+    model.load_state_dict(fresh, strict=True, assign=True)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -161,7 +161,7 @@ def _wants_path(kind: Any) -> bool:
 def _unchecked(options_type: type, values: dict[str, Located]) -> Any:
     """An instance made of defaults and file values whose checks have not run: the command line may still mend it."""
     hints = typing.get_type_hints(options_type)
-    instance = object.__new__(options_type)
+    instance: Any = object.__new__(options_type)
     for field in dataclasses.fields(options_type):
         if dataclasses.is_dataclass(hints[field.name]):
             value = _unchecked(hints[field.name], values)

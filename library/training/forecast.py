@@ -16,6 +16,7 @@ from library.data.store import StoreMeta, disk_bytes, shard_folders
 from library.errors import UserError
 from library.files import free_bytes, human_bytes
 from library.models.encoders import VAE_FACTOR
+from library.models.frozen import save_no_inputs
 from library.models.load import unet_config
 from library.models.locate import base_status, dino_status
 from library.options.data import DEMO_DATA
@@ -146,6 +147,7 @@ def activation_bytes(unet: Any, heads: nn.Module, options: TrainRepaOptions, dty
     from networks.features import capture
 
     unet.train()
+    save_no_inputs(unet)
     if options.speed.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     with (

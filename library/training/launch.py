@@ -30,7 +30,16 @@ def start_cpu_processes(script: str, argv: list[str]) -> None:
             "accelerate launch --cpu starts one process whatever number it is asked for. Start several with "
             f"torchrun --standalone --nproc_per_node N {script} --device cpu."
         )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), script, *argv]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(count),
+        script,
+        *argv,
+    ]
     sys.stdout.flush()
     if os.name == "posix":
         os.execv(sys.executable, command)

@@ -126,6 +126,6 @@ def reference_values(task: RepaTask) -> dict[str, float]:
         facts["reference/constant_token_loss"] = constant.item()
         facts["reference/positional_token_loss"] = positional.item()
         side = everything.latents.shape[-1]
-        for tap, shape in tap_channels(task.unet.config, list(task.heads)).items():
+        for tap, shape in tap_channels(task.unet_config, list(task.heads)).items():
             facts[f"reference/grid_ceiling_{tap}"] = losses.grid_ceiling(target, side // shape.stride).item()
     return facts

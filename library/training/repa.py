@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from library.options.alignment import AlignmentOptions
 from library.training.optimizers import ParameterGroup
 from library.training.processes import Processes
 from library.training.randomness import sample_noise, stratified_timesteps
+from networks.align_head import AlignHeads
 
 QUANTILES = 4
 
@@ -48,7 +50,8 @@ class RepaTask:
     """
 
     unet: torch.nn.Module
-    heads: Mapping[str, torch.nn.Module]
+    unet_config: Mapping[str, Any]
+    heads: AlignHeads
     features: Mapping[str, torch.Tensor]
     groups: list[ParameterGroup]
     objective: Objective

@@ -112,6 +112,7 @@ def build_run(
         trained.average = ExponentialAverage(trained.parameters, options.optimizer.ema_decay)
     task = RepaTask(
         unet=unet,
+        unet_config=unet.config,
         heads=heads,
         features=features,
         groups=groups,

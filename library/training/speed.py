@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from library.errors import UserError
+from library.models.frozen import save_no_inputs
 from library.options.model import SpeedOptions
 
 # Blocks that occur many times in a Stable Diffusion U-Net: compiled once each, used everywhere.
@@ -39,11 +40,12 @@ def set_up_determinism(options: SpeedOptions, device: torch.device) -> None:
         # cuBLAS asks for this before its first use.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def set_up_speed(unet: Any, options: SpeedOptions) -> None:
     """Attention, memory format, checkpointing and compilation of a U-Net that has its adapters already."""
+    save_no_inputs(unet)
     if options.channels_last:
         unet.to(memory_format=torch.channels_last)
     if options.gradient_checkpointing:

@@ -60,7 +60,7 @@ def list_states(folder: Path) -> list[tuple[int, Path]]:
 
 def save_state(folder: Path, trained: Trained, facts: Mapping[str, Any]) -> None:
     """Write a state and read it back before it takes its name. An older state of the same step is replaced."""
-    tensors = {part: dict(parameters) for part, parameters in trained.parts.items()}
+    tensors: dict[str, Mapping[str, torch.Tensor]] = dict(trained.parts)
     if trained.average is not None:
         tensors["ema"] = trained.average.shadows
     moments, scalars = _optimizer_tensors(trained)

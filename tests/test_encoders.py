@@ -1,0 +1,243 @@
+"""What goes into the caches: latents, tokens, text embeddings, quantised tokens, fingerprints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library.errors import UserError
+from library.files import file_hash
+from library.models.dinov2 import load_dinov2
+from library.models.encoders import (
+    DinoEncoder,
+    TextEncoder,
+    VaeEncoder,
+    dequantize_tokens,
+    quantize_tokens,
+    weight_fingerprint,
+)
+from library.models.load import load_text_encoder, load_vae
+from library.models.locate import DINOV2, BaseLocation, locate_base, locate_dino
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    """Smooth random pictures, uint8 [2, 3, 128, 128]."""
+    coarse = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(3))
+    return (F.interpolate(coarse, size=(128, 128), mode="bicubic").clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def vae_encoder(tiny_sd15: Path) -> VaeEncoder:
+    return VaeEncoder(load_vae(str(tiny_sd15)))
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tiny_sd15: Path) -> TextEncoder:
+    return TextEncoder(*load_text_encoder(str(tiny_sd15)))
+
+
+def dino_encoder(folder: Path, resolution: int, grid: int) -> DinoEncoder:
+    return DinoEncoder(load_dinov2(str(folder)), resolution, grid)
+
+
+# Latents
+
+
+def test_latents_are_the_scaled_mode_of_pixels_mapped_once_to_minus_one_and_one(
+    vae_encoder: VaeEncoder, pixels: Tensor
+) -> None:
+    expected = vae_encoder.vae.encode(pixels.double().div(255).mul(2).sub(1).float()).latent_dist.mode() * 0.18215
+    latents = vae_encoder.encode(pixels)
+    assert latents.dtype == torch.float16 and latents.shape == (2, 4, 16, 16)
+    assert torch.allclose(latents.float(), expected, atol=2e-3)
+    mean, logvar = vae_encoder.moments(pixels)
+    assert torch.allclose(mean * 0.18215, expected, atol=1e-3) and logvar.shape == mean.shape
+
+
+def test_latents_are_the_same_twice_and_take_any_multiple_of_eight(vae_encoder: VaeEncoder, pixels: Tensor) -> None:
+    assert torch.equal(vae_encoder.encode(pixels), vae_encoder.encode(pixels))
+    assert vae_encoder.encode(pixels[..., :64, :96]).shape == (2, 4, 8, 12)
+    with pytest.raises(UserError, match=r"multiples of 8, got \(128, 100\)"):
+        vae_encoder.encode(pixels[..., :100])
+
+
+def test_the_vae_computes_in_the_dtype_it_was_loaded_in(
+    tiny_sd15: Path, pixels: Tensor, vae_encoder: VaeEncoder
+) -> None:
+    half = VaeEncoder(load_vae(str(tiny_sd15), dtype=torch.bfloat16))
+    assert half.moments(pixels)[0].dtype == torch.bfloat16
+    assert (
+        F.cosine_similarity(half.encode(pixels).float().flatten(), vae_encoder.encode(pixels).float().flatten(), 0)
+        > 0.99
+    )
+
+
+def test_float_pixels_are_a_defect_and_not_scaled_again(
+    vae_encoder: VaeEncoder, tiny_dinov2: Path, pixels: Tensor
+) -> None:
+    for encoder in (vae_encoder, dino_encoder(tiny_dinov2, 224, 16)):
+        with pytest.raises(TypeError, match="pixels must be uint8"):
+            encoder.encode(pixels.float() / 255)
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("resolution", [224, 448, 518])
+def test_tokens_are_float16_row_major_and_not_normalised(tiny_dinov2: Path, pixels: Tensor, resolution: int) -> None:
+    encoder = dino_encoder(tiny_dinov2, resolution, 16)
+    tokens = encoder.encode(pixels)
+    assert tokens.dtype == torch.float16 and tokens.shape == (2, 256, encoder.width)
+    assert tokens.float().norm(dim=-1).mean() > 4  # of 8 = sqrt(64), less what pooling averages out
+    grid = encoder.patch_tokens(pixels)
+    assert grid.shape == (2, 64, resolution // 14, resolution // 14)
+    corner = grid[0, :, : -(-encoder.side // 16), : -(-encoder.side // 16)].mean(dim=(1, 2))
+    assert torch.allclose(tokens[0, 0].float(), corner, atol=2e-3)
+
+
+def test_at_224_the_tokens_are_the_models_own(tiny_dinov2: Path, pixels: Tensor) -> None:
+    encoder = dino_encoder(tiny_dinov2, 224, 16)
+    inputs = F.interpolate(pixels / 255, size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+    inputs = (inputs - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(
+        3, 1, 1
+    )
+    own = encoder.model(inputs).last_hidden_state[:, 1:]
+    assert torch.allclose(encoder.encode(pixels).float(), own, atol=3e-3)
+
+
+def test_tokens_stay_upright_at_518(tiny_dinov2: Path) -> None:
+    """A picture that varies by row alone gives equal tokens along a row. Cutting 37 x 37 to 36 x 36 sheared them."""
+    rows = torch.linspace(0, 255, 16).round().to(torch.uint8).repeat_interleave(16)
+    pixels = rows.view(1, 1, 256, 1).expand(1, 3, 256, 256).contiguous()
+    tokens = dino_encoder(tiny_dinov2, 518, 16).encode(pixels).float().unflatten(1, (16, 16))
+    along_rows, along_columns = tokens.std(dim=2).mean(), tokens.std(dim=1).mean()
+    assert along_rows < 0.35 * along_columns
+
+
+def test_the_whole_crop_is_seen(tiny_dinov2: Path, pixels: Tensor) -> None:
+    """A change in the outermost pixels reaches the corner token most: no centre crop cuts it off."""
+    encoder = dino_encoder(tiny_dinov2, 224, 16)
+    changed = pixels.clone()
+    changed[:, :, :8, :8] = 255 - changed[:, :, :8, :8]
+    difference = (encoder.encode(changed).float() - encoder.encode(pixels).float()).norm(dim=-1)
+    assert (difference.argmax(dim=1) == 0).all()
+
+
+def test_registers_are_left_out(tmp_path: Path, pixels: Tensor) -> None:
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    config = Dinov2WithRegistersConfig.from_dict(
+        {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "patch_size": 14, "image_size": 56}
+    )
+    Dinov2WithRegistersModel(config).save_pretrained(tmp_path / "registers")
+    encoder = dino_encoder(tmp_path / "registers", 56, 4)
+    inputs = encoder._inputs(pixels)
+    own = encoder.model(inputs).last_hidden_state
+    assert own.shape[1] == 1 + 4 + 16
+    assert torch.allclose(encoder.encode(pixels).float(), own[:, 5:], atol=3e-3)
+
+
+def test_a_resolution_or_grid_that_does_not_fit_names_those_that_do(tiny_dinov2: Path) -> None:
+    with pytest.raises(UserError, match="multiple of the patch size 14, got 512. Nearest: 504 and 518"):
+        dino_encoder(tiny_dinov2, 512, 16)
+    with pytest.raises(
+        UserError, match="token_grid must lie between 1 and 16, .* got 32. Raise dino_resolution to 448"
+    ):
+        dino_encoder(tiny_dinov2, 224, 32)
+
+
+def test_a_model_that_gives_another_number_of_tokens_is_an_error_with_both_numbers(
+    tiny_dinov2: Path, pixels: Tensor
+) -> None:
+    encoder = dino_encoder(tiny_dinov2, 224, 16)
+    encoder.model.config.num_register_tokens = 4
+    with pytest.raises(UserError, match="gave 252 patch tokens for 224 x 224 pixels, not 16 x 16"):
+        encoder.encode(pixels)
+
+
+# Text
+
+
+def test_text_is_the_final_hidden_state_of_77_padded_ids_without_a_mask(text_encoder: TextEncoder) -> None:
+    prompts = ["a red circle", "", "blue"]
+    embedded = text_encoder.encode(prompts)
+    assert embedded.dtype == torch.float16 and embedded.shape == (3, 77, 64)
+    ids = [text_encoder.tokenizer(prompt).input_ids for prompt in prompts]
+    padded = torch.tensor([row + [text_encoder.tokenizer.eos_token_id] * (77 - len(row)) for row in ids])
+    assert torch.equal(embedded, text_encoder.model(padded).last_hidden_state.half())
+
+
+def test_clip_skip_counts_from_the_last_layer_and_keeps_the_final_norm(text_encoder: TextEncoder) -> None:
+    assert torch.equal(text_encoder.encode(["x"], clip_skip=1), text_encoder.encode(["x"]))
+    ids = text_encoder.tokenizer(["x"], padding="max_length", return_tensors="pt").input_ids
+    last_but_one = text_encoder.model(ids, output_hidden_states=True).hidden_states[-2]
+    expected = text_encoder.model.text_model.final_layer_norm(last_but_one).half()
+    assert torch.equal(text_encoder.encode(["x"], clip_skip=2), expected)
+    for wrong in (0, 13):
+        with pytest.raises(UserError, match=f"clip_skip must lie between 1 and 12, .* got {wrong}"):
+            text_encoder.encode(["x"], clip_skip=wrong)
+
+
+def test_many_and_no_prompts_and_long_ones(text_encoder: TextEncoder) -> None:
+    prompts = [f"a red circle {number}" for number in range(70)]
+    together = text_encoder.encode(prompts)
+    assert together.shape == (70, 77, 64) and text_encoder.encode([]).shape == (0, 77, 64)
+    assert torch.allclose(together[69], text_encoder.encode(prompts[69:])[0], atol=2e-3)
+    long = "red " * 80
+    assert text_encoder.encode([long]).shape == (1, 77, 64)
+    assert text_encoder.overlong(["red", long, "red " * 75]) == [1]
+
+
+# Quantised tokens
+
+
+def test_quantised_tokens_keep_their_direction(tiny_dinov2: Path, pixels: Tensor) -> None:
+    tokens = dino_encoder(tiny_dinov2, 224, 16).encode(pixels)
+    values, scale = quantize_tokens(tokens)
+    assert values.dtype == torch.int8 and values.shape == tokens.shape
+    assert scale.dtype == torch.float16 and scale.shape == tokens.shape[:-1]
+    assert F.cosine_similarity(dequantize_tokens(values, scale), tokens.float(), dim=-1).min() >= 0.999
+
+
+def test_an_outlier_of_nineteen_times_the_rms_still_leaves_the_direction() -> None:
+    tokens = torch.randn(4, 256, 1024, generator=torch.Generator().manual_seed(0))
+    tokens[..., 7] = 19 * tokens.square().mean(dim=-1).sqrt()
+    values, scale = quantize_tokens(tokens.half())
+    assert F.cosine_similarity(dequantize_tokens(values, scale), tokens, dim=-1).min() >= 0.999
+
+
+def test_rounding_is_against_the_scale_as_stored() -> None:
+    tokens = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)) * 3
+    values, scale = quantize_tokens(tokens)
+    # Half a step, and at the largest value the clamp: the stored scale is off by at most 2^-11.
+    allowed = scale.float().unsqueeze(-1) * (0.5 + 127 * 2**-11)
+    assert ((dequantize_tokens(values, scale) - tokens).abs() <= allowed).all()
+
+
+def test_a_token_of_zeros_stays_zero() -> None:
+    tokens = torch.zeros(2, 3, 8)
+    tokens[0, 0, 0] = 1e-7
+    values, scale = quantize_tokens(tokens)
+    assert not values.any() and not scale.any()
+    assert torch.equal(dequantize_tokens(values, scale), torch.zeros(2, 3, 8))
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_is_the_hash_of_the_file_that_is_loaded(
+    tiny_sd15: Path, tiny_dinov2: Path, tmp_path: Path
+) -> None:
+    memory = tmp_path / "hashes.json"
+    base, dino = locate_base(str(tiny_sd15)), locate_dino(str(tiny_dinov2))
+    expected = file_hash(tiny_sd15 / "vae" / "diffusion_pytorch_model.safetensors")
+    assert weight_fingerprint(base, "vae", memory) == weight_fingerprint(base, "vae", memory) == expected
+    assert weight_fingerprint(dino, DINOV2, memory) == file_hash(tiny_dinov2 / "model.safetensors")
+    single = tmp_path / "single.safetensors"
+    single.write_bytes(b"weights")
+    assert weight_fingerprint(BaseLocation("x", single), "vae", memory) == file_hash(single)
