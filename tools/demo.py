@@ -25,6 +25,8 @@ def main() -> int:
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     adapter, merged, picture = OUTPUT / "demo.safetensors", OUTPUT / "merged", OUTPUT / "picture.png"
     for command in (
+        # train_repa.py would build missing caches itself; this also renews those of an older version of the tiny models.
+        [sys.executable, "prepare_cache.py", "--dataset_config", "demo.toml"],
         [*launch, "train_repa.py", "--dataset_config", "demo.toml"],
         [sys.executable, "merge_lora.py", "--model", adapter, "--output_dir", merged, "--overwrite"],
         [sys.executable, "generate.py", "--pretrained_model_name_or_path", merged, "--prompt", PROMPT,

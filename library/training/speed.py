@@ -55,6 +55,8 @@ def set_up_speed(unet: Any, options: SpeedOptions) -> None:
     if options.compile == "whole":
         unet.compile()
     elif options.compile == "regional":
+        # One piece of code serves all blocks of a class, and SD1.5's residual blocks come in more shapes than the default 8.
+        torch._dynamo.config.recompile_limit = 64
         for module in unet.modules():
             if type(module).__name__ in REPEATED_BLOCKS:
                 module.compile()
