@@ -79,7 +79,7 @@ def test_resuming_gives_the_bits_of_the_uninterrupted_run(finished: Path, settin
 def test_sigkill_and_the_same_command_again_give_the_bits_of_the_uninterrupted_run(
     setting: RepaSetting, tmp_path: Path
 ) -> None:
-    changes = {"max_train_steps": 60, "save_every_n_steps": 3, "gradient_accumulation_steps": 2, "network_dropout": 0.1}
+    changes = {"max_train_steps": 30, "save_every_n_steps": 3, "gradient_accumulation_steps": 2, "network_dropout": 0.1}
     whole = setting.start(tmp_path / "whole", **changes)
     output, _ = whole.communicate(timeout=240)
     assert whole.returncode == 0, output[-2000:]
@@ -90,11 +90,11 @@ def test_sigkill_and_the_same_command_again_give_the_bits_of_the_uninterrupted_r
             time.sleep(0.01)
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
-        assert not (tmp_path / "killed" / "step_000060").exists()
+        assert not (tmp_path / "killed" / "step_000030").exists()
     child = setting.start(tmp_path / "killed", **changes)
     output, _ = child.communicate(timeout=240)
     assert child.returncode == 0 and "resuming from" in output, output[-2000:]
-    assert_equal_states(tmp_path / "whole" / "step_000060", tmp_path / "killed" / "step_000060")
+    assert_equal_states(tmp_path / "whole" / "step_000030", tmp_path / "killed" / "step_000030")
     assert not list((tmp_path / "killed").glob(".*"))
 
 

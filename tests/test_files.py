@@ -1,0 +1,119 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from library import files
+from library.errors import RunFailed, UserError, script
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"x": 1})
+    with pytest.raises(ValueError, match="half"), files.whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise ValueError("half")
+    assert files.read_json(path) == {"x": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="could not be written: No space left"), files.whole_file(tmp_path / "a"):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_failed_folder_leaves_the_old_folder(tmp_path: Path) -> None:
+    with files.whole_folder(tmp_path / "s") as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(RuntimeError), files.whole_folder(tmp_path / "s", overwrite=True) as folder:
+        (folder / "a").write_text("new")
+        raise RuntimeError
+    assert (tmp_path / "s" / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    with files.whole_folder(tmp_path / "s", overwrite=True) as folder:
+        (folder / "b").write_text("new")
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["b"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_existing_folder_is_not_replaced_unasked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exists already"), files.whole_folder(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are posix")
+def test_files_can_be_read_by_other_users(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    before = os.umask(0o022)
+    try:
+        with files.whole_file(tmp_path / "w.safetensors") as temporary:
+            save_file({"x": torch.zeros(1)}, temporary)
+        with files.whole_folder(tmp_path / "f") as folder:
+            save_file({"x": torch.zeros(1)}, folder / "w.safetensors")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "w.safetensors", tmp_path / "f" / "w.safetensors"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_a_remembered_hash_follows_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"one")
+    first = files.remembered_hash(tmp_path / "a", tmp_path / "memory.json")
+    assert first == files.file_hash(tmp_path / "a") == files.remembered_hash(tmp_path / "a", tmp_path / "memory.json")
+    (tmp_path / "a").write_bytes(b"another")
+    assert files.remembered_hash(tmp_path / "a", tmp_path / "memory.json") != first
+
+
+def test_too_little_space_names_both_numbers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"A cache needs .* \({1 << 60} bytes\) in .* \(\d+ bytes\) are free there"):
+        files.require_space(tmp_path / "not" / "there", 1 << 60, "A cache")
+
+
+def test_json_that_is_none_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(UserError, match=r"a.json is not valid JSON: .*line 1"):
+        files.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "words"),
+    [
+        (UserError("bad."), 2, "error: bad."),
+        (RunFailed("full."), 1, "error: full."),
+        (KeyboardInterrupt(), 75, "run the same command again"),
+        (None, 0, ""),
+    ],
+)
+def test_a_script_ends_with_a_sentence_and_a_code(
+    raised: BaseException | None, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @script
+    def main(argv: list[str]) -> None:
+        if raised is not None:
+            raise raised
+
+    assert main([]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_a_full_device_names_what_to_lower(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    @script
+    def main(argv: list[str]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    assert main([]) == 77 and "Lower --train_batch_size" in capsys.readouterr().err
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    @script
+    def main(argv: list[str]) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main([])
