@@ -11,9 +11,9 @@ import sys
 import time
 
 from library.errors import EXIT_OK, script
+from library.launch import start_cpu_processes
 from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions, TrainRepaOptions
-from library.training.launch import start_cpu_processes
 
 
 @script
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 def run(options: PrepareCacheOptions) -> int:
     from library.caching.prepare import Preparation, open_pictures
     from library.caching.verify import verify
-    from library.training.processes import Processes
+    from library.processes import Processes
 
     start = time.perf_counter()
     processes = Processes(options.model.device)

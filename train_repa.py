@@ -12,14 +12,14 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from library.errors import EXIT_OK, script
+from library.launch import start_cpu_processes
 from library.options.parser import flatten, parse
 from library.options.repa import TrainRepaOptions
-from library.training.launch import start_cpu_processes
 
 if TYPE_CHECKING:
     from library.caching.prepare import Caches
+    from library.processes import Processes
     from library.training.loop import Run
-    from library.training.processes import Processes
 
 
 @script
@@ -36,11 +36,11 @@ def main(argv: list[str]) -> int:
 
 
 def run(options: TrainRepaOptions, context: ExitStack) -> int:
+    from library.processes import Processes
     from library.training.checkpoints import remove_leftovers, state_to_resume
     from library.training.loop import train
     from library.training.plan import make_plan
     from library.training.preflight import preflight
-    from library.training.processes import Processes
     from library.training.repa_run import build_run
 
     processes = Processes(options.model.device)

@@ -18,7 +18,7 @@ from library.caching.pictures import Job, picture_batches
 from library.caching.prepare import Preparation, open_pictures
 from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions
-from library.training.processes import Processes
+from library.processes import Processes
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Make benchmarks/README.md of the results in benchmarks/results.
 
-    python benchmarks/page.py
+python benchmarks/page.py
 """
 
 from __future__ import annotations

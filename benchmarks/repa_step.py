@@ -27,9 +27,9 @@ from library.data.text_embeddings import TextEmbeddings
 from library.models.load import unet_config
 from library.options.parser import parse
 from library.options.repa import TrainRepaOptions
+from library.processes import Processes
 from library.training.loop import train
 from library.training.plan import make_plan
-from library.training.processes import Processes
 from library.training.repa_run import build_run
 from library.training.tracking import MetricLog
 

@@ -27,7 +27,7 @@ from library.models.encoders import dequantize_tokens
 from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions
 from library.options.toml_file import PROJECT_ROOT
-from library.training.processes import Processes
+from library.processes import Processes
 
 SIZE = 64
 

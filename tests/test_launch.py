@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from library import launch
 from library.errors import UserError
-from library.training import launch
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def worker(rank: int, port: int, results: dict[int, tuple[float, torch.Tensor]])
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD),
         ACCELERATE_USE_CPU="true",
     )  # fmt: skip
-    from library.training.processes import Processes
+    from library.processes import Processes
 
     processes = Processes("cpu")
     inputs, weight, target = global_batch()

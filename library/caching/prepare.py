@@ -28,7 +28,7 @@ from library.models.locate import DINOV2, locate_base, locate_dino
 from library.options.data import DEMO_DATA, CacheOptions, DataOptions
 from library.options.model import ModelOptions
 from library.options.toml_file import PROJECT_ROOT
-from library.training.processes import Processes
+from library.processes import Processes
 
 KINDS = ("latents", "tokens")
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}

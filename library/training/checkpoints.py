@@ -13,8 +13,8 @@ from typing import Any
 
 from library.errors import UserError
 from library.options.training import OutputOptions
+from library.processes import Processes
 from library.training.plan import Plan
-from library.training.processes import Processes
 from library.training.state import (
     Trained,
     changed_options,

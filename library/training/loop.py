@@ -13,10 +13,10 @@ import torch
 from library.data.batches import Batch
 from library.errors import Stopped
 from library.options.training import OutputOptions
+from library.processes import Processes
 from library.training.checkpoints import Checkpoints
 from library.training.optimizers import ParameterGroup, set_rates
 from library.training.plan import Plan
-from library.training.processes import Processes
 from library.training.randomness import StepRandomness
 from library.training.state import Trained
 from library.training.stop import NOTHING, STOP, Requests

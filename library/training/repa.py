@@ -18,8 +18,8 @@ from library.data.batches import Batch, CachedSamples, Prefetcher
 from library.data.text_embeddings import TextEmbeddings
 from library.diffusion.objective import Objective
 from library.options.alignment import AlignmentOptions
+from library.processes import Processes
 from library.training.optimizers import ParameterGroup
-from library.training.processes import Processes
 from library.training.randomness import sample_noise, stratified_timesteps
 from networks.align_head import AlignHeads
 

@@ -16,12 +16,12 @@ from library.models.load import load_scheduler_config, load_unet
 from library.models.locate import BaseLocation, locate_base
 from library.options.parser import flatten
 from library.options.repa import TrainRepaOptions
+from library.processes import Processes
 from library.training.checkpoints import Checkpoints
 from library.training.ema import ExponentialAverage
 from library.training.loop import Run
 from library.training.optimizers import ParameterGroup, make_optimizer, rate_multiplier
 from library.training.plan import Plan
-from library.training.processes import Processes
 from library.training.repa import RepaTask
 from library.training.speed import check_attention, set_up_determinism, set_up_speed
 from library.training.state import Trained
