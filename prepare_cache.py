@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
 
 
 def run(options: PrepareCacheOptions) -> int:
-    from library.caching.prepare import Preparation, open_pictures
+    from library.caching.picture_sets import open_pictures
+    from library.caching.prepare import Preparation
     from library.caching.verify import verify
     from library.processes import Processes
 

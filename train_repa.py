@@ -8,10 +8,11 @@ Missing caches are built first. To resume, run the same command again.
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import EXIT_OK, script
+from library.errors import EXIT_OK, UserError, script
 from library.launch import start_cpu_processes
 from library.options.parser import flatten, parse
 from library.options.repa import TrainRepaOptions
@@ -37,17 +38,25 @@ def main(argv: list[str]) -> int:
 
 def run(options: TrainRepaOptions, context: ExitStack) -> int:
     from library.processes import Processes
-    from library.training.checkpoints import remove_leftovers, state_to_resume
+    from library.training.adapters import export_adapters
+    from library.training.checkpoints import state_to_resume
     from library.training.loop import train
     from library.training.plan import make_plan
     from library.training.preflight import preflight
     from library.training.repa_run import build_run
+    from library.training.speed import check_attention, prepare_environment
 
+    # What is wrong with the options or the machine is said before hours of caching.
+    prepare_environment(options.speed)
+    check_attention(options.speed)
     processes = Processes(options.model.device)
+    check_start(options, processes)
     state, facts = state_to_resume(options.output, flatten(options), processes.world_size)
     caches = prepare(options, processes)
     plan = make_plan(len(caches.train.samples), options.training, options.optimizer, processes.world_size)
     if state is not None and facts["step"] >= plan.last_step:
+        if processes.is_main:
+            export_adapters(state, options, plan, missing_only=True)
         processes.say(f"{state} is the end of this run ({plan.last_step} steps). Nothing is left to do.")
         return EXIT_OK
     processes.say(
@@ -55,20 +64,50 @@ def run(options: TrainRepaOptions, context: ExitStack) -> int:
         f"{plan.accumulation} accumulated x {plan.world_size} processes on {processes.device}"
     )
     run_, task = build_run(options, processes, caches, plan, context)
-    remove_leftovers(options.output.output_dir)
+    if processes.is_main:
+        context.enter_context(own_output(options.output.output_dir))
     step = run_.checkpoints.resume(state)
     if state is not None:
         processes.say(f"resuming from {state} at step {step}")
     open_log(run_, options, step, preflight(run_, task, processes.say))
     train(run_, step)
     if processes.is_main:
-        finish(run_, options, task.objective.schedule.prediction_type)
+        assert run_.checkpoints.newest is not None
+        finish(run_, options, export_adapters(run_.checkpoints.newest, options, plan))
     return EXIT_OK
+
+
+def check_start(options: TrainRepaOptions, processes: Processes) -> None:
+    """Fetch or find the base model, and see that there can be output and a Gram matrix."""
+    from library.files import require_writable
+    from library.models.locate import locate_base
+
+    require_writable(options.output.output_dir)
+    require_writable(options.cache.cache_dir)
+    with processes.main_first():
+        locate_base(options.model.pretrained_model_name_or_path, ("unet", "scheduler"))
+    a = options.alignment
+    pairs = options.training.train_batch_size * processes.world_size > 1
+    if a.alignment and a.manifold_mode == "sample" and a.manifold_weight > 0 and not pairs:
+        raise UserError(
+            "manifold_mode sample compares the samples of a batch, and train_batch_size is 1. Use manifold_mode token, or "
+            "manifold_weight 0."
+        )
+
+
+def own_output(folder: Path) -> AbstractContextManager[object]:
+    """Lock the output folder for this run, and tidy up after one that was killed."""
+    from library.files import lock_folder, recover_folders
+
+    lock = lock_folder(folder, exclusive=True, what="The output folder")
+    recover_folders(folder)
+    return nullcontext() if lock is None else lock
 
 
 def prepare(options: TrainRepaOptions, processes: Processes) -> Caches:
     """Caches of the run's pictures, complete."""
-    from library.caching.prepare import Preparation, open_pictures
+    from library.caching.picture_sets import open_pictures
+    from library.caching.prepare import Preparation
 
     with processes.main_first():
         pictures = open_pictures(options.data)
@@ -96,16 +135,13 @@ def open_log(run: Run, options: TrainRepaOptions, step: int, references: dict[st
     run.log.add(step, references)
 
 
-def finish(run: Run, options: TrainRepaOptions, prediction_type: str) -> None:
-    """Write the adapter files that other programs read, and say what there is."""
-    from library.training.adapters import export_adapters
-
-    files = export_adapters(run.trained, options, run.plan, prediction_type)
+def finish(run: Run, options: TrainRepaOptions, adapters: list[Path]) -> None:
+    """Say what there is."""
     if run.log is not None:
         run.log.close()
     folder = options.output.output_dir
-    print(f"adapter      {files[0]}")
-    for file in files[1:]:
+    print(f"adapter      {adapters[0]}")
+    for file in adapters[1:]:
         print(f"  averaged   {file}")
     print(f"states       {folder}")
     print(f"metrics      {folder / 'metrics.jsonl'}; tensorboard --logdir {options.output.log_dir}")

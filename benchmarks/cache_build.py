@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from common import save
 
+from library.caching.picture_sets import open_pictures
 from library.caching.pictures import Job, picture_batches
-from library.caching.prepare import Preparation, open_pictures
+from library.caching.prepare import Preparation
 from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions
 from library.processes import Processes

@@ -7,9 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from library.errors import RunFailed, UserError
 
@@ -36,6 +36,15 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _is_write_failure(error: Exception) -> bool:
+    # safetensors reports a full disk as an exception of its own; known by name, so that nothing is imported for it.
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
 @contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it into place.
@@ -43,20 +52,23 @@ def whole_file(path: Path | str) -> Iterator[Path]:
     On any exception the temporary file is removed and `path` is what it was before.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _sync_file(temporary)
         os.chmod(temporary, _readable_mode())
         os.replace(temporary, path)
         _fsync_folder(path.parent)
-    except OSError as error:
+    except Exception as error:
+        if not _is_write_failure(error):
+            raise
         raise RunFailed(
-            f"{path} could not be written: {error.strerror or error}. What was there before is untouched."
+            f"{path} could not be written: {_reason(error)}. What was there before is untouched."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -68,10 +80,10 @@ def whole_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already. Name another folder, or remove this one first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     aside = path.with_name(f".{path.name}.old-{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
         mode = _readable_mode()
@@ -85,13 +97,87 @@ def whole_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]
             os.replace(path, aside)
         os.replace(temporary, path)
         _fsync_folder(path.parent)
-    except OSError as error:
+    except Exception as error:
         if aside.exists() and not path.exists():
             os.replace(aside, path)
-        raise RunFailed(f"{path} could not be written: {error.strerror or error}.") from error
+        if not _is_write_failure(error):
+            raise
+        raise RunFailed(f"{path} could not be written: {_reason(error)}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover_folders(parent: Path) -> None:
+    """Tidy up after processes that were killed inside `whole_folder`: an old folder moved aside comes back if its
+    successor never took its place, and half-written ones go. What a living process works on is left alone."""
+    for path in [*parent.glob(".*.old-*"), *parent.glob(".*.tmp-*")]:
+        name, _, owner = path.name[1:].rpartition("-")
+        if owner.isdigit() and int(owner) != os.getpid() and _is_alive(int(owner)):
+            continue
+        target = parent / name.rpartition(".")[0]
+        if path.is_dir() and name.endswith(".old") and not target.exists():
+            os.replace(path, target)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    import psutil
+
+    return psutil.pid_exists(process)
+
+
+_held: list[IO[bytes]] = []
+
+
+def lock_folder(folder: Path, *, exclusive: bool, what: str) -> IO[bytes] | None:
+    """Hold a lock on `folder` as long as the returned file is open: shared by readers, exclusive for a writer.
+
+    Raises UserError when somebody else holds it the other way. The kernel lets go of it when the last process that has
+    the file open dies. Where flock does not exist (Windows) or the file system is read-only, nothing is locked.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+b")  # noqa: SIM115
+    except OSError as error:
+        if exclusive:
+            raise UserError(f"{folder} cannot be written to: {_reason(error)}.") from None
+        return None
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"{what} {folder} is {'in use' if exclusive else 'being written'} by another process. Wait for it, or stop it."
+        ) from None
+    except OSError:
+        file.close()
+        return None
+    _held[:] = [*(held for held in _held if not held.closed), file]
+    return file
+
+
+def close_inherited_locks() -> None:
+    """In a forked child: close its copies of the parent's locks, which stay the parent's."""
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+def require_writable(folder: Path) -> None:
+    """Raise UserError where `folder` is a file, or neither it nor the folder it would be made in can be written to."""
+    there = folder
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{folder} cannot be written to: {there} is {'not writable' if there.is_dir() else 'a file'}.")
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -109,6 +195,8 @@ def read_json(path: Path | str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -13,6 +15,8 @@ from accelerate.utils import reduce
 
 from library.errors import UserError
 
+Item = TypeVar("Item")
+
 
 class Processes:
     """rank of world_size, this one's device; collectives that do nothing where there is one process."""
@@ -20,7 +24,10 @@ class Processes:
     def __init__(self, device: str | None = None) -> None:
         cpu = device is not None and device.startswith("cpu")
         try:
-            self.state = PartialState(cpu=cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
+            # While one process fetches a model or writes the last shard, the others may wait for hours.
+            self.state = PartialState(
+                cpu=cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true", timeout=timedelta(days=2)
+            )
             self.device = torch.device(device) if device is not None else self.state.device
             if self.device.type == "cuda" and not torch.cuda.is_available():
                 raise UserError(
@@ -54,13 +61,21 @@ class Processes:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return reduce(tensor, "sum") if self.world_size > 1 else tensor
 
-    def agree(self, flag: int) -> int:
-        """The largest flag of all processes, so that a request made to one is seen by all at the same step."""
+    def agree(self, *values: float) -> list[float]:
+        """The largest of each value over all processes: what one has been asked for, all see at the same step."""
         if self.world_size == 1:
-            return flag
-        shared = torch.tensor(flag, device=self.device)
+            return list(values)
+        shared = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-        return int(shared.item())
+        return shared.tolist()
+
+    def gather(self, items: Sequence[Item]) -> list[Item]:
+        """The items of all processes, in rank order."""
+        if self.world_size == 1:
+            return list(items)
+        parts: list[list[Item]] = [[] for _ in range(self.world_size)]
+        torch.distributed.all_gather_object(parts, list(items))
+        return [item for part in parts for item in part]
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace gradients by their mean over processes, all in one collective."""

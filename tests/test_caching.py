@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import lmdb
@@ -18,7 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from library.caching.prepare import Caches, Preparation, choose_samples, open_pictures
+from library.caching.picture_sets import choose_samples, open_pictures
+from library.caching.prepare import Caches, Preparation
 from library.caching.verify import verify
 from library.data.sources import Sample
 from library.data.store import TensorStore
@@ -217,6 +219,41 @@ def test_unreadable_pictures_are_listed_once_and_left_out(setting: Setting, phot
     assert len(setting.build().train.samples) == 8 and setting.counts == [(1, 0, 0)]
 
 
+def test_a_damaged_member_of_a_zip_is_noted_once(setting: Setting, photos: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "photos.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(photos / "train.csv", "manifest.csv")
+        for i in range(8):
+            file.write(photos / "images" / f"p{i}.png", f"images/p{i}.png")
+        offset = file.getinfo("images/p2.png").header_offset
+    data = bytearray(archive.read_bytes())
+    data[offset + 200] ^= 0xFF
+    archive.write_bytes(data)
+    assert len(setting.build(train_data=archive).train.samples) == 7 and setting.counts == [(7, 0, 1), (4, 0, 0)]
+    assert len(setting.build(train_data=archive).train.samples) == 7 and setting.counts == []
+
+
+def test_a_store_cut_off_while_copying_is_refused_and_not_read(setting: Setting) -> None:
+    setting.build()
+    path = Path(setting.argv["cache_dir"]) / "train_tokens" / "data.mdb"
+    for cached in (setting.last.train, setting.last.val):
+        for store in cached.stores.values():
+            store.close()
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"train_tokens is cut off: \d+ of \d+ bytes are there"):
+        setting.build()
+
+
+def test_prompt_embeddings_of_another_width_are_refused(tmp_path: Path) -> None:
+    from library.caching.prepare import Caches
+    from library.data.text_embeddings import TextEmbeddings
+    from library.training.repa_run import _check_text
+
+    text = TextEmbeddings(torch.zeros(3, 77, 768).half(), {0: 0, 1: 1})
+    with pytest.raises(UserError, match=r"holds prompt embeddings \(77, 768\), and the U-Net wants 64 wide ones"):
+        _check_text(Caches(None, None, text, tmp_path / "clip.pt"), 64)
+
+
 def test_no_usable_picture_says_how_many_were_seen_and_why(setting: Setting, photos: Path) -> None:
     for i in range(8):
         (photos / "images" / f"p{i}.png").write_bytes(b"no picture")
@@ -354,21 +391,39 @@ def run_script(setting: Setting, *extra: str, processes: int = 1, **changes: obj
     )
 
 
+def committed(folder: Path) -> int:
+    """Entries on disk, seen as another process sees them."""
+    if not (folder / "data.mdb").exists():
+        return 0
+    try:
+        with lmdb.open(str(folder), readonly=True, lock=False) as environment, environment.begin() as transaction:
+            keys = list(transaction.cursor().iternext(keys=True, values=False))
+            return sum(key.endswith(b"_mid") for key in keys)
+    except lmdb.Error:
+        return 0
+
+
 def test_sigkill_in_the_middle_loses_and_doubles_nothing(setting: Setting, photos: Path) -> None:
     with open(photos / "train.csv", "a") as file:
         for i in range(200):
             draw(photos / "images" / f"q{i}.png", i)
             file.write(f"\nq{i},images/q{i}.png,0" if i == 0 else f"\nq{i},images/q{i}.png,0")
-    # Small batches and commits, so that a kill falls between them.
-    child = run_script(setting, cache_batch_size=1)
-    data = Path(setting.argv["cache_dir"]) / "train_tokens" / "data.mdb"
-    while not data.exists() and child.poll() is None:
+    # Small commits, so that the kill falls between them; forked workers, which inherit the locks.
+    code = "import sys, library.data.store as s; s.COMMIT_BYTES = 2000; import prepare_cache; prepare_cache.main(sys.argv[1:])"
+    arguments = setting.arguments(cache_batch_size=1, max_data_loader_n_workers=2)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=PROJECT_ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    folder = Path(setting.argv["cache_dir"]) / "train_tokens"
+    while child.poll() is None and not committed(folder) > 20:
         time.sleep(0.02)
-    time.sleep(0.3)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
+    present = committed(folder)
+    assert 20 < present < 208
+    time.sleep(0.3)  # the workers' copies of the locks are gone long before the workers are
     caches = setting.build(cache_batch_size=16)
-    assert len(caches.train.samples) == 208
+    assert len(caches.train.samples) == 208 and setting.counts[0][0] in range(1, 208)
     for store in caches.train.stores.values():
         assert sorted(store.sample_ids()) == sorted(s.sample_id for s in caches.train.samples)
     reference = setting.build(cache_batch_size=16, cache_dir=Path(setting.argv["cache_dir"]) / "whole")

@@ -80,10 +80,13 @@ def test_random_manifold_loss_compares_the_chosen_tokens_of_the_whole_batch() ->
     assert value == pytest.approx(sum(expected) / len(expected), abs=1e-7)
 
 
-def test_the_document_example_of_upper_triangles_gives_0_00117() -> None:
-    # Section 4.4 of the U-REPA document writes 0.00127; 0.05^2 + 0.05^2 + 0.02^2 + 0.03^2 + 0.02^2 + 0.03^2 over 6.
-    difference = torch.tensor([[0, -0.05, -0.05, 0.02], [0, 0, -0.03, 0.02], [0, 0, 0, 0.03], [0, 0, 0, 0]])
-    assert difference.square().triu(1).sum().item() / 6 == pytest.approx(0.0076 / 6, abs=1e-9)
+def test_two_opposite_pairs_give_the_similarity_difference_by_hand() -> None:
+    # Pooled images (1, 0) and (0, 1): cosine 0. Teacher (1, 0) and (1, 0): cosine 1. One pair: (0 - 1)^2.
+    predicted = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    target = torch.tensor([[[2.0, 0.0]], [[3.0, 0.0]]])
+    assert losses.sample_manifold_loss(predicted, target).item() == pytest.approx(1.0)
+    # All four entries of the 2 x 2 Gram matrix of one image's tokens: two diagonal zeros, two ones.
+    assert losses.token_manifold_loss(predicted.transpose(0, 1), target.transpose(0, 1)).item() == pytest.approx(0.5)
 
 
 def test_manifold_losses_are_0_when_similarities_agree_although_tokens_do_not() -> None:

@@ -42,7 +42,7 @@ def worker(rank: int, port: int, results: dict[int, tuple[float, torch.Tensor]])
     loss = losses.sample_manifold_loss(inputs[part] @ weight, target[part], 0.0, processes.gather_rows)
     loss.backward()
     processes.average_gradients([weight])
-    assert processes.agree(rank) == 1
+    assert processes.agree(rank, 5 - rank) == [1, 5] and processes.gather([rank]) == [0, 1]
     results[rank] = (loss.item(), weight.grad.clone())
     processes.wait()
     torch.distributed.destroy_process_group()

@@ -155,7 +155,7 @@ def test_purging_removes_just_the_entries_of_another_producer(tmp_path: Path) ->
     writer.put("other", latent(9), pack_source(b"s" * 16, b"c" * 16, b"q" * 16))
     writer.commit()
     writer.close()
-    assert purge(tmp_path, b"q" * 16) == 3
+    assert purge(tmp_path, "latents", b"q" * 16) == 3
     assert list(TensorStore(tmp_path, "latents").sample_ids()) == ["other"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ def finished(setting: RepaSetting, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_a_run_leaves_states_adapters_metrics_and_its_options(finished: Path) -> None:
-    assert sorted(p.name for p in finished.iterdir()) == [
+    assert sorted(p.name for p in finished.iterdir() if p.name != ".lock") == [
         "logs", "metrics.jsonl", "options.toml", "repa-ema.safetensors", "repa.safetensors", "step_000002", "step_000004",
     ]  # fmt: skip
     state = json.loads((finished / "step_000004" / "state.json").read_text())
@@ -95,7 +96,7 @@ def test_sigkill_and_the_same_command_again_give_the_bits_of_the_uninterrupted_r
     output, _ = child.communicate(timeout=240)
     assert child.returncode == 0 and "resuming from" in output, output[-2000:]
     assert_equal_states(tmp_path / "whole" / "step_000030", tmp_path / "killed" / "step_000030")
-    assert not list((tmp_path / "killed").glob(".*"))
+    assert [p.name for p in (tmp_path / "killed").glob(".*")] == [".lock"]
 
 
 def test_the_same_command_after_the_end_has_nothing_to_do(
@@ -118,11 +119,66 @@ def test_lambda_0_trains_the_lora_of_a_run_without_heads_to_the_bit(setting: Rep
     assert metric_rows(tmp_path / "zero", "train/token") and not metric_rows(tmp_path / "none", "train/token")
 
 
-def test_a_state_of_the_start_gives_the_frozen_bases_loss(finished: Path) -> None:
-    reference = metric_rows(finished, "reference/frozen_base_loss")[0]
-    assert reference["reference/zero_predictor_loss"] == pytest.approx(1.0, abs=0.1)
-    assert 0 < reference["reference/grid_ceiling_mid"] <= 1
-    assert reference["reference/positional_token_loss"] <= reference["reference/constant_token_loss"]
+def test_the_frozen_bases_loss_is_that_of_an_untrained_run_and_stays_while_weights_move(
+    finished: Path, setting: RepaSetting, tmp_path: Path
+) -> None:
+    first = metric_rows(finished, "reference/frozen_base_loss")[0]
+    assert first["reference/zero_predictor_loss"] == pytest.approx(1.0, abs=0.1)
+    assert 0 < first["reference/grid_ceiling_mid"] <= 1
+    assert first["reference/positional_token_loss"] <= first["reference/constant_token_loss"]
+    copy_until(finished, tmp_path / "out", 2)
+    assert setting.train(tmp_path / "out", save_every_n_steps=2, validate_every_n_steps=2) == 0
+    again = metric_rows(tmp_path / "out", "reference/frozen_base_loss")
+    # At step 2 adapters are trained and switched off for the reference.
+    assert again[-1]["step"] == 2 and again[-1]["reference/frozen_base_loss"] == first["reference/frozen_base_loss"]
+
+
+def test_adapters_lost_after_the_last_state_are_written_by_the_same_command(
+    finished: Path, setting: RepaSetting, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    for name in ("repa.safetensors", "repa-ema.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    assert setting.train(tmp_path / "out", save_every_n_steps=2, validate_every_n_steps=2) == 0
+    for name in ("repa.safetensors", "repa-ema.safetensors"):
+        a, b = load_file(finished / name), load_file(tmp_path / "out" / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_state_of_other_samples_or_base_weights_is_not_continued_silently(
+    finished: Path, setting: RepaSetting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_until(finished, tmp_path / "out", 2)
+    file = tmp_path / "out" / "step_000002" / "state.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | {"samples": "x", "base_weights": "y"}))
+    assert setting.train(tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "the training samples or their classes changed; the weights of the base model's U-Net changed since" in said
+    file.write_text(json.dumps(facts | {"versions": facts["versions"] | {"torch": "1.0"}}))
+    assert setting.train(tmp_path / "out") == 0
+    assert "other versions may compute other bits: torch 1.0 then" in capsys.readouterr().out
+
+
+def test_moments_come_back_in_the_layout_of_their_weights(setting: RepaSetting, tmp_path: Path) -> None:
+    from library.training.ema import ExponentialAverage
+    from library.training.state import Trained, load_state, save_state
+
+    def trained() -> Trained:
+        weight = torch.nn.Parameter(torch.ones(4, 3, 3, 3).contiguous(memory_format=torch.channels_last))
+        optimizer = torch.optim.AdamW([weight])
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        return Trained({"lora": {"w": weight}}, optimizer, ExponentialAverage({"w": weight}, 0.5), {})
+
+    saved, loaded = trained(), trained()
+    save_state(tmp_path / "step_000001", saved, {"step": 1})
+    load_state(tmp_path / "step_000001", loaded)
+    (weight,) = loaded.parameters.values()
+    (original,) = saved.parameters.values()
+    for key in ("exp_avg", "exp_avg_sq"):
+        moment = loaded.optimizer.state[weight][key]
+        assert moment.stride() == weight.stride() and torch.equal(moment, saved.optimizer.state[original][key])
 
 
 @pytest.mark.parametrize(

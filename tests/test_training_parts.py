@@ -141,7 +141,12 @@ def test_files_and_signals_are_requests(tmp_path: Path) -> None:
     (tmp_path / "save").touch()
     requests._looked = 0.0
     assert requests.look() == SAVE
-    requests.done()
+    (tmp_path / "stop").touch()
+    requests.done(SAVE)
+    assert not (tmp_path / "save").exists() and (tmp_path / "stop").exists()
+    requests._looked = 0.0
+    assert requests.look() == STOP
+    requests.done(STOP)
     assert not (tmp_path / "save").exists() and requests.look() == NOTHING
     with requests.listening():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -162,9 +167,12 @@ def test_a_window_is_read_in_one_piece_and_starts_anew() -> None:
 
 def test_a_manifold_loss_of_5_medians_is_written_down_with_its_samples(tmp_path: Path) -> None:
     watch = AnomalyWatch(tmp_path / "anomalies.jsonl")
-    for step in range(30):
-        assert watch.check(step, {"loss": 1.0, "manifold": 0.02}, ["a"]) is None
-    assert "25 times its running median" in str(watch.check(30, {"loss": 2.0, "manifold": 0.5}, ["x", "y"]))
+    for _ in range(30):
+        assert not watch.is_anomalous({"loss": 1.0, "manifold": 0.02})
+        watch.remember({"loss": 1.0, "manifold": 0.02})
+    unusual = {"loss": 2.0, "manifold": 0.5}
+    assert watch.is_anomalous(unusual) and not watch.is_anomalous({"loss": 2.0, "manifold": 0.09})
+    assert "25 times its running median" in watch.record(30, unusual, ["x", "y"])
     record = json.loads((tmp_path / "anomalies.jsonl").read_text())
     assert record["step"] == 30 and record["samples"] == ["x", "y"] and record["median"] == 0.02
 

@@ -32,20 +32,17 @@ class BuildResult:
 
     encoded: int = 0
     unchanged: int = 0
-    unreadable: int = 0
     seconds: float = 0.0
     images: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def images_per_second(self) -> float:
-        return self.images / self.seconds if self.seconds else 0.0
+    """Why a picture has no entry, by sample id."""
 
 
 def plan_jobs(surveys: dict[str, Survey], rank: int, world_size: int) -> list[tuple[Job, dict[str, int]]]:
     """This process's jobs, each with the shard that each of its entries goes to.
 
-    An entry that stands somewhere stays in its shard, which one process writes; new ones are dealt out evenly.
+    Pictures are dealt out evenly. An entry that stands somewhere stays in its shard, whoever makes it again: there is
+    never a second one. LMDB lets several processes write to a shard in turn.
     """
     contents: dict[str, dict[str, bytes | None]] = {}
     shards: dict[str, dict[str, int | None]] = {}
@@ -58,9 +55,7 @@ def plan_jobs(surveys: dict[str, Survey], rank: int, world_size: int) -> list[tu
             shards.setdefault(sample_id, {})[kind] = entry.shard
     jobs = []
     for position, (sample_id, sample) in enumerate(samples.items()):
-        standing = next((shard for shard in shards[sample_id].values() if shard is not None), None)
-        owner = position % world_size if standing is None else standing % world_size
-        if owner == rank:
+        if position % world_size == rank:
             places = {kind: rank if shard is None else shard for kind, shard in shards[sample_id].items()}
             jobs.append((Job(sample, contents[sample_id]), places))
     return jobs
@@ -184,9 +179,9 @@ class _Writer:
                     store.put_source(sample_id, source)
                 else:
                     store.put_unreadable(sample_id, source, picture.error)
-        self.result.encoded += len(batch.decoded)
         host = {kind: _to_host(tensor, self.surveys[kind].wanted.dtype) for kind, tensor in encoded.items()}
         rows = dict.fromkeys(encoded, 0)
+        made: set[int] = set()
         for picture in batch.decoded:
             for kind, store, sample_id, source in self._targets(picture):
                 if kind not in picture.kinds:
@@ -197,14 +192,16 @@ class _Writer:
                 rows[kind] += 1
                 if np.isfinite(value if scale is None else scale).all():
                     store.put(sample_id, value, source, scale)
+                    made.add(picture.job)
                 else:
                     precision = self.surveys[kind].wanted.producer.get("precision")
                     reason = f"its {kind} are not finite in precision {precision}; --encoder_precision no may help"
                     store.put_unreadable(sample_id, source, reason)
                     self._refuse(picture, reason)
 
+        self.result.encoded += len(made)
+
     def _refuse(self, picture: Picture, reason: str) -> None:
-        self.result.unreadable += 1
         self.result.reasons[self.planned[picture.job][0].sample.sample_id] = reason
 
     def _targets(self, picture: Picture) -> Iterator[tuple[str, StoreWriter, str, bytes]]:

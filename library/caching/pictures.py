@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from library.caching.producers import content_hash
 from library.data.pixels import UnreadableImage, decode_rgb, square_crop
 from library.data.sources import ImageSource, Sample
+from library.files import close_inherited_locks
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ class _Pictures(Dataset):
     def __getitem__(self, index: int) -> tuple[Picture, np.ndarray | None]:
         job = self.jobs[index]
         # The signature first: a file changed between the two reads then looks changed to the next run.
+        signature = bytes(16)
         try:
             signature = self.source.signature(job.sample)
             data = self.source.read(job.sample)
         except UnreadableImage as error:
-            return Picture(index, bytes(16), bytes(16), (), str(error)), None
+            return Picture(index, signature, bytes(16), (), str(error)), None
         content = content_hash(data)
         kinds = tuple(kind for kind, known in job.contents.items() if known != content)
         if not kinds:
@@ -76,6 +78,11 @@ def _collate(items: list[tuple[Picture, np.ndarray | None]]) -> PictureBatch:
     return PictureBatch(decoded, stacked, [picture for picture, pixels in items if pixels is None])
 
 
+def _leave_locks(worker: int) -> None:
+    """A lock lives until its last copy is closed; a worker may outlive a killed parent by seconds."""
+    close_inherited_locks()
+
+
 def picture_batches(source: ImageSource, jobs: list[Job], resolution: int, batch_size: int, workers: int) -> DataLoader:
     """Batches of decoded pictures in the order of `jobs`."""
     return DataLoader(
@@ -86,4 +93,5 @@ def picture_batches(source: ImageSource, jobs: list[Job], resolution: int, batch
         # Forked workers start at once; they only read files and use Pillow and numpy.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_locks,
     )

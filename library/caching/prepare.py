@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from library.caching.build import BuildResult, PixelEncoder, build
+from library.caching.build import build
+from library.caching.picture_sets import Pictures, PictureSet
 from library.caching.producers import Wanted
 from library.caching.survey import Survey, survey
 from library.caching.text import build_text_embeddings, prompts_of, up_to_date
-from library.data.demo_pictures import ensure_demo_pictures
 from library.data.pixels import PIXELS_VERSION
-from library.data.sources import ImageSource, Sample, check_class_names, load_class_names, open_source
+from library.data.sources import Sample
 from library.data.store import TensorStore, disk_bytes, lock_store, mark, purge, shard_folders
 from library.data.text_embeddings import TextEmbeddings, read_text_embeddings
 from library.errors import UserError
@@ -25,34 +25,13 @@ from library.models.dinov2 import dinov2_width, load_dinov2
 from library.models.encoders import VAE_FACTOR, DinoEncoder, TextEncoder, VaeEncoder, weight_fingerprint
 from library.models.load import load_text_encoder, load_vae
 from library.models.locate import DINOV2, locate_base, locate_dino
-from library.options.data import DEMO_DATA, CacheOptions, DataOptions
+from library.options.data import CacheOptions, DataOptions
 from library.options.model import ModelOptions
-from library.options.toml_file import PROJECT_ROOT
 from library.processes import Processes
 
 KINDS = ("latents", "tokens")
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
 SD_LATENT_CHANNELS = 4
-
-
-@dataclass(frozen=True)
-class PictureSet:
-    """Training or validation pictures, after any limit on their number."""
-
-    name: str
-    source: ImageSource
-    samples: list[Sample]
-
-
-@dataclass
-class Pictures:
-    train: PictureSet
-    val: PictureSet | None
-    class_names: dict[int, str]
-
-    @property
-    def sets(self) -> list[PictureSet]:
-        return [self.train] if self.val is None else [self.train, self.val]
 
 
 @dataclass
@@ -70,50 +49,6 @@ class Caches:
     val: Cached | None
     text: TextEmbeddings
     text_path: Path
-
-
-def open_pictures(data: DataOptions) -> Pictures:
-    """Open the training and validation pictures and their class names. Raises UserError for all that is wrong with them."""
-    train_data, val_data, names_file = data.train_data, data.val_data, data.class_names
-    if train_data == DEMO_DATA:
-        folder = ensure_demo_pictures(PROJECT_ROOT / "data" / "demo")
-        train_data, names_file = str(folder / "train.csv"), names_file or folder / "class_names.json"
-        val_data = str(folder / "val.csv") if val_data in (None, DEMO_DATA) else val_data
-    source = open_source(train_data, image_root=data.image_root)
-    names = load_class_names(names_file, folder_names=source.folder_names)
-    train = PictureSet("train", source, choose_samples(source.samples, data.max_train_samples))
-    _check_ids(train)
-    check_class_names(train.samples, names)
-    val = None
-    if val_data is not None:
-        source = open_source(val_data, image_root=data.image_root)
-        val = PictureSet("val", source, choose_samples(source.samples, data.max_validation_samples))
-        _check_ids(val)
-        check_class_names(val.samples, names)
-    return Pictures(train, val, names)
-
-
-def _check_ids(pictures: PictureSet) -> None:
-    reserved = [
-        sample.sample_id for sample in pictures.samples if "#" in sample.sample_id or sample.sample_id == "__meta__"
-    ]
-    if reserved:
-        raise UserError(
-            f"{len(reserved)} sample ids of {pictures.source.location} contain #, which the stores keep for their notes (first: "
-            f"{', '.join(reserved[:3])}). Rename them."
-        )
-
-
-def choose_samples(samples: list[Sample], limit: int | None) -> list[Sample]:
-    """`limit` samples in the order of the manifest, chosen by a hash of their ids: the same ones whatever else is there."""
-    if limit is None or limit >= len(samples):
-        return samples
-
-    def rank(sample: Sample) -> bytes:
-        return hashlib.blake2b(sample.sample_id.encode(), digest_size=8).digest()
-
-    chosen = {sample.sample_id for sample in sorted(samples, key=rank)[:limit]}
-    return [sample for sample in samples if sample.sample_id in chosen]
 
 
 class Preparation:
@@ -209,12 +144,13 @@ class Preparation:
                 self._encoders[kind] = TextEncoder(tokenizer, text_model.to(device))
         return self._encoders[kind]
 
-    def survey(self, pictures: PictureSet) -> dict[str, Survey]:
+    def survey(self, pictures: PictureSet, *, lock: bool = True) -> dict[str, Survey]:
+        """State of each store against `pictures`. lock: False where this run holds the stores' locks itself."""
         # The main process first: it may have to fetch or make a model.
         with self.processes.main_first():
-            return self._survey(pictures)
+            return self._survey(pictures, lock)
 
-    def _survey(self, pictures: PictureSet) -> dict[str, Survey]:
+    def _survey(self, pictures: PictureSet, lock: bool) -> dict[str, Survey]:
         states = {}
         for kind in self.kinds:
             foreign = self.is_foreign(pictures.name, kind)
@@ -224,6 +160,7 @@ class Preparation:
                 pictures.source,
                 pictures.samples,
                 made_elsewhere=self.made_elsewhere(kind) if foreign else None,
+                lock=lock,
             )
         return states
 
@@ -251,9 +188,11 @@ class Preparation:
         self.processes.wait()
         todo = {kind: state for kind, state in states.items() if not state.complete}
         if todo:
-            self._build(pictures, todo, say)
-            states |= {kind: state for kind, state in self.survey(pictures).items() if kind in todo}
-            self._finish(pictures, {kind: states[kind] for kind in todo})
+            with self._locked(todo):
+                self._build(pictures, todo, say)
+                states |= {kind: state for kind, state in self.survey(pictures, lock=False).items() if kind in todo}
+                self._finish({kind: states[kind] for kind in todo})
+            self.processes.wait()
         dropped = {sample_id: why for state in states.values() for sample_id, why in state.unreadable.items()}
         present = [sample for sample in pictures.samples if sample.sample_id not in dropped]
         stores = ", ".join(
@@ -272,8 +211,19 @@ class Preparation:
         }
         return Cached(present, opened, dropped)
 
-    def _build(self, pictures: PictureSet, todo: dict[str, Survey], say: Callable[..., None]) -> BuildResult:
-        locks = []
+    @contextmanager
+    def _locked(self, todo: dict[str, Survey]) -> Iterator[None]:
+        """Within the context the main process holds the stores' exclusive locks for all."""
+        locks = [lock_store(state.path, exclusive=True) for state in todo.values()] if self.processes.is_main else []
+        try:
+            self.processes.wait()
+            yield
+        finally:
+            for lock in locks:
+                if lock is not None:
+                    lock.close()
+
+    def _build(self, pictures: PictureSet, todo: dict[str, Survey], say: Callable[..., None]) -> None:
         for state in todo.values():
             if state.differences:
                 say(f"{state.path} was made differently ({'; '.join(state.differences)}): rebuilding it.")
@@ -284,39 +234,27 @@ class Preparation:
                     f"{pictures.name} {state.path.name}: {state.present} of {len(pictures.samples)} present, {', '.join(words)}"
                 )
         self._check_before_writing(pictures, todo)
-        if self.processes.is_main:
-            locks = [lock_store(state.path, exclusive=True) for state in todo.values()]
         work = {kind: state for kind, state in todo.items() if state.work}
-        try:
-            encoders: dict[str, PixelEncoder] = {kind: self.encoder(kind) for kind in work}
-            result = build(
-                work,
-                pictures.source,
-                encoders,
-                resolution=self.data.resolution,
-                batch_size=self.cache.cache_batch_size,
-                workers=self.workers,
-                device=self.processes.device,
-                rank=self.processes.rank,
-                world_size=self.processes.world_size,
-                label=pictures.name,
-            )
-            self.processes.wait()
-        finally:
-            for lock in locks:
-                if lock is not None:
-                    lock.close()
-        counts = torch.tensor(
-            [result.encoded, result.unchanged, result.unreadable, result.images], device=self.processes.device
+        result = build(
+            work,
+            pictures.source,
+            {kind: self.encoder(kind) for kind in work},
+            resolution=self.data.resolution,
+            batch_size=self.cache.cache_batch_size,
+            workers=self.workers,
+            device=self.processes.device,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            label=pictures.name,
         )
-        encoded, unchanged, unreadable, images = self.processes.sum(counts).tolist()
-        if images:
-            rate = images / max(result.seconds, 1e-9)
+        self.processes.wait()
+        counts = torch.tensor([result.encoded, result.unchanged, len(result.reasons)], device=self.processes.device)
+        encoded, unchanged, unreadable = self.processes.sum(counts).tolist()
+        if done := encoded + unchanged + unreadable:
             say(
                 f"{pictures.name}: {encoded} encoded, {unchanged} unchanged, {unreadable} unreadable in {result.seconds:.1f} s "
-                f"({rate:.1f} images/s)"
+                f"({done / max(result.seconds, 1e-3):.1f} images/s)"
             )
-        return result
 
     def _check_before_writing(self, pictures: PictureSet, todo: dict[str, Survey]) -> None:
         wanted = {entry.sample.sample_id: entry.sample for state in todo.values() for entry in state.work}
@@ -338,7 +276,7 @@ class Preparation:
             names = " and ".join(state.path.name for state in states)
             require_space(states[0].path, sum(state.needed_bytes for state in states), f"Building {names}")
 
-    def _finish(self, pictures: PictureSet, states: dict[str, Survey]) -> None:
+    def _finish(self, states: dict[str, Survey]) -> None:
         """Mark the stores complete, once they are; take out what another producer left behind."""
         for state in states.values():
             if state.work:
@@ -350,7 +288,7 @@ class Preparation:
         self.processes.wait()
         if self.processes.is_main:
             for state in states.values():
-                purge(state.path, state.wanted.fingerprint)
+                purge(state.path, state.wanted.kind, state.wanted.fingerprint)
                 mark(state.path, state.wanted.meta(complete=True))
                 state.meta = state.wanted.meta(complete=True)
         self.processes.wait()

@@ -52,8 +52,10 @@ class Survey:
 
     @property
     def needed_bytes(self) -> int:
-        """Disk that building what is missing will take. Stale entries are replaced on the pages they free."""
-        return len(self.missing) * self.wanted.meta(complete=False).entry_bytes
+        """Disk that the work will take. Stale entries are replaced on the pages they free, as far as these suffice."""
+        entry = self.wanted.meta(complete=False).entry_bytes
+        growth = entry if self.meta is None else max(0, entry - self.meta.entry_bytes)
+        return len(self.missing) * entry + len(self.stale) * growth
 
 
 def survey(
@@ -63,14 +65,16 @@ def survey(
     samples: list[Sample],
     *,
     made_elsewhere: tuple[int, ...] | None = None,
+    lock: bool = True,
 ) -> Survey:
     """Compare the store at `path` with what `wanted` and the picture files say, reading 48 bytes per entry.
 
     A store without `__meta__` is accepted as made elsewhere where its shape is given; nothing can be rebuilt in it.
+    lock: False where this process holds the lock of the store.
     Raises UserError where such a store lacks samples (count and three examples), or has another shape.
     """
     result = Survey(path, wanted)
-    with read_transactions(path) as transactions:
+    with read_transactions(path, lock=lock) as transactions:
         result.shards = len(transactions)
         if transactions:
             data = transactions[0].get(META_KEY)

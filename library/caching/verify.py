@@ -9,8 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from library.caching.prepare import Cached, Caches, Pictures, PictureSet, Preparation
-from library.data.pixels import decode_rgb, square_crop
+from library.caching.picture_sets import Pictures, PictureSet
+from library.caching.prepare import Cached, Caches, Preparation
+from library.data.pixels import UnreadableImage, decode_rgb, square_crop
 from library.data.store import TensorStore
 from library.errors import RunFailed
 from library.models.encoders import dequantize_tokens
@@ -67,8 +68,14 @@ def _read_all(kind: str, store: TensorStore, cached: Cached) -> str:
 def _encode_again(preparation: Preparation, one: PictureSet, cached: Cached, kind: str) -> str:
     chosen = random.Random(0).sample(cached.samples, min(REENCODED, len(cached.samples)))
     store, worst, least = cached.stores[kind], 0.0, 1.0
+    gone = 0
     for sample in chosen:
-        pixels = square_crop(decode_rgb(one.source.read(sample), name=sample.path), preparation.data.resolution)
+        try:
+            picture = decode_rgb(one.source.read(sample), name=sample.path)
+        except UnreadableImage:
+            gone += 1  # a picture may be deleted once it is cached
+            continue
+        pixels = square_crop(picture, preparation.data.resolution)
         batch = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].to(preparation.processes.device)
         with torch.no_grad():
             fresh = preparation.encoder(kind).encode(batch)[0].float().cpu()
@@ -84,4 +91,5 @@ def _encode_again(preparation: Preparation, one: PictureSet, cached: Cached, kin
                 f"Entry {sample.sample_id} of {store.path} is not what encoding its picture gives (cosine {cosine:.4f}). Delete "
                 "the store and build it again."
             )
-    return f"{len(chosen)} encoded again: least cosine {least:.6f}, largest difference {worst:.2g}"
+    beside = f" ({gone} more could not be: their pictures are gone)" if gone else ""
+    return f"{len(chosen) - gone} encoded again: least cosine {least:.6f}, largest difference {worst:.2g}{beside}"

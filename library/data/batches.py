@@ -6,6 +6,7 @@ global batch; what does not fill a global batch at the end of an epoch is left o
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -128,6 +129,12 @@ class BatchOrder:
             epoch, offset = epoch + 1, 0
 
 
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """One stream per device for copies: memory is cached per stream, so new ones would hoard it."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
 class Prefetcher:
     """Batches assembled ahead by threads, each batch in slices by all of them, and copied to the device early.
 
@@ -147,7 +154,7 @@ class Prefetcher:
         self._on_device: Batch | None = None
         self._given: Batch | None = None
         self._spare: list[Batch] = []
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _copy_stream(device)
         self._top_up()
 
     def _top_up(self) -> None:

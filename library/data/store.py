@@ -5,7 +5,7 @@ Key = sample id plus the kind's suffix; value = raw little-endian tensor bytes a
 
     __meta__            JSON: format version, kind, dtype, shape, producer, complete or not
     {key}#scale         float16 scale per token, where dtype is int8
-    {key}#source        what the entry was made from (library.caching.fingerprints)
+    {key}#source        what the entry was made from (library.caching.producers)
     {key}#unreadable    why there is no entry
 
 Rank 0 of a cache build writes `folder/data.mdb`, rank r > 0 `folder/shard-00r/data.mdb`.
@@ -17,6 +17,7 @@ import json
 import os
 import struct
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -27,12 +28,15 @@ import lmdb
 import numpy as np
 
 from library.errors import RunFailed, UserError
-from library.files import free_bytes
+from library.files import free_bytes, lock_folder
 
 META_KEY = b"__meta__"
 FORMAT_VERSION = 1
 SUFFIXES = {"latents": "", "tokens": "_mid"}
 LMDB_PAGE = 4096
+# What an interruption may cost: entries wait for a commit until there are so many bytes of them, or for so long.
+COMMIT_BYTES = 256 << 20
+COMMIT_SECONDS = 20.0
 # Metadata of a shard is small; this leaves room for it, for free pages and for the B-tree of a small store.
 MAP_SLACK = 64 << 20
 
@@ -107,11 +111,25 @@ def disk_bytes(path: Path) -> int:
 
 def _open(folder: Path, **options: Any) -> lmdb.Environment:
     try:
-        return lmdb.open(str(folder), subdir=True, max_dbs=0, **options)
-    except lmdb.Error as error:
+        environment = lmdb.open(str(folder), subdir=True, max_dbs=0, **options)
+        _refuse_truncated(environment, folder)
+        return environment
+    except (lmdb.Error, OSError) as error:
         raise UserError(
             f"{folder} could not be opened as an LMDB store: {error}. If it is damaged, delete it and build it again."
         ) from None
+
+
+def _refuse_truncated(environment: lmdb.Environment, folder: Path) -> None:
+    """A file that ends before its last page would end the process with SIGBUS at the first read behind its end."""
+    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    there = (folder / "data.mdb").stat().st_size
+    if there < needed:
+        environment.close()
+        raise UserError(
+            f"The store {folder} is cut off: {there} of {needed} bytes are there. Was a copy of it interrupted? Copy it again, or "
+            "delete it and build it again."
+        )
 
 
 class _SharedEnvironments:
@@ -145,9 +163,13 @@ _shared = _SharedEnvironments()
 
 
 @contextmanager
-def read_transactions(path: Path) -> Iterator[list[Any]]:
-    """One read transaction on each environment of the store at `path`, for a look at it; none where there is no store."""
+def read_transactions(path: Path, *, lock: bool = True) -> Iterator[list[Any]]:
+    """One read transaction on each environment of the store at `path`, for a look at it; none where there is no store.
+
+    lock: False where this process holds the store's lock itself.
+    """
     folders = shard_folders(path)
+    held = lock_store(path, exclusive=False) if lock and folders else None
     transactions = [_shared.take(folder).begin(buffers=True) for folder in folders]
     try:
         yield transactions
@@ -156,6 +178,8 @@ def read_transactions(path: Path) -> Iterator[list[Any]]:
             transaction.abort()
         for folder in folders:
             _shared.give_back(folder)
+        if held is not None:
+            held.close()
 
 
 class TensorStore:
@@ -241,10 +265,13 @@ class TensorStore:
 
     def get_raw(self, key: bytes) -> Any:
         """The stored bytes as a memoryview straight from the memory map, valid until the store is closed; None if absent."""
-        for transaction in self._transactions():
-            value = transaction.get(key)
-            if value is not None:
-                return value
+        try:
+            for transaction in self._transactions():
+                value = transaction.get(key)
+                if value is not None:
+                    return value
+        except lmdb.Error as error:
+            raise UserError(f"The store {self.path} is damaged ({error}). Delete it and build it again.") from None
         return None
 
     def key(self, sample_id: str) -> bytes:
@@ -305,14 +332,18 @@ class StoreWriter:
     An interruption loses only what was not committed; a commit is on disk when it returns.
     """
 
-    def __init__(self, folder: Path, kind: str, *, expected_bytes: int, commit_bytes: int = 256 << 20) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, kind: str, *, expected_bytes: int, commit_bytes: int | None = None) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made: {error.strerror}.") from None
         self.folder = folder
         self.suffix = SUFFIXES[kind]
         data = folder / "data.mdb"
         present = data.stat().st_size if data.exists() else 0
         self._environment = _open(folder, map_size=int((present + expected_bytes) * 1.25) + MAP_SLACK, readahead=False)
-        self._commit_bytes = commit_bytes
+        self._commit_bytes = COMMIT_BYTES if commit_bytes is None else commit_bytes
+        self._committed = time.monotonic()
         self._pending: list[tuple[bytes, bytes]] = []
         self._dropped: list[bytes] = []
         self._pending_bytes = 0
@@ -337,7 +368,7 @@ class StoreWriter:
             self.put_raw(key + b"#scale", np.ascontiguousarray(scale, np.float16).tobytes())
         self.put_raw(key + b"#source", source)
         self._dropped.append(key + b"#unreadable")
-        if self._pending_bytes >= self._commit_bytes:
+        if self._pending_bytes >= self._commit_bytes or time.monotonic() - self._committed > COMMIT_SECONDS:
             self.commit()
 
     def put_source(self, sample_id: str, source: bytes) -> None:
@@ -369,6 +400,11 @@ class StoreWriter:
             self._environment.set_mapsize(self._environment.info()["map_size"] + self._pending_bytes * 2 + MAP_SLACK)
             self.commit()
             return
+        except lmdb.MapResizedError:
+            # Another process that writes here has made the map larger.
+            self._environment.set_mapsize(0)
+            self.commit()
+            return
         except (lmdb.Error, OSError) as error:
             # LMDB reports a write cut short by a full disk as an input/output error.
             free = free_bytes(self.folder)
@@ -378,6 +414,7 @@ class StoreWriter:
                 "command again to continue."
             ) from None
         self._pending, self._dropped, self._pending_bytes = [], [], 0
+        self._committed = time.monotonic()
 
     def _write_pending(self) -> None:
         with self._environment.begin(write=True) as transaction:
@@ -400,7 +437,7 @@ def mark(path: Path, meta: StoreMeta) -> None:
         writer.close()
 
 
-def purge(path: Path, producer: bytes) -> int:
+def purge(path: Path, kind: str, producer: bytes) -> int:
     """Delete the entries that another producer made; how many there were."""
     deleted = 0
     for folder in shard_folders(path):
@@ -413,7 +450,7 @@ def purge(path: Path, producer: bytes) -> int:
             ]
             foreign = [key for key in notes if unpack_source(transaction.get(key) or b"")[2] != producer]
         if foreign:
-            writer = StoreWriter(folder, "latents", expected_bytes=0)
+            writer = StoreWriter(folder, kind, expected_bytes=0)
             writer.delete_raw([key.rpartition(b"#")[0] for key in foreign])
             writer.commit()
             writer.close()
@@ -422,31 +459,8 @@ def purge(path: Path, producer: bytes) -> int:
 
 
 def lock_store(path: Path, *, exclusive: bool) -> Any:
-    """Hold a lock on the store as long as the returned file is open: shared for readers, exclusive for the builder.
-
-    Raises UserError when somebody else holds it the other way. The kernel lets go of it when a process dies. Where
-    flock does not exist (Windows) or the file system is read-only, nothing is locked.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        file = open(path / ".lock", "a+b")  # noqa: SIM115
-    except OSError:
-        return None
-    try:
-        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(
-            f"The store {path} is {'in use by' if exclusive else 'being written by'} another process. Wait for it, or stop it."
-        ) from None
-    except OSError:
-        file.close()
-        return None
-    return file
+    """Lock a store for reading, or for building (see library.files.lock_folder)."""
+    return lock_folder(path, exclusive=exclusive, what="The store")
 
 
 def pack_source(signature: bytes, content: bytes, producer: bytes) -> bytes:

@@ -34,7 +34,11 @@ class AdapterOptions:
         positive("network_alpha", self.network_alpha)
         positive("conv_dim", self.conv_dim)
         positive("conv_alpha", self.conv_alpha)
-        share("network_dropout", self.network_dropout)
+        require(
+            0 <= self.network_dropout < 1,
+            "network_dropout",
+            f"must be at least 0 and below 1, got {self.network_dropout}.",
+        )
         require(len(self.taps) > 0, "taps", "is empty. Use --no_alignment to train without heads.")
         require(len(set(self.taps)) == len(self.taps), "taps", f"names a tap twice: {' '.join(self.taps)}.")
 

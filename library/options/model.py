@@ -29,7 +29,7 @@ class ModelOptions:
 @dataclass(frozen=True)
 class SpeedOptions:
     sdpa: bool = True
-    """Attention by torch's scaled_dot_product_attention."""
+    """Attention by torch's fused scaled_dot_product_attention; --no_sdpa computes the attention matrix step by step."""
     xformers: bool = False
     """Attention by xformers instead, which has to be installed (pip install '.[xformers]')."""
     gradient_checkpointing: bool = False

@@ -35,16 +35,6 @@ class TrainRepaOptions:
             "train_batch_size",
             f"{self.training.train_batch_size} is larger than max_train_samples {limit}.",
         )
-        require(
-            not (
-                self.alignment.alignment
-                and self.alignment.manifold_mode == "sample"
-                and self.alignment.manifold_weight > 0
-                and self.training.train_batch_size < 2
-            ),
-            "manifold_mode",
-            "sample compares the samples of a batch, and train_batch_size is 1. Use manifold_mode token, or manifold_weight 0.",
-        )
 
 
 @dataclass(frozen=True)

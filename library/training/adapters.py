@@ -2,51 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from library.files import whole_file
 from library.options.repa import TrainRepaOptions
 from library.training.plan import Plan
 from library.training.repa_run import lora_spec
-from library.training.state import Trained
+from library.training.state import read_facts, read_tensors
 from networks.adapter_file import adapter_metadata, to_kohya
 
 
-def export_adapters(trained: Trained, options: TrainRepaOptions, plan: Plan, prediction_type: str) -> list[Path]:
-    """NAME.safetensors with the weights as trained and, where they were averaged, NAME-ema.safetensors; kohya's format."""
-    lora = trained.parts["lora"]
-    files = [_export(lora, "", options, plan, prediction_type)]
-    if trained.average is not None:
-        averaged = {name: trained.average.shadows[name] for name in lora}
-        files.append(_export(averaged, "-ema", options, plan, prediction_type))
+def export_adapters(state: Path, options: TrainRepaOptions, plan: Plan, *, missing_only: bool = False) -> list[Path]:
+    """NAME.safetensors with the weights as trained and, where they were averaged, NAME-ema.safetensors; kohya's format.
+
+    Made of a state's folder, so that a run that died after its last state can still have them (missing_only).
+    """
+    sources = {"": "lora.safetensors", "-ema": "ema.safetensors"}
+    files = []
+    for suffix, source in sources.items():
+        if (state / source).is_file():
+            path = options.output.output_dir / f"{options.output.output_name}{suffix}.safetensors"
+            if not (missing_only and path.exists()):
+                _export(state / source, path, options, plan, read_facts(state)["prediction_type"])
+            files.append(path)
     return files
 
 
-def _export(
-    weights: Mapping[str, torch.Tensor], suffix: str, options: TrainRepaOptions, plan: Plan, prediction_type: str
-) -> Path:
+def _export(source: Path, path: Path, options: TrainRepaOptions, plan: Plan, prediction_type: str) -> None:
     spec = lora_spec(options)
-    name = f"{options.output.output_name}{suffix}"
+    weights = {name: tensor for name, tensor in read_tensors(source).items() if not name.startswith("align_heads.")}
     tensors = to_kohya(weights, spec)
+    velocity = prediction_type == "v_prediction"
     metadata = adapter_metadata(
         spec,
         tensors,
-        output_name=name,
+        output_name=path.stem,
         date=datetime.now().isoformat(timespec="seconds"),
         resolution=(options.data.resolution, options.data.resolution),
         base_model=options.model.pretrained_model_name_or_path,
-        prediction_type="v" if prediction_type == "v_prediction" else "epsilon",
+        base_model_version="sd_v1_v" if velocity else "sd_v1",
+        prediction_type="v" if velocity else "epsilon",
         extra=_training_metadata(options, plan),
     )
-    path = options.output.output_dir / f"{name}.safetensors"
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-    return path
 
 
 def _training_metadata(options: TrainRepaOptions, plan: Plan) -> dict[str, str]:

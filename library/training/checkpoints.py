@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,6 +36,14 @@ HARMLESS = frozenset(
 )
 
 
+# Facts of a state that a resumed run must share, and what a user calls them.
+WHAT = {
+    "samples": "the training samples or their classes",
+    "base_weights": "the weights of the base model's U-Net",
+    "caches": "what the caches were made with",
+}
+
+
 @dataclass
 class Checkpoints:
     """Saves states of a run under its output folder and finds the one to resume from."""
@@ -47,7 +54,6 @@ class Checkpoints:
     plan: Plan
     trained: Trained
     processes: Processes
-    export: Callable[[int], None] | None = None
     newest: Path | None = field(default=None)
 
     def save(self, step: int) -> None:
@@ -56,8 +62,6 @@ class Checkpoints:
             start = time.perf_counter()
             folder = self.output.output_dir / state_name(step)
             save_state(folder, self.trained, self.describe(step))
-            if self.export is not None:
-                self.export(step)
             prune_states(self.output.output_dir, self.output.save_last_n_states)
             self.processes.say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
         self.newest = self.output.output_dir / state_name(step)
@@ -75,9 +79,23 @@ class Checkpoints:
         }
 
     def resume(self, state: Path | None) -> int:
-        """Load a state found by `state_to_resume`; return the step to go on from."""
+        """Load a state found by `state_to_resume`; return the step to go on from.
+
+        Raises UserError where samples, base weights or caches are not those the state was trained on.
+        """
         if state is None:
             return 0
+        then = read_facts(state)
+        changes = [f"{WHAT[name]} changed" for name in WHAT if name in then and then[name] != self.facts.get(name)]
+        if changes and not self.output.allow_changed_options:
+            raise UserError(
+                f"{state} cannot be continued exactly: {'; '.join(changes)} since it was saved. Restore what was there, start anew "
+                "in another --output_dir, or continue all the same with --allow_changed_options."
+            )
+        other = [f"{name} {then['versions'].get(name)} then, {now} now" for name, now in versions().items()
+                 if then["versions"].get(name) != now]  # fmt: skip
+        if other:
+            self.processes.say(f"warning: other versions may compute other bits: {'; '.join(other)}")
         facts = load_state(state, self.trained)
         self.newest = state
         return int(facts["step"])
@@ -125,9 +143,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete temporary folders of a run that was killed while saving."""
-    for path in [*folder.glob(".step_*.tmp-*"), *folder.glob(".step_*.old-*"), *folder.glob(".preflight*")]:
-        shutil.rmtree(path, ignore_errors=True)

@@ -10,7 +10,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from library.caching.prepare import SD_LATENT_CHANNELS, open_pictures
+from library.caching.picture_sets import open_pictures
+from library.caching.prepare import SD_LATENT_CHANNELS
 from library.data.demo_pictures import DEFAULT_TRAINING_IMAGES
 from library.data.store import StoreMeta, disk_bytes, shard_folders
 from library.errors import UserError
@@ -40,6 +41,8 @@ WORKSPACE_BYTES = 2 << 30
 
 
 def print_plan(options: TrainRepaOptions) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
     missing: list[str] = []
     samples = _count_samples(options, missing)
     plan = make_plan(samples, options.training, options.optimizer, int(os.environ.get("WORLD_SIZE", "1")))
@@ -169,7 +172,7 @@ def _print_disk(options: TrainRepaOptions, samples: int) -> None:
         stores["train_tokens"] = StoreMeta("tokens", options.cache.token_dtype, shape)
     for name, meta in stores.items():
         path = options.cache.store_path(name)
-        there = f", {human_bytes(disk_bytes(path))} there already" if shard_folders(path) else ""
+        there = f", {human_bytes(disk_bytes(path))} there already" if shard_folders(path) else ", to be built"
         print(
             f"disk             {human_bytes(meta.entry_bytes * samples)} for {name} in {path}{there} "
             f"({human_bytes(free_bytes(path))} free)"

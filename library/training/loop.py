@@ -74,6 +74,7 @@ def train(run: Run, first_step: int) -> dict[str, float]:
     """
     plan, output, processes = run.plan, run.output, run.processes
     requests, window, clock = Requests(output.output_dir), MetricWindow(), Clock()
+    lookout = _Lookout(processes, first_step)
     batches = run.batches(first_step)
     report = _Reporter(run, clock, batches)
     randomness = StepRandomness(run.seed, processes.rank, processes.device)
@@ -87,8 +88,7 @@ def train(run: Run, first_step: int) -> dict[str, float]:
             finished = step >= plan.last_step
             validating = run.validates and _due(step, output.validate_every_n_steps, finished) and step > first_step
             saving = _due(step, output.save_every_n_steps, finished) and step > first_step
-            looking = processes.world_size == 1 or _due(step, output.log_every_n_steps, finished)
-            request = processes.agree(requests.look()) if looking else NOTHING
+            request = lookout(step, requests.look()) if lookout.due(step) or finished else NOTHING
             if window and (_due(step, output.log_every_n_steps, finished) or validating or saving or request):
                 report(step, window)
 
@@ -98,7 +98,7 @@ def train(run: Run, first_step: int) -> dict[str, float]:
             if (saving or request) and step > first_step:
                 run.checkpoints.save(step)
             if request:
-                requests.done()
+                requests.done(request)
             clock.to_other()
             if finished:
                 batches.close()
@@ -166,6 +166,30 @@ def _validate(run: Run, step: int) -> dict[str, float]:
     return results
 
 
+class _Lookout:
+    """When several processes look together for requests: about every five seconds, counted in steps so that all agree."""
+
+    SECONDS = 5.0
+
+    def __init__(self, processes: Processes, first_step: int) -> None:
+        self.processes = processes
+        self.next = first_step
+        self.looked, self.at = time.perf_counter(), first_step
+
+    def due(self, step: int) -> bool:
+        return self.processes.world_size == 1 or step >= self.next
+
+    def __call__(self, step: int, request: int) -> int:
+        """The strongest request made to any process."""
+        now = time.perf_counter()
+        per_step = (now - self.looked) / max(step - self.at, 1)
+        strongest, slowest = self.processes.agree(request, per_step)
+        # Before the first step there is nothing to go by.
+        self.next = step + (1 if step == self.at else max(1, int(self.SECONDS / max(slowest, 1e-6))))
+        self.looked, self.at = now, step
+        return int(strongest)
+
+
 class _Reporter:
     """Turns a window of device metrics into a status line, metric rows, warnings, or the end of a diverged run."""
 
@@ -181,14 +205,19 @@ class _Reporter:
     def __call__(self, step: int, window: MetricWindow) -> None:
         run = self.run
         names, steps, on_device, samples = window.read()
-        own = on_device.cpu().numpy().astype(float)
-        shared = run.processes.mean(on_device).cpu().numpy() if run.processes.world_size > 1 else own
-        for row, (at, indices) in enumerate(zip(steps, samples, strict=True)):
-            values = dict(zip(names, own[row].tolist(), strict=False))
-            AnomalyWatch.refuse_non_finite(at, values, run.task.sample_ids(indices), run.checkpoints.newest)
-            if run.processes.is_main and (said := self.watch.check(at, values, run.task.sample_ids(indices))):
-                run.processes.say(said)
-        means = dict(zip(names, np.nanmean(shared, axis=0).tolist(), strict=False))
+        shared = run.processes.mean(on_device).cpu().numpy().astype(float)
+        # The wait for the device that the read above brought was training.
+        self.clock.to_train()
+        for at, row, indices in zip(steps, shared, samples, strict=True):
+            values = dict(zip(names, row.tolist(), strict=True))
+            # Every process sees the same means, so all of them come here together or none does.
+            if AnomalyWatch.is_not_finite(values) or self.watch.is_anomalous(values):
+                ids = run.processes.gather(run.task.sample_ids(indices))
+                AnomalyWatch.refuse_non_finite(at, values, ids, run.checkpoints.newest)
+                if run.processes.is_main:
+                    run.processes.say(self.watch.record(at, values, ids))
+            self.watch.remember(values)
+        means = dict(zip(names, shared.mean(axis=0).tolist(), strict=True))
         row_out = self._row(means, len(set(steps)))
         if run.log is not None:
             run.log.add(step, row_out)

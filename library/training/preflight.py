@@ -88,8 +88,9 @@ def _frozen_terms(task: RepaTask, batch: Batch, ids: list[str]) -> tuple[torch.T
     timesteps = stratified_timesteps(len(batch.indices), schedule.timesteps).to(device)
     generator = torch.Generator(device).manual_seed(0)
     terms = task.terms(batch, noise, timesteps, batch.text_rows, generator, with_gradient=False)
-    target = task.objective.target(batch.latents.float(), noise, timesteps)
-    return terms.diffusion, target.square().mean(dim=(1, 2, 3))
+    zero = task.objective.target(batch.latents.float(), noise, timesteps).square().mean(dim=(1, 2, 3))
+    weights = task.objective.weights(timesteps)
+    return terms.diffusion, zero if weights is None else zero * weights
 
 
 def _try_save(checkpoints: Checkpoints) -> None:

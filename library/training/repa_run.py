@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +13,8 @@ from library.caching.prepare import Cached, Caches
 from library.data.batches import BatchOrder, CachedSamples, Prefetcher
 from library.diffusion.objective import Objective
 from library.diffusion.schedule import NoiseSchedule
+from library.errors import UserError
+from library.models.encoders import weight_fingerprint
 from library.models.load import load_scheduler_config, load_unet
 from library.models.locate import BaseLocation, locate_base
 from library.options.parser import flatten
@@ -23,8 +26,9 @@ from library.training.loop import Run
 from library.training.optimizers import ParameterGroup, make_optimizer, rate_multiplier
 from library.training.plan import Plan
 from library.training.repa import RepaTask
-from library.training.speed import check_attention, set_up_determinism, set_up_speed
+from library.training.speed import set_up_determinism, set_up_speed
 from library.training.state import Trained
+from networks import AdapterError
 from networks.align_head import AlignHeads
 from networks.features import capture, tap_channels
 from networks.lora import LoraSpec, add_lora
@@ -48,7 +52,10 @@ def add_trained_parts(
     unet: nn.Module, options: TrainRepaOptions, teacher_width: int, device: torch.device
 ) -> tuple[dict[str, dict[str, nn.Parameter]], AlignHeads]:
     """Put LoRA into `unet` and make the heads. Returns the trained parts, by file stem, and the heads (maybe none)."""
-    parts = {"lora": add_lora(unet, lora_spec(options), options.training.seed)}
+    try:
+        parts = {"lora": add_lora(unet, lora_spec(options), options.training.seed)}
+    except AdapterError as error:
+        raise UserError(str(error)) from None
     shapes = tap_channels(unet.config, options.adapters.taps) if options.alignment.alignment else {}  # type: ignore[arg-type]
     heads = AlignHeads(
         {tap: shape.channels for tap, shape in shapes.items()},
@@ -90,12 +97,12 @@ def build_run(
     options: TrainRepaOptions, processes: Processes, caches: Caches, plan: Plan, context: ExitStack
 ) -> tuple[Run, RepaTask]:
     """Model, adapters, heads, data, optimizer and checkpoints of a run. `context` holds the feature hooks."""
-    check_attention(options.speed)
     set_up_determinism(options.speed, processes.device)
     dtype = COMPUTE_DTYPES[options.model.mixed_precision]
     workers, seed = options.speed.max_data_loader_n_workers, options.training.seed
     base = locate_base(options.model.pretrained_model_name_or_path, ("unet", "scheduler"))
     unet = load_unet(base, dtype=dtype, device=processes.device)
+    _check_text(caches, unet.config["cross_attention_dim"])
     teacher_width = caches.train.stores["tokens"].meta.shape[1] if options.alignment.alignment else 0
     parts, heads = add_trained_parts(unet, options, teacher_width, processes.device)
     groups = parameter_groups(parts, options)
@@ -129,6 +136,8 @@ def build_run(
         seed=seed,
         channels_last=options.speed.channels_last,
     )
+    with processes.main_first():
+        facts = _facts(options, caches, base, task.objective.schedule.prediction_type)
     order = BatchOrder(plan.samples, plan.batch_size, seed, processes.rank, plan.world_size, plan.accumulation)
     run = Run(
         task=task,
@@ -140,10 +149,19 @@ def build_run(
         seed=seed,
         output=options.output,
         processes=processes,
-        checkpoints=Checkpoints(options.output, flatten(options), _facts(options, caches), plan, trained, processes),
+        checkpoints=Checkpoints(options.output, flatten(options), facts, plan, trained, processes),
         validates=task.validation is not None,
     )
     return run, task
+
+
+def _check_text(caches: Caches, width: int) -> None:
+    shape = tuple(caches.text.embeddings.shape[1:])
+    if shape[-1] != width:
+        raise UserError(
+            f"{caches.text_path} holds prompt embeddings {shape}, and the U-Net wants {width} wide ones: they are another text "
+            "encoder's. Name another file, or leave text_embeddings out to have them built."
+        )
 
 
 def _metadata(options: TrainRepaOptions) -> dict[str, str]:
@@ -154,11 +172,22 @@ def _metadata(options: TrainRepaOptions) -> dict[str, str]:
     }
 
 
-def _facts(options: TrainRepaOptions, caches: Caches) -> dict[str, Any]:
+def _samples_hash(caches: Caches) -> str:
+    """Of the training samples in their order, with their classes: on these an epoch's permutation depends."""
+    digest = hashlib.sha256()
+    for sample in caches.train.samples:
+        digest.update(f"{sample.sample_id}\t{sample.class_id}\n".encode())
+    return digest.hexdigest()
+
+
+def _facts(options: TrainRepaOptions, caches: Caches, base: BaseLocation, prediction_type: str) -> dict[str, Any]:
     """What state.json says besides the counters: enough to rebuild the model around the saved weights."""
     return {
         "base_model": options.model.pretrained_model_name_or_path,
         "lora_spec": lora_spec(options).to_json(),
+        "prediction_type": prediction_type,
+        "samples": _samples_hash(caches),
+        "base_weights": weight_fingerprint(base, "unet", options.cache.cache_dir / "weight_hashes.json"),
         "caches": {kind: store.meta.producer for kind, store in caches.train.stores.items()},
         "teacher_width": caches.train.stores["tokens"].meta.shape[1] if options.alignment.alignment else 0,
     }

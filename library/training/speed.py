@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 
 from library.errors import UserError
 from library.models.frozen import save_no_inputs
@@ -30,6 +31,12 @@ def check_attention(options: SpeedOptions) -> None:
         raise UserError("--xformers was asked for, but its kernels need a CUDA device and there is none. Use --sdpa.")
 
 
+def prepare_environment(options: SpeedOptions) -> None:
+    """What has to be said before CUDA is used at all: cuBLAS reads its workspace setting once."""
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def set_up_determinism(options: SpeedOptions, device: torch.device) -> None:
     """Choose kernels. On the CPU torch's are deterministic as they are."""
     if device.type != "cuda":
@@ -37,9 +44,8 @@ def set_up_determinism(options: SpeedOptions, device: torch.device) -> None:
     torch.backends.cudnn.benchmark = not options.deterministic
     torch.backends.cudnn.deterministic = options.deterministic
     if options.deterministic:
-        # cuBLAS asks for this before its first use.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Not warn_only: attention's backward pass would then stay as it is and only say so.
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -50,6 +56,8 @@ def set_up_speed(unet: Any, options: SpeedOptions) -> None:
         unet.to(memory_format=torch.channels_last)
     if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if not options.sdpa and not options.xformers:
+        unet.set_attn_processor(AttnProcessor())
     if options.xformers:
         unet.enable_xformers_memory_efficient_attention()
     if options.compile == "whole":

@@ -141,6 +141,11 @@ def load_state(folder: Path, trained: Trained) -> dict[str, Any]:
     state = {i: entries[names[id(p)]] for i, p in enumerate(order) if names[id(p)] in entries}
     groups = trained.optimizer.state_dict()["param_groups"]
     trained.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, values in trained.optimizer.state.items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                # Fused kernels want moments laid out as their weights (channels-last), which a file does not keep.
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return facts
 
 

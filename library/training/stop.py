@@ -46,8 +46,8 @@ class Requests:
                     return request
         return self._signalled
 
-    def done(self) -> None:
-        """The request was carried out: remove its file."""
-        for name in ("stop", "save"):
-            (self.folder / name).unlink(missing_ok=True)
-        self._signalled = NOTHING
+    def done(self, request: int) -> None:
+        """`request` was carried out: remove its file. What came in meanwhile stays to be looked at."""
+        (self.folder / ("stop" if request == STOP else "save")).unlink(missing_ok=True)
+        if request == STOP:
+            self._signalled = NOTHING

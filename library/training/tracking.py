@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +51,25 @@ class AnomalyWatch:
         self.path, self.factor, self.warm = path, factor, warm
         self._recent: deque[float] = deque(maxlen=memory)
 
-    def check(self, step: int, values: dict[str, float], sample_ids: list[str]) -> str | None:
-        """A sentence about an unusual step, also appended to the file; None where there is nothing to say."""
-        manifold = values.get("manifold")
-        if manifold is None:
-            return None
-        said = None
-        if len(self._recent) >= self.warm:
-            median = statistics.median(self._recent)
-            if manifold > self.factor * median > 0:
-                said = f"step {step}: manifold loss {manifold:.4g} is {manifold / median:.0f} times its running median {median:.4g}"
-                record = {"step": step, "manifold": manifold, "median": median, "samples": sample_ids, **values}
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-        self._recent.append(manifold)
-        return said
+    def is_anomalous(self, values: dict[str, float]) -> bool:
+        if "manifold" not in values or len(self._recent) < self.warm:
+            return False
+        return values["manifold"] > self.factor * statistics.median(self._recent) > 0
+
+    def record(self, step: int, values: dict[str, float], sample_ids: list[str]) -> str:
+        """Append an anomalous step to the file; a sentence about it."""
+        manifold, median = values["manifold"], statistics.median(self._recent)
+        with suppress(OSError), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "median": median, "samples": sample_ids, **values}) + "\n")
+        return f"step {step}: manifold loss {manifold:.4g} is {manifold / median:.0f} times its running median {median:.4g}"
+
+    def remember(self, values: dict[str, float]) -> None:
+        if "manifold" in values:
+            self._recent.append(values["manifold"])
+
+    @staticmethod
+    def is_not_finite(values: dict[str, float]) -> bool:
+        return not all(math.isfinite(value) for value in values.values())
 
     @staticmethod
     def refuse_non_finite(step: int, values: dict[str, float], sample_ids: list[str], last_state: Path | None) -> None:
@@ -134,8 +140,12 @@ class MetricLog:
         self._board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            # A full disk must not end a run that could still save its state elsewhere in time.
+            print(f"warning: step {step} could not be written to {self._file.name}: {error.strerror}.", file=sys.stderr)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 

@@ -1,0 +1,76 @@
+"""Which pictures a run uses: opened, limited in number, checked against their class names."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from library.data.demo_pictures import ensure_demo_pictures
+from library.data.sources import ImageSource, Sample, check_class_names, load_class_names, open_source
+from library.errors import UserError
+from library.options.data import DEMO_DATA, DataOptions
+from library.options.toml_file import PROJECT_ROOT
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Training or validation pictures, after any limit on their number."""
+
+    name: str
+    source: ImageSource
+    samples: list[Sample]
+
+
+@dataclass
+class Pictures:
+    train: PictureSet
+    val: PictureSet | None
+    class_names: dict[int, str]
+
+    @property
+    def sets(self) -> list[PictureSet]:
+        return [self.train] if self.val is None else [self.train, self.val]
+
+
+def open_pictures(data: DataOptions) -> Pictures:
+    """Open the training and validation pictures and their class names. Raises UserError for all that is wrong with them."""
+    train_data, val_data, names_file = data.train_data, data.val_data, data.class_names
+    if train_data == DEMO_DATA:
+        folder = ensure_demo_pictures(PROJECT_ROOT / "data" / "demo")
+        train_data, names_file = str(folder / "train.csv"), names_file or folder / "class_names.json"
+        val_data = str(folder / "val.csv") if val_data in (None, DEMO_DATA) else val_data
+    source = open_source(train_data, image_root=data.image_root)
+    names = load_class_names(names_file, folder_names=source.folder_names)
+    train = PictureSet("train", source, choose_samples(source.samples, data.max_train_samples))
+    _check_ids(train)
+    check_class_names(train.samples, names)
+    val = None
+    if val_data is not None:
+        source = open_source(val_data, image_root=data.image_root)
+        val = PictureSet("val", source, choose_samples(source.samples, data.max_validation_samples))
+        _check_ids(val)
+        check_class_names(val.samples, names)
+    return Pictures(train, val, names)
+
+
+def _check_ids(pictures: PictureSet) -> None:
+    reserved = [
+        sample.sample_id for sample in pictures.samples if "#" in sample.sample_id or sample.sample_id == "__meta__"
+    ]
+    if reserved:
+        raise UserError(
+            f"{len(reserved)} sample ids of {pictures.source.location} contain #, which the stores keep for their notes (first: "
+            f"{', '.join(reserved[:3])}). Rename them."
+        )
+
+
+def choose_samples(samples: list[Sample], limit: int | None) -> list[Sample]:
+    """`limit` samples in the order of the manifest, chosen by a hash of their ids: the same ones whatever else is there."""
+    if limit is None or limit >= len(samples):
+        return samples
+
+    def rank(sample: Sample) -> bytes:
+        return hashlib.blake2b(sample.sample_id.encode(), digest_size=8).digest()
+
+    chosen = {sample.sample_id for sample in sorted(samples, key=rank)[:limit]}
+    return [sample for sample in samples if sample.sample_id in chosen]
