@@ -22,7 +22,8 @@ from diffusers import UNet2DConditionModel
 
 from library.caching.prepare import Cached, Caches
 from library.data.sources import Sample
-from library.data.store import StoreMeta, StoreWriter, TensorStore
+from library.data.store import StoreMeta, TensorStore
+from library.data.store_writer import StoreWriter
 from library.data.text_embeddings import TextEmbeddings
 from library.models.load import unet_config
 from library.options.parser import parse

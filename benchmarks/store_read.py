@@ -15,7 +15,8 @@ import torch
 from common import save
 
 from library.data.batches import CachedSamples, Prefetcher
-from library.data.store import StoreMeta, StoreWriter, TensorStore
+from library.data.store import StoreMeta, TensorStore
+from library.data.store_writer import StoreWriter
 
 BATCH = 128
 # Batches in flight (depth 3 and the one in use); the first ones touch fresh memory, which a long run does once.

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.data.batches import BatchOrder, CachedSamples, Prefetcher
-from library.data.store import StoreMeta, StoreWriter, TensorStore
+from library.data.store import StoreMeta, TensorStore
+from library.data.store_writer import StoreWriter
 
 
 @given(

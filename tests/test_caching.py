@@ -30,6 +30,7 @@ from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions
 from library.options.toml_file import PROJECT_ROOT
 from library.processes import Processes
+from tests.tools.runs import launch
 
 SIZE = 64
 
@@ -371,26 +372,6 @@ def test_the_chosen_subset_does_not_depend_on_what_else_there_is() -> None:
     assert choose_samples(samples[:50], 20) != samples[:20] and choose_samples(samples, None) == samples
 
 
-def run_script(setting: Setting, *extra: str, processes: int = 1, **changes: object) -> subprocess.Popen:
-    launch = [sys.executable]
-    if processes > 1:
-        launch += [
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            str(processes),
-            "--num_machines",
-            "1",
-        ]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, "prepare_cache.py", *setting.arguments(**changes), *extra]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=PROJECT_ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def committed(folder: Path) -> int:
     """Entries on disk, seen as another process sees them."""
     if not (folder / "data.mdb").exists():
@@ -407,9 +388,12 @@ def test_sigkill_in_the_middle_loses_and_doubles_nothing(setting: Setting, photo
     with open(photos / "train.csv", "a") as file:
         for i in range(200):
             draw(photos / "images" / f"q{i}.png", i)
-            file.write(f"\nq{i},images/q{i}.png,0" if i == 0 else f"\nq{i},images/q{i}.png,0")
+            file.write(f"q{i},images/q{i}.png,0\n")
     # Small commits, so that the kill falls between them; forked workers, which inherit the locks.
-    code = "import sys, library.data.store as s; s.COMMIT_BYTES = 2000; import prepare_cache; prepare_cache.main(sys.argv[1:])"
+    code = (
+        "import sys, library.data.store_writer as s; s.COMMIT_BYTES = 2000\n"
+        "import prepare_cache; prepare_cache.main(sys.argv[1:])"
+    )
     arguments = setting.arguments(cache_batch_size=1, max_data_loader_n_workers=2)
     child = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], cwd=PROJECT_ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -434,7 +418,7 @@ def test_sigkill_in_the_middle_loses_and_doubles_nothing(setting: Setting, photo
 
 
 def test_two_processes_share_the_work_and_their_shards_open_as_one_store(setting: Setting) -> None:
-    child = run_script(setting, processes=2)
+    child = launch("prepare_cache.py", setting.arguments(), processes=2)
     output, _ = child.communicate(timeout=240)
     assert child.returncode == 0, output[-2000:]
     folder = Path(setting.argv["cache_dir"]) / "train_latents"

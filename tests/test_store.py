@@ -15,16 +15,8 @@ import lmdb
 import numpy as np
 import pytest
 
-from library.data.store import (
-    StoreMeta,
-    StoreWriter,
-    TensorStore,
-    lock_store,
-    pack_source,
-    purge,
-    shard_folder,
-    unpack_source,
-)
+from library.data.store import StoreMeta, TensorStore, lock_store, pack_source, shard_folder, unpack_source
+from library.data.store_writer import StoreWriter, purge
 from library.errors import RunFailed, UserError
 
 META = StoreMeta("latents", "float16", (4, 3, 2), {"weights": "abc"}, complete=True)
@@ -167,7 +159,8 @@ WRITER = """
 import sys; sys.path.insert(0, {root!r})
 from pathlib import Path
 import numpy as np
-from library.data.store import StoreWriter, StoreMeta
+from library.data.store import StoreMeta
+from library.data.store_writer import StoreWriter
 writer = StoreWriter(Path({folder!r}), "latents", expected_bytes=1 << 24, commit_bytes=4096)
 writer.set_meta(StoreMeta("latents", "float16", (4, 3, 2), complete=True))
 for i in range(10**6):

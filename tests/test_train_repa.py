@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.data.store import StoreWriter
+from library.data.store_writer import StoreWriter
 from library.inference.features import extract_features, load_feature_model
+from tests.test_dinov2 import meta_weights
+from tests.tools.ldm_layout import ldm_checkpoint
 from tests.tools.runs import RepaSetting, assert_equal_states, copy_until, metric_rows, state_tensors
 
 
@@ -383,3 +385,19 @@ def test_dry_run_of_the_demo_misses_nothing_and_writes_nothing(
     assert train_repa.main(argv) == 0
     assert "missing          nothing" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_one_safetensors_file_as_base_and_metas_file_as_teacher_train_as_folders_do(
+    setting: RepaSetting, tmp_path: Path, tiny_sd15: Path
+) -> None:
+    save_file(ldm_checkpoint(tiny_sd15), tmp_path / "sd15.safetensors")
+    torch.save(meta_weights(registers=0, swiglu=False), tmp_path / "dinov2_vitt14_pretrain.pth")
+    changes = {"cache_dir": tmp_path / "caches", "dino_model": tmp_path / "dinov2_vitt14_pretrain.pth"}
+    single = {**changes, "pretrained_model_name_or_path": tmp_path / "sd15.safetensors"}
+    assert setting.train(tmp_path / "file", **single) == 0
+    # The teacher's store fits both bases; the latents are those of the folder.
+    latents = {"train_latents": tmp_path / "folder_train", "val_latents": tmp_path / "folder_val"}
+    assert (
+        setting.train(tmp_path / "folder", **changes, **latents, text_embeddings=tmp_path / "folder.safetensors") == 0
+    )
+    assert_equal_states(tmp_path / "file" / "step_000004", tmp_path / "folder" / "step_000004")

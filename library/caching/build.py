@@ -16,7 +16,8 @@ from tqdm import tqdm
 from library.caching.pictures import Job, Picture, PictureBatch, picture_batches
 from library.caching.survey import Survey
 from library.data.sources import ImageSource
-from library.data.store import StoreWriter, pack_source, shard_folder
+from library.data.store import pack_source, shard_folder
+from library.data.store_writer import StoreWriter
 from library.models.encoders import quantize_tokens
 
 

@@ -17,7 +17,8 @@ from library.caching.survey import Survey, survey
 from library.caching.text import build_text_embeddings, prompts_of, up_to_date
 from library.data.pixels import PIXELS_VERSION
 from library.data.sources import Sample
-from library.data.store import TensorStore, disk_bytes, lock_store, mark, purge, shard_folders
+from library.data.store import TensorStore, disk_bytes, lock_store, shard_folders
+from library.data.store_writer import mark, purge
 from library.data.text_embeddings import TextEmbeddings, read_text_embeddings
 from library.errors import UserError
 from library.files import human_bytes, require_space, write_text

@@ -98,6 +98,7 @@ def build_run(
 ) -> tuple[Run, RepaTask]:
     """Model, adapters, heads, data, optimizer and checkpoints of a run. `context` holds the feature hooks."""
     set_up_determinism(options.speed, processes.device)
+    _check_validation(caches, plan, processes)
     dtype = COMPUTE_DTYPES[options.model.mixed_precision]
     workers, seed = options.speed.max_data_loader_n_workers, options.training.seed
     base = locate_base(options.model.pretrained_model_name_or_path, ("unet", "scheduler"))
@@ -153,6 +154,16 @@ def build_run(
         validates=task.validation is not None,
     )
     return run, task
+
+
+def _check_validation(caches: Caches, plan: Plan, processes: Processes) -> None:
+    count = len(caches.val.samples) if caches.val is not None else 0
+    if 0 < count < processes.world_size:
+        raise UserError(
+            f"The validation set has {count} samples for {processes.world_size} processes. Leave val_data out."
+        )
+    if left_out := count % (plan.batch_size * processes.world_size) % processes.world_size:
+        processes.say(f"validation leaves out the last {left_out} samples, which do not divide by the processes")
 
 
 def _check_text(caches: Caches, width: int) -> None:

@@ -25,6 +25,30 @@ def draw(path: Path, seed: int, size: int = 128) -> None:
     Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(path)
 
 
+def launch(script: str, argv: list[str], processes: int = 1) -> subprocess.Popen[str]:
+    """Start a script as a process of its own, or as several CPU processes under accelerate."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += [
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+        ]
+        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    return subprocess.Popen(
+        [*launcher, script, *argv],
+        cwd=PROJECT_ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 class RepaSetting:
     """Options of a run over a folder of pictures; caches are built once and shared by all runs of a session."""
 
@@ -59,27 +83,7 @@ class RepaSetting:
 
     def start(self, output: Path, *extra: str, processes: int = 1, **changes: object) -> subprocess.Popen[str]:
         """Start train_repa.py as a process of its own, or as several under accelerate."""
-        launch = [sys.executable]
-        if processes > 1:
-            launch += [
-                "-m",
-                "accelerate.commands.launch",
-                "--cpu",
-                "--num_processes",
-                str(processes),
-                "--num_machines",
-                "1",
-            ]
-            launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-        command = [*launch, "train_repa.py", *self.argv(output, *extra, **changes)]
-        return subprocess.Popen(
-            command,
-            cwd=PROJECT_ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return launch("train_repa.py", self.argv(output, *extra, **changes), processes)
 
 
 def state_tensors(state: Path) -> dict[str, torch.Tensor]:
