@@ -428,3 +428,18 @@ def test_two_processes_share_the_work_and_their_shards_open_as_one_store(setting
     assert sorted(store.sample_ids()) == [f"p{i}" for i in range(8)] and store.meta.complete
     store.close()
     assert len(setting.build().train.samples) == 8 and setting.counts == []
+
+
+def test_two_processes_rebuild_a_store_of_one_without_doubling_an_entry(setting: Setting) -> None:
+    setting.build()
+    for cached in (setting.last.train, setting.last.val):
+        for store in cached.stores.values():
+            store.close()
+    child = launch("prepare_cache.py", setting.arguments(dino_resolution=112, cache_batch_size=1), processes=2)
+    output, _ = child.communicate(timeout=240)
+    assert child.returncode == 0 and "train: 8 encoded, 0 unchanged" in output, output[-2000:]
+    store = TensorStore(Path(setting.argv["cache_dir"]) / "train_tokens", "tokens")
+    assert sorted(store.sample_ids()) == [f"p{i}" for i in range(8)] and store.meta.complete
+    assert store.meta.producer["dino_resolution"] == 112
+    store.close()
+    assert len(setting.build(dino_resolution=112).train.samples) == 8 and setting.counts == []
