@@ -11,6 +11,7 @@ import torch
 
 from library import losses
 from library.data.batches import Batch
+from library.errors import UserError
 from library.training.checkpoints import Checkpoints
 from library.training.loop import Run
 from library.training.randomness import StepRandomness, sample_noise, stratified_timesteps
@@ -66,9 +67,18 @@ def _first(task: RepaTask, count: int) -> Batch:
 
 def _try_batch(run: Run, task: RepaTask) -> None:
     randomness = StepRandomness(run.seed, run.processes.rank, run.processes.device)
-    # The last step's lambda, so that the heads' memory is needed now and not thousands of steps later.
-    parts = task.losses(_first(task, task.batch_size), randomness.at(0), run.plan.last_step)
-    parts["loss"].backward()
+    # The warmed-up lambda, so that the heads' memory is needed now and not thousands of steps later.
+    warm = task.alignment.align_warmup_steps
+    try:
+        parts = task.losses(_first(task, task.batch_size), randomness.at(0), warm)
+        parts["loss"].backward()
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise UserError(
+            f"A step of this run has no deterministic kernel on {run.processes.device} ({str(error).splitlines()[0]}). "
+            "--no_deterministic allows any kernel; a resumed run is then close to the uninterrupted one, not equal."
+        ) from None
     run.trained.optimizer.zero_grad(set_to_none=True)
 
 
