@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,52 @@ def test_a_defect_keeps_its_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         main([])
+
+
+def test_after_a_kill_an_old_folder_comes_back_and_half_written_ones_go(tmp_path: Path) -> None:
+    dead = 2**22 + 12345  # beyond the largest process number of Linux
+    for name in (f".a.old-{dead}", f".b.old-{dead}", "b", f".c.tmp-{dead}", f".d.tmp-{os.getppid()}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+    files.recover_folders(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".d.tmp-{os.getppid()}", "a", "b"]
+    assert (tmp_path / "a" / "x").read_text() == f".a.old-{dead}" and (tmp_path / "b" / "x").read_text() == "b"
+
+
+def test_safetensors_own_write_failure_is_a_sentence_too(tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+
+    with (
+        pytest.raises(RunFailed, match="could not be written: Error while serializing"),
+        files.whole_folder(tmp_path / "s"),
+    ):
+        raise SafetensorError("Error while serializing: I/O error: File too large")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/out cannot be written to: .*file is a file"):
+        files.require_writable(tmp_path / "file" / "out")
+    files.require_writable(tmp_path / "not" / "yet" / "there")
+
+
+def test_a_forked_child_lets_go_of_inherited_locks(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    parent = files.lock_folder(tmp_path, exclusive=True, what="The folder")
+    assert parent is not None
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        files.close_inherited_locks()
+        os.write(write, b"x")
+        time.sleep(5)
+        os._exit(0)
+    os.read(read, 1)
+    parent.close()
+    # The child lives on, and its copy of the lock does not.
+    again = files.lock_folder(tmp_path, exclusive=True, what="The folder")
+    assert again is not None
+    again.close()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
