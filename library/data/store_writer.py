@@ -22,7 +22,7 @@ from library.files import free_bytes
 
 # What an interruption may cost: entries wait for a commit until there are so many bytes of them, or for so long.
 COMMIT_BYTES = 256 << 20
-COMMIT_SECONDS = 20.0
+COMMIT_SECONDS = 5.0
 # Metadata of a shard is small; this leaves room for it, for free pages and for the B-tree of a small store.
 MAP_SLACK = 64 << 20
 
