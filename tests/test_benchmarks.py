@@ -1,0 +1,46 @@
+"""Benchmarks still run; what they measure is no matter of tests."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from library.options.toml_file import PROJECT_ROOT
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(PROJECT_ROOT / "benchmarks"), *sys.path])
+
+
+def test_the_step_benchmark_goes_through_the_real_loop(benchmarks: None, tmp_path: Path) -> None:
+    import repa_step
+
+    arguments = argparse.Namespace(
+        batch=2, steps=20, samples=4, compile="none", lora_scope="mid", no_deterministic=False, name=None
+    )
+    with ExitStack() as context:
+        settings, measured = repa_step.measure(arguments, tmp_path, context, full_size=False)
+    assert settings["batch"] == 2 and measured["step_seconds"] > 0 and 0 <= measured["data_wait_share"] < 1
+
+
+def test_the_store_benchmark_compares_reading_and_copying(benchmarks: None, tmp_path: Path) -> None:
+    import store_read
+
+    arguments = argparse.Namespace(samples=130, batches=2, threads=1, repeats=1)
+    stores = {kind: store_read.make_store(tmp_path / kind, kind, 130) for kind in store_read.SHAPES}
+    measured = store_read.measure("latents", stores, arguments)
+    assert measured["latents_per_second"] > 0 and measured["latents_memcpy_per_second"] > 0
+
+
+def test_the_page_has_a_section_for_each_result(benchmarks: None) -> None:
+    import page
+    from common import RESULTS
+
+    text = (PROJECT_ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for path in RESULTS.glob("*.json"):
+        assert page.section(path).strip() in text, f"{path.name}: run python benchmarks/page.py"
