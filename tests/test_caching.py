@@ -290,6 +290,9 @@ def test_prompts_are_encoded_again_when_names_change(setting: Setting, photos: P
     first = setting.build().text
     assert first.prompts == ["a photo of a cat", "a photo of a dog", ""] and first.embeddings.shape == (3, 77, 64)
     assert first.rows == {0: 0, 5: 1} and first.empty_row == 2
+    (photos / "names.json").write_text(json.dumps({"0": "cat", "5": "wolf " * 80}))
+    setting.build()
+    assert any(line.startswith("text: 1 prompts are longer than 77 tokens and were cut") for line in setting.said)
     (photos / "names.json").write_text('{"0": "cat", "5": "wolf"}')
     second = setting.build().text
     assert torch.equal(first.embeddings[0], second.embeddings[0])

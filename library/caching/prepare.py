@@ -320,6 +320,8 @@ class Preparation:
         if self.processes.is_main and not up_to_date(path, prompts, producer):
             build_text_embeddings(path, class_ids, prompts, producer, self.encoder("text"))
             say(f"text: {len(prompts)} prompts encoded to {path}")
+            if cut := self.encoder("text").overlong(prompts):
+                say(f"text: {len(cut)} prompts are longer than 77 tokens and were cut (first: {prompts[cut[0]]!r})")
         self.processes.wait()
         return read_text_embeddings(path), path
 
