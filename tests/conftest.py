@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.tools.caches import CacheSetting
+    from tests.tools.runs import RepaSetting
 
 # Tiny tensors: threads cost more than they bring, above all where several processes share two cores.
 torch.set_num_threads(1)
@@ -25,3 +30,44 @@ def tiny_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from library.models.tiny import build_tiny_dinov2
 
     return build_tiny_dinov2(tmp_path_factory.mktemp("models") / "tiny-dinov2")
+
+
+@pytest.fixture(scope="session")
+def adapter_file(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kohya LoRA file for the tiny SD1.5. Read it only."""
+    from tests.tools.adapters import write_lora
+
+    path = tmp_path_factory.mktemp("adapter") / "demo.safetensors"
+    write_lora(tiny_sd15, path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of 12 small pictures with manifests, for one test to change."""
+    from tests.tools.caches import write_photos
+
+    return write_photos(tmp_path / "photos")
+
+
+@pytest.fixture
+def cache_setting(tmp_path: Path, photos: Path, tiny_sd15: Path, tiny_dinov2: Path) -> CacheSetting:
+    from tests.tools.caches import CacheSetting
+
+    return CacheSetting(tmp_path, photos, tiny_sd15, tiny_dinov2)
+
+
+@pytest.fixture(scope="session")
+def repa_setting(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path, tiny_dinov2: Path) -> RepaSetting:
+    """Options of U-REPA runs that share one set of caches."""
+    from tests.tools.runs import RepaSetting
+
+    return RepaSetting(tmp_path_factory.mktemp("repa") / "data", tiny_sd15, tiny_dinov2)
+
+
+@pytest.fixture(scope="session")
+def finished_run(repa_setting: RepaSetting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of a run of 4 steps with a state every 2. Read it; copy it before changing anything in it."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    assert repa_setting.train(output, save_every_n_steps=2, validate_every_n_steps=2) == 0
+    return output

@@ -23,13 +23,6 @@ from tests.tools.adapters import SPEC, write_lora
 
 
 @pytest.fixture(scope="module")
-def adapter_file(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("adapter") / "demo.safetensors"
-    write_lora(tiny_sd15, path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def params(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return write_lora(tiny_sd15, tmp_path_factory.mktemp("adapter") / "demo.safetensors")
 

@@ -20,20 +20,13 @@ from library.merging.merge import fold
 from library.models.load import load_text_encoder, load_unet
 from library.models.locate import BaseLocation
 from networks.adapter_file import read_adapter
-from tests.tools.adapters import TEXT_LAYER, run_tiny, text_lora, train_lora, write_lora
+from tests.tools.adapters import TEXT_LAYER, run_tiny, text_lora, train_lora
 from tests.tools.ldm_layout import ldm_checkpoint
 
 
 @pytest.fixture(scope="module")
 def base(tiny_sd15: Path) -> BaseLocation:
     return BaseLocation("tiny", tiny_sd15)
-
-
-@pytest.fixture(scope="module")
-def adapter_file(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("adapter") / "demo.safetensors"
-    write_lora(tiny_sd15, path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,19 @@ from library.options.training import OptimizerOptions, OutputOptions, TrainingOp
 
 
 @dataclass(frozen=True)
-class TrainRepaOptions:
-    """Track A of the U-REPA document, where nothing else is said."""
+class CachedRunOptions:
+    """What building caches and training on them have in common."""
 
     config: ConfigOptions = field(default_factory=ConfigOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
+
+
+@dataclass(frozen=True)
+class TrainRepaOptions(CachedRunOptions):
+    """Track A of the U-REPA document, where nothing else is said."""
+
     adapters: AdapterOptions = field(default_factory=AdapterOptions)
     alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
@@ -38,11 +44,7 @@ class TrainRepaOptions:
 
 
 @dataclass(frozen=True)
-class PrepareCacheOptions:
-    config: ConfigOptions = field(default_factory=ConfigOptions)
-    model: ModelOptions = field(default_factory=ModelOptions)
-    data: DataOptions = field(default_factory=DataOptions)
-    cache: CacheOptions = field(default_factory=CacheOptions)
+class PrepareCacheOptions(CachedRunOptions):
     max_data_loader_n_workers: int = 8
     """Worker processes that decode images."""
     alignment: bool = True

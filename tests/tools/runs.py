@@ -10,19 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from library.options.toml_file import PROJECT_ROOT
+from tests.tools.pictures import draw_picture
 
 IMAGES = 12
-
-
-def draw(path: Path, seed: int, size: int = 128) -> None:
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(path)
 
 
 def launch(script: str, argv: list[str], processes: int = 1) -> subprocess.Popen[str]:
@@ -60,7 +54,7 @@ class RepaSetting:
                 rows = csv.writer(file)
                 rows.writerow(["sample_id", "path", "class_id"])
                 for i in ids:
-                    draw(folder / "images" / f"p{i}.png", i)
+                    draw_picture(folder / "images" / f"p{i}.png", i, 128)
                     rows.writerow([f"p{i}", f"images/p{i}.png", i % 2])
         (folder / "names.json").write_text(json.dumps(["cat", "dog"]))
         self.options = {
