@@ -12,20 +12,19 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from library.errors import EXIT_OK, UserError, script
+from library.errors import EXIT_OK, script
 from library.options.checks import positive, require
 from library.options.parser import parse
+from library.options.precision import TORCH_DTYPES, Precision
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from library.inference.pictures import FoldedLora
     from library.inference.text_to_image import Drawing
-
-DTYPES = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class GenerateOptions:
     """LoRA files or training states, each as PATH or PATH:WEIGHT (weight 1 is as trained, below 0 the opposite)."""
     output: Path = Path("outputs/generated.png")
     """PNG to write. Of several pictures it is the grid, and each picture stands beside it with its seed in the name."""
-    dtype: Literal["float", "fp16", "bf16"] | None = None
+    dtype: Precision | None = None
     """Number format of the model. Default: fp16 on a GPU, float elsewhere."""
     device: str | None = None
     """Device as torch names it (cuda, cuda:1, mps, cpu). Default: the best there is."""
@@ -111,8 +110,9 @@ def print_plan(options: GenerateOptions) -> None:
     print(f"output     {options.output}")
 
 
-def build(options: GenerateOptions) -> tuple[StableDiffusionPipeline, Drawing, list[FoldedLora]]:
+def build(options: GenerateOptions) -> tuple[DiffusionPipeline, Drawing, list[FoldedLora]]:
     """The model with adapters folded in, what to draw, and what to write about the adapters."""
+    from library.device import choose_device
     from library.inference.pictures import describe_lora
     from library.inference.text_to_image import Drawing, load_pipeline, native_size, words_cut_off
     from library.merging.source import read_source
@@ -172,26 +172,12 @@ def run(options: GenerateOptions) -> list[Path]:
     return files
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or the best there is. Raises UserError where torch cannot compute on it."""
-    import torch
-
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+def choose_dtype(name: Precision | None, device: torch.device) -> torch.dtype:
     import torch
 
     if name is None:
         return torch.float16 if device.type == "cuda" else torch.float32
-    return getattr(torch, DTYPES[name])
+    return getattr(torch, TORCH_DTYPES[name])
 
 
 if __name__ == "__main__":

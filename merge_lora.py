@@ -1,9 +1,11 @@
-"""Fold a LoRA into its base model and write a diffusers folder.
+"""Fold LoRAs into their base model, for A1111, ComfyUI and diffusers, and prove that the result is right.
 
-    python merge_lora.py --model outputs/demo/demo.safetensors --output_dir outputs/demo/merged
-    python merge_lora.py --model outputs/demo/step_000150 --use_ema --output_dir outputs/demo/averaged
+    python merge_lora.py                                                   # the newest training output into its own base
+    python merge_lora.py --models a.safetensors b.safetensors --ratios 0.7 0.3 --output_dir merged --save_single_file
+    python merge_lora.py --models a.safetensors --save_to models/Stable-diffusion/mine.safetensors
+    python merge_lora.py --models a.safetensors b.safetensors --lora_only --new_rank 16 --save_to both.safetensors
 
-Without --pretrained_model_name_or_path the base is the one the adapter was trained on, as its files name it.
+Without --pretrained_model_name_or_path the base is the one the adapters were trained on, as their files name it.
 """
 
 from __future__ import annotations
@@ -11,118 +13,180 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from library.errors import EXIT_OK, script
-from library.options.checks import positive, require
+from library.errors import EXIT_OK, UserError, script
+from library.options.merging import MergeLoraOptions
 from library.options.parser import parse
+from library.options.precision import TORCH_DTYPES
 
 if TYPE_CHECKING:
-    from library.merging.diffusers_folder import MergeReport
-    from library.merging.source import Source
-    from library.models.locate import BaseLocation
+    import torch
 
-DTYPES = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    from library.merging.report import Ingredient
+    from library.merging.write import Output
+
+OUTPUTS = Path("outputs")
+TEST_PROMPT, TEST_SEED = "a professional photo of a golden retriever dog", 42
+TEST_PICTURE = "test_generation.png"
 
 
 @dataclass(frozen=True)
-class MergeLoraOptions:
-    model: Path
-    """What to merge: a LoRA .safetensors file (kohya's, PEFT's or diffusers' format) or a training state's folder."""
-    output_dir: Path
-    """Diffusers folder to write."""
-    pretrained_model_name_or_path: str | None = None
-    """Base model: a folder, a hub id, one .safetensors file, or tiny-sd15. Default: the one the adapter names."""
-    use_ema: bool = False
-    """Merge the moving average of a training state's weights instead of the weights themselves."""
-    ratio: float = 1.0
-    """Strength of the adapter: 1 is as trained, 0 gives the base."""
-    save_precision: Literal["float", "fp16", "bf16"] | None = None
-    """Number format of the merged weights. Default: that of the base. Untouched components keep their own."""
-    network_alpha: float | None = None
-    """Alpha of a PEFT file that does not say it."""
-    overwrite: bool = False
-    """Replace an earlier merge in output_dir."""
-    dry_run: bool = False
-    """Print the plan and stop."""
-
-    def __post_init__(self) -> None:
-        require(-10 <= self.ratio <= 10, "ratio", f"must lie between -10 and 10, got {self.ratio}.")
-        positive("network_alpha", self.network_alpha)
-        require(self.model.exists(), "model", f"{self.model} does not exist.")
+class Plan:
+    ingredients: list[Ingredient]
+    base: str
+    why: str
+    """Why that base."""
+    output: Output
 
 
 @script
 def main(argv: list[str]) -> int:
     options = parse(MergeLoraOptions, argv, prog="merge_lora.py", description=__doc__)
-    source, base_name = build(options)
-    print_plan(options, source, base_name)
+    if options.inspect:
+        inspect(options)
+        return EXIT_OK
+    plan = build(options)
+    print_plan(options, plan)
     if not options.dry_run:
-        run(options, source, base_name)
+        (run_lora_only if options.lora_only else run)(options, plan)
     return EXIT_OK
 
 
-def build(options: MergeLoraOptions) -> tuple[Source, str]:
-    """The adapter, read and checked, and the name of its base."""
-    from library.merging.source import base_model_of, read_source
+def build(options: MergeLoraOptions) -> Plan:
+    """The adapters, read and checked, the name of the base, and where the result goes."""
+    from library.merging.lora_file import PEFT_CONFIG
+    from library.merging.report import Ingredient
+    from library.merging.source import base_model_of, newest_output, read_source
+    from library.merging.strength import Strength, parse_blocks
+    from library.merging.write import Output, check_output
 
-    source = read_source(options.model, use_ema=options.use_ema, network_alpha=options.network_alpha)
-    return source, base_model_of(source, options.pretrained_model_name_or_path)
+    models = options.chosen or (newest_output(OUTPUTS, use_ema=options.use_ema),)
+    if not options.chosen:
+        print(f"No --models given: taking the newest training output, {models[0]}.", file=sys.stderr)
+    sources = [read_source(model, use_ema=options.use_ema, network_alpha=options.network_alpha) for model in models]
+    ratios = options.ratios or (1.0,) * len(models)
+    blocks = [parse_blocks(text) for text in options.block_ratios] or [{}] * len(models)
+    ingredients = [
+        Ingredient(source, Strength(ratio, options.unet_ratio, options.text_encoder_ratio, factors))
+        for source, ratio, factors in zip(sources, ratios, blocks, strict=True)
+    ]
+    if sum(source.is_wrapped for source in sources) and len(sources) > 1:
+        raise UserError(f"{sources[0].file} or another holds a whole model. Merge such checkpoints one at a time.")
+    base, why = ("", "") if options.lora_only else base_model_of(sources, options.pretrained_model_name_or_path)
+    output = output_of(options, sources[0].file)
+    files = [source.file for source in sources]
+    check_output(output, files)
+    if options.lora_only and options.lora_format == "peft":  # writes its configuration beside
+        config = Output(None, output.path.with_name(PEFT_CONFIG), options.overwrite)
+        check_output(config, [file.with_name(PEFT_CONFIG) for file in files])
+    return Plan(ingredients, base, why, output)
 
 
-def print_plan(options: MergeLoraOptions, source: Source, base_name: str) -> None:
-    named_in = f" (named in {source.named_in})"
-    if options.pretrained_model_name_or_path is not None:
-        trained_on = source.base_model
-        named_in = f" (the adapter was trained on {trained_on})" if trained_on not in (None, base_name) else ""
-    print(f"adapter    {source.describe()}")
-    if source.adapter.left_out:
-        print(f"           left out: {len(source.adapter.left_out)} tensors of AlignHeads, which only training needs")
-    print(f"base       {base_name}{named_in}")
-    print(f"ratio      {options.ratio:g}")
-    print(f"precision  {options.save_precision or 'as the base'}")
-    print(f"output     {options.output_dir}{' (replacing what is there)' if options.output_dir.exists() else ''}")
+def output_of(options: MergeLoraOptions, adapter: Path) -> Output:
+    """Where the result goes: as told, else a folder "merged" (or a LoRA's file "merged.safetensors") beside the adapter."""
+    from library.merging.write import SINGLE_FILE, Output
+
+    # A state lies in the folder of its run.
+    run_folder = adapter.parent.parent if (adapter.parent / "state.json").exists() else adapter.parent
+    if options.lora_only:
+        folder = options.output_dir or run_folder
+        return Output(None, options.save_to or folder / "merged_lora.safetensors", options.overwrite)
+    if options.save_to is not None:
+        return Output(None, options.save_to, options.overwrite)
+    folder = options.output_dir or run_folder / "merged"
+    return Output(folder, folder / SINGLE_FILE if options.save_single_file else None, options.overwrite)
 
 
-def run(options: MergeLoraOptions, source: Source, base_name: str) -> None:
-    import torch
+def print_plan(options: MergeLoraOptions, plan: Plan) -> None:
+    for one in plan.ingredients:
+        print(f"adapter    {one.source.describe()}")
+        if one.source.is_wrapped:
+            print(
+                f"           with {len(one.source.adapter.frozen)} frozen weights of its own, which take the base's place"
+            )
+        if one.source.adapter.left_out:
+            print(
+                f"           left out: {len(one.source.adapter.left_out)} tensors of AlignHeads, which only training needs"
+            )
+        print(f"ratio      {one.strength.describe()}")
+    if plan.base:
+        print(f"base       {plan.base} ({plan.why})")
+    print(f"precision  {options.save_precision or ('as the adapters' if options.lora_only else 'as the base')}")
+    replacing = " (replacing what is there)" if plan.output.path.exists() else ""
+    print(f"output     {plan.output.path}{replacing}{', with model.safetensors' if options.save_single_file else ''}")
 
-    from library.merging.diffusers_folder import check_output, write_merged_folder
+
+def run(options: MergeLoraOptions, plan: Plan) -> None:
+    from library.files import human_bytes, recover_folders
+    from library.merging.layouts import Merging
+    from library.merging.merge import place
+    from library.merging.source import with_frozen_weights
+    from library.merging.write import check_output, write_merged
+    from library.models.checkpoint import open_checkpoint
     from library.models.locate import locate_base
 
-    # Before anything is fetched: what would be refused anyway.
-    check_output(options.output_dir, [options.model], overwrite=options.overwrite)
-    base: BaseLocation = locate_base(base_name)
-    if base.note:
-        print(base.note)
-    check_output(options.output_dir, [base.path], overwrite=options.overwrite)
-    report = write_merged_folder(
-        base,
-        source.adapter,
-        options.output_dir,
-        ratio=options.ratio,
-        dtype=None if options.save_precision is None else getattr(torch, DTYPES[options.save_precision]),
-        overwrite=options.overwrite,
+    location = locate_base(plan.base)
+    if location.note:
+        print(location.note)
+    base = open_checkpoint(location)
+    recover_folders(plan.output.path.parent)  # what a killed merge moved aside is in the way again
+    check_output(plan.output, [location.path, *base.files()])
+    for one in plan.ingredients:
+        if one.source.is_wrapped:
+            base = with_frozen_weights(base, one.source)
+    folds = place([(one.source.adapter, one.strength) for one in plan.ingredients], base.shapes, base.family)
+    report = write_merged(Merging(base, folds, torch_dtype(options)), plan.ingredients, plan.output)
+    print(f"\n{report.as_text()}")
+    print(f"Wrote {plan.output.path} ({human_bytes(sum(report.outputs.values()))}) in {report.seconds:.1f} s.")
+    if options.generate:
+        draw_test_picture(plan.output)
+
+
+def draw_test_picture(output: Output) -> None:
+    """The conversion report's test: a model that loads, and a picture to look at."""
+    import torch
+
+    from library.inference.pictures import parameters_text, save_picture
+    from library.inference.text_to_image import Drawing, draw, load_pipeline, native_size
+    from library.models.locate import locate_base
+
+    pipeline = load_pipeline(locate_base(str(output.path)), [], dtype=torch.float32, device="cpu")
+    side = native_size(pipeline)
+    drawing = Drawing(TEST_PROMPT, "", steps=25, cfg_scale=7.5, width=side, height=side)
+    path = output.path / TEST_PICTURE if output.folder else output.path.with_name(f"{output.path.stem}_{TEST_PICTURE}")
+    picture = draw(pipeline, drawing, [TEST_SEED])[0]
+    save_picture(picture, path, parameters_text(drawing, TEST_SEED, output.path.stem, []))
+    print(f"Drew {path}.")
+
+
+def run_lora_only(options: MergeLoraOptions, plan: Plan) -> None:
+    from library.merging.lora_file import write_combined
+
+    said = write_combined(
+        plan.ingredients,
+        plan.output.path,
+        form=options.lora_format,
+        rank=options.new_rank,
+        conv_rank=options.new_conv_rank,
+        dtype=torch_dtype(options),
     )
-    print_report(report, options.output_dir)
+    print(f"\n{said}")
 
 
-def print_report(report: MergeReport, output: Path) -> None:
-    from library.files import human_bytes
+def inspect(options: MergeLoraOptions) -> None:
+    from library.merging.inspect import describe
+    from library.merging.source import newest_output, read_source
 
-    print()
-    print(f"{'component':<14}{'keys before':>12}{'after':>8}{'merged':>8}   largest relative change")
-    for part in report.components:
-        change = "copied as it is" if part.copied else "nothing to merge"
-        if part.largest is not None:
-            change = f"{part.largest.relative:.2e}  {part.largest.key}"
-        print(f"{part.component:<14}{part.keys_before:>12}{part.keys_after:>8}{len(part.changes):>8}   {change}")
-    if all(change.relative == 0 for part in report.components for change in part.changes):
-        print("Nothing has changed: the adapter is zero (was it trained?) or the ratio is.")
-    if report.absent:
-        print(f"Without {', '.join(report.absent)}, which the base names but does not hold here.")
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(f"Wrote {output} ({human_bytes(size)}).")
+    for model in options.chosen or (newest_output(OUTPUTS, use_ema=options.use_ema),):
+        source = read_source(model, use_ema=options.use_ema, network_alpha=options.network_alpha)
+        print(describe(source.adapter, source.file))
+
+
+def torch_dtype(options: MergeLoraOptions) -> torch.dtype | None:
+    import torch
+
+    return None if options.save_precision is None else getattr(torch, TORCH_DTYPES[options.save_precision])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Missing caches are built first. To resume, run the same command again.
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,7 @@ def run(options: TrainRepaOptions, context: ExitStack) -> int:
     from library.training.adapters import export_adapters
     from library.training.checkpoints import state_to_resume
     from library.training.loop import train
+    from library.training.output import open_log, own_output
     from library.training.plan import make_plan
     from library.training.preflight import preflight
     from library.training.repa_run import build_run
@@ -69,7 +70,9 @@ def run(options: TrainRepaOptions, context: ExitStack) -> int:
     step = run_.checkpoints.resume(state)
     if state is not None:
         processes.say(f"resuming from {state} at step {step}")
-    open_log(run_, options, step, preflight(run_, task, processes.say))
+    references = preflight(run_, task, processes.say)
+    if processes.is_main:
+        run_.log = open_log(options.output.output_dir, options.output.log_dir, flatten(options), step, references)
     train(run_, step)
     if processes.is_main:
         assert run_.checkpoints.newest is not None
@@ -95,15 +98,6 @@ def check_start(options: TrainRepaOptions, processes: Processes) -> None:
         )
 
 
-def own_output(folder: Path) -> AbstractContextManager[object]:
-    """Lock the output folder for this run, and tidy up after one that was killed."""
-    from library.files import lock_folder, recover_folders
-
-    lock = lock_folder(folder, exclusive=True, what="The output folder")
-    recover_folders(folder)
-    return nullcontext() if lock is None else lock
-
-
 def prepare(options: TrainRepaOptions, processes: Processes) -> Caches:
     """Caches of the run's pictures, complete."""
     from library.caching.picture_sets import open_pictures
@@ -116,23 +110,6 @@ def prepare(options: TrainRepaOptions, processes: Processes) -> Caches:
         options.model, options.data, options.cache, processes, workers=workers, tokens=options.alignment.alignment
     )
     return preparation.prepare(pictures, rebuild=False, say=processes.say)
-
-
-def open_log(run: Run, options: TrainRepaOptions, step: int, references: dict[str, float]) -> None:
-    """Metrics of the main process, headed by the resolved options and the reference values."""
-    import toml
-
-    from library.files import write_text
-    from library.training.tracking import MetricLog
-
-    if not run.processes.is_main:
-        return
-    folder = options.output.output_dir
-    resolved = toml.dumps({name: value for name, value in flatten(options).items() if value is not None})
-    write_text(folder / "options.toml", resolved)
-    run.log = MetricLog(folder / "metrics.jsonl", options.output.log_dir, step)
-    run.log.text("options", f"```\n{resolved}```")
-    run.log.add(step, references)
 
 
 def finish(run: Run, options: TrainRepaOptions, adapters: list[Path]) -> None:

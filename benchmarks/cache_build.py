@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from common import save
 
+from library.caching.geometry import SquareCrop
 from library.caching.picture_sets import open_pictures
 from library.caching.pictures import Job, picture_batches
 from library.caching.prepare import Preparation
@@ -57,7 +58,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     start = time.perf_counter()
     decoded = [
         part.pixels
-        for part in picture_batches(pictures.train.source, jobs, arguments.resolution, batch, arguments.workers)
+        for part in picture_batches(pictures.train.source, jobs, SquareCrop(arguments.resolution), batch, arguments.workers)
     ]
     decoding = len(jobs) / (time.perf_counter() - start)
 

@@ -84,7 +84,7 @@ def measure(
         mock.patch(f"{where}.load_scheduler_config", lambda _: SCHEDULER),
         mock.patch(f"{where}.locate_base", lambda *_: None),
         mock.patch(f"{where}.weight_fingerprint", lambda *_: "random"),
-        mock.patch("library.training.checkpoints.Checkpoints.save", lambda *_: None),
+        mock.patch("library.training.checkpoints.Checkpoints.save", lambda *_, **__: None),
     ):
         run, task = build_run(options, processes, caches, plan, context)
         run.log = MetricLog(folder / "metrics.jsonl", folder / "logs", 0)

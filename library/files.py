@@ -219,6 +219,11 @@ def require_space(path: Path | str, needed: int, what: str) -> None:
         )
 
 
+def public_name(model: str) -> str:
+    """A published file should not tell where its author keeps things: a path's last part, a hub id whole."""
+    return Path(model).name if Path(model).expanduser().exists() else model
+
+
 def human_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(count) < 1024 or unit == "TiB":

@@ -1,280 +1,375 @@
-"""LoRA files: kohya's format in and out, PEFT's and diffusers' in. Read by safetensors only, nothing is unpickled.
+"""Adapter files of kohya, PEFT and diffusers, and whole checkpoints with adapters in them, read into one form.
 
-Format: kohya sd-scripts (networks/lora.py, library/train_util.py) and ModelSpec 1.0.1; the one LoRA format that A1111,
-ComfyUI, diffusers and sd-scripts all read.
+Read by safetensors only, nothing is unpickled; of a checkpoint with 3 GB of frozen weights only the adapter is loaded.
+Formats: kohya sd-scripts (networks/lora.py, oft.py), LyCORIS, PEFT, diffusers' save_lora_weights.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from networks import AdapterError
+from networks.adapters import Adapter, AdapterModule, LoraModule
 from networks.lora import LoraSpec, rank_and_alpha
-from networks.names import KOHYA_PREFIXES, canonical_kohya_name, kohya_name, split_peft_key
+from networks.lycoris_file import LYCORIS_PARTS, lycoris_module
+from networks.names import Target, is_wrapped, parse_kohya_name, split_peft_key, split_wrapped_key
+from networks.spec import NetworkSpec
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
 
 SPEC_KEY = "lora_spec"  # metadata of a training state's files: LoraSpec as JSON
+NETWORK_SPEC_KEY = "network_spec"  # the same of train_network.py: NetworkSpec as JSON
 BASE_MODEL_KEY = "repa_base_model"  # metadata of an adapter file: the base as its user named it
+DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"  # metadata of diffusers' files: LoraConfigs as flat JSON, "unet.r": 8
 
-_KOHYA_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
-_OTHER_KINDS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_mid.weight": "CP-decomposed LoCon",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_": "OFT",
+_KOHYA_PARTS = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "mid",
+    "dora_scale": "magnitude",
+    "alpha": "alpha",
+    **{part: part for part in LYCORIS_PARTS},
 }
+_OTHER_KINDS = {
+    r"\.hada_": "LoHa in another form than kohya's",
+    r"\.lokr_": "LoKr in another form than kohya's",
+    r"\.boft_": "BOFT",
+    r"\.oft_": "OFT in another form than kohya's",
+    r"\.ia3_|\.on_input$": "IA3",
+    r"\.vera_": "VeRA",
+    r"\.[ab][12]\.weight$": "GLoRA",
+    r"\.lora_embedding_[AB]": "LoRA on embeddings",
+    r"\.lora_\w+(\.\w+)?\.bias$": "LoRA with biases (lora_bias)",
+    r"\.diff(_b)?$|\.modules_to_save\.": "a set of layers trained whole",
+    r"^bundle_emb\.|^emb_params$|string_to_param": "textual inversion",
+    r"^lora_controlnet": "Control-LoRA",
+}
+_OTHER_MODELS = {
+    r"double_blocks|single_blocks|single_transformer_blocks": "Flux",
+    r"joint_blocks": "SD3",
+    r"^transformer\.|^lora_transformer_|^(base_model\.model\.)?transformer_blocks\.": "Flux or SD3",
+}
+_RUN_CONFIGS = ("config.json", "config.toml", "args.json")
 
 
-@dataclass(frozen=True)
-class LoraModule:
-    """One module's adapter: W' = W + ratio * alpha / rank * up @ down."""
+def read_adapter(path: Path | str, *, alpha: float | None = None, rank: int | None = None) -> Adapter:
+    """Read a safetensors file of a kohya, PEFT or diffusers LoRA, DoRA or LoCon, or of a whole model wrapped by PEFT.
 
-    down: Tensor
-    """[rank, in] or [rank, in, kh, kw]"""
-    up: Tensor
-    """[out, rank] or [out, rank, 1, 1]"""
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def kernel(self) -> int:
-        return self.down.shape[-1] if self.down.ndim == 4 else 1
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter file in one form, whichever it came in."""
-
-    modules: dict[str, LoraModule]
-    """Kohya's module name -> its adapter; `lora_te_` is the first text encoder. `names.kohya_table` gives the paths."""
-    metadata: dict[str, str] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-    """Keys that are no part of the adapter (AlignHeads in a training state)."""
-
-
-def to_kohya(
-    params: Mapping[str, Tensor],
-    spec: LoraSpec,
-    *,
-    prefix: str = KOHYA_PREFIXES["unet"],
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """The tensors of a kohya file from adapter weights under the names of `add_lora`.
-
-    Per module lora_down.weight [rank, in, ...], lora_up.weight [out, rank, ...] and a 0-dim alpha, on the CPU, all in
-    `dtype` (default: as they are).
-    """
-    tensors: dict[str, Tensor] = {}
-    for key, value in params.items():
-        split = split_peft_key(key)
-        if split is None:
-            raise AdapterError(f"{key} is not the name of a LoRA weight, so it has no place in an adapter file.")
-        _, path, part = split
-        name = kohya_name(path, prefix)
-        tensors[f"{name}.lora_{part}.weight"] = weight = value.detach().to("cpu", dtype, copy=True).contiguous()
-        if part == "down":
-            _, alpha = rank_and_alpha(spec, kernel=weight.shape[-1] if weight.ndim == 4 else 1)
-            tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=weight.dtype)
-    return tensors
-
-
-def adapter_metadata(
-    spec: LoraSpec,
-    tensors: Mapping[str, Tensor],
-    *,
-    output_name: str,
-    date: str,
-    resolution: tuple[int, int],
-    base_model: str | None = None,
-    base_model_version: str = "sd_v1",
-    prediction_type: str = "epsilon",
-    title: str | None = None,
-    extra: Mapping[str, str] | None = None,
-) -> dict[str, str]:
-    """The metadata of the kohya file that holds `tensors`; all values are strings, as safetensors wants.
-
-    date: local time, ISO with seconds. resolution: (width, height) trained at. base_model: as the user named it, from
-    which merge_lora.py finds the base again. extra: further entries, which win over these.
-    """
-    metadata = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(spec.rank),
-        "ss_network_alpha": str(spec.alpha),
-        "ss_network_dropout": str(spec.dropout) if spec.dropout > 0 else "None",
-        "ss_base_model_version": base_model_version,
-        "ss_output_name": output_name,
-        "ss_v2": "False",
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": title or output_name,
-        "modelspec.date": date,
-        "modelspec.resolution": f"{resolution[0]}x{resolution[1]}",
-        "modelspec.prediction_type": prediction_type,
-        SPEC_KEY: spec.to_json(),
-    }
-    if spec.conv_rank is not None:
-        conv_rank, conv_alpha = rank_and_alpha(spec, kernel=3)
-        metadata["ss_network_args"] = json.dumps({"conv_dim": str(conv_rank), "conv_alpha": str(conv_alpha)})
-    if base_model is not None:
-        metadata["ss_sd_model_name"] = Path(base_model).name
-        metadata[BASE_MODEL_KEY] = _without_home(base_model)
-    metadata |= extra or {}
-    model_hash, legacy_hash = _kohya_hashes(tensors, metadata)
-    return {**metadata, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
-
-
-def _without_home(base_model: str) -> str:
-    """A published file should not tell how its author's home folder is called."""
-    home = f"{Path.home()}{os.sep}"
-    return f"~{os.sep}{base_model.removeprefix(home)}" if base_model.startswith(home) else base_model
-
-
-def _kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """sshs_model_hash: SHA-256 of the tensors' bytes. sshs_legacy_hash: of 64 KiB at 1 MiB, so with ss_ metadata."""
-    whole = save(dict(tensors), {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    start = 8 + int.from_bytes(whole[:8], "little")
-    legacy = whole[0x100000 : 0x100000 + 0x10000]
-    return hashlib.sha256(memoryview(whole)[start:]).hexdigest(), hashlib.sha256(legacy).hexdigest()[:8]
-
-
-def read_adapter(path: Path | str, *, alpha: float | None = None) -> Adapter:
-    """Read a kohya, PEFT or diffusers LoRA file of safetensors.
-
-    Kohya files without alpha mean alpha = rank. PEFT files carry no alpha: it comes from their metadata (`lora_spec`,
-    or diffusers' `lora_adapter_metadata`), from an adapter_config.json beside them, or else from the argument.
-    Raises AdapterError for other files and other kinds of adapters, missing halves, missing alphas, values not finite.
+    In kohya's form LoHa, LoKr and OFT as well. Kohya files without alpha mean alpha = rank. PEFT files carry no alpha: it
+    comes from their metadata (`lora_spec`, `network_spec`, diffusers' `lora_adapter_metadata`, `ss_network_alpha`), from an
+    adapter_config.json beside them, else from `alpha`, else from the run's config.json, config.toml or args.json in their
+    folder or the one above. rank: what it should be, to be checked. Raises AdapterError for other files and other kinds
+    of adapters, missing halves, missing alphas, shapes that cannot be, values not finite.
     """
     path = Path(path)
-    tensors, metadata = _read_file(path)
-    left_out = tuple(key for key in tensors if key.startswith("align_heads."))
-    parts, foreign = _sort_parts({key: value for key, value in tensors.items() if key not in left_out})
-    if foreign or not parts:
-        raise AdapterError(_not_lora(path, foreign, len(tensors)))
-    alpha_of = _alpha_source(path, metadata, alpha)
-    modules = {module.name: _whole(module, path, alpha_of) for module in parts.values()}
-    return Adapter(modules, metadata, left_out)
+    with _opened(path) as file:
+        keys, metadata = list(file.keys()), file.metadata() or {}
+        found = _sort_keys(path, keys)
+        if found.foreign or not found.modules:
+            raise AdapterError(_not_lora(path, found.foreign, len(keys)))
+        for entry in found.modules.values():
+            if not entry.is_lycoris and (missing := [part for part in ("down", "up") if part not in entry.keys]):
+                raise AdapterError(
+                    f"{path} has no {' and no '.join(missing)} weight for {entry.name}: it is incomplete."
+                )
+        alphas = _Alphas(path, metadata, alpha)
+        modules = {
+            target: _module(
+                path, target, entry, {part: file.get_tensor(key) for part, key in entry.keys.items()}, alphas
+            )
+            for target, entry in found.modules.items()
+        }
+    if rank is not None and (ranks := {module.rank for module in modules.values() if module.kernel == 1} - {rank}):
+        raise AdapterError(f"{path} has adapters of rank {', '.join(map(str, sorted(ranks)))}, not of {rank}.")
+    return Adapter(modules, metadata, tuple(found.left_out), tuple(found.frozen))
 
 
-@dataclass
-class _Parts:
-    """The tensors of one module as they are found in a file."""
-
-    name: str
-    component: str | None = None
-    """None in a kohya file."""
-    path: str = ""
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if path.suffix != ".safetensors":
         raise AdapterError(
             f"{path} is not a .safetensors file; adapters in other formats can run code and are not read."
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            yield file
     except FileNotFoundError:
         raise AdapterError(f"{path} does not exist.") from None
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path} is not a whole safetensors file: {error}.") from error
 
 
-def _sort_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Parts], list[str]]:
-    """Tensors gathered by module, and the keys that are of no LoRA."""
-    parts: dict[str, _Parts] = {}
-    foreign = []
-    for key, value in tensors.items():
-        name, _, suffix = key.partition(".")
-        if name.startswith("lora_") and suffix in _KOHYA_PARTS:
-            name = canonical_kohya_name(name)
-            parts.setdefault(name, _Parts(name)).tensors[_KOHYA_PARTS[suffix]] = value
-        elif (split := split_peft_key(key)) is not None:
-            component, path, part = split
-            name = kohya_name(path, KOHYA_PREFIXES[component])
-            parts.setdefault(name, _Parts(name, component, path)).tensors[part] = value
+# ------------------------------------------------------------------------------------------------ what the keys mean
+
+
+@dataclass
+class _Entry:
+    """One module's keys as they stand in a file."""
+
+    name: str
+    is_kohya: bool
+    keys: dict[str, str] = field(default_factory=dict)
+    """Part ("down", "up", "mid", "magnitude", "alpha", or one of LYCORIS_PARTS) -> key."""
+
+    @property
+    def is_lycoris(self) -> bool:
+        return any(part in self.keys for part in LYCORIS_PARTS)
+
+
+@dataclass
+class _Found:
+    modules: dict[Target, _Entry] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+
+
+def _sort_keys(path: Path, keys: list[str]) -> _Found:
+    found = _Found()
+    wrapped = is_wrapped(keys)
+    for key in keys:
+        if (place := _place(key)) is not None:
+            target, part, name, is_kohya = place
+            entry = found.modules.setdefault(target, _Entry(name, is_kohya))
+            if part in entry.keys:
+                raise AdapterError(f"{path} has two adapters on one module: {entry.keys[part]} and {key}.")
+            entry.keys[part] = key
+        elif key.startswith("align_heads.") or (wrapped and key.endswith("embeddings.position_ids")):
+            found.left_out.append(key)
+        elif wrapped and not _kinds([key]) and split_wrapped_key(key) is not None:
+            found.frozen.append(key)
         else:
-            foreign.append(key)
-    return parts, foreign
+            found.foreign.append(key)
+    return found
 
 
-def _whole(parts: _Parts, path: Path, alpha_of: Callable[[_Parts, LoraModule], float]) -> LoraModule:
-    if missing := {"down", "up"} - parts.tensors.keys():
-        raise AdapterError(
-            f"{path} has no {' and no '.join(sorted(missing))} weight for {parts.name}: it is incomplete."
-        )
-    down, up = parts.tensors["down"], parts.tensors["up"]
-    if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0]:
-        raise AdapterError(
-            f"{path}: {parts.name} has down {list(down.shape)} and up {list(up.shape)}, whose ranks differ."
-        )
-    for part, value in parts.tensors.items():
-        if not torch.isfinite(value).all():
+def _place(key: str) -> tuple[Target, str, str, bool] | None:
+    """(module, part, the module's name in this file, whether it is kohya's) of an adapter's tensor, else None."""
+    name, _, suffix = key.partition(".")
+    if name.startswith(("lora_", "oft_")) and suffix in _KOHYA_PARTS:
+        target = parse_kohya_name(re.sub("^oft_", "lora_", name))
+        return None if target is None else (target, _KOHYA_PARTS[suffix], name, True)
+    # A training state's magnitude has kohya's name and shape.
+    split = split_peft_key(re.sub(r"\.dora_scale$", ".lora_magnitude_vector", key))
+    return None if split is None else (split.target, split.part, re.split(r"\.lora[_.]|\.dora_scale$", key)[0], False)
+
+
+def _kinds(keys: Iterable[str]) -> list[str]:
+    joined = "\n".join(keys)
+    return sorted(kind for mark, kind in _OTHER_KINDS.items() if re.search(mark, joined, re.MULTILINE))
+
+
+def _not_lora(path: Path, foreign: list[str], count: int) -> str:
+    if not foreign:
+        return f"{path} has no LoRA weights in it."
+    joined = "\n".join(foreign)
+    models = [model for mark, model in _OTHER_MODELS.items() if re.search(mark, joined, re.MULTILINE)]
+    if kinds := _kinds(foreign):
+        guess = f"It is {' and '.join(kinds)}, which is not supported."
+    elif models:
+        guess = f"It looks like a LoRA for {models[0]}; only those for SD1.5 and SDXL are supported."
+    elif "model.diffusion_model." in joined:
+        guess = "It looks like a whole model."
+    else:
+        guess = "It is probably not a LoRA file."
+    return f"{len(foreign)} of {count} keys in {path} are not of a LoRA (first: {', '.join(foreign[:3])}). {guess}"
+
+
+# ------------------------------------------------------------------------------------------------ one module
+
+
+def _module(path: Path, target: Target, entry: _Entry, tensors: dict[str, Tensor], alphas: _Alphas) -> AdapterModule:
+    for part, value in tensors.items():
+        # diffusers' converter writes alphas as integers.
+        if not value.is_floating_point() and part != "alpha":
+            raise AdapterError(f"{path}: {entry.keys[part]} holds {value.dtype}, not floating-point numbers.")
+        if not torch.isfinite(value.float()).all():
             raise AdapterError(
-                f"{path}: {part} of {parts.name} has values that are not finite; the training has diverged."
+                f"{path}: {part} of {entry.name} has values that are not finite; the training has diverged."
             )
-    module = LoraModule(down, up, alpha=float(down.shape[0]))
-    if "alpha" in parts.tensors:
-        return LoraModule(down, up, alpha=float(parts.tensors["alpha"]))
-    return module if parts.component is None else LoraModule(down, up, alpha_of(parts, module))
+    if "alpha" in tensors and tensors["alpha"].numel() != 1:
+        raise AdapterError(
+            f"{path}: alpha of {entry.name} has the shape {list(tensors['alpha'].shape)}, not one value."
+        )
+    if entry.is_lycoris:
+        return lycoris_module(f"{path}: {entry.name}", tensors)
+    _check_shapes(path, entry.name, tensors)
+    down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
+    module = LoraModule(down, up, float(down.shape[0]), mid)
+    if "magnitude" in tensors:
+        magnitude = _magnitude(path, entry, tensors["magnitude"], module.shape)
+        module = LoraModule(down, up, module.alpha, mid, magnitude)
+    if "alpha" in tensors:
+        alpha = float(tensors["alpha"])
+    else:
+        alpha = module.alpha if entry.is_kohya else alphas.of(target, module)
+    return LoraModule(down, up, alpha, mid, module.magnitude)
 
 
-def _alpha_source(
-    path: Path, metadata: Mapping[str, str], given: float | None
-) -> Callable[[_Parts, LoraModule], float]:
-    """Where the alphas of a PEFT file are to be had."""
-    if SPEC_KEY in metadata:
-        spec = LoraSpec.from_json(metadata[SPEC_KEY])
-        return lambda parts, module: rank_and_alpha(spec, kernel=module.kernel)[1]
-    configs = _peft_configs(path, metadata)
+def _check_shapes(path: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
+    shapes = f"down {list(down.shape)} and up {list(up.shape)}"
+    if down.ndim not in (2, 4) or up.ndim not in (2, 4) or down.numel() == 0 or any(side != 1 for side in up.shape[2:]):
+        raise AdapterError(f"{path}: {name} has {shapes}, which are of no Linear layer and of no convolution.")
+    if up.shape[1] != down.shape[0]:
+        raise AdapterError(f"{path}: {name} has {shapes}, whose ranks differ.")
+    if mid is not None:
+        kernel = list(down.shape[2:])
+        if mid.ndim != 4 or list(mid.shape[:2]) != [down.shape[0]] * 2 or any(side != 1 for side in kernel):
+            raise AdapterError(f"{path}: {name} has {shapes}, to which mid {list(mid.shape)} does not belong.")
 
-    def alpha_of(parts: _Parts, module: LoraModule) -> float:
-        config = configs.get(parts.component or "", configs.get("", {}))
-        if config.get("use_dora"):
-            raise AdapterError(f"{path} is a DoRA, which is not supported. Merge it with the tool that made it.")
+
+def _magnitude(path: Path, entry: _Entry, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """As [out, 1, ...] or [1, in, ...]. PEFT keeps [out], of convolutions [1, out, 1, 1]; LyCORIS either of the two forms."""
+    out, inner = shape[:2]
+    ones = [1] * (len(shape) - 2)
+    found = list(value.shape)
+    if entry.keys["magnitude"].endswith(".dora_scale"):
+        fits = len(found) in (2, 4) and found[:2] in ([out, 1], [1, inner]) and all(side == 1 for side in found[2:])
+        wanted = [*found[:2], *ones]
+    else:
+        fits = found in ([out], [1, out, 1, 1])
+        wanted = [out, 1, *ones]
+    if not fits:
+        raise AdapterError(
+            f"{path}: the DoRA magnitude of {entry.name} has the shape {found}, which is of no weight {list(shape)}."
+        )
+    return value.reshape(wanted)
+
+
+# ------------------------------------------------------------------------------------------------ alphas
+
+
+class _Alphas:
+    """Where the alphas of a PEFT or diffusers file are to be had."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, str], given: float | None) -> None:
+        self._path = path
+        self._metadata = metadata
+        self._given = given
+
+    def of(self, target: Target, module: LoraModule) -> float:
+        if self._spec is not None:
+            return rank_and_alpha(self._spec, kernel=module.kernel)[1]
+        if self._network_spec is not None and (size := self._network_spec.size_of(target, module.kernel)) is not None:
+            return size[1]
+        config = self._configs.get(target.component, self._configs.get("", {}))
+        if config.get("use_dora") and module.magnitude is None:
+            raise AdapterError(f"{self._path} says it is a DoRA, but {target.path} has no lora_magnitude_vector.")
+        for source in self._sources(config):
+            if (value := self._alpha_in(source, target, module)) is not None:
+                # rsLoRA scales with alpha / sqrt(rank).
+                return value * math.sqrt(module.rank) if source.get("use_rslora") else value
+        raise AdapterError(
+            f"{self._path} does not say its alpha: neither its metadata nor an adapter_config.json or a run's "
+            "configuration beside it does. Give the alpha it was trained with as --network_alpha (the rank, where "
+            "nothing was set)."
+        )
+
+    def _sources(self, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What may say an alpha, the surest first; looked for only when its turn comes."""
+        yield config
+        yield self._said
+        yield {"lora_alpha": self._given}
+        yield self._run_config
+
+    def _alpha_in(self, config: Mapping[str, Any], target: Target, module: LoraModule) -> float | None:
         patterns = config.get("alpha_pattern") or {}
-        found = patterns.get(get_pattern_key(list(patterns), parts.path), config.get("lora_alpha"))
-        value = given if found is None else found
-        if value is None:
-            raise AdapterError(
-                f"{path} does not say its alpha: neither its metadata nor an adapter_config.json beside it does. "
-                "Give the alpha it was trained with as --network_alpha (the rank, where nothing was set)."
-            )
-        # rsLoRA scales with alpha / sqrt(rank).
-        return value * math.sqrt(module.rank) if config.get("use_rslora") else float(value)
+        try:
+            value = patterns.get(get_pattern_key(list(patterns), target.path))
+        except (re.error, AttributeError, TypeError):
+            raise AdapterError(f"alpha_pattern of {self._path} is not a table of patterns and numbers.") from None
+        if value is None and module.kernel > 1:
+            value = config.get("conv_alpha")
+        return _number(config.get("lora_alpha") if value is None else value)
 
-    return alpha_of
+    @cached_property
+    def _spec(self) -> LoraSpec | None:
+        return LoraSpec.from_json(self._metadata[SPEC_KEY]) if SPEC_KEY in self._metadata else None
+
+    @cached_property
+    def _network_spec(self) -> NetworkSpec | None:
+        text = self._metadata.get(NETWORK_SPEC_KEY)
+        return None if text is None else NetworkSpec.from_json(text)
+
+    @cached_property
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        """Component ("" for any) -> LoraConfig, as diffusers writes it into the metadata or PEFT into a file beside."""
+        if DIFFUSERS_CONFIG_KEY in self._metadata:
+            flat = _json(self._metadata[DIFFUSERS_CONFIG_KEY], f"{DIFFUSERS_CONFIG_KEY} in {self._path}")
+            configs: dict[str, dict[str, Any]] = {}
+            for key, value in flat.items():
+                component, _, name = key.rpartition(".")
+                configs.setdefault(component, {})[name] = value
+            return configs
+        beside = self._path.with_name("adapter_config.json")
+        return (
+            {"": _json(beside.read_text(encoding="utf-8", errors="replace"), str(beside))} if beside.is_file() else {}
+        )
+
+    @cached_property
+    def _said(self) -> dict[str, Any]:
+        """What other trainers' metadata says."""
+        names = ("lora_alpha", "network_alpha", "ss_network_alpha")
+        alpha = next((self._metadata[name] for name in names if _number(self._metadata.get(name)) is not None), None)
+        arguments = self._metadata.get("ss_network_args")
+        conv_alpha = (
+            None if arguments is None else _json(arguments, f"ss_network_args in {self._path}").get("conv_alpha")
+        )
+        return {"lora_alpha": alpha, "conv_alpha": conv_alpha}
+
+    @cached_property
+    def _run_config(self) -> dict[str, Any]:
+        """The options of the run that wrote the file, sections and all, where a file of it has an alpha."""
+        for folder in (self._path.parent, self._path.absolute().parent.parent):
+            for name in _RUN_CONFIGS:
+                values = _options_in(folder / name)
+                alpha = values.get("lora_alpha", values.get("network_alpha"))
+                if _number(alpha) is not None:
+                    return {**values, "lora_alpha": alpha}
+        return {}
 
 
-def _peft_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Component ("" for any) -> LoraConfig, as diffusers writes it into the metadata or PEFT into a file beside."""
-    beside = path.with_name("adapter_config.json")
-    if "lora_adapter_metadata" in metadata:
-        flat = _json(metadata["lora_adapter_metadata"], f"lora_adapter_metadata in {path}")
-        configs: dict[str, dict[str, Any]] = {}
-        for key, value in flat.items():
-            component, _, name = key.partition(".")
-            configs.setdefault(component, {})[name] = value
-        return configs
-    return {"": _json(beside.read_text(encoding="utf-8"), str(beside))} if beside.is_file() else {}
+def _options_in(path: Path) -> dict[str, Any]:
+    """Options in a run's configuration, sections opened; none where it cannot be read, for it may be of something else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    for section in values.values():
+        flat |= section if isinstance(section, dict) else {}
+    return flat
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, as such or in a string; None for everything else ("None", "Dynamic", true)."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _json(text: str, where: str) -> dict[str, Any]:
@@ -285,11 +380,3 @@ def _json(text: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AdapterError(f"{where} is a JSON {type(value).__name__}, not an object.")
     return value
-
-
-def _not_lora(path: Path, foreign: list[str], count: int) -> str:
-    if not foreign:
-        return f"{path} has no LoRA weights in it."
-    kinds = sorted({kind for mark, kind in _OTHER_KINDS.items() if any(mark in key for key in foreign)})
-    guess = f"It is a {' or '.join(kinds)}, which is not supported." if kinds else "It is probably not a LoRA file."
-    return f"{len(foreign)} of {count} keys in {path} are not of a LoRA (first: {', '.join(foreign[:3])}). {guess}"

@@ -1,4 +1,4 @@
-"""LoRA inside a frozen U-Net: PEFT injects and runs it, this module says where, how large, and from which weights.
+"""LoRA inside a frozen model: PEFT injects and runs it, this module says where, how large, and from which weights.
 
 Source: LoRA (arXiv 2106.09685); which modules are adapted and how they start follows kohya's networks.lora.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -24,7 +24,7 @@ from networks.trained_weights import Conv2d, Linear, draw_uniform, generator_for
 Scope = Literal["mid", "down_mid", "all"]
 Targets = Literal["attention", "kohya"]
 
-_ADAPTER = "default"  # PEFT's name for the only adapter of a model
+ADAPTER = "default"  # PEFT's name for the only adapter of a model
 _BLOCKS: dict[str, tuple[str, ...]] = {
     "mid": ("mid_block.",),
     "down_mid": ("down_blocks.", "mid_block."),
@@ -32,8 +32,8 @@ _BLOCKS: dict[str, tuple[str, ...]] = {
 }
 _ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 # Classes are compared by name, as kohya does: the ones of diffusers are the originals, forks keep the names.
-_TRANSFORMER_PARENTS = {"Transformer2DModel"}
-_CONV_PARENTS = {"ResnetBlock2D", "Downsample2D", "Upsample2D"}
+TRANSFORMER_PARENTS = frozenset({"Transformer2DModel"})
+CONV_PARENTS = frozenset({"ResnetBlock2D", "Downsample2D", "Upsample2D"})
 
 
 @dataclass(frozen=True)
@@ -91,20 +91,29 @@ def rank_and_alpha(spec: LoraSpec, *, kernel: int) -> tuple[int, float]:
 
 def target_modules(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Module]:
     """Path -> Linear or Conv2d of `model` that an adapter of this specification sits on, in the model's order."""
-    parents = _TRANSFORMER_PARENTS | (_CONV_PARENTS if spec.conv_rank is not None else set())
-    found: dict[str, nn.Module] = {}
+    parents = TRANSFORMER_PARENTS | (CONV_PARENTS if spec.conv_rank is not None else frozenset())
+    return {
+        path: module
+        for path, module in layers_inside(model, parents, lambda parent: parent.startswith(_BLOCKS[spec.scope])).items()
+        if spec.targets == "kohya" or ".attentions." not in path or path.endswith(_ATTENTION)
+    }
+
+
+def layers_inside(
+    model: nn.Module, parents: Set[str], wanted: Callable[[str], bool] = lambda parent: True
+) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Path -> Linear or Conv2d inside modules whose classes have these names, in the model's order.
+
+    Inside transformers only 1x1 convolutions count. wanted: of a parent's path, whether to look into it.
+    """
+    found: dict[str, nn.Linear | nn.Conv2d] = {}
     for parent_path, parent in model.named_modules():
-        if type(parent).__name__ not in parents or not parent_path.startswith(_BLOCKS[spec.scope]):
+        kind = type(parent).__name__
+        if kind not in parents or not wanted(parent_path):
             continue
-        of_transformer = type(parent).__name__ in _TRANSFORMER_PARENTS
-        for child_path, child in parent.named_modules(prefix=parent_path):
-            if not isinstance(child, (nn.Linear, nn.Conv2d)):
-                continue
-            if of_transformer and (
-                _kernel(child) != 1 or (spec.targets == "attention" and not child_path.endswith(_ATTENTION))
-            ):
-                continue
-            found[child_path] = child
+        for path, child in parent.named_modules(prefix=parent_path):
+            if isinstance(child, (nn.Linear, nn.Conv2d)) and (kind not in TRANSFORMER_PARENTS or kernel_of(child) == 1):
+                found[path] = child
     return found
 
 
@@ -121,7 +130,7 @@ def add_lora(unet: nn.Module, spec: LoraSpec, seed: int) -> dict[str, nn.Paramet
     targets = target_modules(unet, spec)
     if not targets:
         raise AdapterError(f"LoRA of scope {spec.scope} on {spec.targets} finds no module in a {type(unet).__name__}.")
-    sizes = {path: rank_and_alpha(spec, kernel=_kernel(module)) for path, module in targets.items()}
+    sizes = {path: rank_and_alpha(spec, kernel=kernel_of(module)) for path, module in targets.items()}
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]  # annotated int, used as a number
@@ -131,12 +140,13 @@ def add_lora(unet: nn.Module, spec: LoraSpec, seed: int) -> dict[str, nn.Paramet
         alpha_pattern={re.escape(path): alpha for path, (_, alpha) in sizes.items() if alpha != spec.alpha},
     )
     # On the meta device PEFT draws nothing from the global generator and casts nothing to the dtype of the base.
-    inject_adapter_in_model(config, unet, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+    inject_adapter_in_model(config, unet, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     for path, layer in _adapted(unet):
         layer.cast_input_dtype_enabled = (
             False  # PEFT would cast the input to float32 instead of the weights to its dtype
         )
         _materialise(layer, path, seed)
+        layer.train(layer.get_base_layer().training)  # new modules are in training mode, whatever the model is in
     return {name: parameter for name, parameter in unet.named_parameters() if ".lora_" in name}
 
 
@@ -152,7 +162,7 @@ def remove_lora(unet: nn.Module) -> None:
 def set_lora_scale(unet: nn.Module, scale: float) -> None:
     """Let adapters act `scale` times as strongly as trained; 1 is as trained."""
     for _, layer in _adapted(unet):
-        layer.set_scale(_ADAPTER, scale)
+        layer.set_scale(ADAPTER, scale)
 
 
 @contextmanager
@@ -183,11 +193,11 @@ def _materialise(layer: Any, path: str, seed: int) -> None:
     device = layer.get_base_layer().weight.device
     for part in (layer.lora_A, layer.lora_B):
         # The same module with another forward; a new class keeps the names in the state dict.
-        part[_ADAPTER].__class__ = Conv2d if isinstance(part[_ADAPTER], nn.Conv2d) else Linear
-    down, up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+        part[ADAPTER].__class__ = Conv2d if isinstance(part[ADAPTER], nn.Conv2d) else Linear
+    down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     down.weight = nn.Parameter(draw_uniform(down.weight.shape, generator_for(seed, path)).to(device))
     up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
 
 
-def _kernel(module: nn.Module) -> int:
+def kernel_of(module: nn.Module) -> int:
     return module.kernel_size[0] if isinstance(module, nn.Conv2d) else 1

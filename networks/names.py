@@ -1,65 +1,210 @@
-"""The names of one module in different files: kohya's, PEFT's, and its path in the diffusers or transformers model.
+"""One table of names: kohya's, PEFT's, diffusers', and those of the original single files, for SD1.x and SDXL.
 
-Stable Diffusion 1.x: kohya's names are the paths of the real model with dots as underscores, so the way back is a
-table over a model's paths, never a guess where an underscore was a dot.
+The common tongue of this project is diffusers': a component (`unet`, `vae`, `text_encoder`, `text_encoder_2`) and the path of
+a module in it, or the key of a tensor. Text encoders are spelled as transformers < 5.6 does, with `text_model.` in front.
+Every other spelling is turned into that one, and made from it, here (adapters, older folders) and in
+`networks.original_names` (single files), and nowhere else.
+
+Source: kohya sd-scripts' networks.lora, PEFT's and diffusers' files.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
-UNET = "unet"
-TEXT_ENCODER = "text_encoder"
-
-# What precedes a module's name in kohya's files, by the pipeline component the module belongs to.
-KOHYA_PREFIXES = {UNET: "lora_unet", TEXT_ENCODER: "lora_te", "text_encoder_2": "lora_te2"}
-
-_PEFT_KEY = re.compile(
-    r"(?:(?P<component>unet|text_encoder_2|text_encoder)\.)?(?:base_model\.model\.)?(?P<path>.+?)\."
-    r"(?:lora_(?P<AB>[AB])(?:\.\w+)?|lora(?:_linear_layer)?\.(?P<down_up>down|up))\.weight"
+from networks.original_names import (
+    SD15,
+    SDXL,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    UNET,
+    VAE,
+    Family,
+    unet_from_original,
+    unet_to_original,
+    with_text_model,
 )
 
-
-def kohya_name(path: str, prefix: str = KOHYA_PREFIXES[UNET]) -> str:
-    """Kohya's name of the module at `path`: `lora_unet_mid_block_attentions_0_proj_in`.
-
-    Text encoders always say text_model_, which transformers >= 5.6 dropped from the paths of CLIPTextModel and
-    every reader of these files expects.
-    """
-    if prefix.startswith("lora_te"):
-        path = with_text_model(path)
-    return f"{prefix}_{path.replace('.', '_')}"
+COMPONENTS = (UNET, VAE, TEXT_ENCODER, TEXT_ENCODER_2)
 
 
-def with_text_model(path: str) -> str:
-    """A path or key inside CLIPTextModel as transformers < 5.6, and every other reader, knows it."""
-    return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
+class Target(NamedTuple):
+    """A module that an adapter sits on."""
+
+    component: str
+    path: str
+    """In the diffusers or transformers model."""
 
 
-def kohya_table(paths: Iterable[str], prefix: str = KOHYA_PREFIXES[UNET]) -> dict[str, str]:
-    """Kohya's name -> path, for the paths of a model: the inverse of `kohya_name`."""
-    return {kohya_name(path, prefix): path for path in paths if path}
+# diffusers 0.17 and before; SD1.5's own VAE on the hub still says so.
+_VAE_ATTENTION_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def canonical_kohya_name(name: str) -> str:
-    """`lora_te1_` and `lora_te_` both mean the first text encoder; diffusers writes the former even for SD1.5."""
-    return name.replace("lora_te1_", "lora_te_", 1) if name.startswith("lora_te1_") else name
+def current_key(component: str, key: str) -> str | None:
+    """The key of a tensor in a diffusers folder as today's models have it; None for buffers that are no part of them."""
+    if key.endswith("embeddings.position_ids"):
+        return None
+    if component in (TEXT_ENCODER, TEXT_ENCODER_2):
+        return with_text_model(key)
+    if component == VAE and ".attentions." in key:
+        module, _, leaf = key.rpartition(".")
+        parent, _, layer = module.rpartition(".")
+        return f"{parent}.{_VAE_ATTENTION_OLD.get(layer, layer)}.{leaf}"
+    return key
 
 
-def weight_paths(keys: Iterable[str]) -> list[str]:
-    """The paths of the modules whose weights a state dict holds."""
-    return [key.removesuffix(".weight") for key in keys if key.endswith(".weight")]
+_PEFT_PREFIX = r"(?:(?P<component>unet|vae|text_encoder_2|text_encoder)\.)?(?:base_model\.model\.)?"
+_PEFT_KEY = re.compile(
+    _PEFT_PREFIX + r"(?P<path>.+?)(?:\.processor\.(?P<old>to_[qkv]|to_out)_lora\.(?P<old_down_up>down|up)\.weight"
+    r"|\.lora_(?P<AB>[AB])(?:\.\w+)?\.weight|\.lora(?:_linear_layer)?\.(?P<down_up>down|up)\.weight"
+    r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.\w+)?(?:\.weight)?)"
+)
+_WRAPPED_KEY = re.compile(_PEFT_PREFIX + r"(?P<path>.+?)(?:\.base_layer)?\.(?P<leaf>\w+)")
+# What the paths of each model begin with; those of other models (Flux, SD3, T5) do not.
+_UNET_SECTIONS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "conv_norm_out")
+_TEXT_SECTIONS = ("text_model.encoder.layers.", "text_model.embeddings.", "text_model.final_layer_norm")
+_SECTIONS = {
+    UNET: (*_UNET_SECTIONS, "time_embedding.", "add_embedding."),
+    VAE: ("encoder.", "decoder.", "quant_conv", "post_quant_conv"),
+    TEXT_ENCODER: _TEXT_SECTIONS,
+    TEXT_ENCODER_2: (*_TEXT_SECTIONS, "text_projection"),
+}
 
 
-def split_peft_key(key: str) -> tuple[str, str, str] | None:
-    """(component, path, "down" or "up") of a tensor in a PEFT or diffusers LoRA file, None for any other key.
+class PeftKey(NamedTuple):
+    target: Target
+    part: str
+    """ "down", "up" or "magnitude"."""
 
-    Known: `unet.X.lora_A.weight`, with or without `unet.`, `base_model.model.` and the adapter's name after lora_A, and
-    diffusers' older `unet.X.lora.down.weight`. A key that names no component is of the U-Net.
+
+def split_peft_key(key: str) -> PeftKey | None:
+    """What a tensor of a PEFT or diffusers LoRA file is of; None for any other key.
+
+    Known: `unet.X.lora_A.weight`, with or without `unet.`, `base_model.model.` and the adapter's name after lora_A, diffusers'
+    older `unet.X.lora.down.weight` and `X.processor.to_q_lora.down.weight`, and DoRA's `lora_magnitude_vector`. A key that
+    names no component is of the first text encoder where its path says so, else of the U-Net.
     """
     match = _PEFT_KEY.fullmatch(key)
     if match is None:
         return None
-    part = match["down_up"] or {"A": "down", "B": "up"}[match["AB"]]
-    return match["component"] or UNET, match["path"], part
+    path, old = match["path"], match["old"]
+    if old:
+        path = f"{path}.{'to_out.0' if old == 'to_out' else old}"
+    target = _target(match["component"], path)
+    if match["magnitude"]:
+        part = "magnitude"
+    else:
+        part = match["old_down_up"] or match["down_up"] or {"A": "down", "B": "up"}[match["AB"]]
+    return PeftKey(target, part) if target is not None and target.component != VAE else None
+
+
+def peft_key(target: Target, part: str) -> str:
+    """`unet.X.lora_A.weight`: the key that diffusers' save_lora_weights writes, the inverse of `split_peft_key`."""
+    suffix = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}[part]
+    return f"{target.component}.{target.path}.{suffix}"
+
+
+def split_wrapped_key(key: str) -> tuple[str, str] | None:
+    """(component, key in the model without adapters) of a frozen tensor in a checkpoint of a model wrapped by PEFT.
+
+    Known: `unet.base_model.model.X.base_layer.weight` and the same without any of its prefixes. None for keys of no part of
+    Stable Diffusion, and for buffers that are no part of today's models.
+    """
+    match = _WRAPPED_KEY.fullmatch(key)
+    target = None if match is None else _target(match["component"], f"{match['path']}.{match['leaf']}")
+    if target is None or (current := current_key(*target)) is None:
+        return None
+    return target.component, current
+
+
+def is_wrapped(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of a whole model with PEFT adapters in it: `X.base_layer.weight`."""
+    return any(".base_layer." in key for key in keys)
+
+
+def _target(component: str | None, path: str) -> Target | None:
+    """None for paths that no model of Stable Diffusion has."""
+    if component is None:
+        component = TEXT_ENCODER if path.startswith(("text_model.", "encoder.layers.")) else UNET
+    path = path if component in (UNET, VAE) else with_text_model(path)
+    return Target(component, path) if path.startswith(_SECTIONS[component]) else None
+
+
+# ------------------------------------------------------------------------------------------------ kohya's adapters
+
+# Words of module paths that have an underscore in them; all others end at an underscore.
+_LONG_WORDS = (
+    *(
+        "down_blocks",
+        "mid_block",
+        "up_blocks",
+        "transformer_blocks",
+        "time_embedding",
+        "add_embedding",
+        "time_emb_proj",
+    ),
+    *("linear_1", "linear_2", "conv_in", "conv_out", "conv_norm_out", "conv_shortcut", "proj_in", "proj_out"),
+    *("to_q", "to_k", "to_v", "to_out", "text_model", "text_projection", "self_attn"),
+    *("q_proj", "k_proj", "v_proj", "out_proj", "token_embedding", "position_embedding"),
+    *("final_layer_norm", "layer_norm1", "layer_norm2", "input_blocks", "middle_block", "output_blocks"),
+    *("in_layers", "emb_layers", "out_layers", "skip_connection", "time_embed", "label_emb"),
+)
+_WORD = re.compile("|".join(sorted(_LONG_WORDS, key=len, reverse=True)) + r"|[a-z]+\d*|\d+")
+_KOHYA_COMPONENTS = {
+    "lora_unet": UNET,
+    "lora_te": TEXT_ENCODER,
+    "lora_te1": TEXT_ENCODER,
+    "lora_te2": TEXT_ENCODER_2,
+}
+_SGM_SECTIONS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
+
+
+def kohya_name(target: Target, family: Family = SD15) -> str:
+    """Kohya's name of a module: `lora_unet_mid_block_attentions_0_proj_in`, SDXL `lora_unet_middle_block_1_proj_in`.
+
+    Text encoders always say text_model_, which transformers >= 5.6 dropped from the paths of CLIPTextModel and
+    every reader of these files expects.
+    """
+    path = target.path
+    if target.component == UNET:
+        path = unet_to_original(family, path) if family.sgm_adapters else path
+    else:
+        path = with_text_model(path)
+    return f"{family.kohya[target.component]}_{path.replace('.', '_')}"
+
+
+def parse_kohya_name(name: str) -> Target | None:
+    """The module that a name in a kohya file means, in either spelling of the U-Net; None for names of other models.
+
+    `lora_te_` and `lora_te1_` both mean the first text encoder: diffusers writes the latter even for SD1.5.
+    """
+    prefix = next((p for p in ("lora_unet", "lora_te1", "lora_te2", "lora_te") if name.startswith(f"{p}_")), None)
+    if prefix is None:
+        return None
+    path = _dotted(name.removeprefix(f"{prefix}_"))
+    if path is None:
+        return None
+    if prefix == "lora_unet" and path.startswith(_SGM_SECTIONS):
+        found = unet_from_original(SDXL, path) or unet_from_original(SD15, path)
+        return None if found is None else Target(UNET, found)
+    return _target(_KOHYA_COMPONENTS[prefix], path)
+
+
+def _dotted(words: str) -> str | None:
+    """A path with its dots back: which underscores were dots follows from the words that have one themselves."""
+    path, position = [], 0
+    while position < len(words):
+        match = _WORD.match(words, position)
+        if match is None or (match.end() < len(words) and words[match.end()] != "_"):
+            return None
+        path.append(match[0])
+        position = match.end() + 1
+    return ".".join(path) if position == len(words) + 1 else None
+
+
+def is_sdxl(targets: Iterable[Target]) -> bool:
+    """Whether an adapter's modules can only be of SDXL: a second text encoder, a second transformer block in a row."""
+    deep = re.compile(r"attentions\.\d+\.transformer_blocks\.[1-9]")
+    return any(target.component == TEXT_ENCODER_2 or deep.search(target.path) for target in targets)

@@ -25,6 +25,14 @@ def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder in SDXL's layout with small widths. Read it; copy it before changing anything in it."""
+    from library.models.tiny import build_tiny_sdxl
+
+    return build_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")
+
+
+@pytest.fixture(scope="session")
 def tiny_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformers folder of a three-layer Dinov2Model. Read it; copy it before changing anything in it."""
     from library.models.tiny import build_tiny_dinov2

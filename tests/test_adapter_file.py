@@ -1,24 +1,31 @@
-"""Adapter files: what we write is kohya's format, and what others write is read into one form."""
+"""Reading adapter files: whatever others write comes into one form, or is refused in a sentence."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save, save_file
-from torch import Tensor
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from networks import AdapterError
-from networks.adapter_file import Adapter, adapter_metadata, read_adapter, to_kohya
+from networks import AdapterError, adapter_file
+from networks.adapter_export import to_kohya
+from networks.adapter_file import read_adapter
+from networks.adapters import Adapter
 from networks.lora import LoraSpec, add_lora
-from networks.names import kohya_name
-from tests.tools.unets import sd15_unet_without_weights, small_unet
+from networks.names import Target, kohya_name
+from networks.original_names import SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET
+from tests.tools.adapters import SPEC, kohya_module, one_module, random_module, write_tensors
+from tests.tools.unets import SD15, small_unet
 
-SPEC = LoraSpec(rank=4, alpha=2.0, scope="all", targets="kohya", conv_rank=2, conv_alpha=1.0)
+CONV_IN = Target(UNET, "conv_in")
+ONE = torch.ones(1)
 
 
 @pytest.fixture(scope="module")
@@ -32,131 +39,101 @@ def modules_of(params: dict[str, Tensor]) -> list[str]:
     return sorted({name.split(".lora_")[0] for name in params})
 
 
-def assert_same_as(adapter: Adapter, params: dict[str, Tensor], spec: LoraSpec = SPEC) -> None:
+def assert_same_as(adapter: Adapter, params: dict[str, Tensor]) -> None:
     paths = modules_of(params)
-    assert sorted(adapter.modules) == sorted(map(kohya_name, paths))
+    assert sorted(adapter.modules) == [Target(UNET, path) for path in paths]
     for path in paths:
-        module = adapter.modules[kohya_name(path)]
+        module = adapter.modules[Target(UNET, path)]
         assert torch.equal(module.down, params[f"{path}.lora_A.default.weight"])
         assert torch.equal(module.up, params[f"{path}.lora_B.default.weight"])
-        assert module.alpha == (1.0 if module.kernel == 3 else spec.alpha), path
+        assert module.alpha == (1.0 if module.kernel == 3 else SPEC.alpha), path
         assert module.rank == (2 if module.kernel == 3 else 4), path
 
 
-def write(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, name: str = "a") -> Path:
-    save_file(tensors, folder / f"{name}.safetensors", metadata=metadata)
-    return folder / f"{name}.safetensors"
+def alpha_of(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> float:
+    return read_adapter(write_tensors(folder, tensors, metadata)).modules[CONV_IN].alpha
 
 
-def one_module(rank: int = 2) -> dict[str, Tensor]:
-    return {"unet.conv_in.lora_A.weight": torch.ones(rank, 4), "unet.conv_in.lora_B.weight": torch.ones(8, rank)}
-
-
-def test_every_module_has_down_up_and_a_scalar_alpha(params: dict[str, Tensor]) -> None:
-    tensors = to_kohya(params, SPEC)
-    assert len(tensors) == 3 * len(modules_of(params))
-    assert {key.partition(".")[2] for key in tensors} == {"lora_down.weight", "lora_up.weight", "alpha"}
-    assert all(value.shape == () for key, value in tensors.items() if key.endswith(".alpha"))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_save_precision_holds_for_every_tensor(params: dict[str, Tensor], dtype: torch.dtype) -> None:
-    assert {value.dtype for value in to_kohya(params, SPEC, dtype=dtype).values()} == {dtype}
-
-
-def test_shapes_of_sd15_are_kohyas() -> None:
-    spec = LoraSpec(scope="all", targets="kohya", conv_rank=4)
-    params = add_lora(sd15_unet_without_weights(), spec, seed=0)
-    tensors = to_kohya({name: torch.empty(parameter.shape) for name, parameter in params.items()}, spec)
-    shapes = {key.removeprefix("lora_unet_"): list(value.shape) for key, value in tensors.items()}
-    assert shapes["mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"] == [8, 768]
-    assert shapes["mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight"] == [1280, 8]
-    assert shapes["mid_block_attentions_0_proj_in.lora_down.weight"] == [8, 1280, 1, 1]
-    assert shapes["mid_block_attentions_0_proj_in.lora_up.weight"] == [1280, 8, 1, 1]
-    assert shapes["down_blocks_1_resnets_0_conv1.lora_down.weight"] == [4, 320, 3, 3]
-    assert shapes["down_blocks_1_resnets_0_conv1.lora_up.weight"] == [640, 4, 1, 1]
-    assert shapes["down_blocks_1_resnets_0_conv_shortcut.lora_down.weight"] == [8, 320, 1, 1]
-    assert shapes["down_blocks_1_resnets_0_time_emb_proj.lora_down.weight"] == [8, 1280]
-
-
-def test_a_name_that_is_no_lora_weight_is_refused() -> None:
-    with pytest.raises(AdapterError, match="align_heads.mid.proj.0.weight is not the name of a LoRA weight"):
-        to_kohya({"align_heads.mid.proj.0.weight": torch.zeros(1)}, SPEC)
-
-
-def test_what_is_written_is_read_back(params: dict[str, Tensor], tmp_path: Path) -> None:
-    tensors = to_kohya(params, SPEC)
-    metadata = adapter_metadata(SPEC, tensors, output_name="a", date="2026-01-02T03:04:05", resolution=(512, 512))
-    adapter = read_adapter(write(tmp_path, tensors, metadata))
-    assert_same_as(adapter, params)
-    assert adapter.metadata == metadata
-
-
-def test_metadata_says_what_readers_look_for(params: dict[str, Tensor]) -> None:
-    metadata = adapter_metadata(
-        SPEC,
-        to_kohya(params, SPEC),
-        output_name="cat",
-        date="2026-01-02T03:04:05",
-        resolution=(512, 768),
-        base_model="models/tiny-sd15",
-        extra={"ss_steps": "20", "modelspec.title": "Cat"},
-    )
-    assert {key: metadata[key] for key in sorted(metadata) if not key.startswith("sshs_")} == {
-        "lora_spec": SPEC.to_json(),
-        "modelspec.architecture": "stable-diffusion-v1/lora",
-        "modelspec.date": "2026-01-02T03:04:05",
-        "modelspec.implementation": "diffusers",
-        "modelspec.prediction_type": "epsilon",
-        "modelspec.resolution": "512x768",
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": "Cat",
-        "repa_base_model": "models/tiny-sd15",
-        "ss_base_model_version": "sd_v1",
-        "ss_network_alpha": "2.0",
-        "ss_network_args": '{"conv_dim": "2", "conv_alpha": "1.0"}',
-        "ss_network_dim": "4",
-        "ss_network_dropout": "None",
-        "ss_network_module": "networks.lora",
-        "ss_output_name": "cat",
-        "ss_sd_model_name": "tiny-sd15",
-        "ss_steps": "20",
-        "ss_v2": "False",
-    }
-
-
-def test_hashes_are_kohyas(params: dict[str, Tensor]) -> None:
-    """train_util.precalculate_safetensors_hashes, done over: the file with ss_ metadata only, without its header."""
-    tensors = {**to_kohya(params, SPEC), "padding": torch.arange(400_000, dtype=torch.float32)}  # beyond 1 MiB
-    metadata = adapter_metadata(SPEC, tensors, output_name="a", date="d", resolution=(512, 512))
-    file = save(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    data = file[8 + int.from_bytes(file[:8], "little") :]
-    assert metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
-    assert metadata["sshs_legacy_hash"] == hashlib.sha256(file[0x100000:0x110000]).hexdigest()[:8]
-
-
-def test_the_name_of_the_home_folder_is_not_published(params: dict[str, Tensor]) -> None:
-    base = Path.home() / "models" / "mine.safetensors"
-    metadata = adapter_metadata(SPEC, {}, output_name="a", date="d", resolution=(8, 8), base_model=str(base))
-    assert Path(metadata["repa_base_model"]) == Path("~/models/mine.safetensors")
+# ------------------------------------------------------------------------------------------------ kohya's files
 
 
 def test_a_kohya_file_without_alpha_acts_with_scale_one(params: dict[str, Tensor], tmp_path: Path) -> None:
     tensors = {key: value for key, value in to_kohya(params, SPEC).items() if not key.endswith(".alpha")}
-    adapter = read_adapter(write(tmp_path, tensors))
+    adapter = read_adapter(write_tensors(tmp_path, tensors))
     assert all(module.alpha == module.rank for module in adapter.modules.values())
 
 
-@pytest.mark.parametrize("prefix", ["lora_te", "lora_te1"])
-def test_both_prefixes_of_the_text_encoder_are_known(prefix: str, tmp_path: Path) -> None:
-    name = f"{prefix}_text_model_encoder_layers_0_mlp_fc1"
-    tensors = {f"{name}.lora_down.weight": torch.ones(1, 4), f"{name}.lora_up.weight": torch.ones(8, 1)}
-    assert list(read_adapter(write(tmp_path, tensors)).modules) == ["lora_te_text_model_encoder_layers_0_mlp_fc1"]
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        (
+            "lora_te_text_model_encoder_layers_0_mlp_fc1",
+            Target(TEXT_ENCODER, "text_model.encoder.layers.0.mlp.fc1"),
+        ),
+        (
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+            Target(TEXT_ENCODER, "text_model.encoder.layers.0.mlp.fc1"),
+        ),
+        (
+            "lora_te2_text_model_encoder_layers_0_mlp_fc1",
+            Target(TEXT_ENCODER_2, "text_model.encoder.layers.0.mlp.fc1"),
+        ),
+        ("lora_unet_up_blocks_0_upsamplers_0_conv", Target(UNET, "up_blocks.0.upsamplers.0.conv")),
+        ("lora_unet_output_blocks_2_2_conv", Target(UNET, "up_blocks.0.upsamplers.0.conv")),
+        ("lora_unet_input_blocks_3_0_op", Target(UNET, "down_blocks.0.downsamplers.0.conv")),
+    ],
+)
+def test_every_spelling_of_kohyas_names_is_known(name: str, target: Target, tmp_path: Path) -> None:
+    assert list(read_adapter(write_tensors(tmp_path, kohya_module(name))).modules) == [target]
+
+
+def test_a_sdxl_file_is_one_whichever_names_it_has(tmp_path: Path) -> None:
+    target = Target(UNET, "mid_block.attentions.0.transformer_blocks.9.attn1.to_q")
+    for name in (kohya_name(target, SDXL), kohya_name(target)):
+        adapter = read_adapter(write_tensors(tmp_path, kohya_module(name)))
+        assert list(adapter.modules) == [target] and adapter.family is SDXL
+
+
+def test_an_alpha_may_be_an_integer_as_diffusers_writes_it(tmp_path: Path) -> None:
+    assert alpha_of(tmp_path, kohya_module(alpha=torch.tensor(3))) == 3.0
+
+
+def test_a_cp_decomposed_convolution_is_read(tmp_path: Path) -> None:
+    mid = torch.randn(2, 2, 3, 3)
+    sizes = {"lora_down_weight": torch.ones(2, 4, 1, 1), "lora_up_weight": torch.ones(8, 2, 1, 1)}
+    module = read_adapter(write_tensors(tmp_path, kohya_module(lora_mid_weight=mid, **sizes))).modules[CONV_IN]
+    assert module.mid is not None and torch.equal(module.mid, mid)
+    assert module.shape == (8, 4, 3, 3) and module.kernel == 3
+
+
+CONV = {"lora_down_weight": torch.ones(2, 4, 3, 3), "lora_up_weight": torch.ones(8, 2, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found", "kept"),
+    [
+        ({}, [8, 1], [8, 1]),
+        ({}, [1, 4], [1, 4]),
+        ({}, [8, 1, 1, 1], [8, 1]),
+        (CONV, [8, 1, 1, 1], [8, 1, 1, 1]),
+        (CONV, [1, 4, 1, 1], [1, 4, 1, 1]),
+        (CONV, [8, 1], [8, 1, 1, 1]),
+    ],
+)
+def test_dora_scales_of_outputs_and_of_inputs_are_read(
+    sizes: dict[str, Tensor], found: list[int], kept: list[int], tmp_path: Path
+) -> None:
+    path = write_tensors(tmp_path, kohya_module(dora_scale=torch.ones(found), **sizes))
+    magnitude = read_adapter(path).modules[CONV_IN].magnitude
+    assert magnitude is not None and list(magnitude.shape) == kept
+
+
+# ------------------------------------------------------------------------------------------------ PEFT's and diffusers' files
 
 
 def test_the_weights_of_a_training_state_are_read(params: dict[str, Tensor], tmp_path: Path) -> None:
     tensors = {**params, "align_heads.mid.proj.0.weight": torch.zeros(2, 2)}
-    adapter = read_adapter(write(tmp_path, tensors, {"lora_spec": SPEC.to_json()}))
+    adapter = read_adapter(write_tensors(tmp_path, tensors, {"lora_spec": SPEC.to_json()}))
     assert_same_as(adapter, params)
     assert adapter.left_out == ("align_heads.mid.proj.0.weight",)
 
@@ -165,13 +142,14 @@ def test_diffusers_files_say_their_alpha_in_their_metadata(params: dict[str, Ten
     tensors = {f"unet.{key.replace('.default', '')}": value for key, value in params.items()}
     three = [path for path in modules_of(params) if params[f"{path}.lora_A.default.weight"].shape[2:] == (3, 3)]
     config = {"unet.r": 4, "unet.lora_alpha": 2, "unet.alpha_pattern": dict.fromkeys(three, 1)}
-    assert_same_as(read_adapter(write(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(config)})), params)
+    assert_same_as(
+        read_adapter(write_tensors(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(config)})), params
+    )
 
 
 def test_a_file_of_diffusers_itself_is_read(tmp_path: Path) -> None:
     """Written by save_lora_weights from an adapter put on by add_adapter, with nothing of ours in between."""
     from diffusers import StableDiffusionPipeline
-    from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
     unet = small_unet()
@@ -181,69 +159,195 @@ def test_a_file_of_diffusers_itself_is_read(tmp_path: Path) -> None:
     adapter = read_adapter(tmp_path / "pytorch_lora_weights.safetensors")
     assert len(adapter.modules) == len(layers) / 2
     assert {(module.rank, module.alpha) for module in adapter.modules.values()} == {(4, 6.0)}
-    name = "lora_unet_mid_block_attentions_0_proj_in"
-    assert torch.equal(adapter.modules[name].down, layers["mid_block.attentions.0.proj_in.lora_A.weight"])
+    path = "mid_block.attentions.0.proj_in"
+    assert torch.equal(adapter.modules[Target(UNET, path)].down, layers[f"{path}.lora_A.weight"])
 
 
-def test_peft_files_say_their_alpha_beside_them(tmp_path: Path) -> None:
-    path = write(tmp_path, one_module(rank=4), name="adapter_model")
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["plain", "rslora", "dora"])
+def test_a_folder_of_peft_itself_adds_what_peft_merges(options: dict[str, bool], tmp_path: Path) -> None:
+    """Written by save_pretrained, with other ranks and alphas for some modules, on Linear layers and convolutions."""
+    unet = small_unet()
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["to_q", "conv1", "proj_in"],
+        rank_pattern={"conv1": 2},
+        alpha_pattern={"mid_block.*to_q": 3},
+        init_lora_weights=False,
+        **options,
+    )
+    model = get_peft_model(unet, config)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1.3
+    model.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path / "adapter_model.safetensors")
+    merged = model.merge_and_unload().state_dict()
+    changed = {name for name, value in merged.items() if not torch.equal(value, before[name])}
+    assert changed == {f"{target.path}.weight" for target in adapter.modules}
+    for target, module in adapter.modules.items():
+        weight = before[f"{target.path}.weight"]
+        torch.testing.assert_close(weight + module.delta(weight), merged[f"{target.path}.weight"], rtol=0, atol=1e-6)
+
+
+def test_peft_says_its_alpha_beside_the_file(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 6, "use_rslora": true}')
-    module = read_adapter(path).modules["lora_unet_conv_in"]
-    assert module.alpha / module.rank == 6 / 4**0.5
-
-
-def test_an_alpha_that_no_file_says_is_asked_for(tmp_path: Path) -> None:
-    path = write(tmp_path, one_module())
-    with pytest.raises(
-        AdapterError, match="a.safetensors does not say its alpha: .* Give the alpha .* --network_alpha"
-    ):
-        read_adapter(path)
-    assert read_adapter(path, alpha=3.0).modules["lora_unet_conv_in"].alpha == 3.0
-
-
-ONE = torch.ones(1)
-
-
-def kohya_module(up: Tensor | None = None, alpha: Tensor = ONE, **others: Tensor) -> dict[str, Tensor]:
-    parts = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(8, 2) if up is None else up}
-    return {f"lora_unet_x.{part}": value for part, value in {**parts, "alpha": alpha, **others}.items()}
+    assert alpha_of(tmp_path, one_module(rank=4)) == pytest.approx(6 * 4 / 4**0.5)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "sentence"),
+    ("name", "text", "alpha"),
     [
-        ({}, "has no LoRA weights in it."),
-        ({"conv_in.weight": ONE}, "keys .* are not of a LoRA (first: conv_in.weight). It is probably not a LoRA file."),
-        (
-            kohya_module(dora_scale=torch.ones(1)),
-            "1 of 4 keys .* (first: lora_unet_x.dora_scale). It is a DoRA, which is not",
-        ),
-        ({"lora_unet_x.hada_w1_a": ONE}, "It is a LoHa, which is not supported."),
-        ({"lora_unet_x.lora_down.weight": ONE}, "has no up weight for lora_unet_x: it is incomplete."),
-        (kohya_module(up=torch.ones(8, 3)), "lora_unet_x has down [2, 4] and up [8, 3], whose ranks differ."),
-        (kohya_module(up=torch.full((8, 2), torch.nan)), "up of lora_unet_x has values that are not finite"),
-        (kohya_module(alpha=torch.tensor(torch.inf)), "alpha of lora_unet_x has values that are not finite"),
+        ("config.json", '{"lora_alpha": 5}', 5.0),
+        ("config.json", '{"lora": {"network_alpha": 5.5, "use_rslora": true}}', 5.5 * math.sqrt(2)),
+        ("args.json", '{"network_alpha": "7"}', 7.0),
+        ("config.toml", "seed = 1\n[network]\nnetwork_alpha = 3\n", 3.0),
     ],
 )
-def test_a_file_that_is_no_whole_lora_is_refused(tensors: dict[str, Tensor], sentence: str, tmp_path: Path) -> None:
-    path = write(tmp_path, tensors)
-    with pytest.raises(AdapterError, match=re.escape(sentence).replace(r"\.\*", ".*")):
+def test_the_alpha_is_found_in_the_configuration_of_the_run(name: str, text: str, alpha: float, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-20").mkdir()
+    for folder in (tmp_path, tmp_path / "checkpoint-20"):
+        (folder / name).write_text(text)
+        assert alpha_of(tmp_path / "checkpoint-20", one_module()) == alpha
+        (folder / name).unlink()
+
+
+def test_a_configuration_that_cannot_be_read_or_says_nothing_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.toml").write_text("[[[")
+    (tmp_path / "args.json").write_text('{"lora_alpha": null, "network_alpha": true}')
+    path = write_tensors(tmp_path, one_module())
+    with pytest.raises(AdapterError, match="does not say its alpha"):
         read_adapter(path)
 
 
-def test_dora_of_diffusers_is_refused(tmp_path: Path) -> None:
-    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 2, "unet.use_dora": True})}
-    with pytest.raises(AdapterError, match="is a DoRA, which is not supported. Merge it with the tool that made it."):
-        read_adapter(write(tmp_path, one_module(), metadata))
+@pytest.mark.parametrize(
+    ("metadata", "alpha"),
+    [
+        ({"ss_network_alpha": "4.0"}, 4.0),
+        ({"network_alpha": "3"}, 3.0),
+        ({"lora_alpha": "2", "ss_network_args": '{"conv_alpha": "1.5"}'}, 2.0),
+        ({"ss_network_alpha": "Dynamic", "lora_adapter_metadata": '{"unet.lora_alpha": 9}'}, 9.0),
+    ],
+)
+def test_the_alpha_is_found_in_the_metadata(metadata: dict[str, str], alpha: float, tmp_path: Path) -> None:
+    assert alpha_of(tmp_path, one_module(), metadata) == alpha
 
 
-def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="no.safetensors does not exist."):
-        read_adapter(tmp_path / "no.safetensors")
-    with pytest.raises(AdapterError, match="a.ckpt is not a .safetensors file; adapters in other formats can run code"):
-        read_adapter(tmp_path / "a.ckpt")
-    (tmp_path / "torn.safetensors").write_bytes(b"\x10" * 20)
-    with pytest.raises(AdapterError, match="torn.safetensors is not a whole safetensors file"):
-        read_adapter(tmp_path / "torn.safetensors")
-    with pytest.raises(AdapterError, match="lora_adapter_metadata in .* is not valid JSON"):
-        read_adapter(write(tmp_path, one_module(), {"lora_adapter_metadata": "{"}))
+def test_an_alpha_that_no_file_says_is_asked_for(tmp_path: Path) -> None:
+    path = write_tensors(tmp_path, one_module(), {"ss_network_alpha": "Dynamic"})
+    expected = "a.safetensors does not say its alpha: .* Give the alpha .* --network_alpha"
+    with pytest.raises(AdapterError, match=expected):
+        read_adapter(path)
+    assert read_adapter(path, alpha=3.0).modules[CONV_IN].alpha == 3.0
+
+
+def test_what_the_file_says_of_its_alpha_wins_and_then_the_argument(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"lora_alpha": 5}')
+    path = write_tensors(tmp_path, one_module(), {"ss_network_alpha": "4"})
+    assert read_adapter(path, alpha=3.0).modules[CONV_IN].alpha == 4.0
+    assert read_adapter(write_tensors(tmp_path, one_module()), alpha=3.0).modules[CONV_IN].alpha == 3.0
+
+
+def test_the_rank_is_checked_where_it_is_said(tmp_path: Path) -> None:
+    path = write_tensors(tmp_path, kohya_module())
+    assert read_adapter(path, rank=2).modules[CONV_IN].rank == 2
+    with pytest.raises(AdapterError, match=re.escape("a.safetensors has adapters of rank 2, not of 8.")):
+        read_adapter(path, rank=8)
+
+
+def test_a_spec_says_the_alphas_of_both_kinds_of_layers(tmp_path: Path) -> None:
+    conv = random_module(4, 4, 3, 3)
+    tensors = {
+        **one_module(),
+        "mid_block.resnets.0.conv1.lora_A.default.weight": conv.down,
+        "mid_block.resnets.0.conv1.lora_B.default.weight": conv.up,
+    }
+    spec = LoraSpec(rank=2, alpha=7.0, conv_rank=3, conv_alpha=5.0)
+    adapter = read_adapter(write_tensors(tmp_path, tensors, {"lora_spec": spec.to_json()}))
+    assert {target.path: module.alpha for target, module in adapter.modules.items()} == {
+        "conv_in": 7.0,
+        "mid_block.resnets.0.conv1": 5.0,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ wrapped checkpoints
+
+
+class WholeModel(nn.Module):
+    """As a trainer saves it that wraps the U-Net by PEFT and hangs heads beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = ["to_q", "to_k", "to_v", "to_out.0"]
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=layers, init_lora_weights=False)
+        # Three widths, as the real one has: with fewer, a shortcut and its two tensors are missing.
+        narrow = {"block_out_channels": (4, 8, 12, 12), "cross_attention_dim": 6, "norm_num_groups": 2}
+        self.unet = get_peft_model(UNet2DConditionModel(**{**SD15, **narrow, "attention_head_dim": 2}), config)
+        self.align_heads = nn.ParameterDict({name: torch.zeros(2) for name in ("down", "mid", "up")})
+
+
+@pytest.fixture(scope="module")
+def wrapped() -> dict[str, Tensor]:
+    return {key: value.contiguous() for key, value in WholeModel().state_dict().items()}
+
+
+@pytest.mark.parametrize("prefix", ["unet.base_model.model.", "unet.", "base_model.model.", ""])
+def test_the_adapter_in_a_wrapped_checkpoint_is_read(prefix: str, wrapped: dict[str, Tensor], tmp_path: Path) -> None:
+    tensors = {key.replace("unet.base_model.model.", prefix): value for key, value in wrapped.items()}
+    adapter = read_adapter(write_tensors(tmp_path, tensors), alpha=8.0)
+    assert (len(tensors), len(adapter.frozen), len(adapter.modules), len(adapter.left_out)) == (945, 686, 128, 3)
+    assert {module.alpha / module.rank for module in adapter.modules.values()} == {2.0}
+    target = next(iter(adapter.modules))
+    assert torch.equal(adapter.modules[target].up, tensors[f"{prefix}{target.path}.lora_B.default.weight"])
+
+
+def test_no_frozen_weight_is_loaded(
+    wrapped: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tensors(tmp_path, wrapped)
+    read = []
+
+    class Watched:
+        def __init__(self, *args: object, **options: object) -> None:
+            self._file = safe_open(*args, **options)
+
+        def __enter__(self) -> Watched:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def get_tensor(self, key: str) -> Tensor:
+            read.append(key)
+            return self._file.get_tensor(key)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._file, name)
+
+    monkeypatch.setattr(adapter_file, "safe_open", Watched)
+    read_adapter(path, alpha=8.0)
+    assert len(read) == 256 and all(".lora_" in key for key in read)
+
+
+def test_adapters_on_both_parts_of_a_wrapped_checkpoint_are_read(wrapped: dict[str, Tensor], tmp_path: Path) -> None:
+    name = "text_encoder.base_model.model.text_model.encoder.layers.0.mlp.fc1"
+    text = {
+        f"{name}.base_layer.weight": torch.ones(8, 4),
+        f"{name}.lora_A.default.weight": torch.ones(2, 4),
+        f"{name}.lora_B.default.weight": torch.ones(8, 2),
+        "text_encoder.base_model.model.text_model.embeddings.position_ids": torch.arange(77),
+    }
+    adapter = read_adapter(write_tensors(tmp_path, {**wrapped, **text}), alpha=8.0)
+    assert Target(TEXT_ENCODER, "text_model.encoder.layers.0.mlp.fc1") in adapter.modules
+    assert f"{name}.base_layer.weight" in adapter.frozen
+    assert len(adapter.left_out) == 4
+
+
+def test_a_wrapped_checkpoint_with_keys_of_something_else_is_refused(
+    wrapped: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = write_tensors(tmp_path, {**wrapped, "optimizer.step": ONE})
+    with pytest.raises(AdapterError, match=re.escape("1 of 946 keys in ") + ".*first: optimizer.step"):
+        read_adapter(path, alpha=8.0)

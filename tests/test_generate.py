@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 import generate
+import merge_lora
 from library.errors import EXIT_BAD_INPUT, EXIT_OK, RunFailed
 from library.inference.pictures import FoldedLora, describe_lora, grid, parameters_text, save_picture
 from library.inference.text_to_image import (
@@ -25,11 +26,11 @@ from library.inference.text_to_image import (
     native_size,
     words_cut_off,
 )
-from library.merging.diffusers_folder import write_merged_folder
 from library.models.load import load_unet
 from library.models.locate import BaseLocation
 from library.models.sd15_configs import SD15_SCHEDULER
-from networks.adapter_file import read_adapter, to_kohya
+from networks.adapter_export import to_kohya
+from networks.adapter_file import read_adapter
 from networks.lora import LoraSpec, add_lora
 
 CPU, FLOAT = "cpu", torch.float32
@@ -109,7 +110,17 @@ def test_the_sampler_keeps_the_schedule_of_the_base() -> None:
 
 def test_a_lora_folded_in_draws_as_the_merged_folder(base: BaseLocation, lora: Path, tmp_path: Path) -> None:
     adapter = read_adapter(lora)
-    write_merged_folder(base, adapter, tmp_path / "m", ratio=0.5)
+    arguments = [
+        "--models",
+        lora,
+        "--ratios",
+        0.5,
+        "--pretrained_model_name_or_path",
+        base.path,
+        "--output_dir",
+        tmp_path / "m",
+    ]
+    assert merge_lora.main(list(map(str, arguments))) == EXIT_OK
     merged = load_pipeline(BaseLocation("m", tmp_path / "m"), [], dtype=FLOAT, device=CPU)
     folded = load_pipeline(base, [(adapter, 0.5)], dtype=FLOAT, device=CPU)
     plain = load_pipeline(base, [], dtype=FLOAT, device=CPU)

@@ -16,6 +16,8 @@ from library.errors import UserError
 from library.models.load import load_vae, unet_config
 from library.models.locate import COMPONENTS, base_status, choose_weights, dino_status, locate_base, locate_dino
 from library.models.sd15_configs import SD15_UNET
+from library.models.sdxl_configs import SDXL_UNET
+from networks.original_names import SD15, SDXL
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,12 +35,31 @@ def test_an_incomplete_folder_says_what_is_missing(tiny_sd15: Path, tmp_path: Pa
         locate_base(str(folder))
 
 
+@pytest.mark.parametrize("index", [True, False])
+def test_a_folder_of_sdxl_needs_both_text_encoders_and_tokenizers(tiny_sdxl: Path, tmp_path: Path, index: bool) -> None:
+    folder = Path(shutil.copytree(tiny_sdxl, tmp_path / "base"))
+    if not index:
+        (folder / "model_index.json").unlink()
+    assert base_status(str(folder)) is None
+    (folder / "text_encoder_2" / "model.safetensors").unlink()
+    shutil.rmtree(folder / "tokenizer_2")
+    missing = "is incomplete: text_encoder_2/model.safetensors, tokenizer_2/vocab.json missing"
+    assert missing in str(base_status(str(folder)))
+    assert base_status(str(folder), ("unet", "vae", "text_encoder")) is None
+    with pytest.raises(UserError, match=missing):
+        locate_base(str(folder))
+
+
 def test_a_folder_of_something_else_and_a_missing_path_are_told_apart(tmp_path: Path) -> None:
     assert "is not a diffusers folder" in str(base_status(str(tmp_path)))
     assert "does not exist" in str(base_status(str(tmp_path / "nothing.safetensors")))
     assert "is not a DINOv2 folder" in str(dino_status(str(tmp_path)))
     (tmp_path / "notes.txt").write_text("x")
     assert "is not a base model" in str(base_status(str(tmp_path / "notes.txt")))
+
+
+def test_the_tiny_bases_count_as_there() -> None:
+    assert base_status("tiny-sd15") is None and base_status("tiny-sdxl") is None
 
 
 def hub_cache(root: Path, hub_id: str, source: Path) -> Path:
@@ -134,6 +155,43 @@ def test_of_a_hub_model_only_what_is_needed_is_fetched(tmp_path: Path, monkeypat
         locate_dino("someone/base")
 
 
+def test_of_sdxl_on_the_hub_both_text_encoders_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [
+        "model_index.json", "sd_xl_base_1.0.safetensors", "scheduler/scheduler_config.json", "vae_1_0/config.json",
+        "unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors",
+        "unet/openvino_model.xml", "unet/model.onnx_data", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+        *(f"text_encoder{n}/{name}" for n in ("", "_2") for name in ("config.json", "model.safetensors", "flax_model.msgpack")),
+        *(f"tokenizer{n}/{name}" for n in ("", "_2") for name in ("vocab.json", "merges.txt", "tokenizer_config.json")),
+    ]  # fmt: skip
+    asked: dict[str, list[str]] = {}
+
+    def snapshot_download(hub_id: str, *, allow_patterns: list[str]) -> str:
+        asked[hub_id] = allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, hub_id: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
+    locate_base(sdxl)
+    left = ("sd_xl_base_1.0.safetensors", "vae_1_0/config.json", "unet/diffusion_pytorch_model.fp16.safetensors")
+    others = (".xml", ".onnx_data", ".msgpack")
+    assert set(asked[sdxl]) == {file for file in files if file not in left and not file.endswith(others)}
+    locate_base(sdxl, ("tokenizer_2",))
+    assert asked[sdxl] == ["model_index.json", *sorted(f for f in files if f.startswith("tokenizer_2/"))]
+
+
+def test_a_cached_sdxl_is_used_when_all_of_it_is_there(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = hub_cache(tmp_path, "someone/xl", tiny_sdxl)
+    assert locate_base("someone/xl").path == snapshot
+    shutil.rmtree(snapshot / "tokenizer_2")
+    assert "someone/xl is not on this machine" in str(base_status("someone/xl"))
+    assert base_status("someone/xl", ("unet", "vae")) is None
+
+
 def test_a_failing_fetch_says_why_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(self: object, hub_id: str) -> list[str]:
         raise OSError("Name or service not known")
@@ -144,12 +202,16 @@ def test_a_failing_fetch_says_why_and_what_to_do(tmp_path: Path, monkeypatch: py
         locate_base("someone/absent")
 
 
-def test_the_configuration_of_sd15_needs_no_download(
+def test_the_configurations_of_published_models_need_no_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_sd15: Path
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert unet_config("stable-diffusion-v1-5/stable-diffusion-v1-5") == SD15_UNET
     assert unet_config("runwayml/stable-diffusion-v1-5") == SD15_UNET
+    sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
+    assert unet_config(sdxl, families=(SD15, SDXL)) == SDXL_UNET
+    with pytest.raises(UserError, match=f"{sdxl} looks like SDXL. An SD1.5 base model is needed here"):
+        unet_config(sdxl)
     assert unet_config(str(tiny_sd15))["block_out_channels"] == [32, 64, 96, 96]
     with pytest.raises(UserError, match="someone/absent is not on this machine"):
         unet_config("someone/absent")

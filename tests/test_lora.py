@@ -172,6 +172,14 @@ def test_a_disabled_adapter_is_the_base_and_stays_trained() -> None:
     ]
 
 
+def test_a_model_that_is_not_in_training_drops_nothing() -> None:
+    unet, plain = small_unet(), small_unet()
+    fill(add_lora(unet, LoraSpec(dropout=0.5), seed=0))
+    fill(add_lora(plain, LoraSpec(), seed=0))
+    assert torch.equal(run(unet), run(plain))
+    assert not torch.equal(run(unet.train()), run(plain.train()))
+
+
 def test_scale_zero_is_the_base_and_scale_one_is_as_trained() -> None:
     unet = small_unet()
     base = run(unet)

@@ -16,9 +16,10 @@ from library.errors import Diverged, UserError
 from library.options.training import OptimizerOptions, TrainingOptions
 from library.training.ema import ExponentialAverage
 from library.training.loop import clip_gradients
-from library.training.optimizers import ParameterGroup, make_optimizer, rate_multiplier
+from library.training.optimizers import ParameterGroup, make_optimizer
 from library.training.plan import make_plan
 from library.training.randomness import StepRandomness, sample_noise, seed_of, stratified_timesteps
+from library.training.schedules import rate_multiplier
 from library.training.stop import NOTHING, SAVE, STOP, Requests
 from library.training.tracking import AnomalyWatch, MetricLog, MetricWindow, clock_text, status_line
 

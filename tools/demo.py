@@ -28,7 +28,7 @@ def main() -> int:
         # train_repa.py would build missing caches itself; this also renews those of an older version of the tiny models.
         [sys.executable, "prepare_cache.py", "--dataset_config", "demo.toml"],
         [*launch, "train_repa.py", "--dataset_config", "demo.toml"],
-        [sys.executable, "merge_lora.py", "--model", adapter, "--output_dir", merged, "--overwrite"],
+        [sys.executable, "merge_lora.py", "--models", adapter, "--output_dir", merged, "--overwrite"],
         [sys.executable, "generate.py", "--pretrained_model_name_or_path", merged, "--prompt", PROMPT,
          "--images", "4", "--steps", "12", "--output", picture],
     ):  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,16 +12,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from library.caching.pictures import Job, Picture, PictureBatch, picture_batches
-from library.caching.survey import Survey
-from library.data.sources import ImageSource
+from library.caching.geometry import Geometry
+from library.caching.pictures import Importer, Job, Picture, PictureBatch, picture_batches
+from library.caching.producers import Wanted, imported
+from library.caching.survey import Entry, Survey
+from library.data.sources import ImageSource, Sample
 from library.data.store import pack_source, shard_folder
 from library.data.store_writer import StoreWriter
 from library.models.encoders import quantize_tokens
 
+# Stores that are open for writing at once. Pictures come bucket by bucket, so older ones are done with.
+MOST_OPEN = 16
+
 
 class PixelEncoder(Protocol):
-    """Turns pixels [B, 3, R, R] uint8 into one float16 entry per picture, [B, *shape]."""
+    """Turns pixels [B, 3, H, W] uint8 into one float16 entry per picture, [B, *shape]."""
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor: ...
 
@@ -37,29 +41,40 @@ class BuildResult:
     images: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
     """Why a picture has no entry, by sample id."""
+    changed: list[str] = field(default_factory=list)
+    """Sample ids of the pictures that are not what they were when they were cached."""
+    imported: int = 0
+    """Pictures of which an entry was taken from another program's cache."""
+    not_imported: list[str] = field(default_factory=list)
+    """Why others were not."""
 
 
-def plan_jobs(surveys: dict[str, Survey], rank: int, world_size: int) -> list[tuple[Job, dict[str, int]]]:
-    """This process's jobs, each with the shard that each of its entries goes to.
+@dataclass
+class Planned:
+    """A picture to read, and by store the entry to make of it and the shard that it goes to."""
+
+    sample: Sample
+    entries: dict[str, Entry] = field(default_factory=dict)
+    shards: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def job(self) -> Job:
+        return Job(self.sample, {name: entry.content for name, entry in self.entries.items()})
+
+
+def plan_jobs(surveys: dict[str, Survey], rank: int, world_size: int) -> list[Planned]:
+    """This process's jobs.
 
     Pictures are dealt out evenly. An entry that stands somewhere stays in its shard, whoever makes it again: there is
     never a second one. LMDB lets several processes write to a shard in turn.
     """
-    contents: dict[str, dict[str, bytes | None]] = {}
-    shards: dict[str, dict[str, int | None]] = {}
-    samples = {}
-    for kind, state in surveys.items():
+    planned: dict[str, Planned] = {}
+    for name, state in surveys.items():
         for entry in state.work:
-            sample_id = entry.sample.sample_id
-            samples[sample_id] = entry.sample
-            contents.setdefault(sample_id, {})[kind] = entry.content
-            shards.setdefault(sample_id, {})[kind] = entry.shard
-    jobs = []
-    for position, (sample_id, sample) in enumerate(samples.items()):
-        if position % world_size == rank:
-            places = {kind: rank if shard is None else shard for kind, shard in shards[sample_id].items()}
-            jobs.append((Job(sample, contents[sample_id]), places))
-    return jobs
+            one = planned.setdefault(entry.sample.sample_id, Planned(entry.sample))
+            one.entries[name] = entry
+            one.shards[name] = rank if entry.shard is None else entry.shard
+    return list(planned.values())[rank::world_size]
 
 
 def build(
@@ -67,25 +82,28 @@ def build(
     source: ImageSource,
     encoders: dict[str, PixelEncoder],
     *,
-    resolution: int,
+    geometry: Geometry,
     batch_size: int,
     workers: int,
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
     label: str = "pictures",
+    importer: Importer | None = None,
 ) -> BuildResult:
     """Make every missing, stale or doubtful entry of the surveyed stores that falls to this process.
 
-    surveys and encoders: by kind, "latents" and "tokens". Interrupted at any moment, what was committed stays and the
-    next survey finds the rest. Raises RunFailed when the disk is full.
+    surveys and encoders: by the name of the store, as "latents" and "tokens". Pictures are encoded in the order of the
+    surveys, in batches of one size. Interrupted at any moment, what was committed stays and the next survey finds the
+    rest. Raises RunFailed when the disk is full.
     """
     planned = plan_jobs(surveys, rank, world_size)
     result = BuildResult()
     if not planned:
         return result
     start = time.perf_counter()
-    batches = iter(picture_batches(source, [job for job, _ in planned], resolution, batch_size, workers))
+    jobs = [one.job for one in planned]
+    batches = iter(picture_batches(source, jobs, geometry, batch_size, workers, importer))
     writer = _Writer(surveys, planned, result)
     try:
         with tqdm(total=len(planned), unit="img", desc=f"{label}{f' (process 1 of {world_size})' if world_size > 1 else ''}",
@@ -106,21 +124,19 @@ def _encode(batch: PictureBatch, encoders: dict[str, PixelEncoder], device: torc
         return {}
     pixels = batch.pixels.to(device, non_blocking=True)
     encoded = {}
-    for kind, encoder in encoders.items():
-        rows = [row for row, picture in enumerate(batch.decoded) if kind in picture.kinds]
+    for name, encoder in encoders.items():
+        rows = [row for row, picture in enumerate(batch.decoded) if name in picture.stores]
         if rows:
             chosen = pixels if len(rows) == len(batch.decoded) else pixels[torch.tensor(rows, device=device)]
             with torch.no_grad():
-                encoded[kind] = encoder.encode(chosen)
+                encoded[name] = encoder.encode(chosen)
     return encoded
 
 
 class _Writer:
     """The one thread that writes. Takes encoded batches from a short queue, so encoding runs on meanwhile."""
 
-    def __init__(
-        self, surveys: dict[str, Survey], planned: list[tuple[Job, dict[str, int]]], result: BuildResult
-    ) -> None:
+    def __init__(self, surveys: dict[str, Survey], planned: list[Planned], result: BuildResult) -> None:
         self.surveys, self.planned, self.result = surveys, planned, result
         self.error: BaseException | None = None
         self._stores: dict[tuple[str, int], StoreWriter] = {}
@@ -153,6 +169,8 @@ class _Writer:
         try:
             while (item := self._queue.get()) is not None:
                 self._write(*item)
+                for store in self._stores.values():
+                    store.commit_if_due()
             for store in self._stores.values():
                 store.commit()
         except BaseException as error:
@@ -161,56 +179,77 @@ class _Writer:
             for store in self._stores.values():
                 store.close()
 
-    def _store(self, kind: str, shard: int) -> StoreWriter:
-        if (kind, shard) not in self._stores:
-            state = self.surveys[kind]
-            store = StoreWriter(shard_folder(state.path, shard), kind, expected_bytes=state.needed_bytes)
+    def _store(self, name: str, shard: int) -> StoreWriter:
+        store = self._stores.pop((name, shard), None)
+        if store is None:
+            if len(self._stores) >= MOST_OPEN:
+                idle = self._stores.pop(next(iter(self._stores)))
+                idle.commit()
+                idle.close()
+            state = self.surveys[name]
+            folder = shard_folder(state.path, shard)
+            store = StoreWriter(folder, state.wanted.kind, expected_bytes=state.needed_bytes)
             store.set_meta(state.wanted.meta(complete=False))
-            self._stores[kind, shard] = store
-        return self._stores[kind, shard]
+        self._stores[name, shard] = store  # the last one used is the last
+        return store
 
     def _write(self, batch: PictureBatch, encoded: dict[str, torch.Tensor]) -> None:
-        for picture in batch.settled:
-            if picture.error is None:
-                self.result.unchanged += 1
-            else:
-                self._refuse(picture, picture.error)
-            for _, store, sample_id, source in self._targets(picture):
-                if picture.error is None:
-                    store.put_source(sample_id, source)
-                else:
-                    store.put_unreadable(sample_id, source, picture.error)
-        host = {kind: _to_host(tensor, self.surveys[kind].wanted.dtype) for kind, tensor in encoded.items()}
+        host = {name: _to_host(tensor, self.surveys[name].wanted.dtype) for name, tensor in encoded.items()}
         rows = dict.fromkeys(encoded, 0)
-        made: set[int] = set()
+        for picture in batch.settled:
+            self._write_picture(picture, {})
         for picture in batch.decoded:
-            for kind, store, sample_id, source in self._targets(picture):
-                if kind not in picture.kinds:
-                    store.put_source(sample_id, source)
-                    continue
-                values, scales = host[kind]
-                value, scale = values[rows[kind]], scales[rows[kind]] if scales is not None else None
-                rows[kind] += 1
+            values = {}
+            for name in picture.stores:
+                entries, scales = host[name]
+                values[name] = entries[rows[name]], None if scales is None else scales[rows[name]]
+                rows[name] += 1
+            self._write_picture(picture, values)
+
+    def _write_picture(self, picture: Picture, values: dict[str, tuple[np.ndarray, np.ndarray | None]]) -> None:
+        """Write all entries of a picture. values: what was encoded of it, with the scale of int8 values."""
+        planned, given = self.planned[picture.job], picture.imported.values
+        made = False
+        for name, entry in planned.entries.items():
+            store, sample_id = self._store(name, planned.shards[name]), planned.sample.sample_id
+
+            def source(fingerprint: bytes) -> bytes:
+                return pack_source(picture.signature, picture.content, fingerprint)
+
+            if name in given:
+                store.put(sample_id, given[name], source(imported(entry.fingerprint)))
+            elif name in values:
+                value, scale = values[name]
                 if np.isfinite(value if scale is None else scale).all():
-                    store.put(sample_id, value, source, scale)
-                    made.add(picture.job)
+                    store.put(sample_id, value, source(entry.fingerprint), scale)
+                    made = True
                 else:
-                    precision = self.surveys[kind].wanted.producer.get("precision")
-                    reason = f"its {kind} are not finite in precision {precision}; --encoder_precision no may help"
-                    store.put_unreadable(sample_id, source, reason)
-                    self._refuse(picture, reason)
+                    self._refuse(store, planned, source(entry.fingerprint), _overflow(self.surveys[name].wanted))
+            elif picture.error is not None:
+                self._refuse(store, planned, source(entry.fingerprint), picture.error)
+            else:
+                store.put_source(sample_id, source(entry.stands or entry.fingerprint))
+        self._count(picture, planned, made)
 
-        self.result.encoded += len(made)
+    def _refuse(self, store: StoreWriter, planned: Planned, source: bytes, reason: str) -> None:
+        store.put_unreadable(planned.sample.sample_id, source, reason)
+        self.result.reasons[planned.sample.sample_id] = reason
 
-    def _refuse(self, picture: Picture, reason: str) -> None:
-        self.result.reasons[self.planned[picture.job][0].sample.sample_id] = reason
+    def _count(self, picture: Picture, planned: Planned, made: bool) -> None:
+        result, contents = self.result, [entry.content for entry in planned.entries.values()]
+        result.encoded += made
+        result.imported += bool(picture.imported.values)
+        if picture.imported.refused is not None:
+            result.not_imported.append(picture.imported.refused)
+        if picture.error is None and not picture.stores and not picture.imported.values:
+            result.unchanged += 1
+        if any(content not in (None, picture.content) for content in contents):
+            result.changed.append(planned.sample.sample_id)
 
-    def _targets(self, picture: Picture) -> Iterator[tuple[str, StoreWriter, str, bytes]]:
-        """(kind, store, sample id, source record) of each entry that the picture's job is about."""
-        job, places = self.planned[picture.job]
-        for kind in job.contents:
-            source = pack_source(picture.signature, picture.content, self.surveys[kind].wanted.fingerprint)
-            yield kind, self._store(kind, places[kind]), job.sample.sample_id, source
+
+def _overflow(wanted: Wanted) -> str:
+    kind = "latents" if wanted.kind == "moments" else wanted.kind
+    return f"its {kind} are not finite in precision {wanted.producer.get('precision')}; {wanted.remedy}"
 
 
 def _to_host(encoded: torch.Tensor, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:

@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from library.caching.geometry import Geometry
 from library.caching.producers import content_hash
-from library.data.pixels import UnreadableImage, decode_rgb, square_crop
+from library.data.pixels import UnreadableImage, decode_rgb
 from library.data.sources import ImageSource, Sample
 from library.files import close_inherited_locks
+
+NO_SIGNATURE = bytes(16)
+"""Of a picture that is not there."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to read. `contents` maps a kind of entry to make to the content hash that would leave it as it is."""
+    """One picture to read. `contents` maps the name of a store to the content hash that would leave its entry as it is."""
 
     sample: Sample
     contents: dict[str, bytes | None]
 
 
 @dataclass
+class Imported:
+    """Entries that another program made, by store; `refused` says why there are fewer than asked for."""
+
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    refused: str | None = None
+
+
+class Importer(Protocol):
+    """Looks for finished entries of a picture. Goes to worker processes."""
+
+    def __call__(self, sample: Sample, stores: tuple[str, ...]) -> Imported: ...
+
+
+@dataclass
 class Picture:
-    """What a worker found. `error` says why there is nothing to encode; `kinds` which entries to make of it."""
+    """What a worker found. `error` says why there is nothing to encode; `stores` which entries to make of it."""
 
     job: int
     signature: bytes
     content: bytes
-    kinds: tuple[str, ...]
+    stores: tuple[str, ...]
     error: str | None = None
+    imported: Imported = field(default_factory=Imported)
 
 
 @dataclass
 class PictureBatch:
-    """Pictures of consecutive jobs; row i of `pixels` [n, 3, R, R] uint8 belongs to decoded[i]."""
+    """Pictures of consecutive jobs; row i of `pixels` [n, 3, H, W] uint8 belongs to decoded[i]."""
 
     decoded: list[Picture]
     pixels: torch.Tensor
@@ -44,8 +66,8 @@ class PictureBatch:
 
 
 class _Pictures(Dataset):
-    def __init__(self, source: ImageSource, jobs: list[Job], resolution: int) -> None:
-        self.source, self.jobs, self.resolution = source, jobs, resolution
+    def __init__(self, source: ImageSource, jobs: list[Job], geometry: Geometry, importer: Importer | None) -> None:
+        self.source, self.jobs, self.geometry, self.importer = source, jobs, geometry, importer
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -53,21 +75,25 @@ class _Pictures(Dataset):
     def __getitem__(self, index: int) -> tuple[Picture, np.ndarray | None]:
         job = self.jobs[index]
         # The signature first: a file changed between the two reads then looks changed to the next run.
-        signature = bytes(16)
+        picture = Picture(index, signature=NO_SIGNATURE, content=bytes(16), stores=())
         try:
-            signature = self.source.signature(job.sample)
+            picture.signature = self.source.signature(job.sample)
             data = self.source.read(job.sample)
         except UnreadableImage as error:
-            return Picture(index, signature, bytes(16), (), str(error)), None
-        content = content_hash(data)
-        kinds = tuple(kind for kind, known in job.contents.items() if known != content)
-        if not kinds:
-            return Picture(index, signature, content, ()), None
+            picture.error = str(error)
+            return picture, None
+        picture.content = content_hash(data)
+        stores = tuple(name for name, known in job.contents.items() if known != picture.content)
+        if stores and self.importer is not None:
+            picture.imported = self.importer(job.sample, stores)
+        picture.stores = tuple(name for name in stores if name not in picture.imported.values)
+        if not picture.stores:
+            return picture, None
         try:
-            pixels = square_crop(decode_rgb(data, name=job.sample.path), self.resolution)
+            return picture, self.geometry(job.sample, decode_rgb(data, name=job.sample.path))
         except UnreadableImage as error:
-            return Picture(index, signature, content, kinds, str(error)), None
-        return Picture(index, signature, content, kinds), pixels
+            picture.error = str(error)
+            return picture, None
 
 
 def _collate(items: list[tuple[Picture, np.ndarray | None]]) -> PictureBatch:
@@ -83,11 +109,25 @@ def _leave_locks(worker: int) -> None:
     close_inherited_locks()
 
 
-def picture_batches(source: ImageSource, jobs: list[Job], resolution: int, batch_size: int, workers: int) -> DataLoader:
-    """Batches of decoded pictures in the order of `jobs`."""
+def _batches(jobs: list[Job], geometry: Geometry, batch_size: int) -> Iterator[list[int]]:
+    """Indices of consecutive jobs whose pictures come out in one size."""
+    for _, members in itertools.groupby(range(len(jobs)), lambda index: geometry.size(jobs[index].sample)):
+        rest = list(members)
+        yield from (rest[start : start + batch_size] for start in range(0, len(rest), batch_size))
+
+
+def picture_batches(
+    source: ImageSource,
+    jobs: list[Job],
+    geometry: Geometry,
+    batch_size: int,
+    workers: int,
+    importer: Importer | None = None,
+) -> DataLoader:
+    """Batches of decoded pictures in the order of `jobs`, each of one size."""
     return DataLoader(
-        _Pictures(source, jobs, resolution),
-        batch_size=batch_size,
+        _Pictures(source, jobs, geometry, importer),
+        batch_sampler=list(_batches(jobs, geometry, batch_size)),
         collate_fn=_collate,
         num_workers=workers,
         # Forked workers start at once; they only read files and use Pillow and numpy.

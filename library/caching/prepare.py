@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from library.caching.build import build
+from library.caching.fill import Filling, dropped_of, list_dropped, nothing_usable
+from library.caching.geometry import SquareCrop
 from library.caching.picture_sets import Pictures, PictureSet
 from library.caching.producers import Wanted
-from library.caching.survey import Survey, survey
+from library.caching.survey import Survey, Target
 from library.caching.text import build_text_embeddings, prompts_of, up_to_date
 from library.data.pixels import PIXELS_VERSION
 from library.data.sources import Sample
-from library.data.store import TensorStore, disk_bytes, lock_store, shard_folders
-from library.data.store_writer import mark, purge
+from library.data.store import TensorStore, disk_bytes, shard_folders
 from library.data.text_embeddings import TextEmbeddings, read_text_embeddings
 from library.errors import UserError
-from library.files import human_bytes, require_space, write_text
+from library.files import human_bytes
 from library.models.dinov2 import dinov2_width, load_dinov2
 from library.models.encoders import VAE_FACTOR, DinoEncoder, TextEncoder, VaeEncoder, weight_fingerprint
 from library.models.load import load_text_encoder, load_vae
@@ -145,25 +144,32 @@ class Preparation:
                 self._encoders[kind] = TextEncoder(tokenizer, text_model.to(device))
         return self._encoders[kind]
 
-    def survey(self, pictures: PictureSet, *, lock: bool = True) -> dict[str, Survey]:
-        """State of each store against `pictures`. lock: False where this run holds the stores' locks itself."""
+    def survey(self, pictures: PictureSet) -> dict[str, Survey]:
+        """State of each store against `pictures`."""
+        return self._filling(pictures, print).survey(self._targets(pictures))
+
+    def _filling(self, pictures: PictureSet, say: Callable[..., None]) -> Filling:
+        return Filling(
+            pictures.name,
+            pictures.source,
+            SquareCrop(self.data.resolution),
+            self.processes,
+            batch_size=self.cache.cache_batch_size,
+            workers=self.workers,
+            say=say,
+        )
+
+    def _targets(self, pictures: PictureSet) -> dict[str, Target]:
+        targets = {}
         # The main process first: it may have to fetch or make a model.
         with self.processes.main_first():
-            return self._survey(pictures, lock)
-
-    def _survey(self, pictures: PictureSet, lock: bool) -> dict[str, Survey]:
-        states = {}
-        for kind in self.kinds:
-            foreign = self.is_foreign(pictures.name, kind)
-            states[kind] = survey(
-                self.path(pictures.name, kind),
-                self.wanted(kind, foreign),
-                pictures.source,
-                pictures.samples,
-                made_elsewhere=self.made_elsewhere(kind) if foreign else None,
-                lock=lock,
-            )
-        return states
+            for kind in self.kinds:
+                foreign = self.is_foreign(pictures.name, kind)
+                shape = self.made_elsewhere(kind) if foreign else None
+                targets[kind] = Target(
+                    self.path(pictures.name, kind), self.wanted(kind, foreign), pictures.samples, shape
+                )
+        return targets
 
     def prepare(self, pictures: Pictures, *, rebuild: bool, say: Callable[..., None]) -> Caches:
         """Make every cache complete, building what is missing; say what was done.
@@ -179,31 +185,26 @@ class Preparation:
         return Caches(ready["train"], ready.get("val"), text, text_path)
 
     def _prepare_set(self, pictures: PictureSet, *, rebuild: bool, say: Callable[..., None]) -> Cached:
-        states = self.survey(pictures)
+        filling = self._filling(pictures, say)
+        states = filling.survey(self._targets(pictures))
         for state in states.values():
             if state.differences and not rebuild:
                 raise UserError(
                     f"The store {state.path} was made differently: {'; '.join(state.differences)}. Restore these options, or "
                     "let prepare_cache.py rebuild it."
                 )
-        self.processes.wait()
-        todo = {kind: state for kind, state in states.items() if not state.complete}
-        if todo:
-            with self._locked(todo):
-                self._build(pictures, todo, say)
-                states |= {kind: state for kind, state in self.survey(pictures, lock=False).items() if kind in todo}
-                self._finish({kind: states[kind] for kind in todo})
-            self.processes.wait()
-        dropped = {sample_id: why for state in states.values() for sample_id, why in state.unreadable.items()}
+        self._check_files(pictures, states)
+        states = filling.fill(states, self.encoder)
+        dropped = dropped_of(states.values())
         present = [sample for sample in pictures.samples if sample.sample_id not in dropped]
         stores = ", ".join(
             f"{kind} {human_bytes(disk_bytes(state.path))} in {state.path}" for kind, state in states.items()
         )
         say(f"{pictures.name}: {len(present)} samples cached, {len(dropped)} unreadable; {stores}")
-        self._list_unreadable(pictures, dropped, say)
+        table = self.cache.cache_dir / f"{pictures.name}_unreadable.tsv"
+        list_dropped(table, pictures.name, pictures.samples, dropped, self.processes, say)
         if not present:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in _tally(dropped.values()))
-            raise UserError(f"No usable images in {pictures.source.location}: {len(pictures.samples)} seen, {reasons}.")
+            raise nothing_usable(str(pictures.source.location), len(pictures.samples), dropped)
         opened = {
             kind: TensorStore(
                 state.path, kind, made_elsewhere=("float16", state.wanted.shape) if state.foreign else None
@@ -212,53 +213,8 @@ class Preparation:
         }
         return Cached(present, opened, dropped)
 
-    @contextmanager
-    def _locked(self, todo: dict[str, Survey]) -> Iterator[None]:
-        """Within the context the main process holds the stores' exclusive locks for all."""
-        locks = [lock_store(state.path, exclusive=True) for state in todo.values()] if self.processes.is_main else []
-        try:
-            self.processes.wait()
-            yield
-        finally:
-            for lock in locks:
-                if lock is not None:
-                    lock.close()
-
-    def _build(self, pictures: PictureSet, todo: dict[str, Survey], say: Callable[..., None]) -> None:
-        for state in todo.values():
-            if state.differences:
-                say(f"{state.path} was made differently ({'; '.join(state.differences)}): rebuilding it.")
-            words = [f"{len(entries)} {word}" for word, entries in
-                     (("missing", state.missing), ("outdated", state.stale), ("changed", state.doubtful)) if entries]  # fmt: skip
-            if words:
-                say(
-                    f"{pictures.name} {state.path.name}: {state.present} of {len(pictures.samples)} present, {', '.join(words)}"
-                )
-        self._check_before_writing(pictures, todo)
-        work = {kind: state for kind, state in todo.items() if state.work}
-        result = build(
-            work,
-            pictures.source,
-            {kind: self.encoder(kind) for kind in work},
-            resolution=self.data.resolution,
-            batch_size=self.cache.cache_batch_size,
-            workers=self.workers,
-            device=self.processes.device,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
-            label=pictures.name,
-        )
-        self.processes.wait()
-        counts = torch.tensor([result.encoded, result.unchanged, len(result.reasons)], device=self.processes.device)
-        encoded, unchanged, unreadable = self.processes.sum(counts).tolist()
-        if done := encoded + unchanged + unreadable:
-            say(
-                f"{pictures.name}: {encoded} encoded, {unchanged} unchanged, {unreadable} unreadable in {result.seconds:.1f} s "
-                f"({done / max(result.seconds, 1e-3):.1f} images/s)"
-            )
-
-    def _check_before_writing(self, pictures: PictureSet, todo: dict[str, Survey]) -> None:
-        wanted = {entry.sample.sample_id: entry.sample for state in todo.values() for entry in state.work}
+    def _check_files(self, pictures: PictureSet, states: dict[str, Survey]) -> None:
+        wanted = {entry.sample.sample_id: entry.sample for state in states.values() for entry in state.work}
         if wanted:
             there = pictures.source.present()
             absent = [sample for sample in wanted.values() if sample.path not in there]
@@ -267,40 +223,6 @@ class Preparation:
                     f"{len(absent)} of {len(pictures.samples)} rows of {pictures.source.location} name files that are not there "
                     f"(first: {', '.join(sample.path for sample in absent[:3])}). Correct the paths or give --image_root."
                 )
-        by_disk: dict[int, list[Survey]] = {}
-        for state in todo.values():
-            folder = state.path
-            while not folder.exists():
-                folder = folder.parent
-            by_disk.setdefault(folder.stat().st_dev, []).append(state)
-        for states in by_disk.values():
-            names = " and ".join(state.path.name for state in states)
-            require_space(states[0].path, sum(state.needed_bytes for state in states), f"Building {names}")
-
-    def _finish(self, states: dict[str, Survey]) -> None:
-        """Mark the stores complete, once they are; take out what another producer left behind."""
-        for state in states.values():
-            if state.work:
-                first = ", ".join(entry.sample.sample_id for entry in state.work[:3])
-                raise UserError(
-                    f"{len(state.work)} entries of {state.path} are still missing (first: {first}): their files changed while "
-                    "they were read. Run the same command again."
-                )
-        self.processes.wait()
-        if self.processes.is_main:
-            for state in states.values():
-                purge(state.path, state.wanted.kind, state.wanted.fingerprint)
-                mark(state.path, state.wanted.meta(complete=True))
-                state.meta = state.wanted.meta(complete=True)
-        self.processes.wait()
-
-    def _list_unreadable(self, pictures: PictureSet, dropped: dict[str, str], say: Callable[..., None]) -> None:
-        if dropped and self.processes.is_main:
-            path = self.cache.cache_dir / f"{pictures.name}_unreadable.tsv"
-            paths = {sample.sample_id: sample.path for sample in pictures.samples}
-            lines = [f"{sample_id}\t{paths[sample_id]}\t{why}\n" for sample_id, why in dropped.items()]
-            write_text(path, "sample_id\tpath\treason\n" + "".join(lines))
-            say(f"{pictures.name}: {len(dropped)} unreadable pictures are listed in {path}")
 
     def _prepare_text(self, names: dict[int, str], say: Callable[..., None]) -> tuple[TextEmbeddings, Path]:
         path = self.cache.text_embeddings_path
@@ -324,12 +246,3 @@ class Preparation:
                 say(f"text: {len(cut)} prompts are longer than 77 tokens and were cut (first: {prompts[cut[0]]!r})")
         self.processes.wait()
         return read_text_embeddings(path), path
-
-
-def _tally(reasons: Any) -> list[tuple[str, int]]:
-    counts: dict[str, int] = {}
-    for reason in reasons:
-        # The part before any detail in brackets or after a colon groups them.
-        short = reason.split(":")[-1].split("(")[0].strip()
-        counts[short] = counts.get(short, 0) + 1
-    return sorted(counts.items(), key=lambda item: -item[1])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from library.data.store import StoreMeta
 
 # Facts that name a producer for people but do not change what it makes.
-DESCRIPTIVE = frozenset({"model", "library"})
+DESCRIPTIVE = frozenset({"model", "library", "fit"})
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,17 @@ class Wanted:
     dtype: str
     shape: tuple[int, ...]
     producer: dict[str, Any]
+    remedy: str = "--encoder_precision no may help"
+    """What to try where an entry comes out as infinity or no number."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> bytes:
         """16 bytes that are equal exactly where entries are interchangeable."""
         return fingerprint(self.producer | {"dtype": self.dtype, "shape": list(self.shape)})
+
+    def entry_fingerprint(self, cut: dict[str, Any] | None) -> bytes:
+        """The same for one entry, where pictures are cut each in its own way (see `Geometry.facts`)."""
+        return self.fingerprint if cut is None else fingerprint(cut | {"store": self.fingerprint.hex()})
 
     def meta(self, *, complete: bool) -> StoreMeta:
         return StoreMeta(self.kind, self.dtype, self.shape, self.producer, complete)
@@ -45,6 +52,11 @@ class Wanted:
 def fingerprint(facts: dict[str, Any]) -> bytes:
     kept = {name: value for name, value in facts.items() if name not in DESCRIPTIVE}
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def imported(entry: bytes) -> bytes:
+    """The fingerprint of an entry that was not encoded here but taken from another program's cache."""
+    return hashlib.blake2b(entry + b"imported", digest_size=16).digest()
 
 
 def content_hash(data: bytes) -> bytes:

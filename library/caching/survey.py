@@ -7,7 +7,9 @@ from pathlib import Path
 
 import lmdb
 
-from library.caching.producers import Wanted
+from library.caching.geometry import Geometry
+from library.caching.pictures import NO_SIGNATURE
+from library.caching.producers import Wanted, imported
 from library.data.pixels import UnreadableImage
 from library.data.sources import ImageSource, Sample
 from library.data.store import META_KEY, SUFFIXES, StoreMeta, read_transactions, unpack_source
@@ -15,20 +17,36 @@ from library.errors import UserError
 
 
 @dataclass(frozen=True)
+class Target:
+    """A store, and the samples that are to have an entry in it."""
+
+    path: Path
+    wanted: Wanted
+    samples: list[Sample]
+    made_elsewhere: tuple[int, ...] | None = None
+    """Shape of the values of a store without `__meta__`, in which nothing can be rebuilt."""
+    accept_imported: bool = False
+    """Whether entries that were taken from another program's cache will do."""
+
+
+@dataclass(frozen=True)
 class Entry:
     """One entry to make. `shard` is where an older one stands; `content` its picture's hash, if only that is in doubt."""
 
     sample: Sample
+    fingerprint: bytes
+    """Of the entry once it is made."""
     shard: int | None = None
     content: bytes | None = None
+    stands: bytes | None = None
+    """Fingerprint of the older one that may stay, if only its picture is in doubt."""
 
 
 @dataclass
 class Survey:
     """State of one store against one manifest."""
 
-    path: Path
-    wanted: Wanted
+    target: Target
     meta: StoreMeta | None = None
     foreign: bool = False
     shards: int = 0
@@ -37,6 +55,14 @@ class Survey:
     stale: list[Entry] = field(default_factory=list)
     doubtful: list[Entry] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self.target.path
+
+    @property
+    def wanted(self) -> Wanted:
+        return self.target.wanted
 
     @property
     def work(self) -> list[Entry]:
@@ -58,22 +84,15 @@ class Survey:
         return len(self.missing) * entry + len(self.stale) * growth
 
 
-def survey(
-    path: Path,
-    wanted: Wanted,
-    source: ImageSource,
-    samples: list[Sample],
-    *,
-    made_elsewhere: tuple[int, ...] | None = None,
-    lock: bool = True,
-) -> Survey:
-    """Compare the store at `path` with what `wanted` and the picture files say, reading 48 bytes per entry.
+def survey(target: Target, source: ImageSource, geometry: Geometry, *, lock: bool = True) -> Survey:
+    """Compare a store with what is wanted and what the picture files say, reading 48 bytes per entry.
 
     A store without `__meta__` is accepted as made elsewhere where its shape is given; nothing can be rebuilt in it.
     lock: False where this process holds the lock of the store.
     Raises UserError where such a store lacks samples (count and three examples), or has another shape.
     """
-    result = Survey(path, wanted)
+    result = Survey(target)
+    path, wanted, samples, made_elsewhere = target.path, target.wanted, target.samples, target.made_elsewhere
     with read_transactions(path, lock=lock) as transactions:
         result.shards = len(transactions)
         if transactions:
@@ -89,32 +108,36 @@ def survey(
                     "not, delete it."
                 )
         for sample in samples:
-            _survey_sample(result, transactions, source, sample)
+            expected = wanted.entry_fingerprint(geometry.facts(sample))
+            _survey_sample(result, transactions, source, sample, expected)
     return result
 
 
-def _survey_sample(result: Survey, transactions: list[lmdb.Transaction], source: ImageSource, sample: Sample) -> None:
+def _survey_sample(
+    result: Survey, transactions: list[lmdb.Transaction], source: ImageSource, sample: Sample, expected: bytes
+) -> None:
+    accepted = (expected, imported(expected)) if result.target.accept_imported else (expected,)
     key = f"{sample.sample_id}{SUFFIXES[result.wanted.kind]}".encode()
     for shard, transaction in enumerate(transactions):
         record = transaction.get(key + b"#source")
         if record is not None:
             signature, content, producer = unpack_source(record)
-            if producer != result.wanted.fingerprint:
-                result.stale.append(Entry(sample, shard))
+            if producer not in accepted:
+                result.stale.append(Entry(sample, expected, shard))
             elif _signature(source, sample) not in (signature, None):
-                result.doubtful.append(Entry(sample, shard, content))
+                result.doubtful.append(Entry(sample, expected, shard, content, producer))
             else:
                 result.present += 1
             return
         record = transaction.get(key + b"#unreadable")
         if record is not None:
             signature, _, producer = unpack_source(record)
-            if producer == result.wanted.fingerprint and signature == _signature(source, sample):
+            if producer == expected and signature == (_signature(source, sample) or NO_SIGNATURE):
                 result.unreadable[sample.sample_id] = bytes(record[48:]).decode()
             else:
-                result.missing.append(Entry(sample, shard))
+                result.missing.append(Entry(sample, expected, shard))
             return
-    result.missing.append(Entry(sample))
+    result.missing.append(Entry(sample, expected))
 
 
 def _signature(source: ImageSource, sample: Sample) -> bytes | None:

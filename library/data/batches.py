@@ -1,6 +1,9 @@
 """Which samples make which batch, and batches read ahead of the training step.
 
-Order: the samples of an epoch are a permutation drawn from (seed, epoch); process r of W takes the r-th slice of each
+Samples say how a batch of theirs is allocated and filled, and batches which tensors they have: `CachedSamples` of square
+pictures is one kind, `library.data.network_batches` has another.
+
+Order the samples of an epoch are a permutation drawn from (seed, epoch); process r of W takes the r-th slice of each
 global batch; what does not fill a global batch at the end of an epoch is left out, a different rest each time.
 """
 
@@ -11,30 +14,63 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from library.data.store import TensorStore
 
+Request = TypeVar("Request")
+Asked = TypeVar("Asked", contravariant=True)
+
 
 @dataclass
-class Batch:
-    """What a step sees. tokens: float16 [B, N, D], or int8 with token_scales [B, N]; None in runs without alignment."""
+class AnyBatch:
+    """What every kind of batch can do: its tensors, wherever they lie, move to the device together."""
+
+    indices: np.ndarray
+    """Of the samples, [B]; on the host."""
+    share: float | None = field(default=None, kw_only=True)
+    """Of the step's loss that this batch's is; None: micro-batches share alike."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def to(self, device: torch.device) -> Any:
+        moved: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in self.tensors().items()}
+        return replace(self, **moved)
+
+
+class Samples(Protocol[Asked]):
+    """Where a Prefetcher gets its batches; a request says which samples, and whatever else they are drawn with."""
+
+    def empty_batch(self, request: Asked, pin: bool) -> Any:
+        """A batch whose tensors are allocated and not yet filled."""
+        ...
+
+    def relabel(self, batch: Any, request: Asked) -> Any | None:
+        """A batch for another request in the memory of `batch`, to be filled; None where its shapes are others."""
+        ...
+
+    def fill(self, batch: Any, part: slice) -> None:
+        """Fill some rows of a batch. Called from several threads at once, for other rows."""
+        ...
+
+
+@dataclass
+class Batch(AnyBatch):
+    """What a U-REPA step sees. tokens: float16 [B, N, D], or int8 with token_scales [B, N]; None without alignment."""
 
     latents: torch.Tensor
     text_rows: torch.Tensor
     tokens: torch.Tensor | None
     token_scales: torch.Tensor | None
-    indices: np.ndarray
-
-    def to(self, device: torch.device) -> Batch:
-        moved = [
-            None if tensor is None else tensor.to(device, non_blocking=True)
-            for tensor in (self.latents, self.text_rows, self.tokens, self.token_scales)
-        ]
-        return Batch(moved[0], moved[1], moved[2], moved[3], self.indices)  # type: ignore[arg-type]
 
     def target_tokens(self) -> torch.Tensor:
         """Teacher tokens [B, N, D] float32."""
@@ -66,18 +102,18 @@ class CachedSamples:
             scales = torch.empty((len(indices), self.tokens.meta.shape[0]), dtype=torch.float16, pin_memory=pin)
         rows = self.text_rows[torch.from_numpy(indices)]
         return Batch(
+            indices,
             allocate(self.latents),
             rows.pin_memory() if pin else rows,
             None if self.tokens is None else allocate(self.tokens),
             scales,
-            indices,
         )
 
-    def relabel(self, batch: Batch, indices: np.ndarray) -> Batch:
-        """A batch for other samples in the memory of `batch`, to be filled."""
-        return Batch(
-            batch.latents, self.text_rows[torch.from_numpy(indices)], batch.tokens, batch.token_scales, indices
-        )
+    def relabel(self, batch: Batch, indices: np.ndarray) -> Batch | None:
+        """A batch for other samples in the memory of `batch`, to be filled; None where they are more or fewer."""
+        if len(batch) != len(indices):
+            return None
+        return replace(batch, indices=indices, text_rows=self.text_rows[torch.from_numpy(indices)])
 
     def fill(self, batch: Batch, part: slice) -> None:
         """Copy the stored values of batch rows `part` from the memory map into the batch."""
@@ -135,7 +171,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-class Prefetcher:
+class Prefetcher(Generic[Request]):
     """Batches assembled ahead by threads, each batch in slices by all of them, and copied to the device early.
 
     numpy copies without holding the interpreter's lock, so threads fill one (pinned) batch together, without the
@@ -144,33 +180,36 @@ class Prefetcher:
     """
 
     def __init__(
-        self, samples: CachedSamples, order: Iterator[np.ndarray], device: torch.device, *, workers: int, depth: int = 3
+        self, samples: Samples[Request], order: Iterator[Request], device: torch.device, *, workers: int, depth: int = 3
     ) -> None:
         self.samples, self.order, self.device, self.depth = samples, order, device, depth
         self.workers = max(1, workers)
         self.waited = 0.0
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="read")
-        self._ahead: deque[tuple[Batch, list[Future[None]]]] = deque()
-        self._on_device: Batch | None = None
-        self._given: Batch | None = None
-        self._spare: list[Batch] = []
+        self._ahead: deque[tuple[Any, list[Future[None]]]] = deque()
+        self._on_device: Any = None
+        self._given: Any = None
+        self._spare: list[Any] = []
         self._stream = _copy_stream(device)
         self._top_up()
 
     def _top_up(self) -> None:
-        while len(self._ahead) < self.depth and (indices := next(self.order, None)) is not None:
-            batch = self._memory_for(indices)
-            bounds = np.linspace(0, len(indices), self.workers + 1).astype(int)
+        while len(self._ahead) < self.depth and (request := next(self.order, None)) is not None:
+            batch = self._memory_for(request)
+            bounds = np.linspace(0, len(batch), self.workers + 1).astype(int)
             parts = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
             self._ahead.append((batch, [self._pool.submit(self.samples.fill, batch, part) for part in parts]))
 
-    def _memory_for(self, indices: np.ndarray) -> Batch:
-        if self._spare and len(self._spare[-1].indices) == len(indices):
-            return self.samples.relabel(self._spare.pop(), indices)
+    def _memory_for(self, request: Request) -> Any:
+        for place in reversed(range(len(self._spare))):
+            if (batch := self.samples.relabel(self._spare[place], request)) is not None:
+                del self._spare[place]
+                return batch
+        del self._spare[: -self.depth]  # shapes that do not come again are let go
         # torch's pinned allocator reuses its own blocks once their copies are done.
-        return self.samples.empty_batch(indices, pin=self._stream is not None)
+        return self.samples.empty_batch(request, pin=self._stream is not None)
 
-    def _take(self) -> Batch | None:
+    def _take(self) -> Any:
         if not self._ahead:
             return None
         batch, futures = self._ahead.popleft()
@@ -183,15 +222,15 @@ class Prefetcher:
         with torch.cuda.stream(self._stream):
             return batch.to(self.device)
 
-    def __iter__(self) -> Prefetcher:
+    def __iter__(self) -> Prefetcher[Request]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         """The next batch, on the device. Raises StopIteration after the last of a finite order."""
         start = time.perf_counter()
         if self._given is not None:
             self._spare, self._given = [*self._spare, self._given], None
-        batch = self._on_device or self._take()
+        batch = self._take() if self._on_device is None else self._on_device
         self._on_device = None
         if batch is None:
             raise StopIteration
@@ -199,9 +238,8 @@ class Prefetcher:
             # The step's stream waits for the copy on the device; the host does not.
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)
-            for tensor in (batch.latents, batch.text_rows, batch.tokens, batch.token_scales):
-                if tensor is not None:
-                    tensor.record_stream(current)
+            for tensor in batch.tensors().values():
+                tensor.record_stream(current)
             if all(future.done() for future in (self._ahead[0][1] if self._ahead else [])):
                 self._on_device = self._take()
         self.waited += time.perf_counter() - start

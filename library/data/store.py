@@ -31,7 +31,9 @@ from library.files import lock_folder
 
 META_KEY = b"__meta__"
 FORMAT_VERSION = 1
-SUFFIXES = {"latents": "", "tokens": "_mid"}
+SUFFIXES = {"latents": "", "tokens": "_mid", "moments": "", "prompts": "", "pooled": ""}
+"""What the keys of each kind end in. moments are means and log-variances; prompts and pooled what text encoders say."""
+NOTES = (b"#scale", b"#source", b"#unreadable", b"#shape")
 LMDB_PAGE = 4096
 
 
@@ -287,7 +289,8 @@ class TensorStore:
         for transaction in self._transactions():
             for key in transaction.cursor().iternext(keys=True, values=False):
                 key = bytes(key)
-                if key != META_KEY and b"#" not in key and key.endswith(suffix):
+                # Ids may have a # of their own, as those of a second data set of one resolution.
+                if key != META_KEY and not key.endswith(NOTES) and key.endswith(suffix):
                     yield key[: len(key) - len(suffix)].decode()
 
     def read(self, sample_id: str) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import lmdb
@@ -71,8 +71,7 @@ class StoreWriter:
             self.put_raw(key + b"#scale", np.ascontiguousarray(scale, np.float16).tobytes())
         self.put_raw(key + b"#source", source)
         self._dropped.append(key + b"#unreadable")
-        if self._pending_bytes >= self._commit_bytes or time.monotonic() - self._committed > COMMIT_SECONDS:
-            self.commit()
+        self.commit_if_due()
 
     def put_source(self, sample_id: str, source: bytes) -> None:
         self.put_raw(self.key(sample_id) + b"#source", source)
@@ -91,6 +90,11 @@ class StoreWriter:
     def put_raw(self, key: bytes, value: bytes) -> None:
         self._pending.append((key, value))
         self._pending_bytes += len(value)
+
+    def commit_if_due(self) -> None:
+        """Commit where enough is pending, or has been for long."""
+        if self._pending_bytes >= self._commit_bytes or time.monotonic() - self._committed > COMMIT_SECONDS:
+            self.commit()
 
     def commit(self) -> None:
         """Write what is pending in one transaction. Raises RunFailed when the disk is full; what was committed stays."""
@@ -142,6 +146,20 @@ def mark(path: Path, meta: StoreMeta) -> None:
 
 def purge(path: Path, kind: str, producer: bytes) -> int:
     """Delete the entries that another producer made; how many there were."""
+    return _delete(path, kind, lambda key, note: unpack_source(note)[2] != producer)
+
+
+def keep_only(path: Path, kind: str, sample_ids: Iterable[str]) -> int:
+    """Delete every entry, and every note on one, whose id is not among these; how many there were.
+
+    Nobody may have the store open, this process included.
+    """
+    kept = {f"{sample_id}{SUFFIXES[kind]}".encode() for sample_id in sample_ids}
+    return _delete(path, kind, lambda key, note: key not in kept)
+
+
+def _delete(path: Path, kind: str, unwanted: Callable[[bytes, bytes], bool]) -> int:
+    """Delete the entries of which `unwanted(key, source record)` holds; how many there were."""
     deleted = 0
     for folder in shard_folders(path):
         with open_environment(folder, readonly=True, lock=False) as environment, environment.begin() as transaction:
@@ -151,11 +169,12 @@ def purge(path: Path, kind: str, producer: bytes) -> int:
                 for key in transaction.cursor().iternext(keys=True, values=False)
                 if key.endswith((b"#source", b"#unreadable"))
             ]
-            foreign = [key for key in notes if unpack_source(transaction.get(key) or b"")[2] != producer]
-        if foreign:
+            keys = [(key.rpartition(b"#")[0], transaction.get(key) or b"") for key in notes]
+            doomed = [key for key, note in keys if unwanted(key, note)]
+        if doomed:
             writer = StoreWriter(folder, kind, expected_bytes=0)
-            writer.delete_raw([key.rpartition(b"#")[0] for key in foreign])
+            writer.delete_raw(doomed)
             writer.commit()
             writer.close()
-        deleted += len(foreign)
+        deleted += len(doomed)
     return deleted

@@ -1,4 +1,4 @@
-"""What the network's output is compared with, and how much each timestep counts."""
+"""What the network's output is compared with, how, and how much each timestep and each pixel counts."""
 
 from __future__ import annotations
 
@@ -6,24 +6,56 @@ from dataclasses import dataclass
 
 import torch
 
+from library.diffusion.loss import PointwiseLoss, masked_mean, timestep_weights
 from library.diffusion.schedule import NoiseSchedule
+from library.options.checks import positive, require
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The diffusion loss of a run.
+    """The diffusion loss of a run. With the defaults, the mean squared error.
 
     kind "base": the base's own prediction type. "v": velocities, to which an epsilon base is converted exactly, so the
-    loss is |eps' - eps|^2 / alphas_cumprod. "raw_v": the network's output taken for v whatever the base predicts.
+    loss is |eps' - eps|^2 / alphas_cumprod. "raw_v": the network's output taken for v whatever the base predicts; that
+    is kohya's v_parameterization.
+
+    min_snr_gamma and the three after it: weights by timestep, see `timestep_weights`. masked_loss_renormalize: masked
+    samples count as much as others whatever the mask's area; kohya's lose what is masked away.
     """
 
     schedule: NoiseSchedule
     kind: str = "base"
     min_snr_gamma: float | None = None
+    scale_v_pred_loss_like_noise_pred: bool = False
+    v_pred_like_loss: float | None = None
+    debiased_estimation_loss: bool = False
+    pointwise: PointwiseLoss = PointwiseLoss()
+    masked_loss_renormalize: bool = False
+
+    def __post_init__(self) -> None:
+        positive("min_snr_gamma", self.min_snr_gamma)
+        positive("v_pred_like_loss", self.v_pred_like_loss)
+        require(
+            self.compares_velocities or not self.scale_v_pred_loss_like_noise_pred,
+            "scale_v_pred_loss_like_noise_pred",
+            "weights a loss on velocities, and this run compares noise. Leave it out, or use v_parameterization.",
+        )
+        require(
+            not self.compares_velocities or self.v_pred_like_loss is None,
+            "v_pred_like_loss",
+            "adds to a loss on noise, and this run compares velocities. Leave it out.",
+        )
+        if self.converts:
+            self.schedule.require_signal()
 
     @property
     def compares_velocities(self) -> bool:
         return self.kind != "base" or self.schedule.prediction_type == "v_prediction"
+
+    @property
+    def converts(self) -> bool:
+        """Whether the network predicts noise and velocities are compared."""
+        return self.kind == "v" and self.schedule.prediction_type == "epsilon"
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return self.schedule.velocity(latents, noise, timesteps) if self.compares_velocities else noise
@@ -31,16 +63,19 @@ class Objective:
     def prediction(self, output: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The network's output, float32, in the form that the target has."""
         output = output.float()
-        if self.kind == "v" and self.schedule.prediction_type == "epsilon":
-            return self.schedule.velocity_from_epsilon(output, noisy, timesteps)
-        return output
+        return self.schedule.velocity_from_epsilon(output, noisy, timesteps) if self.converts else output
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
-        """Min-SNR weights [B]: min(snr, gamma) / snr for epsilon, / (snr + 1) for v (arXiv 2303.09556)."""
-        if self.min_snr_gamma is None:
+        """Weight of each sample by its timestep, [B]; None where all are 1."""
+        options = {
+            "min_snr_gamma": self.min_snr_gamma,
+            "scale_v_pred_loss_like_noise_pred": self.scale_v_pred_loss_like_noise_pred,
+            "v_pred_like_loss": self.v_pred_like_loss,
+            "debiased_estimation_loss": self.debiased_estimation_loss,
+        }
+        if not any(options.values()):
             return None
-        snr = self.schedule.snr(timesteps)
-        return snr.clamp(max=self.min_snr_gamma) / (snr + 1.0 if self.compares_velocities else snr)
+        return timestep_weights(self.schedule.snr(timesteps), velocities=self.compares_velocities, **options)  # type: ignore[arg-type]
 
     def losses(
         self,
@@ -49,9 +84,27 @@ class Objective:
         noise: torch.Tensor,
         noisy: torch.Tensor,
         timesteps: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        sample_weights: torch.Tensor | None = None,
+        preserved: torch.Tensor | None = None,
+        preserve_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Weighted mean squared error of each sample, [B] float32. latents, noise, noisy: [B, C, h, w] float32."""
-        difference = self.prediction(output, noisy, timesteps) - self.target(latents, noise, timesteps)
-        losses = difference.square().mean(dim=(1, 2, 3))
+        """Weighted loss of each sample, [B] float32. latents, noise, noisy: [B, C, h, w] float32.
+
+        mask: [B, 1, H, W] in 0..1, how much each pixel counts. sample_weights: [B], as prior_loss_weight is.
+        preserved: the frozen network's output [B, C, h, w], the target of the samples with preserve_mask [B] bool (all
+        of them where it is absent): diff_output_preservation.
+        """
+        target = self.target(latents, noise, timesteps)
+        if preserved is not None:
+            kept = self.prediction(preserved.detach(), noisy, timesteps)
+            target = kept if preserve_mask is None else torch.where(preserve_mask.view(-1, 1, 1, 1), kept, target)
+        prediction = self.prediction(output, noisy, timesteps)
+        losses = masked_mean(
+            self.pointwise(prediction, target, self.schedule, timesteps), mask, renormalize=self.masked_loss_renormalize
+        )
+        if sample_weights is not None:
+            losses = losses * sample_weights
         weights = self.weights(timesteps)
         return losses if weights is None else losses * weights

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,9 +43,33 @@ class NoiseSchedule:
         scheduler = DDPMScheduler(**{name: config[name] for name in names if name in config})
         return NoiseSchedule(scheduler.alphas_cumprod.to(device=device, dtype=torch.float32), prediction_type)
 
+    def with_zero_terminal_snr(self) -> NoiseSchedule:
+        """The schedule that ends in pure noise: sqrt(alphas_cumprod) shifted to end at 0 and scaled to begin as before.
+
+        Lin et al. 2023 (arXiv 2305.08891), algorithm 1. SNRs, and weights by them, are those of the new schedule.
+        """
+        alphas = self.alphas_cumprod.double().sqrt()
+        first, last = alphas[0], alphas[-1]
+        shifted = (alphas - last) * (first / (first - last))
+        return replace(self, alphas_cumprod=shifted.square().float())
+
     @property
     def timesteps(self) -> int:
         return self.alphas_cumprod.shape[0]
+
+    @cached_property
+    def ends_in_noise(self) -> bool:
+        """Whether nothing is left of the latents at the last timestep. Read from the device once."""
+        return self.alphas_cumprod[-1].item() == 0
+
+    def require_signal(self) -> None:
+        """Raise UserError where the schedule ends in pure noise, out of which no velocity follows from a predicted epsilon."""
+        if self.ends_in_noise:
+            raise UserError(
+                "zero_terminal_snr ends the schedule in pure noise, where a base that predicts epsilon says nothing of the "
+                "picture, and its velocity (eps - sigma * x_t) / alpha divides by 0. Leave zero_terminal_snr out, or take the "
+                "base's raw output for v."
+            )
 
     def at(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha = sqrt(alphas_cumprod) and sigma = sqrt(1 - alphas_cumprod), each [B, 1, 1, 1] float32."""
@@ -64,7 +89,8 @@ class NoiseSchedule:
     def velocity_from_epsilon(
         self, epsilon: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """v = (eps - sigma * x_t) / alpha, exact for any predicted eps."""
+        """v = (eps - sigma * x_t) / alpha, exact for any predicted eps. Refused where the schedule ends in pure noise."""
+        self.require_signal()
         alpha, sigma = self.at(timesteps)
         return (epsilon - sigma * noisy) / alpha
 

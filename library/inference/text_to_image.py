@@ -6,22 +6,61 @@ The sampler is DPM++ 2M (arXiv 2211.01095) on Karras' noise levels (arXiv 2206.0
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from library.errors import RunFailed
+from library.errors import RunFailed, UserError
 from library.merging.merge import fold_into_modules
-from library.models.load import load_scheduler_config, load_text_encoder, load_unet, load_vae
+from library.models.family import family_of
+from library.models.load import TextPart, load_scheduler_config, load_text_encoders, load_unet, load_vae
 from library.models.locate import BaseLocation
-from networks.adapter_file import Adapter
+from library.options.parser import nearest
+from networks.adapters import Adapter
+from networks.original_names import SDXL, UNET, Family
 
 SAMPLER = "DPM++ 2M Karras"
+
+# Those of kohya's --sample_sampler, as diffusers has them; spacings are the ones they were published with.
+_LINSPACE: dict[str, Any] = {"timestep_spacing": "linspace"}
+_LEADING: dict[str, Any] = {"timestep_spacing": "leading", "steps_offset": 1}
+_DDIM: dict[str, Any] = {**_LEADING, "set_alpha_to_one": False, "clip_sample": False}
+KOHYA_SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, _DDIM),
+    "pndm": (PNDMScheduler, {**_LEADING, "set_alpha_to_one": False, "skip_prk_steps": True}),
+    "lms": (LMSDiscreteScheduler, _LINSPACE),
+    "euler": (EulerDiscreteScheduler, _LINSPACE),
+    "euler_a": (EulerAncestralDiscreteScheduler, _LINSPACE),
+    "heun": (HeunDiscreteScheduler, _LINSPACE),
+    "dpm_2": (KDPM2DiscreteScheduler, _LINSPACE),
+    "dpm_2_a": (KDPM2AncestralDiscreteScheduler, _LINSPACE),
+    "dpmsolver": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": (DPMSolverSinglestepScheduler, {}),
+}
+KOHYA_SAMPLERS |= {f"k_{name}": KOHYA_SAMPLERS[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
 
 # What of a base's scheduler describes its training; the rest is about sampling.
 _TRAINED_WITH = (
@@ -50,40 +89,65 @@ class Drawing:
 
 def load_pipeline(
     base: BaseLocation, adapters: Sequence[tuple[Adapter, float]], *, dtype: torch.dtype, device: torch.device | str
-) -> StableDiffusionPipeline:
+) -> DiffusionPipeline:
     """The base as a pipeline on `device`, with each (adapter, weight) folded in; rounded to `dtype` once.
 
     Raises UserError where base or adapter cannot be loaded or do not fit together.
     """
     folded_in = torch.float32 if adapters else dtype
-    unet = load_unet(base, dtype=folded_in)
-    tokenizer, text_encoder = load_text_encoder(base, dtype=folded_in)
+    family = family_of(base)
+    parts = load_text_encoders(base, dtype=folded_in)
+    models = {
+        UNET: load_unet(base, families=(family,), dtype=folded_in),
+        **{part.component: part.model for part in parts},
+    }
     for adapter, weight in adapters:
-        fold_into_modules(unet, text_encoder, adapter, weight)
-    pipeline = StableDiffusionPipeline(
-        vae=load_vae(base, dtype=dtype),
-        text_encoder=text_encoder.to(dtype),
-        tokenizer=tokenizer,
-        unet=unet.to(dtype),
-        scheduler=make_sampler(load_scheduler_config(base)),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(device)
+        fold_into_modules(models, family, adapter, weight)
+    parts = [part._replace(model=part.model.to(dtype)) for part in parts]
+    vae = load_vae(base, families=(family,), dtype=dtype)
+    scheduler = make_sampler(load_scheduler_config(base))
+    return assemble_pipeline(family, models[UNET].to(dtype), parts, vae, scheduler).to(device)
+
+
+def assemble_pipeline(
+    family: Family, unet: nn.Module, parts: Sequence[TextPart], vae: nn.Module, scheduler: SchedulerMixin
+) -> DiffusionPipeline:
+    """A pipeline of loaded models, quiet and without a safety checker."""
+    models: dict[str, Any] = {"unet": unet, "vae": vae, "scheduler": scheduler}
+    for part in parts:
+        models[part.component] = part.model
+        models[part.component.replace("text_encoder", "tokenizer")] = part.tokenizer
+    if family == SDXL:
+        pipeline = StableDiffusionXLPipeline(**models, add_watermarker=False)
+    else:
+        pipeline = StableDiffusionPipeline(
+            **models, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def make_sampler(scheduler_config: dict[str, object]) -> DPMSolverMultistepScheduler:
-    """DPM++ 2M Karras over the noise schedule that the base was trained with."""
-    trained_with = {key: scheduler_config[key] for key in _TRAINED_WITH if key in scheduler_config}
+def make_sampler(scheduler_config: dict[str, object], name: str | None = None) -> SchedulerMixin:
+    """A sampler over the noise schedule that the base was trained with: DPM++ 2M Karras, or one by kohya's name.
+
+    Raises UserError for an unknown name.
+    """
+    trained_with: dict[str, Any] = {key: scheduler_config[key] for key in _TRAINED_WITH if key in scheduler_config}
+    if name is not None:
+        if name not in KOHYA_SAMPLERS:
+            raise UserError(
+                f"{name} is no sampler{nearest(name, KOHYA_SAMPLERS)}. Known are {', '.join(KOHYA_SAMPLERS)}."
+            )
+        kind, more = KOHYA_SAMPLERS[name]
+        known = inspect.signature(kind.__init__).parameters
+        return kind(**{key: value for key, value in {**trained_with, **more}.items() if key in known})
     # steps_offset has no effect on Karras' levels; the pipeline objects to any other value.
     return DPMSolverMultistepScheduler(
         **trained_with, algorithm_type="dpmsolver++", use_karras_sigmas=True, steps_offset=1
     )
 
 
-def native_size(pipeline: StableDiffusionPipeline) -> int:
+def native_size(pipeline: DiffusionPipeline) -> int:
     """Side in pixels that the base was trained at."""
     return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
@@ -97,7 +161,7 @@ def initial_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def draw(pipeline: StableDiffusionPipeline, drawing: Drawing, seeds: Sequence[int]) -> list[Image.Image]:
+def draw(pipeline: DiffusionPipeline, drawing: Drawing, seeds: Sequence[int]) -> list[Image.Image]:
     """One picture per seed, drawn together. Raises RunFailed where the model's numbers overflow."""
     unet, factor = pipeline.unet, pipeline.vae_scale_factor
     shape = (unet.config.in_channels, drawing.height // factor, drawing.width // factor)

@@ -1,135 +1,159 @@
-"""W' = W + ratio * alpha / rank * up @ down, for every module of an adapter, and not one module less.
+"""W' = W + sum of ratio * what each adapter adds, for every module of the adapters, and not one module less.
 
-Source: LoRA (arXiv 2106.09685, section 4.1); the same product for Linear layers, 1x1 and 3x3 convolutions, as in
-sd-scripts, A1111 and ComfyUI.
+What an adapter adds to a weight is `networks.adapters.AdapterModule.delta`. The sum is taken in float32 and cast once. Each
+part is worked out against the base's weight, so that the order of adapters does not matter, DoRA included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.adapter_file import Adapter, LoraModule
-from networks.names import KOHYA_PREFIXES, TEXT_ENCODER, UNET, kohya_table, weight_paths
+from library.merging.strength import Strength
+from networks.adapters import Adapter, AdapterModule
+from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target, kohya_name
+from networks.original_names import SD15, SDXL, Family
 
 Shapes = Mapping[str, Sequence[int]]
+Part = tuple[AdapterModule, float]
+Folds = dict[str, dict[str, list[Part]]]
+"""Component -> key of the weight -> the adapters' modules for it with their ratios; ratio 0 is left out."""
 
-# Modules of SDXL in original (SGM) names, and its second text encoder.
-_SDXL_MARKS = ("lora_te2_", "lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
 _SDXL_TEXT_WIDTH, _SD2_TEXT_WIDTH = 2048, 1024
 
 
 @dataclass(frozen=True)
 class Change:
-    """What folding an adapter in did to one weight."""
+    """What folding adapters in did to one weight."""
 
+    component: str
     key: str
     relative: float
     """Frobenius norm of what was added, over that of the weight before."""
 
 
-def place(adapter: Adapter, shapes: Mapping[str, Shapes]) -> dict[str, dict[str, LoraModule]]:
-    """Component -> key of the weight -> its adapter, for a base given as component -> key -> shape.
+def place(adapters: Sequence[tuple[Adapter, Strength]], shapes: Mapping[str, Shapes], family: Family) -> Folds:
+    """Find the weight of each adapted module in a base given as component -> key -> shape.
 
-    Raises UserError unless every module of the adapter has a weight of its shape: how many have none, the first three,
+    Raises UserError unless every module of every adapter has a weight of its shape: how many have none, the first three,
     and a guess why.
     """
-    targets = {
-        name: (component, f"{path}.weight")
-        for component, named in shapes.items()
-        for name, path in kohya_table(weight_paths(named), KOHYA_PREFIXES[component]).items()
-    }
-    placed: dict[str, dict[str, LoraModule]] = {component: {} for component in shapes}
-    homeless = [name for name in adapter.modules if name not in targets]
-    misfits = []
-    for name in adapter.modules.keys() & targets.keys():
-        component, key = targets[name]
-        if _fits(adapter.modules[name], shapes[component][key]):
-            placed[component][key] = adapter.modules[name]
-        else:
-            misfits.append(name)
-    if homeless or misfits:
-        first = sorted(homeless or misfits)[0]
-        wanted = list(shapes[targets[first][0]][targets[first][1]]) if first in targets else []
-        why = _guess(adapter, homeless, misfits, first, wanted)
-        raise UserError(
-            f"{len(homeless) + len(misfits)} of {len(adapter.modules)} LoRA modules have no place in this checkpoint "
-            f"(first: {', '.join(sorted(homeless or misfits)[:3])}). {why}"
-        )
-    return placed
+    folds: Folds = {component: {} for component in shapes}
+    for adapter, strength in adapters:
+        homeless = [
+            target for target in adapter.modules if f"{target.path}.weight" not in shapes.get(target.component, {})
+        ]
+        there = [target for target in adapter.modules if target not in set(homeless)]
+        misfits = [t for t in there if not adapter.modules[t].fits(shapes[t.component][f"{t.path}.weight"])]
+        if homeless or misfits:
+            raise UserError(_objection(adapter, homeless, misfits, shapes, family))
+        for target, module in adapter.modules.items():
+            if (ratio := strength.of(target)) != 0:
+                folds[target.component].setdefault(f"{target.path}.weight", []).append((module, ratio))
+    return folds
 
 
-def fold(weight: Tensor, module: LoraModule, ratio: float) -> Tensor:
-    """The merged weight, float32, of the shape and on the device of `weight`."""
-    up, down = (part.to(weight.device, torch.float32).flatten(1) for part in (module.up, module.down))
-    return weight.float() + ratio * (module.alpha / module.rank) * (up @ down).reshape(weight.shape)
+def added(weight: Tensor, parts: Sequence[Part]) -> Tensor:
+    """What the adapters add to `weight`, float32, of its shape and on its device."""
+    total = torch.zeros((), device=weight.device)
+    for module, ratio in parts:
+        total = total + ratio * module.delta(weight)
+    return total.expand(weight.shape)
 
 
-def merge_adapter(
-    weights: MutableMapping[str, Tensor],
-    modules: Mapping[str, LoraModule],
-    ratio: float,
-    dtype: torch.dtype | None = None,
-) -> list[Change]:
-    """Replace the weights that `modules` (see `place`) names by merged ones, and cast every weight to `dtype`.
+def fold(weight: Tensor, parts: Sequence[Part]) -> Tensor:
+    """The merged weight, float32."""
+    return weight.float() + added(weight, parts)
 
-    A weight is computed in float32 and cast once, to `dtype` or else to what it was. Integers stay as they are.
-    Raises UserError where a value does not fit the target format.
-    """
-    changes = []
-    for key, module in modules.items():
-        before, after = weights[key], fold(weights[key], module, ratio)
-        norm = before.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
-        changes.append(Change(key, float((after - before.float()).norm() / norm)))
-        weights[key] = after.to(before.dtype if dtype is None else dtype)
-    for key, weight in weights.items():
-        if weight.is_floating_point():
-            weights[key] = cast = weight if dtype is None else weight.to(dtype)
-            if not torch.isfinite(cast).all():
-                raise UserError(f"{key} has values that are not finite as {cast.dtype}. Try --save_precision float.")
-    return changes
+
+def fold_and_cast(
+    component: str, key: str, weight: Tensor, parts: Sequence[Part], dtype: torch.dtype
+) -> tuple[Tensor, Change]:
+    """`fold`, cast to `dtype`, and what it changed. Raises UserError where a value does not fit the format."""
+    before, change = weight.float(), added(weight, parts)
+    cast = cast_finite(key, before + change, dtype, before)
+    norm = before.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    return cast, Change(component, key, float(change.norm() / norm))
+
+
+def cast_finite(key: str, values: Tensor, dtype: torch.dtype, before: Tensor) -> Tensor:
+    """`values` as `dtype`. Raises UserError where some do not fit it; what the base itself has of these is its own."""
+    cast = values.to(dtype)
+    if all_finite(cast):
+        return cast
+    if not all_finite(before):
+        raise UserError(f"{key} of the base has values that are not finite: the base is damaged.")
+    raise UserError(f"{key} has values that are not finite as {cast.dtype}. Try --save_precision float.")
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or not a number; several times as fast as isfinite on the CPU."""
+    if not values.is_floating_point() or values.numel() == 0:
+        return True
+    wide = values if values.dtype.itemsize > 1 else values.float()  # 8-bit floats have no arithmetic
+    low, high = torch.aminmax(wide)  # both are not a number where one value is
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 @torch.no_grad()
-def fold_into_modules(unet: nn.Module, text_encoder: nn.Module | None, adapter: Adapter, ratio: float) -> list[Change]:
-    """Fold an adapter into loaded models, in place; their weights keep their dtype and device.
+def fold_into_modules(models: Mapping[str, nn.Module], family: Family, adapter: Adapter, ratio: float) -> list[Change]:
+    """Fold an adapter into loaded models (component -> model), in place; their weights keep their dtype and device.
 
     As strict as `place`. Fold into float32 models and cast them afterwards, so that several adapters are rounded once.
     """
-    models = {UNET: unet} | ({} if text_encoder is None else {TEXT_ENCODER: text_encoder})
     states = {component: model.state_dict() for component, model in models.items()}
-    placed = place(adapter, {component: {k: v.shape for k, v in state.items()} for component, state in states.items()})
+    shapes = {component: {k: tuple(v.shape) for k, v in state.items()} for component, state in states.items()}
     changes = []
-    for component, modules in placed.items():
-        merged = {key: states[component][key] for key in modules}
-        changes += merge_adapter(merged, modules, ratio)
-        for key, weight in merged.items():
-            states[component][key].copy_(weight)  # state_dict() holds the parameters themselves
+    for component, named in place([(adapter, Strength(ratio))], shapes, family).items():
+        for key, parts in named.items():
+            weight = states[component][key]  # state_dict() holds the parameters themselves
+            merged, change = fold_and_cast(component, key, weight, parts, weight.dtype)
+            weight.copy_(merged)
+            changes.append(change)
     return changes
 
 
-def _fits(module: LoraModule, shape: Sequence[int]) -> bool:
-    """Whether up @ down has as many rows and columns as the weight; 1x1 convolutions may come as matrices."""
+def _objection(
+    adapter: Adapter, homeless: list[Target], misfits: list[Target], shapes: Mapping[str, Shapes], family: Family
+) -> str:
+    names = sorted(_name(target, adapter) for target in homeless or misfits)
+    why = _guess(adapter, homeless, misfits, shapes, family)
     return (
-        len(shape) >= 2 and module.up.shape[0] == shape[0] and module.down[0].numel() == torch.Size(shape[1:]).numel()
+        f"{len(homeless) + len(misfits)} of {len(adapter.modules)} LoRA modules have no place in this checkpoint "
+        f"(first: {', '.join(names[:3])}). {why}"
     )
 
 
-def _guess(adapter: Adapter, homeless: list[str], misfits: list[str], first: str, wanted: list[int]) -> str:
-    """Why an adapter may not fit a Stable Diffusion 1.x."""
-    text_widths = {module.down.shape[1] for name, module in adapter.modules.items() if name.endswith("_attn2_to_k")}
-    if any(name.startswith(_SDXL_MARKS) for name in homeless) or _SDXL_TEXT_WIDTH in text_widths:
-        return "It looks like an SDXL LoRA on an SD1.5 model."
-    if homeless and all(name.startswith("lora_te_") for name in homeless):
-        return "They are of a text encoder that this base does not have."
+def _name(target: Target, adapter: Adapter) -> str:
+    """Kohya's name, or the path of a module that its family does not have."""
+    try:
+        return kohya_name(target, adapter.family)
+    except KeyError:
+        return f"{target.component}.{target.path}"
+
+
+def _guess(
+    adapter: Adapter, homeless: list[Target], misfits: list[Target], shapes: Mapping[str, Shapes], family: Family
+) -> str:
+    """Why an adapter may not fit."""
+    text_widths = {m.shape[1] for target, m in adapter.modules.items() if target.path.endswith(".attn2.to_k")}
+    looks = SDXL if adapter.family is SDXL or _SDXL_TEXT_WIDTH in text_widths else SD15
+    if looks is not family and (homeless or looks is SDXL):
+        return f"It looks like an {looks.title} LoRA on an {family.title} model."
     if _SD2_TEXT_WIDTH in text_widths:
-        return "It looks like an SD2 LoRA on an SD1.5 model."
+        return f"It looks like an SD2 LoRA on an {family.title} model."
+    if homeless and all(target.component in (TEXT_ENCODER, TEXT_ENCODER_2) for target in homeless):
+        return "They are of a text encoder that this base does not have."
     if misfits and not homeless:
-        module = adapter.modules[first]
-        found = [module.up.shape[0], *module.down.shape[1:]]
-        return f"{first} is for a weight {found}, the base has {wanted}: it was trained on a model of another size."
+        target = min(misfits)
+        found = list(adapter.modules[target].shape)
+        wanted = list(shapes[target.component][f"{target.path}.weight"])
+        name = _name(target, adapter)
+        return f"{name} is for a weight {found}, the base has {wanted}: it was trained on a model of another size."
+    if not any(target.component == UNET for target in adapter.modules):
+        return "It adapts text encoders of another kind of model."
     return "It was made for another kind of model, or for layers this base does not have."

@@ -1,14 +1,26 @@
-"""What is to be merged: an adapter file or a training state, and the base model it says it belongs to."""
+"""What is to be merged: adapter files, training states, wrapped checkpoints; and the base they say they belong to."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from library.errors import UserError
 from library.files import read_json
+from library.models.checkpoint import Checkpoint, StoredTensor
+from library.models.tensor_files import TensorFile
 from networks import AdapterError
-from networks.adapter_file import BASE_MODEL_KEY, Adapter, read_adapter
+from networks.adapter_file import BASE_MODEL_KEY, SPEC_KEY, read_adapter
+from networks.adapters import Adapter
+from networks.names import split_wrapped_key
+from networks.original_names import SD15, SDXL
+
+# For checkpoints that hold a U-Net and do not say whose text encoder and VAE go with it.
+USUAL_BASES = {
+    SD15.key: "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    SDXL.key: "stabilityai/stable-diffusion-xl-base-1.0",
+}
 
 
 @dataclass(frozen=True)
@@ -20,28 +32,38 @@ class Source:
     named_in: str
     """Where it is named, e.g. "state.json"."""
 
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether the file holds the frozen weights too: a whole model with adapters in it."""
+        return bool(self.adapter.frozen)
+
     def describe(self) -> str:
         """ "a.safetensors: 128 modules, rank 8, alpha 8" """
         modules = self.adapter.modules.values()
         sizes = [f"{what} {_span(values)}" for what, values in
                  (("rank", {m.rank for m in modules}), ("alpha", {m.alpha for m in modules}))]  # fmt: skip
-        return f"{self.file}: {len(modules)} modules, {', '.join(sizes)}"
+        kinds = sorted({m.kind for m in modules} - {"LoRA"})
+        return f"{self.file}: {', '.join([f'{len(modules)} modules', *sizes, *kinds])}"
 
 
 def read_source(model: Path, *, use_ema: bool = False, network_alpha: float | None = None) -> Source:
-    """Read `model`: a LoRA file, or a state folder `step_NNNNNN` of train_repa.py.
+    """Read `model`: an adapter file, a wrapped checkpoint, or a state folder `step_NNNNNN` of train_repa.py.
 
     use_ema: take the moving average of a state's weights. network_alpha: the alpha of a file that does not say it.
     Raises UserError for everything that cannot be read.
     """
     if not model.is_dir():
-        if use_ema:
+        if use_ema and not model.stem.endswith("-ema"):
             raise UserError(f"--use_ema picks the averaged weights of a training state, but {model} is not a folder.")
         adapter = open_adapter(model, network_alpha)
         # A state's own lora.safetensors, named by itself, carries the base as "base_model".
         base_model = adapter.metadata.get(BASE_MODEL_KEY, adapter.metadata.get("base_model"))
+        if base_model is None and (beside := _base_beside(model, adapter)) is not None:
+            return Source(model, adapter, beside, "the adapter's metadata by its file name")
         return Source(model, adapter, base_model, "the adapter's metadata")
     if not (model / "state.json").is_file():
+        if (model / "model.safetensors").is_file():
+            return read_source(model / "model.safetensors", use_ema=use_ema, network_alpha=network_alpha)
         states = sorted(path.parent for path in model.glob("step_*/state.json"))
         hint = f"Its newest state is {states[-1]}." if states else "Name a step_NNNNNN folder or a file."
         raise UserError(f"{model} is no training state: there is no state.json in it. {hint}")
@@ -62,15 +84,86 @@ def open_adapter(path: Path, network_alpha: float | None = None) -> Adapter:
         raise UserError(str(error)) from error
 
 
-def base_model_of(source: Source, given: str | None) -> str:
-    """The base model's name: the given one, else the one the source names. Raises UserError where there is neither."""
+def base_model_of(sources: Sequence[Source], given: str | None) -> tuple[str, str]:
+    """(name of the base, why that one). Raises UserError where none is given or named, or the sources disagree."""
     if given is not None:
-        return given
-    if source.base_model is not None:
-        return source.base_model
-    kohyas = source.adapter.metadata.get("ss_sd_model_name")
+        trained_on = sorted({s.base_model for s in sources if s.base_model not in (None, given)} - {None}, key=str)
+        return given, f"the adapter was trained on {', '.join(map(str, trained_on))}" if trained_on else "as given"
+    named = {source.base_model: source for source in sources if source.base_model is not None}
+    if len(named) > 1:
+        raise UserError(
+            f"The adapters were trained on different bases ({', '.join(map(str, named))}). Name the one to merge into with "
+            "--pretrained_model_name_or_path."
+        )
+    if named:
+        name, source = next(iter(named.items()))
+        return str(name), f"named in {source.named_in}"
+    first = sources[0]
+    if first.is_wrapped:
+        usual = USUAL_BASES[first.adapter.family.key]
+        return usual, f"{first.file.name} names no base; what it does not hold comes from here"
+    kohyas = first.adapter.metadata.get("ss_sd_model_name")
     said = f"only says that its base was called {kohyas}" if kohyas else "does not say which base model it belongs to"
-    raise UserError(f"{source.file} {said}. Name the base with --pretrained_model_name_or_path.")
+    raise UserError(f"{first.file} {said}. Name the base with --pretrained_model_name_or_path.")
+
+
+def with_frozen_weights(base: Checkpoint, source: Source) -> Checkpoint:
+    """The base with the components that a wrapped checkpoint holds taken from there. Raises UserError where they differ."""
+    file = TensorFile(source.file)
+    found: dict[str, dict[str, StoredTensor]] = {}
+    for name in source.adapter.frozen:
+        split = split_wrapped_key(name)
+        assert split is not None, name
+        component, key = split
+        stored = file.tensors[name]
+        found.setdefault(component, {})[key] = StoredTensor(stored, stored.shape)
+    for component, tensors in found.items():
+        expected = base.shapes.get(component, {})
+        shapes = {key: stored.shape for key, stored in tensors.items()}
+        wrong = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
+        if wrong:
+            raise UserError(
+                f"{source.file} holds a {component} of {len(shapes)} tensors, the base {base.location.name} one of "
+                f"{len(expected)}, and {len(wrong)} do not agree (first: {', '.join(wrong[:3])}). Name the base it was "
+                "trained on with --pretrained_model_name_or_path."
+            )
+        base = base.replaced(component, tensors, len(tensors))
+    return base
+
+
+def newest_output(root: Path, *, use_ema: bool = False) -> Path:
+    """The adapter file or training state under `root` that was written last. Raises UserError where there is none."""
+    found = list(_outputs(root, use_ema))
+    if not found:
+        raise UserError(
+            f"There is no training output in {root.absolute()} to merge. Name adapters with --models, or train one first "
+            "(python train_repa.py --dataset_config demo.toml)."
+        )
+    return max(found, key=lambda path: (path / "state.json" if path.is_dir() else path).stat().st_mtime_ns)
+
+
+def _outputs(root: Path, use_ema: bool) -> Iterator[Path]:
+    for file in [*root.glob("*.safetensors"), *root.glob("*/*.safetensors")]:
+        averaged = file.stem.endswith("-ema")
+        if averaged == use_ema and not (file.parent / "model_index.json").exists():
+            try:
+                metadata = TensorFile(file).metadata
+            except UserError:
+                continue  # being written, or not a whole file
+            if BASE_MODEL_KEY in metadata and SPEC_KEY in metadata:  # a sum of adapters has no specification
+                yield file
+    for state in root.glob("*/step_*/state.json"):
+        if (state.parent / ("ema.safetensors" if use_ema else "lora.safetensors")).is_file():
+            yield state.parent
+
+
+def _base_beside(model: Path, adapter: Adapter) -> str | None:
+    """The base whose file name kohya's metadata has, where a file or folder of that name is at hand."""
+    name = adapter.metadata.get("ss_sd_model_name")
+    if not name or name != Path(name).name:
+        return None
+    places = (Path(name), model.parent / name, Path("models") / name)
+    return next((str(place) for place in places if place.exists()), None)
 
 
 def _span(values: set[int] | set[float]) -> str:

@@ -14,6 +14,7 @@ from library.errors import UserError
 from library.files import write_json, write_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+OPEN_CLIP_PAD = "!"  # the first entry of every such vocabulary: OpenCLIP pads with zeros
 MAX_LENGTH = 77
 
 CLIP_VOCABULARY_SIZE = 49408
@@ -29,39 +30,42 @@ _TINY_WORDS = (
 )
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
     """OpenAI's tokenizer, 49,408 entries: "a photo of a cat" is 49406 320 1125 539 320 2368 49407, padded with 49407."""
-    return build_tokenizer(_clip_merges())
+    return build_tokenizer(_clip_merges(), pad)
 
 
-def tiny_tokenizer() -> CLIPTokenizer:
-    """The tiny model's tokenizer: bytes, and one token for each of some ninety words of colours and shapes."""
-    return build_tokenizer(tiny_merges())
+def tiny_tokenizer(pad: str = END) -> CLIPTokenizer:
+    """The tiny models' tokenizer: bytes, and one token for each of some ninety words of colours and shapes."""
+    return build_tokenizer(tiny_merges(), pad)
 
 
-def tokenizer_for(vocabulary_size: int, where: str) -> CLIPTokenizer:
+def tokenizer_for(vocabulary_size: int, where: str, pad: str = END) -> CLIPTokenizer:
     """The tokenizer that goes with a token embedding of so many rows. Raises UserError for an unknown size."""
     if vocabulary_size == CLIP_VOCABULARY_SIZE:
-        return clip_tokenizer()
+        return clip_tokenizer(pad)
     if vocabulary_size == len(vocabulary(tiny_merges())):
-        return tiny_tokenizer()
+        return tiny_tokenizer(pad)
     raise UserError(
         f"{where} has a token embedding of {vocabulary_size} rows, and a single file carries no tokenizer. Known are "
         f"CLIP's ({CLIP_VOCABULARY_SIZE}) and the tiny model's ({len(vocabulary(tiny_merges()))}): use the diffusers folder."
     )
 
 
-def build_tokenizer(merges: tuple[tuple[str, str], ...]) -> CLIPTokenizer:
+def build_tokenizer(merges: tuple[tuple[str, str], ...], pad: str = END) -> CLIPTokenizer:
     """A CLIPTokenizer of 77 positions over the vocabulary that the merges span."""
     pairs: Any = list(merges)  # annotated as strings, but tokenizers' BPE takes pairs
-    return CLIPTokenizer(vocab=vocabulary(merges), merges=pairs, model_max_length=MAX_LENGTH)
+    return CLIPTokenizer(vocab=vocabulary(merges), merges=pairs, model_max_length=MAX_LENGTH, pad_token=pad)
 
 
-def write_tokenizer(folder: Path, merges: tuple[tuple[str, str], ...]) -> None:
-    """Write vocab.json, merges.txt and the two configuration files, as SD1.5's tokenizer/ has them."""
+def write_tokenizer(folder: Path, merges: tuple[tuple[str, str], ...], pad: str = END) -> None:
+    """Write vocab.json, merges.txt and the two configuration files, as tokenizer/ of SD1.5 has them, tokenizer_2/ of SDXL.
+
+    `pad` is OPEN_CLIP_PAD for the latter.
+    """
     write_json(folder / "vocab.json", vocabulary(merges))
     write_text(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
-    markers = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    markers = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
     write_json(folder / "special_tokens_map.json", markers)
     write_json(
         folder / "tokenizer_config.json",

@@ -22,6 +22,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 VAE_FACTOR = 8
 PROMPTS_AT_ONCE = 64
+# Between them diffusers keeps log-variances, as LDM's code did. At the floor a draw is the mean, to 1 part in 3 million.
+LOG_VARIANCE_FLOOR, LOG_VARIANCE_CEILING = -30.0, 20.0
 
 
 class VaeEncoder:
@@ -48,6 +50,32 @@ class VaeEncoder:
         inputs = pixels.to(self.vae.device).float() / 127.5 - 1.0
         posterior = self.vae.encode(inputs.to(self.vae.dtype)).latent_dist
         return posterior.mean, posterior.logvar
+
+
+class MomentsEncoder:
+    """Pixels to the VAE's posterior, unscaled, so that training can sample from it.
+
+    flipped: the pictures are mirrored first, left to right.
+    """
+
+    def __init__(self, vae: AutoencoderKL, *, flipped: bool = False) -> None:
+        self._vae, self.flipped = VaeEncoder(vae), flipped
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> float16 [B, 8, H/8, W/8]: four channels of means, then four of log-variances."""
+        mean, log_variance = self._vae.moments(pixels.flip(-1) if self.flipped else pixels)
+        return torch.cat([mean, log_variance.clamp(LOG_VARIANCE_FLOOR, LOG_VARIANCE_CEILING)], dim=1).to(torch.float16)
+
+
+def latents_of(moments: Tensor, scaling_factor: float, noise: Tensor | None = None) -> Tensor:
+    """Entries [B, 8, h, w] of `MomentsEncoder` -> float32 latents [B, 4, h, w] as the U-Net takes them.
+
+    noise: standard normal, [B, 4, h, w], to draw from the posterior; None takes its mode.
+    """
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    drawn = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
+    return drawn * scaling_factor
 
 
 class DinoEncoder:

@@ -1,48 +1,66 @@
-"""Frozen Stable Diffusion components from a folder, the hub or a single file; all strict, in eval mode, without gradients."""
+"""Frozen Stable Diffusion components from a folder, the hub or a single file; all strict, in eval mode, without gradients.
+
+Who calls says which families of models it can deal with: SD1.5 alone, unless `families` names more.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from library.errors import UserError
 from library.files import read_json
 from library.models import single_file
-from library.models.clip_tokenizer import tokenizer_for
-from library.models.locate import BaseLocation, base_status, is_sd15_hub_id, locate_base, weight_files
-from library.models.sd15_configs import SD15_UNET
+from library.models.clip_tokenizer import END, OPEN_CLIP_PAD, tokenizer_for
+from library.models.configs import configs_of, published_family
+from library.models.family import family_of, require_family
+from library.models.locate import BaseLocation, base_status, locate_base, weight_files
 from library.models.weights import assemble, read_tensors
+from networks.names import current_key
+from networks.original_names import SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Family
 
 Base = BaseLocation | str
 Device = torch.device | str
+Families = Collection[Family]
 
 
-def load_unet(base: Base, *, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> UNet2DConditionModel:
-    """The U-Net, frozen. Raises UserError when its tensors and configuration do not belong together, or it is SDXL's."""
-    location = _located(base, "unet")
-    config = unet_config(location)
-    if location.is_file:
-        tensors = single_file.file_unet_tensors(location.path, config)
-    else:
-        tensors = read_tensors(weight_files(location.path, "unet"))
+class TextPart(NamedTuple):
+    """A text encoder of a model, and the tokenizer that goes with it."""
+
+    component: str
+    tokenizer: CLIPTokenizer
+    model: CLIPTextModel | CLIPTextModelWithProjection
+
+
+def load_unet(
+    base: Base, *, families: Families = (SD15,), dtype: torch.dtype = torch.float32, device: Device = "cpu"
+) -> UNet2DConditionModel:
+    """The U-Net, frozen. Raises UserError when it is of another family, or tensors and configuration do not fit."""
+    location = _located(base, UNET)
+    family = family_of(location, families)
+    config = _unet_config(location, family)
+    tensors = _tensors(location, family, UNET)
     where = f"The U-Net of {location.path}"
     return assemble(lambda: UNet2DConditionModel.from_config(config), tensors, where, dtype=dtype, device=device)
 
 
-def load_vae(base: Base, *, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> AutoencoderKL:
+def load_vae(
+    base: Base, *, families: Families = (SD15,), dtype: torch.dtype = torch.float32, device: Device = "cpu"
+) -> AutoencoderKL:
     """The autoencoder, frozen; its config holds scaling_factor."""
-    location = _located(base, "vae")
+    location = _located(base, VAE)
+    family = family_of(location, families)
     if location.is_file:
-        config = single_file.file_vae_config(location.path)
-        tensors = single_file.file_vae_tensors(location.path, config)
+        config = single_file.file_vae_config(location.path, family)
     else:
-        config = _component_config(location, "vae", "AutoencoderKL")
-        tensors = _current_attention_names(read_tensors(weight_files(location.path, "vae")))
+        config = _component_config(location, VAE, "AutoencoderKL")
+    tensors = _tensors(location, family, VAE)
     where = f"The VAE of {location.path}"
     return assemble(lambda: AutoencoderKL.from_config(config), tensors, where, dtype=dtype, device=device)
 
@@ -50,57 +68,89 @@ def load_vae(base: Base, *, dtype: torch.dtype = torch.float32, device: Device =
 def load_text_encoder(
     base: Base, *, dtype: torch.dtype = torch.float32, device: Device = "cpu"
 ) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """CLIP's tokenizer and text encoder, frozen. Raises UserError when the two are of different vocabularies."""
-    location = _located(base, "text_encoder", "tokenizer")
-    if location.is_file:
-        config = CLIPTextConfig(**single_file.file_text_config(location.path))
-        tensors = single_file.file_text_tensors(location.path)
-        tokenizer = tokenizer_for(config.vocab_size, str(location.path))
-    else:
-        config = CLIPTextConfig.from_dict(_component_config(location, "text_encoder", "CLIPTextModel"))
-        tensors = read_tensors(weight_files(location.path, "text_encoder"))
-        tokenizer = _folder_tokenizer(location.path / "tokenizer")
-    if len(tokenizer) != config.vocab_size:
-        raise UserError(
-            f"The tokenizer of {location.path} has {len(tokenizer)} entries, its text encoder {config.vocab_size}. They do "
-            "not belong together."
-        )
-    where = f"The text encoder of {location.path}"
-    tensors = _prefixed_text_names(tensors)
-    return tokenizer, assemble(lambda: CLIPTextModel(config), tensors, where, dtype=dtype, device=device)
+    """SD1.5's tokenizer and text encoder, frozen. Raises UserError when the two are of different vocabularies."""
+    location = _located(base, TEXT_ENCODER, "tokenizer")
+    part = _text_part(location, family_of(location, (SD15,)), TEXT_ENCODER, dtype, device)
+    return part.tokenizer, part.model
+
+
+def load_text_encoders(
+    base: Base,
+    *,
+    families: Families = (SD15, SDXL),
+    dtype: torch.dtype = torch.float32,
+    device: Device = "cpu",
+) -> list[TextPart]:
+    """Every text encoder of the model with its tokenizer, frozen, in the order in which the U-Net takes their states.
+
+    The second one of SDXL is a CLIPTextModelWithProjection; its tokenizer pads with id 0.
+    """
+    location = _located(base)
+    family = family_of(location, families)
+    return [_text_part(location, family, component, dtype, device) for component in family.text_encoders]
 
 
 def load_scheduler_config(base: Base) -> dict[str, Any]:
     """The noise schedule the base was trained with, as diffusers' scheduler_config.json has it."""
     location = _located(base, "scheduler")
     if location.is_file:
-        return single_file.file_scheduler_config(location.path)
+        return single_file.file_scheduler_config(location.path, family_of(location))
     return read_json(location.path / "scheduler" / "scheduler_config.json")
 
 
-def unet_config(base: Base) -> dict[str, Any]:
+def unet_config(base: Base, *, families: Families = (SD15,)) -> dict[str, Any]:
     """The U-Net's configuration without its weights, for a build on the meta device.
 
-    Of a hub id known to be SD1.x and not on this machine, the bundled one: nothing is fetched for it. Any other absent
-    base is a UserError.
+    Of a hub id known to be a published model and not on this machine, the bundled one: nothing is fetched for it. Any
+    other absent base is a UserError.
     """
-    if isinstance(base, str) and (absent := base_status(base, ("unet",))):
-        if is_sd15_hub_id(base):
-            return dict(SD15_UNET)
-        raise UserError(absent)
-    location = _located(base, "unet")
+    if isinstance(base, str) and (absent := base_status(base, (UNET,))):
+        published = published_family(base)
+        if published is None:
+            raise UserError(absent)
+        return dict(configs_of(require_family(published, families, base)).unet)
+    location = _located(base, UNET)
+    return _unet_config(location, family_of(location, families))
+
+
+def _unet_config(location: BaseLocation, family: Family) -> dict[str, Any]:
     if location.is_file:
-        return single_file.file_unet_config(location.path)
-    config = _component_config(location, "unet", "UNet2DConditionModel")
-    if config.get("addition_embed_type") == "text_time":
+        return single_file.file_unet_config(location.path, family)
+    return _component_config(location, UNET, "UNet2DConditionModel")
+
+
+def _text_part(location: BaseLocation, family: Family, component: str, dtype: torch.dtype, device: Device) -> TextPart:
+    kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
+    if location.is_file:
+        config = CLIPTextConfig(**single_file.file_text_config(location.path, family, component))
+        pad = OPEN_CLIP_PAD if component == TEXT_ENCODER_2 else END
+        tokenizer = tokenizer_for(config.vocab_size, str(location.path), pad)
+    else:
+        config = CLIPTextConfig.from_dict(_component_config(location, component, kind.__name__))
+        tokenizer = _folder_tokenizer(location.path / component.replace("text_encoder", "tokenizer"))
+    name = component.replace("_", " ")
+    if len(tokenizer) != config.vocab_size:
         raise UserError(
-            f"{location.path} looks like SDXL (it has size conditions). An SD1.5 base model is needed here."
+            f"The tokenizer of {location.path} has {len(tokenizer)} entries, its {name} {config.vocab_size}. They do "
+            "not belong together."
         )
-    return config
+    tensors = _tensors(location, family, component)
+    where = f"The {name} of {location.path}"
+    return TextPart(component, tokenizer, assemble(lambda: kind(config), tensors, where, dtype=dtype, device=device))
+
+
+def _tensors(location: BaseLocation, family: Family, component: str) -> dict[str, Tensor]:
+    """A component's tensors under the names of today's models."""
+    if location.is_file:
+        return single_file.file_tensors(location.path, family, component)
+    stored = read_tensors(weight_files(location.path, component))
+    named = ((current_key(component, name), value) for name, value in stored.items())
+    return {key: value for key, value in named if key is not None}
 
 
 def _located(base: Base, *components: str) -> BaseLocation:
-    return base if isinstance(base, BaseLocation) else locate_base(base, components)
+    """`components`: what is needed of it; none named means all."""
+    return base if isinstance(base, BaseLocation) else locate_base(base, components or None)
 
 
 def _component_config(location: BaseLocation, component: str, class_name: str) -> dict[str, Any]:
@@ -110,30 +160,6 @@ def _component_config(location: BaseLocation, component: str, class_name: str) -
     if found != class_name:
         raise UserError(f"{path} describes a {found}. A {class_name} is needed here.")
     return config
-
-
-def _current_attention_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of diffusers 0.17 and before (SD1.5's own VAE on the hub still has them) to those of today."""
-    today = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-    def renamed(name: str) -> str:
-        module, _, last = name.rpartition(".")
-        parent, _, layer = module.rpartition(".")
-        return f"{parent}.{today[layer]}.{last}" if ".attentions." in name and layer in today else name
-
-    return {renamed(name): value for name, value in tensors.items()}
-
-
-def _prefixed_text_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """CLIPTextModel's names in transformers < 5.6, also where 5.6 or a converter left `text_model.` out.
-
-    Older files hold the index buffer position_ids as well, which is no longer part of the model.
-    """
-    return {
-        f"text_model.{name.removeprefix('text_model.')}": value
-        for name, value in tensors.items()
-        if not name.endswith("embeddings.position_ids")
-    }
 
 
 def _folder_tokenizer(folder: Path) -> CLIPTokenizer:

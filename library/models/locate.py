@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.errors import UserError
+from library.files import read_json
 
 TINY_SD15 = "tiny-sd15"
+TINY_SDXL = "tiny-sdxl"
 TINY_DINOV2 = "tiny-dinov2"
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+SDXL_COMPONENTS = (*COMPONENTS, "text_encoder_2", "tokenizer_2")
+TINY_BASES = (TINY_SD15, TINY_SDXL)
 DINOV2 = "dinov2"  # a DINOv2 folder has one component, which lies at its root
 
 # Ids that left the hub, and where the same files are now.
@@ -26,9 +30,11 @@ _SAFE_STEM = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
+    "text_encoder_2": "model",
     DINOV2: "model",
 }
-_PICKLE_STEM = {**_SAFE_STEM, "text_encoder": "pytorch_model", DINOV2: "pytorch_model"}
+# transformers' pickles have a name of their own, diffusers' have not.
+_PICKLE_STEM = {part: "pytorch_model" if stem == "model" else stem for part, stem in _SAFE_STEM.items()}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -49,14 +55,14 @@ class BaseLocation:
         return self.path.is_file()
 
 
-def locate_base(name: str, components: Sequence[str] = COMPONENTS) -> BaseLocation:
+def locate_base(name: str, components: Sequence[str] | None = None) -> BaseLocation:
     """Find a Stable Diffusion base; fetch it from the hub if it is a hub id not yet in the local cache.
 
-    `name` is `tiny-sd15`, a diffusers folder, a `.safetensors` file, or `owner/name`. Of a hub model only `components`
-    are fetched. A complete copy in the hub cache is used as it is, without asking the hub for a newer one.
-    Raises UserError for everything that cannot be used, with what to do.
+    `name` is `tiny-sd15` or `tiny-sdxl`, a diffusers folder, a `.safetensors` file, or `owner/name`. Of a hub model only
+    `components` are fetched; None means all that a model of its family has. A complete copy in the hub cache is used as
+    it is, without asking the hub for a newer one. Raises UserError for everything that cannot be used, with what to do.
     """
-    if name == TINY_SD15:
+    if name in TINY_BASES:
         return _tiny(name)
     return _local_base(name, components) or _fetch(name, components)
 
@@ -68,13 +74,14 @@ def locate_dino(name: str) -> BaseLocation:
     return _local_dino(name) or _fetch(name, (DINOV2,))
 
 
-def base_status(name: str, components: Sequence[str] = COMPONENTS) -> str | None:
+def base_status(name: str, components: Sequence[str] | None = None) -> str | None:
     """None when `locate_base(name, components)` needs no network, else a sentence saying what is missing.
 
-    Looks at names of files only: nothing is fetched, built or opened. A tiny model counts as there, since it is built.
+    Looks at names of files and the model's index: nothing is fetched or built. A tiny model counts as there, since it is
+    built when it is needed.
     """
     try:
-        there = name == TINY_SD15 or _local_base(name, components) is not None
+        there = name in TINY_BASES or _local_base(name, components) is not None
     except UserError as error:
         return str(error)
     return None if there else _absent(name, TINY_SD15)
@@ -87,13 +94,6 @@ def dino_status(name: str) -> str | None:
     except UserError as error:
         return str(error)
     return None if there else _absent(name, TINY_DINOV2)
-
-
-def is_sd15_hub_id(name: str) -> bool:
-    """Whether a hub id is known to be Stable Diffusion 1.x, so that its configuration needs no download."""
-    from library.models.sd15_configs import SD15_HUB_IDS
-
-    return name in SD15_HUB_IDS
 
 
 def weight_files(folder: Path, component: str) -> list[Path]:
@@ -145,7 +145,7 @@ def _tiny(name: str) -> BaseLocation:
     return BaseLocation(name, ensure_tiny(name))
 
 
-def _local_base(name: str, components: Sequence[str]) -> BaseLocation | None:
+def _local_base(name: str, components: Sequence[str] | None) -> BaseLocation | None:
     path = Path(name).expanduser()
     if path.suffix.lower() in _PICKLE_SUFFIXES and path.is_file():
         raise UserError(
@@ -162,7 +162,7 @@ def _local_base(name: str, components: Sequence[str]) -> BaseLocation | None:
                 f"{name} is not a diffusers folder: it has neither model_index.json nor unet/config.json. Name the "
                 "folder that holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/."
             )
-        if missing := missing_parts(path, components):
+        if missing := missing_parts(path, components or _all_components(path)):
             raise UserError(f"{name} is incomplete: {', '.join(missing)} missing. Complete it or name another.")
         return BaseLocation(name, path)
     return _cached(name, components)
@@ -181,6 +181,17 @@ def _local_dino(name: str) -> BaseLocation | None:
     return _cached(name, (DINOV2,))
 
 
+def _all_components(folder: Path) -> Sequence[str]:
+    """What a diffusers folder should hold, by what its index (or else its U-Net) says it is."""
+    if (index := folder / "model_index.json").is_file():
+        named = read_json(index)
+        parts = [name for name in SDXL_COMPONENTS if (named.get(name) or [None])[0]]
+        return parts if "text_encoder_2" in parts else COMPONENTS
+    unet = folder / "unet" / "config.json"
+    is_sdxl = unet.is_file() and read_json(unet).get("addition_embed_type") == "text_time"
+    return SDXL_COMPONENTS if is_sdxl else COMPONENTS
+
+
 def missing_parts(folder: Path, components: Sequence[str]) -> list[str]:
     """The files that a diffusers (DINOv2: transformers) folder lacks for these components, by name only."""
     files = [file.relative_to(folder).as_posix() for file in folder.glob("*")]
@@ -191,11 +202,10 @@ def missing_parts(folder: Path, components: Sequence[str]) -> list[str]:
 def _missing(files: Collection[str], components: Sequence[str]) -> list[str]:
     missing = []
     for component in components:
-        if component == "tokenizer":
-            if not (
-                {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(files) or "tokenizer/tokenizer.json" in files
-            ):
-                missing.append("tokenizer/vocab.json")
+        if component in ("tokenizer", "tokenizer_2"):
+            names = _names_in(files, component)
+            if not ({"vocab.json", "merges.txt"} <= set(names) or "tokenizer.json" in names):
+                missing.append(f"{component}/vocab.json")
         elif component == "scheduler":
             if "scheduler/scheduler_config.json" not in files:
                 missing.append("scheduler/scheduler_config.json")
@@ -217,22 +227,25 @@ def _names_in(files: Collection[str], component: str) -> list[str]:
     return [file.split("/")[1] for file in files if file.startswith(f"{component}/") and file.count("/") == 1]
 
 
-def _cached(name: str, components: Sequence[str]) -> BaseLocation | None:
+def _cached(name: str, components: Sequence[str] | None) -> BaseLocation | None:
     """A complete copy in the hub cache of the id, or of the id it moved to."""
     if not _is_hub_id(name):
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    marker = "config.json" if DINOV2 in components else "model_index.json"
+    marker = "config.json" if components == (DINOV2,) else "model_index.json"
     for hub_id in (name, MOVED[name]) if name in MOVED else (name,):
         found = try_to_load_from_cache(hub_id, marker)
-        if isinstance(found, str) and not missing_parts(Path(found).parent, components):
-            return BaseLocation(name, Path(found).parent, None if hub_id == name else _moved(name))
+        if not isinstance(found, str):
+            continue
+        folder = Path(found).parent
+        if not missing_parts(folder, components or _all_components(folder)):
+            return BaseLocation(name, folder, None if hub_id == name else _moved(name))
     return None
 
 
-def _fetch(name: str, components: Sequence[str]) -> BaseLocation:
-    tiny = TINY_DINOV2 if DINOV2 in components else TINY_SD15
+def _fetch(name: str, components: Sequence[str] | None) -> BaseLocation:
+    tiny = TINY_DINOV2 if components == (DINOV2,) else TINY_SD15
     if not _is_hub_id(name):
         raise UserError(_absent(name, tiny))
     import httpx
@@ -243,6 +256,8 @@ def _fetch(name: str, components: Sequence[str]) -> BaseLocation:
     hub_id = MOVED.get(name, name)
     try:
         files = HfApi().list_repo_files(hub_id)
+        if components is None:
+            components = SDXL_COMPONENTS if _names_in(files, "text_encoder_2") else COMPONENTS
         if missing := _missing(files, components):
             raise UserError(
                 f"{hub_id} on the hub is not in the needed layout: {', '.join(missing)} missing. If it holds a single "

@@ -83,3 +83,17 @@ SD15_SCHEDULER: dict[str, Any] = {
     "steps_offset": 1,
     "clip_sample": False,
 }
+
+SD15_PIPELINE: dict[str, Any] = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+"""What model_index.json says of a whole folder."""

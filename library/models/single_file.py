@@ -1,8 +1,8 @@
-"""Stable Diffusion 1.x in one .safetensors file, in the names of the original LDM code.
+"""Stable Diffusion 1.x and XL in one .safetensors file, in the names of the original code.
 
-Such a file carries no configuration: widths are read off tensor shapes, what leaves no trace in a shape is SD1.5's.
-Format: 686 tensors under `model.diffusion_model.`, 248 under `first_stage_model.`, 196 under `cond_stage_model.transformer.`.
-EMA copies (`model_ema.`) and schedule buffers are ignored.
+Such a file carries no configuration: widths are read off tensor shapes, what leaves no trace in a shape is as published.
+Format: SD1.5 has 686 + 248 + 196 tensors of U-Net, VAE and text encoder; SDXL 1680 + 248 + 196, and 389 of the second text
+encoder, which stacks queries, keys and values. EMA copies (`model_ema.`), schedule buffers and position_ids are ignored.
 """
 
 from __future__ import annotations
@@ -10,84 +10,89 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from torch import Tensor
 
 from library.errors import UserError
-from library.models.sd15_configs import SD15_SCHEDULER, SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
-from library.models.weights import Shapes, read_shapes, read_tensors
-
-UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
-TEXT_PREFIX = "cond_stage_model.transformer."
-PREFIXES = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text_encoder": TEXT_PREFIX}
-
-# What other files look like: a tensor name, or the beginning of one, that only they have.
-_OTHER_FAMILIES = (
-    ("conditioner.embedders.", "SDXL"),
-    ("cond_stage_model.model.", "Stable Diffusion 2"),
-    (UNET_PREFIX + "joint_blocks.", "Stable Diffusion 3"),
-    (UNET_PREFIX + "double_blocks.", "Flux"),
-    ("lora_", "a LoRA adapter"),
-    ("down_blocks.", "a diffusers U-Net alone"),
-    ("encoder.", "a VAE alone"),
-    ("text_model.", "a text encoder alone"),
+from library.models.configs import configs_of
+from library.models.header import Shapes, read_shapes
+from library.models.weights import read_tensors
+from networks.original_names import (
+    SDXL,
+    TEXT_ENCODER_2,
+    UNET,
+    VAE,
+    Family,
+    Form,
+    Place,
+    diffusers_keys,
+    original_place,
 )
 
 
-def file_unet_config(path: Path) -> dict[str, Any]:
-    """UNet2DConditionModel's configuration. Raises UserError when the file is no SD1.x, saying what it looks like."""
-    shapes = _shapes(path, "unet")
-    level_ends = [f"input_blocks.{1 + 3 * level}.0.out_layers.3.weight" for level in range(4)]
-    cross = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    config = SD15_UNET | {
-        "in_channels": _size(path, shapes, "input_blocks.0.0.weight", 1),
-        "out_channels": _size(path, shapes, "out.2.weight", 0),
-        "block_out_channels": [_size(path, shapes, name, 0) for name in level_ends],
-        "cross_attention_dim": _size(path, shapes, cross, 1),
+def file_unet_config(path: Path, family: Family) -> dict[str, Any]:
+    """UNet2DConditionModel's configuration. Raises UserError when the file is not laid out like the family's."""
+    sizes = _Sizes(path, family, UNET)
+    config = configs_of(family).unet
+    levels = range(len(config["block_out_channels"]))
+    attention = min(level for level in levels if "CrossAttn" in config["down_block_types"][level])
+    words = f"down_blocks.{attention}.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    found: dict[str, Any] = {
+        "in_channels": sizes["conv_in.weight", 1],
+        "out_channels": sizes["conv_out.weight", 0],
+        "block_out_channels": [sizes[f"down_blocks.{level}.resnets.0.conv2.weight", 0] for level in levels],
+        "cross_attention_dim": sizes[words, 1],
     }
-    if config["in_channels"] == 9:
-        raise UserError(
-            f"{path} looks like an inpainting model (9 input channels). A text-to-image SD1.5 model is needed."
-        )
-    return config
+    if family == SDXL:
+        # Heads leave no trace in the shapes: they are 64 wide, and a tiny model has one.
+        found["attention_head_dim"] = [max(1, width // 64) for width in found["block_out_channels"]]
+        found["transformer_layers_per_block"] = [
+            max(1, sizes.count(f"down_blocks.{level}.attentions.0.transformer_blocks.")) for level in levels
+        ]
+        conditions = sizes["add_embedding.linear_1.weight", 1]
+        pooled = _Sizes(path, family, TEXT_ENCODER_2)["text_projection.weight", 1]
+        found["projection_class_embeddings_input_dim"] = conditions
+        found["addition_time_embed_dim"] = (conditions - pooled) // 6  # six numbers say sizes and crop
+    return {**config, **found}
 
 
-def file_vae_config(path: Path) -> dict[str, Any]:
+def file_vae_config(path: Path, family: Family) -> dict[str, Any]:
     """AutoencoderKL's configuration."""
-    shapes = _shapes(path, "vae")
-    widths = [_size(path, shapes, f"encoder.down.{level}.block.0.conv2.weight", 0) for level in range(4)]
-    return SD15_VAE | {
+    sizes = _Sizes(path, family, VAE)
+    widths = [sizes[f"encoder.down_blocks.{level}.resnets.0.conv2.weight", 0] for level in range(4)]
+    return {
+        **configs_of(family).vae,
         "block_out_channels": widths,
-        "latent_channels": _size(path, shapes, "post_quant_conv.weight", 0),
+        "latent_channels": sizes["post_quant_conv.weight", 0],
         # Leaves no trace in the shapes. SD has 32 groups over 128 channels, and the tiny model keeps the proportion.
         "norm_num_groups": widths[0] // 4,
     }
 
 
-def file_text_config(path: Path) -> dict[str, Any]:
-    """CLIPTextConfig's fields. CLIP's heads are 64 wide at every size (Radford et al. 2021, table 20)."""
-    shapes = {name.removeprefix("text_model."): shape for name, shape in _shapes(path, "text_encoder").items()}
-    vocabulary = _size(path, shapes, "embeddings.token_embedding.weight", 0)
-    hidden = _size(path, shapes, "embeddings.token_embedding.weight", 1)
-    return SD15_TEXT_ENCODER | {
+def file_text_config(path: Path, family: Family, component: str) -> dict[str, Any]:
+    """CLIPTextConfig's fields. CLIP's heads are 64 wide at every size (Radford et al. 2021, table 20; OpenCLIP's too)."""
+    sizes = _Sizes(path, family, component)
+    published = configs_of(family).text_encoders[component]
+    vocabulary = sizes["text_model.embeddings.token_embedding.weight", 0]
+    hidden = sizes["text_model.embeddings.token_embedding.weight", 1]
+    return {
+        **published,
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "projection_dim": hidden,
+        "projection_dim": sizes["text_projection.weight", 1] if component == TEXT_ENCODER_2 else hidden,
         "num_attention_heads": max(1, hidden // 64),
-        "intermediate_size": _size(path, shapes, "encoder.layers.0.mlp.fc1.weight", 0),
-        "num_hidden_layers": len({name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")}),
-        "max_position_embeddings": _size(path, shapes, "embeddings.position_embedding.weight", 0),
+        "intermediate_size": sizes["text_model.encoder.layers.0.mlp.fc1.weight", 0],
+        "num_hidden_layers": sizes.count("text_model.encoder.layers."),
+        "max_position_embeddings": sizes["text_model.embeddings.position_embedding.weight", 0],
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
-        "pad_token_id": vocabulary - 1,
+        "pad_token_id": 0 if published["pad_token_id"] == 0 else vocabulary - 1,
     }
 
 
-def file_scheduler_config(path: Path) -> dict[str, Any]:
-    """SD1.5's schedule. A tensor called `v_pred`, as ComfyUI reads it, marks a model that predicts velocity."""
+def file_scheduler_config(path: Path, family: Family) -> dict[str, Any]:
+    """The family's schedule. A tensor called `v_pred`, as ComfyUI reads it, marks a model that predicts velocity."""
     shapes = read_shapes(path)
-    config = dict(SD15_SCHEDULER)
+    config = dict(configs_of(family).scheduler)
     if "v_pred" in shapes:
         config["prediction_type"] = "v_prediction"
     if "ztsnr" in shapes:
@@ -95,57 +100,67 @@ def file_scheduler_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def file_unet_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The U-Net under diffusers' names."""
-    tensors = read_tensors(path, UNET_PREFIX)
-    # The converter looks these keys up without a default.
-    return _all_converted(
-        path, tensors, convert_ldm_unet_checkpoint(dict(tensors), {"class_embed_type": None, **config})
-    )
+def file_tensors(path: Path, family: Family, component: str) -> dict[str, Tensor]:
+    """A component's tensors, named and shaped as in the diffusers model.
 
-
-def file_vae_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The VAE under diffusers' names; the attention's 1x1 convolutions become linear layers."""
-    tensors = read_tensors(path, VAE_PREFIX)
-    return _all_converted(path, tensors, convert_ldm_vae_checkpoint(dict(tensors), config))
-
-
-def file_text_tensors(path: Path) -> dict[str, Tensor]:
-    """The text encoder's tensors without their LDM prefix."""
-    return {name.removeprefix(TEXT_PREFIX): value for name, value in read_tensors(path, TEXT_PREFIX).items()}
-
-
-def _shapes(path: Path, component: str) -> Shapes:
-    """Shapes of one component's tensors, prefix removed. Raises UserError when the file is not SD1.x or lacks it."""
-    shapes = read_shapes(path)
-    prefix = PREFIXES[component]
-    # SDXL uses the same prefix for its U-Net, so what marks another family is looked for first.
-    for beginning, family in _OTHER_FAMILIES:
-        if any(name.startswith(beginning) for name in shapes):
-            raise UserError(f"{path} looks like {family}. A Stable Diffusion 1.x base model is needed here.")
-    found = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-    if not found:
-        first = next(iter(sorted(shapes)), "none at all")
+    Raises UserError for tensors that have no place there: a leftover of training (LoRA, heads) means an unfinished merge.
+    """
+    tensors: dict[str, Tensor] = {}
+    stored = read_tensors(path, family.original[component])
+    strangers = []
+    for name, value in stored.items():
+        keys = [key for _, key in diffusers_keys(family, name)]
+        for key in keys:
+            tensors[key] = _as_in_diffusers(value, original_place(family, component, key))
+        if not keys and not name.endswith(("position_ids", "logit_scale")):
+            strangers.append(name)
+    if strangers:
         raise UserError(
-            f"{path} has no {component}: none of its {len(shapes)} tensors (first: {first}) begins with {prefix}. A complete "
-            "SD1.x checkpoint or a diffusers folder is needed."
+            f"{len(strangers)} of {len(stored)} tensors in {path} have no place in {family.title} (first: "
+            f"{min(strangers)}). Merge or remove what training left there."
         )
-    return found
+    return tensors
 
 
-def _size(path: Path, shapes: Shapes, name: str, axis: int) -> int:
-    if name not in shapes:
-        raise UserError(f"{path} is not laid out like Stable Diffusion 1.x: the tensor ...{name} is missing.")
-    return shapes[name][axis]
+def _as_in_diffusers(value: Tensor, place: Place) -> Tensor:
+    if place.form is Form.CONVOLUTION:
+        return value.flatten(1)  # some files hold it as a matrix already
+    if place.form is Form.TRANSPOSED:
+        return value.t()
+    if place.form is Form.STACKED:
+        return value.chunk(3)[place.part]
+    return value
 
 
-def _all_converted(path: Path, tensors: dict[str, Tensor], converted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Refuse what the converter dropped: a leftover of training (LoRA, heads) means an unfinished merge."""
-    if len(converted) != len(tensors):
-        kept = {value.data_ptr() for value in converted.values()}
-        first = next((name for name, value in sorted(tensors.items()) if value.data_ptr() not in kept), "?")
-        raise UserError(
-            f"{len(tensors) - len(converted)} of {len(tensors)} tensors in {path} have no place in SD1.x (first: {first}). "
-            "Merge or remove what training left there."
-        )
-    return converted
+class _Sizes:
+    """Sizes of one component's tensors, asked for by (key in the diffusers model, axis in the file).
+
+    Raises UserError when the file does not hold the component at all, or not the tensor asked for.
+    """
+
+    def __init__(self, path: Path, family: Family, component: str) -> None:
+        self._path, self._family, self._component = path, family, component
+        prefix = family.original[component]
+        every = read_shapes(path)
+        self._shapes: Shapes = {}
+        for name, shape in every.items():
+            if name.startswith(prefix):
+                self._shapes |= {key: shape for _, key in diffusers_keys(family, name)}
+        if not self._shapes:
+            first = min(every, default="none at all")
+            raise UserError(
+                f"{path} has no {component}: none of its {len(every)} tensors (first: {first}) begins with {prefix}. A "
+                f"complete {family.title} checkpoint or a diffusers folder is needed."
+            )
+
+    def __getitem__(self, key_and_axis: tuple[str, int]) -> int:
+        key, axis = key_and_axis
+        shape = self._shapes.get(key, ())
+        if axis >= len(shape):
+            name = original_place(self._family, self._component, key).key
+            raise UserError(f"{self._path} is not laid out like {self._family.title}: the tensor {name} is missing.")
+        return shape[axis]
+
+    def count(self, beginning: str) -> int:
+        """How many different numbers follow `beginning` in the keys."""
+        return len({key.removeprefix(beginning).split(".")[0] for key in self._shapes if key.startswith(beginning)})

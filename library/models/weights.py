@@ -5,25 +5,17 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.models.header import with_safetensors
 from library.models.locate import conversion_command
 
 Model = TypeVar("Model", bound=nn.Module)
-Shapes = dict[str, tuple[int, ...]]
-
-
-def read_shapes(path: Path) -> Shapes:
-    """Name -> shape of every tensor in a safetensors file, from its header alone."""
-    return _with_safetensors(
-        path, lambda file: {name: tuple(file.get_slice(name).get_shape()) for name in _names(file)}
-    )
 
 
 def read_tensors(paths: Path | Iterable[Path], prefix: str | tuple[str, ...] = "") -> dict[str, Tensor]:
@@ -38,26 +30,9 @@ def read_tensors(paths: Path | Iterable[Path], prefix: str | tuple[str, ...] = "
 
 
 def _read_safetensors(path: Path, prefix: str | tuple[str, ...]) -> dict[str, Tensor]:
-    return _with_safetensors(
-        path, lambda file: {name: file.get_tensor(name) for name in _names(file) if name.startswith(prefix)}
+    return with_safetensors(
+        path, lambda file: {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
     )
-
-
-def _names(file: Any) -> list[str]:
-    return list(file.keys())  # safe_open is no mapping
-
-
-def _with_safetensors(path: Path, read: Callable[[Any], Any]) -> Any:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return read(file)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise UserError(
-            f"{path} ({size} bytes) is not a whole safetensors file: {error}. It is probably truncated: fetch it again."
-        ) from error
 
 
 def _read_pickle(path: Path, prefix: str | tuple[str, ...]) -> dict[str, Tensor]:

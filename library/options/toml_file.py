@@ -60,16 +60,16 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} could not be read: {error.strerror}.") from None
 
 
-def read_options(path: Path) -> dict[str, Located]:
+def read_options(path: Path, *, later_section_wins: bool = False) -> dict[str, Located]:
     """Key -> value and place of every key in the file, whatever section it stands in.
 
     `extends = "other.toml"` at the top takes another file's values first (path relative to this file).
-    A key given in two sections of one file is an error. Arrays of tables are left out: they describe datasets.
+    A key given in two sections of one file is an error, or with `later_section_wins` the last one counts.
     """
-    return _read_options(path, seen=())
+    return _read_options(path, later_section_wins, seen=())
 
 
-def _read_options(path: Path, seen: tuple[Path, ...]) -> dict[str, Located]:
+def _read_options(path: Path, later_section_wins: bool, seen: tuple[Path, ...]) -> dict[str, Located]:
     if path.resolve() in seen:
         raise UserError(f"{path} extends itself, by way of {', '.join(p.name for p in seen)}.")
     document = read_toml(path)
@@ -79,7 +79,7 @@ def _read_options(path: Path, seen: tuple[Path, ...]) -> dict[str, Located]:
     if parent is not None:
         if not isinstance(parent, str) or not (path.parent / parent).is_file():
             raise UserError(f"extends in {path} names {parent!r}, which is no file beside it.")
-        options.update(_read_options(path.parent / parent, (*seen, path.resolve())))
+        options.update(_read_options(path.parent / parent, later_section_wins, (*seen, path.resolve())))
     own: dict[str, Located] = {}
     for key, value in document.items():
         if isinstance(value, dict):
@@ -88,7 +88,7 @@ def _read_options(path: Path, seen: tuple[Path, ...]) -> dict[str, Located]:
             entries = [("", key, value)]
         for section, name, inner_value in entries:
             located = Located(inner_value, path, lines.get((section, name)))
-            if name in own:
+            if name in own and not later_section_wins:
                 raise UserError(f"{name} is given twice: {own[name].place} and {located.place}. Keep one of them.")
             own[name] = located
     return options | own

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from library.options.checks import not_negative, positive, require
+from library.options.arguments import parse_arguments
+from library.options.checks import not_negative, positive, require, share
+
+Schedule = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+    "piecewise_constant",
+    "adafactor",
+]
+
+# Which schedules read which option.
+READ_BY = {
+    "lr_decay_steps": ("warmup_stable_decay",),
+    "lr_scheduler_num_cycles": ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
+    "lr_scheduler_power": ("polynomial",),
+    "lr_scheduler_timescale": ("inverse_sqrt",),
+    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay"),
+}
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
+    optimizer_type: str = "AdamW"
+    """AdamW, AdamW8bit, Lion, Prodigy, Adafactor, AdamWScheduleFree, ..., any class of torch.optim, bitsandbytes or
+    pytorch_optimizer by its name, or any other by its dotted path."""
+    optimizer_args: tuple[str, ...] = ()
+    """Arguments of the optimizer as key=value, such as weight_decay=0.01 betas=0.9,0.99."""
     learning_rate: float = 1e-4
-    """Peak learning rate of the LoRA weights."""
+    """Peak learning rate of the LoRA weights. Prodigy and D-Adaptation want 1.0."""
     align_learning_rate: float | None = None
     """Peak learning rate of the AlignHeads. Default: learning_rate."""
     adam_beta1: float = 0.9
@@ -22,15 +51,27 @@ class OptimizerOptions:
     adam_epsilon: float = 1e-8
     """AdamW: added to the root of the second moment."""
     weight_decay: float = 0.0
-    """AdamW: decoupled weight decay of the LoRA weights."""
+    """Decoupled weight decay of the LoRA weights."""
     align_weight_decay: float = 0.01
-    """AdamW: decoupled weight decay of the AlignHeads."""
-    lr_scheduler: Literal[
-        "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"
-    ] = "cosine"
-    """Learning rate after the warm-up, as diffusers defines it."""
+    """Decoupled weight decay of the AlignHeads."""
+    lr_scheduler: Schedule = "cosine"
+    """Learning rate after the warm-up, as diffusers and transformers define it."""
+    lr_scheduler_type: str = ""
+    """Scheduler class to use instead: a name in torch.optim.lr_scheduler, or a dotted path. It warms up only if told to."""
+    lr_scheduler_args: tuple[str, ...] = ()
+    """Arguments of the schedule as key=value, such as T_max=1000, or step_rules=1:500,0.1 for piecewise_constant."""
     lr_warmup_steps: float = 0.1
     """Linear warm-up: optimizer steps, or below 1 a share of all steps."""
+    lr_decay_steps: float = 0
+    """warmup_stable_decay: optimizer steps of the decay at the end, or below 1 a share of all steps."""
+    lr_scheduler_num_cycles: int = 1
+    """cosine_with_restarts: cycles. cosine_with_min_lr, warmup_stable_decay: half waves."""
+    lr_scheduler_power: float = 1.0
+    """polynomial: exponent of the decay."""
+    lr_scheduler_timescale: int | None = None
+    """inverse_sqrt: steps over which the rate falls to 1 / sqrt(2). Default: the warm-up."""
+    lr_scheduler_min_lr_ratio: float | None = None
+    """cosine_with_min_lr, warmup_stable_decay: share of the peak learning rate that is left at the end."""
     max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns that off."""
     ema_decay: float = 0.9995
@@ -45,12 +86,88 @@ class OptimizerOptions:
         positive("adam_epsilon", self.adam_epsilon)
         not_negative("weight_decay", self.weight_decay)
         not_negative("align_weight_decay", self.align_weight_decay)
-        not_negative("lr_warmup_steps", self.lr_warmup_steps)
         not_negative("max_grad_norm", self.max_grad_norm)
+        self._check_optimizer()
+        self._check_schedule()
+
+    @property
+    def optimizer_name(self) -> str:
+        return self.optimizer_type or "AdamW"
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        return parse_arguments("optimizer_args", self.optimizer_args)
+
+    @property
+    def scheduler_arguments(self) -> dict[str, Any]:
+        return parse_arguments("lr_scheduler_args", self.lr_scheduler_args)
+
+    @property
+    def is_schedule_free(self) -> bool:
+        return "schedulefree" in self.optimizer_name.lower()
+
+    @property
+    def optimizer_sets_rate(self) -> bool:
+        """Adafactor with relative steps, its default, goes by no learning rate and no schedule."""
+        return self.optimizer_name.lower() == "adafactor" and bool(self.optimizer_arguments.get("relative_step", True))
+
+    def _check_optimizer(self) -> None:
+        given = self.optimizer_arguments
+        for name in ("lr", "params"):
+            require(name not in given, "optimizer_args", f"gives {name}. The rate is learning_rate.")
+        for name, default, argument in (
+            ("adam_beta1", 0.9, "betas"),
+            ("adam_beta2", 0.999, "betas"),
+            ("adam_epsilon", 1e-8, "eps"),
+        ):
+            if getattr(self, name) != default:
+                is_adamw = self.optimizer_name.lower() == "adamw"
+                require(is_adamw, name, f"is AdamW's. Give {self.optimizer_type} its {argument} by optimizer_args.")
+                require(argument not in given, name, f"and {argument} in optimizer_args say the same thing. Give one.")
+        if self.is_schedule_free:
+            constant = self.lr_scheduler in ("constant", "constant_with_warmup") and not self.lr_scheduler_type
+            require(
+                constant and self.ema_decay == 0,
+                "optimizer_type",
+                f"{self.optimizer_type} needs no schedule and averages the weights itself: it wants lr_scheduler constant "
+                "(or constant_with_warmup) and ema_decay 0.",
+            )
+
+    def _check_schedule(self) -> None:
+        for name in ("lr_warmup_steps", "lr_decay_steps"):
+            value = getattr(self, name)
+            not_negative(name, value)
+            require(
+                value < 1 or float(value).is_integer(),
+                name,
+                f"must be a whole number of steps or a share below 1, got {value}.",
+            )
+        positive("lr_scheduler_num_cycles", self.lr_scheduler_num_cycles)
+        positive("lr_scheduler_power", self.lr_scheduler_power)
+        positive("lr_scheduler_timescale", self.lr_scheduler_timescale)
+        share("lr_scheduler_min_lr_ratio", self.lr_scheduler_min_lr_ratio)
+        schedule = self.lr_scheduler_type or self.lr_scheduler
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, readers in READ_BY.items():
+            unread = schedule not in readers and getattr(self, name) != defaults[name]
+            require(not unread, name, f"has no effect with the schedule {schedule}; it is for {' and '.join(readers)}.")
+        given = self.scheduler_arguments
+        if schedule == "cosine_with_min_lr":
+            ratio = self.lr_scheduler_min_lr_ratio is not None or given.keys() & {"min_lr", "min_lr_rate"}
+            require(bool(ratio), "lr_scheduler_min_lr_ratio", "is missing, and lr_scheduler is cosine_with_min_lr.")
+        if schedule == "warmup_stable_decay":
+            require(self.lr_decay_steps > 0, "lr_decay_steps", "is missing, and lr_scheduler is warmup_stable_decay.")
+        if schedule == "piecewise_constant":
+            require(
+                isinstance(given.get("step_rules"), str),
+                "lr_scheduler_args",
+                "lacks step_rules, and lr_scheduler is piecewise_constant. 1:500,0.1 is the full rate for 500 steps and a "
+                "tenth after that.",
+            )
         require(
-            self.lr_warmup_steps < 1 or float(self.lr_warmup_steps).is_integer(),
-            "lr_warmup_steps",
-            f"must be a whole number of steps or a share below 1, got {self.lr_warmup_steps}.",
+            schedule != "adafactor" or self.optimizer_sets_rate,
+            "lr_scheduler",
+            f"adafactor is for optimizer_type Adafactor with relative steps; this is {self.optimizer_name}.",
         )
 
 

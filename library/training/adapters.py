@@ -12,7 +12,7 @@ from library.options.repa import TrainRepaOptions
 from library.training.plan import Plan
 from library.training.repa_run import lora_spec
 from library.training.state import read_facts, read_tensors
-from networks.adapter_file import adapter_metadata, to_kohya
+from networks.adapter_export import adapter_metadata, to_kohya
 
 
 def export_adapters(state: Path, options: TrainRepaOptions, plan: Plan, *, missing_only: bool = False) -> list[Path]:
@@ -35,7 +35,6 @@ def _export(source: Path, path: Path, options: TrainRepaOptions, plan: Plan, pre
     spec = lora_spec(options)
     weights = {name: tensor for name, tensor in read_tensors(source).items() if not name.startswith("align_heads.")}
     tensors = to_kohya(weights, spec)
-    velocity = prediction_type == "v_prediction"
     metadata = adapter_metadata(
         spec,
         tensors,
@@ -43,8 +42,7 @@ def _export(source: Path, path: Path, options: TrainRepaOptions, plan: Plan, pre
         date=datetime.now().isoformat(timespec="seconds"),
         resolution=(options.data.resolution, options.data.resolution),
         base_model=options.model.pretrained_model_name_or_path,
-        base_model_version="sd_v1_v" if velocity else "sd_v1",
-        prediction_type="v" if velocity else "epsilon",
+        prediction_type=prediction_type,
         extra=_training_metadata(options, plan),
     )
     with whole_file(path) as temporary:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,8 +56,13 @@ class Checkpoints:
     processes: Processes
     newest: Path | None = field(default=None)
 
-    def save(self, step: int) -> None:
-        """Save once, by the main process: every process holds the same state."""
+    def due(self, step: int, finished: bool) -> bool:
+        """Whether something is to be saved after this many steps."""
+        every = self.output.save_every_n_steps
+        return finished or (every is not None and step % every == 0)
+
+    def save(self, step: int, *, asked: bool = False) -> None:
+        """Save once, by the main process: every process holds the same state. asked: out of turn, for somebody wants it."""
         if self.processes.is_main:
             start = time.perf_counter()
             folder = self.output.output_dir / state_name(step)
@@ -102,13 +107,17 @@ class Checkpoints:
 
 
 def state_to_resume(
-    output: OutputOptions, options: Mapping[str, Any], world_size: int
+    output: OutputOptions,
+    options: Mapping[str, Any],
+    world_size: int,
+    states: Sequence[tuple[int, Path]] | None = None,
 ) -> tuple[Path | None, dict[str, Any]]:
     """The state to go on from, if any, and its facts; needs no model.
 
+    states: (step, folder) of those there are, oldest first; default: `list_states` of the output folder.
     Raises UserError where `--resume` names no state, or options that change the outcome differ from the state's.
     """
-    states = list_states(output.output_dir)
+    states = list_states(output.output_dir) if states is None else states
     if output.resume == "none":
         if states:
             raise UserError(

@@ -8,6 +8,22 @@ from contextlib import contextmanager
 import torch
 
 
+@contextmanager
+def restored(parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
+    """After the context the parameters hold, to the bit, what they held before it; the context gets a copy of that."""
+    live = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield live
+    finally:
+        fill(parameters, live)
+
+
+@torch.no_grad()
+def fill(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
 class ExponentialAverage:
     """shadow <- decay * shadow + (1 - decay) * weight, float32, for named parameters."""
 
@@ -23,14 +39,6 @@ class ExponentialAverage:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within the context the parameters hold the average; afterwards what they held before."""
-        live = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self._fill(self.shadows)
-        try:
+        with restored(self.parameters):
+            fill(self.parameters, self.shadows)
             yield
-        finally:
-            self._fill(live)
-
-    @torch.no_grad()
-    def _fill(self, values: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from library.data.batches import Batch
+from library.data.batches import AnyBatch
 from library.errors import Stopped
 from library.options.training import OutputOptions
 from library.processes import Processes
 from library.training.checkpoints import Checkpoints
-from library.training.optimizers import ParameterGroup, set_rates
+from library.training.optimizers import ParameterGroup, learning_rates, set_rates
 from library.training.plan import Plan
 from library.training.randomness import StepRandomness
 from library.training.state import Trained
@@ -28,7 +28,7 @@ class Batches(Protocol):
 
     waited: float
 
-    def __next__(self) -> Batch: ...
+    def __next__(self) -> AnyBatch: ...
 
     def close(self) -> None: ...
 
@@ -38,7 +38,7 @@ class Task(Protocol):
 
     groups: list[ParameterGroup]
 
-    def losses(self, batch: Batch, generator: torch.Generator, step: int) -> dict[str, torch.Tensor]:
+    def losses(self, batch: Any, generator: torch.Generator, step: int) -> dict[str, torch.Tensor]:
         """Loss parts of a batch, scalars on the device; "loss" is the one to minimise."""
         ...
 
@@ -51,7 +51,12 @@ class Task(Protocol):
 
 @dataclass
 class Run:
-    """All that the loop works with, built by a script."""
+    """All that the loop works with, built by a script.
+
+    micro_batches: how many a step has, where not every step has as many as the plan says.
+    look: called before each step and at the end with (step, finished), to draw pictures where they are due.
+    after_step: called when the optimizer has stepped, before the average takes the weights; gives metrics on the device.
+    """
 
     task: Task
     plan: Plan
@@ -65,6 +70,9 @@ class Run:
     checkpoints: Checkpoints
     validates: bool
     log: MetricLog | None = None
+    after_step: Callable[[], dict[str, torch.Tensor]] | None = None
+    micro_batches: Callable[[int], int] | None = None
+    look: Callable[[int, bool], None] | None = None
 
 
 def train(run: Run, first_step: int) -> dict[str, float]:
@@ -87,7 +95,7 @@ def train(run: Run, first_step: int) -> dict[str, float]:
             # Report status: the only read from the device.
             finished = step >= plan.last_step
             validating = run.validates and _due(step, output.validate_every_n_steps, finished) and step > first_step
-            saving = _due(step, output.save_every_n_steps, finished) and step > first_step
+            saving = run.checkpoints.due(step, finished) and step > first_step
             request = lookout(step, requests.look()) if lookout.due(step) or finished else NOTHING
             if window and (_due(step, output.log_every_n_steps, finished) or validating or saving or request):
                 report(step, window)
@@ -96,7 +104,9 @@ def train(run: Run, first_step: int) -> dict[str, float]:
             if validating:
                 results = _validate(run, step)
             if (saving or request) and step > first_step:
-                run.checkpoints.save(step)
+                run.checkpoints.save(step, asked=not saving)
+            if run.look is not None and request != STOP:
+                run.look(step, finished)
             if request:
                 requests.done(request)
             clock.to_other()
@@ -114,9 +124,9 @@ def train(run: Run, first_step: int) -> dict[str, float]:
 
             # Clip, step, average.
             processes.average_gradients(parameters)
-            metrics["grad_norm"] = clip_gradients(parameters, run.max_grad_norm)
-            run.trained.optimizer.step()
-            run.trained.optimizer.zero_grad(set_to_none=True)
+            metrics |= _step(run, parameters)
+            if run.after_step is not None:
+                metrics |= run.after_step()
             if run.trained.average is not None:
                 run.trained.average.update()
             window.add(step, metrics, indices)
@@ -128,17 +138,32 @@ def _accumulate(
     run: Run, batches: Batches, randomness: StepRandomness, step: int
 ) -> tuple[dict[str, torch.Tensor], np.ndarray]:
     """Leave the gradients of one optimizer step; mean loss parts over its micro-batches, and their sample indices."""
-    share = 1.0 / run.plan.accumulation
     totals: dict[str, torch.Tensor] = {}
     indices = []
-    for micro in range(run.plan.accumulation):
+    count = run.plan.accumulation if run.micro_batches is None else run.micro_batches(step)
+    for micro in range(count):
         batch = next(batches)
+        share = 1.0 / count if batch.share is None else batch.share
         parts = run.task.losses(batch, randomness.at(step, micro), step)
-        (parts["loss"] * share).backward()
+        loss = parts["loss"] * share
+        (loss if run.trained.scaler is None else run.trained.scaler.scale(loss)).backward()
         for name, value in parts.items():
             totals[name] = totals[name] + value.detach() * share if name in totals else value.detach() * share
         indices.append(batch.indices)
     return totals, np.concatenate(indices)
+
+
+def _step(run: Run, parameters: list[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Clip the gradients, step, drop them; the gradient norm, and what the loss scaler has to say."""
+    optimizer, scaler = run.trained.optimizer, run.trained.scaler
+    if scaler is None:
+        metrics = {"grad_norm": clip_gradients(parameters, run.max_grad_norm)}
+        optimizer.step()
+    else:
+        scaler.unscale(optimizer)
+        metrics = scaler.step(optimizer, clip_gradients(parameters, run.max_grad_norm))
+    optimizer.zero_grad(set_to_none=True)
+    return metrics
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
@@ -153,12 +178,8 @@ def _due(step: int, every: int | None, finished: bool) -> bool:
 
 
 def _validate(run: Run, step: int) -> dict[str, float]:
-    average = run.trained.average
-    if average is None:
+    with run.trained.judged():
         results = run.task.validate(step)
-    else:
-        with average.swapped_in():
-            results = run.task.validate(step)
     if run.log is not None:
         run.log.add(step, results)
     parts = "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in results.items())
@@ -238,7 +259,7 @@ class _Reporter:
         row = {f"train/{name}": value for name, value in means.items() if name not in ("lambda",)}
         if "lambda" in means:
             row["lambda"] = means["lambda"]
-        row |= {f"lr/{group['name']}": float(group["lr"]) for group in run.trained.optimizer.param_groups}
+        row |= learning_rates(run.trained.optimizer)
         row["time/step_ms"] = 1000 * per_step
         row["time/samples_per_second"] = run.plan.samples_per_step / per_step
         row["time/data_wait_share"] = waited / seconds

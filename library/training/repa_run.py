@@ -23,9 +23,10 @@ from library.processes import Processes
 from library.training.checkpoints import Checkpoints
 from library.training.ema import ExponentialAverage
 from library.training.loop import Run
-from library.training.optimizers import ParameterGroup, make_optimizer, rate_multiplier
+from library.training.optimizers import ParameterGroup, make_optimizer
 from library.training.plan import Plan
 from library.training.repa import RepaTask
+from library.training.schedules import rate_multiplier
 from library.training.speed import set_up_determinism, set_up_speed
 from library.training.state import Trained
 from networks import AdapterError

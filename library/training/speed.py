@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,18 +19,30 @@ REPEATED_BLOCKS = frozenset({"ResnetBlock2D", "BasicTransformerBlock"})
 
 
 def check_attention(options: SpeedOptions) -> None:
-    """Raise UserError where xformers was asked for and cannot be used; imported only then."""
+    """Raise UserError where xformers was asked for and cannot be used."""
+    if problem := xformers_problem(options):
+        raise UserError(f"--xformers was asked for, but {problem} Use --sdpa.")
+
+
+def with_usable_attention(options: SpeedOptions, say: Callable[[str], None]) -> Any:
+    """The options with torch's own attention, which computes the same as fast, where xformers cannot be used; says so."""
+    problem = xformers_problem(options)
+    if problem is None:
+        return options
+    say(f"--xformers: {problem} torch's scaled_dot_product_attention is used instead, which computes the same.")
+    return replace(options, xformers=False, sdpa=True)
+
+
+def xformers_problem(options: SpeedOptions) -> str | None:
+    """Why xformers, which was asked for, cannot be used; imported only then."""
     if not options.xformers:
-        return
+        return None
     try:
         import xformers.ops  # noqa: F401
     except Exception as error:  # a broken build raises all kinds of errors
-        raise UserError(
-            f"--xformers was asked for, but xformers cannot be used here ({type(error).__name__}: {str(error).splitlines()[0]}). "
-            "Install it with pip install '.[xformers]', or use --sdpa."
-        ) from None
-    if not torch.cuda.is_available():
-        raise UserError("--xformers was asked for, but its kernels need a CUDA device and there is none. Use --sdpa.")
+        reason = str(error).splitlines()[0]
+        return f"xformers cannot be used here ({type(error).__name__}: {reason}; pip install '.[xformers]' installs it)."
+    return None if torch.cuda.is_available() else "its kernels need a CUDA device and there is none."
 
 
 def prepare_environment(options: SpeedOptions) -> None:

@@ -4,7 +4,9 @@
         lora.safetensors, align_heads.safetensors    trained weights, one file per part
         ema.safetensors                              their moving average, all parts
         optimizer.safetensors                        moments, as {name of the moment}.{name of the weight}
-        state.json                                   step, samples seen, options, versions, hashes
+        state.json                                   step, samples seen, options, versions, hashes, scalars of the optimizer
+
+The weights in their files are those to use. A schedule-free optimizer trains on others, which are among its moments.
 
 Random state is not there because there is none: randomness comes from (seed, rank, step).
 """
@@ -14,8 +16,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,15 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.files import read_json, whole_folder, write_json
-from library.training.ema import ExponentialAverage
+from library.training import optimizer_state
+from library.training.ema import ExponentialAverage, restored
+from library.training.optimizers import has_modes
+from library.training.scaling import LossScaler
 
 FORMAT_VERSION = 1
+
+# A weight as a schedule-free optimizer trains on it, among its moments.
+TRAINING_WEIGHT = "training_weight"
 
 
 @dataclass
@@ -38,10 +47,38 @@ class Trained:
     optimizer: torch.optim.Optimizer
     average: ExponentialAverage | None
     metadata: dict[str, str]
+    scaler: LossScaler | None = None
+    initial_groups: list[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.initial_groups = optimizer_state.group_values(self.optimizer)
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for part in self.parts.values() for name, parameter in part.items()}
+
+    @contextmanager
+    def optimizer_average(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Within the context the parameters hold what a schedule-free optimizer trains towards; it gets those trained on.
+
+        With any other optimizer the parameters stay as they are, and it gets nothing.
+        """
+        if not has_modes(self.optimizer):
+            yield {}
+            return
+        # Switching modes and back rounds; restoring does not.
+        with restored(self.parameters) as training_weights:
+            self.optimizer.eval()  # type: ignore[attr-defined]
+            try:
+                yield training_weights
+            finally:
+                self.optimizer.train()  # type: ignore[attr-defined]
+
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        """Within the context the parameters hold what is to be validated, sampled and kept: an average, where there is one."""
+        with self.optimizer_average(), nullcontext() if self.average is None else self.average.swapped_in():
+            yield
 
 
 def state_name(step: int) -> str:
@@ -60,35 +97,30 @@ def list_states(folder: Path) -> list[tuple[int, Path]]:
 
 def save_state(folder: Path, trained: Trained, facts: Mapping[str, Any]) -> None:
     """Write a state and read it back before it takes its name. An older state of the same step is replaced."""
-    tensors: dict[str, Mapping[str, torch.Tensor]] = dict(trained.parts)
-    if trained.average is not None:
-        tensors["ema"] = trained.average.shadows
-    moments, scalars = _optimizer_tensors(trained)
-    tensors["optimizer"] = moments
+    moments, memory = optimizer_state.pack(trained.optimizer, trained.parameters, trained.initial_groups)
+    scaler = {} if trained.scaler is None else {"loss_scaler": trained.scaler.state()}
+    with trained.optimizer_average() as training_weights:
+        moments |= {f"{TRAINING_WEIGHT}.{name}": weight for name, weight in training_weights.items()}
+        files: dict[str, Mapping[str, torch.Tensor]] = {**trained.parts, "optimizer": moments}
+        if trained.average is not None:
+            files["ema"] = trained.average.shadows
+        host = {stem: _on_host(tensors) for stem, tensors in files.items()}
     with whole_folder(folder, overwrite=True) as temporary:
-        for stem, named in tensors.items():
-            host = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-            save_file(host, temporary / f"{stem}.safetensors", metadata=trained.metadata)
-            _verify(temporary / f"{stem}.safetensors", host)
-        write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **facts, "optimizer_scalars": scalars})
+        for stem, tensors in host.items():
+            save_file(tensors, temporary / f"{stem}.safetensors", metadata=trained.metadata)
+            _verify(temporary / f"{stem}.safetensors", tensors)
+        write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **facts, **memory, **scaler})
+
+
+def _on_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies for a file, which holds each tensor for itself: some optimizers share one between weights."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _verify(path: Path, expected: dict[str, torch.Tensor]) -> None:
     again = load_file(path)
     if again.keys() != expected.keys() or not all(torch.equal(again[n], expected[n]) for n in expected):
         raise OSError(f"{path.name} reads back differently from what was written")
-
-
-def _optimizer_tensors(trained: Trained) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    names = {id(parameter): name for name, parameter in trained.parameters.items()}
-    tensors, scalars = {}, {}
-    for parameter, moments in trained.optimizer.state.items():
-        for key, value in moments.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{key}.{names[id(parameter)]}"] = value
-            else:
-                scalars[f"{key}.{names[id(parameter)]}"] = value
-    return tensors, scalars
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -127,25 +159,14 @@ def load_state(folder: Path, trained: Trained) -> dict[str, Any]:
         _fill(parameters, read_tensors(folder / f"{part}.safetensors"), folder / f"{part}.safetensors")
     if trained.average is not None:
         _fill(trained.average.shadows, read_tensors(folder / "ema.safetensors"), folder / "ema.safetensors")
-    moments = read_tensors(folder / "optimizer.safetensors")
-    entries: dict[str, dict[str, Any]] = {}
-    for key, value in [*moments.items(), *facts.get("optimizer_scalars", {}).items()]:
-        moment, _, name = key.partition(".")
-        entries.setdefault(name, {})[moment] = value
-    unknown = entries.keys() - trained.parameters.keys()
-    if unknown:
-        raise UserError(f"{folder / 'optimizer.safetensors'} has moments of {len(unknown)} weights that are not trained here "
-                        f"(first: {sorted(unknown)[0]}).")  # fmt: skip
-    order = [p for group in trained.optimizer.param_groups for p in group["params"]]
-    names = {id(parameter): name for name, parameter in trained.parameters.items()}
-    state = {i: entries[names[id(p)]] for i, p in enumerate(order) if names[id(p)] in entries}
-    groups = trained.optimizer.state_dict()["param_groups"]
-    trained.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    for parameter, values in trained.optimizer.state.items():
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                # Fused kernels want moments laid out as their weights (channels-last), which a file does not keep.
-                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    path = folder / "optimizer.safetensors"
+    moments = read_tensors(path)
+    for name, parameter in trained.parameters.items():
+        if has_modes(trained.optimizer) and f"{TRAINING_WEIGHT}.{name}" in moments:
+            parameter.copy_(moments.pop(f"{TRAINING_WEIGHT}.{name}"))
+    optimizer_state.unpack(trained.optimizer, trained.parameters, moments, facts, path)
+    if trained.scaler is not None and "loss_scaler" in facts:
+        trained.scaler.load(facts["loss_scaler"])
     return facts
 
 

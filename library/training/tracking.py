@@ -112,7 +112,8 @@ def status_line(step: int, last_step: int, values: dict[str, float], left: float
     """One line for people. values: the row that goes to the metrics."""
     parts = [f"step {step}/{last_step} {100 * step // last_step}%", f"loss {values['train/loss']:.4f}"]
     parts += [f"{name} {values[f'train/{name}']:.3f}" for name in ("token", "manifold") if f"train/{name}" in values]
-    parts.append(f"lr {values['lr/lora']:.1e}")
+    rates = [value for name, value in values.items() if name.startswith("lr/")]
+    parts.append(f"lr {rates[0]:.1e}")
     parts.append(f"{values['time/step_ms']:.0f} ms")
     parts.append(f"{values['time/samples_per_second']:.4g} img/s")
     parts.append(f"wait {100 * values['time/data_wait_share']:.1f}%")
@@ -151,6 +152,10 @@ class MetricLog:
 
     def text(self, name: str, text: str) -> None:
         self._board.add_text(name, text)
+
+    def picture(self, name: str, picture: Any, step: int) -> None:
+        """picture: a PIL image."""
+        self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
         self._file.close()

@@ -1,0 +1,162 @@
+"""The pictures of a LoRA training: from options to datasets, pictures in buckets, and what was left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from library.data.bucket_order import balance_regularisation
+from library.data.buckets import Buckets, BucketTable, UnfitImage, bucket_table
+from library.data.dataset_config import (
+    dataset_from_metadata,
+    datasets_from_folders,
+    read_dataset_config,
+)
+from library.data.dataset_schema import Dataset
+from library.data.demo_pictures import ensure_demo_pictures
+from library.data.network_batches import TrainedImage
+from library.data.training_images import MissingCaption, TrainingImage, collect_images, split_validation
+from library.errors import UserError
+from library.files import write_text
+from library.options.network import TrainNetworkOptions
+from library.options.toml_file import PROJECT_ROOT
+
+_MISSING: dict[str, MissingCaption] = {"class_tokens": "class_tokens", "drop": "skip", "stop": "error"}
+
+
+@dataclass
+class NetworkData:
+    datasets: list[Dataset]
+    training: list[TrainedImage]
+    validation: list[TrainedImage]
+    tables: list[BucketTable]
+    """One for each dataset, of the training pictures."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Path -> why it is not trained on."""
+    without_caption: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def every(self) -> list[TrainedImage]:
+        return [*self.training, *self.validation]
+
+
+def read_datasets(options: TrainNetworkOptions, native_side: int) -> list[Dataset]:
+    """The datasets that the options name. native_side: resolution where nothing says one, that of the base."""
+    given: Mapping[str, Any] = options.dataset_defaults()
+    if given.get("resolution") is None:
+        given = {**given, "resolution": native_side}
+    if options.uses_demo:
+        return read_dataset_config(_demo_config(), given)
+    if options.config.dataset_config is not None:
+        return read_dataset_config(options.config.dataset_config, given)
+    folder = options.data.train_data_dir
+    assert folder is not None
+    if options.data.in_json is not None:
+        return dataset_from_metadata(options.data.in_json, folder, given)
+    return datasets_from_folders(folder, options.data.reg_data_dir, given)
+
+
+def collect(
+    datasets: Sequence[Dataset],
+    *,
+    missing_caption: str,
+    prior_loss_weight: float,
+    seed: int,
+    refuse: Callable[[Dataset], str | None] = lambda dataset: None,
+) -> NetworkData:
+    """Every picture with its caption and its bucket, split into training and validation.
+
+    refuse: why a dataset cannot be trained on, if it cannot. Raises UserError for that, and where nothing is left.
+    """
+    data = NetworkData(list(datasets), [], [], [])
+    for dataset in datasets:
+        if reason := refuse(dataset):
+            raise UserError(reason)
+        found = collect_images(dataset, missing_caption=_MISSING[missing_caption])
+        data.dropped |= found.dropped
+        data.without_caption += found.without_caption
+        data.notes += found.notes
+        fitted = _fitted(dataset, found.images, data.dropped)
+        chosen = [one.image for one in fitted]
+        _, held_out = split_validation(
+            chosen, dataset.validation_split, seed if dataset.validation_seed is None else dataset.validation_seed
+        )
+        held = {image.sample_id for image in held_out}
+        if dataset.validation_split > 0 and not held:
+            data.notes.append(
+                f"validation_split {dataset.validation_split:g} of {len(chosen)} pictures of {dataset.name} is none"
+            )
+        training = [one for one in fitted if one.image.sample_id not in held]
+        training = _balanced(training, prior_loss_weight, data.notes)
+        data.training += training
+        data.validation += [one for one in fitted if one.image.sample_id in held]
+        data.tables.append(bucket_table([one.fitted for one in training], [one.repeats for one in training]))
+    _refuse_leaks(data)
+    if not data.training:
+        raise UserError(
+            "No picture is left to train on: all of them are held out for validation. Lower validation_split."
+        )
+    return data
+
+
+def _fitted(dataset: Dataset, images: Sequence[TrainingImage], dropped: dict[str, str]) -> list[TrainedImage]:
+    buckets = Buckets.of(dataset)
+    fitted = []
+    for image in images:
+        try:
+            fitted.append(TrainedImage(image, dataset, buckets.fit(*image.size), image.subset.num_repeats))
+        except UnfitImage as error:
+            dropped[str(image.path)] = str(error)
+    if not fitted:
+        raise UserError(
+            f"No images left in {dataset.name}: none of {len(images)} fits a bucket (first: {next(iter(dropped.values()))})."
+        )
+    return fitted
+
+
+def _balanced(images: Sequence[TrainedImage], prior_loss_weight: float, notes: list[str]) -> list[TrainedImage]:
+    """Regularisation pictures as often as there are training pictures, and with their own weight."""
+    own = [one for one in images if not one.image.subset.is_reg]
+    prior = [one for one in images if one.image.subset.is_reg]
+    if not prior:
+        return own
+    if not own:
+        raise UserError(
+            "A dataset has regularisation pictures and no others. Give it the subset to be trained, without is_reg."
+        )
+    times = balance_regularisation([one.repeats for one in prior], sum(one.repeats for one in own))
+    if unused := times.count(0):
+        notes.append(f"{unused} of {len(prior)} regularisation pictures are not used: there are enough without them")
+    kept = [
+        replace(one, repeats=count, loss_weight=prior_loss_weight)
+        for one, count in zip(prior, times, strict=True)
+        if count
+    ]
+    return [*own, *kept]
+
+
+def _refuse_leaks(data: NetworkData) -> None:
+    trained = {one.image.path.resolve() for one in data.training}
+    if both := [one.image.path for one in data.validation if one.image.path.resolve() in trained]:
+        raise UserError(
+            f"{len(both)} pictures are held out in one dataset and trained on in another (first: {both[0]}). Give both the "
+            "same validation_split and the same spelling of the folder."
+        )
+
+
+def _demo_config() -> Path:
+    """A dataset TOML of the generated pictures."""
+    folder = ensure_demo_pictures(PROJECT_ROOT / "data" / "demo")
+    subsets = "".join(
+        f"[[datasets.subsets]]\nimage_dir = '{one}'\ncaption_extension = '.txt'\n"
+        for one in sorted((folder / "images").iterdir())
+        if one.is_dir()
+    )
+    path = folder.with_name("demo_network.toml")
+    text = f"[[datasets]]\nresolution = 128\nbatch_size = 4\nvalidation_split = 0.1\n{subsets}"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+    return path

@@ -1,0 +1,19 @@
+"""Which device a script computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from library.errors import UserError
+
+
+def choose_device(name: str | None, *, needs: torch.dtype = torch.float32) -> torch.device:
+    """The named device, or the best there is. Raises UserError where torch cannot compute in `needs` on it."""
+    candidates = ("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())
+    best = next((kind for kind, there in candidates if there and (kind == "cuda" or needs != torch.float64)), "cpu")
+    try:
+        device = torch.device(name or best)
+        torch.empty(1, device=device, dtype=needs)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device

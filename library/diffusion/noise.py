@@ -1,0 +1,120 @@
+"""What a step adds to its latents: noise, its variants, and timesteps. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from library.options.checks import require
+
+# Levels of a pyramid shrink by a factor drawn from [2, 4).
+SMALLEST_SHRINK, SHRINK_RANGE = 2.0, 2.0
+
+
+@dataclass(frozen=True)
+class NoiseRecipe:
+    """Departures from plain Gaussian noise at any timestep, under kohya's names. The defaults are none."""
+
+    noise_offset: float | None = None
+    """Strength of a shift common to all pixels of a channel (crosslabs.org, "Diffusion with offset noise"); 0.05 to 0.1."""
+    noise_offset_random_strength: bool = False
+    """Draw the strength for each batch uniformly from 0 to noise_offset."""
+    adaptive_noise_scale: float | None = None
+    """Add this times |mean of the latent's channel| to noise_offset, never below 0."""
+    multires_noise_iterations: int | None = None
+    """Levels of pyramid noise: Gaussian noise of ever lower resolution, upsampled and added; 6 to 10."""
+    multires_noise_discount: float = 0.3
+    """Strength of each pyramid level relative to the one before."""
+    ip_noise_gamma: float | None = None
+    """Strength of noise added to the noisy latents and not to the target (input perturbation, arXiv 2301.11706); 0.1."""
+    ip_noise_gamma_random_strength: bool = False
+    """Draw the strength for each batch uniformly from 0 to ip_noise_gamma."""
+    min_timestep: int | None = None
+    """Smallest timestep trained on. Default: 0."""
+    max_timestep: int | None = None
+    """Timesteps trained on lie below this. Default: all of the schedule."""
+
+    @classmethod
+    def of(cls, options: Any) -> NoiseRecipe:
+        """Out of an option group with fields of these names."""
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Draw:
+    """noise: what the target is made of. added_noise: what the latents get. Both [B, C, h, w]; timesteps [B] int64."""
+
+    noise: torch.Tensor
+    added_noise: torch.Tensor
+    timesteps: torch.Tensor
+
+
+def draw(latents: torch.Tensor, generator: torch.Generator, recipe: NoiseRecipe, timesteps: int = 1000) -> Draw:
+    """Noise and timesteps for `latents` [B, C, h, w] float32, in kohya's order: noise, offset, pyramid, timesteps, ip.
+
+    generator: on the latents' device, seeded for this step. timesteps: length of the schedule. With the defaults
+    the draws are torch.randn and torch.randint of the generator and nothing else.
+    """
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    if recipe.noise_offset or recipe.adaptive_noise_scale:
+        noise = noise + offset(latents, generator, recipe)
+    if recipe.multires_noise_iterations:
+        noise = pyramid(noise, generator, recipe.multires_noise_iterations, recipe.multires_noise_discount)
+    chosen = draw_timesteps(latents.shape[0], generator, recipe, timesteps)
+    added_noise = noise
+    if recipe.ip_noise_gamma:
+        strength = _strength(recipe.ip_noise_gamma, recipe.ip_noise_gamma_random_strength, generator)
+        added_noise = noise + strength * torch.randn(latents.shape, generator=generator, device=latents.device)
+    return Draw(noise, added_noise, chosen)
+
+
+def offset(latents: torch.Tensor, generator: torch.Generator, recipe: NoiseRecipe) -> torch.Tensor:
+    """A normal shift for each sample and channel, [B, C, 1, 1], noise_offset strong."""
+    strength = _strength(recipe.noise_offset or 0.0, recipe.noise_offset_random_strength, generator)
+    if recipe.adaptive_noise_scale is not None:
+        means = latents.float().mean(dim=(2, 3), keepdim=True).abs()
+        strength = (strength + recipe.adaptive_noise_scale * means).clamp(min=0.0)
+    return strength * torch.randn((*latents.shape[:2], 1, 1), generator=generator, device=latents.device)
+
+
+def pyramid(noise: torch.Tensor, generator: torch.Generator, iterations: int, discount: float) -> torch.Tensor:
+    """`noise` [B, C, h, w] plus noise of lower and lower resolutions, divided by the standard deviation of the whole.
+
+    Level i has the sides max(1, side / r^i), r drawn from [2, 4), and the strength discount^i; level 0 is one more
+    full-resolution noise, and the first level with a side of 1 is the last. The deviation is that of the whole batch, as
+    in kohya: samples of a batch are not independent of each other. The r are shapes, which the host has to know; they
+    follow from the generator's seed, so that nothing is read from the device.
+    """
+    shrinks = random.Random(f"pyramid noise {generator.initial_seed()}")
+    height, width = noise.shape[2:]
+    for level in range(iterations):
+        shrink = (shrinks.random() * SHRINK_RANGE + SMALLEST_SHRINK) ** level
+        size = (max(1, int(height / shrink)), max(1, int(width / shrink)))
+        small = torch.randn((*noise.shape[:2], *size), generator=generator, device=noise.device)
+        noise = noise + F.interpolate(small, size=(height, width), mode="bilinear") * discount**level
+        if 1 in size:
+            break
+    return noise / noise.std()
+
+
+def draw_timesteps(count: int, generator: torch.Generator, recipe: NoiseRecipe, timesteps: int) -> torch.Tensor:
+    """Timesteps [count] int64, uniform from min_timestep to below max_timestep; where the two are equal, all that one.
+
+    Raises OptionError where they lie outside the schedule.
+    """
+    lowest = recipe.min_timestep or 0
+    end = timesteps if recipe.max_timestep is None else recipe.max_timestep
+    require(lowest < timesteps, "min_timestep", f"is {lowest}, and the schedule's last timestep is {timesteps - 1}.")
+    require(end <= timesteps, "max_timestep", f"is {end}, and the schedule has {timesteps} timesteps.")
+    if lowest >= end:
+        return torch.full((count,), lowest, dtype=torch.int64, device=generator.device)
+    return torch.randint(lowest, end, (count,), generator=generator, device=generator.device)
+
+
+def _strength(strength: float, random_strength: bool, generator: torch.Generator) -> torch.Tensor | float:
+    """`strength`, or a uniform share of it for the batch, [1]."""
+    return torch.rand(1, generator=generator, device=generator.device) * strength if random_strength else strength

@@ -1,0 +1,136 @@
+"""Files of prompts in kohya's syntax: .txt (one a line, # comments, ` --x value`), .toml and .json.
+
+Format: kohya sd-scripts' --sample_prompts (library/train_util.py, line_to_prompt_dict).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.options.parser import nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class PromptLine:
+    """One picture to draw; None is the default of whoever draws."""
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    seed: int | None = None
+    sample_steps: int | None = None
+    scale: float | None = None
+    sample_sampler: str | None = None
+
+
+_SWITCHES = {
+    "w": ("width", int),
+    "h": ("height", int),
+    "d": ("seed", int),
+    "s": ("sample_steps", int),
+    "l": ("scale", float),
+    "n": ("negative_prompt", str),
+    "ss": ("sample_sampler", str),
+}
+# Of kohya's other models and of ControlNet; there is nothing here that they could change.
+_FOREIGN = {"cn": "ControlNet", "g": "FLUX", "ctr": "Lumina", "rcfg": "Lumina", "fs": "FLUX and SD3"}
+_KEYS = {field.name for field in fields(PromptLine)}
+_SIZE_STEP = 8
+
+
+def read_prompt_file(path: Path) -> list[PromptLine]:
+    """The prompts of a file. Raises UserError, with file and line or entry, for what is not in this syntax."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+    if path.suffix.lower() == ".txt":
+        lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+        found = [parse_prompt_line(line, f"{path}, line {n}") for n, line in lines if line and not line.startswith("#")]
+    else:
+        found = [_from_table(entry, f"{path}, prompt {i}") for i, entry in enumerate(_tables(path, text), 1)]
+    if not found:
+        raise UserError(f"{path} has no prompts.")
+    return found
+
+
+def parse_prompt_line(line: str, where: str) -> PromptLine:
+    """`a cat --n blurry --w 768 --d 42`"""
+    prompt, *switches = re.split(r"\s--(?=[A-Za-z]+(?:\s|$))", f" {line}")
+    values: dict[str, Any] = {}
+    for switch in switches:
+        name, _, value = switch.strip().partition(" ")
+        name = name.lower()
+        if name in _FOREIGN:
+            raise UserError(f"--{name} is for {_FOREIGN[name]} and has no effect here ({where}).")
+        if name not in _SWITCHES:
+            known = ", ".join(f"--{known}" for known in _SWITCHES)
+            raise UserError(f"--{name} is no switch of a prompt ({where}). Known are {known}.")
+        key, kind = _SWITCHES[name]
+        try:
+            values[key] = kind(value.strip())
+        except ValueError:
+            raise UserError(f"--{name} wants a number, got {value.strip()!r} ({where}).") from None
+    return _checked(PromptLine(prompt.strip(), **values), where)
+
+
+def _tables(path: Path, text: str) -> list[Mapping[str, Any]]:
+    try:
+        value = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid {path.suffix[1:].upper()}: {error}.") from None
+    if path.suffix.lower() == ".toml":
+        shared = value.get("prompt", {})
+        subsets = shared.pop("subset", [{}]) if isinstance(shared, dict) else None
+        if subsets is None or set(value) - {"prompt"}:
+            raise UserError(f"{path} needs a table [prompt] with defaults and [[prompt.subset]] for each picture.")
+        value = [{**shared, **subset} for subset in subsets]
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise UserError(f"{path} must hold a list of objects, one for each picture.")
+    return value
+
+
+def _from_table(entry: Mapping[str, Any], where: str) -> PromptLine:
+    entry = {("scale" if key == "guidance_scale" else key): value for key, value in entry.items()}
+    for key in entry:
+        if key not in _KEYS:
+            raise UserError(f"{key} is no key of a prompt{nearest(key, _KEYS)} ({where}).")
+    if "prompt" not in entry:
+        raise UserError(f"prompt is missing ({where}).")
+    kinds = dict(_SWITCHES.values()) | {"prompt": str}
+    for key, value in entry.items():
+        good = (int, float) if kinds[key] is float else kinds[key]
+        if not isinstance(value, good) or isinstance(value, bool):
+            raise UserError(f"{key} must be {'text' if kinds[key] is str else 'a number'}, got {value!r} ({where}).")
+    return _checked(PromptLine(**entry), where)
+
+
+def _checked(line: PromptLine, where: str) -> PromptLine:
+    for name in ("width", "height"):
+        size = getattr(line, name)
+        if size is not None and size < _SIZE_STEP:
+            raise UserError(f"{name} must be at least {_SIZE_STEP}, got {size} ({where}).")
+        if size is not None:
+            line = replace(line, **{name: size // _SIZE_STEP * _SIZE_STEP})
+    if line.sample_steps is not None and not 1 <= line.sample_steps <= 1000:
+        raise UserError(f"steps must lie between 1 and 1000, got {line.sample_steps} ({where}).")
+    if line.scale is not None and line.scale < 1:
+        raise UserError(f"scale must be at least 1, which is no guidance, got {line.scale} ({where}).")
+    if line.seed is not None and not 0 <= line.seed < 2**63:
+        raise UserError(f"seed must lie between 0 and 2^63, got {line.seed} ({where}).")
+    return line

@@ -1,0 +1,228 @@
+"""What is in an adapter: sizes, strength by block, the file's own words; as a table and as data. Needs no base model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.merging.algebra import frobenius_norm
+from library.merging.strength import BASE, BLOCKS, block_of
+from networks.adapters import Adapter, AdapterModule, LoraModule
+from networks.names import COMPONENTS, UNET, Target
+
+WIDTH = 100
+"""Columns of the table."""
+LARGEST = 5
+"""Modules that the table names."""
+
+# Entries of kohya's and ModelSpec's metadata that a reader asks for first, in this order; any others are counted.
+_KNOWN = (
+    *("modelspec.title", "modelspec.author", "modelspec.description", "modelspec.trigger_phrase", "modelspec.license"),
+    *("modelspec.architecture", "modelspec.resolution", "modelspec.date", "modelspec.merged_from"),
+    *("modelspec.prediction_type", "modelspec.usage_hint", "modelspec.tags"),
+    *("ss_output_name", "ss_base_model_version", "ss_sd_model_name", "ss_new_sd_model_hash", "ss_vae_name"),
+    *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_network_dropout"),
+    *("ss_steps", "ss_max_train_steps", "ss_epoch", "ss_num_epochs", "ss_num_train_images", "ss_num_reg_images"),
+    *("ss_learning_rate", "ss_unet_lr", "ss_text_encoder_lr", "ss_lr_scheduler", "ss_optimizer", "ss_seed"),
+    *("ss_total_batch_size", "ss_resolution", "ss_clip_skip", "ss_mixed_precision", "ss_noise_offset"),
+    *("ss_min_snr_gamma", "ss_zero_terminal_snr", "ss_training_comment", "ss_tag_frequency", "ss_dataset_dirs"),
+    *("sshs_model_hash", "repa_base_model"),
+)
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    target: Target
+    block: str
+    """IN00 to IN11, MID, OUT00 to OUT11; BASE for text encoders and what lies outside the lists of blocks."""
+    kind: str
+    """LoRA (Linear or 1x1 convolution), LoCon (3x3 convolution), CP (3x3 convolution in three factors); with DoRA before."""
+    rank: int
+    alpha: float
+    dtype: str
+    norm: float
+    """Frobenius norm of alpha / rank * up @ down."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Inspection:
+    family: str
+    modules: tuple[ModuleFacts, ...]
+    left_out: tuple[str, ...]
+    metadata: dict[str, str]
+
+    def by_block(self) -> dict[tuple[str, str], list[ModuleFacts]]:
+        """(component, block) -> its modules, from the input to the output."""
+        order = [(component, block) for component in COMPONENTS for block in BLOCKS]
+        groups = {place: [m for m in self.modules if (m.target.component, m.block) == place] for place in order}
+        return {place: modules for place, modules in groups.items() if modules}
+
+    def largest(self, count: int = LARGEST) -> list[ModuleFacts]:
+        return sorted(self.modules, key=lambda module: -module.norm)[:count]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "family": self.family,
+            "modules": [
+                {
+                    "component": module.target.component,
+                    "path": module.target.path,
+                    "block": module.block,
+                    "kind": module.kind,
+                    "rank": module.rank,
+                    "alpha": module.alpha,
+                    "scale": module.scale,
+                    "dtype": module.dtype,
+                    "norm": module.norm,
+                }
+                for module in self.modules
+            ],
+            "blocks": [
+                {"component": component, "block": block, "modules": len(modules), "norm": norm_of(modules)}
+                for (component, block), modules in self.by_block().items()
+            ],
+            "norm": norm_of(self.modules),
+            "left_out": list(self.left_out),
+            "metadata": self.metadata,
+        }
+
+
+def inspect(adapter: Adapter) -> Inspection:
+    """The facts about every module of an adapter, and what its file says. Norms come from the factors."""
+    modules = [
+        ModuleFacts(
+            target,
+            block_of(target),
+            _kind(module),
+            module.rank,
+            module.alpha,
+            _dtype(module),
+            _norm(module),
+        )
+        for target, module in adapter.modules.items()
+    ]
+    return Inspection(adapter.family.title, tuple(modules), adapter.left_out, dict(adapter.metadata))
+
+
+def describe(adapter: Adapter, path: Path) -> str:
+    """`inspect` as plain text of at most `WIDTH` columns."""
+    found = inspect(adapter)
+    lines = [
+        str(path),
+        f"{found.family}, {len(found.modules)} modules: {_counted(module.kind for module in found.modules)}",
+        "",
+        *_blocks(found),
+        "",
+        "norm: Frobenius norm of alpha / rank * up @ down, over all modules of the row",
+        *_warnings(found),
+        "",
+        "largest modules",
+        *(_cut(f"  {module.norm:>9.3g}  {module.target.component} {module.target.path}") for module in found.largest()),
+        "",
+        *_metadata(found.metadata),
+    ]
+    return "\n".join(lines)
+
+
+def norm_of(modules: Iterable[ModuleFacts]) -> float:
+    """Frobenius norm over several modules."""
+    return math.hypot(*(module.norm for module in modules))
+
+
+def _kind(module: AdapterModule) -> str:
+    if not isinstance(module, LoraModule):
+        return module.kind
+    plain = "CP" if module.mid is not None else "LoCon" if module.kernel > 1 else "LoRA"
+    return plain if module.magnitude is None else f"DoRA {plain}"
+
+
+def _dtype(module: AdapterModule) -> str:
+    tensor = next(value for value in vars(module).values() if isinstance(value, Tensor))
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _norm(module: AdapterModule) -> float:
+    """Of what the module adds; not a number for OFT, which adds what depends on the weight."""
+    if isinstance(module, LoraModule):
+        return frobenius_norm(module)
+    return math.nan if module.kind == "OFT" else float(module.delta(torch.zeros(module.shape)).norm())
+
+
+def _blocks(found: Inspection) -> list[str]:
+    head = ("component", "block", "modules", "kind", "rank", "alpha", "scale", "dtype", "norm")
+    rows: list[tuple[str, ...]] = [head]
+    for (component, block), modules in found.by_block().items():
+        shown = block if block != BASE or component == UNET else "all"
+        rows.append((component, shown, *_cells(modules)))
+    rows.append(("all", "", *_cells(found.modules)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    is_number = [name in ("modules", "norm") for name in head]
+    return [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, is_number, strict=True)
+        )
+        for row in rows
+    ]
+
+
+def _cells(modules: Sequence[ModuleFacts]) -> tuple[str, ...]:
+    return (
+        str(len(modules)),
+        "+".join(sorted({module.kind for module in modules}, reverse=True)),
+        _span(module.rank for module in modules),
+        _span(module.alpha for module in modules),
+        _span(module.scale for module in modules),
+        "+".join(sorted({module.dtype for module in modules})),
+        f"{norm_of(modules):.3g}",
+    )
+
+
+def _warnings(found: Inspection) -> list[str]:
+    lines = []
+    if any(module.kind.startswith("DoRA") for module in found.modules):
+        lines.append("DoRA: the norm leaves out what its magnitudes do, which only the base would tell.")
+    if found.modules and all(module.norm == 0 for module in found.modules):
+        lines.append("Every module is zero: the adapter does nothing.")
+    if found.left_out:
+        lines.append(_cut(f"Keys that are no part of the adapter: {len(found.left_out)} (first: {found.left_out[0]})."))
+    return lines
+
+
+def _metadata(metadata: Mapping[str, str]) -> list[str]:
+    if not metadata:
+        return ["no metadata"]
+    known = [key for key in _KNOWN if key in metadata]
+    width = max(map(len, known), default=0)
+    lines = ["metadata", *(_cut(f"  {key:<{width}}  {' '.join(metadata[key].split())}") for key in known)]
+    if others := len(metadata) - len(known):
+        lines.append(f"  and {others} other {'entry' if others == 1 else 'entries'}")
+    return lines
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
+
+
+def _counted(kinds: Iterable[str]) -> str:
+    counts: dict[str, int] = {}
+    for kind in kinds:
+        counts[kind] = counts.get(kind, 0) + 1
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
+
+
+def _span(values: Iterable[float]) -> str:
+    """ "8" or "4-16" """
+    numbers = list(values)
+    low, high = min(numbers), max(numbers)
+    return f"{low:.4g}" if low == high else f"{low:.4g}-{high:.4g}"

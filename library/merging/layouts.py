@@ -1,0 +1,119 @@
+"""The tensors of a merged model's files: which are the base's bytes, and which are made.
+
+Two layouts: one file per component under diffusers' names, and one original single file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.merging.merge import Change, Folds, cast_finite, fold_and_cast
+from library.models.checkpoint import Checkpoint, StoredTensor
+from library.models.tensor_files import NewTensor
+from networks.original_names import Form, Place, original_place
+
+
+class Merging:
+    """A base, what is to be folded into it, and the number format of the result."""
+
+    def __init__(self, base: Checkpoint, folds: Folds, dtype: torch.dtype | None = None) -> None:
+        """dtype: of every floating-point tensor; None keeps each as the base has it."""
+        self.base = base
+        self.folds = folds
+        self.changes: dict[tuple[str, str], Change] = {}
+        """By (component, key), filled while the tensors are made."""
+        self._dtype = dtype
+
+    def describe_dtype(self) -> str:
+        return "as the base" if self._dtype is None else str(self._dtype).removeprefix("torch.")
+
+    def dtype_of(self, component: str, key: str) -> torch.dtype:
+        """Of the merged tensor."""
+        stored = self.base.tensors[component][key].dtype
+        return stored if self._dtype is None or not stored.is_floating_point else self._dtype
+
+    def is_kept(self, component: str, key: str) -> bool:
+        """Whether the merged tensor is the base's to the bit."""
+        same_format = self.dtype_of(component, key) == self.base.tensors[component][key].dtype
+        return same_format and key not in self.folds.get(component, {})
+
+    def make(self, component: str, key: str) -> Tensor:
+        """The merged tensor as the diffusers model has it."""
+        weight = self.base.read(component, key)
+        dtype = self.dtype_of(component, key)
+        parts = self.folds.get(component, {}).get(key)
+        if not parts:
+            return cast_finite(key, weight, dtype, weight)
+        merged, self.changes[component, key] = fold_and_cast(component, key, weight, parts, dtype)
+        return merged
+
+
+def component_tensors(merging: Merging, component: str) -> list[NewTensor]:
+    """One component's file in a diffusers folder."""
+    tensors = []
+    for key, stored in merging.base.tensors[component].items():
+        if merging.is_kept(component, key) and not stored.transposed:
+            tensors.append(NewTensor(key, stored.dtype, stored.shape, copied=(stored.range,)))
+        else:
+            tensors.append(
+                NewTensor(key, merging.dtype_of(component, key), stored.shape, make=_maker(merging, component, key))
+            )
+    return tensors
+
+
+def single_file_tensors(merging: Merging) -> list[NewTensor]:
+    """A file in the original layout: component by component, each in the order of the base."""
+    family = merging.base.family
+    stacks: dict[str, list[tuple[str, Place]]] = {}
+    tensors: dict[str, NewTensor] = {}
+    for component, named in merging.base.tensors.items():
+        for key, stored in named.items():
+            place = original_place(family, component, key)
+            if place.form is Form.STACKED:
+                stacks.setdefault(place.key, []).append((key, place))
+                tensors[place.key] = _stack(merging, component, stacks[place.key])
+            else:
+                tensors[place.key] = _alone(merging, component, key, place, stored)
+    if torn := [name for name, members in stacks.items() if len(members) != 3]:
+        raise UserError(f"{merging.base.location.path} lacks a part of {torn[0]}: it is incomplete.")
+    marks = [NewTensor(mark, torch.float32, (0,), make=lambda: torch.zeros(0)) for mark in merging.base.marks]
+    return [*tensors.values(), *marks]
+
+
+def _alone(merging: Merging, component: str, key: str, place: Place, stored: StoredTensor) -> NewTensor:
+    dtype = merging.dtype_of(component, key)
+    there = place.form is Form.TRANSPOSED
+    shape = stored.shape
+    if place.form is Form.CONVOLUTION:
+        shape = (*shape, 1, 1)
+    elif there:
+        shape = shape[::-1]
+    if merging.is_kept(component, key) and stored.transposed == there:
+        return NewTensor(place.key, dtype, shape, copied=(stored.range,))
+
+    def make() -> Tensor:
+        value = merging.make(component, key)
+        return value.t().contiguous() if there else value.reshape(shape)
+
+    return NewTensor(place.key, dtype, shape, make=make)
+
+
+def _stack(merging: Merging, component: str, members: list[tuple[str, Place]]) -> NewTensor:
+    """Three projections of the second text encoder as one tensor; called again as each of them is found."""
+    keys = [key for key, place in sorted(members, key=lambda member: member[1].part)]
+    stored = [merging.base.tensors[component][key] for key in keys]
+    dtype = merging.dtype_of(component, keys[0])
+    shape = (sum(one.shape[0] for one in stored), *stored[0].shape[1:])
+    if all(merging.is_kept(component, key) for key in keys):
+        return NewTensor(members[0][1].key, dtype, shape, copied=tuple(one.range for one in stored))
+    return NewTensor(
+        members[0][1].key, dtype, shape, make=lambda: torch.cat([merging.make(component, key) for key in keys])
+    )
+
+
+def _maker(merging: Merging, component: str, key: str) -> Callable[[], Tensor]:
+    return lambda: merging.make(component, key)

@@ -1,0 +1,111 @@
+"""Adapters as one adapter file: summed, cut to a rank, converted; written and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from library.errors import RunFailed, UserError
+from library.files import human_bytes, recover_folders, require_space, whole_file, write_json
+from library.merging.algebra import RankChange, concatenate, reduce_rank
+from library.merging.merge import all_finite
+from library.merging.report import Ingredient
+from networks import AdapterError
+from networks.adapter_export import Form, adapter_tensors, form_metadata, peft_config
+from networks.adapter_file import read_adapter
+from networks.adapters import Adapter, LoraModule
+from networks.names import Target
+
+PEFT_CONFIG = "adapter_config.json"
+
+
+def write_combined(
+    ingredients: Sequence[Ingredient],
+    path: Path,
+    *,
+    form: Form = "kohya",
+    rank: int | None = None,
+    conv_rank: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """Write the sum of adapters as one file; returns what to say of it.
+
+    One adapter at ratio 1 keeps its factors, so that this also converts. rank, conv_rank: None is exact (ranks add up), a
+    number the nearest adapter of that rank. dtype: None keeps that of the adapters.
+    Raises UserError where adapters cannot be added or written in that form, RunFailed where the file reads back otherwise.
+    """
+    modules = [module for one in ingredients for module in _lora_modules(one.source.adapter).values()]
+    if dtype is None:  # the widest among the inputs
+        dtype = max((module.down.dtype for module in modules), key=lambda found: found.itemsize)
+    adapter, changes = _combined(ingredients, rank, conv_rank)
+    return "\n".join([write_adapter(adapter, path, form=form, dtype=dtype), *_kept(changes)])
+
+
+def write_adapter(adapter: Adapter, path: Path, *, form: Form = "kohya", dtype: torch.dtype) -> str:
+    """Write an adapter file and read it back; returns what to say of it. Raises as `write_combined`."""
+    recover_folders(path.parent)
+    try:
+        tensors = adapter_tensors(adapter, form, dtype)
+        date = datetime.now().isoformat(timespec="seconds")
+        metadata = form_metadata(adapter, form, tensors, output_name=path.stem, date=date)
+        config = peft_config(adapter) if form == "peft" else None
+    except AdapterError as error:
+        raise UserError(str(error)) from None
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
+            raise UserError(f"{name} has values that are not finite as {tensor.dtype}. Try --save_precision float.")
+    require_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()), "The LoRA")
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+        if config is not None:
+            write_json(path.with_name(PEFT_CONFIG), config)
+    _verify(path, adapter, dtype)
+    ranks = sorted({module.rank for module in adapter.modules.values()})
+    size = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    weight = human_bytes(path.stat().st_size)
+    return f"Wrote {path}: {adapter.family.title}, {len(adapter.modules)} modules, {size}, {weight}."
+
+
+def _lora_modules(adapter: Adapter) -> dict[Target, LoraModule]:
+    try:
+        return adapter.lora_modules("--lora_only")
+    except AdapterError as error:
+        raise UserError(str(error)) from None
+
+
+def _combined(
+    ingredients: Sequence[Ingredient], rank: int | None, conv_rank: int | None
+) -> tuple[Adapter, list[RankChange]]:
+    first = ingredients[0]
+    if len(ingredients) == 1 and all(first.strength.of(target) == 1 for target in first.source.adapter.modules):
+        adapter = first.source.adapter
+    else:
+        adapter = concatenate([(one.source.adapter, one.strength.of) for one in ingredients])
+    return (adapter, []) if rank is None else reduce_rank(adapter, rank, conv_rank)
+
+
+def _verify(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
+    """Read the file as any other adapter, and compare what each module adds to a weight."""
+    written = _lora_modules(read_adapter(path))
+    tolerance = max(1e-5, 3 * torch.finfo(dtype).eps)  # two factors, each rounded by up to eps / 2; and float32's own
+    if written.keys() != adapter.modules.keys():
+        raise RunFailed(f"{path} reads back with other modules than were written. Check the disk and write it again.")
+    for target, module in _lora_modules(adapter).items():
+        expected, found = module.product(), written[target].product()
+        if not torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.abs().max())):
+            raise RunFailed(f"{path}: {target.path} reads back differently from what was written.")
+
+
+def _kept(changes: list[RankChange]) -> list[str]:
+    if not changes:
+        return []
+    kept = [change.retained for change in changes]
+    worst = min(changes, key=lambda change: change.retained)
+    return [
+        f"Of each module's norm {min(kept):.1%} to {max(kept):.1%} is kept (mean {sum(kept) / len(kept):.1%}, least in "
+        f"{worst.target.path})."
+    ]

@@ -1,0 +1,189 @@
+"""What a merge took, did and found: for the screen, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.files import human_bytes
+from library.merging.merge import Change
+from library.merging.source import Source
+from library.merging.strength import Strength
+from library.merging.verify import Check
+from library.models.header import read_shapes
+
+_LARGEST = 10  # changes that the report lists
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """An adapter that is folded in."""
+
+    source: Source
+    strength: Strength
+
+    @property
+    def keys(self) -> dict[str, int]:
+        """How many tensors of its file are what."""
+        frozen, dropped = len(self.source.adapter.frozen), len(self.source.adapter.left_out)
+        merged = len(read_shapes(self.source.file)) - frozen - dropped
+        return {"frozen": frozen, "merged": merged, "dropped": dropped}
+
+
+@dataclass(frozen=True)
+class Component:
+    """What became of one model of the pipeline."""
+
+    name: str
+    keys_before: int
+    """In the base's files, or the wrapped checkpoint's."""
+    keys_after: int
+    changed: int
+    """Weights that something was folded into."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    version: str
+    date: str
+    family: str
+    base: str
+    precision: str
+    ingredients: tuple[Ingredient, ...]
+    components: tuple[Component, ...]
+    changes: tuple[Change, ...]
+    checks: tuple[Check, ...]
+    hashes: dict[str, str]
+    """Path of an input -> SHA-256 of its bytes."""
+    left_behind: tuple[str, ...]
+    """Tensors of the base that are no part of the merged model (EMA copies, buffers)."""
+    absent: tuple[str, ...]
+    """Parts that the base's index names and its folder does not have (safety_checker, where it was not fetched)."""
+    outputs: dict[str, int]
+    """File -> bytes."""
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if not check.passed]
+
+    @property
+    def largest(self) -> list[Change]:
+        """The changes that are largest against the weight they were made to."""
+        return sorted(self.changes, key=lambda change: -change.relative)[:_LARGEST]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "date": self.date,
+            "passed": self.passed,
+            "family": self.family,
+            "base": self.base,
+            "precision": self.precision,
+            "adapters": [
+                {
+                    "file": str(one.source.file),
+                    "ratio": one.strength.ratio,
+                    "unet_ratio": one.strength.unet,
+                    "text_encoder_ratio": one.strength.text_encoder,
+                    "block_ratios": dict(one.strength.blocks),
+                    "modules": len(one.source.adapter.modules),
+                    "keys": one.keys,
+                }
+                for one in self.ingredients
+            ],
+            "components": [vars(component) for component in self.components],
+            "largest_changes": [vars(change) for change in self.largest],
+            "checks": [vars(check) for check in self.checks],
+            "sha256": self.hashes,
+            "left_behind": len(self.left_behind),
+            "absent": list(self.absent),
+            "outputs": self.outputs,
+            "seconds": round(self.seconds, 2),
+        }
+
+    def as_markdown(self) -> str:
+        lines = ["# Merge report", "", f"{self.date}, version {self.version}, {self.family}, {self.seconds:.1f} s", ""]
+        lines += [f"**{'All checks passed.' if self.passed else f'{len(self.failed)} CHECKS FAILED.'}**", ""]
+        lines += ["## What was merged", "", f"Base: `{self.base}`, precision: {self.precision}", ""]
+        lines += _table(
+            ("adapter", "ratio", "modules", "keys", "frozen", "merged", "dropped"),
+            [
+                (
+                    f"`{one.source.file}`",
+                    one.strength.describe(),
+                    len(one.source.adapter.modules),
+                    sum(one.keys.values()),
+                    *one.keys.values(),
+                )
+                for one in self.ingredients
+            ],
+        )
+        lines += [
+            "W' = W + ratio * alpha / rank * up @ down, in float32, rounded once. Dropped keys are heads that only training needs.",
+            "",
+        ]
+        lines += ["## Keys", ""]
+        lines += _table(
+            ("component", "before", "after", "weights changed"),
+            [(c.name, c.keys_before, c.keys_after, c.changed) for c in self.components],
+        )
+        if self.left_behind:
+            lines += [
+                f"Left behind: {len(self.left_behind)} tensors that are no part of the models (first: `{self.left_behind[0]}`).",
+                "",
+            ]
+        if self.absent:
+            lines += [f"Without {', '.join(self.absent)}, which the base names but does not hold here.", ""]
+        lines += ["## Checks", "", "Read back from the files that were written.", ""]
+        lines += _table(
+            ("check", "", "found"), [(c.name, "ok" if c.passed else "**FAILED**", c.found) for c in self.checks]
+        )
+        lines += ["## Largest changes", "", "Norm of what was added, over that of the weight before.", ""]
+        lines += _table(
+            ("component", "weight", "change"), [(c.component, f"`{c.key}`", f"{c.relative:.2e}") for c in self.largest]
+        )
+        lines += ["## Files", ""]
+        lines += _table(("file", "size"), [(f"`{name}`", human_bytes(size)) for name, size in self.outputs.items()])
+        lines += _table(("input", "SHA-256"), [(f"`{path}`", f"`{digest}`") for path, digest in self.hashes.items()])
+        return "\n".join(lines)
+
+    def as_text(self) -> str:
+        """For the screen: the table of keys, the checks, and a word on what changed."""
+        lines = [f"{'component':<16}{'keys before':>12}{'after':>8}{'changed':>9}   largest relative change"]
+        for part in self.components:
+            own = [change for change in self.changes if change.component == part.name]
+            most = max(own, key=lambda change: change.relative, default=None)
+            said = "as in the base" if most is None else f"{most.relative:.2e}  {most.key}"
+            lines.append(f"{part.name:<16}{part.keys_before:>12}{part.keys_after:>8}{part.changed:>9}   {said}")
+        for one in self.ingredients:
+            keys = one.keys
+            lines.append(
+                f"{one.source.file.name}: {sum(keys.values())} keys = {keys['frozen']} frozen + {keys['merged']} merged + "
+                f"{keys['dropped']} dropped"
+            )
+        if all(change.relative == 0 for change in self.changes):
+            lines.append("Nothing has changed: the adapter is zero (was it trained?) or the ratio is.")
+        if self.left_behind:
+            lines.append(f"Left behind: {len(self.left_behind)} tensors of the base that are no part of the models.")
+        if self.absent:
+            lines.append(f"Without {', '.join(self.absent)}, which the base names but does not hold here.")
+        lines += [f"{'ok' if check.passed else 'FAILED':<7}{check.name}: {check.found}" for check in self.checks]
+        return "\n".join(lines)
+
+    def write(self, markdown: Path, data: Path) -> None:
+        markdown.write_text(self.as_markdown(), encoding="utf-8")
+        data.write_text(json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    return [lines[0], f"|{'---|' * len(head)}", *lines[1:], ""]

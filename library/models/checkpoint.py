@@ -1,0 +1,179 @@
+"""A Stable Diffusion checkpoint as tensors on the disk: one view of diffusers folders and original single files.
+
+No model is built and nothing is read but headers, so that merging and extracting go tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.files import read_json
+from library.models.family import family_of
+from library.models.locate import BaseLocation, weight_files
+from library.models.tensor_files import Range, TensorFile, open_pickled
+from library.models.weights import read_tensors
+from networks.names import VAE, current_key
+from networks.original_names import Family, Form, diffusers_keys, original_place
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a diffusers model and the bytes that hold it."""
+
+    range: Range
+    shape: tuple[int, ...]
+    """In the diffusers model; the bytes hold its transpose where `transposed`."""
+    transposed: bool = False
+
+    def read(self) -> Tensor:
+        value = self.range.read()
+        return value.reshape(self.shape[::-1]).t().contiguous() if self.transposed else value.reshape(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.range.dtype
+
+
+V_PRED, ZTSNR = "v_pred", "ztsnr"
+"""Empty tensors that mark a single file whose model predicts velocity, or was trained down to pure noise (as ComfyUI reads)."""
+
+
+LEFTOVERS = (".base_layer.", "lora_", "align_heads", "base_model.model.")
+"""What training leaves in names, and no reader of a model knows."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    location: BaseLocation
+    family: Family
+    tensors: dict[str, dict[str, StoredTensor]]
+    """Component -> key in the diffusers model -> where it is stored, in the order of the file."""
+    stored_names: dict[str, int]
+    """Component -> how many tensors its files hold."""
+    others: tuple[str, ...] = ()
+    """Tensors of a single file that are no part of these models: EMA copies, the schedule's buffers."""
+    marks: tuple[str, ...] = ()
+    """`V_PRED` and `ZTSNR` where the model was trained that way."""
+
+    @property
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        return {part: {key: stored.shape for key, stored in named.items()} for part, named in self.tensors.items()}
+
+    def read(self, component: str, key: str) -> Tensor:
+        """One tensor, as the diffusers model has it."""
+        return self.tensors[component][key].read()
+
+    def files(self) -> list[Path]:
+        """Every file that holds tensors of it."""
+        return sorted({stored.range.file.path for named in self.tensors.values() for stored in named.values()})
+
+    def replaced(self, component: str, tensors: Mapping[str, StoredTensor], stored: int) -> Checkpoint:
+        """The same with one component's tensors from elsewhere."""
+        return Checkpoint(
+            self.location,
+            self.family,
+            {**self.tensors, component: dict(tensors)},
+            {**self.stored_names, component: stored},
+            self.others,
+            self.marks,
+        )
+
+
+def open_checkpoint(location: BaseLocation) -> Checkpoint:
+    """Look into a base. Raises UserError for what is no checkpoint of SD1.x or SDXL, or not whole."""
+    family = family_of(location)
+    if location.is_file:
+        return _open_single_file(location, family)
+    tensors, counts = {}, {}
+    for component in family.original:
+        files = [_open(path) for path in weight_files(location.path, component)]
+        found = {name: stored for file in files for name, stored in file.tensors.items()}
+        _refuse([name for name in found if _is_leftover(name)], len(found), files[0].path, family)
+        named = {current_key(component, name): stored for name, stored in found.items()}
+        tensors[component] = {key: _stored(component, key, stored) for key, stored in named.items() if key is not None}
+        counts[component] = len(found)
+    return Checkpoint(location, family, tensors, counts, marks=_marks_of_folder(location.path))
+
+
+def _marks_of_folder(folder: Path) -> tuple[str, ...]:
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    found = {
+        V_PRED: config.get("prediction_type") == "v_prediction",
+        ZTSNR: bool(config.get("rescale_betas_zero_snr")),
+    }
+    return tuple(mark for mark, is_set in found.items() if is_set)
+
+
+def _open(path: Path) -> TensorFile:
+    return TensorFile(path) if path.suffix == ".safetensors" else open_pickled(path, read_tensors(path))
+
+
+def _stored(component: str, key: str, stored: Range) -> StoredTensor:
+    # The VAE's attention was convolutions in diffusers 0.17 and before.
+    if component == VAE and ".attentions." in key and len(stored.shape) == 4:
+        return StoredTensor(stored, stored.shape[:2])
+    return StoredTensor(stored, stored.shape)
+
+
+def _open_single_file(location: BaseLocation, family: Family) -> Checkpoint:
+    file = TensorFile(location.path)
+    tensors: dict[str, dict[str, StoredTensor]] = {component: {} for component in family.original}
+    counts = dict.fromkeys(family.original, 0)
+    others: list[str] = []
+    strangers: list[str] = []
+    for name, stored in file.tensors.items():
+        keys = [] if _is_leftover(name) else diffusers_keys(family, name)
+        for component, key in keys:
+            tensors[component][key] = _stored_in_original(family, component, key, stored)
+        if keys:
+            counts[keys[0][0]] += 1
+            continue
+        if name in (V_PRED, ZTSNR):
+            continue
+        harmless = name.endswith(("position_ids", "logit_scale")) or not name.startswith(
+            tuple(family.original.values())
+        )
+        (others if harmless else strangers).append(name)
+    _refuse(strangers, len(file.tensors), location.path, family)
+    for component, named in tensors.items():
+        if not named:
+            raise UserError(
+                f"{location.path} has no {component}: none of its {len(file.tensors)} tensors begins with "
+                f"{family.original[component]}. A complete {family.title} checkpoint or a diffusers folder is needed."
+            )
+    marks = tuple(mark for mark in (V_PRED, ZTSNR) if mark in file.tensors)
+    return Checkpoint(location, family, tensors, counts, tuple(others), marks)
+
+
+def _is_leftover(name: str) -> bool:
+    return any(mark in name for mark in LEFTOVERS)
+
+
+def _refuse(strangers: list[str], count: int, path: Path, family: Family) -> None:
+    if strangers:
+        raise UserError(
+            f"{len(strangers)} of {count} tensors in {path} have no place in {family.title} (first: "
+            f"{', '.join(strangers[:3])}). Merge or remove what training left there."
+        )
+
+
+def _stored_in_original(family: Family, component: str, key: str, stored: Range) -> StoredTensor:
+    place = original_place(family, component, key)
+    if place.form is Form.CONVOLUTION:
+        return StoredTensor(stored, stored.shape[:2])  # some files hold it as a matrix already
+    if place.form is Form.TRANSPOSED:
+        return StoredTensor(stored, stored.shape[::-1], transposed=True)
+    if place.form is Form.STACKED:
+        rows, size = stored.shape[0] // 3, (stored.end - stored.start) // 3
+        shape = (rows, *stored.shape[1:])
+        part = Range(
+            stored.file, stored.start + place.part * size, stored.start + (place.part + 1) * size, stored.dtype, shape
+        )
+        return StoredTensor(part, shape)
+    return StoredTensor(stored, stored.shape)

@@ -1,0 +1,103 @@
+"""Prompts to what the U-Net is conditioned on, for SD1.x and SDXL, short prompts and long ones.
+
+Long prompts are cut into chunks of 75 tokens, each encoded alone between its own markers, as kohya's and A1111's. Their
+states are joined to [start, 75 of each chunk, end]. Source: kohya sd-scripts (max_token_length), SDXL (arXiv 2307.01952).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.models.load import TextPart
+from networks.original_names import SDXL, Family
+
+CHUNK = 75
+_MARKERS = 2
+# SDXL was trained on the last but one layer of both encoders, without their final norm.
+_SDXL_LAYER = 2
+
+
+class Conditioning(NamedTuple):
+    states: Tensor
+    """[B, 75 * chunks + 2, D]; of SDXL both encoders' side by side"""
+    pooled: Tensor | None
+    """[B, P] of SDXL's second encoder, from the first chunk; None for SD1.x"""
+
+
+class TextConditioner:
+    """The text encoders of a model as one function of prompts. Differentiable, so that they can be trained.
+
+    clip_skip: as A1111 counts, 1 is the last layer; SDXL's layer is fixed, whatever is asked. chunks: 1, 2 or 3 (75, 150, 225
+    tokens). Raises UserError for layers that are not there.
+    """
+
+    def __init__(self, family: Family, parts: Sequence[TextPart], *, clip_skip: int = 1, chunks: int = 1) -> None:
+        self.family, self.parts, self.chunks = family, list(parts), chunks
+        layers = min(int(part.model.config.num_hidden_layers) for part in self.parts)
+        if not 1 <= clip_skip <= layers:
+            raise UserError(f"clip_skip must lie between 1 and {layers}, the text encoder's layers, got {clip_skip}.")
+        self.clip_skip = clip_skip
+
+    @property
+    def length(self) -> int:
+        """Positions that come out."""
+        return CHUNK * self.chunks + _MARKERS
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids [encoders, B, chunks, 77] int64, on the CPU; what does not fit is cut off (`overlong` says where)."""
+        return torch.stack([torch.tensor([self._ids(part, text) for text in prompts]) for part in self.parts])
+
+    def overlong(self, prompts: Sequence[str]) -> list[int]:
+        """Indices of prompts of which the encoders do not see the end."""
+        tokenizer, room = self.parts[0].tokenizer, CHUNK * self.chunks
+        found = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in prompts]
+        return [i for i, ids in enumerate(found) if len(ids) > room]
+
+    def encode(self, ids: Tensor) -> Conditioning:
+        """Ids of `tokenize`, on the encoders' device, to what the U-Net takes, in the encoders' dtype."""
+        states, pooled = [], None
+        for part, own in zip(self.parts, ids, strict=True):
+            count = own.shape[0]
+            output = part.model(own.flatten(0, 1), output_hidden_states=True)  # [B * chunks, 77]
+            hidden = self._layer(part, output)
+            states.append(_joined(hidden.unflatten(0, (count, self.chunks))))
+            if part is not self.parts[0]:
+                pooled = output.text_embeds.unflatten(0, (count, self.chunks))[:, 0]
+        return Conditioning(torch.cat(states, dim=-1), pooled)
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        return self.encode(self.tokenize(prompts).to(self.parts[0].model.device))
+
+    def _layer(self, part: TextPart, output: object) -> Tensor:
+        hidden_states: Sequence[Tensor] = output.hidden_states  # type: ignore[attr-defined]
+        if self.family == SDXL:
+            return hidden_states[-_SDXL_LAYER]
+        if self.clip_skip == 1:
+            return output.last_hidden_state  # type: ignore[attr-defined]
+        return part.model.text_model.final_layer_norm(hidden_states[-self.clip_skip])
+
+    def _ids(self, part: TextPart, text: str) -> list[list[int]]:
+        """One prompt's chunks, each [start, up to 75 tokens, end, padding]."""
+        tokenizer = part.tokenizer
+        tokens = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        rows = []
+        for start in range(0, CHUNK * self.chunks, CHUNK):
+            row = [tokenizer.bos_token_id, *tokens[start : start + CHUNK], tokenizer.eos_token_id]
+            rows.append(row + [tokenizer.pad_token_id] * (CHUNK + _MARKERS - len(row)))
+        return rows
+
+
+def size_conditions(original: Sequence[int], crop: Sequence[int], target: Sequence[int]) -> list[int]:
+    """SDXL's six numbers [h, w, top, left, target h, target w] from (width, height), (left, top), (width, height)."""
+    return [original[1], original[0], crop[1], crop[0], target[1], target[0]]
+
+
+def _joined(hidden: Tensor) -> Tensor:
+    """[B, chunks, 77, D] -> [B, 75 * chunks + 2, D]"""
+    middle = hidden[:, :, 1:-1].flatten(1, 2)
+    return torch.cat([hidden[:, 0, :1], middle, hidden[:, -1, -1:]], dim=1)

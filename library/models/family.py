@@ -1,0 +1,89 @@
+"""Which family of models a base is of, and what it looks like where it is of none. Light: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.files import read_json
+from library.models.header import read_shapes
+from library.models.locate import BaseLocation
+from networks.original_names import SD15, SDXL, TEXT_ENCODER_2, UNET, Family
+
+_UNET = SD15.original[UNET]
+
+# What other files look like: a tensor name, or the beginning of one, that only they have.
+_OTHER_FILES = (
+    ("edm_mean", "Playground 2.5, which has SDXL's shapes and another noise schedule"),
+    ("edm_vpred.", "CosXL, which has SDXL's shapes and another noise schedule"),
+    ("conditioner.embedders.0.model.", "the SDXL refiner"),
+    ("conditioner.embedders.", "SDXL without one of its text encoders"),
+    (_UNET + "label_emb.", "SDXL without its text encoders"),
+    ("cond_stage_model.model.", "Stable Diffusion 2"),
+    (_UNET + "joint_blocks.", "Stable Diffusion 3"),
+    (_UNET + "double_blocks.", "Flux"),
+    ("double_blocks.", "Flux"),
+    ("control_model.", "a ControlNet"),
+    ("lora_", "a LoRA adapter"),
+    ("unet.", "a LoRA adapter or a training checkpoint"),
+    ("down_blocks.", "a diffusers U-Net alone"),
+    ("encoder.", "a VAE alone"),
+    ("text_model.", "a text encoder alone"),
+)
+_OTHER_INPUTS = {9: "an inpainting model (9 input channels)", 8: "an editing model (8 input channels)"}
+
+
+def family_of(location: BaseLocation, allowed: Collection[Family] = (SD15, SDXL)) -> Family:
+    """The family of a located base, from names of tensors and configurations alone.
+
+    Raises UserError, with what the base looks like, where that is none of the `allowed` ones.
+    """
+    found = _family_of_file(location.path) if location.is_file else _family_of_folder(location.path)
+    return require_family(found, allowed, str(location.path))
+
+
+def require_family(found: Family | str, allowed: Collection[Family], where: str) -> Family:
+    """`found` (or what `where` looks like instead) if it is one of the `allowed` families; else UserError."""
+    if isinstance(found, Family) and found in allowed:
+        return found
+    looks = found.title if isinstance(found, Family) else found
+    needed = " or ".join(family.title for family in allowed)
+    raise UserError(f"{where} looks like {looks}. An {needed} base model is needed here.")
+
+
+def _family_of_file(path: Path) -> Family | str:
+    """The family, or what the file looks like instead."""
+    shapes = read_shapes(path)
+    first = shapes.get(_UNET + "input_blocks.0.0.weight", ())
+    if len(first) == 4 and first[1] in _OTHER_INPUTS:
+        return _OTHER_INPUTS[first[1]]
+    is_sdxl = all(any(name.startswith(SDXL.original[part]) for name in shapes) for part in SDXL.text_encoders)
+    for beginning, looks in _OTHER_FILES:
+        sdxl_has_it = is_sdxl and beginning.startswith(("conditioner.", _UNET))
+        if not sdxl_has_it and any(name.startswith(beginning) for name in shapes):
+            return looks
+    return SDXL if is_sdxl else SD15
+
+
+def _family_of_folder(folder: Path) -> Family | str:
+    config = folder / "unet" / "config.json"
+    if config.is_file():
+        return _family_of_unet(read_json(config))
+    # Of a hub model only the components that were asked for are here, and the index.
+    index = folder / "model_index.json"
+    return SDXL if index.is_file() and (read_json(index).get(TEXT_ENCODER_2) or [None])[0] else SD15
+
+
+def _family_of_unet(config: Mapping[str, Any]) -> Family | str:
+    if config.get("in_channels") in _OTHER_INPUTS:
+        return _OTHER_INPUTS[config["in_channels"]]
+    conditions, words = config.get("addition_embed_type"), config.get("cross_attention_dim")
+    if conditions == "text_time":
+        if config.get("encoder_hid_dim") is not None:
+            return "Kolors, which has SDXL's U-Net and another text encoder"
+        return "the SDXL refiner" if words == 1280 else SDXL
+    if conditions is not None:
+        return f"a model with conditions of the kind {conditions}"
+    return "Stable Diffusion 2" if words == 1024 else SD15

@@ -1,0 +1,237 @@
+"""Safetensors files of any size in little memory: ranges of bytes are read and copied, nothing is mapped.
+
+Reading a memory map would count every page it touches as resident. The safetensors library still judges each file that
+is opened; it has no writer that streams, so the one here follows its format (8 bytes of length, a JSON header, the
+tensors' bytes without gaps).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from library.errors import UserError
+from library.models.header import with_safetensors
+
+# The format's names of number formats, as far as checkpoints use them.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+COPY_BYTES = 1 << 26
+
+
+class Range(NamedTuple):
+    """Some bytes of a file that hold a tensor, or a part of one."""
+
+    file: TensorFile
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        raw = torch.empty(self.end - self.start, dtype=torch.uint8)
+        self.file.read_into(raw.numpy().data, self.start)
+        return raw.view(self.dtype).reshape(self.shape)
+
+
+class TensorFile:
+    """A safetensors file open for reading; names -> ranges of bytes. The file stays open as long as this lives."""
+
+    def __init__(self, path: Path, content: bytes | None = None) -> None:
+        """`content` takes the place of what is on the disk. Raises UserError for what is not a whole safetensors file."""
+        self.path = path
+        self._content = None if content is None else memoryview(content)
+        self._descriptor = -1
+        if content is None:
+            with_safetensors(path, lambda file: None)  # judges it
+            self._descriptor = os.open(path, os.O_RDONLY)
+        head = bytearray(8)
+        self.read_into(memoryview(head), 0)
+        header = bytearray(int.from_bytes(head, "little"))
+        self.read_into(memoryview(header), 8)
+        entries = json.loads(header)
+        self.metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
+        begin = 8 + len(header)
+        self.tensors: dict[str, Range] = {}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in DTYPES:
+                raise UserError(
+                    f"{path}: {name} is of the number format {entry['dtype']}, which is not supported here."
+                )
+            start, end = entry["data_offsets"]
+            self.tensors[name] = Range(self, begin + start, begin + end, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+
+    def read_into(self, target: memoryview, start: int) -> None:
+        """Fill `target` with the bytes from `start` on."""
+        if self._content is not None:
+            target[:] = self._content[start : start + len(target)]
+            return
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._descriptor, [target[done:]], start + done)
+            if count == 0:
+                raise UserError(f"{self.path} became shorter while it was read.")
+            done += count
+
+    def copy_to(self, descriptor: int, start: int, end: int) -> None:
+        """Append bytes `start` to `end` to an open file, inside the kernel where it can."""
+        if self._content is None:
+            start = self._copy_in_kernel(descriptor, start, end)
+        while start < end:
+            block = bytearray(min(COPY_BYTES, end - start))
+            self.read_into(memoryview(block), start)
+            _write_all(descriptor, memoryview(block))
+            start += len(block)
+
+    def _copy_in_kernel(self, descriptor: int, start: int, end: int) -> int:
+        """Copy as far as the kernel will; returns where it stopped."""
+        if not hasattr(os, "copy_file_range"):  # Linux only
+            return start
+        try:
+            while start < end:
+                count = os.copy_file_range(self._descriptor, descriptor, end - start, offset_src=start)
+                if count == 0:
+                    break
+                start += count
+        except OSError as error:
+            # Across some file systems it is refused, which reading and writing is not.
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+        return start
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            os.close(self._descriptor)
+
+
+def _errors(*names: str) -> frozenset[int]:
+    import errno
+
+    return frozenset(getattr(errno, name) for name in names if hasattr(errno, name))
+
+
+_NOT_SUPPORTED = _errors("EXDEV", "EINVAL", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "EPERM")
+
+
+def open_pickled(path: Path, tensors: Mapping[str, Tensor]) -> TensorFile:
+    """Tensors that came from a pickle (read before, by weights alone), as if from a safetensors file; all in memory."""
+    return TensorFile(path, save({name: value.contiguous() for name, value in tensors.items()}))
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor of a file to be written: bytes copied from elsewhere, or made when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    copied: tuple[Range, ...] = ()
+    """Ranges that hold its bytes, one after the other."""
+    make: Callable[[], Tensor] | None = None
+    """Called once while the file is written; gives `dtype` and `shape`."""
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_tensor_file(
+    path: Path,
+    tensors: Sequence[NewTensor],
+    metadata: Mapping[str, str],
+    *,
+    final: Callable[[], Mapping[str, str]] | None = None,
+) -> None:
+    """Write a safetensors file, one tensor in memory at a time. Flushing and renaming are the caller's.
+
+    final: called when all tensors are written, gives the metadata that takes the place of `metadata`. It must be as long.
+    """
+    header = _header(tensors, metadata)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        _write_all(descriptor, memoryview(header))
+        for source, start, end, tensor in _runs(tensors):
+            if source is not None:
+                source.copy_to(descriptor, start, end)
+            else:
+                assert tensor is not None and tensor.make is not None
+                value = tensor.make()
+                if value.dtype != tensor.dtype or tuple(value.shape) != tensor.shape:
+                    raise AssertionError(f"{tensor.name} was made as {value.dtype} {tuple(value.shape)}")
+                _write_all(descriptor, memoryview(value.contiguous().flatten().view(torch.uint8).numpy()))
+        if final is not None:
+            known = _header(tensors, final())
+            assert len(known) == len(header)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            _write_all(descriptor, memoryview(known))
+    finally:
+        os.close(descriptor)
+
+
+def file_bytes(tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> int:
+    """How large `write_tensor_file` would make the file."""
+    return len(_header(tensors, metadata)) + sum(tensor.nbytes for tensor in tensors)
+
+
+def _header(tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.nbytes
+        entries[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors then begin on a multiple of 8, as in the library's own files
+    return len(text).to_bytes(8, "little") + text
+
+
+def _runs(tensors: Sequence[NewTensor]):  # type: ignore[no-untyped-def]
+    """(file, start, end, None) for bytes to copy, neighbours joined, and (None, 0, 0, tensor) for tensors to make."""
+    run: tuple[TensorFile, int, int] | None = None
+    for tensor in tensors:
+        for part in tensor.copied:
+            if run is not None and run[0] is part.file and run[2] == part.start:
+                run = (run[0], run[1], part.end)
+                continue
+            if run is not None:
+                yield (*run, None)
+            run = (part.file, part.start, part.end)
+        if tensor.make is not None:
+            if run is not None:
+                yield (*run, None)
+            run = None
+            yield None, 0, 0, tensor
+    if run is not None:
+        yield (*run, None)
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]

@@ -1,0 +1,140 @@
+"""How a script reads options that another program named: some have other names here, some are refused with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from library.errors import UserError
+from library.options.toml_file import Located
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An option that is known and not offered. `default` and `harmless` are the values at which it asks for nothing."""
+
+    reason: str
+    default: Any = False
+    harmless: tuple[Any, ...] = ()
+
+    @property
+    def is_flag(self) -> bool:
+        return self.default is False
+
+    def asks_for_something(self, value: Any) -> bool:
+        nothing = (None, "", False, self.default, *self.harmless)
+        return str(value) not in {str(item) for item in nothing}
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another name of `option`. With `value` it is a flag that means just this value."""
+
+    option: str
+    value: str | None = None
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The default is this project's own way: TOML files under --dataset_config, each key once, values as typed."""
+
+    config_option: str = "dataset_config"
+    """Option that names the TOML file of options."""
+    output_option: str | None = None
+    """Flag that asks for this file to be written, so that it is not read."""
+    ignore_option: str | None = None
+    """Flag that lets unknown keys of this file pass with a warning."""
+    later_section_wins: bool = False
+    """A key may stand in several sections; the last one counts."""
+    loose_values: bool = False
+    """In files, "" stands for an optional value not given, and a single value for a list of one."""
+    aliases: Mapping[str, Alias] = field(default_factory=dict)
+    refused: Mapping[str, Refused] = field(default_factory=dict)
+
+    def words(self, argv: list[str]) -> list[str]:
+        """The command line with aliases replaced and refused options that ask for nothing left out.
+
+        Raises UserError with every refused option that asks for something, or where two names say different things.
+        """
+        kept: list[str] = []
+        refused: list[str] = []
+        replaced: dict[str, tuple[str, str]] = {}
+        rest = list(argv)
+        while rest:
+            word = rest.pop(0)
+            name, equals, value = _name_of(word), "=" in word, word.partition("=")[2]
+            if name in self.refused:
+                rule = self.refused[name]
+                if not equals and not rule.is_flag:
+                    value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
+                if rule.is_flag or rule.asks_for_something(value):
+                    refused.append(f"--{name}: {rule.reason}")
+            elif name in self.aliases and self.aliases[name].value is not None:
+                alias = self.aliases[name]
+                assert alias.value is not None
+                replaced[alias.option] = (name, alias.value)
+                kept += [f"--{alias.option}", alias.value]
+            elif name in self.aliases:
+                kept.append(f"--{self.aliases[name].option}{'=' + value if equals else ''}")
+            else:
+                kept.append(word)
+        if refused:
+            raise UserError(refusal(refused))
+        for option, (name, meant) in replaced.items():
+            said = values_in(kept, option)
+            if any(value != meant for value in said):
+                other = next(value for value in said if value != meant)
+                raise UserError(
+                    f"--{name} means --{option} {meant}, and --{option} {other} is given too. Keep one of them."
+                )
+        return kept
+
+    def values(self, values: dict[str, Located]) -> tuple[dict[str, Located], list[str]]:
+        """A file's values in the same way, and what is wrong with them: a sentence for each refused key."""
+        kept: dict[str, Located] = {}
+        wrong: list[str] = []
+        for name, located in values.items():
+            if name in self.refused:
+                rule = self.refused[name]
+                if rule.asks_for_something(located.value):
+                    wrong.append(f"{name} ({located.place}): {rule.reason}")
+                continue
+            alias = self.aliases.get(name)
+            if alias is None:
+                kept.setdefault(name, located)
+                continue
+            if located.value in (False, "", None):
+                continue
+            meant = located if alias.value is None else dataclasses.replace(located, value=alias.value)
+            other = values.get(alias.option)
+            if other is not None and other.value not in ("", meant.value):
+                raise UserError(
+                    f"{name} ({located.place}) means {alias.option} {meant.value}, and {alias.option} is {other.value!r} "
+                    f"({other.place}). Keep one of them."
+                )
+            kept[alias.option] = meant
+        return kept, wrong
+
+
+PLAIN = Dialect()
+
+
+def refusal(sentences: list[str]) -> str:
+    return f"Not offered here: {' '.join(sentences)}"
+
+
+def values_in(argv: list[str], name: str) -> list[str]:
+    """Every value of `--name` in argv, in any spelling; "" where it is the last word."""
+    found = []
+    for position, word in enumerate(argv):
+        if _name_of(word) in (name, f"no_{name}"):
+            _, equals, tail = word.partition("=")
+            found.append(tail if equals else argv[position + 1] if position + 1 < len(argv) else "")
+    return found
+
+
+def _name_of(word: str) -> str:
+    """ "learning_rate" of --learning-rate=1; the empty string of a word that is no option."""
+    return word.partition("=")[0][2:].replace("-", "_") if word.startswith("--") else ""

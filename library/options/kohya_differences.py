@@ -1,0 +1,231 @@
+"""Where train_network.py does something else than kohya's script would, and why: the one place where that is written.
+
+The table in docs/train_network.md is made of this (`python -m library.options.kohya_differences`), and tests hold every
+default that differs against it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Difference(NamedTuple):
+    option: str
+    """kohya's option, or several, separated by commas."""
+    kohya: str
+    here: str
+    why: str
+
+
+DIFFERENCES: tuple[Difference, ...] = (
+    Difference(
+        "pretrained_model_name_or_path",
+        "none: stops",
+        "`tiny-sd15`, which comes with the project",
+        "the command runs before anything is downloaded",
+    ),
+    Difference(
+        "train_data_dir, dataset_config",
+        "none: stops",
+        "with a tiny base, generated pictures (`--train_data_dir demo`); with any other, it stops",
+        "likewise, and nobody trains a real base on them by mistake",
+    ),
+    Difference(
+        "train_data_dir, reg_data_dir, in_json",
+        "ignored with a warning beside dataset_config",
+        "refused beside it",
+        "nothing is accepted and ignored",
+    ),
+    Difference("output_dir", "none: fails at the first save", "`outputs/network`", "the command runs as it is"),
+    Difference(
+        "output_name",
+        "none: `epoch-000001`, `at-step00000100`, `last`",
+        "`last`: `last-000001`, `last-step00000100`, `last`",
+        "files of one run sort together",
+    ),
+    Difference(
+        "network_module", "none: stops", "`networks.lora`", "it is the only one; other kinds are `network_args algo=`"
+    ),
+    Difference(
+        "network_args",
+        "unknown keys are ignored",
+        "refused with the nearest one, as are keys without effect beside the others",
+        "`convdim=4` trains no convolutions and says nothing",
+    ),
+    Difference(
+        "learning_rate",
+        "2e-6",
+        "1e-4",
+        "2e-6 is a fine-tuning rate, at which an adapter learns next to nothing",
+    ),
+    Difference(
+        "text_encoder_lr",
+        "ignored beside network_train_unet_only",
+        "refused beside it, unless it is 0",
+        "nothing is accepted and ignored",
+    ),
+    Difference(
+        "caption_extension",
+        "`.caption`",
+        "`.caption`, else `.txt`, whichever lies beside the picture",
+        "most data sets carry `.txt`, and train on empty captions without a word",
+    ),
+    Difference(
+        "resolution",
+        "none: stops without a dataset_config",
+        "the base's own, 512 for SD1.5 and 1024 for SDXL",
+        "a family has one size it was trained at",
+    ),
+    Difference(
+        "min_bucket_reso",
+        "256",
+        "256, or half the resolution where that is less",
+        "a resolution of 256 or below is legal",
+    ),
+    Difference(
+        "max_bucket_reso",
+        "1024",
+        "twice the resolution: 1024 at 512, 2048 at 1024",
+        "at 1024, a limit of 1024 shrinks every picture that is not square: 832x1024 instead of 832x1216",
+    ),
+    Difference(
+        "cache_latents",
+        "off",
+        "on, unless color_aug, random_crop or face_crop_aug_range need fresh pixels; `--no_cache_latents` turns it off",
+        "encoding each picture once is faster and changes nothing",
+    ),
+    Difference(
+        "cache_latents_to_disk, cache_text_encoder_outputs_to_disk",
+        "off: in memory; on: beside the pictures, told by name",
+        "always in `cache_dir`, told by content",
+        "an edited picture or caption is encoded anew; a stale cache would be trained on",
+    ),
+    Difference(
+        "skip_cache_check, cache_info", "take what is there for good", "refused", "a stale cache would be trained on"
+    ),
+    Difference(
+        "seed",
+        "none: another one each time, unsaid",
+        "42",
+        "a run that cannot be repeated cannot be compared",
+    ),
+    Difference(
+        "resume",
+        "none: starts anew, overwriting",
+        "`auto`: the newest state in output_dir, if any; `none` insists on a new run",
+        "to go on, run the same command again",
+    ),
+    Difference(
+        "skip_until_initial_step, initial_step, initial_epoch",
+        "off: a resumed run counts from 0 and repeats file names; data are read and dropped on request",
+        "the true step, place in the data and learning rate, always, without reading",
+        "order and noise follow from seed and step",
+    ),
+    Difference(
+        "sample_sampler",
+        "`ddim`",
+        "DPM++ 2M Karras; prompts without a size are drawn at the base's own, not at 512",
+        "30 steps of DDIM at 512 px show an SDXL adapter at its worst",
+    ),
+    Difference(
+        "sample_prompts",
+        "without sample_every_n_*, no pictures",
+        "pictures at the end",
+        "an option that does nothing is a mistake",
+    ),
+    Difference(
+        "sdpa",
+        "off: attention step by step",
+        "on; `--no_sdpa` turns it off",
+        "the same result, faster and in less memory",
+    ),
+    Difference(
+        "xformers",
+        "stops where it is not installed",
+        "where it is not installed or there is no CUDA, sdpa is used, and that is said",
+        "both compute the same attention",
+    ),
+    Difference(
+        "mixed_precision, no_half_vae",
+        "fp16 computes the VAE in fp16, where SDXL's gives NaN, unless no_half_vae",
+        "with fp16 the VAE computes in float32 in any case",
+        "latents are cached once; its speed hardly counts",
+    ),
+    Difference(
+        "clip_skip",
+        "on SDXL ignored with a warning",
+        "on SDXL 2, which SDXL is, or refused",
+        "nothing is accepted and ignored",
+    ),
+    Difference(
+        "v_parameterization",
+        "off: noise is predicted, whatever the base was made for",
+        "off: as the base's scheduler configuration says; a single file says nothing",
+        "a velocity base trained as a noise base is spoilt",
+    ),
+    Difference(
+        "zero_terminal_snr",
+        "SNR weights follow the old schedule",
+        "they follow the new one",
+        "the weight of a step belongs to the noise it has",
+    ),
+    Difference("huber_scale", "ignored by huber_schedule snr", "counts in every schedule", "it is said to"),
+    Difference(
+        "validation_split",
+        "parts overlap; timesteps and pictures differ between validations",
+        "a stable hash, fixed noise and timesteps",
+        "two validations differ by the weights alone",
+    ),
+    Difference(
+        "max_data_loader_n_workers, persistent_data_loader_workers",
+        "processes, started anew each epoch unless persistent",
+        "threads that live as long as the run",
+        "no picture is seen twice or missed when an epoch begins",
+    ),
+    Difference(
+        "logging_dir",
+        "none: no log",
+        "`logs` in output_dir",
+        "metrics that were not kept cannot be looked at",
+    ),
+    Difference("log_with", "tensorboard, wandb, all", "tensorboard", "nothing is sent to other machines"),
+    Difference("log_config", "off", "always", "a log without its options explains nothing"),
+    Difference(
+        "save_model_as", "safetensors, ckpt, pt", "safetensors", "the others are pickles, which run code when loaded"
+    ),
+    Difference(
+        "torch_compile",
+        "compiles the whole U-Net, for each bucket anew",
+        "is `--compile regional`: the repeated blocks, in seconds",
+        "buckets come in many shapes",
+    ),
+    Difference(
+        "config_file",
+        "unknown keys are ignored, types unchecked",
+        "refused, all of them listed with the nearest name and line (`--ignore_unknown_keys` goes on); checked",
+        "a typing error would train something else",
+    ),
+    Difference(
+        "output_config",
+        "writes what differs from the defaults",
+        "writes every option that has a value",
+        "a file that says all of it means the same after an update",
+    ),
+)
+
+
+def differences_table() -> str:
+    """The table of docs/train_network.md, in Markdown."""
+    rows = ["| option | kohya | here | why |", "|---|---|---|---|"]
+    for difference in DIFFERENCES:
+        options = ", ".join(f"`{name}`" for name in names_of(difference))
+        rows.append(f"| {options} | {difference.kohya} | {difference.here} | {difference.why} |")
+    return "\n".join(rows) + "\n"
+
+
+def names_of(difference: Difference) -> list[str]:
+    return difference.option.split(", ")
+
+
+if __name__ == "__main__":
+    print(differences_table(), end="")

@@ -1,0 +1,142 @@
+"""What is trained: the network's shape, what it starts from, and what it may be aligned to."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from library.options.alignment import AlignmentOptions, Tap
+from library.options.checks import not_negative, positive, require
+from library.options.data import CacheOptions
+from library.options.network_args import NetworkArgs, parse_network_args
+
+# kohya's networks.lora takes this where --network_dim is not given.
+DEFAULT_DIM = 4
+
+_LORA = "networks.lora"
+_INSTEAD = {
+    "lycoris.kohya": "Use networks.lora with --network_args algo=loha, lokr, oft or dora, or conv_dim=N for LoCon",
+    "networks.oft": "Use networks.lora with --network_args algo=oft",
+    "networks.loha": "Use networks.lora with --network_args algo=loha",
+    "networks.lokr": "Use networks.lora with --network_args algo=lokr",
+    "networks.dylora": "Use networks.lora, and merge_lora.py --lora_only --new_rank for smaller ranks afterwards",
+    "networks.lora_fa": "Use networks.lora; frozen down matrices save next to nothing beside a frozen base",
+}
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    network_module: str = _LORA
+    """Kind of network, networks.lora; other kinds are network_args algo=dora, loha, lokr or oft."""
+    network_dim: int | None = None
+    """LoRA rank: inner dimension of each adapter. Size and capacity grow linearly. Default: 4, or with dim_from_weights theirs."""
+    network_alpha: float = 1.0
+    """LoRA alpha. Adapters act with the scale network_alpha / network_dim; 0 stands for network_dim."""
+    network_dropout: float | None = None
+    """Share of each adapter's inner values that is dropped while training."""
+    network_args: tuple[str, ...] = ()
+    """More of the network as KEY=VALUE words: conv_dim=4 conv_alpha=1 algo=dora rank_dropout=0.1 block_dims=..."""
+    network_train_unet_only: bool = False
+    """Adapters on the U-Net alone; the text encoders stay as they are."""
+    network_train_text_encoder_only: bool = False
+    """Adapters on the text encoders alone; the U-Net stays as it is."""
+    network_weights: Path | None = None
+    """Adapter file to start from instead of fresh weights."""
+    dim_from_weights: bool = False
+    """Take ranks and alphas from network_weights, module by module."""
+    base_weights: tuple[Path, ...] = ()
+    """Adapter files that are folded into the base before training."""
+    base_weights_multiplier: tuple[float, ...] = ()
+    """Strength of each of them; 1 where none is given."""
+    scale_weight_norms: float | None = None
+    """Greatest norm of an adapter's product; larger ones are scaled down after each step. 1 is usual."""
+
+    def __post_init__(self) -> None:
+        module = self.network_module
+        instead = _INSTEAD.get(module, "There is networks.lora, for SD1.5 and SDXL")
+        require(module == _LORA, "network_module", f"{module} is not here. {instead}.")
+        positive("network_dim", self.network_dim)
+        not_negative("network_alpha", self.network_alpha)
+        positive("scale_weight_norms", self.scale_weight_norms)
+        require(
+            self.network_dropout is None or 0 <= self.network_dropout < 1,
+            "network_dropout",
+            f"must be at least 0 and below 1, got {self.network_dropout}.",
+        )
+        require(
+            not (self.network_train_unet_only and self.network_train_text_encoder_only),
+            "network_train_unet_only",
+            "and network_train_text_encoder_only exclude each other: nothing would be trained.",
+        )
+        self._check_files()
+        parse_network_args(self.network_args)
+
+    def _check_files(self) -> None:
+        for name, paths in (("network_weights", [self.network_weights]), ("base_weights", self.base_weights)):
+            for path in paths:
+                require(path is None or path.exists(), name, f"{path} does not exist.")
+        require(
+            not self.dim_from_weights or self.network_weights is not None,
+            "dim_from_weights",
+            "needs network_weights, the file whose ranks are taken.",
+        )
+        require(
+            not (self.dim_from_weights and self.network_dim is not None),
+            "network_dim",
+            "and dim_from_weights exclude each other: the ranks come from one of them.",
+        )
+        multipliers, weights = len(self.base_weights_multiplier), len(self.base_weights)
+        require(
+            multipliers <= weights,
+            "base_weights_multiplier",
+            f"has {multipliers} numbers, and base_weights names {weights} files.",
+        )
+
+    @property
+    def args(self) -> NetworkArgs:
+        """network_args, typed."""
+        return parse_network_args(self.network_args)
+
+    @property
+    def rank(self) -> int:
+        """network_dim or its default; with dim_from_weights the file's ranks count instead."""
+        return DEFAULT_DIM if self.network_dim is None else self.network_dim
+
+    @property
+    def alpha(self) -> float:
+        return self.network_alpha or float(self.rank)
+
+    @property
+    def base_weights_with_multipliers(self) -> list[tuple[Path, float]]:
+        given = self.base_weights_multiplier
+        return list(zip(self.base_weights, given + (1.0,) * (len(self.base_weights) - len(given)), strict=True))
+
+
+@dataclass(frozen=True)
+class NetworkAlignmentOptions(AlignmentOptions):
+    """Alignment as in train_repa.py, off unless asked for."""
+
+    alignment: bool = False
+    """Train with AlignHeads, supervised by cached tokens of dino_model on a grid of each bucket's aspect."""
+    taps: tuple[Tap, ...] = ("mid",)
+    """U-Net features that get an AlignHead: enc_last, mid, dec_first, or several."""
+    align_head: Literal["mlp", "linear", "conv3x3"] = "mlp"
+    """AlignHead: two 1x1 convolutions with GELU between, one 1x1, or one 3x3 (iREPA)."""
+    dino_resolution: int = 518
+    """Side in pixels of the teacher's input where the picture is a square; others get the same area."""
+    token_grid: int = 16
+    """Teacher tokens are area-pooled to this many rows and columns, or to the same area in the bucket's aspect."""
+    token_dtype: Literal["float16", "int8"] = "float16"
+    """Number format of cached tokens. int8 keeps a scale per token and halves the store."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.taps) > 0, "taps", "is empty. Leave --alignment out to train without heads.")
+        require(len(set(self.taps)) == len(self.taps), "taps", f"names a tap twice: {' '.join(self.taps)}.")
+        # The same limits as in train_repa.py, checked in their home.
+        CacheOptions(dino_resolution=self.dino_resolution, token_grid=self.token_grid)
+        if not self.alignment:
+            for field in dataclasses.fields(self):
+                require(getattr(self, field.name) == field.default, field.name, "has no effect without --alignment.")

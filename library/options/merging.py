@@ -1,0 +1,95 @@
+"""Options of merge_lora.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from library.options.checks import positive, require
+from library.options.precision import Precision
+
+
+@dataclass(frozen=True)
+class MergeLoraOptions:
+    models: tuple[Path, ...] = ()
+    """Adapters: kohya, diffusers or PEFT files, training states, or one checkpoint with adapters in it. Default: the newest
+    training output."""
+    ratios: tuple[float, ...] = ()
+    """Strength of each adapter: 1 is as trained (the default), 0 leaves the base as it is, -1 takes away."""
+    checkpoint: Path | None = None
+    """The same as --models with one entry."""
+    pretrained_model_name_or_path: str | None = None
+    """Base model: a folder, a hub id, one .safetensors file, or tiny-sd15. Default: the one the adapter names."""
+    output_dir: Path | None = None
+    """Diffusers folder to write."""
+    save_single_file: bool = False
+    """Write model.safetensors in the original layout into output_dir as well, for A1111 and ComfyUI."""
+    save_to: Path | None = None
+    """Instead of output_dir: the one .safetensors file to write, a checkpoint or with --lora_only a LoRA."""
+    lora_only: bool = False
+    """Write no model but one LoRA that is the sum of the adapters, for models/Lora of a UI."""
+    lora_format: Literal["kohya", "diffusers", "peft"] = "kohya"
+    """Names in the LoRA file. A1111 and ComfyUI want kohya's."""
+    new_rank: int | None = None
+    """With --lora_only: reduce to this rank by SVD. Default: exact, ranks add up."""
+    new_conv_rank: int | None = None
+    """The same for 3x3 convolutions. Default: new_rank."""
+    unet_ratio: float = 1.0
+    """Further factor for the U-Net, for all adapters."""
+    text_encoder_ratio: float = 1.0
+    """Further factor for the text encoders, for all adapters."""
+    block_ratios: tuple[str, ...] = ()
+    """Further factors by block, one entry per adapter: "IN*=0.5,MID=0", or a list of 12, 17, 20 or 26 numbers, BASE first."""
+    use_ema: bool = False
+    """Merge the moving average of a training state's weights instead of the weights themselves."""
+    save_precision: Precision | None = None
+    """Number format of every tensor. Default: a model keeps its base's, a LoRA its adapter's."""
+    network_alpha: float | None = None
+    """Alpha of a PEFT file that does not say it."""
+    inspect: bool = False
+    """Show what is in the adapters and stop."""
+    generate: bool = False
+    """Draw a test picture with the merged model: a golden retriever, 25 steps, CFG 7.5, seed 42."""
+    overwrite: bool = False
+    """Replace an earlier output."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+    def __post_init__(self) -> None:
+        for model in self.chosen:
+            require(model.exists(), "models", f"{model} does not exist.")
+        count = len(self.chosen)
+        for name in ("ratios", "block_ratios"):
+            given = len(getattr(self, name))
+            require(
+                given in (0, max(count, 1)), name, f"wants one entry per adapter, got {given} for {count} in models."
+            )
+        for ratio in (*self.ratios, self.unet_ratio, self.text_encoder_ratio):
+            require(-10 <= ratio <= 10, "ratios", f"must lie between -10 and 10, got {ratio}.")
+        positive("network_alpha", self.network_alpha)
+        positive("new_rank", self.new_rank)
+        positive("new_conv_rank", self.new_conv_rank)
+        require(
+            self.checkpoint is None or not self.models, "checkpoint", "is another word for models; give one of the two."
+        )
+        require(self.output_dir is None or self.save_to is None, "save_to", "and output_dir exclude each other.")
+        require(
+            self.save_to is None or self.save_to.suffix == ".safetensors",
+            "save_to",
+            f"must be a .safetensors file, got {self.save_to}.",
+        )
+        require(
+            not (self.save_single_file and (self.save_to or self.lora_only)),
+            "save_single_file",
+            "adds a file to output_dir; with save_to or lora_only there is only one file anyway.",
+        )
+        for name, default in (("new_rank", None), ("new_conv_rank", None), ("lora_format", "kohya")):
+            require(self.lora_only or getattr(self, name) == default, name, "is for --lora_only.")
+        require(self.new_conv_rank is None or self.new_rank is not None, "new_conv_rank", "needs new_rank as well.")
+        require(not (self.lora_only and self.generate), "generate", "needs a model; with lora_only there is none.")
+
+    @property
+    def chosen(self) -> tuple[Path, ...]:
+        """The adapters that were named."""
+        return self.models if self.checkpoint is None else (self.checkpoint,)

@@ -1,0 +1,177 @@
+"""What train_network.py trains: adapters in U-Net and text encoders of SD1.x or SDXL, on captioned pictures in buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from library.data.batches import Prefetcher
+from library.data.bucket_order import MicroBatch
+from library.data.network_batches import NetworkBatch, NetworkSamples, Request
+from library.diffusion.noise import Draw, NoiseRecipe, draw
+from library.diffusion.objective import Objective
+from library.models.conditioning import Conditioning, TextConditioner
+from library.processes import Processes
+from library.training.optimizers import ParameterGroup
+from library.training.randomness import sample_noise, stratified_timesteps
+from networks.network import Network
+
+QUANTILES = 4
+
+
+@dataclass
+class NetworkTask:
+    """The Task of the loop for LoRA training.
+
+    models: component -> the frozen model with its adapters. conditioner: where text encoders run in the step; None where
+    their outputs are cached. validation: held-out pictures, and as many training pictures beside them.
+    """
+
+    models: Mapping[str, nn.Module]
+    network: Network
+    groups: list[ParameterGroup]
+    objective: Objective
+    recipe: NoiseRecipe
+    conditioner: TextConditioner | None
+    trains_text: bool
+    is_sdxl: bool
+    scaling_factor: float
+    sample_latents: bool
+    compute_dtype: torch.dtype
+    processes: Processes
+    training: NetworkSamples
+    validation: dict[str, NetworkSamples]
+    validation_batch: int
+    validation_batches: int | None
+    validation_seed: int
+    workers: int
+    channels_last: bool = False
+
+    def sample_ids(self, indices: np.ndarray) -> list[str]:
+        return [self.training.images[i].image.sample_id for i in indices]
+
+    def losses(self, batch: NetworkBatch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
+        """Loss parts of a training batch, the mean over its pictures; noise and timesteps drawn from `generator`."""
+        latents = self.latents(batch, generator)
+        drawn = draw(latents, generator, self.recipe, self.objective.schedule.timesteps)
+        losses = self.each(batch, latents, drawn)
+        real = batch.real.sum().clamp(min=1.0)
+        return {"loss": (losses * batch.weights).sum() / real, "diffusion": (losses.detach() * batch.real).sum() / real}
+
+    def latents(self, batch: NetworkBatch, generator: torch.Generator | None) -> Tensor:
+        """Scaled latents [B, 4, h, w] float32: the posterior's mode, or with sample_latents a draw from it."""
+        mean, log_variance = batch.moments.float().chunk(2, dim=1)
+        if self.sample_latents and generator is not None:
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+            mean = mean + torch.exp(0.5 * log_variance) * noise
+        return mean * self.scaling_factor
+
+    def each(self, batch: NetworkBatch, latents: Tensor, drawn: Draw) -> Tensor:
+        """Loss of each picture, [B] float32, weighted by timestep and mask but not by picture."""
+        noisy = self.objective.schedule.add_noise(latents, drawn.added_noise, drawn.timesteps)
+        text = self.condition(batch)
+        self.network.set_multiplier(batch.multipliers)
+        output = self.predict(noisy, drawn.timesteps, text, batch.sizes)
+        preserved = None
+        if batch.preserve is not None:
+            with torch.no_grad(), self.network.disabled():
+                preserved = self.predict(noisy, drawn.timesteps, self.condition(batch), batch.sizes)
+        return self.objective.losses(
+            output,
+            latents,
+            drawn.noise,
+            noisy,
+            drawn.timesteps,
+            mask=batch.mask,
+            preserved=preserved,
+            preserve_mask=batch.preserve,
+        )
+
+    def condition(self, batch: NetworkBatch) -> Conditioning:
+        """What the U-Net is told of the captions, in the compute dtype."""
+        if self.conditioner is None:
+            assert batch.states is not None
+            text = Conditioning(batch.states, batch.pooled)
+        else:
+            assert batch.ids is not None
+            with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
+                text = self.conditioner.encode(batch.ids.transpose(0, 1))
+        pooled = None if text.pooled is None else text.pooled.to(self.compute_dtype)
+        return Conditioning(text.states.to(self.compute_dtype), pooled)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Tensor) -> Tensor:
+        """The U-Net's output [B, 4, h, w] in the compute dtype. sizes: [B, 6], of which only SDXL is told."""
+        inputs = noisy.to(self.compute_dtype)
+        if self.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        added = {"text_embeds": text.pooled, "time_ids": sizes.to(self.compute_dtype)} if self.is_sdxl else None
+        unet = self.models["unet"]
+        return unet(inputs, timesteps, text.states, added_cond_kwargs=added, return_dict=False)[0]
+
+    # -------------------------------------------------------------------------------------------- validation
+
+    @torch.no_grad()
+    def validate(self, step: int) -> dict[str, float]:
+        """Mean loss of the held-out pictures, of as many training pictures, the gap, and the loss per quarter of timesteps.
+
+        Noise belongs to the picture and timesteps to its place in the set: two validations differ by the weights only.
+        """
+        for model in self.models.values():
+            model.eval()
+        try:
+            results: dict[str, float] = {}
+            for name, samples in self.validation.items():
+                mean, quarters = self._mean_loss(samples)
+                results[f"val/{name}"] = mean
+                if name == "loss":
+                    results |= {
+                        f"val/loss_q{i}": value for i, value in enumerate(quarters, start=1) if value is not None
+                    }
+            if "train_loss" in self.validation:
+                results["val/gap"] = results["val/loss"] - results["val/train_loss"]
+            return results
+        finally:
+            for model in self.models.values():
+                model.train()
+
+    def _mean_loss(self, samples: NetworkSamples) -> tuple[float, list[float | None]]:
+        device = self.processes.device
+        timesteps = stratified_timesteps(len(samples), self.objective.schedule.timesteps)
+        order = list(validation_requests(samples, self.validation_batch))
+        order = order[: self.validation_batches][self.processes.rank :: self.processes.world_size]
+        sums = torch.zeros(2, QUANTILES, device=device)
+        batches = Prefetcher(samples, iter(order), device, workers=self.workers)
+        for batch in batches:
+            latents = self.latents(batch, None)
+            ids = [samples.images[i].image.sample_id for i in batch.indices]
+            noise = sample_noise(self.validation_seed, ids, tuple(latents.shape[1:])).to(device)
+            chosen = timesteps[torch.from_numpy(batch.indices)].to(device)
+            losses = self.each(batch, latents, Draw(noise, noise, chosen))
+            quarter = chosen * QUANTILES // self.objective.schedule.timesteps
+            sums[0].index_add_(0, quarter, losses)
+            sums[1].index_add_(0, quarter, torch.ones_like(losses))
+        batches.close()
+        totals, counts = self.processes.sum(sums).tolist()
+        return sum(totals) / max(sum(counts), 1.0), [t / c if c else None for t, c in zip(totals, counts, strict=True)]
+
+
+def validation_requests(samples: NetworkSamples, batch_size: int) -> Iterator[Request]:
+    """Every picture once, in order, in batches of one bucket."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, one in enumerate(samples.images):
+        by_shape.setdefault((id(one.dataset), *one.fitted.bucket), []).append(index)
+    for indices in by_shape.values():
+        remaining = iter(indices)
+        while chunk := list(islice(remaining, batch_size)):
+            chosen = np.array(chunk, np.int64)
+            yield Request(0, 0, MicroBatch(0, chosen, np.zeros_like(chosen), len(chunk)), 1.0)
+
+
+def equal_number(training: Sequence[str], count: int) -> list[int]:
+    """`count` places spread evenly over the training pictures, to be looked at beside as many held-out ones."""
+    return np.unique(np.linspace(0, len(training) - 1, min(count, len(training))).astype(int)).tolist()

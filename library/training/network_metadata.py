@@ -1,0 +1,257 @@
+"""What an adapter file of train_network.py says of its training: kohya's ss_* entries, and ModelSpec's.
+
+All values are str() of the value, or JSON where kohya writes JSON (sd-scripts, train_network.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from library.data.captions import is_static
+from library.data.dataset_schema import Dataset, Subset
+from library.data.network_batches import TrainedImage
+from library.data.network_data import NetworkData
+from library.files import file_hash
+from library.options.network import TrainNetworkOptions
+from library.training.optimizers import optimizer_text
+from library.training.plan import Plan
+from networks.adapter_export import adapter_metadata
+from networks.lora import LoraSpec
+from networks.original_names import Family
+
+# With --no_metadata only what readers need to load the file is kept.
+_NEEDED = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
+
+
+@dataclass
+class NetworkMetadata:
+    """Everything that does not change from save to save, worked out once."""
+
+    options: TrainNetworkOptions
+    plan: Plan
+    data: NetworkData
+    family: Family
+    prediction_type: str
+    base: Path
+    started: float = field(default_factory=time.time)
+    session: int = field(default_factory=lambda: random.SystemRandom().randint(0, 2**32))
+
+    def __post_init__(self) -> None:
+        self._fixed = self._of_options() | self._of_data() | self._of_base()
+
+    def at(self, step: int, tensors: Mapping[str, Tensor], name: str, date: str) -> dict[str, str]:
+        """Of the file that holds `tensors` after `step` steps. date: local time, ISO with seconds."""
+        spec = LoraSpec(rank=self.options.network.rank, alpha=self.options.network.alpha, scope="all", targets="kohya")
+        now = {
+            "ss_output_name": name,
+            "ss_training_finished_at": time.time(),
+            "ss_steps": step,
+            "ss_epoch": -(-step // self.plan.steps_per_epoch),
+        }
+        given = {key: str(value) for key, value in {**self._fixed, **now}.items()}
+        whole = adapter_metadata(
+            spec,
+            tensors,
+            family=self.family,
+            output_name=name,
+            date=date,
+            resolution=self._resolution(),
+            base_model=self.options.model.pretrained_model_name_or_path,
+            prediction_type=self.prediction_type,
+            title=self.options.metadata.metadata_title or name,
+            extra=given | self._modelspec(),
+        )
+        whole.pop("lora_spec", None)
+        if self.options.metadata.no_metadata:
+            whole = {k: v for k, v in whole.items() if k in _NEEDED or k.startswith(("modelspec.", "sshs_"))}
+        return whole
+
+    def _resolution(self) -> tuple[int, int]:
+        """What was trained: that of the first dataset."""
+        return self.data.datasets[0].resolution
+
+    def _modelspec(self) -> dict[str, str]:
+        metadata = self.options.metadata
+        entries = {
+            "author": metadata.metadata_author,
+            "description": metadata.metadata_description,
+            "license": metadata.metadata_license,
+            "tags": metadata.metadata_tags,
+            "usage_hint": metadata.metadata_usage_hint,
+            "thumbnail": metadata.metadata_thumbnail,
+            "merged_from": metadata.metadata_merged_from,
+            "trigger_phrase": metadata.metadata_trigger_phrase,
+            "preprocessor": metadata.metadata_preprocessor,
+            "is_negative_embedding": metadata.metadata_is_negative_embedding,
+        }
+        noise = self.options.noise
+        if noise.min_timestep is not None or noise.max_timestep is not None:
+            entries["timestep_range"] = ",".join(map(str, noise.timesteps))
+        if self.options.text.clip_skip is not None:
+            entries["encoder_layer"] = str(self.options.text.clip_skip)
+        return {f"modelspec.{key}": str(value) for key, value in entries.items() if value is not None}
+
+    def _of_options(self) -> dict[str, Any]:
+        o, plan = self.options, self.plan
+        optimizer, objective, noise, captions = o.optimizer, o.objective, o.noise, o.captions
+        values: dict[str, Any] = {
+            "ss_session_id": self.session,
+            "ss_training_started_at": self.started,
+            "ss_learning_rate": optimizer.learning_rate,
+            "ss_text_encoder_lr": list(optimizer.text_encoder_lr) or None,
+            "ss_unet_lr": optimizer.unet_lr,
+            "ss_num_batches_per_epoch": plan.steps_per_epoch * plan.accumulation,
+            "ss_num_epochs": -(-plan.last_step // plan.steps_per_epoch),
+            "ss_gradient_checkpointing": o.speed.gradient_checkpointing,
+            "ss_gradient_accumulation_steps": plan.accumulation,
+            "ss_max_train_steps": plan.last_step,
+            "ss_lr_warmup_steps": plan.warmup_steps,
+            "ss_lr_scheduler": optimizer.lr_scheduler_type or optimizer.lr_scheduler,
+            "ss_network_dropout": o.network.network_dropout,
+            "ss_mixed_precision": o.model.mixed_precision,
+            "ss_full_fp16": False,
+            "ss_clip_skip": o.text.clip_skip,
+            "ss_max_token_length": o.text.max_token_length,
+            "ss_cache_latents": True,
+            "ss_seed": o.training.seed,
+            "ss_lowram": False,
+            "ss_noise_offset": noise.noise_offset,
+            "ss_noise_offset_random_strength": noise.noise_offset_random_strength,
+            "ss_multires_noise_iterations": noise.multires_noise_iterations,
+            "ss_multires_noise_discount": noise.multires_noise_discount,
+            "ss_adaptive_noise_scale": noise.adaptive_noise_scale,
+            "ss_zero_terminal_snr": noise.zero_terminal_snr,
+            "ss_ip_noise_gamma": noise.ip_noise_gamma,
+            "ss_ip_noise_gamma_random_strength": noise.ip_noise_gamma_random_strength,
+            "ss_training_comment": o.metadata.training_comment,
+            "ss_sd_scripts_commit_hash": "(unknown)",
+            "ss_optimizer": optimizer_text(optimizer),
+            "ss_max_grad_norm": optimizer.max_grad_norm,
+            "ss_caption_dropout_rate": captions.caption_dropout_rate,
+            "ss_caption_dropout_every_n_epochs": captions.caption_dropout_every_n_epochs,
+            "ss_caption_tag_dropout_rate": captions.caption_tag_dropout_rate,
+            "ss_face_crop_aug_range": o.data.face_crop_aug_range,
+            "ss_prior_loss_weight": objective.prior_loss_weight,
+            "ss_min_snr_gamma": objective.min_snr_gamma,
+            "ss_debiased_estimation": objective.debiased_estimation_loss,
+            "ss_scale_weight_norms": o.network.scale_weight_norms,
+            "ss_loss_type": objective.loss_type,
+            "ss_huber_schedule": objective.huber_schedule,
+            "ss_huber_scale": objective.huber_scale,
+            "ss_huber_c": objective.huber_c,
+            "ss_fp8_base": o.model.fp8_base,
+            "ss_fp8_base_unet": o.model.fp8_base_unet,
+            "ss_validation_seed": o.validation.validation_seed,
+            "ss_validation_split": o.validation.validation_split,
+            "ss_max_validation_steps": o.validation.max_validation_steps,
+            "ss_validate_every_n_epochs": o.validation.validate_every_n_epochs,
+            "ss_validate_every_n_steps": o.output.validate_every_n_steps,
+            "ss_resize_interpolation": o.data.resize_interpolation,
+        }
+        if o.network.network_args:
+            words = dict(word.split("=", 1) for word in o.network.network_args)
+            values["ss_network_args"] = json.dumps({**words, "dropout": o.network.network_dropout})
+        return values
+
+    def _of_data(self) -> dict[str, Any]:
+        prior = [one for one in self.data.training if one.image.subset.is_reg]
+        own = [one for one in self.data.training if not one.image.subset.is_reg]
+        frequencies, folders = self._tags(own), self._folders()
+        described = [
+            self._dataset(dataset, table.info())
+            for dataset, table in zip(self.data.datasets, self.data.tables, strict=True)
+        ]
+        return {
+            "ss_num_train_images": sum(one.repeats for one in own),
+            "ss_num_reg_images": sum(one.repeats for one in prior),
+            "ss_num_validation_images": len(self.data.validation),
+            "ss_datasets": json.dumps(described),
+            "ss_tag_frequency": json.dumps(frequencies),
+            "ss_dataset_dirs": json.dumps(folders),
+            "ss_bucket_info": json.dumps(self.data.tables[0].info()),
+            "ss_resolution": self._resolution(),
+            "ss_batch_size_per_device": self.data.datasets[0].batch_size,
+            "ss_total_batch_size": self.plan.samples_per_step,
+        }
+
+    def _dataset(self, dataset: Dataset, buckets: Mapping[str, Any]) -> dict[str, Any]:
+        images = [one for one in self.data.training if one.dataset is dataset]
+        return {
+            "is_dreambooth": all(subset.metadata_file is None for subset in dataset.subsets),
+            "batch_size_per_device": dataset.batch_size,
+            "num_train_images": sum(one.repeats for one in images if not one.image.subset.is_reg),
+            "num_reg_images": sum(one.repeats for one in images if one.image.subset.is_reg),
+            "resolution": list(dataset.resolution),
+            "enable_bucket": dataset.enable_bucket,
+            "min_bucket_reso": dataset.min_bucket_reso,
+            "max_bucket_reso": dataset.max_bucket_reso,
+            "tag_frequency": self._tags(images),
+            "bucket_info": buckets,
+            "resize_interpolation": dataset.resize_interpolation,
+            "subsets": [self._subset(subset, images) for subset in dataset.subsets],
+        }
+
+    @staticmethod
+    def _subset(subset: Subset, images: Sequence[TrainedImage]) -> dict[str, Any]:
+        own = [one for one in images if one.image.subset is subset]
+        names = (
+            *("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens", "keep_tokens_separator"),
+            *("secondary_separator", "enable_wildcard", "caption_prefix", "caption_suffix", "resize_interpolation"),
+            *("class_tokens", "is_reg"),
+        )
+        described = {name: getattr(subset, name) for name in names}
+        return {
+            "img_count": len(own),
+            "num_repeats": subset.num_repeats,
+            "static_caption": is_static(subset),
+            **described,
+            "image_dir": None if subset.image_dir is None else subset.image_dir.name,
+            "metadata_file": None if subset.metadata_file is None else subset.metadata_file.name,
+        }
+
+    @staticmethod
+    def _tags(images: Sequence[TrainedImage]) -> dict[str, dict[str, int]]:
+        """Folder -> tag -> how many pictures have it."""
+        found: dict[str, Counter[str]] = {}
+        for one in images:
+            separator = one.image.subset.caption_separator or ","
+            tags = (tag.strip() for tag in one.image.caption.split(separator))
+            found.setdefault(one.image.path.parent.name, Counter()).update(tag for tag in tags if tag)
+        return {folder: dict(counts) for folder, counts in found.items()}
+
+    def _folders(self) -> dict[str, dict[str, int]]:
+        found: dict[str, dict[str, int]] = {}
+        for dataset in self.data.datasets:
+            for subset in dataset.subsets:
+                place = subset.image_dir or subset.metadata_file
+                count = sum(one.image.subset is subset for one in self.data.training)
+                name = "" if place is None else place.name
+                unique = name if name not in found else f"{name} ({sum(n.startswith(name) for n in found) + 1})"
+                found[unique] = {"n_repeats": subset.num_repeats, "img_count": count}
+        return found
+
+    def _of_base(self) -> dict[str, Any]:
+        """Name and hashes of the base where it is one file, as A1111 knows it."""
+        if not self.base.is_file():
+            return {}
+        with open(self.base, "rb") as file:
+            file.seek(0x100000)
+            old = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+        return {"ss_sd_model_hash": old, "ss_new_sd_model_hash": file_hash(self.base)}

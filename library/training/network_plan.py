@@ -1,0 +1,69 @@
+"""The pictures of a LoRA training and what to say of them; no torch, so that --dry_run of anything is cheap."""
+
+from __future__ import annotations
+
+from library.data.dataset_schema import Dataset
+from library.data.network_data import NetworkData, collect, read_datasets
+from library.errors import UserError
+from library.files import read_json
+from library.models.configs import configs_of
+from library.models.family import family_of
+from library.models.locate import BaseLocation
+from library.options.network import TrainNetworkOptions
+
+_VAE_FACTOR = 8
+_FRESH_PIXELS = ("color_aug", "random_crop", "face_crop_aug_range")
+
+
+def collect_pictures(options: TrainNetworkOptions, base: BaseLocation) -> NetworkData:
+    """Every picture of the run, in its bucket. Raises UserError for all that is wrong with them."""
+
+    def refuse(dataset: Dataset) -> str | None:
+        for subset in dataset.subsets:
+            for name in _FRESH_PIXELS:
+                if getattr(subset, name):
+                    return (
+                        f"{name} needs pictures encoded anew in every step, and latents are always cached here ({subset.place}). "
+                        "Leave it out; several subsets of crops made beforehand do the same."
+                    )
+            if subset.conditioning_data_dir is not None and not options.objective.masked_loss:
+                return f"conditioning_data_dir has masks, which need --masked_loss ({subset.place})."
+        return None
+
+    return collect(
+        read_datasets(options, native_side(base)),
+        missing_caption=options.data.missing_caption,
+        prior_loss_weight=options.objective.prior_loss_weight,
+        seed=options.training.seed,
+        refuse=refuse,
+    )
+
+
+def native_side(base: BaseLocation) -> int:
+    """Side in pixels that the base was trained at."""
+    if base.is_file:
+        return int(configs_of(family_of(base)).unet["sample_size"]) * _VAE_FACTOR
+    return int(read_json(base.path / "unet" / "config.json").get("sample_size", 64)) * _VAE_FACTOR
+
+
+def print_data(data: NetworkData) -> None:
+    """Buckets of each dataset, what was left out and why, and what else a user should hear."""
+    for dataset, table in zip(data.datasets, data.tables, strict=True):
+        print(f"dataset {dataset.name}, batch size {dataset.batch_size}")
+        print(table)
+    if data.validation:
+        print(f"{len(data.validation)} pictures are held out for validation")
+    if data.without_caption:
+        first = ", ".join(str(path) for path in data.without_caption[:3])
+        print(f"{len(data.without_caption)} pictures have no caption of their own (first: {first})")
+    if data.dropped:
+        print(f"{len(data.dropped)} pictures are left out:")
+        for path, reason in list(data.dropped.items())[:10]:
+            print(f"  {path}: {reason}")
+    for note in data.notes:
+        print(note)
+
+
+def require_pictures(data: NetworkData) -> None:
+    if not data.training:
+        raise UserError("No picture is left to train on.")

@@ -1,0 +1,62 @@
+"""Before a long LoRA training: one batch of the largest shape and one save, and the frozen base's loss to judge by."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+
+import torch
+
+from library.errors import UserError
+from library.training.loop import Run
+from library.training.network import NetworkTask, validation_requests
+from library.training.randomness import StepRandomness
+from library.training.state import save_state
+
+
+def preflight(run: Run, task: NetworkTask, say: Callable[..., None]) -> dict[str, float]:
+    """Try every part of the run once, leaving no trace in it; the frozen base's loss on the largest batch."""
+    started = time.perf_counter()
+    batch = _largest(run, task)
+    randomness = StepRandomness(run.seed, run.processes.rank, run.processes.device)
+    try:
+        task.losses(batch, randomness.at(0), 0)["loss"].backward()
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise UserError(
+            f"A step of this run has no deterministic kernel on {run.processes.device} ({str(error).splitlines()[0]}). "
+            "--no_deterministic allows any kernel; a resumed run is then close to the uninterrupted one, not equal."
+        ) from None
+    run.trained.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad(), task.network.disabled():
+        loss = task.losses(batch, randomness.at(0), 0)["diffusion"].item()
+    saved = time.perf_counter()
+    if run.processes.is_main:
+        folder = run.checkpoints.output.output_dir / ".preflight"
+        try:
+            save_state(folder, run.trained, run.checkpoints.describe(0))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    say(
+        f"preflight: largest batch {saved - started:.2f} s, save {time.perf_counter() - saved:.2f} s; frozen base's loss on "
+        f"that batch {loss:.4f}"
+    )
+    return {"reference/frozen_base_loss": loss} if math.isfinite(loss) else {}
+
+
+def _largest(run: Run, task: NetworkTask):  # type: ignore[no-untyped-def]
+    """A batch of the most latents that a step will have at once."""
+    requests = list(validation_requests(task.training, run.plan.batch_size))
+    images = task.training.images
+
+    def size(request) -> int:  # type: ignore[no-untyped-def]
+        width, height = images[request.micro.indices[0]].fitted.bucket
+        return len(request.micro.indices) * width * height
+
+    request = max(requests, key=size)
+    batch = task.training.empty_batch(request, pin=False)
+    task.training.fill(batch, slice(0, len(batch)))
+    return batch.to(run.processes.device)

@@ -1,0 +1,101 @@
+"""Caches of a LoRA training: latents by bucket, and what text encoders make of captions that never change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from library.caching.latents import BucketedPicture, prepare_latents
+from library.caching.prompts import PromptCache, prepare_prompts
+from library.data.captions import cacheable_captions, variations
+from library.data.network_data import NetworkData
+from library.errors import UserError
+from library.models.conditioning import TextConditioner
+from library.models.encoders import weight_fingerprint
+from library.models.load import load_text_encoders
+from library.models.locate import BaseLocation, locate_base
+from library.options.network import TrainNetworkOptions
+from library.processes import Processes
+from library.training.network_run import COMPUTE_DTYPES, Prepared, clip_skip
+from networks.original_names import Family
+
+
+def prepare_caches(
+    options: TrainNetworkOptions, processes: Processes, base: BaseLocation, family: Family, data: NetworkData
+) -> Prepared:
+    """Everything that can be encoded beforehand, complete. Pictures that turn out unreadable leave the data."""
+    pictures = [
+        BucketedPicture(
+            one.image.sample_id,
+            one.image.path,
+            one.fitted,
+            one.image.subset.resize_interpolation or one.dataset.resize_interpolation,
+            one.image.subset.flip_aug,
+        )
+        for one in data.every
+    ]
+    vae = None if options.model.vae is None else locate_base(options.model.vae, ("vae",))
+    latents = prepare_latents(
+        pictures,
+        base=base,
+        vae=vae,
+        family=family,
+        fit_facts={},
+        precision=options.model.vae_precision,
+        cache_dir=options.cache.cache_dir,
+        batch_size=options.cache.vae_batch_size,
+        workers=options.speed.max_data_loader_n_workers,
+        processes=processes,
+        say=processes.say,
+        kohya_caches=options.cache.cache_latents_to_disk,
+    )
+    if latents.dropped:
+        paths = {one.image.sample_id: str(one.image.path) for one in data.every}
+        data = replace(
+            data,
+            training=[one for one in data.training if one.image.sample_id not in latents.dropped],
+            validation=[one for one in data.validation if one.image.sample_id not in latents.dropped],
+            dropped=data.dropped | {paths[name]: reason for name, reason in latents.dropped.items()},
+        )
+        if not data.training:
+            raise UserError("No picture is left to train on: none could be read.")
+    prompts = _prompts(options, processes, base, family, data) if options.cache.caches_text else None
+    return Prepared(base, family, data, latents, prompts)
+
+
+def _prompts(
+    options: TrainNetworkOptions, processes: Processes, base: BaseLocation, family: Family, data: NetworkData
+) -> PromptCache:
+    captions: set[str] = set()
+    for one in data.every:
+        found = cacheable_captions(one.image.caption, one.image.subset)
+        if found is None:
+            varying = ", ".join(variations(one.image.subset, one.image.caption))
+            raise UserError(
+                f"cache_text_encoder_outputs encodes each caption once, and {varying} changes captions each time "
+                f"({one.image.subset.place}). Leave one of them out."
+            )
+        captions.update(found)
+    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
+    facts: dict[str, Any] = {
+        "weights": {
+            part: weight_fingerprint(base, part, options.cache.cache_dir / "weight_hashes.json")
+            for part in family.text_encoders
+        },
+        "clip_skip": clip_skip(options, family),
+        "chunks": options.text.chunks,
+        "precision": options.model.mixed_precision,
+    }
+
+    def conditioner() -> TextConditioner:
+        parts = load_text_encoders(base, families=(family,), dtype=dtype, device=processes.device)
+        return TextConditioner(family, parts, clip_skip=clip_skip(options, family), chunks=options.text.chunks)
+
+    return prepare_prompts(
+        sorted(captions),
+        conditioner=conditioner,
+        facts=facts,
+        cache_dir=options.cache.cache_dir,
+        processes=processes,
+        say=processes.say,
+    )

@@ -1,0 +1,134 @@
+"""Learning rates as pure functions of the step: there is no scheduler state to save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from library.options.checks import require
+from library.options.training import OptimizerOptions
+from library.training import foreign
+from library.training.plan import Plan
+
+# The schedules that transformers has and diffusers has not.
+OF_TRANSFORMERS = ("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay")
+
+
+def rate_multiplier(options: OptimizerOptions, plan: Plan) -> Callable[[int], float]:
+    """step -> share of the peak learning rate, for steps from 0 to below the plan's last.
+
+    The schedules are those of diffusers and transformers (functions of the step), or any torch scheduler class by
+    lr_scheduler_type, which is run through once beforehand. Raises OptionError where its arguments do not fit.
+    """
+    if options.lr_scheduler_type:
+        return _replayed(options, plan)
+    if options.lr_scheduler == "adafactor":
+        # Adafactor's relative steps: the optimizer sets its own rate.
+        return lambda step: 1.0
+    function = _named_schedule(options.lr_scheduler)
+    given = options.scheduler_arguments
+    foreign.check_arguments("lr_scheduler_args", function, f"the schedule {options.lr_scheduler}", given)
+    arguments = _arguments(options, plan) | given
+    scheduler = foreign.call(
+        "lr_scheduler_args" if given else "lr_scheduler",
+        options.lr_scheduler,
+        lambda: function(_dummy_optimizer(options), **arguments),
+    )
+    return scheduler.lr_lambdas[0]
+
+
+def decay_steps(options: OptimizerOptions, plan: Plan) -> int:
+    """lr_decay_steps as a count: below 1 it is a share of all steps."""
+    share = options.lr_decay_steps
+    return int(share * plan.last_step) if share < 1 else int(share)
+
+
+def _dummy_optimizer(options: OptimizerOptions) -> torch.optim.Optimizer:
+    """What a scheduler acts on. Its rate is the run's: some schedules take rates (eta_min, max_lr, min_lr) and not shares."""
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=options.learning_rate)
+
+
+def _named_schedule(name: str) -> Callable[..., Any]:
+    if name in OF_TRANSFORMERS:
+        from transformers import optimization as transformers_schedules
+
+        return transformers_schedules.TYPE_TO_SCHEDULER_FUNCTION[transformers_schedules.SchedulerType(name)]
+    from diffusers import optimization as diffusers_schedules
+
+    return diffusers_schedules.TYPE_TO_SCHEDULER_FUNCTION[diffusers_schedules.SchedulerType(name)]
+
+
+def _arguments(options: OptimizerOptions, plan: Plan) -> dict[str, Any]:
+    """What kohya gives the schedule of that name."""
+    name, warmup, total = options.lr_scheduler, plan.warmup_steps, plan.last_step
+    if name in ("constant", "piecewise_constant"):
+        return {}
+    arguments: dict[str, Any] = {"num_warmup_steps": warmup}
+    if name == "constant_with_warmup":
+        return arguments
+    if name == "inverse_sqrt":
+        return arguments | {"timescale": options.lr_scheduler_timescale}
+    # These two count half waves; diffusers' restarts are whole cycles.
+    half_waves = {"num_cycles": options.lr_scheduler_num_cycles / 2}
+    if name == "warmup_stable_decay":
+        decay = decay_steps(options, plan)
+        require(
+            warmup + decay <= total,
+            "lr_decay_steps",
+            f"{decay} and {warmup} steps of warm-up are more than the run's {total}.",
+        )
+        ratio = options.lr_scheduler_min_lr_ratio or 0.0
+        stable = {"num_stable_steps": total - warmup - decay, "num_decay_steps": decay, "min_lr_ratio": ratio}
+        return arguments | stable | half_waves
+    arguments["num_training_steps"] = total
+    if name == "cosine_with_min_lr":
+        given = options.scheduler_arguments.keys() & {"min_lr", "min_lr_rate"}
+        return arguments | half_waves | ({} if given else {"min_lr_rate": options.lr_scheduler_min_lr_ratio})
+    if name == "cosine_with_restarts":
+        return arguments | {"num_cycles": options.lr_scheduler_num_cycles}
+    if name == "polynomial":
+        return arguments | {"power": options.lr_scheduler_power}
+    return arguments
+
+
+def _replayed(options: OptimizerOptions, plan: Plan) -> Callable[[int], float]:
+    """The rates of a scheduler class, from running it through every step of the plan on a dummy."""
+    kind = _scheduler_class(options.lr_scheduler_type)
+    arguments = options.scheduler_arguments
+    foreign.check_arguments("lr_scheduler_args", kind, kind.__name__, arguments)
+
+    def shares() -> list[float]:
+        optimizer = _dummy_optimizer(options)
+        scheduler = kind(optimizer, **arguments)
+        found = [optimizer.param_groups[0]["lr"] / options.learning_rate]
+        for _ in range(1, plan.last_step):
+            optimizer.step()
+            scheduler.step()
+            found.append(optimizer.param_groups[0]["lr"] / options.learning_rate)
+        return [float(share) for share in found]
+
+    return foreign.call("lr_scheduler_args", kind.__name__, shares).__getitem__
+
+
+def _scheduler_class(name: str) -> type[LRScheduler]:
+    option = "lr_scheduler_type"
+    if "." in name:
+        found = foreign.find_dotted(option, name)
+    else:
+        classes = foreign.classes_of(torch.optim.lr_scheduler, LRScheduler)
+        known = [kind.__name__ for kind in classes.values()]
+        require(name.lower() in classes, option, f"{name} is no scheduler of torch{foreign.nearest(name, known)}.")
+        found = classes[name.lower()]
+    require(
+        isinstance(found, type) and issubclass(found, LRScheduler), option, f"{name} is not a torch scheduler class."
+    )
+    require(
+        not issubclass(found, ReduceLROnPlateau) and foreign.needs_more(found.step) == ["self"],
+        option,
+        f"{name} follows a metric, and a rate here follows from the step alone, which a resumed run knows exactly. Use "
+        "lr_scheduler cosine, or another schedule of the step.",
+    )
+    return found

@@ -1,0 +1,358 @@
+"""Adapters as files for other programs: tensors and metadata in kohya's, diffusers' and PEFT's forms.
+
+Kohya's is the one that A1111, ComfyUI, diffusers and sd-scripts all read. Formats: kohya sd-scripts (networks/lora.py,
+library/train_util.py), ModelSpec 1.0.1, diffusers' save_lora_weights, PEFT's save_pretrained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from networks import AdapterError
+from networks.adapter_file import BASE_MODEL_KEY, DIFFUSERS_CONFIG_KEY, SPEC_KEY
+from networks.adapters import Adapter, AdapterModule, LoraModule
+from networks.lora import LoraSpec, rank_and_alpha
+from networks.lycoris_modules import NO_BOUND, LohaModule, LokrModule, OftModule
+from networks.names import Target, peft_key, split_peft_key
+from networks.original_names import SD15, SDXL, UNET, Family
+from networks.spec import KINDS, NetworkSpec
+
+Form = Literal["kohya", "diffusers", "peft"]
+
+BASE_VERSIONS = {SD15.key: "sd_v1", SDXL.key: "sdxl_base_v1-0"}
+_ARCHITECTURES = {SD15.key: "stable-diffusion-v1/lora", SDXL.key: "stable-diffusion-xl-v1-base/lora"}
+# As kohya's scripts say; SDXL's U-Net has the names of the original code.
+_IMPLEMENTATIONS = {SD15.key: "diffusers", SDXL.key: "https://github.com/Stability-AI/generative-models"}
+_RESOLUTIONS = {SD15.key: "512x512", SDXL.key: "1024x1024"}
+_READERS = {
+    "DoRA": "DoRA with magnitudes of the inputs, as ComfyUI, A1111 (1.9 and later) and LyCORIS compute it, diffusers does not.",
+    "LoHa": "LoHa in LyCORIS' form: for ComfyUI, A1111 and LyCORIS, not for diffusers.",
+    "LoKr": "LoKr in LyCORIS' form: for ComfyUI, A1111 and LyCORIS, not for diffusers.",
+    "OFT": "OFT in the form of LyCORIS' diag-oft: for ComfyUI, A1111 (1.7 and later) and LyCORIS, not for diffusers.",
+}
+# What describes the weights of the file it was read from, not of the one to be written.
+_OF_THE_WEIGHTS = (
+    *(
+        "ss_network_dim",
+        "ss_network_alpha",
+        "ss_network_args",
+        "ss_network_module",
+        "sshs_model_hash",
+        "sshs_legacy_hash",
+    ),
+    *("lora_alpha", "network_alpha", SPEC_KEY, DIFFUSERS_CONFIG_KEY, "modelspec.hash_sha256", "format"),
+)
+
+
+# ------------------------------------------------------------------------------------------------ tensors
+
+
+def to_kohya(
+    params: Mapping[str, Tensor], spec: LoraSpec, *, family: Family = SD15, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a kohya file from adapter weights under the names of `add_lora`; see `adapter_tensors`."""
+    parts: dict[Target, dict[str, Tensor]] = {}
+    for key, value in params.items():
+        split = split_peft_key(key)
+        if split is None or split.part not in ("down", "up"):
+            raise AdapterError(f"{key} is not the name of a LoRA weight, so it has no place in an adapter file.")
+        parts.setdefault(split.target, {})[split.part] = value
+    modules = {}
+    for target, halves in parts.items():
+        module = LoraModule(halves["down"], halves["up"], alpha=0.0)
+        modules[target] = replace(module, alpha=rank_and_alpha(spec, kernel=module.kernel)[1])
+    adapter = Adapter(modules, {"ss_base_model_version": BASE_VERSIONS[family.key]})
+    return adapter_tensors(adapter, "kohya", dtype)
+
+
+def adapter_tensors(
+    adapter: Adapter, form: Form, dtype: torch.dtype | None = None, *, keep_dora: bool = False
+) -> dict[str, Tensor]:
+    """The tensors of an adapter file, on the CPU, weights in `dtype` (default: as they are, float32 where folded).
+
+    kohya: per module lora_down.weight [rank, in, ...], lora_up.weight [out, rank, ...] and a 0-dim float32 alpha, SDXL's
+    U-Net under its original names; `with_uniform_alphas` is applied, for diffusers reads no others. diffusers:
+    `unet.X.lora_A.weight`, the alphas in the metadata. peft: `base_model.model.X.lora_A.weight`, the alphas in the
+    `peft_config` beside; that format is of one model, so the adapter must be of the U-Net alone. CP-decomposed
+    convolutions become ordinary ones, which every client reads. DoRA is refused with AdapterError but for
+    keep_dora, kohya's form alone: it then has a float32 dora_scale, [out, 1, ...] or [1, in, ...].
+    """
+    adapter = _exportable(adapter, form, keep_dora)
+    if form == "kohya":
+        names = _kohya_names(adapter)
+        return {
+            f"{names[target]}.{suffix}": value
+            for target, module in adapter.modules.items()
+            for suffix, value in _kohya_parts(module, dtype).items()
+        }
+    tensors: dict[str, Tensor] = {}
+    for target, module in adapter.lora_modules(f"{form}'s format").items():
+        prefix = "base_model.model." if form == "peft" else f"{target.component}."
+        for part, value in (("down", module.down), ("up", module.up)):
+            tensors[prefix + peft_key(target, part).removeprefix(f"{target.component}.")] = _on_host(value, dtype)
+    return tensors
+
+
+def _kohya_parts(module: AdapterModule, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Suffix of the key -> tensor. Not in `dtype`: alpha, for half precision would round rsLoRA's alpha * sqrt(rank)."""
+    alpha, parts = float(module.alpha), {}
+    if isinstance(module, LoraModule):
+        parts = {"lora_down.weight": _on_host(module.down, dtype), "lora_up.weight": _on_host(module.up, dtype)}
+        if module.magnitude is not None:  # nor this: what it differs by from the norms is small
+            parts["dora_scale"] = _on_host(module.magnitude, torch.float32)
+    elif isinstance(module, LohaModule | LokrModule | OftModule):
+        parts = {suffix: _on_host(value, dtype) for suffix, value in module.tensors().items()}
+        # A bound of 0 would be no rotation at all to kohya's networks.oft and A1111 1.7, and none is an error there.
+        alpha = alpha if not isinstance(module, OftModule) else NO_BOUND
+    return {**parts, "alpha": torch.tensor(alpha, dtype=torch.float32)}
+
+
+def _on_host(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.detach().to("cpu", dtype, copy=True).contiguous()
+
+
+def _kohya_names(adapter: Adapter) -> dict[Target, str]:
+    try:
+        return adapter.names()
+    except KeyError as error:
+        raise AdapterError(
+            f"{error.args[0]} is no module of {adapter.family.title}, so kohya has no name for it."
+        ) from None
+
+
+def with_uniform_alphas(adapter: Adapter) -> Adapter:
+    """The same adapter with one alpha per component for Linear layers and 1x1 convolutions, and one for larger kernels.
+
+    The commonest alpha stays; where another was, `up` takes alpha / commonest over, in float32. Diffusers (0.42) reads
+    alphas of single modules under names that match nothing, and lets the commonest of all hold: so where larger kernels
+    are the more, there is but one alpha for all. An adapter that is so already comes back as it is, and modules that
+    diffusers does not read at all (LoHa, LoKr, OFT) stay.
+    """
+    lora = {target: module for target, module in adapter.modules.items() if isinstance(module, LoraModule)}
+    kinds: dict[tuple[str, bool], list[float]] = {}
+    for target, module in lora.items():
+        kinds.setdefault((target.component, module.kernel == 1), []).append(module.alpha)
+    common = {kind: _commonest(alphas) for kind, alphas in kinds.items()}
+    for component, is_linear in kinds:
+        if not is_linear and 0 < len(kinds.get((component, True), [])) <= len(kinds[component, False]):
+            common[component, True] = common[component, True] or common[component, False]
+            common[component, False] = common[component, True]
+    changed: dict[Target, LoraModule] = {}
+    for target, module in lora.items():
+        alpha = common[target.component, module.kernel == 1]
+        if module.alpha != alpha:
+            changed[target] = replace(module, up=module.up.float() * (module.alpha / alpha), alpha=alpha)
+    return replace(adapter, modules={**adapter.modules, **changed}) if changed else adapter
+
+
+def _commonest(alphas: Iterable[float]) -> float:
+    """0 only where there is no other: nothing can be folded into it."""
+    counted = Counter(alphas)
+    return max((alpha for alpha in counted if alpha), key=lambda alpha: counted[alpha], default=0.0)
+
+
+def _exportable(adapter: Adapter, form: Form, keep_dora: bool = False) -> Adapter:
+    modules = {
+        target: module.without_mid() if isinstance(module, LoraModule) else module
+        for target, module in adapter.modules.items()
+    }
+    dora = [target for target, module in modules.items() if module.kind == "DoRA"]
+    if dora and not (keep_dora and form == "kohya"):
+        raise AdapterError(
+            f"{len(dora)} of {len(modules)} modules are DoRA (first: {dora[0].path}), which every program computes "
+            "differently. Merge it into a base model instead."
+        )
+    if form == "peft" and (others := sorted({target.component for target in modules} - {UNET})):
+        raise AdapterError(
+            f"PEFT's format holds an adapter of one model, and this one is of the {' and the '.join(others)} as well. "
+            "Write it in kohya's or diffusers' format."
+        )
+    whole = replace(adapter, modules=modules)
+    return with_uniform_alphas(whole) if form == "kohya" else whole
+
+
+# ------------------------------------------------------------------------------------------------ metadata
+
+
+def adapter_metadata(
+    spec: LoraSpec | NetworkSpec,
+    tensors: Mapping[str, Tensor],
+    *,
+    output_name: str,
+    date: str,
+    resolution: tuple[int, int],
+    family: Family = SD15,
+    base_model: str | None = None,
+    prediction_type: str = "epsilon",
+    title: str | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The metadata of the kohya file of a training that holds `tensors`; all values are strings, as safetensors wants.
+
+    date: local time, ISO with seconds. resolution: (width, height) trained at. base_model: as the user named it, from
+    which merge_lora.py finds the base again. prediction_type: as a scheduler says it. extra: further entries, which win
+    over these. Of kinds that not every program reads modelspec.usage_hint says which do.
+    """
+    velocity = prediction_type == "v_prediction"
+    metadata = {
+        **_identity(family, velocity=velocity, output_name=output_name, title=title or output_name, date=date),
+        "modelspec.resolution": f"{resolution[0]}x{resolution[1]}",
+        "ss_network_dropout": str(spec.dropout) if spec.dropout > 0 else "None",
+        **(_network_facts(spec) if isinstance(spec, NetworkSpec) else _lora_facts(spec)),
+    }
+    if base_model is not None:
+        metadata["ss_sd_model_name"] = Path(base_model).name
+        metadata[BASE_MODEL_KEY] = _without_home(base_model)
+    return _with_hashes({**metadata, **(extra or {})}, tensors)
+
+
+def _lora_facts(spec: LoraSpec) -> dict[str, str]:
+    facts = {"ss_network_dim": str(spec.rank), "ss_network_alpha": str(spec.alpha), SPEC_KEY: spec.to_json()}
+    if spec.conv_rank is not None:
+        conv_rank, conv_alpha = rank_and_alpha(spec, kernel=3)
+        facts["ss_network_args"] = json.dumps({"conv_dim": str(conv_rank), "conv_alpha": str(conv_alpha)})
+    return facts
+
+
+def _network_facts(spec: NetworkSpec) -> dict[str, str]:
+    is_uniform = spec.sizes is None
+    facts = {
+        "ss_network_dim": str(spec.rank) if is_uniform else "Dynamic",
+        "ss_network_alpha": str(spec.alpha) if is_uniform else "Dynamic",
+        **_kind_facts(KINDS[spec.algo]),
+    }
+    if arguments := spec.arguments():
+        facts["ss_network_args"] = json.dumps(arguments)
+    return facts
+
+
+def _kind_facts(kind: str) -> dict[str, str]:
+    """What tells readers of an adapter that is no plain LoRA."""
+    if kind == "LoRA":
+        return {}
+    facts = {"modelspec.usage_hint": _READERS[kind]}
+    return facts if kind == "DoRA" else {**facts, "ss_network_module": "lycoris.kohya"}
+
+
+def form_metadata(
+    adapter: Adapter,
+    form: Form,
+    tensors: Mapping[str, Tensor],
+    *,
+    output_name: str,
+    date: str,
+    keep_dora: bool = False,
+) -> dict[str, str]:
+    """The metadata of the file that holds `tensors`, what `adapter_tensors` made of `adapter` in this form.
+
+    What the adapter's own metadata says of its training and its base stays. Ranks and alphas that differ within a kind of
+    layer are "Dynamic", as kohya's resizing writes.
+    """
+    adapter = _exportable(adapter, form, keep_dora)
+    before = {key: value for key, value in adapter.metadata.items() if key not in _OF_THE_WEIGHTS}
+    family = adapter.family
+    velocity = before.get("ss_base_model_version", "").endswith("_v") or before.get("modelspec.prediction_type") == "v"
+    metadata = {
+        "modelspec.resolution": _RESOLUTIONS[family.key],  # where nothing is known; kohya's scripts write the same
+        **before,
+        **_identity(family, velocity=velocity, output_name=output_name, title=output_name, date=date),
+        **_sizes(adapter.modules.values()),
+    }
+    for kind in sorted({module.kind for module in adapter.modules.values()}):
+        metadata |= _kind_facts(kind)
+    if form == "kohya":
+        return _with_hashes(metadata, tensors)
+    if form == "diffusers":
+        configs = {
+            f"{component}.{name}": value
+            for component in dict.fromkeys(target.component for target in adapter.modules)
+            for name, value in _lora_config(adapter, component).items()
+        }
+        metadata[DIFFUSERS_CONFIG_KEY] = json.dumps(configs, indent=2, sort_keys=True)
+    return {"format": "pt", **metadata}
+
+
+def peft_config(adapter: Adapter) -> dict[str, Any]:
+    """The adapter_config.json that PEFT wants beside the "peft" form; the file itself is then adapter_model.safetensors."""
+    config = _lora_config(_exportable(adapter, "peft"), UNET)
+    return {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True, **config}
+
+
+def _lora_config(adapter: Adapter, component: str) -> dict[str, Any]:
+    """Arguments of PEFT's LoraConfig for one component."""
+    lora = adapter.lora_modules("a LoraConfig")
+    modules = {target.path: module for target, module in lora.items() if target.component == component}
+    # Suffixes of a path do in a LoraConfig; transformers >= 5.6 has no text_model in CLIPTextModel.
+    named = {path.removeprefix("text_model."): module for path, module in modules.items()}
+    rank = Counter(module.rank for module in modules.values()).most_common(1)[0][0]
+    alpha = Counter(module.alpha for module in modules.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {path: module.rank for path, module in named.items() if module.rank != rank},
+        "alpha_pattern": {path: module.alpha for path, module in named.items() if module.alpha != alpha},
+        "target_modules": sorted(named),
+    }
+
+
+def _identity(family: Family, *, velocity: bool, output_name: str, title: str, date: str) -> dict[str, str]:
+    """What makes the file known to the programs that list it; A1111 hides a file of the wrong base."""
+    version = BASE_VERSIONS[family.key]
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_base_model_version": f"{version}_v" if velocity and family is SD15 else version,
+        "ss_v2": "False",
+        "ss_output_name": output_name,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": _ARCHITECTURES[family.key],
+        "modelspec.implementation": _IMPLEMENTATIONS[family.key],
+        "modelspec.title": title,
+        "modelspec.date": date,
+        "modelspec.prediction_type": "v" if velocity else "epsilon",
+    }
+
+
+def _sizes(modules: Iterable[AdapterModule]) -> dict[str, str]:
+    kinds: dict[bool, list[AdapterModule]] = {True: [], False: []}
+    for module in modules:
+        kinds[module.kernel == 1].append(module)
+    linear, conv = ([_one(m.rank for m in kind), _one(m.alpha for m in kind)] for kind in (kinds[True], kinds[False]))
+    rank, alpha = linear if kinds[True] else conv
+    sizes = {"ss_network_dim": rank, "ss_network_alpha": alpha}
+    if kinds[False]:
+        sizes["ss_network_args"] = json.dumps({"conv_dim": conv[0], "conv_alpha": conv[1]})
+    return sizes
+
+
+def _one(values: Iterable[float]) -> str:
+    found = set(values)
+    return str(found.pop()) if len(found) == 1 else "Dynamic"
+
+
+def _without_home(base_model: str) -> str:
+    """A published file should not tell how its author's home folder is called."""
+    home = f"{Path.home()}{os.sep}"
+    return f"~{os.sep}{base_model.removeprefix(home)}" if base_model.startswith(home) else base_model
+
+
+def _with_hashes(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """sshs_model_hash: SHA-256 of the tensors' bytes. sshs_legacy_hash: of 64 KiB at 1 MiB, so with ss_ metadata."""
+    whole = save(dict(tensors), {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    start = 8 + int.from_bytes(whole[:8], "little")
+    legacy = whole[0x100000 : 0x100000 + 0x10000]
+    return {
+        **metadata,
+        "sshs_model_hash": hashlib.sha256(memoryview(whole)[start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
+    }

@@ -1,0 +1,85 @@
+"""Whether an adapter can be what a network starts from, and what a network for an adapter is like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from networks import AdapterError
+from networks.adapted_layer import AdaptedLayer
+from networks.adapters import Adapter
+from networks.names import Target
+from networks.original_names import FAMILIES, UNET
+from networks.spec import KINDS, NetworkSpec
+
+
+def spec_of(adapter: Adapter, like: NetworkSpec) -> NetworkSpec:
+    """The specification of a network of exactly the modules, ranks and alphas of `adapter`; the rest is of `like`."""
+    kinds = {module.kind for module in adapter.modules.values()}
+    algos = [algo for algo, kind in KINDS.items() if kind in kinds]
+    if len(kinds) != 1:
+        raise AdapterError(f"The adapter has modules of several kinds ({', '.join(sorted(kinds))}).")
+    sizes = {f"{t.component}.{t.path}": (module.rank, float(module.alpha)) for t, module in adapter.modules.items()}
+    return replace(
+        like,
+        algo=algos[0],
+        sizes=sizes,
+        conv_rank=None,
+        conv_alpha=None,
+        block_dims=None,
+        block_alphas=None,
+        conv_block_dims=None,
+        conv_block_alphas=None,
+    )
+
+
+def check_fits(adapter: Adapter, layers: Mapping[Target, AdaptedLayer], spec: NetworkSpec) -> None:
+    """Raises AdapterError where an adapter is not of the modules, kind, ranks and shapes of these layers."""
+    extra = [target for target in adapter.modules if target not in layers]
+    _refuse(
+        extra, len(adapter.modules), "modules of the adapter are not trained here", _guess_extra(extra, adapter, spec)
+    )
+    missing = [target for target in layers if target not in adapter.modules]
+    _refuse(missing, len(layers), "modules to train are not in the adapter", _guess_missing(missing, adapter))
+    wanted = KINDS[spec.algo]
+    pairs: list[tuple[Target, Any, AdaptedLayer]] = [(t, adapter.modules[t], layer) for t, layer in layers.items()]
+    others = [(t, module.kind) for t, module, _ in pairs if module.kind != wanted]
+    kinds = ", ".join(sorted({kind for _, kind in others}))
+    _refuse(
+        [t for t, _ in others], len(pairs), f"modules are {kinds}, not {wanted}", "Give its algo in --network_args."
+    )
+    misfits = [t for t, module, layer in pairs if not module.fits(layer.base_layer.weight.shape)]
+    _refuse(misfits, len(pairs), "modules are of other shapes than the model's", "It is for another base model.")
+    ranks = [(t, module.rank, own) for t, module, layer in pairs if module.rank != (own := layer.to_module().rank)]
+    found = ", ".join(str(rank) for rank in sorted({rank for _, rank, _ in ranks}))
+    here = ", ".join(str(rank) for rank in sorted({rank for _, _, rank in ranks}))
+    _refuse(
+        [t for t, _, _ in ranks],
+        len(pairs),
+        f"modules of the adapter are of rank {found} where {here} is to be trained",
+        "--dim_from_weights takes over its ranks and alphas.",
+    )
+
+
+def _guess_extra(extra: list[Target], adapter: Adapter, spec: NetworkSpec) -> str:
+    if adapter.family.key != spec.family:
+        return f"It is for {adapter.family.title}, and the base model is {FAMILIES[spec.family].title}."
+    if extra and all(target.component != UNET for target in extra):
+        return "They are of text encoders: train these as well, or leave the adapter's U-Net alone in a file."
+    if any(".resnets." in target.path or "samplers." in target.path for target in extra):
+        return "It has convolutions: add conv_dim to --network_args, or --dim_from_weights."
+    return "--dim_from_weights trains just the modules of the adapter."
+
+
+def _guess_missing(missing: list[Target], adapter: Adapter) -> str:
+    if missing and not {target.component for target in missing} & {target.component for target in adapter.modules}:
+        alone = "--network_train_unet_only" if missing[0].component != UNET else "--network_train_text_encoder_only"
+        return f"It has nothing for the {missing[0].component}: add {alone}, or --dim_from_weights."
+    return "--dim_from_weights trains just the modules of the adapter."
+
+
+def _refuse(targets: list[Target], count: int, what: str, guess: str) -> None:
+    if targets:
+        names = ", ".join(".".join(target) for target in targets[:3])
+        raise AdapterError(f"{len(targets)} of {count} {what} (first: {names}). {guess}")

@@ -1,0 +1,186 @@
+"""The adapters of a training in one piece: put into U-Net and text encoders, grouped, exported, loaded, held in bounds.
+
+Which modules get one is what kohya's networks.lora decides: every Linear and 1x1 convolution of the U-Net's transformers, with
+convolutions asked for those of residual blocks and resamplers too, and the Linear layers of the text encoders' attention and
+MLP. PEFT puts the layers in; what they compute is in networks.lora_layers and its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from networks import AdapterError
+from networks.adapted_layer import AdaptedLayer
+from networks.adapter_export import BASE_VERSIONS, adapter_tensors
+from networks.adapters import Adapter
+from networks.injection import Sizes, inject
+from networks.loading import check_fits
+from networks.lora import CONV_PARENTS, TRANSFORMER_PARENTS, kernel_of, layers_inside
+from networks.names import Target, with_text_model
+from networks.original_names import FAMILIES, UNET, Family
+from networks.spec import NetworkSpec
+from networks.trained_weights import generator_for
+
+_TEXT_PARENTS = frozenset({"CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"})
+
+
+@dataclass(frozen=True)
+class NetworkGroup:
+    """Parameters that learn at one rate."""
+
+    name: str
+    """As kohya logs it: "unet", "unet block 4 plus"; "text_encoder"."""
+    component: str
+    parameters: tuple[str, ...]
+    factor: float
+    """Of the component's learning rate."""
+
+
+class Network:
+    """The adapters inside models; see `add_network`."""
+
+    def __init__(self, spec: NetworkSpec, layers: Mapping[Target, AdaptedLayer]) -> None:
+        self.spec = spec
+        self.layers = dict(layers)
+        self._multiplier = 1.0
+        self.parameters: dict[str, nn.Parameter] = {
+            f"{target.component}.{target.path}.{name}": parameter
+            for target, layer in self.layers.items()
+            for name, parameter in layer.weights.items()
+        }
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.spec.family]
+
+    def groups(self, loraplus: Mapping[str, float] | None = None) -> list[NetworkGroup]:
+        """Parameters by component and by factor of the learning rate.
+
+        loraplus: component -> how many times faster its up matrices learn (LoRA+, arXiv 2402.12354); such parameters are
+        groups of their own, named "... plus". With block_lr_weights each block of the U-Net is a group.
+        """
+        members: dict[tuple[str, str, float], list[str]] = {}
+        for target, layer in self.layers.items():
+            factor = self.spec.learning_rate_factor(target)
+            name = target.component + self.spec.block_title(target)
+            ratio = (loraplus or {}).get(target.component, 1.0)
+            for weight in layer.weights:
+                is_plus = ratio != 1 and layer.is_up(weight)
+                key = (
+                    (target.component, f"{name} plus", factor * ratio) if is_plus else (target.component, name, factor)
+                )
+                members.setdefault(key, []).append(f"{target.component}.{target.path}.{weight}")
+        return [NetworkGroup(name, component, tuple(names), f) for (component, name, f), names in members.items()]
+
+    def adapter(self) -> Adapter:
+        """The weights as files and merging know them: not copies, and wherever the models are."""
+        modules = {target: layer.to_module() for target, layer in self.layers.items()}
+        return Adapter(modules, {"ss_base_model_version": BASE_VERSIONS[self.spec.family]})
+
+    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Copies on the CPU under the names that kohya, A1111 and ComfyUI read; see `adapter_tensors`."""
+        return adapter_tensors(self.adapter(), "kohya", dtype, keep_dora=True)
+
+    def load(self, adapter: Adapter) -> None:
+        """Start from the weights of an adapter; another alpha is made up for, so that it acts as in its own file.
+
+        Raises AdapterError where kind, modules, ranks or shapes are others; nothing has been changed then.
+        """
+        check_fits(adapter, self.layers, self.spec)
+        for target, layer in self.layers.items():
+            layer.load_module(adapter.modules[target])
+
+    @torch.no_grad()
+    def clamp_norms(self, max_norm: float) -> dict[str, Tensor]:
+        """Scale down adapters that add a matrix of a Frobenius norm above `max_norm`, each weight by as much as the others.
+
+        Nothing is read back to the host. Returns 0-dim tensors: keys_scaled, the number of adapters scaled down, and
+        mean_norm and max_norm after it. Source: kohya's apply_max_norm_regularization.
+        """
+        layers = list(self.layers.values())
+        norms = torch.stack([layer.norm() for layer in layers])
+        ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1.0)
+        for layer, ratio in zip(layers, ratios.unbind(), strict=True):
+            factors = layer.factors()
+            for factor in factors:
+                factor.mul_(ratio ** (1 / len(factors)))
+        after = norms * ratios
+        scaled = ratios < 1 - 1e-5  # less is rounding
+        return {"keys_scaled": scaled.sum(), "mean_norm": after.mean(), "max_norm": after.max()}
+
+    def set_multiplier(self, value: float) -> None:
+        """Let the adapters act `value` times as strongly as trained; 1 is as trained."""
+        if value != self._multiplier:
+            self._multiplier = value
+            for layer in self.layers.values():
+                layer.multiplier = value
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the context the models compute as their bases do."""
+        layers = list(self.layers.values())
+        try:
+            for layer in layers:
+                layer.enabled = False
+            yield
+        finally:
+            for layer in layers:
+                layer.enabled = True
+
+
+def add_network(models: Mapping[str, nn.Module], spec: NetworkSpec, seed: int) -> Network:
+    """Freeze `models` and put an adapter on each target module of those that `spec` wants trained, in place.
+
+    models: component ("unet", "text_encoder", "text_encoder_2") -> model. Parameters are float32 whatever the dtype of the
+    base and named `unet.X.lora_A.default.weight`, for text encoders with `text_model.` in X whatever transformers calls it.
+    First values depend on `seed` and the name alone; the output is the base's to the bit. Raises AdapterError where nothing
+    matches, adapters are on already, or `spec.sizes` names modules that the models do not have.
+    """
+    layers: dict[Target, AdaptedLayer] = {}
+    sizes_of = {
+        component: _sizes(component, model, spec)
+        for component, model in models.items()
+        if (spec.unet if component == UNET else spec.text_encoder)
+    }
+    _check_sizes(spec, sizes_of)
+    for model in models.values():
+        model.requires_grad_(False)
+    for component, sizes in sizes_of.items():
+        for path, layer in inject(models[component], sizes, spec).items():
+            layers[target_of(component, path)] = layer
+    for target, layer in layers.items():
+        prefix = f"{target.component}.{target.path}"
+        layer.reset(lambda name, prefix=prefix: generator_for(seed, f"{prefix}.{name}"))  # type: ignore[misc]
+    return Network(spec, layers)
+
+
+def target_of(component: str, path: str) -> Target:
+    return Target(component, path if component == UNET else with_text_model(path))
+
+
+def _sizes(component: str, model: nn.Module, spec: NetworkSpec) -> Sizes:
+    if any(isinstance(module, AdaptedLayer) for module in model.modules()):
+        raise AdapterError(f"The {component} has adapters already.")
+    unet_parents = TRANSFORMER_PARENTS | (CONV_PARENTS if spec.has_convolutions else frozenset())
+    found = {}
+    for path, module in layers_inside(model, unet_parents if component == UNET else _TEXT_PARENTS).items():
+        if (size := spec.size_of(target_of(component, path), kernel_of(module))) is not None:
+            found[path] = size
+    return found
+
+
+def _check_sizes(spec: NetworkSpec, sizes_of: Mapping[str, Sizes]) -> None:
+    known = {".".join(target_of(component, path)) for component, sizes in sizes_of.items() for path in sizes}
+    if unknown := [name for name in spec.sizes or () if name not in known]:
+        raise AdapterError(
+            f"{len(unknown)} of {len(spec.sizes or ())} modules of the adapter have no place in this model (first: {unknown[0]}). "
+            "It is for another family, or for text encoders that are not trained here."
+        )
+    if not any(sizes_of.values()):
+        trained = " and ".join(sizes_of) or "models given"
+        raise AdapterError(f"The network finds no module in the {trained}: is every rank 0, or every block weight?")

@@ -1,0 +1,168 @@
+"""What a network is made of: which modules of which models get an adapter, of which kind, rank and alpha."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from networks import AdapterError
+from networks.blocks import SECTIONS, block_count, block_of
+from networks.names import Target
+from networks.original_names import FAMILIES, SD15, UNET, Family
+
+Algorithm = Literal["lora", "dora", "loha", "lokr", "oft"]
+
+KINDS: dict[Algorithm, str] = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT"}
+"""What users call each, and the `kind` of its modules."""
+
+# Options of --network_args that are called otherwise here.
+_ARGUMENTS = {"conv_rank": "conv_dim"}
+_NOT_ARGUMENTS = ("family", "rank", "alpha", "unet", "text_encoder", "dropout", "sizes")
+_PER_BLOCK = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "block_lr_weights")
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Everything that names and shapes of a network's weights follow from. Raises AdapterError for what cannot be."""
+
+    family: str = SD15.key
+    """Key of the base's family in FAMILIES."""
+    algo: Algorithm = "lora"
+    """What each adapter is."""
+    rank: int = 4
+    """Inner dimension on Linear layers and 1x1 convolutions; of OFT the number of blocks."""
+    alpha: float = 1.0
+    """These adapters act with the scale alpha / rank; OFT has none."""
+    conv_rank: int | None = None
+    """Rank on 3x3 convolutions. None, and no conv_block_dims: residual blocks and resamplers get no adapters at all."""
+    conv_alpha: float | None = None
+    """Alpha on 3x3 convolutions. None means 1.0, kohya's default."""
+    unet: bool = True
+    text_encoder: bool = True
+    """All text encoders that the network is given."""
+    dropout: float = 0.0
+    """Share of what the down matrix gives that is dropped while training."""
+    rank_dropout: float = 0.0
+    """Share of the ranks that is dropped for each sample; of LoHa and LoKr share of the outputs, for the batch."""
+    module_dropout: float = 0.0
+    """Probability that an adapter is left out of a step."""
+    block_dims: tuple[int, ...] | None = None
+    """Rank for each block of the U-Net (see networks.blocks); 0 is no adapters there."""
+    block_alphas: tuple[float, ...] | None = None
+    conv_block_dims: tuple[int, ...] | None = None
+    conv_block_alphas: tuple[float, ...] | None = None
+    block_lr_weights: tuple[float, ...] | None = None
+    """Factor of the learning rate for each block of the U-Net."""
+    block_lr_zero_threshold: float = 0.0
+    """Blocks whose factor is not above this get no adapters."""
+    factor: int = -1
+    """LoKr: size of the smaller Kronecker factor; -1 is the most square one."""
+    decompose_both: bool = False
+    """LoKr: reduce both Kronecker factors to the rank, not the larger one alone."""
+    constraint: float | None = None
+    """OFT: bound on the norm of a layer's rotation, times its number of outputs."""
+    sizes: Mapping[str, tuple[int, float]] | None = None
+    """Component and path of a module -> its rank and alpha. Given, it alone says which modules have an adapter."""
+
+    def __post_init__(self) -> None:
+        _require(self.family in FAMILIES, f"family must be one of {', '.join(FAMILIES)}, got {self.family!r}.")
+        _require(
+            self.algo in get_args(Algorithm),
+            f"algo must be one of {', '.join(get_args(Algorithm))}, got {self.algo!r}.",
+        )
+        for name in ("rank", "alpha", "conv_rank", "conv_alpha", "constraint"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < math.inf, f"{name} must be positive, got {value}.")
+        for name in ("dropout", "rank_dropout", "module_dropout"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} must be at least 0 and below 1, got {value}.")
+        _require(self.dropout == 0 or self.algo in ("lora", "dora"), f"dropout has no effect with algo={self.algo}.")
+        _require(self.rank_dropout == 0 or self.algo != "oft", "rank_dropout has no effect with algo=oft.")
+        _require(self.unet or self.text_encoder, "is of neither the U-Net nor the text encoders.")
+        for name in _PER_BLOCK:
+            values = getattr(self, name)
+            if values is None:
+                continue
+            count, (down, mid, up) = block_count(self._family), SECTIONS[self.family]
+            _require(
+                len(values) == count,
+                f"{name} needs {count} numbers for {self._family.title} ({down} down, {mid} mid, {up} up"
+                f"{', one before and one after' if count > down + mid + up else ''}), got {len(values)}.",
+            )
+            _require(all(0 <= value < math.inf for value in values), f"{name} must not have negative numbers.")
+
+    @property
+    def _family(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether residual blocks and resamplers are adapted."""
+        return self.sizes is not None or self.conv_rank is not None or self.conv_block_dims is not None
+
+    def size_of(self, target: Target, kernel: int) -> tuple[int, float] | None:
+        """Rank and alpha of the adapter on a module with this kernel size (1 for a Linear); None where it gets none."""
+        if self.sizes is not None:
+            return self.sizes.get(f"{target.component}.{target.path}")
+        rank, alpha, ranks, alphas = (
+            (self.rank, self.alpha, self.block_dims, self.block_alphas)
+            if kernel == 1
+            else (self.conv_rank or 0, self.conv_alpha or 1.0, self.conv_block_dims, self.conv_block_alphas)
+        )
+        if target.component == UNET and any(getattr(self, name) is not None for name in _PER_BLOCK):
+            block = block_of(self._family, target.path)
+            rank = rank if ranks is None else ranks[block]
+            alpha = alpha if alphas is None else alphas[block]
+            if self.block_lr_weights is not None and self.block_lr_weights[block] <= self.block_lr_zero_threshold:
+                return None
+        return (rank, alpha) if rank > 0 else None
+
+    def learning_rate_factor(self, target: Target) -> float:
+        """By how much the learning rate of a module's adapter differs from that of its model."""
+        if target.component != UNET or self.block_lr_weights is None:
+            return 1.0
+        return self.block_lr_weights[block_of(self._family, target.path)]
+
+    def block_title(self, target: Target) -> str:
+        """ " block 4" of the U-Net where blocks learn at rates of their own, else nothing."""
+        if target.component != UNET or self.block_lr_weights is None:
+            return ""
+        return f" block {block_of(self._family, target.path)}"
+
+    def arguments(self) -> dict[str, str]:
+        """What differs from the defaults, under the keys of --network_args, lists with commas."""
+        found = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in _NOT_ARGUMENTS and value != field.default:
+                text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                found[_ARGUMENTS.get(field.name, field.name)] = text
+        return found
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> NetworkSpec:
+        try:
+            values: dict[str, Any] = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise AdapterError(f"Network specification is not valid JSON: {error}.") from None
+        if unknown := sorted(values.keys() - {field.name for field in fields(cls)}):
+            raise AdapterError(
+                f"Network specification has unknown entries: {', '.join(unknown)}. It is of a newer version."
+            )
+        for name in _PER_BLOCK:
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
+        if values.get("sizes") is not None:
+            values["sizes"] = {name: (int(rank), float(alpha)) for name, (rank, alpha) in values["sizes"].items()}
+        return cls(**values)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise AdapterError(f"Network {message}")

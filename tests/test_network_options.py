@@ -1,0 +1,645 @@
+"""Options of train_network.py: kohya's, one by one, and what a user reads where one of them cannot be."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import dataclasses
+import itertools
+import math
+import shlex
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.errors import UserError
+from library.options.kohya_differences import DIFFERENCES, differences_table, names_of
+from library.options.kohya_refused import ALIASES, REFUSED
+from library.options.network import TrainNetworkOptions, parse_network_options, write_config
+from library.options.network_args import _READ, BlockCurve, NetworkArgs, parse_network_args
+from library.options.parser import fields_of, flatten
+from library.options.toml_file import PROJECT_ROOT
+
+TABLE = PROJECT_ROOT / "tests" / "data" / "kohya_options.tsv"
+FIELDS = fields_of(TrainNetworkOptions)
+
+
+def parsed(*argv: str) -> TrainNetworkOptions:
+    return parse_network_options(list(argv), prog="train_network.py", description="x")
+
+
+def config(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "my.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+class KohyaOption(typing.NamedTuple):
+    used: bool
+    name: str
+    kind: str
+    default: str
+
+
+def kohya_options() -> list[KohyaOption]:
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return [KohyaOption(r["used"] == "*", r["option"][2:], r["type"], r["default"]) for r in rows]
+
+
+OPTIONS = kohya_options()
+OFFERED = [option for option in OPTIONS if option.name in FIELDS]
+
+
+# --- the table of kohya's options ---
+
+
+def test_the_table_is_whole() -> None:
+    assert len(OPTIONS) == len({option.name for option in OPTIONS}) == 196
+    assert sum(option.used for option in OPTIONS) == 85
+
+
+def test_every_option_of_kohya_is_offered_or_refused() -> None:
+    for option in OPTIONS:
+        places = (option.name in FIELDS) + (option.name in REFUSED) + (option.name in ALIASES)
+        assert places == 1, option.name
+
+
+def test_every_often_used_option_is_offered() -> None:
+    assert not [option.name for option in OPTIONS if option.used and option.name not in FIELDS]
+
+
+def plain(kind: Any) -> set[Any]:
+    """The types that a value of `kind` may have, None left out; choices as they are."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return plain(typing.get_args(kind)[0])
+    if typing.get_origin(kind) in (typing.Literal, tuple):
+        return {kind}
+    parts = typing.get_args(kind)
+    return set().union(*(plain(part) for part in parts if part is not type(None))) if parts else {kind}
+
+
+@pytest.mark.parametrize("option", OFFERED, ids=lambda option: option.name)
+def test_types_are_those_of_kohya(option: KohyaOption) -> None:
+    kind, _, choices = option.kind.partition(" {")
+    (found,) = plain(FIELDS[option.name])
+    if choices:
+        wanted = set(choices.rstrip("}").split(", ")) - {"None"}
+        assert wanted <= {str(choice) for choice in typing.get_args(found)}
+        return
+    is_text = found in (str, Path) or typing.get_origin(found) is typing.Literal
+    pairs = (tuple[int, int], tuple[float, float])
+    fits = {
+        "flag": found is bool,
+        "str": is_text or found in pairs,
+        "Path": found is Path,
+        "int": found is int or found == typing.Literal[75, 150, 225],
+        "float": found is float,
+        "int_or_float": found is float,
+        "str nargs=*": found in (tuple[str, ...], tuple[Path, ...]),
+        "float nargs=*": found == tuple[float, ...],
+    }
+    assert fits[kind], f"{option.name}: {option.kind} there, {found} here"
+
+
+def same_default(theirs: str, ours: Any) -> bool:
+    if theirs == "None":
+        return ours is None or ours == ()
+    if theirs in ("off", "False"):
+        return ours is False
+    if isinstance(ours, bool) or ours is None:
+        return False
+    if isinstance(ours, int | float):
+        return math.isclose(float(theirs), ours)
+    return str(ours) == theirs.strip('"')
+
+
+@pytest.mark.parametrize("option", OFFERED, ids=lambda option: option.name)
+def test_defaults_are_those_of_kohya_or_in_the_table_of_differences(option: KohyaOption) -> None:
+    ours = {field.name: getattr(group, field.name) for group in groups() for field in dataclasses.fields(group)}[
+        option.name
+    ]
+    told = {name for difference in DIFFERENCES for name in names_of(difference)}
+    assert same_default(option.default, ours) or option.name in told, f"{option.default} there, {ours!r} here"
+
+
+def groups() -> list[Any]:
+    options = TrainNetworkOptions()
+    return [getattr(options, field.name) for field in dataclasses.fields(options)]
+
+
+def test_differences_are_about_options_that_there_are() -> None:
+    names = {option.name for option in OPTIONS}
+    assert not [name for difference in DIFFERENCES for name in names_of(difference) if name not in names]
+
+
+def test_the_document_shows_the_table_of_differences() -> None:
+    text = (PROJECT_ROOT / "docs" / "train_network.md").read_text(encoding="utf-8")
+    section = text.split("## Differences from kohya\n")[1].split("\n## ")[0]
+    assert differences_table().strip() in section, "run python -m library.options.kohya_differences"
+
+
+def test_refused_options_have_kohyas_kind_and_default() -> None:
+    for option in OPTIONS:
+        if option.name in REFUSED:
+            rule = REFUSED[option.name]
+            assert rule.is_flag == (option.kind == "flag"), option.name
+            assert rule.is_flag or str(rule.default) == option.default, option.name
+            assert rule.reason.endswith(".") and len(rule.reason) > 20
+
+
+def test_every_option_has_a_sentence_of_help() -> None:
+    documented = set()
+    for file in (PROJECT_ROOT / "library" / "options").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for field, following in itertools.pairwise(node.body if isinstance(node, ast.ClassDef) else []):
+                if isinstance(field, ast.AnnAssign) and isinstance(following, ast.Expr):
+                    text = ast.literal_eval(following.value)
+                    if isinstance(text, str) and len(text) > 15 and isinstance(field.target, ast.Name):
+                        documented.add(field.target.id)
+    assert not set(FIELDS) - documented
+
+
+# --- command lines ---
+
+# Command lines that between them give every option of kohya's that is offered. DIR/x.y and DIR/folder are there.
+LINES = (
+    """--config_file DIR/x.toml --dataset_config set.toml --pretrained_model_name_or_path base --vae other --no_half_vae
+    --mixed_precision bf16 --full_bf16 --fp8_base --fp8_base_unet --disable_mmap_load_safetensors --clip_skip 2
+    --max_token_length 225 --resolution 512,768 --resize_interpolation lanczos --enable_bucket --min_bucket_reso 320
+    --max_bucket_reso 960 --bucket_reso_steps 32 --bucket_no_upscale --flip_aug --alpha_mask --train_batch_size 4
+    --cache_latents --cache_latents_to_disk --vae_batch_size 4 --cache_text_encoder_outputs --network_train_unet_only
+    --cache_text_encoder_outputs_to_disk --max_data_loader_n_workers 2 --persistent_data_loader_workers""",
+    """--train_data_dir DIR/folder --reg_data_dir DIR/folder --in_json DIR/x.json --conditioning_data_dir DIR/folder
+    --dataset_repeats 3 --masked_loss --color_aug --random_crop --face_crop_aug_range 1.0,2.5 --prior_loss_weight 0.5""",
+    """--shuffle_caption --caption_separator ; --caption_extension .txt --keep_tokens 2 --keep_tokens_separator |||
+    --secondary_separator ;;; --enable_wildcard --caption_prefix a --caption_suffix b --caption_dropout_rate 0.1
+    --caption_dropout_every_n_epochs 3 --caption_tag_dropout_rate 0.2 --token_warmup_min 2 --token_warmup_step 100""",
+    """--network_module networks.lora --network_dim 8 --network_alpha 4 --network_dropout 0.1 --network_args conv_dim=4
+    --network_weights DIR/x.toml --base_weights DIR/x.toml DIR/x.txt --base_weights_multiplier 0.5 --scale_weight_norms 1
+    --network_train_text_encoder_only""",
+    "--network_weights DIR/x.toml --dim_from_weights --initial_step 100 --skip_until_initial_step",
+    """--min_timestep 100 --max_timestep 900 --noise_offset 0.05 --noise_offset_random_strength --adaptive_noise_scale 0.1
+    --multires_noise_iterations 6 --multires_noise_discount 0.4 --ip_noise_gamma 0.1 --ip_noise_gamma_random_strength
+    --loss_type huber --huber_schedule exponential --huber_c 0.2 --huber_scale 2 --min_snr_gamma 5 --v_pred_like_loss 0.5
+    --debiased_estimation_loss""",
+    "--v_parameterization --zero_terminal_snr --scale_v_pred_loss_like_noise_pred",
+    """--optimizer_type AdamW8bit --optimizer_args weight_decay=0.01 betas=0.9,0.99 --learning_rate 1e-3 --unet_lr 2e-4
+    --text_encoder_lr 1e-4 5e-5 --max_grad_norm 0 --lr_scheduler cosine_with_restarts --lr_scheduler_num_cycles 3
+    --lr_warmup_steps 100""",
+    "--lr_scheduler warmup_stable_decay --lr_decay_steps 20% --lr_warmup_steps 0.1 --lr_scheduler_min_lr_ratio 0.1",
+    "--lr_scheduler polynomial --lr_scheduler_power 2",
+    "--lr_scheduler inverse_sqrt --lr_scheduler_timescale 100",
+    "--lr_scheduler_type CosineAnnealingLR --lr_scheduler_args T_max=100",
+    """--max_train_steps 2000 --gradient_accumulation_steps 2 --seed 7 --gradient_checkpointing --xformers --sdpa
+    --validation_split 0.1 --validation_seed 3 --validate_every_n_steps 50 --validate_every_n_epochs 2
+    --max_validation_steps 4 --sample_prompts DIR/x.txt --sample_every_n_steps 100 --sample_every_n_epochs 1
+    --sample_at_first --sample_sampler euler_a --training_comment mio""",
+    """--max_train_epochs 12 --initial_epoch 2 --output_dir out --output_name mio --save_model_as safetensors
+    --save_precision fp16 --save_every_n_epochs 2 --save_every_n_steps 100 --save_last_n_epochs 2 --save_last_n_steps 300
+    --save_last_n_epochs_state 1 --save_last_n_steps_state 200 --save_state --save_state_on_train_end""",
+    "--save_n_epoch_ratio 3 --resume DIR/folder --config_file DIR/new --output_config",
+    """--logging_dir logs --log_with tensorboard --log_prefix mio --log_tracker_name lora --log_config --no_metadata
+    --metadata_title a --metadata_author b --metadata_description c --metadata_license d --metadata_tags e
+    --metadata_usage_hint f --metadata_thumbnail data:image/png;base64,AA --metadata_merged_from g
+    --metadata_trigger_phrase h --metadata_preprocessor i --metadata_is_negative_embedding j""",
+)
+
+
+def by_option(line: str) -> dict[str, list[str]]:
+    """Option -> its words after it."""
+    found: dict[str, list[str]] = {}
+    for word in line.split():
+        if word.startswith("--"):
+            found[word[2:]] = []
+        else:
+            found[next(reversed(found))].append(word)
+    return found
+
+
+def test_the_lines_give_every_offered_option() -> None:
+    assert {name for line in LINES for name in by_option(line)} >= {option.name for option in OFFERED}
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.split()[0])
+def test_every_offered_option_arrives(line: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("x.json", "x.txt", "x.toml"):
+        (tmp_path / name).write_text("", encoding="utf-8")
+    line = line.replace("DIR", str(tmp_path))
+    options = flatten(parsed(*line.split()))
+    for name, words in by_option(line).items():
+        assert arrived(options[name], words), f"{name}: {words} became {options[name]!r}"
+
+
+def arrived(found: Any, words: list[str]) -> bool:
+    if isinstance(found, bool):
+        return found and not words
+    items = found if isinstance(found, list) else [found]
+    wanted = words[0].split(",") if isinstance(items[0], int | float) and len(words) == 1 else words
+    return [str(item) if isinstance(item, str) else item for item in items] == [
+        word if isinstance(item, str) else 0.2 if word == "20%" else float(word)
+        for word, item in zip(wanted, items, strict=True)
+    ]
+
+
+def test_lists_take_all_words_up_to_the_next_option() -> None:
+    options = parsed("--text_encoder_lr", "1e-4", "5e-5", "--network_args", "conv_dim=4", "algo=dora", "--seed", "7")
+    assert options.optimizer.text_encoder_lr == (1e-4, 5e-5) and options.training.seed == 7
+    assert options.network.args == NetworkArgs(algo="dora", conv_dim=4)
+    assert parsed("--network_args").network.args == NetworkArgs()
+
+
+def test_hyphens_equals_signs_and_repeats_are_read_as_argparse_does() -> None:
+    one = parsed("--network-dim=8", "--seed", "1", "--seed", "2", "--no-sdpa")
+    assert one == parsed("--network_dim", "8", "--no_sdpa", "--seed=2")
+
+
+@pytest.mark.parametrize(("word", "value"), [("0.1", 0.1), ("100", 100.0), ("10%", 0.1), ("0", 0.0), ("2.5%", 0.025)])
+def test_warm_up_is_steps_a_share_or_a_percentage(tmp_path: Path, word: str, value: float) -> None:
+    assert parsed("--lr_warmup_steps", word, "--lr_scheduler", "cosine").optimizer.lr_warmup_steps == value
+    file = config(tmp_path, f"lr_scheduler = 'cosine'\nlr_warmup_steps = {word if '%' not in word else repr(word)}\n")
+    assert parsed("--config_file", file).optimizer.lr_warmup_steps == value
+
+
+def test_epochs_decide_the_length_where_both_are_given() -> None:
+    assert parsed().training.max_train_steps == 1600
+    training = parsed("--max_train_epochs", "12", "--max_train_steps", "99").training
+    assert (training.max_train_epochs, training.max_train_steps) == (12, None)
+
+
+def test_other_names_stand_for_what_is_here(tmp_path: Path) -> None:
+    assert parsed("--use_8bit_adam").optimizer.optimizer_type == "AdamW8bit"
+    assert parsed("--use_lion_optimizer", "--optimizer_type", "Lion").optimizer.optimizer_type == "Lion"
+    assert parsed("--caption_extention=.txt").captions.caption_extensions == (".txt",)
+    assert parsed("--torch_compile").speed.compile == "regional"
+    file = config(
+        tmp_path, "use_8bit_adam = true\noptimizer_type = ''\ncaption_extention = 'cap'\ntorch_compile = false"
+    )
+    options = parsed("--config_file", file)
+    assert options.optimizer.optimizer_type == "AdamW8bit" and options.speed.compile == "none"
+    assert options.captions.caption_extensions == (".cap",)
+
+
+def test_two_names_that_say_different_things_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--use_8bit_adam means --optimizer_type AdamW8bit, and --optimizer_type Lion"):
+        parsed("--use_8bit_adam", "--optimizer_type", "Lion")
+    file = config(tmp_path, "use_8bit_adam = true\noptimizer_type = 'Lion'")
+    with pytest.raises(UserError, match=r"use_8bit_adam \(my.toml, line 1\) means .* is 'Lion' \(my.toml, line 2\)"):
+        parsed("--config_file", file)
+
+
+# The command of a guide for people who move from SD1.5 to SDXL, and the one it starts from.
+GUIDE_SDXL = r"""
+  --dataset_config /mnt/c/AI_LLM_projects/3d-animation-lora-pipeline/configs/training/sdxl/luca_human_dataset_sdxl.toml \
+  --pretrained_model_name_or_path /mnt/c/AI_LLM_projects/ai_warehouse/models/stable-diffusion/sdxl/sd_xl_base_1.0.safetensors \
+  --output_dir /mnt/data/ai_data/models/lora/luca/sdxl_v1 \
+  --output_name luca_sdxl_v1 \
+  --network_module networks.lora \
+  --network_dim 64 \
+  --network_alpha 32 \
+  --learning_rate 0.0003 \
+  --text_encoder_lr 0.0002 \
+  --unet_lr 0.0003 \
+  --max_train_epochs 12 \
+  --save_every_n_epochs 2 \
+  --save_model_as safetensors \
+  --save_precision fp16 \
+  --mixed_precision fp16 \
+  --gradient_checkpointing \
+  --gradient_accumulation_steps 2 \
+  --optimizer_type AdamW8bit \
+  --lr_scheduler cosine_with_restarts \
+  --lr_scheduler_num_cycles 3 \
+  --lr_warmup_steps 100 \
+  --logging_dir /mnt/data/ai_data/models/lora/luca/sdxl_v1/logs \
+  --log_with tensorboard \
+  --seed 42 \
+  --clip_skip 2 \
+  --cache_latents \
+  --cache_latents_to_disk \
+  --max_data_loader_n_workers 8 \
+  --persistent_data_loader_workers \
+  --xformers \
+  --max_token_length 225 \
+  --bucket_reso_steps 64 \
+  --bucket_no_upscale
+"""
+GUIDE_SD15 = GUIDE_SDXL.replace("sdxl/sd_xl_base_1.0", "checkpoints/v1-5-pruned").replace("sdxl", "sd15")
+
+
+def in_a_shell(text: str) -> list[str]:
+    return shlex.split(text.replace("\\\n", " "))
+
+
+@pytest.mark.parametrize("line", [GUIDE_SDXL, GUIDE_SD15], ids=["sdxl", "sd15"])
+def test_the_commands_of_the_guide_are_understood(line: str) -> None:
+    options = parsed(*in_a_shell(line))
+    assert (options.network.rank, options.network.alpha) == (64, 32.0)
+    o = options.optimizer
+    assert (o.unet_rate, o.text_encoder_rates(2), o.lr_warmup_steps) == (3e-4, (2e-4, 2e-4), 100)
+    assert (o.optimizer_type, o.lr_scheduler_num_cycles) == ("AdamW8bit", 3)
+    assert (options.model.mixed_precision, options.model.vae_precision) == ("fp16", "no")
+    assert options.caches_latents and options.text.chunks == 3 and options.speed.xformers
+    assert options.output.output_name.startswith("luca_") and options.trains_text_encoders
+
+
+def test_tips_for_other_programs_are_answered() -> None:
+    with pytest.raises(UserError, match=r"--batch_size: Use --train_batch_size.*--lowvram: .*--gradient_checkpointing"):
+        parsed("--batch_size", "2", "--gradient_accumulation_steps", "4", "--lowvram", "--medvram")
+
+
+# --- configuration files ---
+
+
+def test_sections_are_flattened_and_the_later_one_wins(tmp_path: Path) -> None:
+    file = config(tmp_path, "seed = 1\n['any name']\nseed = 2\nnetwork_dim = 8\n[other]\nseed = 3\n")
+    options = parsed("--config_file", file)
+    assert (options.training.seed, options.network.network_dim) == (3, 8)
+    assert parsed("--config_file", file.removesuffix(".toml"), "--seed", "4").training.seed == 4
+
+
+def test_a_flag_that_the_file_sets_can_be_taken_back(tmp_path: Path) -> None:
+    file = config(tmp_path, "gradient_checkpointing = true\ncache_latents = true")
+    options = parsed("--config_file", file, "--no_gradient_checkpointing", "--no_cache_latents")
+    assert not options.speed.gradient_checkpointing and not options.caches_latents
+    assert parsed("--config_file", file).cache.cache_latents is True
+
+
+def test_the_loose_values_of_other_programs_files_are_read(tmp_path: Path) -> None:
+    text = "vae = ''\nresume = 'none'\nnetwork_args = 'conv_dim=4'\ntext_encoder_lr = 1e-5\nresolution = '512,768'\n"
+    text += "max_token_length = 75\noptimizer_args = []\nlogging_dir = ''\nbase_weights = []\nlr_warmup_steps = 0\n"
+    options = parsed("--config_file", config(tmp_path, text))
+    assert options.model.vae is None and options.output.logging_dir is None
+    assert options.network.args.conv_dim == 4 and options.optimizer.text_encoder_lr == (1e-5,)
+    assert options.data.resolution == (512, 768)
+
+
+def test_refused_options_at_rest_are_accepted(tmp_path: Path) -> None:
+    rest = {
+        name: {True: "false", False: '""'}[rule.is_flag] if rule.default in (None, False) else repr(rule.default)
+        for name, rule in REFUSED.items()
+    }
+    file = config(tmp_path, "\n".join(f"{name} = {value}" for name, value in rest.items()).replace("'", '"'))
+    assert parsed("--config_file", file).network == parsed().network
+    parsed("--zero_stage", "2", "--dynamo_backend=no", "--wandb_api_key", "")
+
+
+def test_every_refused_option_that_asks_for_something_is_named(tmp_path: Path) -> None:
+    for name, rule in REFUSED.items():
+        value = "true" if rule.is_flag else "1"
+        with pytest.raises(UserError) as caught:
+            parsed("--config_file", config(tmp_path, f"\n{name} = {value}"))
+        assert f"{name} (my.toml, line 2): {rule.reason}" in str(caught.value)
+        with pytest.raises(UserError) as caught:
+            parsed(*[f"--{name}"], *([] if rule.is_flag else ["1"]), "--seed", "3")
+        assert f"--{name}: {rule.reason}" in str(caught.value)
+
+
+def test_all_that_is_wrong_with_the_keys_is_said_at_once(tmp_path: Path) -> None:
+    file = config(
+        tmp_path, "lowram = true\nnetwork_dims = 4\n[notes]\nzebra = 'x'\nv2 = true\n[[datasets]]\nresolution = 1"
+    )
+    with pytest.raises(UserError) as caught:
+        parsed("--config_file", file)
+    message = str(caught.value)
+    assert "network_dims (did you mean network_dim?) in my.toml, line 2; zebra in my.toml, line 4" in message
+    assert "datasets (a file with [[datasets]] is for --dataset_config) in my.toml" in message
+    assert "lowram (my.toml, line 1): " in message and "v2 (my.toml, line 5): " in message and "\n" not in message
+
+
+@pytest.mark.parametrize("where", ["--ignore_unknown_keys", "file"])
+def test_unknown_keys_may_be_ignored_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    text = "author_note = 'x'\nseed = 5\n" + ("ignore_unknown_keys = true\n" if where == "file" else "")
+    options = parsed("--config_file", config(tmp_path, text), *([where] if where != "file" else []))
+    assert options.training.seed == 5
+    assert "warning: Unknown key: author_note in my.toml, line 1." in capsys.readouterr().err
+
+
+def test_a_written_file_gives_the_same_options(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    options = parsed(
+        *in_a_shell(GUIDE_SDXL),
+        *("--network_args", "conv_dim=4", "algo=dora", "--text_encoder_lr", "1e-4", "5e-5", "--resolution", "768,512"),
+        *("--config_file", str(path), "--output_config", "--max_timestep", "900", "--caption_prefix", 'a "b"'),
+    )
+    assert write_config(options) == tmp_path / "out.toml"
+    again = parsed("--config_file", str(path))
+    assert flatten(again) == flatten(options) | {"output_config": False}
+    with pytest.raises(UserError, match=r"out.toml is there already"):
+        write_config(options)
+
+
+# --- what cannot be ---
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("network_dim = 'eight'", r"network_dim is 'eight' in my.toml, line 1: input should be a valid integer"),
+        ("network_dim = 8.5", r"network_dim is 8.5 in my.toml, line 1"),
+        ("save_precision = 'half'", r"save_precision is 'half' in my.toml, line 1: input should be 'float', 'fp16' or"),
+        ("lr_warmup_steps = '100%'", r"lr_warmup_steps is '100%' in my.toml, line 1: a share must lie between"),
+        ("lr_warmup_steps = 'ten'", r"lr_warmup_steps is 'ten' in my.toml, line 1: input should be a valid number"),
+        ("seed = true", r"seed is True in my.toml, line 1: input should be a valid integer"),
+        ("xformers = 1", r"xformers is 1 in my.toml, line 1: input should be a valid boolean"),
+        ("resolution = [512, 512, 512]", r"resolution is \[512, 512, 512\] in my.toml, line 1"),
+        ("[a]\nnetwork_args = ['convdim=4']", r"unknown key convdim; did you mean conv_dim\? \(my.toml, line 2\)"),
+        ("base_weights = ['nowhere']", r"base_weights nowhere does not exist \(my.toml, line 1\)"),
+        ("multires_noise_discount = 0.5", r"has no effect without multires_noise_iterations \(my.toml, line 1\)"),
+    ],
+)
+def test_a_wrong_value_in_a_file_is_one_clear_sentence(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parsed("--config_file", config(tmp_path, text))
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--seed x", r"invalid literal for int"),
+        ("--network_dim x", r"^network_dim is 'x': expected INT\.$"),
+        ("--resolution 512,x", r"--resolution: expected SIDE or WIDTH,HEIGHT, got '512,x'"),
+        ("--lr_warmup_steps x", r"--lr_warmup_steps: expected STEPS, SHARE or N%, got 'x'"),
+        ("--learnin_rate 1", r"Unknown option: --learnin_rate \(did you mean learning_rate\?\)"),
+        ("--max_train_steps 0", r"max_train_steps must be positive, got 0"),
+        ("--max_train_epochs 0", r"max_train_epochs must be positive, got 0"),
+        ("--max_train_epochs 3 --initial_epoch 4", r"initial_epoch 4 leaves nothing to train: max_train_epochs is 3"),
+        ("--initial_step 1600", r"initial_step 1600 leaves nothing to train"),
+        ("--initial_step 5 --initial_epoch 2", r"initial_step and initial_epoch are both given"),
+        ("--initial_step 5 --resume none", r"initial_step has no effect with resume"),
+        ("--text_encoder_lr 1 2 3", r"text_encoder_lr has 3 values; SD1.5 has one text encoder and SDXL two"),
+        (
+            "--network_train_unet_only --text_encoder_lr 1e-5",
+            r"text_encoder_lr has no effect with network_train_unet_only",
+        ),
+        (
+            "--network_train_unet_only --network_train_text_encoder_only",
+            r"network_train_unet_only and network_train_text_encoder_only exclude each other",
+        ),
+        ("--unet_lr 0 --text_encoder_lr 0", r"unet_lr and text_encoder_lr leave nothing to train"),
+        ("--cache_text_encoder_outputs", r"and they are trained. Add --network_train_unet_only"),
+        (
+            "--cache_text_encoder_outputs --network_train_unet_only --shuffle_caption",
+            r"shuffle_caption changes captions each time",
+        ),
+        (
+            "--cache_text_encoder_outputs_to_disk --text_encoder_lr 0 --caption_dropout_rate 0.1",
+            r"caption_dropout_rate changes captions each time",
+        ),
+        ("--cache_latents --random_crop", r"random_crop needs fresh pixels .* cannot be used with cache_latents"),
+        ("--min_timestep 500 --max_timestep 500", r"min_timestep 500 is not below max_timestep 500"),
+        ("--max_timestep 1001", r"max_timestep must lie between 1 and 1000, got 1001"),
+        ("--adaptive_noise_scale 0.1", r"adaptive_noise_scale has no effect without noise_offset"),
+        ("--noise_offset_random_strength", r"noise_offset_random_strength has no effect without noise_offset"),
+        ("--huber_c 0.2", r"huber_c has no effect with loss_type l2"),
+        ("--scale_v_pred_loss_like_noise_pred", r"is for velocity models. Give --v_parameterization too"),
+        ("--v_pred_like_loss 0.5 --v_parameterization", r"v_pred_like_loss is for noise models"),
+        ("--output_name a/b", r"output_name .* must have no path separators, got 'a/b'"),
+        ("--save_model_as ckpt", r"save_model_as ckpt is a pickle, .* Use safetensors"),
+        ("--resume nowhere", r"resume nowhere is no folder. It takes auto, none"),
+        ("--save_last_n_epochs 2", r"save_last_n_epochs has no effect without save_every_n_epochs"),
+        (
+            "--network_module lycoris.kohya",
+            r"lycoris.kohya is not here. Use networks.lora with --network_args algo=loha",
+        ),
+        ("--network_module networks.oft", r"Use networks.lora with --network_args algo=oft"),
+        ("--dim_from_weights", r"dim_from_weights needs network_weights"),
+        ("--base_weights_multiplier 1", r"has 1 numbers, and base_weights names 0 files"),
+        ("--full_bf16", r"full_bf16 needs mixed_precision bf16, and it is no"),
+        ("--fp8_base", r"fp8_base needs mixed_precision fp16 or bf16"),
+        ("--log_with wandb", r"log_with wandb is not offered: nothing is sent to other machines"),
+        ("--sample_every_n_epochs 1", r"sample_every_n_epochs has no effect without sample_prompts"),
+        ("--sample_prompts x.md", r"sample_prompts must be a .txt, .toml, .json file, got x.md"),
+        ("--dataset_config a.toml --train_data_dir demo", r"train_data_dir has no effect with dataset_config"),
+        ("--train_data_dir nowhere", r"train_data_dir nowhere does not exist"),
+        ("--pretrained_model_name_or_path x.safetensors", r"nothing to train x.safetensors on. --train_data_dir demo"),
+        ("--lr_warmup_steps 10", r"has no effect with the schedule constant. Use constant_with_warmup"),
+        ("--masked_loss", r"masked_loss needs masks: conditioning_data_dir or alpha_mask"),
+        ("--early_stop 3", r"early_stop has no effect without validation_split"),
+        ("--output_config", r"output_config needs config_file, the file to write"),
+        ("--align_coeff 0.1", r"align_coeff has no effect without --alignment"),
+        ("--dino_model x", r"dino_model has no effect without --alignment"),
+        ("--alignment --network_train_text_encoder_only", r"alignment trains features of the U-Net"),
+        ("--alignment --dino_resolution 500", r"multiple of DINOv2's patch of 14"),
+        (
+            "--enable_bucket --resolution 1024 --max_bucket_reso 768",
+            r"768 is less than the resolution's longer side 1024",
+        ),
+        ("--config_file nowhere.toml", r"No configuration file nowhere.toml"),
+    ],
+)
+def test_a_wrong_command_is_one_clear_sentence(line: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parsed(*line.split())
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+# --- what the groups say to others ---
+
+
+def test_sane_defaults_stand_where_kohyas_are_traps() -> None:
+    options = parsed()
+    assert options.captions.caption_extensions == (".caption", ".txt")
+    assert [options.data.max_bucket_side(size) for size in ((512, 512), (1024, 1024))] == [1024, 2048]
+    assert options.uses_demo and options.caches_latents and not parsed("--random_crop").caches_latents
+    assert (options.network.rank, options.network.alpha, options.optimizer.learning_rate) == (4, 1.0, 1e-4)
+    assert options.training.seed == 42 and not options.alignment.alignment and options.optimizer.ema_decay == 0
+
+
+def test_zero_is_a_value() -> None:
+    options = parsed("--unet_lr", "0", "--network_alpha", "0", "--network_dim", "8")
+    assert options.optimizer.unet_rate == 0 and not options.trains_unet and options.network.alpha == 8
+    assert not parsed("--text_encoder_lr", "0", "0").trains_text_encoders
+
+
+def test_rates_of_text_encoders_fit_the_base() -> None:
+    optimizer = parsed("--text_encoder_lr", "1e-4", "5e-5").optimizer
+    assert optimizer.text_encoder_rates(2) == (1e-4, 5e-5)
+    with pytest.raises(UserError, match="has 2 values, and the base has 1 text encoder"):
+        optimizer.text_encoder_rates(1)
+    assert parsed("--learning_rate", "1").optimizer.text_encoder_rates(2) == (1, 1)
+
+
+def test_data_sets_inherit_the_data_options() -> None:
+    values = parsed("--train_batch_size", "4", "--shuffle_caption", "--resolution", "640").dataset_defaults()
+    assert (values["train_batch_size"], values["shuffle_caption"], values["resolution"]) == (4, True, (640, 640))
+    assert values["caption_extension"] is None and values["keep_tokens_separator"] is None
+
+
+# --- network_args ---
+
+
+def test_network_args_are_typed() -> None:
+    args = parse_network_args(
+        [
+            *("conv_dim=4", "conv_alpha=1", "rank_dropout=0.1", "module_dropout=None", "loraplus_lr_ratio=16"),
+            *("down_lr_weight=0,,0.5", "mid_lr_weight=1", "up_lr_weight=cosine+.25", "block_lr_zero_threshold=0.1"),
+            *("block_dims=4,0", "block_alphas=1,1", "conv_block_dims=2,2", "conv_block_alphas=1,0.5"),
+        ]
+    )
+    assert (args.conv_dim, args.conv_alpha, args.rank_dropout, args.module_dropout) == (4, 1.0, 0.1, None)
+    assert args.down_lr_weight == (0.0, 0.0, 0.5) and args.up_lr_weight == BlockCurve("cosine", 0.25)
+    assert (args.block_dims, args.conv_block_alphas) == ((4, 0), (1.0, 0.5)) and args.has_block_learning_rates
+    assert parse_network_args(["algo=lokr", "factor=8", "decompose_both=True"]).factor == 8
+
+
+def test_every_network_arg_can_be_read() -> None:
+    assert set(_READ) == {field.name for field in dataclasses.fields(NetworkArgs)}
+
+
+def test_curves_of_block_weights() -> None:
+    assert BlockCurve("linear").weights(3) == (0.0, 0.5, 1.0)
+    assert BlockCurve("reverse_linear", 0.5).weights(3) == (1.5, 1.0, 0.5)
+    assert BlockCurve("zeros", 1.0).weights(2) == (1.0, 1.0)
+    sine, cosine = BlockCurve("sine").weights(9), BlockCurve("cosine").weights(9)
+    assert sine == pytest.approx([math.sin(math.pi / 16 * i) for i in range(9)])
+    assert cosine == pytest.approx(list(reversed(sine))) and BlockCurve("sine").weights(1) == (0.0,)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("conv_dim", r"network_args wants KEY=VALUE, got 'conv_dim'"),
+        ("convdim=4", r"unknown key convdim; did you mean conv_dim\?"),
+        ("zebra=4", r"unknown key zebra; There are algo, conv_dim"),
+        ("conv_dim=4 conv_dim=8", r"has conv_dim twice"),
+        ("conv_dim=4.5", r"conv_dim=4.5: expected a whole number"),
+        ("conv_dim=0", r"conv_dim must be positive, got 0"),
+        ("conv_alpha=1", r"conv_alpha has no effect without conv_dim"),
+        ("algo=locon", r"algo=locon: LoCon is algo=lora with conv_dim"),
+        ("algo=full", r"algo=full: expected lora, dora, loha, lokr, oft"),
+        ("rank_dropout=1", r"rank_dropout must be at least 0 and below 1"),
+        ("block_dims=4,4 block_alphas=1", r"block_alphas has 1 numbers, and block_dims has 2"),
+        ("up_lr_weight=cosinus", r"expected numbers or one of sine, cosine"),
+        ("down_lr_weight=1,x", r"expected numbers or one of sine, cosine"),
+        ("block_lr_zero_threshold=0.1", r"has no effect without down_lr_weight"),
+        ("factor=4", r"factor has no effect with algo=lora; it belongs to lokr"),
+        ("algo=oft loraplus_lr_ratio=4", r"loraplus_lr_ratio has no effect with algo=oft"),
+        ("conv_block_alphas=1,1", r"conv_block_alphas has no effect without conv_block_dims"),
+        ("loraplus_lr_ratio=nan", r"expected a finite number"),
+    ],
+)
+def test_wrong_network_args_are_refused(words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_network_args(words.split())
+
+
+def test_nothing_heavy_is_imported_on_the_way_to_an_error() -> None:
+    code = (
+        "import sys\n"
+        "from library.errors import UserError\n"
+        "from library.options.network import parse_network_options\n"
+        "try: parse_network_options(['--resume', 'nowhere'], prog='x', description='')\n"
+        "except UserError: pass\n"
+        "print({'torch', 'diffusers', 'transformers', 'peft', 'accelerate', 'lmdb'} & sys.modules.keys())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT_ROOT)
+    assert result.stdout.strip() == "set()", result.stderr[-500:]

@@ -1,0 +1,171 @@
+"""LoRA training for SD1.5 and SDXL, with kohya's options, TOML files and adapter files.
+
+    accelerate launch train_network.py --pretrained_model_name_or_path sd_xl_base_1.0.safetensors --dataset_config my.toml \
+        --output_dir outputs/mine --output_name mine --network_dim 32 --max_train_epochs 10
+
+Missing caches are built first. To resume, run the same command again (with --save_state, or after an interruption).
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from library.errors import EXIT_OK, script
+from library.launch import start_cpu_processes
+from library.options.network import TrainNetworkOptions, parse_network_options, write_config
+from library.options.parser import flatten
+
+if TYPE_CHECKING:
+    from library.data.network_data import NetworkData
+    from library.models.locate import BaseLocation
+    from library.processes import Processes
+    from library.training.network_run import Prepared
+    from networks.original_names import Family
+
+
+@script
+def main(argv: list[str]) -> int:
+    options = parse_network_options(argv, prog="train_network.py", description=__doc__)
+    if options.config.output_config:
+        print(f"Wrote {write_config(options)}.")
+        return EXIT_OK
+    if options.config.dry_run:
+        from library.training.network_forecast import print_plan
+
+        print_plan(options)
+        return EXIT_OK
+    start_cpu_processes(__file__, argv)
+    with ExitStack() as context:
+        return run(options, context)
+
+
+def run(options: TrainNetworkOptions, context: ExitStack) -> int:
+    from library.processes import Processes
+    from library.training.checkpoints import state_to_resume
+    from library.training.loop import train
+    from library.training.network_checkpoints import network_states
+    from library.training.network_preflight import preflight
+    from library.training.network_run import build_run, make_order, make_plan
+    from library.training.output import open_log, own_output
+    from library.training.speed import with_usable_attention
+
+    # What is wrong with the options or the machine is said before hours of caching.
+    processes = Processes(options.model.device)
+    options = replace(options, speed=with_usable_attention(options.speed, processes.say))
+    base, family = check_start(options, processes)
+    output = options.output
+    states = network_states(output.output_dir, output.output_name)
+    state, facts = state_to_resume(output, flatten(options), processes.world_size, states)
+    data = collect_data(options, base, processes)
+    order = make_order(data, options, processes.rank, processes.world_size)
+    plan = make_plan(data, order, options)
+    if state is not None and facts["step"] >= plan.last_step:
+        processes.say(f"{state} is the end of this run ({plan.last_step} steps). Nothing is left to do.")
+        return EXIT_OK
+    prepared = prepare(options, processes, base, family, data)
+    data = prepared.data
+    order = make_order(data, options, processes.rank, processes.world_size)  # unreadable pictures have gone
+    plan = make_plan(data, order, options)
+    processes.say(
+        f"{order.samples_per_epoch} samples an epoch, {plan.steps_per_epoch} steps per epoch, {plan.last_step} steps, up to batch "
+        f"{plan.batch_size} x {plan.accumulation} accumulated x {plan.world_size} processes on {processes.device}"
+    )
+    run_, task = build_run(options, processes, prepared, order, plan)
+    if processes.is_main:
+        context.enter_context(own_output(output.output_dir))
+    step = run_.checkpoints.resume(state)
+    if state is not None:
+        processes.say(f"resuming from {state} at step {step}")
+    references = preflight(run_, task, processes.say)
+    if processes.is_main:
+        run_.log = open_log(output.output_dir, log_folder(options), flatten(options), step, references)
+    run_.look = sampler(options, prepared, run_, task, step)
+    train(run_, step)
+    if processes.is_main and run_.log is not None:
+        run_.log.close()
+        print(f"adapter      {output.output_dir / output.output_name}.safetensors")
+        print(f"metrics      {output.output_dir / 'metrics.jsonl'}; tensorboard --logdir {output.log_dir}")
+    return EXIT_OK
+
+
+def check_start(options: TrainNetworkOptions, processes: Processes) -> tuple[BaseLocation, Family]:
+    """Find the base, and see that optimizer, prompts and output will work. Raises UserError for what will not."""
+    from library.files import require_writable
+    from library.inference.text_to_image import make_sampler
+    from library.models.family import family_of
+    from library.models.load import load_scheduler_config
+    from library.models.locate import locate_base
+    from library.training.optimizers import check_optimizer
+    from library.training.samples import check_prompts
+    from library.training.speed import prepare_environment
+
+    prepare_environment(options.speed)
+    require_writable(options.output.output_dir)
+    require_writable(options.cache.cache_dir)
+    check_optimizer(options.optimizer, processes.device)
+    with processes.main_first():
+        base = locate_base(options.model.pretrained_model_name_or_path)
+    if base.note:
+        processes.say(base.note)
+    config = load_scheduler_config(base)
+    check_prompts(options.samples, lambda name: make_sampler(config, name))
+    return base, family_of(base)
+
+
+def collect_data(options: TrainNetworkOptions, base: BaseLocation, processes: Processes) -> NetworkData:
+    """The pictures, in buckets, with a table of them and of what was left out."""
+    from library.training.network_plan import collect_pictures, print_data
+
+    with processes.main_first():
+        data = collect_pictures(options, base)
+    if processes.is_main:
+        print_data(data)
+    return data
+
+
+def prepare(
+    options: TrainNetworkOptions, processes: Processes, base: BaseLocation, family: Family, data: NetworkData
+) -> Prepared:
+    """Caches of the run, complete."""
+    from library.training.network_prepare import prepare_caches
+
+    return prepare_caches(options, processes, base, family, data)
+
+
+def sampler(options: TrainNetworkOptions, prepared: Prepared, run_, task, step: int):  # type: ignore[no-untyped-def]
+    from library.training.samples import Sampler
+
+    if options.samples.sample_prompts is None:
+        return None
+    return Sampler(
+        options.samples,
+        prepared.base,
+        prepared.family,
+        dict(task.models),
+        None if task.conditioner is None else task.conditioner.parts,
+        run_.trained,
+        task.compute_dtype,
+        run_.processes,
+        options.output.output_dir,
+        options.output.output_name,
+        run_.plan.steps_per_epoch,
+        step,
+        run_.log,
+    )
+
+
+def log_folder(options: TrainNetworkOptions):  # type: ignore[no-untyped-def]
+    """{logging_dir}/{prefix}{time}/network_train, as kohya has it; a resumed run goes on in the newest."""
+    from datetime import datetime
+
+    logging, root = options.logging, options.output.log_dir
+    prefix, inner = logging.log_prefix or "", logging.log_tracker_name or "network_train"
+    existing = sorted(root.glob(f"{prefix}*/{inner}"))
+    return existing[-1] if existing else root / f"{prefix}{datetime.now():%Y%m%d%H%M%S}" / inner
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
