@@ -66,7 +66,10 @@ def build(options: MergeLoraOptions) -> Plan:
         print(f"No --models given: taking the newest training output, {models[0]}.", file=sys.stderr)
     sources = [read_source(model, use_ema=options.use_ema, network_alpha=options.network_alpha) for model in models]
     ratios = options.ratios or (1.0,) * len(models)
-    blocks = [parse_blocks(text) for text in options.block_ratios] or [{}] * len(models)
+    blocks = [
+        parse_blocks(text, source.adapter.family) for text, source in zip(options.block_ratios, sources, strict=False)
+    ]
+    blocks = blocks or [{}] * len(models)
     ingredients = [
         Ingredient(source, Strength(ratio, options.unet_ratio, options.text_encoder_ratio, factors))
         for source, ratio, factors in zip(sources, ratios, blocks, strict=True)

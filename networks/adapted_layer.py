@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,8 +86,9 @@ class AdaptedLayer:
         """Weights whose product the adapter's effect is; scaling each scales it."""
         raise NotImplementedError
 
-    def norm(self) -> Tensor:
-        """Frobenius norm of what the adapter adds to the weight, 0-dim."""
+    @staticmethod
+    def norms(layers: Sequence[AdaptedLayer]) -> Tensor:
+        """Frobenius norms of what the adapters of layers of this kind add to the weights as trained, [layers]."""
         raise NotImplementedError
 
     def keeps_module(self, like: Tensor) -> Tensor | None:

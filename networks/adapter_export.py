@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from networks import AdapterError
-from networks.adapter_file import BASE_MODEL_KEY, DIFFUSERS_CONFIG_KEY, SPEC_KEY
+from networks.adapter_file import BASE_MODEL_KEY, DIFFUSERS_CONFIG_KEY, NETWORK_SPEC_KEY, SPEC_KEY
 from networks.adapters import Adapter, AdapterModule, LoraModule
 from networks.lora import LoraSpec, rank_and_alpha
 from networks.lycoris_modules import NO_BOUND, LohaModule, LokrModule, OftModule
@@ -48,10 +48,11 @@ _OF_THE_WEIGHTS = (
         "ss_network_alpha",
         "ss_network_args",
         "ss_network_module",
-        "sshs_model_hash",
-        "sshs_legacy_hash",
+        "lora_alpha",
+        "network_alpha",
+        "format",
     ),
-    *("lora_alpha", "network_alpha", SPEC_KEY, DIFFUSERS_CONFIG_KEY, "modelspec.hash_sha256", "format"),
+    *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", SPEC_KEY, NETWORK_SPEC_KEY, DIFFUSERS_CONFIG_KEY),
 )
 
 
@@ -97,7 +98,7 @@ def adapter_tensors(
             for suffix, value in _kohya_parts(module, dtype).items()
         }
     tensors: dict[str, Tensor] = {}
-    for target, module in adapter.lora_modules(f"{form}'s format").items():
+    for target, module in adapter.lora_modules(f"the {form} form").items():
         prefix = "base_model.model." if form == "peft" else f"{target.component}."
         for part, value in (("down", module.down), ("up", module.up)):
             tensors[prefix + peft_key(target, part).removeprefix(f"{target.component}.")] = _on_host(value, dtype)

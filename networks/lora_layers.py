@@ -5,6 +5,7 @@ Sources: LoRA (arXiv 2106.09685); DoRA (arXiv 2402.09353, equation 5, section 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,11 +54,19 @@ class _Lora(AdaptedLayer):
     def factors(self) -> list[nn.Parameter]:
         return [self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]  # type: ignore[list-item]
 
-    def norm(self) -> Tensor:
-        down, up = (factor.detach().float().flatten(1) for factor in self.factors())
-        # |up @ down| by the small products: no matrix of the weight's size.
-        squared = ((up.T @ up) * (down @ down.T)).sum()
-        return self.strength * squared.clamp(min=0).sqrt()
+    @staticmethod
+    def norms(layers: Sequence[AdaptedLayer]) -> Tensor:
+        groups: dict[tuple[torch.Size, ...], list[int]] = {}
+        for place, layer in enumerate(layers):
+            groups.setdefault(tuple(factor.shape for factor in layer.factors()), []).append(place)
+        found: dict[int, Tensor] = {}
+        for places in groups.values():
+            pairs = zip(*(layers[place].factors() for place in places), strict=True)
+            down, up = (torch.stack([one.detach() for one in factors]).float().flatten(2) for factors in pairs)
+            # |up @ down| by the small products: no matrix of the weight's size.
+            squared = ((up.mT @ up) * (down @ down.mT)).sum(dim=(1, 2))
+            found |= zip(places, squared.clamp(min=0).sqrt().unbind(), strict=True)
+        return torch.stack([layer.strength * found[place] for place, layer in enumerate(layers)])
 
     def _magnitude(self) -> Tensor | None:
         return None

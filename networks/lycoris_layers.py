@@ -10,6 +10,7 @@ LyCORIS' diag-oft train, and ComfyUI and A1111 read, turns the outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,14 @@ class _Product(AdaptedLayer):
     def delta(self) -> Tensor:
         """What is added to the weight as trained, float32."""
         raise NotImplementedError
+
+    def norm(self) -> Tensor:
+        """Of `delta`, 0-dim."""
+        raise NotImplementedError
+
+    @staticmethod
+    def norms(layers: Sequence[AdaptedLayer]) -> Tensor:
+        return torch.stack([layer.norm() for layer in layers if isinstance(layer, _Product)])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
@@ -179,10 +188,11 @@ class OftLayer(nn.Module, AdaptedLayer):
         self.oft_blocks = self._fresh(self.oft_blocks.shape, None)
 
     def factors(self) -> list[nn.Parameter]:
-        raise AdapterError("OFT turns weights and adds nothing whose norm could be bound. Its bound is constraint.")
+        return [self.oft_blocks]
 
-    def norm(self) -> Tensor:
-        return self.factors()[0]
+    @staticmethod
+    def norms(layers: Sequence[AdaptedLayer]) -> Tensor:
+        raise AdapterError("OFT turns weights and adds nothing whose norm could be bound. Its bound is constraint.")
 
     def to_module(self) -> AdapterModule:
         return OftModule(self.oft_blocks.detach(), self.bound / self.base_layer.weight.shape[0])
@@ -190,7 +200,7 @@ class OftLayer(nn.Module, AdaptedLayer):
     def load_module(self, module: AdapterModule) -> None:
         assert isinstance(module, OftModule)
         if module.rescale is not None:
-            raise AdapterError("An OFT that rescales its outputs as well (LyCORIS' rescaled) can not be trained here.")
+            raise AdapterError("An OFT that rescales its outputs as well (LyCORIS' rescaled) cannot be trained here.")
         copy_weights(self.weights, module.tensors())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

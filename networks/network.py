@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from networks import AdapterError
@@ -103,12 +104,12 @@ class Network:
         mean_norm and max_norm after it. Source: kohya's apply_max_norm_regularization.
         """
         layers = list(self.layers.values())
-        norms = torch.stack([layer.norm() for layer in layers])
+        norms = layers[0].norms(layers)
         ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1.0)
-        for layer, ratio in zip(layers, ratios.unbind(), strict=True):
-            factors = layer.factors()
-            for factor in factors:
-                factor.mul_(ratio ** (1 / len(factors)))
+        factors = [layer.factors() for layer in layers]
+        roots = {count: (ratios ** (1 / count)).unbind() for count in {len(own) for own in factors}}
+        scales = [roots[len(own)][place] for place, own in enumerate(factors) for _ in own]
+        torch._foreach_mul_([factor for own in factors for factor in own], scales)
         after = norms * ratios
         scaled = ratios < 1 - 1e-5  # less is rounding
         return {"keys_scaled": scaled.sum(), "mean_norm": after.mean(), "max_norm": after.max()}
@@ -164,7 +165,7 @@ def target_of(component: str, path: str) -> Target:
 
 
 def _sizes(component: str, model: nn.Module, spec: NetworkSpec) -> Sizes:
-    if any(isinstance(module, AdaptedLayer) for module in model.modules()):
+    if any(isinstance(module, (AdaptedLayer, BaseTunerLayer)) for module in model.modules()):
         raise AdapterError(f"The {component} has adapters already.")
     unet_parents = TRANSFORMER_PARENTS | (CONV_PARENTS if spec.has_convolutions else frozenset())
     found = {}

@@ -52,8 +52,11 @@ class NetworkSpec:
     block_dims: tuple[int, ...] | None = None
     """Rank for each block of the U-Net (see networks.blocks); 0 is no adapters there."""
     block_alphas: tuple[float, ...] | None = None
+    """Alpha for each block; 0 is no adapters there."""
     conv_block_dims: tuple[int, ...] | None = None
+    """The same for 3x3 convolutions."""
     conv_block_alphas: tuple[float, ...] | None = None
+    """The same for 3x3 convolutions."""
     block_lr_weights: tuple[float, ...] | None = None
     """Factor of the learning rate for each block of the U-Net."""
     block_lr_zero_threshold: float = 0.0
@@ -99,6 +102,10 @@ class NetworkSpec:
         return FAMILIES[self.family]
 
     @property
+    def _conv_alpha(self) -> float:
+        return 1.0 if self.conv_alpha is None else self.conv_alpha
+
+    @property
     def has_convolutions(self) -> bool:
         """Whether residual blocks and resamplers are adapted."""
         return self.sizes is not None or self.conv_rank is not None or self.conv_block_dims is not None
@@ -110,7 +117,7 @@ class NetworkSpec:
         rank, alpha, ranks, alphas = (
             (self.rank, self.alpha, self.block_dims, self.block_alphas)
             if kernel == 1
-            else (self.conv_rank or 0, self.conv_alpha or 1.0, self.conv_block_dims, self.conv_block_alphas)
+            else (self.conv_rank or 0, self._conv_alpha, self.conv_block_dims, self.conv_block_alphas)
         )
         if target.component == UNET and any(getattr(self, name) is not None for name in _PER_BLOCK):
             block = block_of(self._family, target.path)
@@ -118,7 +125,7 @@ class NetworkSpec:
             alpha = alpha if alphas is None else alphas[block]
             if self.block_lr_weights is not None and self.block_lr_weights[block] <= self.block_lr_zero_threshold:
                 return None
-        return (rank, alpha) if rank > 0 else None
+        return (rank, alpha) if rank > 0 and alpha > 0 else None
 
     def learning_rate_factor(self, target: Target) -> float:
         """By how much the learning rate of a module's adapter differs from that of its model."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from networks import AdapterError
 from networks.adapter_export import adapter_metadata, adapter_tensors, form_metadata
 from networks.adapter_file import NETWORK_SPEC_KEY, read_adapter
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter
 from networks.loading import spec_of
 from networks.lycoris_modules import LohaModule, LokrModule, OftModule
 from networks.names import Target
@@ -22,6 +22,7 @@ from networks.network import Network, add_network
 from networks.original_names import TEXT_ENCODER_2, UNET
 from networks.spec import Algorithm, NetworkSpec
 from tests.tools.networks import (
+    assert_same_outputs,
     few,
     fold,
     run_models,
@@ -52,13 +53,6 @@ def written(network: Network, folder: Path, dtype: torch.dtype | None = None) ->
     metadata = adapter_metadata(network.spec, tensors, output_name="a", date=DATE, resolution=(64, 64))
     save_file(tensors, folder / "a.safetensors", metadata=metadata)
     return read_adapter(folder / "a.safetensors")
-
-
-def assert_same_outputs(found: dict[str, nn.Module], expected: dict[str, nn.Module], tolerance: float = 1e-5) -> None:
-    outputs, base = run_models(expected), run_models(small_models())
-    for component, output in run_models(found).items():
-        assert (outputs[component] - base[component]).abs().max() > 0.05  # what is compared does something
-        torch.testing.assert_close(output, outputs[component], atol=tolerance, rtol=tolerance)
 
 
 # ------------------------------------------------------------------------------------------------ start, file, fold
@@ -272,7 +266,7 @@ def test_a_file_converted_keeps_its_kind_and_other_forms_are_refused() -> None:
     metadata = form_metadata(adapter, "kohya", adapter_tensors(adapter, "kohya"), output_name="b", date=DATE)
     assert metadata["ss_network_module"] == "lycoris.kohya"
     with pytest.raises(
-        AdapterError, match=r"\d+ of \d+ modules are LoHa, and diffusers's format is for LoRA. Merge the adapter into"
+        AdapterError, match=r"\d+ of \d+ modules are LoHa, and the diffusers form is for LoRA. Merge the adapter into"
     ):
         adapter_tensors(adapter, "diffusers")
 
@@ -292,6 +286,26 @@ def test_a_state_of_lora_or_dora_can_be_read_as_an_adapter(algo: Algorithm, tmp_
     folded = small_models()
     fold(folded, read_adapter(tmp_path / "network.safetensors"))
     assert_same_outputs(folded, models)
+
+
+def test_names_and_scales_of_other_trainers_are_understood(tmp_path: Path) -> None:
+    """kohya's networks.oft has a prefix of its own; without alpha LoHa and LoKr act at scale 1."""
+    a, b = torch.ones(8, 2), torch.ones(2, 4)
+    halves = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b}
+    tensors = {
+        "oft_unet_mid_block_attentions_0_proj_in.oft_blocks": torch.zeros(4, 2, 2),
+        "oft_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(0.001),
+        **{f"lora_unet_conv_in.{part}": value for part, value in halves.items()},
+        "lora_unet_conv_out.lokr_w1": torch.ones(2, 2),
+        "lora_unet_conv_out.lokr_w2": torch.ones(2, 4, 3, 3),
+        "lora_unet_conv_out.alpha": torch.tensor(7.0),
+    }
+    save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "a.safetensors")
+    modules = read_adapter(tmp_path / "a.safetensors").modules
+    oft, loha, lokr = (modules[Target(UNET, path)] for path in (PROJ_IN.path, "conv_in", "conv_out"))
+    assert (oft.kind, oft.rank, oft.alpha) == ("OFT", 4, pytest.approx(0.001))
+    assert torch.equal(loha.delta(torch.zeros(8, 4)), torch.full((8, 4), 4.0))
+    assert torch.equal(lokr.delta(torch.zeros(4, 8, 3, 3)), torch.ones(4, 8, 3, 3))
 
 
 # ------------------------------------------------------------------------------------------------ norms
@@ -318,65 +332,6 @@ def test_oft_has_no_norm_to_clamp() -> None:
     _, network = trained_network(KINDS["oft"])
     with pytest.raises(AdapterError, match="OFT turns weights and adds nothing whose norm could be bound."):
         network.clamp_norms(1.0)
-
-
-# ------------------------------------------------------------------------------------------------ --network_weights
-
-
-@pytest.mark.parametrize(
-    ("made", "wanted", "sentence"),
-    [
-        (
-            {"rank": 8},
-            {},
-            r"54 of 54 modules of the adapter are of rank 8 where 3 is to be trained \(first: unet.down_blocks.1.attentions"
-            r".0.proj_in, .*\). --dim_from_weights takes over its ranks and alphas.",
-        ),
-        ({"algo": "loha"}, {}, "54 of 54 modules are LoHa, not LoRA .* Give its algo in --network_args."),
-        (
-            {"conv_rank": 2},
-            {},
-            "8 of 62 modules of the adapter are not trained here .* It has convolutions: add conv_dim",
-        ),
-        ({}, {"conv_rank": 2}, "8 of 62 modules to train are not in the adapter .* --dim_from_weights trains just"),
-        (
-            {"text_encoder": False},
-            {},
-            r"12 of 54 modules to train are not in the adapter \(first: text_encoder.text_model.encoder.layers.0.self_attn"
-            r".* It has nothing for the text_encoder: add --network_train_unet_only",
-        ),
-        (
-            {},
-            {"text_encoder": False},
-            "12 of 54 modules of the adapter are not trained here .* They are of text encoders",
-        ),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused(made: dict[str, Any], wanted: dict[str, Any], sentence: str) -> None:
-    source = add_network(small_models(), few(**{"conv_rank": 0, **made}), seed=0).adapter()
-    network = add_network(small_models(), few(**{"conv_rank": 0, **wanted}), seed=0)
-    before = {name: parameter.clone() for name, parameter in network.parameters.items()}
-    with pytest.raises(AdapterError, match=sentence):
-        network.load(source)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in network.parameters.items())
-
-
-def test_weights_of_another_family_or_width_are_refused() -> None:
-    network = add_network(small_models(), few(), seed=0)
-    sdxl = add_network(small_text_encoders(), NetworkSpec(family="sdxl", unet=False), seed=0).adapter()
-    with pytest.raises(AdapterError, match="It is for SDXL, and the base model is SD1.5."):
-        network.load(sdxl)
-    wide = network.adapter()
-    modules = {**wide.modules, PROJ_IN: LoraModule(torch.ones(4, 9), torch.ones(16, 4), 1.0)}
-    with pytest.raises(AdapterError, match=r"1 of 62 modules are of other shapes than the model's"):
-        network.load(Adapter(modules, wide.metadata))
-
-
-def test_another_alpha_is_made_up_for() -> None:
-    models, source = trained_network(few(alpha=8.0))
-    again = small_models()
-    add_network(again, few(alpha=1.0), seed=0).load(source.adapter())
-    assert_same_outputs(again, models)
 
 
 # ------------------------------------------------------------------------------------------------ modules

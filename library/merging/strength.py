@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from library.errors import UserError
 from networks.names import UNET, Target
-from networks.original_names import SD15, unet_to_original
+from networks.original_names import SD15, SDXL, Family, unet_to_original
 
 BASE, MID = "BASE", "MID"
 
@@ -26,6 +26,7 @@ _LISTS = {
     12: (BASE, *(_IN[i] for i in (4, 5, 7, 8)), MID, *_OUT[:6]),
     20: (BASE, *_IN[:9], MID, *_OUT[:9]),
 }
+_LENGTHS = {SD15.key: (17, 26), SDXL.key: (12, 20)}
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,13 @@ def block_of(target: Target) -> str:
     return names.get(section, BASE)
 
 
-def parse_blocks(text: str) -> dict[str, float]:
-    """Factors from `IN*=0.5,MID=0` or from a list of 12, 17, 20 or 26 numbers. Raises UserError for anything else."""
+def parse_blocks(text: str, family: Family | None = None) -> dict[str, float]:
+    """Factors from `IN*=0.5,MID=0` or from a list of 12, 17, 20 or 26 numbers. Raises UserError for anything else.
+
+    family: of the adapter, whose lists are of two of these lengths; None takes any.
+    """
     if "=" not in text and ("," in text or "[" in text):
-        return _from_list(text)
+        return _from_list(text, family)
     factors: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         pattern, equals, number = (piece.strip() for piece in part.partition("="))
@@ -85,14 +89,17 @@ def parse_blocks(text: str) -> dict[str, float]:
     return factors
 
 
-def _from_list(text: str) -> dict[str, float]:
+def _from_list(text: str, family: Family | None) -> dict[str, float]:
     try:
         values = json.loads(text if "[" in text else f"[{text}]")
     except json.JSONDecodeError as error:
         raise UserError(f"block_ratios: {text} is not a list of numbers: {error}.") from None
-    if len(values) not in _LISTS:
+    lengths = _LISTS if family is None else _LENGTHS[family.key]
+    if len(values) not in lengths:
+        adapter = "" if family is None else f" for an {family.title} LoRA"
         raise UserError(
-            f"block_ratios: a list of {len(values)} numbers was given. 17 or 26 are for SD1.5, 12 or 20 for SDXL (BASE first)."
+            f"block_ratios: a list of {len(values)} numbers was given{adapter}. 17 or 26 are for SD1.5, 12 or 20 for SDXL "
+            "(BASE first)."
         )
     # What a short list leaves out has no attention: only a LoRA with convolutions reaches it, at full strength.
     return {block: _factor(value) for block, value in zip(_LISTS[len(values)], values, strict=True)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +66,10 @@ class TensorFile:
         self.path = path
         self._content = None if content is None else memoryview(content)
         self._descriptor = -1
+        self._position = threading.Lock()
         if content is None:
             with_safetensors(path, lambda file: None)  # judges it
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         head = bytearray(8)
         self.read_into(memoryview(head), 0)
         header = bytearray(int.from_bytes(head, "little"))
@@ -91,10 +93,19 @@ class TensorFile:
             return
         done = 0
         while done < len(target):
-            count = os.preadv(self._descriptor, [target[done:]], start + done)
+            count = self._read_some(target[done:], start + done)
             if count == 0:
                 raise UserError(f"{self.path} became shorter while it was read.")
             done += count
+
+    def _read_some(self, target: memoryview, start: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._descriptor, [target], start)
+        with self._position:  # Windows has one position for all threads
+            os.lseek(self._descriptor, start, os.SEEK_SET)
+            block = os.read(self._descriptor, min(len(target), COPY_BYTES))
+        target[: len(block)] = block
+        return len(block)
 
     def copy_to(self, descriptor: int, start: int, end: int) -> None:
         """Append bytes `start` to `end` to an open file, inside the kernel where it can."""

@@ -61,8 +61,11 @@ class Checkpoints:
         every = self.output.save_every_n_steps
         return finished or (every is not None and step % every == 0)
 
-    def save(self, step: int, *, asked: bool = False) -> None:
-        """Save once, by the main process: every process holds the same state. asked: out of turn, for somebody wants it."""
+    def save(self, step: int, *, finished: bool = False, asked: bool = False) -> None:
+        """Save once, by the main process: every process holds the same state.
+
+        finished: the run ends with this step. asked: somebody wants a state, whether or not one is due.
+        """
         if self.processes.is_main:
             start = time.perf_counter()
             folder = self.output.output_dir / state_name(step)
@@ -111,10 +114,12 @@ def state_to_resume(
     options: Mapping[str, Any],
     world_size: int,
     states: Sequence[tuple[int, Path]] | None = None,
+    harmless: frozenset[str] = HARMLESS,
 ) -> tuple[Path | None, dict[str, Any]]:
     """The state to go on from, if any, and its facts; needs no model.
 
-    states: (step, folder) of those there are, oldest first; default: `list_states` of the output folder.
+    states: (step, folder) of those there are, oldest first; default: `list_states` of the output folder. harmless: options
+    that may differ from the state's.
     Raises UserError where `--resume` names no state, or options that change the outcome differ from the state's.
     """
     states = list_states(output.output_dir) if states is None else states
@@ -132,7 +137,7 @@ def state_to_resume(
     else:
         folder = Path(output.resume)
     facts = read_facts(folder)
-    changes = changed_options(facts["options"], options, HARMLESS)
+    changes = changed_options(facts["options"], options, harmless)
     if facts["world_size"] != world_size:
         changes.append(f"number of processes was {facts['world_size']}, is {world_size}")
     if changes and not output.allow_changed_options:

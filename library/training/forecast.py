@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 from unittest import mock
 
@@ -133,7 +134,26 @@ def activation_bytes(unet: Any, heads: nn.Module, options: TrainRepaOptions, dty
     side = options.data.resolution // VAE_FACTOR
     inputs = torch.empty(1, SD_LATENT_CHANNELS, side, side, dtype=dtype, device="meta")
     text = torch.empty(1, 77, unet.config["cross_attention_dim"], dtype=dtype, device="meta")
-    weights = {p.untyped_storage()._cdata for p in [*unet.parameters(), *heads.parameters()]}
+
+    from networks.features import capture
+
+    unet.train()
+    save_no_inputs(unet)
+    if options.speed.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+
+    def forward() -> None:
+        with capture(unet, list(heads)) as features:  # type: ignore[call-overload]
+            unet(inputs, torch.zeros(1, device="meta"), text, return_dict=False)
+            for tap, head in heads.items():  # type: ignore[operator]
+                head(features[tap])
+
+    return kept_bytes([unet, heads], forward)
+
+
+def kept_bytes(models: Iterable[nn.Module], forward: Callable[[], object]) -> int:
+    """Bytes that `forward` leaves for the backward pass beside the models' own weights; everything on the meta device."""
+    weights = {p.untyped_storage()._cdata for model in models for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -147,20 +167,11 @@ def activation_bytes(unet: Any, heads: nn.Module, options: TrainRepaOptions, dty
     ) -> torch.Tensor:
         return _FusedAttention.apply(query, key, value)
 
-    from networks.features import capture
-
-    unet.train()
-    save_no_inputs(unet)
-    if options.speed.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
     with (
         mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        capture(unet, list(heads)) as features,  # type: ignore[call-overload]
     ):
-        unet(inputs, torch.zeros(1, device="meta"), text, return_dict=False)
-        for tap, head in heads.items():  # type: ignore[operator]
-            head(features[tap])
+        forward()
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -56,6 +56,7 @@ class Run:
     micro_batches: how many a step has, where not every step has as many as the plan says.
     look: called before each step and at the end with (step, finished), to draw pictures where they are due.
     after_step: called when the optimizer has stepped, before the average takes the weights; gives metrics on the device.
+    enough: asked after each validation, with its metrics, whether the run may end there as if this were its last step.
     """
 
     task: Task
@@ -73,10 +74,11 @@ class Run:
     after_step: Callable[[], dict[str, torch.Tensor]] | None = None
     micro_batches: Callable[[int], int] | None = None
     look: Callable[[int, bool], None] | None = None
+    enough: Callable[[dict[str, float]], bool] | None = None
 
 
 def train(run: Run, first_step: int) -> dict[str, float]:
-    """Train from `first_step` to the plan's last step; return the last validation's metrics.
+    """Train from `first_step` to the plan's last step, or until it is enough; return the last validation's metrics.
 
     Raises Stopped after saving when asked to stop, Diverged when a loss is not finite.
     """
@@ -103,8 +105,9 @@ def train(run: Run, first_step: int) -> dict[str, float]:
             # Validate, save, obey a stop: maintenance, timed apart.
             if validating:
                 results = _validate(run, step)
-            if (saving or request) and step > first_step:
-                run.checkpoints.save(step, asked=not saving)
+                finished = finished or (run.enough is not None and run.enough(results))
+            if (saving or request or finished) and step > first_step:
+                run.checkpoints.save(step, finished=finished, asked=request != NOTHING)
             if run.look is not None and request != STOP:
                 run.look(step, finished)
             if request:

@@ -74,8 +74,8 @@ class NetworkTask:
     def each(self, batch: NetworkBatch, latents: Tensor, drawn: Draw) -> Tensor:
         """Loss of each picture, [B] float32, weighted by timestep and mask but not by picture."""
         noisy = self.objective.schedule.add_noise(latents, drawn.added_noise, drawn.timesteps)
-        text = self.condition(batch)
         self.network.set_multiplier(batch.multipliers)
+        text = self.condition(batch)
         output = self.predict(noisy, drawn.timesteps, text, batch.sizes)
         preserved = None
         if batch.preserve is not None:

@@ -26,8 +26,8 @@ from library.options.network import TrainNetworkOptions
 from library.training.optimizers import optimizer_text
 from library.training.plan import Plan
 from networks.adapter_export import adapter_metadata
-from networks.lora import LoraSpec
 from networks.original_names import Family
+from networks.spec import NetworkSpec
 
 # With --no_metadata only what readers need to load the file is kept.
 _NEEDED = (
@@ -48,6 +48,7 @@ class NetworkMetadata:
     plan: Plan
     data: NetworkData
     family: Family
+    spec: NetworkSpec
     prediction_type: str
     base: Path
     started: float = field(default_factory=time.time)
@@ -58,7 +59,6 @@ class NetworkMetadata:
 
     def at(self, step: int, tensors: Mapping[str, Tensor], name: str, date: str) -> dict[str, str]:
         """Of the file that holds `tensors` after `step` steps. date: local time, ISO with seconds."""
-        spec = LoraSpec(rank=self.options.network.rank, alpha=self.options.network.alpha, scope="all", targets="kohya")
         now = {
             "ss_output_name": name,
             "ss_training_finished_at": time.time(),
@@ -67,7 +67,7 @@ class NetworkMetadata:
         }
         given = {key: str(value) for key, value in {**self._fixed, **now}.items()}
         whole = adapter_metadata(
-            spec,
+            self.spec,
             tensors,
             family=self.family,
             output_name=name,
@@ -78,7 +78,6 @@ class NetworkMetadata:
             title=self.options.metadata.metadata_title or name,
             extra=given | self._modelspec(),
         )
-        whole.pop("lora_spec", None)
         if self.options.metadata.no_metadata:
             whole = {k: v for k, v in whole.items() if k in _NEEDED or k.startswith(("modelspec.", "sshs_"))}
         return whole

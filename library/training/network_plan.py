@@ -18,6 +18,9 @@ _FRESH_PIXELS = ("color_aug", "random_crop", "face_crop_aug_range")
 def collect_pictures(options: TrainNetworkOptions, base: BaseLocation) -> NetworkData:
     """Every picture of the run, in its bucket. Raises UserError for all that is wrong with them."""
 
+    if options.cache.cache_latents is False:
+        raise UserError("--no_cache_latents is not offered: latents are always cached, on the disk. Leave it out.")
+
     def refuse(dataset: Dataset) -> str | None:
         for subset in dataset.subsets:
             for name in _FRESH_PIXELS:

@@ -51,6 +51,7 @@ from library.training.schedules import rate_multiplier
 from library.training.speed import set_up_determinism, set_up_speed
 from library.training.state import Trained
 from networks import AdapterError
+from networks.adapter_file import NETWORK_SPEC_KEY
 from networks.adapters import Adapter
 from networks.blocks import SECTIONS, block_weights
 from networks.network import Network, add_network
@@ -71,64 +72,6 @@ class Prepared:
     prompts: PromptCache | None
 
 
-def network_spec(options: TrainNetworkOptions, family: Family, start: Adapter | None) -> NetworkSpec:
-    """Which modules are trained, and how. start: --network_weights, whose sizes dim_from_weights takes."""
-    network, args = options.network, options.network.args
-    weights = None
-    if args.has_block_learning_rates:
-        sections = zip((args.down_lr_weight, args.mid_lr_weight, args.up_lr_weight), SECTIONS[family.key], strict=True)
-        values = [one.weights(count) if isinstance(one, BlockCurve) else one for one, count in sections]
-        weights = block_weights(family, *values)
-    sizes = None
-    if network.dim_from_weights and start is not None:
-        sizes = {f"{target.component}.{target.path}": (m.rank, m.alpha) for target, m in start.modules.items()}
-    return NetworkSpec(
-        family=family.key,
-        algo=args.algo,
-        rank=network.rank,
-        alpha=network.alpha,
-        conv_rank=args.conv_dim,
-        conv_alpha=args.conv_alpha,
-        unet=options.trains_unet,
-        text_encoder=options.trains_text_encoders,
-        dropout=network.network_dropout or 0.0,
-        rank_dropout=args.rank_dropout or 0.0,
-        module_dropout=args.module_dropout or 0.0,
-        block_dims=args.block_dims,
-        block_alphas=args.block_alphas,
-        conv_block_dims=args.conv_block_dims,
-        conv_block_alphas=args.conv_block_alphas,
-        block_lr_weights=weights,
-        block_lr_zero_threshold=args.block_lr_zero_threshold,
-        factor=args.factor,
-        decompose_both=args.decompose_both,
-        constraint=args.constraint,
-        sizes=sizes,
-    )
-
-
-def parameter_groups(network: Network, options: TrainNetworkOptions, family: Family) -> list[ParameterGroup]:
-    """Parameters by learning rate; a part of the network whose rate is 0 is not trained and is left out."""
-    args, optimizer = options.network.args, options.optimizer
-    plus = {
-        component: ratio
-        for component in (UNET, *family.text_encoders)
-        if (
-            ratio := (args.loraplus_unet_lr_ratio if component == UNET else args.loraplus_text_encoder_lr_ratio)
-            or args.loraplus_lr_ratio
-        )
-    }
-    rates = {UNET: optimizer.unet_rate}
-    rates |= dict(zip(family.text_encoders, optimizer.text_encoder_rates(len(family.text_encoders)), strict=True))
-    groups = []
-    for group in network.groups(plus):
-        rate = rates[group.component] * group.factor
-        if rate > 0:
-            parameters = [network.parameters[name] for name in group.parameters]
-            groups.append(ParameterGroup(group.name, parameters, rate, optimizer.weight_decay))
-    return groups
-
-
 def make_objective(options: TrainNetworkOptions, base: BaseLocation, device: torch.device) -> Objective:
     o = options.objective
     schedule = NoiseSchedule.from_config(load_scheduler_config(base), device)
@@ -145,42 +88,6 @@ def make_objective(options: TrainNetworkOptions, base: BaseLocation, device: tor
         pointwise=PointwiseLoss(o.loss_type, o.huber_schedule, o.huber_c, o.huber_scale),
         masked_loss_renormalize=o.masked_loss_renormalize,
     )
-
-
-def load_models(
-    options: TrainNetworkOptions, base: BaseLocation, family: Family, device: torch.device, *, with_text: bool
-) -> tuple[nn.Module, list[TextPart]]:
-    """U-Net and, where they run in the step, text encoders; with base_weights folded in, rounded once."""
-    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
-    folded = options.network.base_weights_with_multipliers
-    first = torch.float32 if folded else dtype
-    unet = load_unet(base, families=(family,), dtype=first, device=device)
-    parts = load_text_encoders(base, families=(family,), dtype=first, device=device) if with_text else []
-    models = {UNET: unet, **{part.component: part.model for part in parts}}
-    for path, multiplier in folded:
-        fold_into_modules(models, family, read_source(path).adapter, multiplier)
-    return unet.to(dtype), [part._replace(model=part.model.to(dtype)) for part in parts]
-
-
-def start_weights(options: TrainNetworkOptions) -> Adapter | None:
-    path = options.network.network_weights
-    return None if path is None else read_source(path).adapter
-
-
-def build_network(
-    models: Mapping[str, nn.Module], options: TrainNetworkOptions, family: Family, start: Adapter | None
-) -> Network:
-    """The adapters, in the models. Raises UserError where they do not fit, or the weights to start from do not."""
-    try:
-        network = add_network(models, network_spec(options, family, start), options.training.seed)
-        if start is not None:
-            network.load(start)
-    except AdapterError as error:
-        raise UserError(str(error)) from None
-    if options.model.full_bf16:
-        for parameter in network.parameters.values():
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return network
 
 
 def build_run(
@@ -209,7 +116,11 @@ def build_run(
 
     trained_names = {id(parameter) for group in groups for parameter in group.parameters}
     trained_parts = _by_component({n: p for n, p in network.parameters.items() if id(p) in trained_names})
-    metadata = {"format": "pt", "base_model": options.model.pretrained_model_name_or_path}
+    metadata = {
+        "format": "pt",
+        "base_model": options.model.pretrained_model_name_or_path,
+        NETWORK_SPEC_KEY: network.spec.to_json(),
+    }
     trained = Trained(trained_parts, make_optimizer(groups, options.optimizer), None, metadata)
     if options.model.mixed_precision == "fp16":
         trained.scaler = LossScaler(processes.device)
@@ -253,7 +164,7 @@ def build_run(
     output = in_epochs(options.output, options.validation.validate_every_n_epochs, plan.steps_per_epoch)
     with processes.main_first():
         facts = _facts(options, prepared, network, objective.schedule.prediction_type)
-        describe = NetworkMetadata(options, plan, data, family, facts["prediction_type"], base.path)
+        describe = NetworkMetadata(options, plan, data, family, network.spec, facts["prediction_type"], base.path)
     dtype = getattr(torch, TORCH_DTYPES[options.output.save_precision or "float"])
 
     def export(step: int, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -41,7 +41,9 @@ def xformers_problem(options: SpeedOptions) -> str | None:
         import xformers.ops  # noqa: F401
     except Exception as error:  # a broken build raises all kinds of errors
         reason = str(error).splitlines()[0]
-        return f"xformers cannot be used here ({type(error).__name__}: {reason}; pip install '.[xformers]' installs it)."
+        return (
+            f"xformers cannot be used here ({type(error).__name__}: {reason}; pip install '.[xformers]' installs it)."
+        )
     return None if torch.cuda.is_available() else "its kernels need a CUDA device and there is none."
 
 

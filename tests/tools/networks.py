@@ -86,3 +86,10 @@ def fold(models: Mapping[str, nn.Module], adapter: Adapter) -> None:
             layer: Any = models[target.component].get_submodule(target.path)
             assert module.fits(layer.weight.shape)
             layer.weight += module.delta(layer.weight)
+
+
+def assert_same_outputs(found: dict[str, nn.Module], expected: dict[str, nn.Module], tolerance: float = 1e-5) -> None:
+    outputs, base = run_models(expected), run_models(small_models())
+    for component, output in run_models(found).items():
+        assert (outputs[component] - base[component]).abs().max() > 0.05  # what is compared does something
+        torch.testing.assert_close(output, outputs[component], atol=tolerance, rtol=tolerance)

@@ -1,0 +1,142 @@
+"""--dry_run of train_network.py: pictures, steps, trained parameters, memory; nothing is built, encoded or downloaded."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.data.network_data import NetworkData
+from library.errors import UserError
+from library.files import human_bytes
+from library.models.configs import configs_of, published_family
+from library.models.family import family_of
+from library.models.frozen import save_no_inputs
+from library.models.load import unet_config
+from library.models.locate import BaseLocation, base_status, locate_base
+from library.models.single_file import file_text_config
+from library.options.network import TrainNetworkOptions
+from library.training.forecast import WORKSPACE_BYTES, kept_bytes
+from library.training.network_plan import collect_pictures, print_data
+from library.training.network_run import (
+    COMPUTE_DTYPES,
+    build_network,
+    make_order,
+    make_plan,
+    parameter_groups,
+    start_weights,
+)
+from library.training.plan import Plan
+from networks.original_names import SDXL, TEXT_ENCODER_2, UNET, Family
+
+_VAE_FACTOR = 8
+
+
+def print_plan(options: TrainNetworkOptions) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    name = options.model.pretrained_model_name_or_path
+    missing = base_status(name)
+    family = published_family(name) if missing else None
+    if missing and family is None:
+        raise UserError(missing)
+    location = None if missing else locate_base(name)
+    if family is None:
+        assert location is not None
+        family = family_of(location)
+    data = None
+    if location is not None:
+        data = collect_pictures(options, location)
+        print_data(data)
+        order = make_order(data, options, 0, int(os.environ.get("WORLD_SIZE", "1")))
+        plan = make_plan(data, order, options)
+        print(f"base             {name}, {family.title}")
+        print(f"samples          {order.samples_per_epoch} an epoch, of {len(data.training)} pictures")
+        print(
+            f"batch            up to {plan.batch_size} x {plan.accumulation} accumulated x {plan.world_size} processes"
+        )
+        print(f"steps per epoch  {plan.steps_per_epoch}")
+        print(f"steps            {plan.last_step} ({plan.epochs:g} epochs), warm-up {plan.warmup_steps}")
+        _print_model(options, location, family, data, plan)
+    print(f"missing          {missing or 'nothing'}")
+
+
+def _print_model(
+    options: TrainNetworkOptions, location: BaseLocation, family: Family, data: NetworkData, plan: Plan
+) -> None:
+    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
+    models = meta_models(location, family, dtype)
+    frozen = sum(p.numel() for model in models.values() for p in model.parameters())
+    network = build_network(models, options, family, start_weights(options))
+    groups = parameter_groups(network, options, family)
+    counts = {group.name: sum(p.numel() for p in group.parameters) for group in groups}
+    described = " + ".join(f"{count:,} {name}" for name, count in counts.items())
+    print(f"trained          {described} = {sum(counts.values()):,} parameters beside {frozen:,} frozen ones")
+    if options.cache.caches_text:
+        frozen = sum(p.numel() for p in models[UNET].parameters())
+    # Weights, gradients, two moments and the average, float32.
+    copies = 5 if options.optimizer.ema_decay else 4
+    fixed = frozen * dtype.itemsize + sum(counts.values()) * 4 * copies
+    width, height = max((one.fitted.bucket for one in data.training), key=lambda size: size[0] * size[1])
+    per_sample = _activation_bytes(options, models, family, dtype, width, height)
+    total = fixed + per_sample * plan.batch_size + WORKSPACE_BYTES
+    print(
+        f"device memory    about {human_bytes(total)}: {human_bytes(fixed)} weights and optimizer, {human_bytes(per_sample)} "
+        f"activations per sample of {width} x {height}, {human_bytes(WORKSPACE_BYTES)} workspace (forecast)"
+    )
+
+
+def meta_models(location: BaseLocation, family: Family, dtype: torch.dtype) -> dict[str, Any]:
+    """U-Net and text encoders of a base on the meta device, frozen."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from library.files import read_json
+
+    models: dict[str, Any] = {}
+    with torch.device("meta"):
+        models[UNET] = nn.Module.to(UNet2DConditionModel.from_config(unet_config(location, families=(family,))), dtype)
+        for component in family.text_encoders:
+            kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
+            values = (
+                file_text_config(location.path, family, component)
+                if location.is_file
+                else read_json(location.path / component / "config.json")
+            )
+            models[component] = kind(CLIPTextConfig.from_dict(values)).to(dtype)
+    for model in models.values():
+        model.requires_grad_(False)
+    return models
+
+
+def _activation_bytes(
+    options: TrainNetworkOptions, models: dict[str, Any], family: Family, dtype: torch.dtype, width: int, height: int
+) -> int:
+    """Bytes that the backward pass of one sample of this size keeps, text encoders included where they are trained."""
+    unet = models[UNET]
+    latents = torch.empty(1, 4, height // _VAE_FACTOR, width // _VAE_FACTOR, dtype=dtype, device="meta")
+    length = 75 * options.text.chunks + 2
+    text = torch.empty(1, length, unet.config["cross_attention_dim"], dtype=dtype, device="meta")
+    added = None
+    if family == SDXL:
+        pooled = configs_of(family).text_encoders[TEXT_ENCODER_2]["projection_dim"]
+        pooled = models[TEXT_ENCODER_2].config.projection_dim if TEXT_ENCODER_2 in models else pooled
+        added = {
+            "text_embeds": torch.empty(1, pooled, dtype=dtype, device="meta"),
+            "time_ids": torch.empty(1, 6, dtype=dtype, device="meta"),
+        }
+    unet.train()
+    save_no_inputs(unet)
+    if options.speed.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+
+    def forward() -> None:
+        unet(latents, torch.zeros(1, device="meta"), text, added_cond_kwargs=added, return_dict=False)
+        if options.trains_text_encoders:
+            ids = torch.zeros(options.text.chunks, 77, dtype=torch.int64, device="meta")
+            for component in family.text_encoders:
+                models[component](ids, output_hidden_states=True)
+
+    return kept_bytes(models.values(), forward)

@@ -1,0 +1,195 @@
+"""The models of a LoRA training: loaded with base_weights folded in, and with the adapters that are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.errors import UserError
+from library.files import read_json
+from library.merging.merge import fold_into_modules
+from library.merging.source import read_source
+from library.models.float8 import keep_in_float8
+from library.models.load import TextPart, load_text_encoders, load_unet, unet_config
+from library.models.locate import BaseLocation
+from library.models.single_file import file_text_config
+from library.options.network import TrainNetworkOptions
+from library.options.network_args import BlockCurve
+from library.training.optimizers import ParameterGroup
+from networks import AdapterError
+from networks.adapters import Adapter
+from networks.blocks import SECTIONS, block_weights
+from networks.network import Network, add_network
+from networks.original_names import TEXT_ENCODER_2, UNET, Family
+from networks.spec import NetworkSpec
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+
+
+def load_frozen_unet(
+    options: TrainNetworkOptions, base: BaseLocation, family: Family, device: torch.device
+) -> nn.Module:
+    """The U-Net with base_weights folded in, rounded to the compute dtype once."""
+    dtype, folded = _dtypes(options)
+    unet = load_unet(base, families=(family,), dtype=folded, device=device)
+    _fold_base_weights({UNET: unet}, options, family)
+    return nn.Module.to(unet, dtype)
+
+
+def load_frozen_text(
+    options: TrainNetworkOptions, base: BaseLocation, family: Family, device: torch.device
+) -> list[TextPart]:
+    """The text encoders, likewise."""
+    dtype, folded = _dtypes(options)
+    parts = load_text_encoders(base, families=(family,), dtype=folded, device=device)
+    _fold_base_weights({part.component: part.model for part in parts}, options, family)
+    return [part._replace(model=part.model.to(dtype)) for part in parts]
+
+
+def meta_models(
+    options: TrainNetworkOptions, location: BaseLocation, family: Family, *, text: bool = True
+) -> dict[str, Any]:
+    """U-Net and text encoders of a base on the meta device, frozen, in the compute dtype."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
+    models: dict[str, Any] = {}
+    with torch.device("meta"):
+        models[UNET] = nn.Module.to(UNet2DConditionModel.from_config(unet_config(location, families=(family,))), dtype)
+        for component in family.text_encoders if text else ():
+            kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
+            values = (
+                file_text_config(location.path, family, component)
+                if location.is_file
+                else read_json(location.path / component / "config.json")
+            )
+            models[component] = kind(CLIPTextConfig.from_dict(values)).to(dtype)
+    for model in models.values():
+        model.requires_grad_(False)
+    return models
+
+
+def check_weights(options: TrainNetworkOptions, base: BaseLocation, family: Family) -> None:
+    """See that network_weights and base_weights fit the base and the network. Raises UserError; nothing heavy is loaded."""
+    for path in options.network.base_weights:
+        _require_family("base_weights", path, read_source(path).adapter, family)
+    start = start_weights(options)
+    if start is not None:
+        _require_family("network_weights", options.network.network_weights, start, family)
+        build_network(meta_models(options, base, family, text=options.trains_text_encoders), options, family, start)
+
+
+def start_weights(options: TrainNetworkOptions) -> Adapter | None:
+    path = options.network.network_weights
+    return None if path is None else read_source(path).adapter
+
+
+def build_network(
+    models: Mapping[str, nn.Module], options: TrainNetworkOptions, family: Family, start: Adapter | None
+) -> Network:
+    """The adapters, in the models. Raises UserError where they do not fit, or the weights to start from do not."""
+    try:
+        network = add_network(models, network_spec(options, family, start), options.training.seed)
+        if start is not None:
+            network.load(start)
+    except AdapterError as error:
+        raise UserError(str(error)) from None
+    if options.model.full_bf16:
+        for parameter in network.parameters.values():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return network
+
+
+def round_frozen(models: Mapping[str, nn.Module], options: TrainNetworkOptions) -> None:
+    """Keep what fp8_base or fp8_base_unet ask for in float8. The adapters are on already."""
+    for component in float8_components(options, models):
+        keep_in_float8(models[component])
+
+
+def float8_components(options: TrainNetworkOptions, components: Collection[str]) -> list[str]:
+    if options.model.fp8_base:
+        return list(components)
+    return [UNET] if options.model.fp8_base_unet else []
+
+
+def network_spec(options: TrainNetworkOptions, family: Family, start: Adapter | None) -> NetworkSpec:
+    """Which modules are trained, and how. start: --network_weights, whose sizes dim_from_weights takes."""
+    network, args = options.network, options.network.args
+    weights = None
+    if args.has_block_learning_rates:
+        sections = zip((args.down_lr_weight, args.mid_lr_weight, args.up_lr_weight), SECTIONS[family.key], strict=True)
+        values = [one.weights(count) if isinstance(one, BlockCurve) else one for one, count in sections]
+        weights = block_weights(family, *values)
+    sizes = None
+    if network.dim_from_weights and start is not None:
+        sizes = {f"{target.component}.{target.path}": (m.rank, m.alpha) for target, m in start.modules.items()}
+    return NetworkSpec(
+        family=family.key,
+        algo=args.algo,
+        rank=network.rank,
+        alpha=network.alpha,
+        conv_rank=args.conv_dim,
+        conv_alpha=args.conv_alpha,
+        unet=options.trains_unet,
+        text_encoder=options.trains_text_encoders,
+        dropout=network.network_dropout or 0.0,
+        rank_dropout=args.rank_dropout or 0.0,
+        module_dropout=args.module_dropout or 0.0,
+        block_dims=args.block_dims,
+        block_alphas=args.block_alphas,
+        conv_block_dims=args.conv_block_dims,
+        conv_block_alphas=args.conv_block_alphas,
+        block_lr_weights=weights,
+        block_lr_zero_threshold=args.block_lr_zero_threshold,
+        factor=args.factor,
+        decompose_both=args.decompose_both,
+        constraint=args.constraint,
+        sizes=sizes,
+    )
+
+
+def parameter_groups(network: Network, options: TrainNetworkOptions, family: Family) -> list[ParameterGroup]:
+    """Parameters by learning rate; a part of the network whose rate is 0 is not trained and is left out."""
+    args, optimizer = options.network.args, options.optimizer
+    plus = {
+        component: ratio
+        for component in (UNET, *family.text_encoders)
+        if (
+            ratio := (args.loraplus_unet_lr_ratio if component == UNET else args.loraplus_text_encoder_lr_ratio)
+            or args.loraplus_lr_ratio
+        )
+    }
+    rates = {UNET: optimizer.unet_rate}
+    rates |= dict(zip(family.text_encoders, optimizer.text_encoder_rates(len(family.text_encoders)), strict=True))
+    groups = []
+    for group in network.groups(plus):
+        rate = rates[group.component] * group.factor
+        if rate > 0:
+            parameters = [network.parameters[name] for name in group.parameters]
+            groups.append(ParameterGroup(group.name, parameters, rate, optimizer.weight_decay))
+    return groups
+
+
+def _dtypes(options: TrainNetworkOptions) -> tuple[torch.dtype, torch.dtype]:
+    """To compute in, and to fold adapters in."""
+    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
+    return dtype, torch.float32 if options.network.base_weights else dtype
+
+
+def _fold_base_weights(models: Mapping[str, nn.Module], options: TrainNetworkOptions, family: Family) -> None:
+    for path, multiplier in options.network.base_weights_with_multipliers:
+        adapter = read_source(path).adapter
+        modules = {target: module for target, module in adapter.modules.items() if target.component in models}
+        if modules:
+            fold_into_modules(models, family, replace(adapter, modules=modules), multiplier)
+
+
+def _require_family(option: str, path: Path | None, adapter: Adapter, family: Family) -> None:
+    if adapter.family.key != family.key:
+        raise UserError(f"{option} {path} is for {adapter.family.title}, and the base model is {family.title}.")

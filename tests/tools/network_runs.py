@@ -1,0 +1,113 @@
+"""Small runs of train_network.py as tests need them: tiny bases, a handful of pictures in three buckets, a few steps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.tools.runs import launch
+
+SIZES = ((96, 96), (96, 96), (96, 96), (128, 64), (128, 64), (64, 128))
+"""Of the pictures: with resolution 96 and steps of 32 each is a bucket of its own."""
+CAPTIONS = tuple(f"mio, a {colour} cat, {place}" for colour in ("red", "blue", "green") for place in ("on grass", "at sea"))
+
+
+def draw_pictures(folder: Path, sizes: tuple[tuple[int, int], ...] = SIZES, *, first: int = 0) -> Path:
+    """images/p0.png ... and captions/p0.txt ... in `folder`."""
+    for kind in ("images", "captions"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for number, size in enumerate(sizes, first):
+        pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(folder / "images" / f"p{number}.png")
+        (folder / "captions" / f"p{number}.txt").write_text(CAPTIONS[number % len(CAPTIONS)])
+    return folder
+
+
+class NetworkSetting:
+    """Options of runs over one folder of pictures; caches are built once and shared."""
+
+    def __init__(self, folder: Path, base: Path) -> None:
+        self.folder, self.base = folder, base
+        self.data = draw_pictures(folder / "mio")
+        self.options: dict[str, object] = {
+            "pretrained_model_name_or_path": base, "cache_dir": folder / "caches", "device": "cpu", "mixed_precision": "no",
+            "network_dim": 2, "learning_rate": 1e-2, "max_train_epochs": 2, "max_data_loader_n_workers": 1,
+            "log_every_n_steps": 1, "output_name": "mio",
+        }  # fmt: skip
+
+    def dataset(self, name: str = "data", *, subset: str = "", dataset: str = "", more: str = "") -> Path:
+        """A dataset file with further lines for its subset, its dataset, and after both."""
+        path = self.folder / f"{name}.toml"
+        path.write_text(
+            f"[general]\nenable_bucket = true\nbucket_reso_steps = 32\nmin_bucket_reso = 64\nresolution = 96\nbatch_size = 2\n"
+            f"[[datasets]]\n{dataset}\n[[datasets.subsets]]\nimage_dir = '{self.data}'\n{subset}\n{more}\n"
+        )
+        return path
+
+    def argv(self, output: Path, *extra: str, **changes: object) -> list[str]:
+        """Words of a command line. A change that is None leaves an option out; "" makes it a flag."""
+        options = {**self.options, "output_dir": output, **changes}
+        if not {"dataset_config", "train_data_dir"} & options.keys():
+            options["dataset_config"] = self.dataset()
+        given = {name: value for name, value in options.items() if value is not None}
+        return [word for name, value in given.items() for word in (f"--{name}", *str(value).split())] + list(extra)
+
+    def train(self, output: Path, *extra: str, **changes: object) -> int:
+        """Run train_network.py in this process; its exit code."""
+        import train_network
+
+        return train_network.main(self.argv(output, *extra, **changes))
+
+    def start(self, output: Path, *extra: str, processes: int = 1, **changes: object) -> subprocess.Popen[str]:
+        return launch("train_network.py", self.argv(output, *extra, **changes), processes)
+
+
+@contextmanager
+def asked(step: int, request: int, folder: Path) -> Iterator[None]:
+    """Within the context the file `stop` or `save` appears in the output folder while step `step` runs."""
+    from library.training.stop import STOP, Requests
+
+    looks, original = iter(range(1000)), Requests.look
+
+    def look(self: Requests) -> int:
+        if next(looks) == step:
+            (folder / ("stop" if request == STOP else "save")).touch()
+        self._looked = 0.0
+        return original(self)
+
+    with mock.patch.object(Requests, "look", look):
+        yield
+
+
+def adapter(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def names(folder: Path) -> list[str]:
+    """What lies in a folder, but for the lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+def rows(output: Path, name: str = "train/loss") -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if name in row]
+
+
+def losses(output: Path, name: str = "train/loss") -> list[float]:
+    return [row[name] for row in rows(output, name)]
