@@ -54,6 +54,10 @@ class ExtractLoraOptions:
         not_negative("min_diff", self.min_diff)
         require(self.save_to.suffix == ".safetensors", "save_to", f"must be a .safetensors file, got {self.save_to}.")
 
+    @property
+    def output(self) -> Path:
+        return self.save_to.expanduser()
+
 
 @script
 def main(argv: list[str]) -> int:
@@ -75,7 +79,8 @@ def build(options: ExtractLoraOptions) -> tuple[Checkpoint, Checkpoint]:
     for location in locations:
         if location.note:
             print(location.note)
-    check_output(Output(None, options.save_to, options.overwrite), [location.path for location in locations])
+    output = Output(None, options.output, options.overwrite)
+    check_output(output, [location.path for location in locations])
     base, tuned = (open_checkpoint(location) for location in locations)
     return base, tuned
 
@@ -87,7 +92,7 @@ def print_plan(options: ExtractLoraOptions, base: Checkpoint, tuned: Checkpoint)
     print(f"rank       {options.dim}, residual blocks and 3x3 convolutions {convolutions}")
     print(f"text       encoders where a value differs by more than {options.min_diff:g}")
     print(f"precision  {options.save_precision}")
-    print(f"output     {options.save_to}{' (replacing what is there)' if options.save_to.exists() else ''}")
+    print(f"output     {options.output}{' (replacing what is there)' if options.output.exists() else ''}")
 
 
 def run(options: ExtractLoraOptions, base: Checkpoint, tuned: Checkpoint) -> None:
@@ -101,6 +106,7 @@ def run(options: ExtractLoraOptions, base: Checkpoint, tuned: Checkpoint) -> Non
 
     device = choose_device(options.device, needs=torch.float64)
     hashes = Hashes([*base.files(), *tuned.files()])
+    hashes.start()
     with tqdm(unit="layer", mininterval=1) as bar:
 
         def show(number: int, total: int) -> None:
@@ -118,7 +124,7 @@ def run(options: ExtractLoraOptions, base: Checkpoint, tuned: Checkpoint) -> Non
         )
     metadata = provenance(options, base, tuned, report, hashes.all())
     adapter = replace(adapter, metadata={**adapter.metadata, **metadata})
-    said = write_adapter(adapter, options.save_to, dtype=getattr(torch, TORCH_DTYPES[options.save_precision]))
+    said = write_adapter(adapter, options.output, dtype=getattr(torch, TORCH_DTYPES[options.save_precision]))
     print(f"\n{report.as_text()}\n\n{said}")
 
 

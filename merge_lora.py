@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import EXIT_OK, UserError, script
-from library.options.merging import MergeLoraOptions
+from library.options.merging import KOHYA, MergeLoraOptions
 from library.options.parser import parse
 from library.options.precision import TORCH_DTYPES
 
 if TYPE_CHECKING:
     import torch
 
+    from library.merging.layouts import Merging
     from library.merging.report import Ingredient
     from library.merging.write import Output
 
@@ -42,13 +43,15 @@ class Plan:
 
 @script
 def main(argv: list[str]) -> int:
-    options = parse(MergeLoraOptions, argv, prog="merge_lora.py", description=__doc__)
+    options = parse(MergeLoraOptions, argv, prog="merge_lora.py", description=__doc__, dialect=KOHYA)
     if options.inspect:
         inspect(options)
         return EXIT_OK
     plan = build(options)
     print_plan(options, plan)
-    if not options.dry_run:
+    if options.dry_run:
+        try_out(options, plan)
+    else:
         (run_lora_only if options.lora_only else run)(options, plan)
     return EXIT_OK
 
@@ -87,17 +90,18 @@ def build(options: MergeLoraOptions) -> Plan:
 
 
 def output_of(options: MergeLoraOptions, adapter: Path) -> Output:
-    """Where the result goes: as told, else a folder "merged" (or a LoRA's file "merged.safetensors") beside the adapter."""
+    """Where the result goes: as told, else a folder "merged" (or a file "merged_lora.safetensors") beside the adapter."""
     from library.merging.write import SINGLE_FILE, Output
 
     # A state lies in the folder of its run.
     run_folder = adapter.parent.parent if (adapter.parent / "state.json").exists() else adapter.parent
-    if options.lora_only:
-        folder = options.output_dir or run_folder
-        return Output(None, options.save_to or folder / "merged_lora.safetensors", options.overwrite)
-    if options.save_to is not None:
-        return Output(None, options.save_to, options.overwrite)
-    folder = options.output_dir or run_folder / "merged"
+    given = None if options.output_dir is None else options.output_dir.expanduser()
+    file = None if options.save_to is None else options.save_to.expanduser()
+    if file is None and options.lora_only:
+        file = (given or run_folder) / "merged_lora.safetensors"
+    if file is not None:
+        return Output(None, file, options.overwrite)
+    folder = given or run_folder / "merged"
     return Output(folder, folder / SINGLE_FILE if options.save_single_file else None, options.overwrite)
 
 
@@ -108,6 +112,9 @@ def print_plan(options: MergeLoraOptions, plan: Plan) -> None:
             print(
                 f"           with {len(one.source.adapter.frozen)} frozen weights of its own, which take the base's place"
             )
+        alphas = {module.alpha for module in one.source.adapter.modules.values()}
+        if options.network_alpha is not None and options.network_alpha not in alphas:
+            print(f"           its alpha is known, so --network_alpha {options.network_alpha:g} is not taken")
         if one.source.adapter.left_out:
             print(
                 f"           left out: {len(one.source.adapter.left_out)} tensors of AlignHeads, which only training needs"
@@ -116,16 +123,28 @@ def print_plan(options: MergeLoraOptions, plan: Plan) -> None:
     if plan.base:
         print(f"base       {plan.base} ({plan.why})")
     print(f"precision  {options.save_precision or ('as the adapters' if options.lora_only else 'as the base')}")
-    replacing = " (replacing what is there)" if plan.output.path.exists() else ""
+    replacing = " (replacing what is there)" if plan.output.overwrite and plan.output.path.exists() else ""
     print(f"output     {plan.output.path}{replacing}{', with model.safetensors' if options.save_single_file else ''}")
 
 
-def run(options: MergeLoraOptions, plan: Plan) -> None:
-    from library.files import human_bytes, recover_folders
+def try_out(options: MergeLoraOptions, plan: Plan) -> None:
+    """Whether the adapters fit their base, where that is on this machine; reads headers alone."""
+    from library.models.locate import base_status
+
+    if options.lora_only:
+        return
+    if missing := base_status(plan.base):
+        print(f"missing    {missing}")
+    else:
+        prepare(options, plan)
+
+
+def prepare(options: MergeLoraOptions, plan: Plan) -> Merging:
+    """The base, looked into but not read, with a place in it for every module of the adapters."""
     from library.merging.layouts import Merging
     from library.merging.merge import place
     from library.merging.source import with_frozen_weights
-    from library.merging.write import check_output, write_merged
+    from library.merging.write import check_output
     from library.models.checkpoint import open_checkpoint
     from library.models.locate import locate_base
 
@@ -133,13 +152,20 @@ def run(options: MergeLoraOptions, plan: Plan) -> None:
     if location.note:
         print(location.note)
     base = open_checkpoint(location)
-    recover_folders(plan.output.path.parent)  # what a killed merge moved aside is in the way again
     check_output(plan.output, [location.path, *base.files()])
     for one in plan.ingredients:
         if one.source.is_wrapped:
             base = with_frozen_weights(base, one.source)
     folds = place([(one.source.adapter, one.strength) for one in plan.ingredients], base.shapes, base.family)
-    report = write_merged(Merging(base, folds, torch_dtype(options)), plan.ingredients, plan.output)
+    return Merging(base, folds, torch_dtype(options))
+
+
+def run(options: MergeLoraOptions, plan: Plan) -> None:
+    from library.files import human_bytes, recover_folders
+    from library.merging.write import write_merged
+
+    recover_folders(plan.output.path.parent)  # what a killed merge moved aside is in the way again
+    report = write_merged(prepare(options, plan), plan.ingredients, plan.output)
     print(f"\n{report.as_text()}")
     print(f"Wrote {plan.output.path} ({human_bytes(sum(report.outputs.values()))}) in {report.seconds:.1f} s.")
     if options.generate:
@@ -150,11 +176,13 @@ def draw_test_picture(output: Output) -> None:
     """The conversion report's test: a model that loads, and a picture to look at."""
     import torch
 
+    from library.device import choose_device
     from library.inference.pictures import parameters_text, save_picture
     from library.inference.text_to_image import Drawing, draw, load_pipeline, native_size
     from library.models.locate import locate_base
 
-    pipeline = load_pipeline(locate_base(str(output.path)), [], dtype=torch.float32, device="cpu")
+    device = str(choose_device(None))
+    pipeline = load_pipeline(locate_base(str(output.path)), [], dtype=torch.float32, device=device)
     side = native_size(pipeline)
     drawing = Drawing(TEST_PROMPT, "", steps=25, cfg_scale=7.5, width=side, height=side)
     path = output.path / TEST_PICTURE if output.folder else output.path.with_name(f"{output.path.stem}_{TEST_PICTURE}")
@@ -164,14 +192,19 @@ def draw_test_picture(output: Output) -> None:
 
 
 def run_lora_only(options: MergeLoraOptions, plan: Plan) -> None:
+    from library.merging.algebra import DynamicRank
     from library.merging.lora_file import write_combined
 
+    dynamic = None
+    if options.dynamic_method is not None and options.dynamic_param is not None:
+        dynamic = DynamicRank(options.dynamic_method, options.dynamic_param)
     said = write_combined(
         plan.ingredients,
         plan.output.path,
         form=options.lora_format,
         rank=options.new_rank,
         conv_rank=options.new_conv_rank,
+        dynamic=dynamic,
         dtype=torch_dtype(options),
     )
     print(f"\n{said}")

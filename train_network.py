@@ -11,9 +11,11 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from library.errors import EXIT_OK, script
+from library.errors import EXIT_OK, UserError, script
 from library.launch import start_cpu_processes
 from library.options.network import TrainNetworkOptions, parse_network_options, write_config
 from library.options.parser import flatten
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from library.models.locate import BaseLocation
     from library.processes import Processes
     from library.training.network_run import Prepared
+    from library.training.plan import Plan
     from networks.original_names import Family
 
 
@@ -46,10 +49,11 @@ def run(options: TrainNetworkOptions, context: ExitStack) -> int:
     from library.processes import Processes
     from library.training.checkpoints import state_to_resume
     from library.training.loop import train
-    from library.training.network_checkpoints import network_states
+    from library.training.network_checkpoints import HARMLESS_HERE, is_early_end, network_states
     from library.training.network_preflight import preflight
     from library.training.network_run import build_run, make_order, make_plan
     from library.training.output import open_log, own_output
+    from library.training.samples import Sampler
     from library.training.speed import with_usable_attention
 
     # What is wrong with the options or the machine is said before hours of caching.
@@ -58,14 +62,16 @@ def run(options: TrainNetworkOptions, context: ExitStack) -> int:
     base, family = check_start(options, processes)
     output = options.output
     states = network_states(output.output_dir, output.output_name)
-    state, facts = state_to_resume(output, flatten(options), processes.world_size, states)
+    state, facts = state_to_resume(output, flatten(options), processes.world_size, states, HARMLESS_HERE)
     data = collect_data(options, base, processes)
     order = make_order(data, options, processes.rank, processes.world_size)
     plan = make_plan(data, order, options)
-    if state is not None and facts["step"] >= plan.last_step:
-        processes.say(f"{state} is the end of this run ({plan.last_step} steps). Nothing is left to do.")
+    first = begin(options, plan)
+    if state is not None and (facts["step"] >= plan.last_step or is_early_end(facts, plan)):
+        processes.say(f"{state} is the end of this run (step {facts['step']}). Nothing is left to do.")
         return EXIT_OK
     prepared = prepare(options, processes, base, family, data)
+    context.callback(prepared.close)
     data = prepared.data
     order = make_order(data, options, processes.rank, processes.world_size)  # unreadable pictures have gone
     plan = make_plan(data, order, options)
@@ -73,16 +79,18 @@ def run(options: TrainNetworkOptions, context: ExitStack) -> int:
         f"{order.samples_per_epoch} samples an epoch, {plan.steps_per_epoch} steps per epoch, {plan.last_step} steps, up to batch "
         f"{plan.batch_size} x {plan.accumulation} accumulated x {plan.world_size} processes on {processes.device}"
     )
-    run_, task = build_run(options, processes, prepared, order, plan)
+    board = log_folder(options, facts)
+    run_, task = build_run(options, processes, prepared, order, plan, board)
     if processes.is_main:
         context.enter_context(own_output(output.output_dir))
-    step = run_.checkpoints.resume(state)
-    if state is not None:
-        processes.say(f"resuming from {state} at step {step}")
+    step = first if state is None else run_.checkpoints.resume(state)
+    if step:
+        processes.say(f"resuming from {state} at step {step}" if state else f"beginning with step {step}")
     references = preflight(run_, task, processes.say)
     if processes.is_main:
-        run_.log = open_log(output.output_dir, log_folder(options), flatten(options), step, references)
-    run_.look = sampler(options, prepared, run_, task, step)
+        run_.log = open_log(output.output_dir, board, flatten(options), step, references)
+    if options.samples.sample_prompts is not None:
+        run_.look = Sampler(options, prepared, run_, task, step, resumed=state is not None)
     train(run_, step)
     if processes.is_main and run_.log is not None:
         run_.log.close()
@@ -98,9 +106,11 @@ def check_start(options: TrainNetworkOptions, processes: Processes) -> tuple[Bas
     from library.models.family import family_of
     from library.models.load import load_scheduler_config
     from library.models.locate import locate_base
+    from library.training.network_models import check_weights
     from library.training.optimizers import check_optimizer
     from library.training.samples import check_prompts
     from library.training.speed import prepare_environment
+    from networks.original_names import SDXL
 
     prepare_environment(options.speed)
     require_writable(options.output.output_dir)
@@ -110,9 +120,13 @@ def check_start(options: TrainNetworkOptions, processes: Processes) -> tuple[Bas
         base = locate_base(options.model.pretrained_model_name_or_path)
     if base.note:
         processes.say(base.note)
-    config = load_scheduler_config(base)
+    config, family = load_scheduler_config(base), family_of(base)
     check_prompts(options.samples, lambda name: make_sampler(config, name))
-    return base, family_of(base)
+    if family == SDXL and options.text.clip_skip not in (None, 2):
+        raise UserError(f"clip_skip {options.text.clip_skip} cannot be: SDXL was trained on the second last layer, 2.")
+    options.optimizer.text_encoder_rates(len(family.text_encoders))
+    check_weights(options, base, family)
+    return base, family
 
 
 def collect_data(options: TrainNetworkOptions, base: BaseLocation, processes: Processes) -> NetworkData:
@@ -135,36 +149,25 @@ def prepare(
     return prepare_caches(options, processes, base, family, data)
 
 
-def sampler(options: TrainNetworkOptions, prepared: Prepared, run_, task, step: int):  # type: ignore[no-untyped-def]
-    from library.training.samples import Sampler
-
-    if options.samples.sample_prompts is None:
-        return None
-    return Sampler(
-        options.samples,
-        prepared.base,
-        prepared.family,
-        dict(task.models),
-        None if task.conditioner is None else task.conditioner.parts,
-        run_.trained,
-        task.compute_dtype,
-        run_.processes,
-        options.output.output_dir,
-        options.output.output_name,
-        run_.plan.steps_per_epoch,
-        step,
-        run_.log,
-    )
+def begin(options: TrainNetworkOptions, plan: Plan) -> int:
+    """The step that a run without a state begins with. Raises UserError where none is left then."""
+    training = options.training
+    step = training.initial_step or 0
+    if training.initial_epoch is not None:
+        step = (training.initial_epoch - 1) * plan.steps_per_epoch
+    if step >= plan.last_step:
+        name, value = ("initial_step", step) if training.initial_step else ("initial_epoch", training.initial_epoch)
+        raise UserError(f"{name} {value} leaves nothing to train: the run has {plan.last_step} steps.")
+    return step
 
 
-def log_folder(options: TrainNetworkOptions):  # type: ignore[no-untyped-def]
-    """{logging_dir}/{prefix}{time}/network_train, as kohya has it; a resumed run goes on in the newest."""
-    from datetime import datetime
-
-    logging, root = options.logging, options.output.log_dir
-    prefix, inner = logging.log_prefix or "", logging.log_tracker_name or "network_train"
-    existing = sorted(root.glob(f"{prefix}*/{inner}"))
-    return existing[-1] if existing else root / f"{prefix}{datetime.now():%Y%m%d%H%M%S}" / inner
+def log_folder(options: TrainNetworkOptions, facts: dict[str, Any]) -> Path:
+    """{logging_dir}/{prefix}{time}/network_train, as kohya has it; a resumed run goes on in its own."""
+    if "log_folder" in facts:
+        return Path(facts["log_folder"])
+    logging = options.logging
+    inner = logging.log_tracker_name or "network_train"
+    return options.output.log_dir / f"{logging.log_prefix or ''}{datetime.now():%Y%m%d%H%M%S}" / inner
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     start = time.perf_counter()
     decoded = [
         part.pixels
-        for part in picture_batches(pictures.train.source, jobs, SquareCrop(arguments.resolution), batch, arguments.workers)
+        for part in picture_batches(
+            pictures.train.source, jobs, SquareCrop(arguments.resolution), batch, arguments.workers
+        )
     ]
     decoding = len(jobs) / (time.perf_counter() - start)
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import save
+from full_size import random_checkpoint
 
 RANK = 8
 TARGETS = {"written_of_cp": 2.0, "peak_gb_beyond_libraries": 1.2}
@@ -36,7 +37,7 @@ def main() -> None:
         print(json.dumps(work(way, *map(Path, paths))))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        base, lora = make_base(Path(folder) / "base.safetensors"), Path(folder) / "lora.safetensors"
+        base, lora = random_checkpoint(Path(folder) / "base.safetensors", "sd15"), Path(folder) / "lora.safetensors"
         make_lora(lora)
         settings = {"base": f"SD1.5 fp16, {base.stat().st_size / 1e9:.2f} GB", "rank": RANK, "page_cache": "warm"}
         save("merge", settings | {"repeats": arguments.repeats}, *summary(measure(base, lora, arguments.repeats)))
@@ -51,7 +52,6 @@ def measure(base: Path, lora: Path, repeats: int) -> list[dict[str, dict[str, fl
             out = base.with_name("out.safetensors")
             out.unlink(missing_ok=True)
             os.sync()
-            subprocess.run(["cp", base, "/dev/null"], check=True)  # into the page cache
             one[way] = in_process(way, base, lora, out)
         rounds.append(one)
     return rounds
@@ -59,6 +59,7 @@ def measure(base: Path, lora: Path, repeats: int) -> list[dict[str, dict[str, fl
 
 def in_process(way: str, base: Path, lora: Path, out: Path) -> dict[str, float]:
     if way in ("cp", "cp_and_sync"):
+        warm(base)
         start = time.perf_counter()
         subprocess.run(["cp", base, out], check=True)
         if way == "cp_and_sync":
@@ -67,6 +68,11 @@ def in_process(way: str, base: Path, lora: Path, out: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--worker", way, base, lora, out]
     answer = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
     return json.loads(answer.splitlines()[-1])
+
+
+def warm(base: Path) -> None:
+    """Into the page cache, right before the clock starts: some machines drop pages that lie idle for seconds."""
+    subprocess.run(["cp", base, "/dev/null"], check=True)
 
 
 def work(way: str, base: Path, lora: Path, out: Path) -> dict[str, float]:
@@ -110,6 +116,7 @@ def work(way: str, base: Path, lora: Path, out: Path) -> dict[str, float]:
             save_file(tensors, temporary, metadata={"format": "pt"})
 
     ways: dict[str, Callable[[], None]] = {"written": written, "whole": whole, "in_memory": in_memory}
+    warm(base)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = _resident("VmRSS"), time.perf_counter()
     ways[way]()
@@ -136,39 +143,6 @@ def summary(rounds: list[dict[str, dict[str, float]]]) -> tuple[dict[str, float]
     measured["in_memory_peak_gb"] = max(one["in_memory"]["peak_gb"] for one in rounds)
     targets = {name: {"at_most": bound, "met": measured[name] <= bound} for name, bound in TARGETS.items()}
     return measured, targets  # type: ignore[return-value]
-
-
-def make_base(path: Path) -> Path:
-    """A single file of SD1.5's names and shapes with random values."""
-    import torch
-    from accelerate import init_empty_weights
-    from diffusers.models import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from library.models.configs import configs_of
-    from library.models.tensor_files import NewTensor, write_tensor_file
-    from networks.original_names import SD15, TEXT_ENCODER, UNET, VAE, Form, original_place
-
-    configs = configs_of(SD15)
-    with init_empty_weights():
-        models = {
-            UNET: UNet2DConditionModel.from_config(configs.unet),
-            VAE: AutoencoderKL.from_config(configs.vae),
-            TEXT_ENCODER: CLIPTextModel(CLIPTextConfig(**configs.text_encoders[TEXT_ENCODER])),
-        }
-    generator = torch.Generator().manual_seed(0)
-    tensors = []
-    for component, model in models.items():
-        for key, value in model.state_dict().items():
-            place = original_place(SD15, component, key)
-            shape = (*value.shape, 1, 1) if place.form is Form.CONVOLUTION else tuple(value.shape)
-
-            def make(shape: tuple[int, ...] = shape) -> torch.Tensor:
-                return (0.02 * torch.randn(shape, generator=generator)).half()
-
-            tensors.append(NewTensor(place.key, torch.float16, shape, make=make))
-    write_tensor_file(path, tensors, {"format": "pt"})
-    return path
 
 
 def make_lora(path: Path) -> None:

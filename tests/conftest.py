@@ -10,6 +10,7 @@ import torch
 
 if TYPE_CHECKING:
     from tests.tools.caches import CacheSetting
+    from tests.tools.network_runs import NetworkSetting
     from tests.tools.runs import RepaSetting
 
 # Tiny tensors: threads cost more than they bring, above all where several processes share two cores.
@@ -78,4 +79,30 @@ def finished_run(repa_setting: RepaSetting, tmp_path_factory: pytest.TempPathFac
     """Output of a run of 4 steps with a state every 2. Read it; copy it before changing anything in it."""
     output = tmp_path_factory.mktemp("finished") / "out"
     assert repa_setting.train(output, save_every_n_steps=2, validate_every_n_steps=2) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def network_setting(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> NetworkSetting:
+    """Options of LoRA runs on SD1.5 that share one set of caches. Do not change the pictures."""
+    from tests.tools.network_runs import NetworkSetting
+
+    return NetworkSetting(tmp_path_factory.mktemp("network") / "sd15", tiny_sd15)
+
+
+@pytest.fixture(scope="session")
+def sdxl_setting(tmp_path_factory: pytest.TempPathFactory, tiny_sdxl: Path) -> NetworkSetting:
+    """Options of LoRA runs on SDXL, likewise."""
+    from tests.tools.network_runs import NetworkSetting
+
+    return NetworkSetting(tmp_path_factory.mktemp("network") / "sdxl", tiny_sdxl)
+
+
+@pytest.fixture(scope="session")
+def finished_network(network_setting: NetworkSetting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of a LoRA run of two epochs of two steps, accumulation 2, with a state after each. Read it; copy it first."""
+    from tests.tools.network_runs import EXACT
+
+    output = tmp_path_factory.mktemp("finished_network") / "out"
+    assert network_setting.train(output, **EXACT) == 0
     return output

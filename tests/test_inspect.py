@@ -11,6 +11,7 @@ import torch
 
 from library.merging.inspect import WIDTH, describe, inspect
 from networks.adapters import Adapter, LoraModule
+from networks.lycoris_modules import LohaModule, LokrModule, OftModule
 from networks.names import TEXT_ENCODER, UNET, Target
 from tests.tools.adapters import random_module
 
@@ -71,6 +72,25 @@ def test_the_table_says_what_is_in_the_file(adapter: Adapter) -> None:
     assert lines[-2].startswith('ss_tag_frequency {"a": 1} {"a": 1}') and lines[-2].endswith("...")
     assert lines[-1] == "and 1 other entry"
     assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_other_kinds_than_lora_are_shown() -> None:
+    """LoHa, LoKr: what they add. OFT: the base decides."""
+    a, b = torch.ones(8, 2).half(), torch.ones(2, 6).half()
+    loha, lokr = LohaModule((a, b), (a, b), 1.0), LokrModule((torch.ones(2, 2),), (torch.ones(4, 3),), 4.0)
+    modules = {IN: loha, MID: lokr, OUT: OftModule(torch.zeros(2, 4, 4), 1000.0)}
+    text = describe(Adapter({IN: loha, MID: lokr}), Path("a.safetensors"))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "unet IN01 1 LoHa 2 1 0.5 float16 13.9" in lines  # 0.5 * 2 * 2 * sqrt(48)
+    assert "unet MID 1 LoKr 4 4 1 float32 6.93" in lines
+    text = describe(Adapter(modules), Path("a.safetensors"))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[1] == "SD1.5, 3 modules: 1 LoHa, 1 LoKr, 1 OFT"
+    assert "unet OUT11 1 OFT 2 1000 - float32 -" in lines
+    assert "OFT: rank is the number of blocks, alpha a bound; what it adds only the base would tell." in lines
+    assert max(map(len, text.splitlines())) <= WIDTH
+    data = json.loads(json.dumps(inspect(Adapter(modules)).as_json(), allow_nan=False))
+    assert data["norm"] is None and data["modules"][2]["scale"] is None
 
 
 def test_an_adapter_that_does_nothing_is_called_so(adapter: Adapter) -> None:

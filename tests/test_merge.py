@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.merging.merge import Part, all_finite, fold, fold_and_cast, fold_into_modules, place
+from library.merging.merge import Part, all_finite, fold, fold_and_cast, fold_into_modules, not_finite_as, place
 from library.merging.strength import Strength
 from networks.adapters import Adapter, LoraModule
 from networks.lora import target_modules
@@ -277,7 +277,7 @@ def test_a_matrix_fits_a_1x1_convolution() -> None:
 @pytest.mark.parametrize(
     ("weight", "dtype", "sentence"),
     [
-        (6e4, torch.float16, "x has values that are not finite as torch.float16. Try --save_precision float."),
+        (6e4, torch.float16, "x has values that are not finite as float16. Try --save_precision float."),
         (torch.nan, torch.float32, "x of the base has values that are not finite: the base is damaged."),
     ],
 )
@@ -296,3 +296,11 @@ def test_finite_is_what_isfinite_says(dtype: torch.dtype) -> None:
     if dtype.is_floating_point:
         values[4] = torch.nan
         assert not all_finite(values)
+
+
+def test_a_wider_format_is_offered_where_there_is_one() -> None:
+    assert not_finite_as(torch.float16) == "has values that are not finite as float16. Try --save_precision float."
+    sentence = "has values that are not finite as {}. The adapter or its ratio is too large."
+    assert [not_finite_as(dtype) for dtype in (torch.float32, torch.float64)] == [
+        sentence.format(name) for name in ("float32", "float64")
+    ]

@@ -246,6 +246,8 @@ def test_a_test_picture_is_drawn_when_asked(
 def test_only_an_earlier_merge_is_replaced_and_never_an_input(tmp_path: Path) -> None:
     photos, merged, file = tmp_path / "photos", tmp_path / "merged", tmp_path / "a.safetensors"
     photos.mkdir()
+    check_output(Output(photos, None), [])  # there is nothing in it to be lost
+    (photos / "1.jpg").write_bytes(b"")
     (merged / "unet").mkdir(parents=True)
     (merged / "model_index.json").write_text("{}")
     file.write_bytes(b"")
@@ -269,6 +271,7 @@ def test_only_an_earlier_merge_is_replaced_and_never_an_input(tmp_path: Path) ->
     check(merged, tmp_path)
     check(file)
     check(tmp_path / "new", overwrite=False)
+    refused(lambda: check(file / "b.safetensors"), f"{file} cannot be written to: {file} is a file.")
 
 
 # ------------------------------------------------------------------------------------------------ a LoRA of LoRAs

@@ -141,6 +141,8 @@ def test_rounding_is_told_and_is_no_failure(
     written(merging, tmp_path / "a.safetensors")
     checks = check(merging, tmp_path / "a.safetensors")
     assert not failed(checks)
+    name = str(dtype).removeprefix("torch.")
+    assert checks["untouched tensors"].found == f"852 equal to the base's, 852 of them rounded to {name}"
     largest = float(checks["merged layers"].found.split()[-1])
     assert 0 < largest < 4 * torch.finfo(dtype).eps
 
@@ -277,7 +279,7 @@ def damaged_base(base: Path, folder: Path, component: str, key: str, value: floa
         (TEXT_ENCODER, "text_model.final_layer_norm.bias", torch.inf, "fp16", EXIT_BAD_INPUT,
          "text_model.final_layer_norm.bias of the base has values that are not finite: the base is damaged."),
         (VAE, "quant_conv.bias", 1e6, "fp16", EXIT_BAD_INPUT,
-         "quant_conv.bias has values that are not finite as torch.float16. Try --save_precision float."),
+         "quant_conv.bias has values that are not finite as float16. Try --save_precision float."),
     ],
 )  # fmt: skip
 def test_a_base_with_numbers_that_are_none_is_refused(

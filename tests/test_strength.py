@@ -18,6 +18,7 @@ from library.models.sd15_configs import SD15_UNET
 from library.models.sdxl_configs import SDXL_UNET
 from networks.adapter_file import read_adapter
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target
+from networks.original_names import SD15, SDXL
 from tests.tools.adapters import TEXT_LAYER, text_lora
 from tests.tools.ldm_layout import unet_name
 from tests.tools.merging import FILES, opened, run_merge, save
@@ -126,6 +127,16 @@ def test_blocks_are_named_one_by_one_or_by_a_pattern_and_the_last_word_holds(
 def test_what_is_no_factor_is_refused(text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=re.escape(sentence)):
         parse_blocks(text)
+
+
+def test_blocks_are_those_of_the_adapters_family() -> None:
+    assert parse_blocks("IN*=0,OUT*=1", SDXL) == {
+        **{f"IN{i:02d}": 0.0 for i in range(9)},
+        **{f"OUT{i:02d}": 1.0 for i in range(9)},
+    }
+    assert len(parse_blocks("IN*=0", SD15)) == 12
+    with pytest.raises(UserError, match="with a block of BASE, IN00 to IN08, MID, OUT00 to OUT08"):
+        parse_blocks("IN11=0", SDXL)
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from library.data.training_images import TrainingImage
 
 FLIP_CHANCE = 0.5
 
-MaskReader = Callable[[TrainingImage, Fitted, bool], "np.ndarray | None"]
-"""(image, where it was cut, mirrored or not) -> mask float32 [h, w] of its latents; None where it has none."""
+MaskReader = Callable[[TrainingImage, Fitted, bool], np.ndarray]
+"""(image, where it was cut, mirrored or not) -> mask float32 [h, w] of its latents."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class TrainedImage:
     """Showings in an epoch."""
     loss_weight: float = 1.0
     """prior_loss_weight for regularisation pictures."""
+
+    @property
+    def has_mask(self) -> bool:
+        return self.image.mask is not None or self.image.subset.alpha_mask
 
 
 class Request(NamedTuple):
@@ -169,14 +173,8 @@ class NetworkSamples:
         batch.preserve = torch.tensor(preserved) if any(preserved) else None
         if self._tokenize is not None:
             batch.ids = self._tokenize(batch.captions).transpose(0, 1).contiguous()
-        batch.mask = None
-        if self._read_mask is not None:
-            masks = [
-                self._read_mask(one.image, one.fitted, bool(f)) for one, f in zip(chosen, batch.flipped, strict=True)
-            ]
-            if any(mask is not None for mask in masks):
-                whole = np.ones(batch.moments.shape[-2:], np.float32)
-                batch.mask = torch.from_numpy(np.stack([whole if m is None else m for m in masks])).unsqueeze(1)
+        masked = self._read_mask is not None and any(one.has_mask for one in chosen)
+        batch.mask = torch.ones((len(chosen), 1, *batch.moments.shape[-2:])) if masked else None
         return batch
 
     def fill(self, batch: NetworkBatch, part: slice) -> None:
@@ -186,6 +184,9 @@ class NetworkSamples:
             one = self.images[batch.indices[row]]
             stores = self._flipped_stores if batch.flipped[row] else self._stores
             stores[one.fitted.bucket].read_into([one.image.sample_id], moments[row : row + 1])
+            if batch.mask is not None and self._read_mask is not None and one.has_mask:
+                mask = self._read_mask(one.image, one.fitted, bool(batch.flipped[row]))
+                batch.mask[row, 0] = torch.from_numpy(mask)
         if self._prompts is not None and batch.states is not None and len(rows):
             pooled = None if batch.pooled is None else batch.pooled.numpy()[part]
             self._prompts.read_into(self._prompts.rows(batch.captions[part]), batch.states.numpy()[part], pooled)

@@ -9,7 +9,7 @@ from pathlib import Path
 from library.files import read_json, write_json
 from library.models import single_file
 from library.models.checkpoint import Checkpoint
-from library.models.clip_tokenizer import END, OPEN_CLIP_PAD, tokenizer_for
+from library.models.clip_tokenizer import END, OPEN_CLIP_PAD, merges_for, write_tokenizer
 from library.models.configs import configs_of
 from library.models.locate import BaseLocation
 from networks.names import TEXT_ENCODER_2, UNET, VAE
@@ -63,8 +63,9 @@ def _write_configurations(base: Checkpoint, folder: Path) -> None:
         config = single_file.file_text_config(path, family, component)
         write_json(folder / component / "config.json", config)
         pad = OPEN_CLIP_PAD if component == TEXT_ENCODER_2 else END
-        tokenizer = tokenizer_for(config["vocab_size"], str(path), pad)
-        tokenizer.save_pretrained(folder / component.replace("text_encoder", "tokenizer"))
+        merges = merges_for(config["vocab_size"], str(path))
+        # vocab.json and merges.txt, which transformers 4 wants too; 5 alone would save one tokenizer.json.
+        write_tokenizer(folder / component.replace("text_encoder", "tokenizer"), merges, pad)
 
 
 def _write_index(base: Checkpoint, folder: Path) -> list[str]:

@@ -21,6 +21,8 @@ WIDTH = 100
 LARGEST = 5
 """Modules that the table names."""
 
+_TURNING = "OFT"  # what it adds depends on the weight
+
 # Entries of kohya's and ModelSpec's metadata that a reader asks for first, in this order; any others are counted.
 _KNOWN = (
     *("modelspec.title", "modelspec.author", "modelspec.description", "modelspec.trigger_phrase", "modelspec.license"),
@@ -42,16 +44,18 @@ class ModuleFacts:
     block: str
     """IN00 to IN11, MID, OUT00 to OUT11; BASE for text encoders and what lies outside the lists of blocks."""
     kind: str
-    """LoRA (Linear or 1x1 convolution), LoCon (3x3 convolution), CP (3x3 convolution in three factors); with DoRA before."""
+    """LoRA (Linear or 1x1 convolution), LoCon (3x3 convolution), CP (3x3 convolution in three factors), with DoRA before;
+    LoHa, LoKr, OFT."""
     rank: int
     alpha: float
     dtype: str
-    norm: float
-    """Frobenius norm of alpha / rank * up @ down."""
+    norm: float | None
+    """Frobenius norm of what it adds, of DoRA before its magnitude; None for OFT, which adds what depends on the weight."""
 
     @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
+    def scale(self) -> float | None:
+        """None for OFT: its alpha is a bound, its rank the number of blocks."""
+        return None if self.kind == _TURNING else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Inspection:
         return {place: modules for place, modules in groups.items() if modules}
 
     def largest(self, count: int = LARGEST) -> list[ModuleFacts]:
-        return sorted(self.modules, key=lambda module: -module.norm)[:count]
+        return sorted((m for m in self.modules if m.norm is not None), key=lambda module: -(module.norm or 0))[:count]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -123,20 +127,21 @@ def describe(adapter: Adapter, path: Path) -> str:
         "",
         *_blocks(found),
         "",
-        "norm: Frobenius norm of alpha / rank * up @ down, over all modules of the row",
+        "norm: Frobenius norm of what it adds (LoRA: alpha / rank * up @ down), over all modules of the row",
         *_warnings(found),
         "",
         "largest modules",
-        *(_cut(f"  {module.norm:>9.3g}  {module.target.component} {module.target.path}") for module in found.largest()),
+        *(_cut(f"  {_number(m.norm):>9}  {m.target.component} {m.target.path}") for m in found.largest()),
         "",
         *_metadata(found.metadata),
     ]
     return "\n".join(lines)
 
 
-def norm_of(modules: Iterable[ModuleFacts]) -> float:
-    """Frobenius norm over several modules."""
-    return math.hypot(*(module.norm for module in modules))
+def norm_of(modules: Iterable[ModuleFacts]) -> float | None:
+    """Frobenius norm over several modules; None where it is unknown of one."""
+    norms = [module.norm for module in modules]
+    return None if None in norms else math.hypot(*(norm or 0 for norm in norms))
 
 
 def _kind(module: AdapterModule) -> str:
@@ -147,15 +152,15 @@ def _kind(module: AdapterModule) -> str:
 
 
 def _dtype(module: AdapterModule) -> str:
-    tensor = next(value for value in vars(module).values() if isinstance(value, Tensor))
+    first = next(iter(vars(module).values()))  # a tensor, or the factors of one
+    tensor: Tensor = first[0] if isinstance(first, tuple) else first
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _norm(module: AdapterModule) -> float:
-    """Of what the module adds; not a number for OFT, which adds what depends on the weight."""
+def _norm(module: AdapterModule) -> float | None:
     if isinstance(module, LoraModule):
         return frobenius_norm(module)
-    return math.nan if module.kind == "OFT" else float(module.delta(torch.zeros(module.shape)).norm())
+    return None if module.kind == _TURNING else float(module.delta(torch.zeros(module.shape)).norm())
 
 
 def _blocks(found: Inspection) -> list[str]:
@@ -182,9 +187,9 @@ def _cells(modules: Sequence[ModuleFacts]) -> tuple[str, ...]:
         "+".join(sorted({module.kind for module in modules}, reverse=True)),
         _span(module.rank for module in modules),
         _span(module.alpha for module in modules),
-        _span(module.scale for module in modules),
+        _span(module.scale for module in modules if module.scale is not None),
         "+".join(sorted({module.dtype for module in modules})),
-        f"{norm_of(modules):.3g}",
+        _number(norm_of(modules)),
     )
 
 
@@ -194,6 +199,10 @@ def _warnings(found: Inspection) -> list[str]:
         lines.append("DoRA: the norm leaves out what its magnitudes do, which only the base would tell.")
     if found.modules and all(module.norm == 0 for module in found.modules):
         lines.append("Every module is zero: the adapter does nothing.")
+    if any(module.kind == _TURNING for module in found.modules):
+        lines.append(
+            "OFT: rank is the number of blocks, alpha a bound; what it adds only the base would tell."
+        )
     if found.left_out:
         lines.append(_cut(f"Keys that are no part of the adapter: {len(found.left_out)} (first: {found.left_out[0]})."))
     return lines
@@ -214,6 +223,10 @@ def _cut(line: str) -> str:
     return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
 
 
+def _number(norm: float | None) -> str:
+    return "-" if norm is None else f"{norm:.3g}"
+
+
 def _counted(kinds: Iterable[str]) -> str:
     counts: dict[str, int] = {}
     for kind in kinds:
@@ -222,7 +235,9 @@ def _counted(kinds: Iterable[str]) -> str:
 
 
 def _span(values: Iterable[float]) -> str:
-    """ "8" or "4-16" """
+    """ "8" or "4-16", and "-" for none at all"""
     numbers = list(values)
+    if not numbers:
+        return "-"
     low, high = min(numbers), max(numbers)
     return f"{low:.4g}" if low == high else f"{low:.4g}-{high:.4g}"

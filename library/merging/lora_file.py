@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from library import project_version
 from library.errors import RunFailed, UserError
-from library.files import human_bytes, recover_folders, require_space, whole_file, write_json
-from library.merging.algebra import RankChange, concatenate, reduce_rank
-from library.merging.merge import all_finite
+from library.files import file_hash, human_bytes, recover_folders, require_space, whole_file, write_json
+from library.merging.algebra import DynamicRank, RankChange, concatenate, reduce_rank
+from library.merging.merge import all_finite, not_finite_as
 from library.merging.report import Ingredient
+from library.merging.source import PROVENANCE_KEY
 from networks import AdapterError
 from networks.adapter_export import Form, adapter_tensors, form_metadata, peft_config
 from networks.adapter_file import read_adapter
@@ -30,23 +37,28 @@ def write_combined(
     form: Form = "kohya",
     rank: int | None = None,
     conv_rank: int | None = None,
+    dynamic: DynamicRank | None = None,
     dtype: torch.dtype | None = None,
 ) -> str:
     """Write the sum of adapters as one file; returns what to say of it.
 
     One adapter at ratio 1 keeps its factors, so that this also converts. rank, conv_rank: None is exact (ranks add up), a
-    number the nearest adapter of that rank. dtype: None keeps that of the adapters.
+    number the nearest adapter of that rank, or with `dynamic` of no more. dtype: None keeps that of the adapters.
     Raises UserError where adapters cannot be added or written in that form, RunFailed where the file reads back otherwise.
     """
     modules = [module for one in ingredients for module in _lora_modules(one.source.adapter).values()]
     if dtype is None:  # the widest among the inputs
         dtype = max((module.down.dtype for module in modules), key=lambda found: found.itemsize)
-    adapter, changes = _combined(ingredients, rank, conv_rank)
+    adapter, changes = _combined(ingredients, rank, conv_rank, dynamic)
+    adapter = replace(adapter, metadata={**adapter.metadata, PROVENANCE_KEY: _provenance(ingredients)})
     return "\n".join([write_adapter(adapter, path, form=form, dtype=dtype), *_kept(changes)])
 
 
 def write_adapter(adapter: Adapter, path: Path, *, form: Form = "kohya", dtype: torch.dtype) -> str:
-    """Write an adapter file and read it back; returns what to say of it. Raises as `write_combined`."""
+    """Write an adapter file, which takes its place when it has been read back; returns what to say of it.
+
+    Raises as `write_combined`.
+    """
     recover_folders(path.parent)
     try:
         tensors = adapter_tensors(adapter, form, dtype)
@@ -57,17 +69,40 @@ def write_adapter(adapter: Adapter, path: Path, *, form: Form = "kohya", dtype: 
         raise UserError(str(error)) from None
     for name, tensor in tensors.items():
         if not all_finite(tensor):
-            raise UserError(f"{name} has values that are not finite as {tensor.dtype}. Try --save_precision float.")
+            raise UserError(f"{name} {not_finite_as(tensor.dtype)}")
     require_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()), "The LoRA")
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    with whole_file(path) as temporary, _workshop(path) as folder:
+        draft = folder / path.name
+        save_file(tensors, draft, metadata=metadata)
         if config is not None:
+            write_json(folder / PEFT_CONFIG, config)
+        _verify(draft, adapter, dtype)
+        os.replace(draft, temporary)
+        if config is not None:
+            path.unlink(
+                missing_ok=True
+            )  # its alpha is in the configuration: one never stands beside the other's weights
             write_json(path.with_name(PEFT_CONFIG), config)
-    _verify(path, adapter, dtype)
     ranks = sorted({module.rank for module in adapter.modules.values()})
     size = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     weight = human_bytes(path.stat().st_size)
     return f"Wrote {path}: {adapter.family.title}, {len(adapter.modules)} modules, {size}, {weight}."
+
+
+@contextmanager
+def _workshop(path: Path) -> Iterator[Path]:
+    """A folder beside `path` in which a file has its own name, and PEFT's configuration beside it, as readers want."""
+    folder = path.with_name(f".{path.stem}.tmp-{os.getpid()}")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _provenance(ingredients: Sequence[Ingredient]) -> str:
+    adapters = [one.record(file_hash(one.source.file)) for one in ingredients]
+    return json.dumps({"version": project_version(), "adapters": adapters})
 
 
 def _lora_modules(adapter: Adapter) -> dict[Target, LoraModule]:
@@ -78,14 +113,14 @@ def _lora_modules(adapter: Adapter) -> dict[Target, LoraModule]:
 
 
 def _combined(
-    ingredients: Sequence[Ingredient], rank: int | None, conv_rank: int | None
+    ingredients: Sequence[Ingredient], rank: int | None, conv_rank: int | None, dynamic: DynamicRank | None
 ) -> tuple[Adapter, list[RankChange]]:
     first = ingredients[0]
     if len(ingredients) == 1 and all(first.strength.of(target) == 1 for target in first.source.adapter.modules):
         adapter = first.source.adapter
     else:
         adapter = concatenate([(one.source.adapter, one.strength.of) for one in ingredients])
-    return (adapter, []) if rank is None else reduce_rank(adapter, rank, conv_rank)
+    return (adapter, []) if rank is None else reduce_rank(adapter, rank, conv_rank, dynamic)
 
 
 def _verify(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
@@ -93,11 +128,16 @@ def _verify(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
     written = _lora_modules(read_adapter(path))
     tolerance = max(1e-5, 3 * torch.finfo(dtype).eps)  # two factors, each rounded by up to eps / 2; and float32's own
     if written.keys() != adapter.modules.keys():
-        raise RunFailed(f"{path} reads back with other modules than were written. Check the disk and write it again.")
+        raise RunFailed(
+            f"{path.name} reads back with other modules than were written, so it was removed. Check the disk and try again."
+        )
     for target, module in _lora_modules(adapter).items():
         expected, found = module.product(), written[target].product()
         if not torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.abs().max())):
-            raise RunFailed(f"{path}: {target.path} reads back differently from what was written.")
+            raise RunFailed(
+                f"{target.path} in {path.name} reads back differently from what was written, so it was removed. Check the disk "
+                "and try again."
+            )
 
 
 def _kept(changes: list[RankChange]) -> list[str]:

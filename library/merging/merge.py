@@ -87,7 +87,14 @@ def cast_finite(key: str, values: Tensor, dtype: torch.dtype, before: Tensor) ->
         return cast
     if not all_finite(before):
         raise UserError(f"{key} of the base has values that are not finite: the base is damaged.")
-    raise UserError(f"{key} has values that are not finite as {cast.dtype}. Try --save_precision float.")
+    raise UserError(f"{key} {not_finite_as(dtype)}")
+
+
+def not_finite_as(dtype: torch.dtype) -> str:
+    """ "has values that are not finite as float16. Try --save_precision float." """
+    is_narrow = torch.finfo(dtype).max < torch.finfo(torch.float32).max
+    remedy = "Try --save_precision float." if is_narrow else "The adapter or its ratio is too large."
+    return f"has values that are not finite as {str(dtype).removeprefix('torch.')}. {remedy}"
 
 
 def all_finite(values: Tensor) -> bool:

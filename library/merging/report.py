@@ -15,6 +15,13 @@ from library.merging.verify import Check
 from library.models.header import read_shapes
 
 _LARGEST = 10  # changes that the report lists
+_DELTAS = {
+    "LoRA": "delta = alpha / rank * up @ down",
+    "DoRA": "delta = m * V / norm of V - W with V = W + alpha / rank * up @ down",
+    "LoHa": "delta = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), entry by entry",
+    "LoKr": "delta = alpha / rank * kron(w1, w2)",
+    "OFT": "delta = (R^T - 1) W, R by blocks of output rows",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,10 @@ class Ingredient:
         frozen, dropped = len(self.source.adapter.frozen), len(self.source.adapter.left_out)
         merged = len(read_shapes(self.source.file)) - frozen - dropped
         return {"frozen": frozen, "merged": merged, "dropped": dropped}
+
+    def record(self, sha256: str) -> dict[str, str]:
+        """For the metadata of what is made of it."""
+        return {"file": self.source.file.name, "sha256": sha256, "strength": self.strength.describe()}
 
 
 @dataclass(frozen=True)
@@ -125,10 +136,7 @@ class MergeReport:
                 for one in self.ingredients
             ],
         )
-        lines += [
-            "W' = W + ratio * alpha / rank * up @ down, in float32, rounded once. Dropped keys are heads that only training needs.",
-            "",
-        ]
+        lines += [f"W' = W + sum of ratio * delta, in float32, rounded once. {self._deltas()}", ""]
         lines += ["## Keys", ""]
         lines += _table(
             ("component", "before", "after", "weights changed"),
@@ -153,6 +161,13 @@ class MergeReport:
         lines += _table(("file", "size"), [(f"`{name}`", human_bytes(size)) for name, size in self.outputs.items()])
         lines += _table(("input", "SHA-256"), [(f"`{path}`", f"`{digest}`") for path, digest in self.hashes.items()])
         return "\n".join(lines)
+
+    def _deltas(self) -> str:
+        """How each kind of module that was merged makes its delta, and what the dropped keys are."""
+        kinds = sorted({module.kind for one in self.ingredients for module in one.source.adapter.modules.values()})
+        said = "; ".join(f"{kind}: {_DELTAS[kind]}" for kind in kinds)
+        dropped = any(one.keys["dropped"] for one in self.ingredients)
+        return f"{said}.{' Dropped keys are heads that only training needs.' if dropped else ''}"
 
     def as_text(self) -> str:
         """For the screen: the table of keys, the checks, and a word on what changed."""
@@ -185,5 +200,10 @@ class MergeReport:
 def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[str]:
     if not rows:
         return []
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in (head, *rows)]
     return [lines[0], f"|{'---|' * len(head)}", *lines[1:], ""]
+
+
+def _cell(value: object) -> str:
+    """A file's name may hold what ends a cell."""
+    return str(value).replace("|", r"\|")

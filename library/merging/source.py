@@ -9,12 +9,19 @@ from pathlib import Path
 from library.errors import UserError
 from library.files import read_json
 from library.models.checkpoint import Checkpoint, StoredTensor
+from library.models.locate import PICKLE_SUFFIXES, conversion_command
 from library.models.tensor_files import TensorFile
 from networks import AdapterError
-from networks.adapter_file import BASE_MODEL_KEY, SPEC_KEY, read_adapter
+from networks.adapter_file import BASE_MODEL_KEY, read_adapter
 from networks.adapters import Adapter
 from networks.names import split_wrapped_key
 from networks.original_names import SD15, SDXL
+
+PROVENANCE_KEY = "repa_merge"
+"""Metadata of what merge_lora.py writes: version, inputs with their SHA-256, ratios."""
+
+# What PEFT, diffusers and accelerate call the one file of weights in a folder.
+_IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "model.safetensors")
 
 # For checkpoints that hold a U-Net and do not say whose text encoder and VAE go with it.
 USUAL_BASES = {
@@ -47,7 +54,8 @@ class Source:
 
 
 def read_source(model: Path, *, use_ema: bool = False, network_alpha: float | None = None) -> Source:
-    """Read `model`: an adapter file, a wrapped checkpoint, or a state folder `step_NNNNNN` of train_repa.py.
+    """Read `model`: an adapter file, a wrapped checkpoint, a folder of PEFT or diffusers, or a state `step_NNNNNN` of
+    train_repa.py.
 
     use_ema: take the moving average of a state's weights. network_alpha: the alpha of a file that does not say it.
     Raises UserError for everything that cannot be read.
@@ -62,13 +70,20 @@ def read_source(model: Path, *, use_ema: bool = False, network_alpha: float | No
             return Source(model, adapter, beside, "the adapter's metadata by its file name")
         return Source(model, adapter, base_model, "the adapter's metadata")
     if not (model / "state.json").is_file():
-        if (model / "model.safetensors").is_file():
-            return read_source(model / "model.safetensors", use_ema=use_ema, network_alpha=network_alpha)
+        for name in _IN_FOLDERS:
+            if (model / name).is_file():
+                return read_source(model / name, use_ema=use_ema, network_alpha=network_alpha)
         states = sorted(path.parent for path in model.glob("step_*/state.json"))
         hint = f"Its newest state is {states[-1]}." if states else "Name a step_NNNNNN folder or a file."
         raise UserError(f"{model} is no training state: there is no state.json in it. {hint}")
     file = model / ("ema.safetensors" if use_ema else "lora.safetensors")
     if not file.is_file():
+        if (model / "lora_unet.safetensors").is_file() or (model / "lora_text_encoder.safetensors").is_file():
+            saved = model.with_name(f"{model.name.removesuffix('-state')}.safetensors")
+            raise UserError(
+                f"{model} is a state of train_network.py, which keeps its adapter in parts. Name the adapter file that was "
+                f"saved with it{f', {saved}' if saved.is_file() else ''}."
+            )
         hint = " The run kept no moving average (--ema_decay 0); leave --use_ema out." if use_ema else ""
         raise UserError(f"{model} has no {file.name}.{hint}")
     return Source(
@@ -78,6 +93,11 @@ def read_source(model: Path, *, use_ema: bool = False, network_alpha: float | No
 
 def open_adapter(path: Path, network_alpha: float | None = None) -> Adapter:
     """`networks.adapter_file.read_adapter`, whose objections become the user's."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise UserError(
+            f"{path} is a pickle, which can run code when it is read, so it is not read. If you trust where it came from, "
+            f"convert it once and name the .safetensors file: {conversion_command(path)}"
+        )
     try:
         return read_adapter(path, alpha=network_alpha)
     except AdapterError as error:
@@ -104,7 +124,9 @@ def base_model_of(sources: Sequence[Source], given: str | None) -> tuple[str, st
         return usual, f"{first.file.name} names no base; what it does not hold comes from here"
     kohyas = first.adapter.metadata.get("ss_sd_model_name")
     said = f"only says that its base was called {kohyas}" if kohyas else "does not say which base model it belongs to"
-    raise UserError(f"{first.file} {said}. Name the base with --pretrained_model_name_or_path.")
+    raise UserError(
+        f"{first.file} {said}. Name the base with --pretrained_model_name_or_path (a LoRA alone needs none: --lora_only)."
+    )
 
 
 def with_frozen_weights(base: Checkpoint, source: Source) -> Checkpoint:
@@ -150,7 +172,7 @@ def _outputs(root: Path, use_ema: bool) -> Iterator[Path]:
                 metadata = TensorFile(file).metadata
             except UserError:
                 continue  # being written, or not a whole file
-            if BASE_MODEL_KEY in metadata and SPEC_KEY in metadata:  # a sum of adapters has no specification
+            if BASE_MODEL_KEY in metadata and PROVENANCE_KEY not in metadata:  # no sum of adapters, none converted
                 yield file
     for state in root.glob("*/step_*/state.json"):
         if (state.parent / ("ema.safetensors" if use_ema else "lora.safetensors")).is_file():

@@ -72,18 +72,20 @@ def block_of(target: Target) -> str:
 def parse_blocks(text: str, family: Family | None = None) -> dict[str, float]:
     """Factors from `IN*=0.5,MID=0` or from a list of 12, 17, 20 or 26 numbers. Raises UserError for anything else.
 
-    family: of the adapter, whose lists are of two of these lengths; None takes any.
+    family: of the adapter, which has its own blocks, and lists of two of these lengths; None takes any.
     """
     if "=" not in text and ("," in text or "[" in text):
         return _from_list(text, family)
     factors: dict[str, float] = {}
+    known = _LISTS[20] if family is SDXL else BLOCKS
+    last = known[-1].removeprefix("OUT")
     for part in filter(None, (part.strip() for part in text.split(","))):
         pattern, equals, number = (piece.strip() for piece in part.partition("="))
-        blocks = [block for block in BLOCKS if fnmatch.fnmatch(block, pattern.upper())]
+        blocks = [block for block in known if fnmatch.fnmatch(block, pattern.upper())]
         if not equals or not blocks:
             raise UserError(
-                f"block_ratios: {part!r} is not of the form BLOCK=FACTOR with a block of BASE, IN00 to IN11, MID, OUT00 to "
-                "OUT11 (* stands for any)."
+                f"block_ratios: {part!r} is not of the form BLOCK=FACTOR with a block of BASE, IN00 to IN{last}, MID, OUT00 to "
+                f"OUT{last} (* stands for any)."
             )
         factors |= dict.fromkeys(blocks, _factor(number))
     return factors

@@ -55,9 +55,7 @@ def verify(
         _keys(merging.base, written, source),
         _leftovers(names),
         _critical(written),
-        Check(
-            "untouched tensors", not findings.altered, _listed(findings.altered, f"{findings.kept} equal to {source}'s")
-        ),
+        Check("untouched tensors", not findings.altered, _listed(findings.altered, _kept(findings, merging, source))),
     ]
     if any(merging.folds.values()):
         found = f"{findings.merged} as recomputed; largest difference before rounding {findings.largest:.2e}"
@@ -69,6 +67,8 @@ def verify(
 @dataclass
 class _Findings:
     kept: int
+    cast: int
+    """Of the kept ones: those whose number format has changed."""
     merged: int
     largest: float
     """max |W'_file - W'_recomputed| over all merged layers, the recomputed one in float32."""
@@ -78,7 +78,7 @@ class _Findings:
 
 
 def _compare_all(merging: Merging, written: Checkpoint) -> _Findings:
-    findings = _Findings(0, 0, 0.0, [], [], [])
+    findings = _Findings(0, 0, 0, 0.0, [], [], [])
     tensors = [
         (component, key, after)
         for component, named in merging.base.tensors.items()
@@ -92,6 +92,7 @@ def _compare_all(merging: Merging, written: Checkpoint) -> _Findings:
             if equal:
                 findings.merged += is_merged
                 findings.kept += not is_merged
+                findings.cast += not is_merged and not merging.is_kept(component, key)
             else:
                 (findings.wrong if is_merged else findings.altered).append(key)
             findings.largest = max(findings.largest, difference if is_merged else 0.0)
@@ -148,6 +149,11 @@ def _blocks(stored: Range, buffer: str) -> Iterator[Tensor]:
         piece = whole[: min(_BLOCK_BYTES, stored.end - start)]
         stored.file.read_into(piece.numpy().data, start)
         yield piece
+
+
+def _kept(findings: _Findings, merging: Merging, source: str) -> str:
+    rounded = f", {findings.cast} of them rounded to {merging.describe_dtype()}" if findings.cast else ""
+    return f"{findings.kept} equal to {source}'s{rounded}"
 
 
 def _keys(base: Checkpoint, written: Checkpoint, source: str) -> Check:

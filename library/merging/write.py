@@ -12,11 +12,12 @@ from pathlib import Path
 
 from library import project_version
 from library.errors import RunFailed, UserError
-from library.files import public_name, recover_folders, require_space, whole_file, whole_folder
+from library.files import public_name, recover_folders, require_space, require_writable, whole_file, whole_folder
 from library.merging.diffusers_folder import copied_bytes, weights_file, write_rest
 from library.merging.hashes import Hashes
 from library.merging.layouts import Merging, component_tensors, single_file_tensors
 from library.merging.report import Component, Ingredient, MergeReport
+from library.merging.source import PROVENANCE_KEY
 from library.merging.verify import Check, verify
 from library.models.checkpoint import V_PRED, Checkpoint, open_checkpoint
 from library.models.locate import BaseLocation
@@ -25,7 +26,6 @@ from networks.original_names import SDXL, Family
 
 SINGLE_FILE = "model.safetensors"
 REPORT = "merge_report"
-PROVENANCE_KEY = "repa_merge"
 _UNKNOWN_HASH = "0" * 64
 
 
@@ -48,11 +48,12 @@ class Output:
 def check_output(output: Output, sources: Sequence[Path]) -> None:
     """Raise UserError where writing would replace what is not an earlier merge, or what is to be read."""
     path = output.path
+    require_writable(path.parent)
     for source in sources:
         if path.exists() and source.resolve().is_relative_to(path.resolve()):
             what = "is" if source.resolve() == path.resolve() else f"holds {source}, which is"
             raise UserError(f"{path} {what} to be read. Name another output.")
-    if not path.exists():
+    if not path.exists() or (output.folder is not None and is_empty_folder(path)):
         return
     if not output.overwrite:
         raise UserError(f"{path} exists already. Name another output, or replace it with --overwrite.")
@@ -62,6 +63,10 @@ def check_output(output: Output, sources: Sequence[Path]) -> None:
         )
     if output.folder is None and path.is_dir():
         raise UserError(f"{path} is a folder, so --overwrite does not replace it with a file. Name another output.")
+
+
+def is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def write_merged(
@@ -79,6 +84,7 @@ def write_merged(
     hashes = Hashes([*base.files(), *(one.source.file for one in ingredients)])
     plan = _Plan(merging, ingredients, output, hashes)
     require_space(output.path.parent, plan.bytes(), "The merged model")
+    hashes.start()
     with _in_place(output) as target:
         absent = plan.write(target)
         checks = plan.verify(target)
@@ -100,7 +106,7 @@ def write_merged(
 @contextmanager
 def _in_place(output: Output) -> Iterator[Path]:
     if output.folder is not None:
-        with whole_folder(output.folder, overwrite=output.overwrite) as folder:
+        with whole_folder(output.folder, overwrite=output.overwrite or is_empty_folder(output.folder)) as folder:
             yield folder
     else:
         with whole_file(output.path) as file:
@@ -213,14 +219,7 @@ class _Plan:
                     self._name_in_base(path): hashes.get(str(path), _UNKNOWN_HASH) for path in self._base.files()
                 },
             },
-            "adapters": [
-                {
-                    "file": one.source.file.name,
-                    "sha256": hashes.get(str(one.source.file), _UNKNOWN_HASH),
-                    "strength": one.strength.describe(),
-                }
-                for one in self._ingredients
-            ],
+            "adapters": [one.record(hashes.get(str(one.source.file), _UNKNOWN_HASH)) for one in self._ingredients],
         }
         names = [one.source.file.stem for one in self._ingredients]
         return {

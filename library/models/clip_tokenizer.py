@@ -42,10 +42,15 @@ def tiny_tokenizer(pad: str = END) -> CLIPTokenizer:
 
 def tokenizer_for(vocabulary_size: int, where: str, pad: str = END) -> CLIPTokenizer:
     """The tokenizer that goes with a token embedding of so many rows. Raises UserError for an unknown size."""
+    return build_tokenizer(merges_for(vocabulary_size, where), pad)
+
+
+def merges_for(vocabulary_size: int, where: str) -> tuple[tuple[str, str], ...]:
+    """The merges that span a vocabulary of this size. Raises UserError for an unknown one, naming `where`."""
     if vocabulary_size == CLIP_VOCABULARY_SIZE:
-        return clip_tokenizer(pad)
+        return _clip_merges()
     if vocabulary_size == len(vocabulary(tiny_merges())):
-        return tiny_tokenizer(pad)
+        return tiny_merges()
     raise UserError(
         f"{where} has a token embedding of {vocabulary_size} rows, and a single file carries no tokenizer. Known are "
         f"CLIP's ({CLIP_VOCABULARY_SIZE}) and the tiny model's ({len(vocabulary(tiny_merges()))}): use the diffusers folder."

@@ -38,10 +38,7 @@ class TextConditioner:
 
     def __init__(self, family: Family, parts: Sequence[TextPart], *, clip_skip: int = 1, chunks: int = 1) -> None:
         self.family, self.parts, self.chunks = family, list(parts), chunks
-        layers = min(int(part.model.config.num_hidden_layers) for part in self.parts)
-        if not 1 <= clip_skip <= layers:
-            raise UserError(f"clip_skip must lie between 1 and {layers}, the text encoder's layers, got {clip_skip}.")
-        self.clip_skip = clip_skip
+        self.clip_skip = checked_clip_skip(self.parts, clip_skip)
 
     @property
     def length(self) -> int:
@@ -64,7 +61,7 @@ class TextConditioner:
         for part, own in zip(self.parts, ids, strict=True):
             count = own.shape[0]
             output = part.model(own.flatten(0, 1), output_hidden_states=True)  # [B * chunks, 77]
-            hidden = self._layer(part, output)
+            hidden = hidden_layer(self.family, part, output, self.clip_skip)
             states.append(_joined(hidden.unflatten(0, (count, self.chunks))))
             if part is not self.parts[0]:
                 pooled = output.text_embeds.unflatten(0, (count, self.chunks))[:, 0]
@@ -72,14 +69,6 @@ class TextConditioner:
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         return self.encode(self.tokenize(prompts).to(self.parts[0].model.device))
-
-    def _layer(self, part: TextPart, output: object) -> Tensor:
-        hidden_states: Sequence[Tensor] = output.hidden_states  # type: ignore[attr-defined]
-        if self.family == SDXL:
-            return hidden_states[-_SDXL_LAYER]
-        if self.clip_skip == 1:
-            return output.last_hidden_state  # type: ignore[attr-defined]
-        return part.model.text_model.final_layer_norm(hidden_states[-self.clip_skip])
 
     def _ids(self, part: TextPart, text: str) -> list[list[int]]:
         """One prompt's chunks, each [start, up to 75 tokens, end, padding]."""
@@ -90,6 +79,24 @@ class TextConditioner:
             row = [tokenizer.bos_token_id, *tokens[start : start + CHUNK], tokenizer.eos_token_id]
             rows.append(row + [tokenizer.pad_token_id] * (CHUNK + _MARKERS - len(row)))
         return rows
+
+
+def checked_clip_skip(parts: Sequence[TextPart], clip_skip: int) -> int:
+    """Raises UserError for layers that are not there."""
+    layers = min(int(part.model.config.num_hidden_layers) for part in parts)
+    if not 1 <= clip_skip <= layers:
+        raise UserError(f"clip_skip must lie between 1 and {layers}, the text encoder's layers, got {clip_skip}.")
+    return clip_skip
+
+
+def hidden_layer(family: Family, part: TextPart, output: object, clip_skip: int) -> Tensor:
+    """Of an encoder's output with its hidden_states, the layer the U-Net takes [N, 77, D]; SDXL's is fixed."""
+    hidden_states: Sequence[Tensor] = output.hidden_states  # type: ignore[attr-defined]
+    if family == SDXL:
+        return hidden_states[-_SDXL_LAYER]
+    if clip_skip == 1:
+        return output.last_hidden_state  # type: ignore[attr-defined]
+    return part.model.text_model.final_layer_norm(hidden_states[-clip_skip])
 
 
 def size_conditions(original: Sequence[int], crop: Sequence[int], target: Sequence[int]) -> list[int]:

@@ -36,7 +36,7 @@ _SAFE_STEM = {
 # transformers' pickles have a name of their own, diffusers' have not.
 _PICKLE_STEM = {part: "pytorch_model" if stem == "model" else stem for part, stem in _SAFE_STEM.items()}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _tiny(name: str) -> BaseLocation:
 
 def _local_base(name: str, components: Sequence[str] | None) -> BaseLocation | None:
     path = Path(name).expanduser()
-    if path.suffix.lower() in _PICKLE_SUFFIXES and path.is_file():
+    if path.suffix.lower() in PICKLE_SUFFIXES and path.is_file():
         raise UserError(
             f"{name} is a pickle, which can run code when it is read, so it is refused as a base model. If you trust "
             f"where it came from, convert it once and name the .safetensors file: {conversion_command(path)}"
@@ -285,7 +285,7 @@ def _wanted(files: Collection[str], components: Sequence[str]) -> list[str]:
 
 
 def _is_hub_id(name: str) -> bool:
-    return bool(_HUB_ID.fullmatch(name)) and not name.lower().endswith((".safetensors", *_PICKLE_SUFFIXES))
+    return bool(_HUB_ID.fullmatch(name)) and not name.lower().endswith((".safetensors", *PICKLE_SUFFIXES))
 
 
 def _moved(name: str) -> str:

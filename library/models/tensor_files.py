@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -40,51 +42,20 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 COPY_BYTES = 1 << 26
+AHEAD_BYTES = 1 << 26  # of tensors that are made before their turn
 
 
-class Range(NamedTuple):
-    """Some bytes of a file that hold a tensor, or a part of one."""
-
-    file: TensorFile
-    start: int
-    end: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        raw = torch.empty(self.end - self.start, dtype=torch.uint8)
-        self.file.read_into(raw.numpy().data, self.start)
-        return raw.view(self.dtype).reshape(self.shape)
-
-
-class TensorFile:
-    """A safetensors file open for reading; names -> ranges of bytes. The file stays open as long as this lives."""
+class ByteSource:
+    """The bytes of a file, or of memory, from any place on. The file stays open as long as this lives."""
 
     def __init__(self, path: Path, content: bytes | None = None) -> None:
-        """`content` takes the place of what is on the disk. Raises UserError for what is not a whole safetensors file."""
+        """`content` takes the place of what is on the disk."""
         self.path = path
         self._content = None if content is None else memoryview(content)
         self._descriptor = -1
         self._position = threading.Lock()
         if content is None:
-            with_safetensors(path, lambda file: None)  # judges it
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        head = bytearray(8)
-        self.read_into(memoryview(head), 0)
-        header = bytearray(int.from_bytes(head, "little"))
-        self.read_into(memoryview(header), 8)
-        entries = json.loads(header)
-        self.metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
-        begin = 8 + len(header)
-        self.tensors: dict[str, Range] = {}
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in DTYPES:
-                raise UserError(
-                    f"{path}: {name} is of the number format {entry['dtype']}, which is not supported here."
-                )
-            start, end = entry["data_offsets"]
-            self.tensors[name] = Range(self, begin + start, begin + end, DTYPES[entry["dtype"]], tuple(entry["shape"]))
 
     def read_into(self, target: memoryview, start: int) -> None:
         """Fill `target` with the bytes from `start` on."""
@@ -138,6 +109,49 @@ class TensorFile:
             os.close(self._descriptor)
 
 
+class Range(NamedTuple):
+    """Some bytes of a file that hold a tensor, or a part of one."""
+
+    file: ByteSource
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        raw = torch.empty(self.end - self.start, dtype=torch.uint8)
+        self.file.read_into(raw.numpy().data, self.start)
+        return raw.view(self.dtype).reshape(self.shape)
+
+
+class TensorFile:
+    """What a safetensors file holds: names -> ranges of bytes, which keep it open."""
+
+    def __init__(self, path: Path, content: bytes | None = None) -> None:
+        """`content` takes the place of what is on the disk. Raises UserError for what is not a whole safetensors file."""
+        if content is None:
+            with_safetensors(path, lambda file: None)  # judges it
+        source = ByteSource(path, content)
+        head = bytearray(8)
+        source.read_into(memoryview(head), 0)
+        header = bytearray(int.from_bytes(head, "little"))
+        source.read_into(memoryview(header), 8)
+        entries = json.loads(header)
+        self.path = path
+        self.metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
+        begin = 8 + len(header)
+        self.tensors: dict[str, Range] = {}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in DTYPES:
+                raise UserError(
+                    f"{path}: {name} is of the number format {entry['dtype']}, which is not supported here."
+                )
+            start, end = entry["data_offsets"]
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            self.tensors[name] = Range(source, begin + start, begin + end, dtype, shape)
+
+
 def _errors(*names: str) -> frozenset[int]:
     import errno
 
@@ -162,7 +176,7 @@ class NewTensor:
     copied: tuple[Range, ...] = ()
     """Ranges that hold its bytes, one after the other."""
     make: Callable[[], Tensor] | None = None
-    """Called once while the file is written; gives `dtype` and `shape`."""
+    """Called once while the file is written, in any thread; gives `dtype` and `shape`."""
 
     @property
     def nbytes(self) -> int:
@@ -176,30 +190,61 @@ def write_tensor_file(
     *,
     final: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
-    """Write a safetensors file, one tensor in memory at a time. Flushing and renaming are the caller's.
+    """Write a safetensors file, a few tensors in memory at a time. Flushing and renaming are the caller's.
 
     final: called when all tensors are written, gives the metadata that takes the place of `metadata`. It must be as long.
     """
     header = _header(tensors, metadata)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+    ahead = _MadeAhead(tensors)
     try:
         _write_all(descriptor, memoryview(header))
         for source, start, end, tensor in _runs(tensors):
             if source is not None:
                 source.copy_to(descriptor, start, end)
             else:
-                assert tensor is not None and tensor.make is not None
-                value = tensor.make()
+                assert tensor is not None
+                value = ahead.next()
                 if value.dtype != tensor.dtype or tuple(value.shape) != tensor.shape:
                     raise AssertionError(f"{tensor.name} was made as {value.dtype} {tuple(value.shape)}")
-                _write_all(descriptor, memoryview(value.contiguous().flatten().view(torch.uint8).numpy()))
+                _write_all(descriptor, value.contiguous().flatten().view(torch.uint8).numpy().data)
         if final is not None:
             known = _header(tensors, final())
             assert len(known) == len(header)
             os.lseek(descriptor, 0, os.SEEK_SET)
             _write_all(descriptor, memoryview(known))
     finally:
+        ahead.close()
         os.close(descriptor)
+
+
+class _MadeAhead:
+    """The tensors that are made, in their order, worked out in threads while others are copied and written."""
+
+    def __init__(self, tensors: Sequence[NewTensor]) -> None:
+        self._coming = deque(tensor for tensor in tensors if tensor.make is not None)
+        self._pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1), thread_name_prefix="make")
+        self._begun: deque[tuple[int, Future[Tensor]]] = deque()
+        self._begin()
+
+    def next(self) -> Tensor:
+        """The next one; raises what its making raised."""
+        _, future = self._begun.popleft()
+        value = future.result()
+        self._begin()
+        return value
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _begin(self) -> None:
+        """Start as many as fit into `AHEAD_BYTES`, and one in any case."""
+        while self._coming and (
+            not self._begun or sum(size for size, _ in self._begun) + self._coming[0].nbytes <= AHEAD_BYTES
+        ):
+            tensor = self._coming.popleft()
+            assert tensor.make is not None
+            self._begun.append((tensor.nbytes, self._pool.submit(tensor.make)))
 
 
 def file_bytes(tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> int:
@@ -223,9 +268,11 @@ def _header(tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _runs(tensors: Sequence[NewTensor]):  # type: ignore[no-untyped-def]
+def _runs(
+    tensors: Sequence[NewTensor],
+) -> Iterator[tuple[ByteSource, int, int, None] | tuple[None, int, int, NewTensor]]:
     """(file, start, end, None) for bytes to copy, neighbours joined, and (None, 0, 0, tensor) for tensors to make."""
-    run: tuple[TensorFile, int, int] | None = None
+    run: tuple[ByteSource, int, int] | None = None
     for tensor in tensors:
         for part in tensor.copied:
             if run is not None and run[0] is part.file and run[2] == part.start:

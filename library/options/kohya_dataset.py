@@ -34,8 +34,8 @@ class DatasetOptions:
     """How pictures are scaled. Default: area where both sides shrink, else lanczos."""
     enable_bucket: bool = False
     """Keep aspect ratios: pictures of similar shape form batches. Without, every picture is cropped to resolution."""
-    min_bucket_reso: int = 256
-    """Shortest side of a bucket in pixels."""
+    min_bucket_reso: int | None = None
+    """Shortest side of a bucket in pixels. Default: 256, or half the resolution where that is less."""
     max_bucket_reso: int | None = None
     """Longest side of a bucket in pixels. Default: twice the resolution (1024 at 512, 2048 at 1024)."""
     bucket_reso_steps: int = 64
@@ -95,14 +95,14 @@ class DatasetOptions:
             )
         longest = self.max_bucket_side(self.resolution or (512, 512))
         require(
-            self.bucket_no_upscale or self.min_bucket_reso <= longest,
+            self.bucket_no_upscale or self.min_bucket_reso is None or self.min_bucket_reso <= longest,
             "min_bucket_reso",
             f"{self.min_bucket_reso} is more than max_bucket_reso {longest}.",
         )
         if self.resolution is not None and self.enable_bucket and not self.bucket_no_upscale:
             shorter, longer = min(self.resolution), max(self.resolution)
             require(
-                self.min_bucket_reso <= shorter,
+                self.min_bucket_reso is None or self.min_bucket_reso <= shorter,
                 "min_bucket_reso",
                 f"{self.min_bucket_reso} is more than the resolution's shorter side {shorter}.",
             )

@@ -7,7 +7,26 @@ from pathlib import Path
 from typing import Literal
 
 from library.options.checks import positive, require
+from library.options.dialect import Alias, Dialect, Refused
 from library.options.precision import Precision
+
+KOHYA = Dialect(
+    aliases={
+        "sd_model": Alias("pretrained_model_name_or_path"),
+        "lbws": Alias("block_ratios"),
+        "model": Alias("models"),
+        "ratio": Alias("ratios"),
+    },
+    refused={
+        "precision": Refused("merging is computed in float32.", "float"),
+        "concat": Refused("sums of LoRAs are exact without it, with --lora_only."),
+        "shuffle": Refused("the ranks of a sum have no order that matters."),
+        "no_metadata": Refused("A1111 hides files by their metadata, and the base is found by it."),
+        "device": Refused("LoRAs are summed on the CPU.", None, ("cpu", "cuda")),
+        "v2": Refused("models are SD1.5 or SDXL."),
+    },
+)
+"""What kohya's merge_lora.py, sdxl_merge_lora.py, svd_merge_lora.py and resize_lora.py call these options."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,11 @@ class MergeLoraOptions:
     """With --lora_only: reduce to this rank by SVD. Default: exact, ranks add up."""
     new_conv_rank: int | None = None
     """The same for 3x3 convolutions. Default: new_rank."""
+    dynamic_method: Literal["sv_ratio", "sv_fro", "sv_cumulative"] | None = None
+    """With --new_rank, which is then the most: each module keeps as many singular values as dynamic_param asks for: those of
+    1/dynamic_param of the largest (sv_ratio), or its share of their norm (sv_fro) or sum (sv_cumulative)."""
+    dynamic_param: float | None = None
+    """Of dynamic_method: at least 1 for sv_ratio, above 0 and at most 1 for the others."""
     unet_ratio: float = 1.0
     """Further factor for the U-Net, for all adapters."""
     text_encoder_ratio: float = 1.0
@@ -65,8 +89,10 @@ class MergeLoraOptions:
             require(
                 given in (0, max(count, 1)), name, f"wants one entry per adapter, got {given} for {count} in models."
             )
-        for ratio in (*self.ratios, self.unet_ratio, self.text_encoder_ratio):
-            require(-10 <= ratio <= 10, "ratios", f"must lie between -10 and 10, got {ratio}.")
+        for name in ("ratios", "unet_ratio", "text_encoder_ratio"):
+            value = getattr(self, name)
+            for ratio in value if isinstance(value, tuple) else (value,):
+                require(-10 <= ratio <= 10, name, f"must lie between -10 and 10, got {ratio}.")
         positive("network_alpha", self.network_alpha)
         positive("new_rank", self.new_rank)
         positive("new_conv_rank", self.new_conv_rank)
@@ -87,9 +113,25 @@ class MergeLoraOptions:
         for name, default in (("new_rank", None), ("new_conv_rank", None), ("lora_format", "kohya")):
             require(self.lora_only or getattr(self, name) == default, name, "is for --lora_only.")
         require(self.new_conv_rank is None or self.new_rank is not None, "new_conv_rank", "needs new_rank as well.")
+        for name in ("dynamic_method", "dynamic_param"):
+            given = getattr(self, name) is not None
+            require(
+                not given or self.new_rank is not None, name, "needs new_rank as well, the most that a module keeps."
+            )
+        require(
+            (self.dynamic_method is None) == (self.dynamic_param is None),
+            "dynamic_param",
+            "and dynamic_method belong together; give both.",
+        )
         require(not (self.lora_only and self.generate), "generate", "needs a model; with lora_only there is none.")
+        require(
+            not self.lora_only or self.pretrained_model_name_or_path is None,
+            "pretrained_model_name_or_path",
+            "is not needed with lora_only, which reads no base; leave one of them out.",
+        )
 
     @property
     def chosen(self) -> tuple[Path, ...]:
         """The adapters that were named."""
-        return self.models if self.checkpoint is None else (self.checkpoint,)
+        named = self.models if self.checkpoint is None else (self.checkpoint,)
+        return tuple(path.expanduser() for path in named)

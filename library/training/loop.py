@@ -56,6 +56,7 @@ class Run:
     micro_batches: how many a step has, where not every step has as many as the plan says.
     look: called before each step and at the end with (step, finished), to draw pictures where they are due.
     after_step: called when the optimizer has stepped, before the average takes the weights; gives metrics on the device.
+    validation_due: whether to validate after so many steps; default: every output.validate_every_n_steps.
     enough: asked after each validation, with its metrics, whether the run may end there as if this were its last step.
     """
 
@@ -74,6 +75,7 @@ class Run:
     after_step: Callable[[], dict[str, torch.Tensor]] | None = None
     micro_batches: Callable[[int], int] | None = None
     look: Callable[[int, bool], None] | None = None
+    validation_due: Callable[[int], bool] | None = None
     enough: Callable[[dict[str, float]], bool] | None = None
 
 
@@ -90,13 +92,14 @@ def train(run: Run, first_step: int) -> dict[str, float]:
     randomness = StepRandomness(run.seed, processes.rank, processes.device)
     parameters = list(run.trained.parameters.values())
     peaks = [group.learning_rate for group in run.task.groups]
+    validation_due = run.validation_due or (lambda step: _due(step, output.validate_every_n_steps, finished=False))
     step, results = first_step, {}
 
     with requests.listening():
         while True:
             # Report status: the only read from the device.
             finished = step >= plan.last_step
-            validating = run.validates and _due(step, output.validate_every_n_steps, finished) and step > first_step
+            validating = run.validates and (finished or validation_due(step)) and step > first_step
             saving = run.checkpoints.due(step, finished) and step > first_step
             request = lookout(step, requests.look()) if lookout.due(step) or finished else NOTHING
             if window and (_due(step, output.log_every_n_steps, finished) or validating or saving or request):

@@ -41,12 +41,10 @@ class NetworkTask:
     trains_text: bool
     is_sdxl: bool
     scaling_factor: float
-    sample_latents: bool
     compute_dtype: torch.dtype
     processes: Processes
     training: NetworkSamples
     validation: dict[str, NetworkSamples]
-    validation_batch: int
     validation_batches: int | None
     validation_seed: int
     workers: int
@@ -57,19 +55,15 @@ class NetworkTask:
 
     def losses(self, batch: NetworkBatch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         """Loss parts of a training batch, the mean over its pictures; noise and timesteps drawn from `generator`."""
-        latents = self.latents(batch, generator)
+        latents = self.latents(batch)
         drawn = draw(latents, generator, self.recipe, self.objective.schedule.timesteps)
         losses = self.each(batch, latents, drawn)
         real = batch.real.sum().clamp(min=1.0)
         return {"loss": (losses * batch.weights).sum() / real, "diffusion": (losses.detach() * batch.real).sum() / real}
 
-    def latents(self, batch: NetworkBatch, generator: torch.Generator | None) -> Tensor:
-        """Scaled latents [B, 4, h, w] float32: the posterior's mode, or with sample_latents a draw from it."""
-        mean, log_variance = batch.moments.float().chunk(2, dim=1)
-        if self.sample_latents and generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-            mean = mean + torch.exp(0.5 * log_variance) * noise
-        return mean * self.scaling_factor
+    def latents(self, batch: NetworkBatch) -> Tensor:
+        """Scaled latents [B, 4, h, w] float32: the posterior's mode."""
+        return batch.moments.float().chunk(2, dim=1)[0] * self.scaling_factor
 
     def each(self, batch: NetworkBatch, latents: Tensor, drawn: Draw) -> Tensor:
         """Loss of each picture, [B] float32, weighted by timestep and mask but not by picture."""
@@ -142,12 +136,12 @@ class NetworkTask:
     def _mean_loss(self, samples: NetworkSamples) -> tuple[float, list[float | None]]:
         device = self.processes.device
         timesteps = stratified_timesteps(len(samples), self.objective.schedule.timesteps)
-        order = list(validation_requests(samples, self.validation_batch))
+        order = list(validation_requests(samples))
         order = order[: self.validation_batches][self.processes.rank :: self.processes.world_size]
         sums = torch.zeros(2, QUANTILES, device=device)
         batches = Prefetcher(samples, iter(order), device, workers=self.workers)
         for batch in batches:
-            latents = self.latents(batch, None)
+            latents = self.latents(batch)
             ids = [samples.images[i].image.sample_id for i in batch.indices]
             noise = sample_noise(self.validation_seed, ids, tuple(latents.shape[1:])).to(device)
             chosen = timesteps[torch.from_numpy(batch.indices)].to(device)
@@ -160,14 +154,14 @@ class NetworkTask:
         return sum(totals) / max(sum(counts), 1.0), [t / c if c else None for t, c in zip(totals, counts, strict=True)]
 
 
-def validation_requests(samples: NetworkSamples, batch_size: int) -> Iterator[Request]:
-    """Every picture once, in order, in batches of one bucket."""
+def validation_requests(samples: NetworkSamples) -> Iterator[Request]:
+    """Every picture once, in order, in batches of one bucket and of the size that its data set asks for."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for index, one in enumerate(samples.images):
         by_shape.setdefault((id(one.dataset), *one.fitted.bucket), []).append(index)
     for indices in by_shape.values():
         remaining = iter(indices)
-        while chunk := list(islice(remaining, batch_size)):
+        while chunk := list(islice(remaining, samples.images[indices[0]].dataset.batch_size)):
             chosen = np.array(chunk, np.int64)
             yield Request(0, 0, MicroBatch(0, chosen, np.zeros_like(chosen), len(chunk)), 1.0)
 

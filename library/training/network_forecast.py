@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
 import torch
-from torch import nn
 
 from library.data.network_data import NetworkData
 from library.errors import UserError
@@ -14,21 +14,19 @@ from library.files import human_bytes
 from library.models.configs import configs_of, published_family
 from library.models.family import family_of
 from library.models.frozen import save_no_inputs
-from library.models.load import unet_config
 from library.models.locate import BaseLocation, base_status, locate_base
-from library.models.single_file import file_text_config
 from library.options.network import TrainNetworkOptions
 from library.training.forecast import WORKSPACE_BYTES, kept_bytes
-from library.training.network_plan import collect_pictures, print_data
-from library.training.network_run import (
+from library.training.network_models import (
     COMPUTE_DTYPES,
     build_network,
-    make_order,
-    make_plan,
+    meta_models,
     parameter_groups,
+    round_frozen,
     start_weights,
 )
-from library.training.plan import Plan
+from library.training.network_plan import collect_pictures, print_data
+from library.training.network_run import make_order, make_plan
 from networks.original_names import SDXL, TEXT_ENCODER_2, UNET, Family
 
 _VAE_FACTOR = 8
@@ -46,7 +44,6 @@ def print_plan(options: TrainNetworkOptions) -> None:
     if family is None:
         assert location is not None
         family = family_of(location)
-    data = None
     if location is not None:
         data = collect_pictures(options, location)
         print_data(data)
@@ -59,56 +56,34 @@ def print_plan(options: TrainNetworkOptions) -> None:
         )
         print(f"steps per epoch  {plan.steps_per_epoch}")
         print(f"steps            {plan.last_step} ({plan.epochs:g} epochs), warm-up {plan.warmup_steps}")
-        _print_model(options, location, family, data, plan)
+        _print_model(options, location, family, data)
     print(f"missing          {missing or 'nothing'}")
 
 
-def _print_model(
-    options: TrainNetworkOptions, location: BaseLocation, family: Family, data: NetworkData, plan: Plan
-) -> None:
+def _print_model(options: TrainNetworkOptions, location: BaseLocation, family: Family, data: NetworkData) -> None:
     dtype = COMPUTE_DTYPES[options.model.mixed_precision]
-    models = meta_models(location, family, dtype)
+    models = meta_models(options, location, family)
     frozen = sum(p.numel() for model in models.values() for p in model.parameters())
+    bases = {name: list(model.parameters()) for name, model in models.items()}
     network = build_network(models, options, family, start_weights(options))
     groups = parameter_groups(network, options, family)
     counts = {group.name: sum(p.numel() for p in group.parameters) for group in groups}
     described = " + ".join(f"{count:,} {name}" for name, count in counts.items())
     print(f"trained          {described} = {sum(counts.values()):,} parameters beside {frozen:,} frozen ones")
-    if options.cache.caches_text:
-        frozen = sum(p.numel() for p in models[UNET].parameters())
+    round_frozen(models, options)
+    kept = [UNET] if options.cache.caches_text else list(models)
     # Weights, gradients, two moments and the average, float32.
     copies = 5 if options.optimizer.ema_decay else 4
-    fixed = frozen * dtype.itemsize + sum(counts.values()) * 4 * copies
-    width, height = max((one.fitted.bucket for one in data.training), key=lambda size: size[0] * size[1])
+    fixed = sum(p.nbytes for name in kept for p in bases[name]) + sum(counts.values()) * 4 * copies
+    largest = max(data.training, key=lambda one: math.prod(one.fitted.bucket) * one.dataset.batch_size)
+    width, height = largest.fitted.bucket
     per_sample = _activation_bytes(options, models, family, dtype, width, height)
-    total = fixed + per_sample * plan.batch_size + WORKSPACE_BYTES
+    total = fixed + per_sample * largest.dataset.batch_size + WORKSPACE_BYTES
     print(
         f"device memory    about {human_bytes(total)}: {human_bytes(fixed)} weights and optimizer, {human_bytes(per_sample)} "
-        f"activations per sample of {width} x {height}, {human_bytes(WORKSPACE_BYTES)} workspace (forecast)"
+        f"activations for each of {largest.dataset.batch_size} pictures of {width} x {height}, "
+        f"{human_bytes(WORKSPACE_BYTES)} workspace (forecast)"
     )
-
-
-def meta_models(location: BaseLocation, family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """U-Net and text encoders of a base on the meta device, frozen."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from library.files import read_json
-
-    models: dict[str, Any] = {}
-    with torch.device("meta"):
-        models[UNET] = nn.Module.to(UNet2DConditionModel.from_config(unet_config(location, families=(family,))), dtype)
-        for component in family.text_encoders:
-            kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
-            values = (
-                file_text_config(location.path, family, component)
-                if location.is_file
-                else read_json(location.path / component / "config.json")
-            )
-            models[component] = kind(CLIPTextConfig.from_dict(values)).to(dtype)
-    for model in models.values():
-        model.requires_grad_(False)
-    return models
 
 
 def _activation_bytes(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from library.data.captions import is_static
 from library.data.dataset_schema import Dataset, Subset
-from library.data.network_batches import TrainedImage
+from library.data.network_batches import TrainedImage, groups_of
 from library.data.network_data import NetworkData
 from library.files import file_hash
 from library.options.network import TrainNetworkOptions
@@ -57,13 +57,19 @@ class NetworkMetadata:
     def __post_init__(self) -> None:
         self._fixed = self._of_options() | self._of_data() | self._of_base()
 
-    def at(self, step: int, tensors: Mapping[str, Tensor], name: str, date: str) -> dict[str, str]:
-        """Of the file that holds `tensors` after `step` steps. date: local time, ISO with seconds."""
+    def at(
+        self, step: int, tensors: Mapping[str, Tensor], name: str, date: str, *, finished: bool = False
+    ) -> dict[str, str]:
+        """Of the file that holds `tensors` after `step` steps. date: local time, ISO with seconds.
+
+        ss_epoch counts whole epochs, and at the end the one that was begun, as kohya's final file does.
+        """
+        epochs, begun = divmod(step, self.plan.steps_per_epoch)
         now = {
             "ss_output_name": name,
             "ss_training_finished_at": time.time(),
             "ss_steps": step,
-            "ss_epoch": -(-step // self.plan.steps_per_epoch),
+            "ss_epoch": epochs + (finished and begun > 0),
         }
         given = {key: str(value) for key, value in {**self._fixed, **now}.items()}
         whole = adapter_metadata(
@@ -116,7 +122,6 @@ class NetworkMetadata:
             "ss_learning_rate": optimizer.learning_rate,
             "ss_text_encoder_lr": list(optimizer.text_encoder_lr) or None,
             "ss_unet_lr": optimizer.unet_lr,
-            "ss_num_batches_per_epoch": plan.steps_per_epoch * plan.accumulation,
             "ss_num_epochs": -(-plan.last_step // plan.steps_per_epoch),
             "ss_gradient_checkpointing": o.speed.gradient_checkpointing,
             "ss_gradient_accumulation_steps": plan.accumulation,
@@ -170,25 +175,48 @@ class NetworkMetadata:
         return values
 
     def _of_data(self) -> dict[str, Any]:
-        prior = [one for one in self.data.training if one.image.subset.is_reg]
-        own = [one for one in self.data.training if not one.image.subset.is_reg]
-        frequencies, folders = self._tags(own), self._folders()
+        training, datasets = self.data.training, self.data.datasets
+        batches = sum(group.batches for group in groups_of(training))
         described = [
-            self._dataset(dataset, table.info())
-            for dataset, table in zip(self.data.datasets, self.data.tables, strict=True)
+            self._dataset(dataset, table.info()) for dataset, table in zip(datasets, self.data.tables, strict=True)
         ]
-        return {
-            "ss_num_train_images": sum(one.repeats for one in own),
-            "ss_num_reg_images": sum(one.repeats for one in prior),
+        found: dict[str, Any] = {
+            "ss_num_train_images": sum(one.repeats for one in training if not one.image.subset.is_reg),
+            "ss_num_reg_images": sum(one.repeats for one in training if one.image.subset.is_reg),
             "ss_num_validation_images": len(self.data.validation),
+            "ss_num_batches_per_epoch": -(-batches // self.plan.world_size),
             "ss_datasets": json.dumps(described),
-            "ss_tag_frequency": json.dumps(frequencies),
-            "ss_dataset_dirs": json.dumps(folders),
-            "ss_bucket_info": json.dumps(self.data.tables[0].info()),
-            "ss_resolution": self._resolution(),
-            "ss_batch_size_per_device": self.data.datasets[0].batch_size,
+            "ss_tag_frequency": json.dumps(self._first_tags(described)),
+            "ss_dataset_dirs": json.dumps(self._folders(is_reg=False)),
+            "ss_reg_dataset_dirs": json.dumps(self._folders(is_reg=True)),
             "ss_total_batch_size": self.plan.samples_per_step,
         }
+        # Entries of one value, which say nothing where data sets differ.
+        return found | (self._of_only_dataset(datasets[0]) if len(datasets) == 1 else {})
+
+    def _of_only_dataset(self, dataset: Dataset) -> dict[str, Any]:
+        return {
+            "ss_batch_size_per_device": dataset.batch_size,
+            "ss_resolution": dataset.resolution,
+            "ss_enable_bucket": dataset.enable_bucket,
+            "ss_bucket_no_upscale": dataset.bucket_no_upscale,
+            "ss_min_bucket_reso": dataset.min_bucket_reso,
+            "ss_max_bucket_reso": dataset.max_bucket_reso,
+            "ss_bucket_info": json.dumps(self.data.tables[0].info()),
+            **{
+                f"ss_{name}": any(getattr(subset, name) for subset in dataset.subsets)
+                for name in ("color_aug", "flip_aug", "random_crop", "shuffle_caption")
+            },
+            "ss_keep_tokens": max(subset.keep_tokens for subset in dataset.subsets),
+        }
+
+    @staticmethod
+    def _first_tags(datasets: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+        """Tags of each folder, once where several data sets train it, as kohya counts them."""
+        found: dict[str, dict[str, int]] = {}
+        for dataset in datasets:
+            found = dataset["tag_frequency"] | found
+        return found
 
     def _dataset(self, dataset: Dataset, buckets: Mapping[str, Any]) -> dict[str, Any]:
         images = [one for one in self.data.training if one.dataset is dataset]
@@ -227,30 +255,44 @@ class NetworkMetadata:
 
     @staticmethod
     def _tags(images: Sequence[TrainedImage]) -> dict[str, dict[str, int]]:
-        """Folder -> tag -> how many pictures have it."""
+        """Folder -> tag -> how many pictures have it. Tags are what commas separate, in lower case."""
         found: dict[str, Counter[str]] = {}
         for one in images:
-            separator = one.image.subset.caption_separator or ","
-            tags = (tag.strip() for tag in one.image.caption.split(separator))
-            found.setdefault(one.image.path.parent.name, Counter()).update(tag for tag in tags if tag)
+            tags = (tag.strip().lower() for tag in one.image.caption.split(","))
+            found.setdefault(_folder_name(one.image.subset), Counter()).update(tag for tag in tags if tag)
         return {folder: dict(counts) for folder, counts in found.items()}
 
-    def _folders(self) -> dict[str, dict[str, int]]:
+    def _folders(self, *, is_reg: bool) -> dict[str, dict[str, int]]:
+        """Folder -> repeats and pictures; a second one of the same name is "name (2)"."""
         found: dict[str, dict[str, int]] = {}
-        for dataset in self.data.datasets:
-            for subset in dataset.subsets:
-                place = subset.image_dir or subset.metadata_file
-                count = sum(one.image.subset is subset for one in self.data.training)
-                name = "" if place is None else place.name
-                unique = name if name not in found else f"{name} ({sum(n.startswith(name) for n in found) + 1})"
-                found[unique] = {"n_repeats": subset.num_repeats, "img_count": count}
+        for subset in (subset for dataset in self.data.datasets for subset in dataset.subsets):
+            if subset.is_reg != is_reg:
+                continue
+            name = unique = _folder_name(subset)
+            number = 2
+            while unique in found:
+                unique, number = f"{name} ({number})", number + 1
+            count = sum(one.image.subset is subset for one in self.data.training)
+            found[unique] = {"n_repeats": subset.num_repeats, "img_count": count}
         return found
 
     def _of_base(self) -> dict[str, Any]:
-        """Name and hashes of the base where it is one file, as A1111 knows it."""
-        if not self.base.is_file():
-            return {}
-        with open(self.base, "rb") as file:
-            file.seek(0x100000)
-            old = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-        return {"ss_sd_model_hash": old, "ss_new_sd_model_hash": file_hash(self.base)}
+        """Hashes of base and VAE where they are files, as A1111 knows them; and the name of the VAE."""
+        found = _hashes("sd_model", self.base) if self.base.is_file() else {}
+        if (vae := self.options.model.vae) is not None:
+            found["ss_vae_name"] = Path(vae).name
+            found |= _hashes("vae", Path(vae)) if Path(vae).is_file() else {}
+        return found
+
+
+def _folder_name(subset: Subset) -> str:
+    place = subset.image_dir or subset.metadata_file
+    return "" if place is None else place.name
+
+
+def _hashes(what: str, path: Path) -> dict[str, str]:
+    """A1111's old hash, of 64 KiB at 1 MiB, and that of the whole file."""
+    with open(path, "rb") as file:
+        file.seek(0x100000)
+        old = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+    return {f"ss_{what}_hash": old, f"ss_new_{what}_hash": file_hash(path)}

@@ -77,6 +77,10 @@ def meta_models(
 
 def check_weights(options: TrainNetworkOptions, base: BaseLocation, family: Family) -> None:
     """See that network_weights and base_weights fit the base and the network. Raises UserError; nothing heavy is loaded."""
+    if options.network.scale_weight_norms is not None and options.network.args.algo == "oft":
+        raise UserError(
+            "scale_weight_norms has no effect with algo=oft, which adds nothing to a weight. Use constraint."
+        )
     for path in options.network.base_weights:
         _require_family("base_weights", path, read_source(path).adapter, family)
     start = start_weights(options)

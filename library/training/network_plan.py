@@ -18,6 +18,8 @@ _FRESH_PIXELS = ("color_aug", "random_crop", "face_crop_aug_range")
 def collect_pictures(options: TrainNetworkOptions, base: BaseLocation) -> NetworkData:
     """Every picture of the run, in its bucket. Raises UserError for all that is wrong with them."""
 
+    if options.alignment.alignment:
+        raise UserError("--alignment is not built into train_network.py yet. Use train_repa.py, or leave it out.")
     if options.cache.cache_latents is False:
         raise UserError("--no_cache_latents is not offered: latents are always cached, on the disk. Leave it out.")
 
@@ -33,13 +35,35 @@ def collect_pictures(options: TrainNetworkOptions, base: BaseLocation) -> Networ
                 return f"conditioning_data_dir has masks, which need --masked_loss ({subset.place})."
         return None
 
-    return collect(
+    data = collect(
         read_datasets(options, native_side(base)),
         missing_caption=options.data.missing_caption,
         prior_loss_weight=options.objective.prior_loss_weight,
         seed=options.training.seed,
         refuse=refuse,
     )
+    _check_effects(options, data)
+    return data
+
+
+def _check_effects(options: TrainNetworkOptions, data: NetworkData) -> None:
+    """What would have no effect on these pictures. Raises UserError."""
+    masked = any(one.has_mask for one in data.training)
+    for name in ("masked_loss", "masked_loss_renormalize"):
+        if getattr(options.objective, name) and not masked:
+            raise UserError(
+                f"{name} needs masks, and no data set has any. Give one conditioning_data_dir or alpha_mask."
+            )
+    if options.objective.prior_loss_weight != 1 and not any(one.image.subset.is_reg for one in data.training):
+        raise UserError("prior_loss_weight has no effect: no subset is of regularisation pictures (is_reg).")
+    if data.validation:
+        return
+    for group in (options.validation, options.output):
+        for name in ("validate_every_n_epochs", "validate_every_n_steps", "max_validation_steps", "early_stop"):
+            if getattr(group, name, None) is not None:
+                raise UserError(
+                    f"{name} has no effect: no picture is held out. Give validation_split, or more pictures."
+                )
 
 
 def native_side(base: BaseLocation) -> int:
@@ -65,8 +89,3 @@ def print_data(data: NetworkData) -> None:
             print(f"  {path}: {reason}")
     for note in data.notes:
         print(note)
-
-
-def require_pictures(data: NetworkData) -> None:
-    if not data.training:
-        raise UserError("No picture is left to train on.")

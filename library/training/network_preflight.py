@@ -49,7 +49,7 @@ def preflight(run: Run, task: NetworkTask, say: Callable[..., None]) -> dict[str
 
 def _largest(run: Run, task: NetworkTask):  # type: ignore[no-untyped-def]
     """A batch of the most latents that a step will have at once."""
-    requests = list(validation_requests(task.training, run.plan.batch_size))
+    requests = list(validation_requests(task.training))
     images = task.training.images
 
     def size(request) -> int:  # type: ignore[no-untyped-def]

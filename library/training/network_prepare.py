@@ -11,12 +11,11 @@ from library.data.captions import cacheable_captions, variations
 from library.data.network_data import NetworkData
 from library.errors import UserError
 from library.models.conditioning import TextConditioner
-from library.models.encoders import weight_fingerprint
-from library.models.load import load_text_encoders
 from library.models.locate import BaseLocation, locate_base
 from library.options.network import TrainNetworkOptions
 from library.processes import Processes
-from library.training.network_run import COMPUTE_DTYPES, Prepared, clip_skip
+from library.training.network_models import load_frozen_text
+from library.training.network_run import Prepared, base_weights_facts, clip_skip
 from networks.original_names import Family
 
 
@@ -76,19 +75,17 @@ def _prompts(
                 f"({one.image.subset.place}). Leave one of them out."
             )
         captions.update(found)
-    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
     facts: dict[str, Any] = {
-        "weights": {
-            part: weight_fingerprint(base, part, options.cache.cache_dir / "weight_hashes.json")
-            for part in family.text_encoders
-        },
+        "weights": base_weights_facts(
+            options, base, family.text_encoders, options.cache.cache_dir / "weight_hashes.json"
+        ),
         "clip_skip": clip_skip(options, family),
         "chunks": options.text.chunks,
         "precision": options.model.mixed_precision,
     }
 
     def conditioner() -> TextConditioner:
-        parts = load_text_encoders(base, families=(family,), dtype=dtype, device=processes.device)
+        parts = load_frozen_text(options, base, family, processes.device)
         return TextConditioner(family, parts, clip_skip=clip_skip(options, family), chunks=options.text.chunks)
 
     return prepare_prompts(

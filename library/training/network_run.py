@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,40 +26,47 @@ from library.diffusion.loss import PointwiseLoss
 from library.diffusion.noise import NoiseRecipe
 from library.diffusion.objective import Objective
 from library.diffusion.schedule import NoiseSchedule
-from library.errors import UserError
-from library.files import read_json
-from library.merging.merge import fold_into_modules
+from library.files import file_hash, read_json
 from library.merging.source import read_source
-from library.models.conditioning import TextConditioner
+from library.models.conditioning import CHUNK, TextConditioner
 from library.models.configs import configs_of
 from library.models.encoders import weight_fingerprint
-from library.models.load import TextPart, load_scheduler_config, load_text_encoders, load_unet
+from library.models.load import TextPart, load_scheduler_config
 from library.models.locate import BaseLocation
 from library.options.network import TrainNetworkOptions
-from library.options.network_args import BlockCurve
 from library.options.parser import flatten
 from library.options.precision import TORCH_DTYPES
 from library.processes import Processes
 from library.training.ema import ExponentialAverage
 from library.training.loop import Run
 from library.training.network import NetworkTask, equal_number
-from library.training.network_checkpoints import NetworkCheckpoints, in_epochs
+from library.training.network_checkpoints import NetworkCheckpoints, Patience, validation_due
 from library.training.network_metadata import NetworkMetadata
-from library.training.optimizers import ParameterGroup, make_optimizer
+from library.training.network_models import (
+    COMPUTE_DTYPES,
+    build_network,
+    load_frozen_text,
+    load_frozen_unet,
+    parameter_groups,
+    round_frozen,
+    start_weights,
+)
+from library.training.optimizers import make_optimizer, optimizer_notes
 from library.training.plan import Plan
 from library.training.scaling import LossScaler
 from library.training.schedules import rate_multiplier
 from library.training.speed import set_up_determinism, set_up_speed
 from library.training.state import Trained
-from networks import AdapterError
 from networks.adapter_file import NETWORK_SPEC_KEY
-from networks.adapters import Adapter
-from networks.blocks import SECTIONS, block_weights
-from networks.network import Network, add_network
 from networks.original_names import SDXL, TEXT_ENCODER, UNET, Family
-from networks.spec import NetworkSpec
 
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+# Where data lie and how they are told about, which may change without another picture being shown.
+_NOT_DRAWN = frozenset(
+    """
+    image_dir conditioning_data_dir metadata_file name place notes subsets cache_info num_repeats validation_split
+    validation_seed
+    """.split()  # noqa: SIM905
+)
 
 
 @dataclass
@@ -70,6 +78,11 @@ class Prepared:
     data: NetworkData
     latents: LatentCaches
     prompts: PromptCache | None
+
+    def close(self) -> None:
+        self.latents.close()
+        if self.prompts is not None:
+            self.prompts.close()
 
 
 def make_objective(options: TrainNetworkOptions, base: BaseLocation, device: torch.device) -> Objective:
@@ -91,56 +104,91 @@ def make_objective(options: TrainNetworkOptions, base: BaseLocation, device: tor
 
 
 def build_run(
-    options: TrainNetworkOptions, processes: Processes, prepared: Prepared, order: BucketOrder, plan: Plan
+    options: TrainNetworkOptions,
+    processes: Processes,
+    prepared: Prepared,
+    order: BucketOrder,
+    plan: Plan,
+    log_folder: Path,
 ) -> tuple[Run, NetworkTask]:
-    """Models, adapters, data, optimizer and checkpoints of a run."""
+    """Models, adapters, data, optimizer and checkpoints of a run. log_folder: where its metrics go, for its states to tell."""
     set_up_determinism(options.speed, processes.device)
-    base, family, data = prepared.base, prepared.family, prepared.data
-    unet, parts = load_models(options, base, family, processes.device, with_text=prepared.prompts is None)
+    task = build_task(options, processes, prepared, plan)
+    trained = _trained(options, task)
+    with processes.main_first():
+        facts = _facts(options, prepared, task)
+        describe = NetworkMetadata(
+            options,
+            plan,
+            prepared.data,
+            prepared.family,
+            task.network.spec,
+            facts["prediction_type"],
+            prepared.base.path,
+        )
+    dtype = getattr(torch, TORCH_DTYPES[options.output.save_precision or "float"])
+
+    def export(step: int, name: str, finished: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors = task.network.tensors(dtype)
+        date = datetime.now().isoformat(timespec="seconds")
+        return tensors, describe.at(step, tensors, name, date, finished=finished)
+
+    every_n_steps, every_n_epochs = options.output.validate_every_n_steps, options.validation.validate_every_n_epochs
+    patience = None if options.validation.early_stop is None else Patience(options.validation.early_stop, processes.say)
+    run = Run(
+        task=task,
+        plan=plan,
+        trained=trained,
+        batches=lambda step: Prefetcher(task.training, requests(order, step), processes.device, workers=task.workers),
+        multiplier=rate_multiplier(options.optimizer, plan),
+        max_grad_norm=options.optimizer.max_grad_norm,
+        seed=options.training.seed,
+        output=options.output,
+        processes=processes,
+        checkpoints=NetworkCheckpoints(
+            options.output,
+            flatten(options),
+            facts | {"log_folder": str(log_folder)},
+            plan,
+            trained,
+            processes,
+            order=order,
+            export=export,
+            patience=patience,
+        ),
+        validates=bool(task.validation),
+        micro_batches=lambda step: len(order.step(step).micro_batches),
+        validation_due=lambda step: validation_due(step, every_n_steps, every_n_epochs, plan.steps_per_epoch),
+        enough=patience,
+    )
+    if (limit := options.network.scale_weight_norms) is not None:
+        run.after_step = lambda: {f"norm/{name}": value for name, value in task.network.clamp_norms(limit).items()}
+    return run, task
+
+
+def build_task(options: TrainNetworkOptions, processes: Processes, prepared: Prepared, plan: Plan) -> NetworkTask:
+    """Models with their adapters, and what they learn from."""
+    base, family, seed = prepared.base, prepared.family, options.training.seed
+    unet = load_frozen_unet(options, base, family, processes.device)
+    with_text = prepared.prompts is None
+    parts = load_frozen_text(options, base, family, processes.device) if with_text else []
     models: dict[str, Any] = {UNET: unet, **{part.component: part.model for part in parts}}
     network = build_network(models, options, family, start_weights(options))
+    round_frozen(models, options)
     groups = parameter_groups(network, options, family)
     for group in groups:
         processes.say(
             f"training {sum(p.numel() for p in group.parameters):,} parameters of {group.name} at {group.learning_rate:g}"
         )
+    for note in optimizer_notes(options.optimizer, groups):
+        processes.say(f"note: {note}")
     for model in models.values():
         model.train()
     set_up_speed(unet, options.speed)
-    conditioner = None
-    if parts:
-        if options.speed.gradient_checkpointing and options.trains_text_encoders:
-            for part in parts:
-                part.model.gradient_checkpointing_enable()
-        conditioner = TextConditioner(family, parts, clip_skip=clip_skip(options, family), chunks=options.text.chunks)
-
-    trained_names = {id(parameter) for group in groups for parameter in group.parameters}
-    trained_parts = _by_component({n: p for n, p in network.parameters.items() if id(p) in trained_names})
-    metadata = {
-        "format": "pt",
-        "base_model": options.model.pretrained_model_name_or_path,
-        NETWORK_SPEC_KEY: network.spec.to_json(),
-    }
-    trained = Trained(trained_parts, make_optimizer(groups, options.optimizer), None, metadata)
-    if options.model.mixed_precision == "fp16":
-        trained.scaler = LossScaler(processes.device)
-    if options.optimizer.ema_decay > 0:
-        trained.average = ExponentialAverage(trained.parameters, options.optimizer.ema_decay)
-
-    seed, workers = options.training.seed, options.speed.max_data_loader_n_workers
+    conditioner = _conditioner(options, processes, prepared, parts) if parts else None
     objective = make_objective(options, base, processes.device)
     make_samples = _samples_maker(options, prepared, conditioner, plan)
-    training = make_samples(data.training, frozen=False)
-    validation: dict[str, NetworkSamples] = {}
-    if data.validation:
-        beside = [
-            data.training[i] for i in equal_number([one.image.sample_id for one in data.training], len(data.validation))
-        ]
-        validation = {
-            "loss": make_samples(data.validation, frozen=True),
-            "train_loss": make_samples(beside, frozen=True),
-        }
-    task = NetworkTask(
+    return NetworkTask(
         models=models,
         network=network,
         groups=groups,
@@ -150,51 +198,66 @@ def build_run(
         trains_text=options.trains_text_encoders,
         is_sdxl=family == SDXL,
         scaling_factor=scaling_factor(base, family),
-        sample_latents=False,
         compute_dtype=COMPUTE_DTYPES[options.model.mixed_precision],
         processes=processes,
-        training=training,
-        validation=validation,
-        validation_batch=max(dataset.batch_size for dataset in data.datasets),
+        training=make_samples(prepared.data.training, frozen=False),
+        validation=_validation(prepared.data, make_samples),
         validation_batches=options.validation.max_validation_steps,
         validation_seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
-        workers=workers,
+        workers=options.speed.max_data_loader_n_workers,
         channels_last=options.speed.channels_last,
     )
-    output = in_epochs(options.output, options.validation.validate_every_n_epochs, plan.steps_per_epoch)
-    with processes.main_first():
-        facts = _facts(options, prepared, network, objective.schedule.prediction_type)
-        describe = NetworkMetadata(options, plan, data, family, network.spec, facts["prediction_type"], base.path)
-    dtype = getattr(torch, TORCH_DTYPES[options.output.save_precision or "float"])
-
-    def export(step: int, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        tensors = network.tensors(dtype)
-        return tensors, describe.at(step, tensors, name, datetime.now().isoformat(timespec="seconds"))
-
-    run = Run(
-        task=task,
-        plan=plan,
-        trained=trained,
-        batches=lambda step: Prefetcher(training, requests(order, step), processes.device, workers=workers),
-        multiplier=rate_multiplier(options.optimizer, plan),
-        max_grad_norm=options.optimizer.max_grad_norm,
-        seed=seed,
-        output=output,
-        processes=processes,
-        checkpoints=NetworkCheckpoints(
-            output, flatten(options), facts, plan, trained, processes, order=order, export=export
-        ),
-        validates=bool(validation),
-        micro_batches=lambda step: len(order.step(step).micro_batches),
-    )
-    if (limit := options.network.scale_weight_norms) is not None:
-        run.after_step = lambda: {f"norm/{name}": value for name, value in network.clamp_norms(limit).items()}
-    return run, task
 
 
 def clip_skip(options: TrainNetworkOptions, family: Family) -> int:
-    """SDXL's layer is fixed; a clip_skip beside it is passed over with a word by the script."""
+    """The layer of the text encoder, counted from the end; SDXL's is fixed, whatever is asked."""
     return 1 if family == SDXL or options.text.clip_skip is None else options.text.clip_skip
+
+
+def _conditioner(
+    options: TrainNetworkOptions, processes: Processes, prepared: Prepared, parts: list[TextPart]
+) -> TextConditioner:
+    """Text encoders that run in the step; says which captions they do not see the end of."""
+    if options.speed.gradient_checkpointing and options.trains_text_encoders:
+        for part in parts:
+            part.model.gradient_checkpointing_enable()
+    family, chunks = prepared.family, options.text.chunks
+    conditioner = TextConditioner(family, parts, clip_skip=clip_skip(options, family), chunks=chunks)
+    captions = list(dict.fromkeys(one.image.caption for one in prepared.data.every))
+    if cut := conditioner.overlong(captions):
+        processes.say(
+            f"{len(cut)} of {len(captions)} captions are longer than {chunks * CHUNK} tokens and are cut (first: "
+            f"{captions[cut[0]]!r}). --max_token_length gives them room, up to 225."
+        )
+    return conditioner
+
+
+def _trained(options: TrainNetworkOptions, task: NetworkTask) -> Trained:
+    """What a step changes. Parameters whose rate is 0 are in the adapter's file, and are not among it."""
+    learning = {id(parameter) for group in task.groups for parameter in group.parameters}
+    for parameter in task.network.parameters.values():
+        parameter.requires_grad_(id(parameter) in learning)
+    metadata = {
+        "format": "pt",
+        "base_model": options.model.pretrained_model_name_or_path,
+        NETWORK_SPEC_KEY: task.network.spec.to_json(),
+    }
+    parts = _by_component({name: p for name, p in task.network.parameters.items() if id(p) in learning})
+    trained = Trained(parts, make_optimizer(task.groups, options.optimizer), None, metadata)
+    if options.model.mixed_precision == "fp16":
+        trained.scaler = LossScaler(task.processes.device)
+    if options.optimizer.ema_decay > 0:
+        trained.average = ExponentialAverage(trained.parameters, options.optimizer.ema_decay)
+    return trained
+
+
+def _validation(data: NetworkData, make: Callable[..., NetworkSamples]) -> dict[str, NetworkSamples]:
+    """The held-out pictures, and beside them as many of those that are trained."""
+    if not data.validation:
+        return {}
+    own = [one for one in data.training if not one.image.subset.is_reg]
+    beside = [own[i] for i in equal_number([one.image.sample_id for one in own], len(data.validation))]
+    return {"loss": make(data.validation, frozen=True), "train_loss": make(beside, frozen=True)}
 
 
 def make_order(data: NetworkData, options: TrainNetworkOptions, rank: int = 0, world_size: int = 1) -> BucketOrder:
@@ -234,8 +297,6 @@ def make_plan(data: NetworkData, order: BucketOrder, options: TrainNetworkOption
 def _samples_maker(
     options: TrainNetworkOptions, prepared: Prepared, conditioner: TextConditioner | None, plan: Plan
 ) -> Callable[..., NetworkSamples]:
-    masks = any(one.image.subset.alpha_mask or one.image.mask is not None for one in prepared.data.every)
-
     def make(images: Sequence[TrainedImage], *, frozen: bool) -> NetworkSamples:
         return NetworkSamples(
             images,
@@ -245,18 +306,16 @@ def _samples_maker(
             last_step=plan.last_step,
             tokenize=None if conditioner is None else conditioner.tokenize,
             prompts=prepared.prompts,
-            read_mask=mask_of if masks else None,
+            read_mask=mask_of,
             frozen_captions=frozen,
         )
 
     return make
 
 
-def mask_of(image: TrainingImage, fitted: Fitted, flipped: bool) -> np.ndarray | None:
-    """How much each latent of a picture counts, [h, w]; None where nothing is masked."""
-    if image.mask is not None:
-        return latent_mask(image.mask, fitted, flipped)
-    return latent_mask(alpha_channel(image.path), fitted, flipped) if image.subset.alpha_mask else None
+def mask_of(image: TrainingImage, fitted: Fitted, flipped: bool) -> np.ndarray:
+    """How much each latent of a masked picture counts, float32 [h, w]."""
+    return latent_mask(alpha_channel(image.path) if image.mask is None else image.mask, fitted, flipped)
 
 
 def scaling_factor(base: BaseLocation, family: Family) -> float:
@@ -276,18 +335,41 @@ def _by_component(parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str,
     return parts
 
 
-def _facts(options: TrainNetworkOptions, prepared: Prepared, network: Network, prediction_type: str) -> dict[str, Any]:
+def _facts(options: TrainNetworkOptions, prepared: Prepared, task: NetworkTask) -> dict[str, Any]:
     """What state.json says besides the counters."""
-    digest = hashlib.sha256()
-    for one in prepared.data.training:
-        digest.update(f"{one.image.sample_id}\t{one.repeats}\t{one.fitted}\t{one.image.caption}\n".encode())
-    memory = options.cache.cache_dir / "weight_hashes.json"
+    family, memory = prepared.family, options.cache.cache_dir / "weight_hashes.json"
     return {
         "base_model": options.model.pretrained_model_name_or_path,
-        "family": prepared.family.key,
-        "network": network.spec.to_json(),
-        "prediction_type": "v_prediction" if options.objective.v_parameterization else prediction_type,
-        "samples": digest.hexdigest(),
-        "base_weights": weight_fingerprint(prepared.base, UNET, memory),
+        "family": family.key,
+        "network": task.network.spec.to_json(),
+        "prediction_type": "v_prediction"
+        if options.objective.v_parameterization
+        else task.objective.schedule.prediction_type,
+        "samples": samples_digest(prepared.data),
+        "base_weights": base_weights_facts(options, prepared.base, (UNET, *family.text_encoders), memory),
         "caches": {f"{w}x{h}": store.meta.producer for (w, h), store in sorted(prepared.latents.stores.items())},
     }
+
+
+def base_weights_facts(
+    options: TrainNetworkOptions, base: BaseLocation, components: Sequence[str], memory: Path
+) -> dict[str, Any]:
+    """Hashes of the frozen weights: those of the base, and of the adapters folded into it with their strengths."""
+    facts: dict[str, Any] = {component: weight_fingerprint(base, component, memory) for component in components}
+    folded = options.network.base_weights_with_multipliers
+    if folded:
+        facts["folded_in"] = [[file_hash(read_source(path).file), multiplier] for path, multiplier in folded]
+    return facts
+
+
+def samples_digest(data: NetworkData) -> str:
+    """Of everything that decides what is shown: pictures, cuts, captions, weights, and how each data set draws from them."""
+    digest = hashlib.sha256()
+    for one in data.training:
+        kept = {
+            **{name: value for name, value in vars(one.dataset).items() if name not in _NOT_DRAWN},
+            **{name: value for name, value in vars(one.image.subset).items() if name not in _NOT_DRAWN},
+        }
+        line = (one.image.sample_id, one.repeats, one.loss_weight, one.fitted, one.image.caption, sorted(kept.items()))
+        digest.update(f"{line}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

@@ -15,97 +15,104 @@ from library.errors import UserError
 from library.inference.pictures import parameters_text, save_picture
 from library.inference.prompt_file import PromptLine, read_prompt_file
 from library.inference.text_to_image import Drawing, assemble_pipeline, draw, make_sampler, native_size
-from library.models.load import TextPart, load_scheduler_config, load_text_encoders, load_vae
-from library.models.locate import BaseLocation
+from library.models.conditioning import TextConditioner
+from library.models.load import load_scheduler_config, load_vae
+from library.models.locate import locate_base
 from library.options.kohya_samples import SampleOptions
-from library.processes import Processes
-from library.training.state import Trained
-from library.training.tracking import MetricLog
-from networks.original_names import Family
+from library.options.network import TrainNetworkOptions
+from library.training.loop import Run
+from library.training.network import NetworkTask
+from library.training.network_models import load_frozen_text
+from library.training.network_run import Prepared, clip_skip
+from networks.original_names import SD15, SDXL, UNET
 
 STEPS, SCALE, SEED = 30, 7.5, 42  # kohya's, but for the seed, without which nothing could be compared
 
 
 @dataclass
 class Sampler:
-    """Draws the prompts of a file when it is their turn; see `due`.
+    """Draws the prompts of --sample_prompts when it is their turn; see `due`. resumed: the run goes on from a state."""
 
-    parts: text encoders that are trained; None loads the base's when they are needed.
-    """
-
-    options: SampleOptions
-    base: BaseLocation
-    family: Family
-    models: dict[str, Any]
-    parts: list[TextPart] | None
-    trained: Trained
-    dtype: torch.dtype
-    processes: Processes
-    folder: Path
-    name: str
-    steps_per_epoch: int
+    options: TrainNetworkOptions
+    prepared: Prepared
+    run: Run
+    task: NetworkTask
     first_step: int
-    log: MetricLog | None = None
+    resumed: bool
 
     def due(self, step: int, finished: bool) -> bool:
-        every = self.options.sample_every_n_steps
-        if self.options.sample_every_n_epochs is not None:
-            every = self.options.sample_every_n_epochs * self.steps_per_epoch
+        options = self.options.samples
+        every = options.sample_every_n_steps
+        if options.sample_every_n_epochs is not None:
+            every = options.sample_every_n_epochs * self.run.plan.steps_per_epoch
         if step == self.first_step:
-            return self.options.sample_at_first and step == 0
+            return options.sample_at_first and not self.resumed
         return finished or (every is not None and step % every == 0)
 
     def __call__(self, step: int, finished: bool) -> None:
         """Draw, by the main process, if it is time."""
-        if self.options.sample_prompts is None or not self.due(step, finished):
+        if not self.due(step, finished):
             return
-        if self.processes.is_main:
+        processes, prompts = self.run.processes, self.options.samples.sample_prompts
+        if processes.is_main:
+            assert prompts is not None
             start = time.perf_counter()
             try:
-                files = self._draw(read_prompt_file(self.options.sample_prompts), step)
-                self.processes.say(
-                    f"drew {len(files)} samples in {time.perf_counter() - start:.1f} s: {files[0].parent}"
-                )
+                files = self._draw(read_prompt_file(prompts), step)
+                processes.say(f"drew {len(files)} samples in {time.perf_counter() - start:.1f} s: {files[0].parent}")
             except Exception as error:  # whatever it is, the training is worth more
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                self.processes.say(f"warning: samples at step {step} could not be drawn: {reason}")
-        self.processes.wait()
+                processes.say(f"warning: samples at step {step} could not be drawn: {reason}")
+        processes.wait()
 
     @torch.no_grad()
     def _draw(self, lines: list[PromptLine], step: int) -> list[Path]:
-        device, files = self.processes.device, []
-        parts = self.parts or load_text_encoders(self.base, families=(self.family,), dtype=self.dtype, device=device)
-        vae = load_vae(self.base, families=(self.family,), dtype=torch.float32, device=device)
-        config = load_scheduler_config(self.base)
-        modes = {name: model.training for name, model in self.models.items()}
+        task, family, base = self.task, self.prepared.family, self.prepared.base
+        files = []
+        modes = {name: model.training for name, model in task.models.items()}
+        conditioner = task.conditioner or self._conditioner()
+        vae_options = self.options.model.vae
+        vae = load_vae(
+            base if vae_options is None else locate_base(vae_options, ("vae",)),
+            families=(SD15, SDXL) if vae_options else (family,),
+            dtype=task.compute_dtype,
+            device=self.run.processes.device,
+        )
+        config = load_scheduler_config(base)
         try:
-            for model in self.models.values():
+            for model in task.models.values():
                 model.eval()
-            with self.trained.judged():
+            task.network.set_multiplier(1.0)
+            with self.run.trained.judged():
                 for number, line in enumerate(lines):
-                    sampler = make_sampler(config, line.sample_sampler or self.options.sample_sampler)
-                    pipeline = assemble_pipeline(self.family, self.models["unet"], parts, vae, sampler)
-                    drawing, seed = (
-                        _drawing(line, native_size(pipeline)),
-                        SEED + number if line.seed is None else line.seed,
-                    )
-                    picture = draw(pipeline, drawing, [seed])[0]
+                    sampler = make_sampler(config, line.sample_sampler or self.options.samples.sample_sampler)
+                    pipeline = assemble_pipeline(family, task.models[UNET], conditioner.parts, vae, sampler)
+                    drawing = _drawing(line, native_size(pipeline))
+                    seed = SEED + number if line.seed is None else line.seed
+                    picture = draw(pipeline, drawing, [seed], conditioner)[0]
                     path = self._path(step, number, seed)
-                    save_picture(picture, path, parameters_text(drawing, seed, self.name, []))
+                    save_picture(picture, path, parameters_text(drawing, seed, self.options.output.output_name, []))
                     files.append(path)
-                    if self.log is not None:
-                        self.log.picture(f"samples/{number:02d}", picture, step)
+                    if self.run.log is not None:
+                        self.run.log.picture(f"samples/{number:02d}", picture, step)
         finally:
-            for name, model in self.models.items():
+            for name, model in task.models.items():
                 model.train(modes[name])
         return files
 
+    def _conditioner(self) -> TextConditioner:
+        """The text encoders where they are not part of the run: their outputs are cached."""
+        family, options = self.prepared.family, self.options
+        parts = load_frozen_text(options, self.prepared.base, family, self.run.processes.device)
+        return TextConditioner(family, parts, clip_skip=clip_skip(options, family), chunks=options.text.chunks)
+
     def _path(self, step: int, number: int, seed: int) -> Path:
         """NAME_e000002_00_20260102030405_42.png after an epoch, NAME_000500_... else."""
-        epoch, rest = divmod(step, self.steps_per_epoch)
+        epoch, rest = divmod(step, self.run.plan.steps_per_epoch)
         place = f"e{epoch:06d}" if rest == 0 else f"{step:06d}"
         moment = datetime.now().strftime("%Y%m%d%H%M%S")
-        return self.folder / "sample" / f"{self.name}_{place}_{number:02d}_{moment}_{seed}.png"
+        output = self.options.output
+        return output.output_dir / "sample" / f"{output.output_name}_{place}_{number:02d}_{moment}_{seed}.png"
 
 
 def check_prompts(options: SampleOptions, make: Callable[[str], Any]) -> None:

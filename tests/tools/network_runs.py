@@ -6,8 +6,9 @@ import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -18,9 +19,25 @@ from safetensors.torch import load_file
 
 from tests.tools.runs import launch
 
+if TYPE_CHECKING:
+    from library.data.bucket_order import BucketOrder
+    from library.data.network_batches import NetworkBatch, NetworkSamples
+    from library.options.network import TrainNetworkOptions
+    from library.training.network import NetworkTask
+    from library.training.network_run import Prepared
+    from library.training.plan import Plan
+
 SIZES = ((96, 96), (96, 96), (96, 96), (128, 64), (128, 64), (64, 128))
 """Of the pictures: with resolution 96 and steps of 32 each is a bucket of its own."""
-CAPTIONS = tuple(f"mio, a {colour} cat, {place}" for colour in ("red", "blue", "green") for place in ("on grass", "at sea"))
+CAPTIONS = tuple(
+    f"mio, a {colour} cat, {place}" for colour in ("red", "blue", "green") for place in ("on grass", "at sea")
+)
+
+EXACT: dict[str, object] = {
+    "gradient_accumulation_steps": 2, "save_state": "", "save_every_n_epochs": 1, "ema_decay": 0.5, "network_dropout": 0.1,
+    "shuffle_caption": "", "caption_dropout_rate": 0.2, "flip_aug": "", "lr_scheduler": "cosine",
+}  # fmt: skip
+"""Options of a run that draws everything there is to draw."""
 
 
 def draw_pictures(folder: Path, sizes: tuple[tuple[int, int], ...] = SIZES, *, first: int = 0) -> Path:
@@ -40,18 +57,30 @@ class NetworkSetting:
     def __init__(self, folder: Path, base: Path) -> None:
         self.folder, self.base = folder, base
         self.data = draw_pictures(folder / "mio")
+        self.few = draw_pictures(folder / "few", ((64, 64),) * 3, first=10)
         self.options: dict[str, object] = {
             "pretrained_model_name_or_path": base, "cache_dir": folder / "caches", "device": "cpu", "mixed_precision": "no",
             "network_dim": 2, "learning_rate": 1e-2, "max_train_epochs": 2, "max_data_loader_n_workers": 1,
             "log_every_n_steps": 1, "output_name": "mio",
         }  # fmt: skip
 
-    def dataset(self, name: str = "data", *, subset: str = "", dataset: str = "", more: str = "") -> Path:
+    @property
+    def quick(self) -> dict[str, object]:
+        """Changes for a run of two epochs of two steps over three pictures of 64 px, the U-Net alone."""
+        config = self.dataset("few", folder=self.few, dataset="resolution = 64\nbatch_size = 1")
+        return {
+            "dataset_config": config, "gradient_accumulation_steps": 2, "network_train_unet_only": "",
+            "cache_text_encoder_outputs": "",
+        }  # fmt: skip
+
+    def dataset(
+        self, name: str = "data", *, subset: str = "", dataset: str = "", more: str = "", folder: Path | None = None
+    ) -> Path:
         """A dataset file with further lines for its subset, its dataset, and after both."""
         path = self.folder / f"{name}.toml"
         path.write_text(
             f"[general]\nenable_bucket = true\nbucket_reso_steps = 32\nmin_bucket_reso = 64\nresolution = 96\nbatch_size = 2\n"
-            f"[[datasets]]\n{dataset}\n[[datasets.subsets]]\nimage_dir = '{self.data}'\n{subset}\n{more}\n"
+            f"[[datasets]]\n{dataset}\n[[datasets.subsets]]\nimage_dir = '{folder or self.data}'\n{subset}\n{more}\n"
         )
         return path
 
@@ -69,8 +98,65 @@ class NetworkSetting:
 
         return train_network.main(self.argv(output, *extra, **changes))
 
+    def build(self, *extra: str, **changes: object) -> Built:
+        """Everything up to the first step, in this process."""
+        from library.models.family import family_of
+        from library.models.locate import locate_base
+        from library.options.network import parse_network_options
+        from library.processes import Processes
+        from library.training.network_plan import collect_pictures
+        from library.training.network_prepare import prepare_caches
+        from library.training.network_run import build_task, make_order, make_plan
+
+        argv = self.argv(self.folder / "unused", *extra, **changes)
+        options = parse_network_options(argv, prog="train_network.py", description=None)
+        processes, base = Processes("cpu"), locate_base(str(options.model.pretrained_model_name_or_path))
+        prepared = prepare_caches(options, processes, base, family_of(base), collect_pictures(options, base))
+        order = make_order(prepared.data, options)
+        plan = make_plan(prepared.data, order, options)
+        return Built(options, prepared, order, plan, build_task(options, processes, prepared, plan))
+
     def start(self, output: Path, *extra: str, processes: int = 1, **changes: object) -> subprocess.Popen[str]:
         return launch("train_network.py", self.argv(output, *extra, **changes), processes)
+
+
+@dataclass
+class Built:
+    """A run that has not begun: what its options come to."""
+
+    options: TrainNetworkOptions
+    prepared: Prepared
+    order: BucketOrder
+    plan: Plan
+    task: NetworkTask
+
+    def batch(self, number: int = 0, samples: NetworkSamples | None = None) -> NetworkBatch:
+        """The `number`-th batch of the training pictures in their order, as they are in the first epoch."""
+        from library.training.network import validation_requests
+
+        samples = samples or self.task.training
+        request = list(validation_requests(samples))[number]
+        batch = samples.empty_batch(request, pin=False)
+        samples.fill(batch, slice(0, len(batch)))
+        return batch
+
+    def loss(self, batch: NetworkBatch | None = None, step: int = 0) -> float:
+        """Of a batch, with the noise and timesteps of a step."""
+        generator = torch.Generator().manual_seed(step)
+        torch.manual_seed(step)
+        return self.task.losses(self.batch() if batch is None else batch, generator, step)["loss"].item()
+
+    def close(self) -> None:
+        """Let go of the caches, so that others can be written."""
+        self.prepared.close()
+
+    def stir(self, scale: float = 0.1) -> Built:
+        """Give every adapter an effect, the same in all runs with the same network."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for _, parameter in sorted(self.task.network.parameters.items()):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        return self
 
 
 @contextmanager

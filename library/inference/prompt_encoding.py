@@ -1,0 +1,199 @@
+"""Weighted spans of a prompt to what the U-Net is conditioned on, for SD1.x and SDXL, as A1111 does it.
+
+Chunks of 75 tokens, each encoded alone between its own markers and joined with them: [77 of each chunk]. (Training joins
+chunks without the inner markers, as kohya's: `library.models.conditioning`.) Behaviour: A1111's wiki, "Features", and its
+token counts in tests/data/prompt_vectors.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from library.inference.prompt_syntax import Part, Prompt, Span, weighted_spans
+from library.models.conditioning import CHUNK, Conditioning, checked_clip_skip, hidden_layer
+from library.models.load import TextPart
+from networks.original_names import Family
+
+Emphasis = Literal["original", "no norm"]
+# A comma this close to the end of a full chunk takes what follows it into the next one: A1111's default.
+COMMA_BACKTRACK = 20
+_COMMA = ",</w>"
+# Relative to the states. A final layer norm of untrained gain and bias leaves a mean of rounding errors, and the quotient of two
+# such means is noise; CLIP's own means are near 0.1.
+_NO_MEAN = 1e-5
+
+
+@dataclass
+class Chunk:
+    """Up to 75 token ids, without markers and padding, and the weight of each."""
+
+    tokens: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """One side of an AND."""
+
+    weight: float
+    untils: tuple[int, ...]
+    """last step of each text, the first step being 1"""
+    texts: tuple[Conditioning, ...]
+    """of each text, a batch of one"""
+
+    def at_step(self, step: int) -> Conditioning:
+        """The conditioning of a step, counted from 1; the last one after the end."""
+        return next(
+            (text for until, text in zip(self.untils, self.texts, strict=True) if step <= until), self.texts[-1]
+        )
+
+
+class PromptEncoder:
+    """The text encoders of a model as a function of parsed prompts.
+
+    clip_skip: as A1111 counts, 1 is the last layer; SDXL's layer is fixed. emphasis: what weights do to the states;
+    "original" scales them back to the mean they had without, "no norm" does not. Raises UserError for layers that are
+    not there.
+    """
+
+    def __init__(
+        self, family: Family, parts: Sequence[TextPart], *, clip_skip: int = 1, emphasis: Emphasis = "original"
+    ) -> None:
+        self.family, self.parts, self.emphasis = family, list(parts), emphasis
+        self.clip_skip = checked_clip_skip(self.parts, clip_skip)
+
+    @torch.no_grad()
+    def encode(self, prompt: Prompt) -> tuple[EncodedPart, ...]:
+        """Each part of a prompt, every text of its schedule encoded once."""
+        return tuple(self._part(part) for part in prompt.parts)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[Sequence[Span]], counts: Sequence[int] | None = None) -> Conditioning:
+        """One batch: states [B, 77 * chunks, D] in the encoders' dtype and pooled [B, P] of the first chunks (SDXL).
+
+        Shorter texts are filled with empty chunks. "original" takes its means over the batch, as A1111 does over the texts of one
+        schedule; counts: how often each text stands in that. Texts of several pictures therefore do not belong in
+        one batch.
+        """
+        chunked = [cut_into_chunks(spans, self.parts[0]) for spans in texts]
+        length = max(map(len, chunked))
+        rows = [chunks + [Chunk()] * (length - len(chunks)) for chunks in chunked]
+        shares = torch.tensor(counts or [1] * len(rows), dtype=torch.float64)
+        states, pooled = [], None
+        for part in self.parts:
+            pieces = []
+            for index in range(length):
+                output = self._run(part, [row[index] for row in rows])
+                hidden = hidden_layer(self.family, part, output, self.clip_skip)  # [B, 77, D]
+                pieces.append(self._weighted(hidden, [row[index] for row in rows], shares))
+                if part is not self.parts[0] and index == 0:
+                    pooled = output.text_embeds
+            states.append(torch.cat(pieces, dim=1))
+        return Conditioning(torch.cat(states, dim=-1), pooled)
+
+    def token_counts(self, text: Sequence[Span]) -> list[int]:
+        """Tokens in each chunk."""
+        return [len(chunk.tokens) for chunk in cut_into_chunks(text, self.parts[0])]
+
+    def _part(self, part: Part) -> EncodedPart:
+        """Alternations repeat their texts; each is encoded once, and counts for the mean as often as it stands there."""
+        spans = [scheduled.spans for scheduled in part.schedule]
+        unique = list(dict.fromkeys(spans))
+        batch = self.encode_texts(unique, [spans.count(one) for one in unique])
+        found = {one: _row(batch, index) for index, one in enumerate(unique)}
+        return EncodedPart(
+            part.weight, tuple(scheduled.until_step for scheduled in part.schedule), tuple(found[one] for one in spans)
+        )
+
+    def _run(self, part: TextPart, chunks: Sequence[Chunk]) -> Any:
+        ids = torch.tensor([padded_ids(chunk, part) for chunk in chunks], device=part.model.device)
+        return part.model(ids, output_hidden_states=True)
+
+    def _weighted(self, hidden: Tensor, chunks: Sequence[Chunk], shares: Tensor) -> Tensor:
+        if all(weight == 1 for chunk in chunks for weight in chunk.weights):
+            return hidden
+        weights = torch.tensor([padded_weights(chunk) for chunk in chunks]).to(hidden.device)  # [B, 77]
+        states = hidden.float()
+        weighted = states * weights[..., None]
+        if self.emphasis == "original":
+            shares = shares.to(hidden.device)
+            before, after = (shares @ one.double().mean(dim=(1, 2)) / shares.sum() for one in (states, weighted))
+            size = states.square().mean().sqrt()
+            if min(abs(before), abs(after)) > _NO_MEAN * size:
+                weighted = weighted * (before / after).float()
+        return weighted.to(hidden.dtype)
+
+
+def empty_conditioning(like: Conditioning) -> Conditioning:
+    """Zeros of the same shape: what SDXL was trained to take for no prompt. A1111 and diffusers use it for an empty negative."""
+    return Conditioning(torch.zeros_like(like.states), None if like.pooled is None else torch.zeros_like(like.pooled))
+
+
+def fill_to(conditioning: Conditioning, empty: Conditioning, length: int) -> Conditioning:
+    """Empty chunks behind the states, up to `length` positions. empty: the encoded empty prompt, one chunk."""
+    missing = (length - conditioning.states.shape[1]) // empty.states.shape[1]
+    if not missing:
+        return conditioning
+    filling = empty.states.expand(conditioning.states.shape[0], -1, -1).repeat(1, missing, 1)
+    return conditioning._replace(states=torch.cat([conditioning.states, filling], dim=1))
+
+
+def same_length(conditionings: Sequence[Conditioning], encoder: PromptEncoder) -> list[Conditioning]:
+    """The shorter ones filled with empty chunks, so that positive and negative can go through the U-Net together."""
+    lengths = {one.states.shape[1] for one in conditionings}
+    if len(lengths) == 1:
+        return list(conditionings)
+    empty = encoder.encode_texts([weighted_spans("")])
+    return [fill_to(one, empty, max(lengths)) for one in conditionings]
+
+
+def cut_into_chunks(spans: Sequence[Span], part: TextPart, backtrack: int = COMMA_BACKTRACK) -> list[Chunk]:
+    """At least one chunk. A BREAK closes one; of a full one, what follows a comma in its last `backtrack` tokens moves on."""
+    tokenizer = part.tokenizer
+    comma = tokenizer.get_vocab().get(_COMMA)
+    chunks, current, last_comma = [], Chunk(), -1
+
+    def close(keep: int = CHUNK) -> None:
+        nonlocal current, last_comma
+        chunks.append(Chunk(current.tokens[:keep], current.weights[:keep]))
+        current, last_comma = Chunk(current.tokens[keep:], current.weights[keep:]), -1
+
+    for span in spans:
+        if span.closes_chunk:
+            close()
+            continue
+        ids = tokenizer(span.text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        for token in ids:
+            if token == comma:
+                last_comma = len(current.tokens)
+            elif len(current.tokens) == CHUNK and last_comma != -1 and CHUNK - last_comma <= backtrack:
+                close(last_comma + 1)
+            if len(current.tokens) == CHUNK:
+                close()
+            current.tokens.append(token)
+            current.weights.append(span.weight)
+    if current.tokens or not chunks:
+        close()
+    return chunks
+
+
+def padded_ids(chunk: Chunk, part: TextPart) -> list[int]:
+    """77 ids: start, tokens, end, and the encoder's own padding: the end again for CLIP-L, 0 for SDXL's CLIP-G."""
+    tokenizer = part.tokenizer
+    ids = [tokenizer.bos_token_id, *chunk.tokens, tokenizer.eos_token_id]
+    return ids + [tokenizer.pad_token_id] * (CHUNK + 2 - len(ids))
+
+
+def padded_weights(chunk: Chunk) -> list[float]:
+    """77 weights; 1 for markers and padding."""
+    return [1.0, *chunk.weights, *[1.0] * (CHUNK + 1 - len(chunk.weights))]
+
+
+def _row(batch: Conditioning, index: int) -> Conditioning:
+    row = slice(index, index + 1)
+    return Conditioning(batch.states[row], None if batch.pooled is None else batch.pooled[row])

@@ -1,0 +1,375 @@
+"""A1111's prompt language, from text to weighted spans per step. Torch-free; no text makes it raise.
+
+In A1111's order: `<lora:...>` tags are cut out (`prompt_networks`), AND parts are split off, each part's schedule
+(`[from:to:when]`, `[a|b]`) gives a text per step, and of each text the brackets give weighted spans. Behaviour: A1111's
+wiki, "Features", and its answers to the prompts of tests/data/prompt_vectors.json. reForge adds `(text:x2.5)`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+from library.inference.prompt_networks import NetworkTag, cut_out_networks
+
+Dialect = Literal["a1111", "reforge"]
+
+BREAK = "BREAK"
+_BREAK_WEIGHT = -1.0
+_ROUND, _SQUARE = 1.1, 1 / 1.1
+# Brackets nested by the thousand overflow; what is larger than float32's range is of no use to a model.
+_LARGEST = 3.4e38
+# Of reForge's `:x`: a prompt of one token fills that many chunks, and more is a slip of the keyboard.
+_MOST_COPIES = 750
+_REFORGE_EQUAL = 1e-4
+
+
+@dataclass(frozen=True)
+class Span:
+    """Text of one weight."""
+
+    text: str
+    weight: float
+
+    @property
+    def closes_chunk(self) -> bool:
+        """A BREAK outside of brackets. Inside of them it is the word BREAK with a negative weight, as in A1111."""
+        return self.text == BREAK and self.weight == _BREAK_WEIGHT
+
+
+@dataclass(frozen=True)
+class ScheduledText:
+    """What the prompt says in steps up to `until_step` (the first step is 1)."""
+
+    until_step: int
+    text: str
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One side of an AND; a prompt without AND has one."""
+
+    text: str
+    weight: float
+    schedule: tuple[ScheduledText, ...]
+
+    def at_step(self, step: int) -> ScheduledText:
+        """The text of a step, counted from 1; the last one after the end."""
+        return next((text for text in self.schedule if step <= text.until_step), self.schedule[-1])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    """without the tags"""
+    networks: tuple[NetworkTag, ...]
+    parts: tuple[Part, ...]
+
+
+def parse_prompt(text: str, steps: int, *, dialect: Dialect = "a1111", hires_after: int | None = None) -> Prompt:
+    """A positive prompt. steps: of the pass. hires_after: steps of the first pass, where this is the second (hires fix)."""
+    stripped, networks = cut_out_networks(text)
+    parts = tuple(
+        Part(part, weight, _schedule(part, steps, dialect, hires_after)) for part, weight in split_parts(stripped)
+    )
+    return Prompt(stripped, networks, parts)
+
+
+def parse_negative(text: str, steps: int, *, dialect: Dialect = "a1111", hires_after: int | None = None) -> Prompt:
+    """A negative prompt: one part, in which AND and a trailing `:number` are text, as in A1111. Tags are cut out."""
+    stripped, networks = cut_out_networks(text)
+    return Prompt(stripped, networks, (Part(stripped, 1.0, _schedule(stripped, steps, dialect, hires_after)),))
+
+
+def unbalanced_brackets(text: str) -> str | None:
+    """A note for the user where brackets do not pair, which A1111 takes literally or to the end of the text."""
+    opened: list[str] = []
+    for token in _BRACKET.findall(text):
+        if token in ("(", "["):
+            opened.append(token)
+        elif token in (")", "]") and (not opened or opened.pop() != _OPENING[token]):
+            return f"A {token!r} of the prompt closes nothing and is taken literally. Write \\{token} if that is meant."
+    if opened:
+        return f"{len(opened)} {opened[-1]!r} of the prompt stay open and weigh everything up to the end."
+    return None
+
+
+_OPENING = {")": "(", "]": "["}
+_BRACKET = re.compile(r"\\.|[()\[\]]", re.DOTALL)
+
+
+# AND
+
+_AND = re.compile(r"\bAND\b")
+_PART_WEIGHT = re.compile(r"\s*:\s*([-+]?(?:\d+\.?|\d*\.\d+))\s*\Z")
+
+
+def split_parts(text: str) -> list[tuple[str, float]]:
+    """The sides of every AND with their weights. One side alone has a weight too: of `a (b:1.2` that is 1.2."""
+    return [_part(side) for side in _AND.split(text)]
+
+
+def _part(side: str) -> tuple[str, float]:
+    found = _PART_WEIGHT.search(side)
+    weight = _number(found[1]) if found else None
+    if found is None or weight is None:
+        return side.rstrip(), 1.0
+    return side[: found.start()], weight
+
+
+# Schedules
+
+
+@dataclass(frozen=True)
+class _Switch:
+    """[before:after:when], when in steps."""
+
+    before: _Nodes
+    after: _Nodes
+    when: int
+
+
+@dataclass(frozen=True)
+class _Alternation:
+    options: tuple[_Nodes, ...]
+
+
+_Node = str | _Switch | _Alternation
+_Nodes = tuple[_Node, ...]
+
+_SCHEDULE_TOKEN = re.compile(r"(?:[^\\\[\]():|]|\\.)+|[\[\]():|]|\\", re.ASCII)
+_WHEN = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", re.ASCII)
+
+
+class _Frame:
+    """An open bracket: its pieces so far, and the separators between them."""
+
+    def __init__(self, bracket: str) -> None:
+        self.bracket = bracket
+        self.pieces: list[list[_Node]] = [[]]
+        self.separators: list[str] = []
+
+    def flat(self) -> Iterator[_Node]:
+        """As text, the bracket included."""
+        yield self.bracket
+        for index, piece in enumerate(self.pieces):
+            if index:
+                yield self.separators[index - 1]
+            yield from piece
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """How `when` becomes a step."""
+
+    steps: int
+    hires_after: int | None
+
+    def step(self, when: str) -> int:
+        hires = self.hires_after
+        if "." in when:
+            step = (float(when) - (0.0 if hires is None else 1.0)) * self.steps
+        else:
+            step = float(when) - (hires or 0)
+        return int(min(max(step, -1.0), self.steps))
+
+
+def schedule_texts(text: str, steps: int, hires_after: int | None = None) -> list[tuple[int, str]]:
+    """(last step, text) in order. `when` with a point is a fraction of the steps, without one a step.
+
+    In the second pass of the hires fix, the first pass's steps are taken off a step, and 1 off a fraction. A text with a
+    `|` or a backslash that belongs to nothing is no schedule and stays as it is.
+    """
+    nodes = _parse_schedule(text, _Clock(steps, hires_after))
+    if nodes is None:
+        return [(steps, text)]
+    return [(step, _text_at(nodes, step)) for step in _changes(nodes, steps)]
+
+
+def _schedule(text: str, steps: int, dialect: Dialect, hires_after: int | None) -> tuple[ScheduledText, ...]:
+    return tuple(
+        ScheduledText(until, now, weighted_spans(now, dialect))
+        for until, now in schedule_texts(text, steps, hires_after)
+    )
+
+
+def _parse_schedule(text: str, clock: _Clock) -> _Nodes | None:
+    """None where the text is no schedule. One pass with a stack of open brackets, so depth and length cost nothing.
+
+    A bracket that turns out to be none makes text of all the brackets around it: their insides would not be whole.
+    """
+    root: list[_Node] = []
+    frames: list[_Frame] = []
+
+    def give_up() -> None:
+        for frame in frames:
+            root.extend(frame.flat())
+        frames.clear()
+
+    for token in _SCHEDULE_TOKEN.findall(text):
+        if token in ("[", "("):
+            frames.append(_Frame(token))
+        elif token in ("]", ")"):
+            closed = _close(frames[-1], token, clock) if frames else None
+            if closed is None:
+                give_up()
+                root.append(token)
+            else:
+                frames.pop()
+                (frames[-1].pieces[-1] if frames else root).extend(closed)
+        elif token in (":", "|") and frames:
+            frames[-1].separators.append(token)
+            frames[-1].pieces.append([])
+        else:
+            (frames[-1].pieces[-1] if frames else root).append(token)
+    give_up()
+    return None if any(node in ("|", "\\") for node in root) else tuple(root)
+
+
+def _close(frame: _Frame, bracket: str, clock: _Clock) -> list[_Node] | None:
+    """What a bracket and its closing stand for; None if nothing."""
+    kinds, pieces = set(frame.separators), [tuple(piece) for piece in frame.pieces]
+    if any("\\" in piece for piece in pieces):
+        return None
+    if frame.bracket == "(":
+        return [*frame.flat(), ")"] if bracket == ")" and kinds <= {":"} and len(pieces) <= 2 else None
+    if bracket != "]" or len(kinds) > 1:
+        return None
+    if not kinds:
+        return [*frame.flat(), "]"]
+    if kinds == {"|"}:
+        return [_Alternation(tuple(pieces))]
+    last = [node for node in pieces[-1] if isinstance(node, str)]
+    when = _WHEN.fullmatch("".join(last)) if len(last) == len(pieces[-1]) else None
+    if when is None or len(pieces) > 3:
+        return None
+    return [_Switch(pieces[0] if len(pieces) == 3 else (), pieces[-2], clock.step(when[1]))]
+
+
+def _changes(nodes: _Nodes, steps: int) -> list[int]:
+    found = {steps}
+    todo: list[_Node] = list(nodes)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, _Switch):
+            if node.when >= 1:
+                found.add(node.when)
+            todo += [*node.before, *node.after]
+        elif isinstance(node, _Alternation):
+            found.update(range(1, steps + 1))
+            todo += [inner for option in node.options for inner in option]
+    return sorted(found)
+
+
+def _text_at(nodes: _Nodes, step: int) -> str:
+    words: list[str] = []
+    todo = list(reversed(nodes))
+    while todo:
+        node = todo.pop()
+        if isinstance(node, str):
+            words.append(node)
+        elif isinstance(node, _Switch):
+            todo += reversed(node.before if step <= node.when else node.after)
+        else:
+            todo += reversed(node.options[(step - 1) % len(node.options)])
+    return "".join(words)
+
+
+# Attention
+
+_ATTENTION_TOKEN = re.compile(
+    r"""
+    \\(?P<escaped>[()\[\]\\]?)
+    | (?P<open>[(\[])
+    | :\s*(?P<copies>x)?(?P<weight>[+-]?[.\d]+)\s*\)
+    | (?P<close>[)\]])
+    | [^\\()\[\]:]+
+    | :
+    """,
+    re.VERBOSE,
+)
+_BREAKS = re.compile(r"\s*\bBREAK\b\s*")
+
+
+@lru_cache(maxsize=256)
+def weighted_spans(text: str, dialect: Dialect = "a1111") -> tuple[Span, ...]:
+    """Spans of a text by its brackets: (x) times 1.1, [x] divided by it, (x:w) times w. Neighbours of one weight are one span.
+
+    Brackets multiply; what stays open reaches to the end; what closes nothing is text. A backslash makes text of a
+    bracket or of another backslash, and is dropped before anything else. dialect reforge knows (x:x2.5): x twice, the last
+    copy at 1.5 times its weight.
+    """
+    spans: list[Span] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+    for token in _ATTENTION_TOKEN.finditer(text):
+        if token["escaped"] is not None:
+            spans.append(Span(token["escaped"], 1.0))
+        elif token["open"]:
+            opened[token["open"]].append(len(spans))
+        elif token["weight"] and opened["("] and _closes_weighted(spans, opened["("], token, dialect):
+            pass
+        elif token["close"] == ")" and opened["("]:
+            _multiply(spans, opened["("].pop(), _ROUND)
+        elif token["close"] == "]" and opened["["]:
+            _multiply(spans, opened["["].pop(), _SQUARE)
+        elif token["weight"] and opened["("]:
+            # The number is none of this dialect's; its bracket closes all the same.
+            spans.append(Span(token[0][:-1], 1.0))
+            _multiply(spans, opened["("].pop(), _ROUND)
+        else:
+            spans.extend(_at_breaks(token[0]))
+    for bracket, factor in (("(", _ROUND), ("[", _SQUARE)):
+        for start in opened[bracket]:
+            _multiply(spans, start, factor)
+    return tuple(_merged(spans or [Span("", 1.0)], 0.0 if dialect == "a1111" else _REFORGE_EQUAL))
+
+
+def _closes_weighted(spans: list[Span], opened: list[int], token: re.Match[str], dialect: Dialect) -> bool:
+    """Close the innermost bracket at the number in front of it. False, and nothing done, where that is no weight."""
+    weight = _number(token["weight"])
+    if weight is None or (token["copies"] and (dialect != "reforge" or not 0 <= weight <= _MOST_COPIES)):
+        return False
+    start = opened.pop()
+    if token["copies"]:
+        inside, copies = spans[start:], max(int(weight), 1)
+        spans.extend(inside * (copies - 1))
+        start, weight = start + len(inside) * (copies - 1), weight - (copies - 1)
+    _multiply(spans, start, weight)
+    return True
+
+
+def _multiply(spans: list[Span], start: int, factor: float) -> None:
+    for index in range(start, len(spans)):
+        weight = spans[index].weight * factor
+        spans[index] = replace(spans[index], weight=min(max(weight, -_LARGEST), _LARGEST))
+
+
+def _at_breaks(text: str) -> Iterator[Span]:
+    for index, piece in enumerate(_BREAKS.split(text)):
+        if index:
+            yield Span(BREAK, _BREAK_WEIGHT)
+        yield Span(piece, 1.0)
+
+
+def _merged(spans: Sequence[Span], tolerance: float) -> Iterator[Span]:
+    current = spans[0]
+    for span in spans[1:]:
+        if abs(span.weight - current.weight) <= tolerance:
+            current = Span(current.text + span.text, current.weight)
+        else:
+            yield current
+            current = span
+    yield current
+
+
+def _number(text: str) -> float | None:
+    """None for what looks like a number and is none (1.2.3), or is beyond all use."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if abs(value) <= _LARGEST else None

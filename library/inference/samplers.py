@@ -1,0 +1,273 @@
+"""Samplers by the names people know, as functions of a denoiser and an array of noise levels.
+
+sampler(denoise, x, sigmas, noise) -> x at the last level. denoise(x, sigma) is the model's guess of the clean latents for
+x = latents + sigma * noise; x [B, ...] starts with noise of level sigmas[0]; sigmas fall and may end in 0; noise is asked
+for a standard normal between two levels (`library.inference.noise`). Formulas: k-diffusion (Katherine Crowson, MIT), where not
+said otherwise; the numbers agree with its own to rounding.
+
+Every coefficient is a float64 number of the host, so there is no reading back from the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.polynomial import Polynomial
+from numpy.polynomial.polynomial import polyfromroots
+from torch import Tensor
+
+from library.errors import UserError
+from library.inference.noise import NoiseSource
+from library.options.parser import nearest
+
+Denoiser = Callable[[Tensor, float], Tensor]
+
+_LMS_ORDER = 4
+_UNIPC_ORDER = 3
+
+
+class SamplerFunction(Protocol):
+    def __call__(self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What the settings of a picture need to know of a sampler."""
+
+    function: SamplerFunction
+    noise: str = "none"
+    """none, step (StepNoise) or brownian (BrownianNoise)"""
+    calls_per_step: int = 1
+    """times the model is asked in each step but the last"""
+    schedule: str = "Normal"
+    """A1111's "Automatic" """
+    discard_next_to_last: bool = False
+    """A1111 leaves out the last level but one"""
+
+
+def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
+    """Euler's method; arXiv 2206.00364, algorithm 2 without churn."""
+    for sigma, after in _steps(sigmas):
+        x = x + (x - denoise(x, sigma)) * ((after - sigma) / sigma)
+    return x
+
+
+def euler_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, eta: float = 1.0) -> Tensor:
+    """Euler down to a lower level, and noise up again."""
+    for sigma, after in _steps(sigmas):
+        down, up = _ancestral(sigma, after, eta)
+        x = x + (x - denoise(x, sigma)) * ((down - sigma) / sigma)
+        x = _with_noise(x, noise, sigma, after, up)
+    return x
+
+
+def ddim(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, eta: float = 0.0) -> Tensor:
+    """DDIM (arXiv 2010.02502, equation 12). Divided by sqrt(alphas_cumprod), its step of any eta is Euler's ancestral one.
+
+    Its customary levels ("DDIM" of `library.inference.sigmas`) end above 0: then the result times 1 / sqrt(1 + sigma^2) is what
+    diffusers returns.
+    """
+    return euler_ancestral(denoise, x, sigmas, noise, eta=eta)
+
+
+def lms(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
+    """Linear multistep of order 4: the slopes' polynomial in sigma, integrated exactly."""
+    levels = _levels(sigmas)
+    slopes: list[Tensor] = []  # the newest first
+    for index, (sigma, after) in enumerate(_steps(sigmas)):
+        slopes = [(x - denoise(x, sigma)) / sigma, *slopes[: _LMS_ORDER - 1]]
+        known = [levels[index - back] for back in range(len(slopes))]
+        for slope, weight in zip(slopes, _lagrange_integrals(known, sigma, after), strict=True):
+            x = x + weight * slope
+    return x
+
+
+def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
+    """DPM-Solver++(2M), arXiv 2211.01095, algorithm 2."""
+    last: Tensor | None = None
+    h_last = 0.0
+    for sigma, after in _steps(sigmas):
+        denoised = denoise(x, sigma)
+        if after == 0:
+            return denoised
+        h = math.log(sigma / after)
+        guess = denoised if last is None else denoised + (denoised - last) * (h / (2 * h_last))
+        x = (after / sigma) * x - math.expm1(-h) * guess
+        last, h_last = denoised, h
+    return x
+
+
+def dpmpp_2s_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, eta: float = 1.0) -> Tensor:
+    """DPM-Solver++(2S), arXiv 2211.01095, algorithm 1 with the midpoint, with ancestral noise."""
+    for sigma, after in _steps(sigmas):
+        denoised = denoise(x, sigma)
+        down, up = _ancestral(sigma, after, eta)
+        if down == 0:
+            x = x + (x - denoised) * ((down - sigma) / sigma)
+        else:
+            middle = math.sqrt(sigma * down)
+            halfway = (middle / sigma) * x - (middle / sigma - 1) * denoised
+            x = (down / sigma) * x - (down / sigma - 1) * denoise(halfway, middle)
+        x = _with_noise(x, noise, sigma, after, up)
+    return x
+
+
+def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, eta: float = 1.0) -> Tensor:
+    """DPM-Solver++(2M) for the SDE, in k-diffusion's midpoint form, A1111's default."""
+    last: Tensor | None = None
+    h_last = 0.0
+    for sigma, after in _steps(sigmas):
+        denoised = denoise(x, sigma)
+        if after == 0:
+            return denoised
+        h = math.log(sigma / after)
+        gain = -math.expm1(-h * (1 + eta))
+        guess = denoised if last is None else denoised + (denoised - last) * (h / (2 * h_last))
+        x = math.exp(-h * (1 + eta)) * x + gain * guess
+        x = _with_noise(x, noise, sigma, after, after * math.sqrt(-math.expm1(-2 * h * eta)))
+        last, h_last = denoised, h
+    return x
+
+
+def dpmpp_3m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, eta: float = 1.0) -> Tensor:
+    """DPM-Solver++(3M) for the SDE. The third-order term has k-diffusion's sign; that of diffusers 0.42 is a mistake."""
+    guesses: list[Tensor] = []
+    widths: list[float] = []
+    for sigma, after in _steps(sigmas):
+        denoised = denoise(x, sigma)
+        if after == 0:
+            return denoised
+        h = math.log(sigma / after)
+        decay = h * (1 + eta)
+        x_next = math.exp(-decay) * x - math.expm1(-decay) * denoised
+        phi_2 = math.expm1(-decay) / decay + 1
+        if guesses:
+            first = (denoised - guesses[0]) * (h / widths[0])
+            slope = first
+            if len(guesses) > 1:
+                second = (guesses[0] - guesses[1]) * (h / widths[1])
+                curve = (first - second) * (h / (widths[0] + widths[1]))
+                slope = first + curve * (widths[0] / h)
+                x_next = x_next - (phi_2 / decay - 0.5) * curve
+            x_next = x_next + phi_2 * slope
+        x = _with_noise(x_next, noise, sigma, after, after * math.sqrt(-math.expm1(-2 * h * eta)))
+        guesses, widths = [denoised, *guesses[:1]], [h, *widths[:1]]
+    return x
+
+
+def unipc(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, order: int = _UNIPC_ORDER) -> Tensor:
+    """UniPC (arXiv 2302.04867, algorithms 5 to 8) of predicted latents, with B(h) = h ("bh1") and lower orders at the end.
+
+    Order 3 and bh1 are A1111's.
+    """
+    levels = _levels(sigmas)
+    last_step = len(levels) - 2
+    guesses: list[Tensor] = []  # of the levels passed, the newest first
+    before, used = x, 0
+    for index, (sigma, after) in enumerate(_steps(sigmas)):
+        denoised = denoise(x, sigma)
+        if used:
+            x = _unipc_step(before, [denoised, *guesses], levels, index - 1, used, corrects=True)
+        guesses = [denoised, *guesses[: order - 1]]
+        if after == 0:
+            return denoised
+        used = min(order, len(guesses), last_step - index + 1)
+        before, x = x, _unipc_step(x, guesses, levels, index, used, corrects=False)
+    return x
+
+
+def _unipc_step(
+    x: Tensor, guesses: Sequence[Tensor], levels: Sequence[float], index: int, order: int, *, corrects: bool
+) -> Tensor:
+    """From level `index` to the next one. corrects: guesses[0] is that of the next level, known already."""
+    ahead = list(guesses[:1]) if corrects else []
+    here, *back = guesses[len(ahead) :]
+    sigma, after = levels[index], levels[index + 1]
+    h = math.log(sigma / after)
+    ratios = [math.log(sigma / levels[index - k]) / h for k in range(1, order)]  # negative
+    differences = [(old - here) / ratio for old, ratio in zip(back, ratios, strict=False)]
+    if corrects:
+        ratios, differences = [*ratios, 1.0], [*differences, ahead[0] - here]
+    x_next = (after / sigma) * x - math.expm1(-h) * here
+    for difference, weight in zip(differences, _unipc_weights(ratios, -h), strict=True):
+        x_next = x_next - weight * difference
+    return x_next
+
+
+def _unipc_weights(ratios: Sequence[float], step: float) -> list[float]:
+    """Equation 8 of the paper times B = h. Of a single earlier value, the paper takes 1/2 (its section 3.4)."""
+    count = len(ratios)
+    if count == 0:
+        return []
+    if count == 1:
+        return [step / 2]
+    right, phi, factorial = [], math.expm1(step) / step - 1, 1
+    for power in range(1, count + 1):
+        right.append(phi * factorial / step)
+        factorial *= power + 1
+        phi = phi / step - 1 / factorial
+    matrix = np.vander(np.array(ratios), count, increasing=True).T
+    return [float(value) * step for value in np.linalg.solve(matrix, np.array(right))]
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "Euler": Sampler(euler),
+    "Euler a": Sampler(euler_ancestral, noise="step"),
+    "DDIM": Sampler(ddim, schedule="DDIM"),
+    "LMS": Sampler(lms),
+    "DPM++ 2M": Sampler(dpmpp_2m, schedule="Karras"),
+    "DPM++ 2S a": Sampler(dpmpp_2s_ancestral, noise="step", calls_per_step=2, schedule="Karras"),
+    "DPM++ 2M SDE": Sampler(dpmpp_2m_sde, noise="brownian", schedule="Exponential"),
+    "DPM++ 3M SDE": Sampler(dpmpp_3m_sde, noise="brownian", schedule="Exponential", discard_next_to_last=True),
+    "UniPC": Sampler(unipc),
+}
+
+
+def find_sampler(name: str) -> Sampler:
+    """Raises UserError for an unknown name, with the nearest one."""
+    if name not in SAMPLERS:
+        raise UserError(f"{name} is no sampler{nearest(name, SAMPLERS)}. Known are {', '.join(SAMPLERS)}.")
+    return SAMPLERS[name]
+
+
+def no_noise(_sigma: float, _after: float) -> Tensor:
+    """Of samplers that are deterministic, a defect of the program if asked."""
+    raise ValueError("this sampler was not given a source of noise")
+
+
+def _levels(sigmas: Tensor) -> list[float]:
+    return [float(sigma) for sigma in sigmas.tolist()]
+
+
+def _steps(sigmas: Tensor) -> list[tuple[float, float]]:
+    levels = _levels(sigmas)
+    return list(zip(levels, levels[1:], strict=False))
+
+
+def _ancestral(sigma: float, after: float, eta: float) -> tuple[float, float]:
+    """Level to go down to, and deviation of the noise that leads from there to `after`."""
+    up = min(after, eta * math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2))
+    return math.sqrt(after**2 - up**2), up
+
+
+def _with_noise(x: Tensor, noise: NoiseSource, sigma: float, after: float, deviation: float) -> Tensor:
+    if deviation == 0:
+        return x
+    return x + deviation * noise(sigma, after).to(device=x.device, dtype=x.dtype)
+
+
+def _lagrange_integrals(nodes: Sequence[float], start: float, end: float) -> list[float]:
+    """Integrals over [start, end] of the polynomials that are 1 at one node and 0 at the others."""
+    found = []
+    for node in nodes:
+        others = [other for other in nodes if other != node]
+        # From the middle, so that nothing cancels.
+        centre = (start + end) / 2
+        integral = Polynomial(polyfromroots([other - centre for other in others])).integ()
+        scale = math.prod(node - other for other in others)
+        found.append(float(integral(end - centre) - integral(start - centre)) / scale)
+    return found

@@ -1,0 +1,259 @@
+"""Noise levels of a picture's steps, highest first, and which training timestep a noise level is.
+
+A level is sigma = sqrt((1 - a) / a) of a = alphas_cumprod, the noise beside latents of unit variance (k-diffusion's
+convention, arXiv 2206.00364). Names are A1111's. All of this is computed in float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from library.diffusion.schedule import NoiseSchedule
+from library.errors import UserError
+from library.options.parser import nearest
+from networks.original_names import SDXL, Family
+
+_RHO = 7.0  # Karras et al. 2022, table 1
+# What A1111 and ComfyUI put in place of alphas_cumprod = 0, where sigma would be infinite: sigma 4518.8.
+_LEAST_ALPHA_CUMPROD = 4.8973451890853435e-08
+
+# Align Your Steps (arXiv 2404.14507) as reForge has them: 11 levels from NVIDIA's how-to, and 32.
+_AYS: dict[int, dict[str, tuple[float, ...]]] = {
+    # fmt: off
+    11: {
+        "sd15": (
+            14.61464123,
+            6.475250877,
+            3.861199796,
+            2.69742363,
+            1.886003514,
+            1.395992094,
+            0.9630100968,
+            0.6520027316,
+            0.398990997,
+            0.1519967679,
+            0.029,
+        ),
+        "sdxl": (
+            14.61464123,
+            6.315748154,
+            3.771520317,
+            2.180964219,
+            1.342023988,
+            0.8620172956,
+            0.554993401,
+            0.3799958718,
+            0.2339952484,
+            0.1129974735,
+            0.029,
+        ),
+    },
+    32: {
+        "sd15": (
+            14.61464123,
+            11.23923761,
+            8.643418625,
+            6.647131061,
+            5.572371825,
+            4.716369679,
+            3.991862655,
+            3.519474501,
+            3.134827704,
+            2.792219335,
+            2.487675211,
+            2.216584236,
+            1.975035025,
+            1.779273521,
+            1.614713711,
+            1.465373557,
+            1.314816723,
+            1.166396336,
+            1.034730069,
+            0.9157149604,
+            0.8074618678,
+            0.7120061312,
+            0.6217237375,
+            0.5306389935,
+            0.4528984819,
+            0.3749053466,
+            0.2746114486,
+            0.2011479621,
+            0.1410552673,
+            0.06682716948,
+            0.03166043278,
+            0.015,
+        ),
+        "sdxl": (
+            14.61464123,
+            11.14888811,
+            8.505012483,
+            6.488112235,
+            5.43694055,
+            4.603873171,
+            3.898451338,
+            3.273994198,
+            2.743897911,
+            2.299630137,
+            1.954437161,
+            1.671046128,
+            1.428746446,
+            1.231779851,
+            1.067870275,
+            0.9257717035,
+            0.8028891501,
+            0.6965841098,
+            0.6043541939,
+            0.5285125457,
+            0.467721958,
+            0.4139236287,
+            0.3625729593,
+            0.310077558,
+            0.2651827401,
+            0.2232591293,
+            0.1765344363,
+            0.1395884933,
+            0.105871211,
+            0.0551923351,
+            0.02877263367,
+            0.015,
+        ),
+    },
+    # fmt: on
+}
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """Sigma of every training timestep of a base, and the way back; in between, linear in log sigma."""
+
+    sigmas: Tensor
+    """[T] float64, ascending, finite"""
+
+    @staticmethod
+    def of(schedule: NoiseSchedule) -> NoiseLevels:
+        """A schedule that ends in pure noise ends at sigma 4518.8 instead of infinity, as in A1111."""
+        alphas = schedule.alphas_cumprod.detach().cpu().double().clamp(min=_LEAST_ALPHA_CUMPROD)
+        return NoiseLevels(((1 - alphas) / alphas).sqrt())
+
+    @property
+    def low(self) -> float:
+        return float(self.sigmas[0])
+
+    @property
+    def high(self) -> float:
+        return float(self.sigmas[-1])
+
+    def sigma(self, timestep: float) -> float:
+        """Of a timestep, fractions too; those outside of the training's are its ends."""
+        positions = np.arange(len(self.sigmas))
+        return math.exp(np.interp(timestep, positions, self.sigmas.log().numpy()))
+
+    def timestep(self, sigma: float) -> float:
+        """Inverse of `sigma`: what the U-Net is told. A1111 and ComfyUI hand such fractions over as they are."""
+        if sigma <= 0:
+            return 0.0
+        return float(np.interp(math.log(sigma), self.sigmas.log().numpy(), np.arange(len(self.sigmas))))
+
+
+def noise_levels(
+    name: str,
+    steps: int,
+    levels: NoiseLevels,
+    family: Family,
+    *,
+    discard_next_to_last: bool = False,
+) -> Tensor:
+    """[steps + 1] float64, falling, the last one 0 (of "DDIM": the lowest of the training).
+
+    discard_next_to_last: one more level is made and the last but one left out, as A1111 does for some samplers. Raises
+    UserError for an unknown name (SCHEDULES has those known).
+    """
+    if name not in SCHEDULES:
+        raise UserError(f"{name} is no schedule{nearest(name, SCHEDULES)}. Known are {', '.join(SCHEDULES)}.")
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, got {steps}.")
+    make = SCHEDULES[name]
+    if not discard_next_to_last:
+        return make(steps, levels, family)
+    found = make(steps + 1, levels, family)
+    return torch.cat([found[:-2], found[-1:]])
+
+
+def scaled_model_input(sigma: float) -> float:
+    """What latents with noise of level sigma are multiplied by to be what the U-Net saw in training (unit variance)."""
+    return 1 / math.sqrt(sigma**2 + 1)
+
+
+def part_of(sigmas: Tensor, strength: float) -> Tensor:
+    """The end of the levels, over which img2img and the hires fix run: int(strength * steps) + 1 steps, as in A1111.
+
+    Of strength 1 that is all of them. The picture is noised to the first of these levels.
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"denoising strength must lie between 0 and 1, got {strength}.")
+    steps = len(sigmas) - 1
+    encoded = int(min(strength, 0.999) * steps)
+    return sigmas[steps - encoded - 1 :]
+
+
+def _normal(steps: int, levels: NoiseLevels, _: Family) -> Tensor:
+    """Equal steps of the timestep, from the last one to 0."""
+    timesteps = np.linspace(len(levels.sigmas) - 1, 0, steps)
+    return _with_zero([levels.sigma(timestep) for timestep in timesteps])
+
+
+def _karras(steps: int, levels: NoiseLevels, _: Family) -> Tensor:
+    """arXiv 2206.00364, equation 5."""
+    low, high = levels.low ** (1 / _RHO), levels.high ** (1 / _RHO)
+    return _with_zero([(high + way * (low - high)) ** _RHO for way in np.linspace(0, 1, steps)])
+
+
+def _exponential(steps: int, levels: NoiseLevels, _: Family) -> Tensor:
+    return _with_zero(np.exp(np.linspace(math.log(levels.high), math.log(levels.low), steps)))
+
+
+def _align_your_steps(table: int) -> Callable[[int, NoiseLevels, Family], Tensor]:
+    """As A1111 and reForge: `steps` levels, interpolated in log sigma unless the table has as many, then 0.
+
+    ComfyUI takes steps + 1 and makes 0 of the last, so that its 10 steps are the table of 11. The table is the
+    paper's for SD1.5 and SDXL; a base with another noise schedule gets it all the same.
+    """
+
+    def levels_of(steps: int, _: NoiseLevels, family: Family) -> Tensor:
+        known = _AYS[table]["sdxl" if family == SDXL else "sd15"]
+        if steps == len(known):
+            return _with_zero(known)
+        ways = np.linspace(0, 1, steps)
+        return _with_zero(np.exp(np.interp(ways, np.linspace(0, 1, len(known)), np.log(known))))
+
+    return levels_of
+
+
+def _ddim(steps: int, levels: NoiseLevels, _: Family) -> Tensor:
+    """Timesteps 1 + k * (T // steps), and at the end that of 0: "leading" with an offset of 1 (DDIM, CompVis' code)."""
+    stride = len(levels.sigmas) // steps
+    if stride < 1:
+        raise UserError(f"DDIM's schedule has at most {len(levels.sigmas)} steps, got {steps}.")
+    last = len(levels.sigmas) - 1
+    timesteps = [min(1 + stride * k, last) for k in reversed(range(steps))]
+    return torch.cat([levels.sigmas[timesteps], levels.sigmas[:1]])
+
+
+def _with_zero(sigmas: np.ndarray | list[float] | tuple[float, ...]) -> Tensor:
+    return torch.cat([torch.tensor(np.asarray(sigmas), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+
+
+SCHEDULES: dict[str, Callable[[int, NoiseLevels, Family], Tensor]] = {
+    "Normal": _normal,
+    "Karras": _karras,
+    "Exponential": _exponential,
+    "Align Your Steps 11": _align_your_steps(11),
+    "Align Your Steps 32": _align_your_steps(32),
+    "DDIM": _ddim,
+}

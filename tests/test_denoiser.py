@@ -1,0 +1,130 @@
+"""Prompt, denoiser and sampler together draw what diffusers' pipelines draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from library.diffusion.schedule import NoiseSchedule
+from library.inference.denoiser import GuidedDenoiser
+from library.inference.prompt_encoding import EncodedPart, PromptEncoder
+from library.inference.prompt_syntax import parse_negative, parse_prompt
+from library.inference.samplers import euler, no_noise
+from library.inference.sigmas import noise_levels
+from library.models.load import load_text_encoders
+from networks.original_names import SD15, SDXL, Family
+
+STEPS = 4
+
+
+class Drawn:
+    """A tiny base, its pipeline on Euler with Karras' levels, and the same by our own parts."""
+
+    def __init__(self, family: Family, folder: Path, prediction_type: str = "epsilon") -> None:
+        kind = StableDiffusionXLPipeline if family == SDXL else StableDiffusionPipeline
+        self.family, self.pipeline = family, kind.from_pretrained(folder, use_safetensors=True)
+        self.pipeline.set_progress_bar_config(disable=True)
+        config = {**self.pipeline.scheduler.config, "prediction_type": prediction_type}
+        self.pipeline.scheduler = EulerDiscreteScheduler.from_config(
+            config, use_karras_sigmas=True, timestep_spacing="linspace"
+        )
+        self.schedule = NoiseSchedule.from_config(config)
+        self.encoder = PromptEncoder(family, load_text_encoders(str(folder)))
+        self.noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def theirs(self, prompt: str, negative: str, cfg_scale: float) -> torch.Tensor:
+        return self.pipeline(
+            [prompt] * 2,
+            negative_prompt=[negative] * 2,
+            num_inference_steps=STEPS,
+            guidance_scale=cfg_scale,
+            height=128,
+            width=128,
+            latents=self.noise,
+            output_type="latent",
+        ).images
+
+    def ours(self, prompt: str, negative: str, cfg_scale: float, noise: torch.Tensor | None = None) -> torch.Tensor:
+        denoiser = self.denoiser(prompt, negative, cfg_scale)
+        sigmas = noise_levels("Karras", STEPS, denoiser.levels, self.family)
+        begin = (self.noise if noise is None else noise) * float(sigmas[0])
+        return euler(denoiser, begin, sigmas, no_noise)
+
+    def denoiser(self, prompt: str, negative: str, cfg_scale: float, **more: Any) -> GuidedDenoiser:
+        encoded = self.encoder.encode(parse_prompt(prompt, STEPS))
+        (plain,) = self.encoder.encode(parse_negative(negative, STEPS))
+        sizes = [128, 128, 0, 0, 128, 128] if self.family == SDXL else None
+        return GuidedDenoiser(
+            self.pipeline.unet,
+            self.schedule,
+            self.encoder,
+            encoded,
+            plain,
+            cfg_scale=cfg_scale,
+            size_ids=sizes,
+            **more,
+        )
+
+
+@pytest.fixture(scope="module")
+def sd15(tiny_sd15: Path) -> Drawn:
+    return Drawn(SD15, tiny_sd15)
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 5.0])
+def test_sd15_is_the_pipelines(sd15: Drawn, cfg_scale: float) -> None:
+    asked = ("a red circle", "blue", cfg_scale)
+    torch.testing.assert_close(sd15.ours(*asked), sd15.theirs(*asked), rtol=1e-3, atol=1e-3)
+
+
+def test_velocity_is_the_pipelines(tiny_sd15: Path) -> None:
+    drawn, asked = Drawn(SD15, tiny_sd15, "v_prediction"), ("a red circle", "blue", 3.0)
+    torch.testing.assert_close(drawn.ours(*asked), drawn.theirs(*asked), rtol=1e-3, atol=1e-3)
+
+
+def test_sdxl_is_the_pipelines(tiny_sdxl: Path) -> None:
+    drawn, asked = Drawn(SDXL, tiny_sdxl), ("a red circle", "blue", 5.0)
+    torch.testing.assert_close(drawn.ours(*asked), drawn.theirs(*asked), rtol=1e-3, atol=1e-3)
+
+
+def test_a_picture_does_not_depend_on_its_batch(sd15: Drawn) -> None:
+    together = sd15.ours("a red circle", "blue", 5.0)
+    alone = sd15.ours("a red circle", "blue", 5.0, sd15.noise[1:])
+    torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-4)
+
+
+def test_equal_parts_of_half_the_weight_are_one(sd15: Drawn) -> None:
+    whole = sd15.ours("a red circle", "blue", 5.0)
+    torch.testing.assert_close(
+        sd15.ours("a red circle :0.5 AND a red circle :0.5", "blue", 5.0), whole, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_negative_prompt_of_other_length_is_filled(sd15: Drawn) -> None:
+    assert torch.isfinite(sd15.ours("a red circle", "blue BREAK green", 5.0)).all()
+
+
+def test_prompts_change_at_their_steps(sd15: Drawn) -> None:
+    switched = sd15.denoiser("[red:blue:2]", "", 5.0)
+    fixed = {name: sd15.denoiser(name, "", 5.0) for name in ("red", "blue")}
+    for step, name in enumerate(["red", "red", "blue", "blue"], 1):
+        assert switched.step == step
+        assert torch.equal(switched(sd15.noise, 1.0), fixed[name](sd15.noise, 1.0))
+
+
+def test_steps_of_two_calls_count_once(sd15: Drawn) -> None:
+    denoiser = sd15.denoiser("[red:blue:2]", "", 5.0, calls_per_step=2)
+    seen = []
+    for _ in range(4):
+        seen.append(denoiser.step)
+        denoiser(sd15.noise, 1.0)
+    assert seen == [1, 1, 2, 2]
+
+
+def test_the_parts_of_the_prompt_are_told_with_their_weights() -> None:
+    part = EncodedPart(0.5, (2, 4), ("early", "late"))  # type: ignore[arg-type]
+    assert [part.at_step(step) for step in (1, 2, 3, 9)] == ["early", "early", "late", "late"]

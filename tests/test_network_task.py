@@ -1,0 +1,283 @@
+"""What one batch of a LoRA training teaches: adapters, masks, weights, captions and objective reach the loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from library.models.float8 import Float8Conv2d, Float8Linear
+from library.models.load import load_unet
+from library.models.locate import locate_base
+from library.training.network_models import (
+    build_network,
+    float8_components,
+    load_frozen_text,
+    load_frozen_unet,
+    meta_models,
+    parameter_groups,
+)
+from library.training.network_run import base_weights_facts, make_objective
+from networks.original_names import FAMILIES, UNET
+from tests.tools.adapters import write_lora
+from tests.tools.network_runs import Built, NetworkSetting
+
+UNET_ONLY = {"network_train_unet_only": ""}
+
+
+@pytest.fixture(scope="module")
+def stirred(network_setting: NetworkSetting) -> Built:
+    """A run whose adapters have an effect."""
+    return network_setting.build().stir()
+
+
+def test_fresh_adapters_leave_the_bases_loss_to_the_bit(
+    network_setting: NetworkSetting, sdxl_setting: NetworkSetting
+) -> None:
+    for setting in (network_setting, sdxl_setting):
+        built = setting.build()
+        adapted = built.loss()
+        with built.task.network.disabled():
+            assert built.loss() == adapted
+        built.stir()
+        assert built.loss() != adapted
+
+
+def test_network_multiplier_is_the_strength_of_the_adapters(stirred: Built) -> None:
+    batch = stirred.batch()
+    with stirred.task.network.disabled():
+        base = stirred.loss(batch)
+    losses = [stirred.loss(replace(batch, multipliers=strength)) for strength in (0.0, 0.5, 1.0)]
+    assert losses[0] == base and len(set(losses)) == 3
+    assert stirred.loss(replace(batch, multipliers=1.0)) == losses[2]
+
+
+def test_preserved_outputs_are_what_the_base_says(network_setting: NetworkSetting, stirred: Built) -> None:
+    """Adapters that do nothing have nothing to learn from such pictures."""
+    config = network_setting.dataset("kept", subset="custom_attributes = { diff_output_preservation = true }")
+    fresh = network_setting.build(dataset_config=config)
+    batch = fresh.batch()
+    assert batch.preserve is not None and batch.preserve.all() and fresh.loss(batch) == 0.0
+    assert fresh.stir().loss(batch) > 0.0
+    some = torch.arange(len(batch)) == 0
+    plain = stirred.task.each(batch := stirred.batch(), *drawn(stirred, batch))
+    mixed = stirred.task.each(replace(batch, preserve=some), *drawn(stirred, batch))
+    assert mixed[0] != plain[0] and torch.equal(mixed[1:], plain[1:])
+
+
+def drawn(built: Built, batch):  # type: ignore[no-untyped-def]
+    from library.diffusion.noise import Draw
+
+    latents = built.task.latents(batch)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    return latents, Draw(noise, noise, torch.arange(len(batch)) * 200 + 100)
+
+
+def test_a_mask_takes_its_pixels_out_of_the_loss(stirred: Built) -> None:
+    batch = stirred.batch()
+    whole = stirred.task.each(batch, *drawn(stirred, batch))
+    ones = torch.ones(len(batch), 1, *batch.moments.shape[-2:])
+    assert torch.equal(stirred.task.each(replace(batch, mask=ones), *drawn(stirred, batch)), whole)
+    left, right = ones.clone(), ones.clone()
+    left[..., : ones.shape[-1] // 2] = 0
+    right[..., ones.shape[-1] // 2 :] = 0
+    parts = [stirred.task.each(replace(batch, mask=mask), *drawn(stirred, batch)) for mask in (left, right)]
+    torch.testing.assert_close(parts[0] + parts[1], whole)
+    assert all((part > 0).all() for part in parts)
+    assert (stirred.task.each(replace(batch, mask=ones * 0), *drawn(stirred, batch)) == 0).all()
+
+
+def test_regularisation_pictures_count_their_weight_and_fillers_nothing(stirred: Built) -> None:
+    batch = stirred.batch()
+    each = stirred.task.each(batch, *drawn(stirred, batch))
+
+    def loss(weights: list[float], real: list[float]) -> float:
+        one = replace(batch, weights=torch.tensor(weights), real=torch.tensor(real))
+        stirred.task.each, original = (lambda *_: each), stirred.task.each  # type: ignore[method-assign]
+        try:
+            return stirred.task.losses(one, torch.Generator(), 0)["loss"].item()
+        finally:
+            stirred.task.each = original  # type: ignore[method-assign]
+
+    a, b = each.tolist()[:2]
+    assert loss([1.0, 0.25], [1.0, 1.0]) == pytest.approx((a + 0.25 * b) / 2)
+    assert loss([1.0, 0.0], [1.0, 0.0]) == pytest.approx(a)
+    assert loss([0.0, 0.0], [0.0, 0.0]) == 0.0
+
+
+@pytest.mark.parametrize("setting", ["network_setting", "sdxl_setting"])
+def test_cached_captions_give_the_losses_of_live_ones(setting: str, request: pytest.FixtureRequest) -> None:
+    """Up to float16, in which they are kept."""
+    owner: NetworkSetting = request.getfixturevalue(setting)
+    skip = {} if setting == "sdxl_setting" else {"clip_skip": 2}
+    live = owner.build(**UNET_ONLY, **skip, max_token_length=150).stir()
+    kept = owner.build(**UNET_ONLY, **skip, max_token_length=150, cache_text_encoder_outputs="").stir()
+    assert kept.task.conditioner is None and live.task.conditioner is not None
+    assert live.batch().captions == kept.batch().captions
+    assert kept.loss() == pytest.approx(live.loss(), rel=1e-4)
+    if skip:
+        assert owner.build(**UNET_ONLY, max_token_length=150).stir().loss() != pytest.approx(live.loss(), rel=1e-4)
+
+
+def test_options_reach_the_objective_and_the_noise(network_setting: NetworkSetting) -> None:
+    from library.options.network import parse_network_options
+
+    def objective(words: str):  # type: ignore[no-untyped-def]
+        options = parse_network_options(
+            [*network_setting.argv(network_setting.folder / "o"), *words.split()], prog="", description=None
+        )
+        return make_objective(options, locate_base(str(network_setting.base)), torch.device("cpu"))
+
+    plain = objective("")
+    assert (plain.kind, plain.schedule.prediction_type, plain.min_snr_gamma) == ("base", "epsilon", None)
+    velocity = objective("--v_parameterization --scale_v_pred_loss_like_noise_pred --zero_terminal_snr")
+    assert velocity.kind == "raw_v" and velocity.scale_v_pred_loss_like_noise_pred
+    last = torch.tensor([999])
+    assert plain.schedule.snr(last) > 0 and velocity.schedule.snr(last) == 0
+    weighted = objective("--min_snr_gamma 5 --debiased_estimation_loss --v_pred_like_loss 0.5")
+    assert (weighted.min_snr_gamma, weighted.debiased_estimation_loss, weighted.v_pred_like_loss) == (5, True, 0.5)
+    huber = objective("--loss_type smooth_l1 --huber_schedule exponential --huber_c 0.2 --huber_scale 2").pointwise
+    assert huber == type(huber)("smooth_l1", "exponential", 0.2, 2.0)
+    built = network_setting.build(
+        **UNET_ONLY, noise_offset=0.05, adaptive_noise_scale=0.1, ip_noise_gamma=0.1, min_timestep=10, max_timestep=20
+    )
+    recipe = built.task.recipe
+    assert (recipe.noise_offset, recipe.adaptive_noise_scale, recipe.ip_noise_gamma) == (0.05, 0.1, 0.1)
+    assert (recipe.min_timestep, recipe.max_timestep) == (10, 20)
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "expected"),
+    [
+        ("sd15", "", {"unet": 1e-4, "text_encoder": 1e-4}),
+        ("sd15", "--unet_lr 0 --text_encoder_lr 1e-5", {"text_encoder": 1e-5}),
+        ("sd15", "--network_train_text_encoder_only", {"text_encoder": 1e-4}),
+        ("sdxl", "--text_encoder_lr 1e-5 2e-5", {"unet": 1e-4, "text_encoder": 1e-5, "text_encoder_2": 2e-5}),
+        ("sdxl", "--text_encoder_lr 1e-5 0", {"unet": 1e-4, "text_encoder": 1e-5}),
+        ("sdxl", "--network_train_unet_only", {"unet": 1e-4}),
+        (
+            "sd15",
+            "--network_args loraplus_lr_ratio=4 loraplus_text_encoder_lr_ratio=2",
+            {"unet": 1e-4, "unet plus": 4e-4, "text_encoder": 1e-4, "text_encoder plus": 2e-4},
+        ),
+        (
+            "sd15",
+            f"--network_train_unet_only --network_args down_lr_weight={','.join('0' * 12)} mid_lr_weight=0.5 up_lr_weight=zeros+2",
+            {"unet block 12": 5e-5, **{f"unet block {i}": 2e-4 for i in range(16, 25)}},
+        ),
+    ],
+)  # fmt: skip
+def test_every_part_learns_at_its_rate(
+    family: str, words: str, expected: dict[str, float], request: pytest.FixtureRequest
+) -> None:
+    from library.options.network import parse_network_options
+
+    base: Path = request.getfixturevalue(f"tiny_{family}")
+    argv = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", "demo", *words.split()]
+    options = parse_network_options(argv, prog="", description=None)
+    kind = FAMILIES[family]
+    network = build_network(meta_models(options, locate_base(str(base)), kind), options, kind, None)
+    rates = {group.name: group.learning_rate for group in parameter_groups(network, options, kind)}
+    assert rates == pytest.approx(
+        {name: rate for name, rate in expected.items() if name in rates or "block" not in name}
+    )
+    assert all(any(name == f"unet block {i}" for name in rates) for i in (12, 24) if "block" in words)
+
+
+def test_ranks_by_block(network_setting: NetworkSetting) -> None:
+    dims = ",".join(["0"] * 12 + ["8"] + ["2"] * 12)
+    built = network_setting.build(**UNET_ONLY, network_args=f"block_dims={dims} conv_block_dims={dims}")
+    ranks = {target.path: layer.to_module().rank for target, layer in built.task.network.layers.items()}
+    assert not any(path.startswith("down_blocks") for path in ranks)
+    assert {rank for path, rank in ranks.items() if path.startswith("mid_block")} == {8}
+    assert {rank for path, rank in ranks.items() if path.startswith("up_blocks")} == {2}
+
+
+def test_a_rate_of_zero_trains_and_keeps_nothing(sdxl_setting: NetworkSetting) -> None:
+    from library.training.network_run import _trained
+
+    built = sdxl_setting.build(text_encoder_lr="1e-3 0")
+    trained = _trained(built.options, built.task)
+    assert sorted(trained.parts) == ["lora_text_encoder", "lora_unet"]
+    built.task.losses(built.batch(), torch.Generator(), 0)["loss"].backward()
+    learnt = {name.split(".")[0] for name, p in built.task.network.parameters.items() if p.grad is not None}
+    assert learnt == {"unet", "text_encoder"}
+
+
+def test_base_weights_are_folded_in_with_their_strengths(
+    network_setting: NetworkSetting, adapter_file: Path, tmp_path: Path
+) -> None:
+    whole = network_setting.build().stir()
+    save_file(whole.task.network.tensors(), tmp_path / "start.safetensors", {"ss_base_model_version": "sd_v1"})
+    with_adapter = whole.loss()
+    folded = network_setting.build(base_weights=tmp_path / "start.safetensors")
+    assert folded.loss() == pytest.approx(with_adapter, rel=1e-4)
+    # The captions' encodings are those of the encoders with the adapter, too.
+    kept = network_setting.build(
+        **UNET_ONLY, base_weights=tmp_path / "start.safetensors", cache_text_encoder_outputs=""
+    )
+    assert kept.loss() == pytest.approx(with_adapter, rel=1e-3)
+    weaker = network_setting.build(base_weights=tmp_path / "start.safetensors", base_weights_multiplier=0.5)
+    assert weaker.loss() == pytest.approx(whole.loss(replace(whole.batch(), multipliers=0.5)), rel=1e-4)
+    facts = [
+        base_weights_facts(built.options, built.prepared.base, (UNET,), tmp_path / "hashes.json")
+        for built in (whole, folded, weaker)
+    ]
+    assert "folded_in" not in facts[0] and len({str(one) for one in facts}) == 3
+
+
+def test_training_goes_on_from_network_weights(
+    network_setting: NetworkSetting, tiny_sd15: Path, tmp_path: Path
+) -> None:
+    whole = network_setting.build(network_alpha=2).stir()
+    save_file(whole.task.network.tensors(), tmp_path / "start.safetensors", {"ss_base_model_version": "sd_v1"})
+    again = network_setting.build(network_weights=tmp_path / "start.safetensors", network_alpha=1)
+    assert again.loss() == pytest.approx(whole.loss(), rel=1e-5), "another alpha is made up for"
+    write_lora(tiny_sd15, tmp_path / "other.safetensors")
+    taken = network_setting.build(
+        **UNET_ONLY, network_weights=tmp_path / "other.safetensors", dim_from_weights="", network_dim=None
+    )
+    from networks.adapter_file import read_adapter
+
+    modules = read_adapter(tmp_path / "other.safetensors").modules
+    ranks = {target: layer.to_module().rank for target, layer in taken.task.network.layers.items()}
+    assert ranks == {target: module.rank for target, module in modules.items()}
+
+
+def test_float8_weights_compute_what_weights_rounded_to_float8_do(network_setting: NetworkSetting) -> None:
+    """Losses and gradients of adapters, against a base whose weights were rounded to float8 and back beforehand."""
+    plain = network_setting.build(mixed_precision="bf16").stir()
+    kept = network_setting.build(mixed_precision="bf16", fp8_base="").stir()
+    rounded = 0
+    for component, model in kept.task.models.items():
+        other = dict(plain.task.models[component].named_modules())
+        for path, module in model.named_modules():
+            if isinstance(module, Float8Linear | Float8Conv2d):
+                assert module.weight.dtype == torch.float8_e4m3fn
+                other[path].weight.data = module.weight.data.to(torch.bfloat16)
+                rounded += 1
+    assert rounded > 100
+    results = []
+    for built in (plain, kept):
+        torch.manual_seed(0)
+        loss = built.task.losses(built.batch(), torch.Generator().manual_seed(0), 0)["loss"]
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in built.task.network.parameters.items()}))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=2e-2, atol=1e-5)
+    assert kept.task.models[UNET].dtype == torch.bfloat16
+    unet_alone = replace(kept.options, model=replace(kept.options.model, fp8_base=False, fp8_base_unet=True))
+    chosen = [float8_components(options, kept.task.models) for options in (kept.options, unet_alone, plain.options)]
+    assert chosen == [["unet", "text_encoder"], ["unet"], []]
+
+
+def test_the_frozen_unet_is_the_bases(network_setting: NetworkSetting) -> None:
+    built = network_setting.build(**UNET_ONLY)
+    base, family, device = built.prepared.base, built.prepared.family, torch.device("cpu")
+    loaded, plain = load_frozen_unet(built.options, base, family, device).state_dict(), load_unet(base).state_dict()
+    assert loaded.keys() == plain.keys() and all(torch.equal(value, plain[name]) for name, value in loaded.items())
+    assert [part.component for part in load_frozen_text(built.options, base, family, device)] == ["text_encoder"]
