@@ -91,12 +91,12 @@ def build(options: MergeLoraOptions) -> Plan:
 
 def output_of(options: MergeLoraOptions, adapter: Path) -> Output:
     """Where the result goes: as told, else a folder "merged" (or a file "merged_lora.safetensors") beside the adapter."""
-    from library.merging.write import SINGLE_FILE, Output
+    from library.merging.write import SINGLE_FILE, Output, followed
 
     # A state lies in the folder of its run.
     run_folder = adapter.parent.parent if (adapter.parent / "state.json").exists() else adapter.parent
-    given = None if options.output_dir is None else options.output_dir.expanduser()
-    file = None if options.save_to is None else options.save_to.expanduser()
+    given = None if options.output_dir is None else followed(options.output_dir)
+    file = None if options.save_to is None else followed(options.save_to)
     if file is None and options.lora_only:
         file = (given or run_folder) / "merged_lora.safetensors"
     if file is not None:

@@ -67,7 +67,8 @@ def run(options: TrainNetworkOptions, context: ExitStack) -> int:
     order = make_order(data, options, processes.rank, processes.world_size)
     plan = make_plan(data, order, options)
     first = begin(options, plan)
-    if state is not None and (facts["step"] >= plan.last_step or is_early_end(facts, plan)):
+    ended = state is not None and (facts["step"] >= plan.last_step or is_early_end(facts, plan))
+    if ended and (output.output_dir / f"{output.output_name}.safetensors").exists():
         processes.say(f"{state} is the end of this run (step {facts['step']}). Nothing is left to do.")
         return EXIT_OK
     prepared = prepare(options, processes, base, family, data)
@@ -84,6 +85,9 @@ def run(options: TrainNetworkOptions, context: ExitStack) -> int:
     if processes.is_main:
         context.enter_context(own_output(output.output_dir))
     step = first if state is None else run_.checkpoints.resume(state)
+    if ended:
+        run_.checkpoints.save(step, finished=True)  # the adapter was lost after the last state
+        return EXIT_OK
     if step:
         processes.say(f"resuming from {state} at step {step}" if state else f"beginning with step {step}")
     references = preflight(run_, task, processes.say)

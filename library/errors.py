@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -58,6 +59,10 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int
         except KeyboardInterrupt:
             print("Interrupted. Nothing half-written was left; run the same command again to go on.", file=sys.stderr)
             return EXIT_STOPPED
+        except BrokenPipeError:
+            # Whoever read the output (head, less) has enough of it; Python would complain once more on the way out.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_FAILED
         except Exception as error:
             # torch is not imported on the way to a configuration error, so its class is known by name only.
             if type(error).__name__ != "OutOfMemoryError":

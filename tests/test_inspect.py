@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from library.merging.inspect import WIDTH, describe, inspect
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter, AdapterModule, LoraModule
 from networks.lycoris_modules import LohaModule, LokrModule, OftModule
 from networks.names import TEXT_ENCODER, UNET, Target
 from tests.tools.adapters import random_module
@@ -78,7 +78,7 @@ def test_other_kinds_than_lora_are_shown() -> None:
     """LoHa, LoKr: what they add. OFT: the base decides."""
     a, b = torch.ones(8, 2).half(), torch.ones(2, 6).half()
     loha, lokr = LohaModule((a, b), (a, b), 1.0), LokrModule((torch.ones(2, 2),), (torch.ones(4, 3),), 4.0)
-    modules = {IN: loha, MID: lokr, OUT: OftModule(torch.zeros(2, 4, 4), 1000.0)}
+    modules: dict[Target, AdapterModule] = {IN: loha, MID: lokr, OUT: OftModule(torch.zeros(2, 4, 4), 1000.0)}
     text = describe(Adapter({IN: loha, MID: lokr}), Path("a.safetensors"))
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "unet IN01 1 LoHa 2 1 0.5 float16 13.9" in lines  # 0.5 * 2 * 2 * sqrt(48)

@@ -126,6 +126,7 @@ def output_is_a_file_of_the_base(case: Case) -> None:
 
 def output_folder_is_the_base(case: Case) -> None:
     case.base = Path(shutil.copytree(case.diffusers, case.folder / "folder"))
+    (case.folder / "folder" / "merge_report.json").write_text("{}")  # of an earlier merge
     case.output = ["--output_dir", case.base, "--overwrite"]
 
 
@@ -202,7 +203,7 @@ CASES: dict[str, tuple[Callable[[Case], None], str]] = {
     "output_is_the_base": (output_is_the_base, "base.safetensors is to be read. Name another output."),
     "output_in_the_base": (output_is_a_file_of_the_base, "diffusion_pytorch_model.safetensors is to be read."),
     "output_folder_is_the_base": (output_folder_is_the_base, "folder is to be read. Name another output."),
-    "output_of_other_things": (output_folder_is_of_other_things, "photos is no diffusers folder, so --overwrite does not"),
+    "output_of_other_things": (output_folder_is_of_other_things, "photos is no earlier merge (it has no merge_report.json), so"),
     "two_ratios": (words("--ratios", 1, 2), "ratios wants one entry per adapter, got 2 for 1 in models."),
     "two_blocks": (words("--block_ratios", "MID=1", "MID=0"), "block_ratios wants one entry per adapter, got 2 for 1"),
     "wrong_block": (words("--block_ratios", "MIDDLE=1"), "block_ratios: 'MIDDLE=1' is not of the form BLOCK=FACTOR"),

@@ -249,7 +249,7 @@ def test_only_an_earlier_merge_is_replaced_and_never_an_input(tmp_path: Path) ->
     check_output(Output(photos, None), [])  # there is nothing in it to be lost
     (photos / "1.jpg").write_bytes(b"")
     (merged / "unet").mkdir(parents=True)
-    (merged / "model_index.json").write_text("{}")
+    (merged / "merge_report.json").write_text("{}")
     file.write_bytes(b"")
 
     def check(path: Path, *sources: Path, overwrite: bool = True) -> None:
@@ -258,7 +258,8 @@ def test_only_an_earlier_merge_is_replaced_and_never_an_input(tmp_path: Path) ->
 
     refused(lambda: check(merged, overwrite=False), f"{merged} exists already. Name another output, or replace it")
     refused(lambda: check(file, overwrite=False), f"{file} exists already. Name another output, or replace it")
-    refused(lambda: check(photos), "photos is no diffusers folder, so --overwrite does not replace it.")
+    (photos / "model_index.json").write_text("{}")  # a model of another's making
+    refused(lambda: check(photos), "photos is no earlier merge (it has no merge_report.json), so --overwrite does not")
     refused(lambda: check(merged, merged), f"{merged} is to be read. Name another output.")
     refused(lambda: check(merged, merged / "unet"), f"{merged} holds {merged / 'unet'}, which is to be read.")
     refused(lambda: check(file, tmp_path / "x", file), f"{file} is to be read. Name another output.")

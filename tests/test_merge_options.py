@@ -14,9 +14,10 @@ from library.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, UserError
 from library.files import file_hash
 from library.merging import lora_file
 from library.merging.source import newest_output, read_source
+from library.models.header import read_shapes
 from networks.adapter_file import BASE_MODEL_KEY, SPEC_KEY, read_adapter
 from networks.adapters import Adapter
-from tests.tools.merging import assert_same_tensors, metadata_of, run_merge, save, single_file
+from tests.tools.merging import assert_same_tensors, left_over, metadata_of, run_merge, save, single_file
 
 
 def test_kohyas_commands_run(adapter_file: Path, tiny_sd15: Path, tmp_path: Path) -> None:
@@ -106,6 +107,19 @@ def test_home_is_meant_by_a_tilde_and_an_empty_folder_is_filled(
     assert run_merge("--models=~/my lora ü.safetensors", "--lora_only", "--save_to=~/b.safetensors") == EXIT_OK
     assert (tmp_path / "merged" / "model_index.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.safetensors", "merged", model.name]
+
+
+def test_a_link_is_followed_and_stays(adapter_file: Path, tmp_path: Path) -> None:
+    """Outputs often lie on another disk."""
+    (tmp_path / "disk").mkdir()
+    for name in ("merged", "a.safetensors"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    for _ in range(2):
+        assert run_merge("--models", adapter_file, "--output_dir", tmp_path / "merged", "--overwrite") == EXIT_OK
+        assert run_merge("--models", adapter_file, "--save_to", tmp_path / "a.safetensors", "--overwrite") == EXIT_OK
+    assert all((tmp_path / name).is_symlink() for name in ("merged", "a.safetensors"))
+    assert left_over(tmp_path) == left_over(tmp_path / "disk") == []
+    assert read_shapes(tmp_path / "disk" / "a.safetensors").keys()
 
 
 def test_what_is_made_of_adapters_says_of_which(adapter_file: Path, tmp_path: Path) -> None:

@@ -71,9 +71,9 @@ def test_the_resolution_is_the_bases_where_nothing_says_one(
     assert data.datasets[0].resolution == (side, side)
 
 
-def test_held_out_pictures_are_the_same_at_every_resolution(network_setting: NetworkSetting, tmp_path: Path) -> None:
-    folder = draw_pictures(tmp_path / "d", ((96, 96),) * 12)
-    more = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{folder}'"
+def test_held_out_pictures_are_the_same_at_every_resolution(network_setting: NetworkSetting) -> None:
+    folder = draw_pictures(network_setting.folder / "twelve", ((96, 96),) * 12)
+    more = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'twelve'"
     config = network_setting.dataset("split", folder=folder, more=more)
     data = collected(network_setting, dataset_config=config, validation_split=0.3)
     held = [one.image.path.name for one in data.validation]

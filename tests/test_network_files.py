@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from library.models.family import family_of
 from library.models.locate import locate_base
+from library.options.kohya_training import NetworkOutputOptions
 from library.options.network import parse_network_options
+from library.training.network_checkpoints import NetworkCheckpoints, validation_due
 from library.training.network_metadata import NetworkMetadata
 from library.training.network_models import network_spec
 from library.training.network_plan import collect_pictures
 from library.training.network_run import make_order, make_plan
+from library.training.plan import Plan
 from networks.adapter_file import NETWORK_SPEC_KEY
 from tests.tools.network_runs import NetworkSetting, draw_pictures, metadata, names
 from tests.tools.network_runs import adapter as tensors_of
@@ -198,6 +201,48 @@ def test_save_precision_is_that_of_the_file_and_training_stays_float32(
     assert dtypes == {torch.bfloat16}
     (state,) = tmp_path.glob("*-state/lora_unet.safetensors")
     assert {value.dtype for value in load_file(state).values()} == {torch.float32}
+
+
+def checkpoints(**options: Any) -> NetworkCheckpoints:
+    """Of a run of 10 epochs of 4 steps."""
+    plan = Plan(8, 2, 1, 1, steps_per_epoch=4, last_step=40, warmup_steps=0)
+    missing: Any = None
+    output = NetworkOutputOptions(output_name="mio", **options)
+    return NetworkCheckpoints(output, {}, {}, plan, missing, missing, order=missing, export=missing)
+
+
+def test_adapters_are_due_by_epochs_steps_or_number() -> None:
+    def due(**options: Any) -> list[int]:
+        return [step for step in range(1, 41) if checkpoints(**options).due(step, step == 40)]
+
+    assert due() == [40]
+    assert due(save_every_n_epochs=4) == [16, 32, 40]
+    assert due(save_n_epoch_ratio=3) == [12, 24, 36, 40]
+    assert due(save_n_epoch_ratio=99) == list(range(4, 41, 4))
+    assert due(save_every_n_steps=15, save_every_n_epochs=5) == [15, 20, 30, 40]
+
+
+def test_old_files_go_as_kohyas_do(tmp_path: Path) -> None:
+    """By distance in steps and epochs; the newest state stays, and so does what another run is called."""
+    there = [f"mio-00000{n}{ending}" for n in (2, 4, 6) for ending in (".safetensors", "-ema.safetensors", "-state")]
+    there += [f"mio-step{n:08d}.safetensors" for n in (6, 12, 18, 24)] + ["mio-000002.txt", "mio-2-000002.safetensors"]
+    for name in there:
+        (tmp_path / name).mkdir() if name.endswith("-state") else (tmp_path / name).write_text("")
+    changes = {"save_every_n_epochs": 2, "save_last_n_epochs": 2, "save_every_n_steps": 6, "save_last_n_steps": 11}
+    kept = checkpoints(output_dir=tmp_path, save_state=True, save_last_n_epochs_state=1, **changes)
+    kept.newest = tmp_path / "mio-000002-state"
+    kept._prune(24)
+    assert set(there) - set(names(tmp_path)) == {
+        "mio-000002.safetensors", "mio-000002-ema.safetensors", "mio-000004-state", "mio-step00000006.safetensors",
+        "mio-step00000012.safetensors",
+    }  # fmt: skip
+
+
+def test_validation_is_due_by_steps_epochs_or_both() -> None:
+    def due(steps: int | None, epochs: int | None) -> list[int]:
+        return [step for step in range(1, 13) if validation_due(step, steps, epochs, 4)]
+
+    assert due(None, None) == [4, 8, 12] and due(5, None) == [5, 10] and due(None, 2) == [8] and due(5, 2) == [5, 8, 10]
 
 
 def test_a_full_disk_keeps_the_last_good_file_and_ends_with_code_1(

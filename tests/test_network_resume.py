@@ -60,6 +60,17 @@ def test_killed_after_a_state_and_started_again_is_the_uninterrupted_run(
     assert_same_end(finished_network, output)
 
 
+def test_an_adapter_lost_after_the_last_state_is_written_by_the_same_command(
+    finished_network: Path, network_setting: NetworkSetting, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished_network, output)
+    for name in ("mio.safetensors", "mio-ema.safetensors"):
+        (output / name).unlink()
+    assert network_setting.train(output, **EXACT) == 0
+    assert_same_end(finished_network, output)
+
+
 def test_the_same_command_after_the_end_has_nothing_to_do(
     finished_network: Path, network_setting: NetworkSetting, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,9 +130,7 @@ def describe(adapter: Adapter, path: Path) -> str:
         "norm: Frobenius norm of what it adds (LoRA: alpha / rank * up @ down), over all modules of the row",
         *_warnings(found),
         "",
-        "largest modules",
-        *(_cut(f"  {_number(m.norm):>9}  {m.target.component} {m.target.path}") for m in found.largest()),
-        "",
+        *_largest(found),
         *_metadata(found.metadata),
     ]
     return "\n".join(lines)
@@ -200,12 +198,15 @@ def _warnings(found: Inspection) -> list[str]:
     if found.modules and all(module.norm == 0 for module in found.modules):
         lines.append("Every module is zero: the adapter does nothing.")
     if any(module.kind == _TURNING for module in found.modules):
-        lines.append(
-            "OFT: rank is the number of blocks, alpha a bound; what it adds only the base would tell."
-        )
+        lines.append("OFT: rank is the number of blocks, alpha a bound; what it adds only the base would tell.")
     if found.left_out:
         lines.append(_cut(f"Keys that are no part of the adapter: {len(found.left_out)} (first: {found.left_out[0]})."))
     return lines
+
+
+def _largest(found: Inspection) -> list[str]:
+    lines = [_cut(f"  {_number(m.norm):>9}  {m.target.component} {m.target.path}") for m in found.largest()]
+    return ["largest modules", *lines, ""] if lines else []
 
 
 def _metadata(metadata: Mapping[str, str]) -> list[str]:

@@ -57,12 +57,19 @@ def check_output(output: Output, sources: Sequence[Path]) -> None:
         return
     if not output.overwrite:
         raise UserError(f"{path} exists already. Name another output, or replace it with --overwrite.")
-    if output.folder is not None and not (path / "model_index.json").is_file():
+    if output.folder is not None and not (path / f"{REPORT}.json").is_file():
         raise UserError(
-            f"{path} is no diffusers folder, so --overwrite does not replace it. Name another --output_dir."
+            f"{path} is no earlier merge (it has no {REPORT}.json), so --overwrite does not replace it. Name another "
+            "--output_dir."
         )
     if output.folder is None and path.is_dir():
         raise UserError(f"{path} is a folder, so --overwrite does not replace it with a file. Name another output.")
+
+
+def followed(path: Path) -> Path:
+    """Where `path` leads: from ~, and from a link, which would be replaced, not followed, by a rename."""
+    path = path.expanduser()
+    return path.resolve() if path.is_symlink() else path
 
 
 def is_empty_folder(path: Path) -> bool:

@@ -76,11 +76,16 @@ class NetworkSetting:
     def dataset(
         self, name: str = "data", *, subset: str = "", dataset: str = "", more: str = "", folder: Path | None = None
     ) -> Path:
-        """A dataset file with further lines for its subset, its dataset, and after both."""
-        path = self.folder / f"{name}.toml"
+        """A dataset file with further lines for its subset, its dataset, and after both.
+
+        Folders beside it are named without their path, so that what is held out does not depend on where they lie.
+        """
+        path, folder = self.folder / f"{name}.toml", folder or self.data
+        if folder.parent == self.folder:
+            folder = Path(folder.name)
         path.write_text(
             f"[general]\nenable_bucket = true\nbucket_reso_steps = 32\nmin_bucket_reso = 64\nresolution = 96\nbatch_size = 2\n"
-            f"[[datasets]]\n{dataset}\n[[datasets.subsets]]\nimage_dir = '{folder or self.data}'\n{subset}\n{more}\n"
+            f"[[datasets]]\n{dataset}\n[[datasets.subsets]]\nimage_dir = '{folder}'\n{subset}\n{more}\n"
         )
         return path
 
