@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from library.data.dataset_config import read_dataset_config
 from library.errors import UserError
 from library.options.kohya_differences import DIFFERENCES, differences_table, names_of
 from library.options.kohya_refused import ALIASES, REFUSED
@@ -643,3 +644,20 @@ def test_nothing_heavy_is_imported_on_the_way_to_an_error() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT_ROOT)
     assert result.stdout.strip() == "set()", result.stderr[-500:]
+
+
+@pytest.mark.parametrize(("name", "side"), [("character_sd15", 512), ("character_sdxl", 1024)])
+def test_the_shipped_character_configs_say_what_the_guide_does(
+    name: str, side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "character" / "images").mkdir(parents=True)
+    folder = PROJECT_ROOT / "dataset_configs"
+    arguments = ["--dataset_config", f"{folder / name}.toml", "--config_file", f"{folder / 'character.toml'}"]
+    options = parse_network_options(
+        [*arguments, "--pretrained_model_name_or_path", "tiny-sd15"], prog="train_network.py", description=None
+    )
+    assert (options.network.rank, options.network.alpha, options.training.max_train_epochs) == (64, 32, 12)
+    assert (options.optimizer.unet_rate, options.optimizer.text_encoder_rates(1)) == (3e-4, (2e-4,))
+    [dataset] = read_dataset_config(folder / f"{name}.toml", options.dataset_defaults())
+    assert (dataset.resolution, dataset.bucket_no_upscale) == ((side, side), True)

@@ -75,7 +75,11 @@ def test_extends_takes_the_other_file_first(tmp_path: Path) -> None:
     assert (options.training.seed, options.optimizer.learning_rate) == (2, 0.5)
 
 
-@pytest.mark.parametrize("path", sorted((PROJECT_ROOT / "dataset_configs").rglob("*.toml")), ids=lambda p: p.stem)
+SHIPPED = sorted((PROJECT_ROOT / "dataset_configs").rglob("*.toml"))
+OF_TRAIN_NETWORK = [path for path in SHIPPED if path.stem.startswith("character")]
+
+
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path not in OF_TRAIN_NETWORK], ids=lambda p: p.stem)
 def test_every_shipped_config_is_valid_for_both_scripts(path: Path) -> None:
     parsed("--dataset_config", str(path))
     parse(PrepareCacheOptions, ["--dataset_config", str(path)], prog="x", description="", also_known=[TrainRepaOptions])
