@@ -29,7 +29,7 @@ _CRITICAL = (
     r"up_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.\d+\.attn1\.to_q\.weight",
     r"conv_out\.weight",
 )
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 22
 _THREADS = 4
 
 

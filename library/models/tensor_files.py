@@ -42,7 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 COPY_BYTES = 1 << 26
-AHEAD_BYTES = 1 << 26  # of tensors that are made before their turn
+AHEAD_BYTES = 1 << 24  # of tensors that are made before their turn
 
 
 class ByteSource:
