@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-from library.errors import UserError
 from library.training.loop import Run
 from library.training.network import NetworkTask, validation_requests
 from library.training.randomness import StepRandomness
+from library.training.speed import explained_kernels
 from library.training.state import save_state
 
 
@@ -21,15 +21,8 @@ def preflight(run: Run, task: NetworkTask, say: Callable[..., None]) -> dict[str
     started = time.perf_counter()
     batch = _largest(run, task)
     randomness = StepRandomness(run.seed, run.processes.rank, run.processes.device)
-    try:
+    with explained_kernels(run.processes.device):
         task.losses(batch, randomness.at(0), 0)["loss"].backward()
-    except RuntimeError as error:
-        if "deterministic" not in str(error):
-            raise
-        raise UserError(
-            f"A step of this run has no deterministic kernel on {run.processes.device} ({str(error).splitlines()[0]}). "
-            "--no_deterministic allows any kernel; a resumed run is then close to the uninterrupted one, not equal."
-        ) from None
     run.trained.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad(), task.network.disabled():
         loss = task.losses(batch, randomness.at(0), 0)["diffusion"].item()

@@ -11,11 +11,11 @@ import torch
 
 from library import losses
 from library.data.batches import Batch
-from library.errors import UserError
 from library.training.checkpoints import Checkpoints
 from library.training.loop import Run
 from library.training.randomness import StepRandomness, sample_noise, stratified_timesteps
 from library.training.repa import RepaTask
+from library.training.speed import explained_kernels
 from library.training.state import save_state
 from networks.features import tap_channels
 from networks.lora import lora_disabled
@@ -69,16 +69,9 @@ def _try_batch(run: Run, task: RepaTask) -> None:
     randomness = StepRandomness(run.seed, run.processes.rank, run.processes.device)
     # The warmed-up lambda, so that the heads' memory is needed now and not thousands of steps later.
     warm = task.alignment.align_warmup_steps
-    try:
+    with explained_kernels(run.processes.device):
         parts = task.losses(_first(task, task.batch_size), randomness.at(0), warm)
         parts["loss"].backward()
-    except RuntimeError as error:
-        if "deterministic" not in str(error):
-            raise
-        raise UserError(
-            f"A step of this run has no deterministic kernel on {run.processes.device} ({str(error).splitlines()[0]}). "
-            "--no_deterministic allows any kernel; a resumed run is then close to the uninterrupted one, not equal."
-        ) from None
     run.trained.optimizer.zero_grad(set_to_none=True)
 
 

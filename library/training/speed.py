@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +64,20 @@ def set_up_determinism(options: SpeedOptions, device: torch.device) -> None:
         # Not warn_only: attention's backward pass would then stay as it is and only say so.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def explained_kernels(device: torch.device) -> Iterator[None]:
+    """Turn torch's objection to a kernel without a deterministic form into a UserError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise UserError(
+            f"A step of this run has no deterministic kernel on {device} ({str(error).splitlines()[0]}). "
+            "--no_deterministic allows any kernel; a resumed run is then close to the uninterrupted one, not equal."
+        ) from None
 
 
 def set_up_speed(unet: Any, options: SpeedOptions) -> None:
