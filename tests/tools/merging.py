@@ -184,13 +184,19 @@ def picture(pipeline: Any) -> np.ndarray:
 
 # What the process below does for each line it reads: a merge in a fork of its own, which needs no second import of torch.
 _SERVER = """
-import json, os, resource, signal, sys
+import json, os, re, signal, sys, threading, time
 from library.quiet import quiet_libraries
 quiet_libraries()
 import merge_lora, library.merging.lora_file, library.merging.write, typeguard
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def anonymous():  # without the pages of libraries, which a fork faults in anew
+    with open("/proc/self/status") as status:
+        return int(re.search(r"RssAnon:\\s+(\\d+) kB", status.read())[1]) * 1024
+
+def watch(peak):
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.001)
 
 def die_before(call):
     name, count = call
@@ -211,9 +217,11 @@ for line in sys.stdin:
         said, _ = os.dup(1), os.dup2(null, 1)
         if order["die_before"]:
             die_before(order["die_before"])
-        before = peak()
+        before = anonymous()
+        peak = [before]
+        threading.Thread(target=watch, args=(peak,), daemon=True).start()
         code = merge_lora.main(order["argv"])
-        os.write(said, f"{peak() - before}\\n".encode())
+        os.write(said, f"{peak[0] - before}\\n".encode())
         os._exit(code)
     print(child, flush=True)
     _, status = os.waitpid(child, 0)
@@ -244,7 +252,7 @@ class MergeServer:
         return int(self._line())
 
     def wait(self) -> tuple[int, int | None]:
-        """(exit code, negative a signal; bytes by which the merge raised the peak of resident memory)"""
+        """(exit code, negative a signal; bytes of memory of its own that the merge held at most, seen every millisecond)"""
         line, grown = self._line(), None
         while not line.startswith("ended"):
             line, grown = self._line(), int(line)
