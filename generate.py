@@ -1,175 +1,135 @@
-"""Draw pictures from a prompt, with or without LoRAs.
+"""Draw pictures from prompts, with any number of LoRAs.
 
-    python generate.py --pretrained_model_name_or_path outputs/demo/merged --prompt "a photo of a golden retriever"
     python generate.py --prompt "a red square" --lora outputs/demo/demo.safetensors:0.8 --images 1
+    python generate.py --prompt "a (red:1.3) square <lora:demo:0.8>" --sampler "DPM++ 2M SDE" --steps 30 --cfg_scale 6
+    python generate.py --prompt "a cat" --hires_scale 2 --hires_denoising_strength 0.5
+    python generate.py --prompt "a cat <lora:demo:1>" --x_axis "adapter weight: 0, 0.5, 1" --y_axis "sampler: Euler, UniPC"
+    python generate.py --prompt_file prompts.txt
 
-The sampler is DPM++ 2M Karras. Picture number i has the seed --seed + i and depends on nothing but its own seed.
+Pictures carry the parameters text that A1111 reads. Picture number i has the seed --seed + i and depends on its own seed alone.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import EXIT_OK, script
-from library.options.checks import positive, require
+from library.inference.shots import Shot, ShotList, shot_list
+from library.options.generate import GenerateOptions, split_weight
 from library.options.parser import parse
 from library.options.precision import TORCH_DTYPES, Precision
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
+    from PIL import Image
 
-    from library.inference.pictures import FoldedLora
-    from library.inference.text_to_image import Drawing
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    prompt: str
-    """What to draw."""
-    pretrained_model_name_or_path: str = "tiny-sd15"
-    """Model: a diffusers folder, a hub id, one .safetensors file, or tiny-sd15, the embedded default."""
-    negative_prompt: str = ""
-    """What to stay away from."""
-    steps: int = 25
-    """Denoising steps."""
-    cfg_scale: float = 7.5
-    """How much the prompt counts (classifier-free guidance); 1 turns guidance off."""
-    seed: int = 42
-    """Seed of the first picture; the next ones count up from it."""
-    width: int | None = None
-    """Pixels, a multiple of 8. Default: what the model was trained at."""
-    height: int | None = None
-    """Pixels, a multiple of 8. Default: what the model was trained at."""
-    images: int = 4
-    """How many pictures."""
-    batch_size: int = 1
-    """Pictures drawn at once."""
-    lora: tuple[str, ...] = ()
-    """LoRA files or training states, each as PATH or PATH:WEIGHT (weight 1 is as trained, below 0 the opposite)."""
-    output: Path = Path("outputs/generated.png")
-    """PNG to write. Of several pictures it is the grid, and each picture stands beside it with its seed in the name."""
-    dtype: Precision | None = None
-    """Number format of the model. Default: fp16 on a GPU, float elsewhere."""
-    device: str | None = None
-    """Device as torch names it (cuda, cuda:1, mps, cpu). Default: the best there is."""
-    dry_run: bool = False
-    """Print the plan and stop."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "images", "batch_size"):
-            require(getattr(self, name) >= 1, name, f"must be at least 1, got {getattr(self, name)}.")
-        require(self.cfg_scale >= 1, "cfg_scale", f"must be at least 1, which is no guidance, got {self.cfg_scale}.")
-        require(0 <= self.seed < 2**63 - self.images, "seed", f"must lie between 0 and 2^63, got {self.seed}.")
-        for name in ("width", "height"):
-            size = getattr(self, name)
-            positive(name, size)
-            require(size is None or size % 8 == 0, name, f"must be a multiple of 8, got {size}.")
-        require(self.output.suffix.lower() == ".png", "output", f"must be a .png file, got {self.output}.")
-        for text in self.lora:
-            path, _ = split_weight(text)
-            require(path.exists(), "lora", f"{path} does not exist.")
-
-
-def split_weight(text: str) -> tuple[Path, float]:
-    """PATH or PATH:WEIGHT. What follows the last colon is a weight only if it is a number."""
-    path, colon, weight = text.rpartition(":")
-    try:
-        return (Path(path), float(weight)) if colon else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0
-
-
-def file_title(path: Path) -> str:
-    """What a model is called in a picture's parameters; a folder's name may have a point in it."""
-    return path.name.removesuffix(".safetensors")
+    from library.inference.studio import Studio
 
 
 @script
 def main(argv: list[str]) -> int:
     options = parse(GenerateOptions, argv, prog="generate.py", description=__doc__)
+    wanted = shot_list(options)
+    print_plan(options, wanted)
     if options.dry_run:
-        print_plan(options)
+        print_missing(wanted)
         return EXIT_OK
-    run(options)
+    run(options, wanted.shots[0].base)
     return EXIT_OK
 
 
-def print_plan(options: GenerateOptions) -> None:
-    print(f"model      {options.pretrained_model_name_or_path}")
-    for text in options.lora:
-        print("lora       {}, weight {:g}".format(*split_weight(text)))
-    size = f"{options.width or 'native'} x {options.height or 'native'}"
-    last = f" to {options.seed + options.images - 1}" if options.images > 1 else ""
-    print(f"pictures   {options.images} of {size}, seed {options.seed}{last}")
-    print(f"sampler    DPM++ 2M Karras, {options.steps} steps, cfg_scale {options.cfg_scale:g}")
-    print(f"output     {options.output}")
+def print_plan(options: GenerateOptions, wanted: ShotList) -> None:
+    what, shots = options.what, wanted.shots
+    for base in dict.fromkeys(shot.base for shot in shots):
+        print(f"model      {base}")
+    for path in wanted.adapters:
+        weight = dict(map(split_weight, options.base.lora)).get(path)
+        print(f"lora       {path}{', weight as the prompt says' if weight is None else f', weight {weight:g}'}")
+    if options.base.refiner is not None:
+        print(f"refiner    {options.base.refiner}, from {options.base.refiner_switch_at:.0%} of the steps on")
+    seeds = sorted({shot.seed for shot in shots})
+    size = f"{what.width or 'native'} x {what.height or 'native'}"
+    if options.passes.init_image is not None:
+        size += f", begun with {options.passes.init_image}"
+    to_last = f" to {seeds[-1]}" if len(seeds) > 1 else ""
+    print(f"pictures   {len(shots)} of {size}, seed {seeds[0]}{to_last}")
+    for sampler, schedule, steps, scale in dict.fromkeys(
+        (*shot.request.sampler_and_schedule, shot.request.steps, shot.request.cfg_scale) for shot in shots
+    ):
+        print(f"sampler    {sampler} {schedule}, {steps} steps, cfg_scale {scale:g}")
+    if (hires := shots[0].request.hires) is not None:
+        print(
+            f"hires      {hires.scale:g} times by {hires.upscaler}, {shots[0].request.hires_steps} steps, denoising strength "
+            f"{hires.denoising_strength:g}"
+        )
+    for name, axis in zip(("columns", "rows"), wanted.axes or (), strict=False):
+        if axis is not None:
+            print(f"{name:10} {axis.name}: {', '.join(axis.headings)}")
+    for note in wanted.notes:
+        print(f"note       {note}")
+    print(f"output     {what.output}")
 
 
-def build(options: GenerateOptions) -> tuple[DiffusionPipeline, Drawing, list[FoldedLora]]:
-    """The model with adapters folded in, what to draw, and what to write about the adapters."""
+def print_missing(wanted: ShotList) -> None:
+    """Which bases are not on this machine."""
+    from library.models.locate import base_status
+
+    for base in dict.fromkeys(shot.base for shot in wanted.shots):
+        if missing := base_status(base):
+            print(f"missing    {missing}")
+
+
+def build(options: GenerateOptions, first: str) -> tuple[Studio, ShotList]:
+    """The `first` base, loaded, and the pictures to draw, whose size it may decide."""
     from library.device import choose_device
-    from library.inference.pictures import describe_lora
-    from library.inference.text_to_image import Drawing, load_pipeline, native_size, words_cut_off
-    from library.merging.source import read_source
-    from library.models.locate import locate_base
+    from library.inference.studio import Studio
+    from library.inference.text_to_image import native_size
 
-    device = choose_device(options.device)
-    wanted = [split_weight(text) for text in options.lora]
-    sources = [read_source(path) for path, _ in wanted]
-    base = locate_base(options.pretrained_model_name_or_path)
-    if base.note:
-        print(base.note)
-    adapters = [(source.adapter, weight) for source, (_, weight) in zip(sources, wanted, strict=True)]
-    pipeline = load_pipeline(base, adapters, dtype=choose_dtype(options.dtype, device), device=device)
-    for prompt in (options.prompt, options.negative_prompt):
-        if cut_off := words_cut_off(pipeline.tokenizer, prompt):
-            print(f'The prompt is too long for the text encoder, which does not see its end: "{cut_off}"')
-    native = native_size(pipeline)
-    drawing = Drawing(
-        prompt=options.prompt,
-        negative_prompt=options.negative_prompt,
-        steps=options.steps,
-        cfg_scale=options.cfg_scale,
-        width=native if options.width is None else options.width,
-        height=native if options.height is None else options.height,
+    base = options.base
+    device = choose_device(base.device)
+    studio = Studio(
+        choose_dtype(base.dtype, device),
+        device,
+        vae=base.vae,
+        refiner=base.refiner,
+        prediction_type=base.prediction_type,
+        zero_terminal_snr=base.zero_terminal_snr,
     )
-    loras = [describe_lora(file_title(path), w, source.file) for source, (path, w) in zip(sources, wanted, strict=True)]
-    return pipeline, drawing, loras
+    return studio, shot_list(options, native_size(studio.model(first)))
 
 
-def run(options: GenerateOptions) -> list[Path]:
+def run(options: GenerateOptions, first: str) -> list[Path]:
     """Draw and write everything; returns the files, the grid last."""
-    from library.inference.pictures import grid, parameters_text, save_picture
-    from library.inference.text_to_image import draw
+    from library.inference.infotext import save_png
 
-    print_plan(options)
-    pipeline, drawing, loras = build(options)
-    model = file_title(Path(options.pretrained_model_name_or_path))
-    pictures, files = [], []
-    seeds = [options.seed + number for number in range(options.images)]
-    for start in range(0, len(seeds), options.batch_size):
-        batch = seeds[start : start + options.batch_size]
-        before = time.perf_counter()
-        drawn = draw(pipeline, drawing, batch)
-        seconds = time.perf_counter() - before
-        for seed, picture in zip(batch, drawn, strict=True):
-            file = options.output
-            if len(seeds) > 1:
-                file = file.with_name(f"{file.stem}_{seed}.png")
-            save_picture(picture, file, parameters_text(drawing, seed, model, loras))
-            files.append(file)
-            print(f"{file}  {drawing.width} x {drawing.height}, {seconds / len(batch):.1f} s")
-        pictures += drawn
+    studio, wanted = build(options, first)
+    pictures: dict[Shot, Image.Image] = {}
+    start = time.perf_counter()
+    for batch, drawn in studio.draw(wanted.shots, options.what.batch_size):
+        seconds, start = time.perf_counter() - start, time.perf_counter()
+        for shot, picture in zip(batch, drawn, strict=True):
+            save_png(picture, shot.file, studio.info(shot))
+            pictures[shot] = picture
+            print(f"{shot.file}  {picture.width} x {picture.height}, {seconds / len(batch):.1f} s")
+    files = [shot.file for shot in wanted.shots]
     if len(pictures) > 1:
-        save_picture(grid(pictures), options.output, parameters_text(drawing, options.seed, model, loras))
-        files.append(options.output)
-        print(f"{options.output}  all {len(pictures)}")
+        save_png(sheet_of(wanted, pictures), options.what.output, studio.info(wanted.shots[0]))
+        files.append(options.what.output)
+        print(f"{options.what.output}  all {len(pictures)}")
     return files
+
+
+def sheet_of(wanted: ShotList, pictures: dict[Shot, Image.Image]) -> Image.Image:
+    """All pictures on one sheet: along the axes, or as square as it gets."""
+    from library.inference.grids import grid
+    from library.inference.xy_grid import sheet
+
+    if wanted.axes is None:
+        return grid(list(pictures.values()))
+    return sheet(*wanted.axes, {shot.cell: picture for shot, picture in pictures.items() if shot.cell is not None})
 
 
 def choose_dtype(name: Precision | None, device: torch.device) -> torch.dtype:

@@ -55,11 +55,12 @@ def run(options: TrainNetworkOptions, context: ExitStack) -> int:
     from library.training.output import open_log, own_output
     from library.training.samples import Sampler
     from library.training.speed import with_usable_attention
+    from library.training.start import check_network_start
 
     # What is wrong with the options or the machine is said before hours of caching.
     processes = Processes(options.model.device)
     options = replace(options, speed=with_usable_attention(options.speed, processes.say))
-    base, family = check_start(options, processes)
+    base, family = check_network_start(options, processes)
     output = options.output
     states = network_states(output.output_dir, output.output_name)
     state, facts = state_to_resume(output, flatten(options), processes.world_size, states, HARMLESS_HERE)
@@ -81,7 +82,7 @@ def run(options: TrainNetworkOptions, context: ExitStack) -> int:
         f"{plan.batch_size} x {plan.accumulation} accumulated x {plan.world_size} processes on {processes.device}"
     )
     board = log_folder(options, facts)
-    run_, task = build_run(options, processes, prepared, order, plan, board)
+    run_, task = build_run(options, processes, prepared, order, plan, board, context)
     if processes.is_main:
         context.enter_context(own_output(output.output_dir))
     step = first if state is None else run_.checkpoints.resume(state)
@@ -101,36 +102,6 @@ def run(options: TrainNetworkOptions, context: ExitStack) -> int:
         print(f"adapter      {output.output_dir / output.output_name}.safetensors")
         print(f"metrics      {output.output_dir / 'metrics.jsonl'}; tensorboard --logdir {output.log_dir}")
     return EXIT_OK
-
-
-def check_start(options: TrainNetworkOptions, processes: Processes) -> tuple[BaseLocation, Family]:
-    """Find the base, and see that optimizer, prompts and output will work. Raises UserError for what will not."""
-    from library.files import require_writable
-    from library.inference.text_to_image import make_sampler
-    from library.models.family import family_of
-    from library.models.load import load_scheduler_config
-    from library.models.locate import locate_base
-    from library.training.network_models import check_weights
-    from library.training.optimizers import check_optimizer
-    from library.training.samples import check_prompts
-    from library.training.speed import prepare_environment
-    from networks.original_names import SDXL
-
-    prepare_environment(options.speed)
-    require_writable(options.output.output_dir)
-    require_writable(options.cache.cache_dir)
-    check_optimizer(options.optimizer, processes.device)
-    with processes.main_first():
-        base = locate_base(options.model.pretrained_model_name_or_path)
-    if base.note:
-        processes.say(base.note)
-    config, family = load_scheduler_config(base), family_of(base)
-    check_prompts(options.samples, lambda name: make_sampler(config, name))
-    if family == SDXL and options.text.clip_skip not in (None, 2):
-        raise UserError(f"clip_skip {options.text.clip_skip} cannot be: SDXL was trained on the second last layer, 2.")
-    options.optimizer.text_encoder_rates(len(family.text_encoders))
-    check_weights(options, base, family)
-    return base, family
 
 
 def collect_data(options: TrainNetworkOptions, base: BaseLocation, processes: Processes) -> NetworkData:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import EXIT_OK, UserError, script
+from library.errors import EXIT_OK, script
 from library.launch import start_cpu_processes
 from library.options.parser import flatten, parse
 from library.options.repa import TrainRepaOptions
@@ -46,12 +46,13 @@ def run(options: TrainRepaOptions, context: ExitStack) -> int:
     from library.training.preflight import preflight
     from library.training.repa_run import build_run
     from library.training.speed import check_attention, prepare_environment
+    from library.training.start import check_repa_start
 
     # What is wrong with the options or the machine is said before hours of caching.
     prepare_environment(options.speed)
     check_attention(options.speed)
     processes = Processes(options.model.device)
-    check_start(options, processes)
+    check_repa_start(options, processes)
     state, facts = state_to_resume(options.output, flatten(options), processes.world_size)
     caches = prepare(options, processes)
     plan = make_plan(len(caches.train.samples), options.training, options.optimizer, processes.world_size)
@@ -78,24 +79,6 @@ def run(options: TrainRepaOptions, context: ExitStack) -> int:
         assert run_.checkpoints.newest is not None
         finish(run_, options, export_adapters(run_.checkpoints.newest, options, plan))
     return EXIT_OK
-
-
-def check_start(options: TrainRepaOptions, processes: Processes) -> None:
-    """Fetch or find the base model, and see that there can be output and a Gram matrix."""
-    from library.files import require_writable
-    from library.models.locate import locate_base
-
-    require_writable(options.output.output_dir)
-    require_writable(options.cache.cache_dir)
-    with processes.main_first():
-        locate_base(options.model.pretrained_model_name_or_path, ("unet", "scheduler"))
-    a = options.alignment
-    pairs = options.training.train_batch_size * processes.world_size > 1
-    if a.alignment and a.manifold_mode == "sample" and a.manifold_weight > 0 and not pairs:
-        raise UserError(
-            "manifold_mode sample compares the samples of a batch, and train_batch_size is 1. Use manifold_mode token, or "
-            "manifold_weight 0."
-        )
 
 
 def prepare(options: TrainRepaOptions, processes: Processes) -> Caches:

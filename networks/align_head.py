@@ -22,8 +22,8 @@ HeadKind = Literal["mlp", "linear", "conv3x3"]
 class AlignHead(nn.Module):
     """Feature map [B, in_channels, h, w] -> tokens [B, grid * grid, out_dim], float32, of length 1, row by row.
 
-    The projection computes in the dtype of the feature map from float32 weights; all that follows is float32.
-    The initial weights depend on `seed` and `name` alone.
+    Of maps that are no squares, tokens are asked for on a grid of their own. The projection computes in the dtype of the
+    feature map from float32 weights; all that follows is float32. The initial weights depend on `seed` and `name` alone.
     """
 
     def __init__(
@@ -41,12 +41,14 @@ class AlignHead(nn.Module):
         self.proj = _projection(in_channels, out_dim, kind)
         self._draw_weights(seed, name)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """grid: rows and columns of the tokens; None is the head's own square."""
         projected = self.proj(features)  # [B, D, h, w]
         # The meta device, on which memory is forecast, knows no autocast.
         device = "cpu" if projected.is_meta else projected.device.type
         with torch.autocast(device, enabled=False):
-            tokens = resize_bilinear(projected.float(), self.grid).flatten(2).transpose(1, 2)  # [B, grid * grid, D]
+            rows, columns = (self.grid, self.grid) if grid is None else grid
+            tokens = resize_bilinear(projected.float(), rows, columns).flatten(2).transpose(1, 2)  # [B, N, D]
             return F.normalize(tokens, dim=-1, eps=1e-6)  # a zero token gets a gradient of 1e6 at most, not 1e12
 
     def _draw_weights(self, seed: int, name: str) -> None:
@@ -76,12 +78,12 @@ class AlignHeads(nn.ModuleDict):
         return {tap: head(features[tap]) for tap, head in self.items()}
 
 
-def resize_bilinear(x: Tensor, size: int) -> Tensor:
-    """[B, C, h, w] -> [B, C, size, size], as F.interpolate(mode="bilinear", align_corners=False).
+def resize_bilinear(x: Tensor, height: int, width: int) -> Tensor:
+    """[B, C, h, w] -> [B, C, height, width], as F.interpolate(mode="bilinear", align_corners=False).
 
     Done as two small matrix products, because the backward pass of F.interpolate adds up in random order on CUDA.
     """
-    rows, columns = (_interpolation(length, size, x) for length in x.shape[-2:])
+    rows, columns = (_interpolation(*lengths, x) for lengths in zip(x.shape[-2:], (height, width), strict=True))
     return rows @ x @ columns.T
 
 

@@ -61,7 +61,9 @@ def test_mlp_is_the_documented_formula() -> None:
 def test_resize_is_torchs_bilinear(shape: tuple[int, int]) -> None:
     x = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(x, size=(16, 16), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(resize_bilinear(x, 16), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(resize_bilinear(x, 16, 16), expected, atol=1e-5, rtol=0)
+    expected = F.interpolate(x, size=(5, 9), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(resize_bilinear(x, 5, 9), expected, atol=1e-5, rtol=0)
 
 
 def test_mlp_has_the_documented_size_and_names() -> None:
@@ -75,6 +77,16 @@ def test_tokens_are_unit_vectors_on_the_grid(kind: HeadKind) -> None:
     tokens = AlignHead(8, 12, grid=16, kind=kind)(torch.randn(2, 8, 4, 4))
     assert tokens.shape == (2, 256, 12)
     torch.testing.assert_close(tokens.norm(dim=-1), torch.ones(2, 256))
+
+
+def test_tokens_of_a_map_of_another_aspect_come_on_a_grid_of_its_own() -> None:
+    """A map that varies by row alone gives equal tokens along the rows of any grid, row by row."""
+    head = AlignHead(8, 12, grid=16)
+    column = torch.randn(2, 8, 4, 1, generator=torch.Generator().manual_seed(0)).expand(2, 8, 4, 6)
+    tokens = head(column, (6, 9)).unflatten(1, (6, 9))
+    torch.testing.assert_close(tokens, tokens[:, :, :1].expand_as(tokens))
+    assert not torch.allclose(tokens[:, 0], tokens[:, 5])
+    assert torch.equal(head(column, (16, 16)), head(column))
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("linear", 8 * 12 + 12), ("conv3x3", 8 * 12 * 9 + 12)])

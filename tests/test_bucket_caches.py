@@ -19,7 +19,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from library.caching.latents import BucketedPicture, LatentCaches, prepare_latents
+from library.caching.by_bucket import BucketCaches, BucketedPicture
+from library.caching.latents import prepare_latents
 from library.caching.masks import alpha_channel, latent_mask
 from library.caching.prompts import PromptCache, prompt_folder, prompt_key
 from library.data.buckets import Buckets, Fitted, resize_and_crop
@@ -50,7 +51,7 @@ class LatentSetting:
     def __init__(self, folder: Path, base: Path) -> None:
         self.images, self.cache_dir = folder / "images", folder / "caches"
         self.said: list[str] = []
-        self.last: LatentCaches | None = None
+        self.last: BucketCaches | None = None
         self.arguments: dict[str, Any] = {
             "base": BaseLocation("tiny", base), "family": SD15, "fit_facts": {"bucket_no_upscale": False},
             "precision": "no", "cache_dir": self.cache_dir, "batch_size": 8, "workers": 0,
@@ -67,7 +68,7 @@ class LatentSetting:
     def pictures(self, buckets: Buckets = BUCKETS, flip: bool = False) -> list[BucketedPicture]:
         return [self.picture(path, buckets, flip) for path in sorted(self.images.glob("*.png"))]
 
-    def build(self, pictures: list[BucketedPicture] | None = None, **changes: Any) -> LatentCaches:
+    def build(self, pictures: list[BucketedPicture] | None = None, **changes: Any) -> BucketCaches:
         self.said.clear()
         if self.last is not None:
             self.last.close()
@@ -99,7 +100,7 @@ def fresh(base: Path, pixels: list[np.ndarray]) -> np.ndarray:
     return MomentsEncoder(load_vae(str(base))).encode(batch).numpy()
 
 
-def read(caches: LatentCaches, picture: BucketedPicture, *, flipped: bool = False) -> np.ndarray:
+def read(caches: BucketCaches, picture: BucketedPicture, *, flipped: bool = False) -> np.ndarray:
     return (caches.flipped if flipped else caches.stores)[picture.fitted.bucket].read(picture.sample_id)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from library.errors import UserError
@@ -17,6 +19,7 @@ from library.models.encoders import (
     TextEncoder,
     VaeEncoder,
     dequantize_tokens,
+    grid_in_aspect,
     quantize_tokens,
     weight_fingerprint,
 )
@@ -117,6 +120,33 @@ def test_tokens_stay_upright_at_518(tiny_dinov2: Path) -> None:
     tokens = dino_encoder(tiny_dinov2, 518, 16).encode(pixels).float().unflatten(1, (16, 16))
     along_rows, along_columns = tokens.std(dim=2).mean(), tokens.std(dim=1).mean()
     assert along_rows < 0.35 * along_columns
+
+
+@given(side=st.integers(1, 40), width=st.integers(8, 300), height=st.integers(8, 300))
+@settings(max_examples=200, deadline=None)
+def test_a_grid_has_the_area_of_the_square_and_the_aspect_of_the_picture(side: int, width: int, height: int) -> None:
+    rows, columns = grid_in_aspect(side, width, height)
+    assert (columns, rows) == grid_in_aspect(side, height, width)
+    assert grid_in_aspect(side, width, width) == (side, side)
+    fewer, more = sorted((rows, columns))
+    long, short = max(width, height), min(width, height)
+    assert fewer >= 1 and abs(fewer - max(side * (short / long) ** 0.5, 1)) <= 0.5
+    assert abs(more - fewer * long / short) <= 0.5, "cells are squares up to half a cell over the whole length"
+    # Tokens are never finer than the patches they are pooled of.
+    finer = grid_in_aspect(side + 3, width, height)
+    assert finer[0] >= rows and finer[1] >= columns
+
+
+def test_tokens_of_a_lying_picture_are_pooled_to_a_lying_grid_and_stay_in_place(tiny_dinov2: Path) -> None:
+    """A picture that varies by column alone gives equal tokens down each column."""
+    columns = torch.linspace(0, 255, 12).round().to(torch.uint8).repeat_interleave(16)
+    pixels = columns.view(1, 1, 1, 192).expand(1, 3, 128, 192).contiguous()
+    encoder = dino_encoder(tiny_dinov2, 224, 8)
+    assert encoder.patch_tokens(pixels).shape == (1, 64, 13, 20)
+    tokens = encoder.encode(pixels).float()
+    assert tokens.shape[1] == 7 * 11
+    grid = tokens.unflatten(1, (7, 11))
+    assert grid.std(dim=1).mean() < 0.35 * grid.std(dim=2).mean()
 
 
 def test_the_whole_crop_is_seen(tiny_dinov2: Path, pixels: Tensor) -> None:

@@ -1,223 +1,203 @@
-"""Pictures from prompts: what a picture depends on, what its file says, and what is refused."""
+"""generate.py: what it writes, what the files say, and what it refuses in a sentence."""
 
 from __future__ import annotations
 
-import hashlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
 import generate
-import merge_lora
-from library.errors import EXIT_BAD_INPUT, EXIT_OK, RunFailed
-from library.inference.pictures import FoldedLora, describe_lora, grid, parameters_text, save_picture
-from library.inference.text_to_image import (
-    Drawing,
-    draw,
-    initial_noise,
-    load_pipeline,
-    make_sampler,
-    native_size,
-    words_cut_off,
-)
-from library.models.load import load_unet
-from library.models.locate import BaseLocation
-from library.models.sd15_configs import SD15_SCHEDULER
-from networks.adapter_export import to_kohya
-from networks.adapter_file import read_adapter
-from networks.lora import LoraSpec, add_lora
-
-CPU, FLOAT = "cpu", torch.float32
-DRAWING = Drawing("a red square", "blurry", steps=2, cfg_scale=5.0, width=64, height=64)
+from library.errors import EXIT_BAD_INPUT, EXIT_OK
+from library.inference.infotext import lora_hash, read_png
+from library.options.generate import split_weight
 
 
-@pytest.fixture(scope="module")
-def base(tiny_sd15: Path) -> BaseLocation:
-    return BaseLocation("tiny", tiny_sd15)
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an outputs folder, unless a test makes one."""
+    monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def pipeline(base: BaseLocation) -> StableDiffusionPipeline:
-    return load_pipeline(base, [], dtype=FLOAT, device=CPU)
+@pytest.fixture
+def base(tiny_sd15: Path) -> list[str]:
+    return ["--pretrained_model_name_or_path", str(tiny_sd15)]
 
 
-@pytest.fixture(scope="module")
-def lora(base: BaseLocation, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec, generator = LoraSpec(scope="all"), torch.Generator().manual_seed(1)
-    params = add_lora(load_unet(base), spec, seed=0)
-    weights = {name: 0.1 * torch.randn(parameter.shape, generator=generator) for name, parameter in params.items()}
-    path = tmp_path_factory.mktemp("lora") / "red.safetensors"
-    save_file(to_kohya(weights, spec), path)
-    return path
+def run(*words: object, prompt: str | None = "a red square") -> int:
+    what = [] if prompt is None else ["--prompt", prompt]
+    return generate.main([*what, "--steps", "1", "--width", "64", "--height", "64", *map(str, words)])
 
 
-def pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture).astype(int)
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(int)
 
 
-def run(*arguments: object) -> int:
-    return generate.main(
-        ["--prompt", "a red square", "--steps", "1", "--width", "64", "--height", "64", *map(str, arguments)]
-    )
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.png"))
 
 
-def test_noise_depends_on_its_seed_alone() -> None:
-    torch.manual_seed(1)
-    one = initial_noise(7, 4, 8, 8)
-    torch.manual_seed(2)
-    assert torch.equal(initial_noise(7, 4, 8, 8), one)
-    assert not torch.equal(initial_noise(8, 4, 8, 8), one)
-    assert one.dtype == torch.float32 and one.device.type == "cpu"
-
-
-def test_a_picture_does_not_depend_on_its_batch(pipeline: StableDiffusionPipeline) -> None:
-    together = draw(pipeline, DRAWING, [7, 8])
-    alone = [draw(pipeline, DRAWING, [seed])[0] for seed in (7, 8)]
-    for one, other in zip(together, alone, strict=True):
-        assert np.abs(pixels(one) - pixels(other)).max() <= 1  # sums of another order, rounded to 8 bits
-    assert np.abs(pixels(alone[0]) - pixels(alone[1])).mean() > 1
-
-
-def test_the_same_seed_gives_the_same_picture_to_the_bit(pipeline: StableDiffusionPipeline) -> None:
-    assert np.array_equal(pixels(draw(pipeline, DRAWING, [7])[0]), pixels(draw(pipeline, DRAWING, [7])[0]))
-
-
-def test_pictures_have_the_size_asked_for(pipeline: StableDiffusionPipeline) -> None:
-    (picture,) = draw(pipeline, Drawing("", "", steps=1, cfg_scale=1.0, width=72, height=40), [0])
-    assert (picture.mode, picture.size) == ("RGB", (72, 40))
-
-
-def test_the_native_size_is_what_the_unet_was_trained_at(pipeline: StableDiffusionPipeline) -> None:
-    assert native_size(pipeline) == 128
-
-
-def test_the_sampler_keeps_the_schedule_of_the_base() -> None:
-    sampler = make_sampler({**SD15_SCHEDULER, "prediction_type": "v_prediction"})
-    assert sampler.config["beta_schedule"] == "scaled_linear" and sampler.config["beta_end"] == 0.012
-    assert sampler.config["prediction_type"] == "v_prediction"
-    sampler.set_timesteps(20)
-    # Karras et al., equation 5 with rho 7, between SD1.5's smallest and largest noise level.
-    low, high = 0.0292, 14.6146
-    expected = [(high ** (1 / 7) + i / 19 * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for i in range(20)]
-    np.testing.assert_allclose(sampler.sigmas[:-1].numpy(), expected, rtol=1e-2)
-
-
-def test_a_lora_folded_in_draws_as_the_merged_folder(base: BaseLocation, lora: Path, tmp_path: Path) -> None:
-    adapter = read_adapter(lora)
-    arguments = [
-        "--models",
-        lora,
-        "--ratios",
-        0.5,
-        "--pretrained_model_name_or_path",
-        base.path,
-        "--output_dir",
-        tmp_path / "m",
-    ]
-    assert merge_lora.main(list(map(str, arguments))) == EXIT_OK
-    merged = load_pipeline(BaseLocation("m", tmp_path / "m"), [], dtype=FLOAT, device=CPU)
-    folded = load_pipeline(base, [(adapter, 0.5)], dtype=FLOAT, device=CPU)
-    plain = load_pipeline(base, [], dtype=FLOAT, device=CPU)
-    of_merged, of_folded, of_plain = (pixels(draw(each, DRAWING, [7])[0]) for each in (merged, folded, plain))
-    assert np.array_equal(of_folded, of_merged)
-    assert np.abs(of_folded - of_plain).mean() > 1
-
-
-def test_weights_are_rounded_after_all_loras_are_folded_in(base: BaseLocation, lora: Path) -> None:
-    adapter = read_adapter(lora)
-    undone = load_pipeline(base, [(adapter, 1.0), (adapter, -1.0)], dtype=torch.bfloat16, device=CPU).unet
-    plain = load_unet(base, dtype=torch.bfloat16)
-    pairs = list(zip(undone.parameters(), plain.parameters(), strict=True))
-    assert all(one.dtype == torch.bfloat16 for one, _ in pairs)
-    # Sums in bfloat16 would leave thousands of weights changed.
-    assert sum(int((one != other).sum()) for one, other in pairs) < 100
-
-
-def test_the_end_of_a_long_prompt_is_told(pipeline: StableDiffusionPipeline) -> None:
-    assert words_cut_off(pipeline.tokenizer, "red " * 75) is None
-    assert words_cut_off(pipeline.tokenizer, "red " * 75 + "blue circle") == "blue circle"
-
-
-def test_numbers_that_overflow_are_told(base: BaseLocation) -> None:
-    broken = load_pipeline(base, [], dtype=FLOAT, device=CPU)
-    broken.unet.conv_out.bias.data.fill_(torch.nan)
-    with pytest.raises(
-        RunFailed, match="values that are not finite: torch.float32 is too narrow. Use --dtype bf16 or float."
-    ):
-        draw(broken, DRAWING, [0])
-
-
-def test_parameters_are_a1111s() -> None:
-    drawing = Drawing("a cat, sitting", "dog", steps=25, cfg_scale=7.5, width=512, height=768)
-    loras = [FoldedLora("red", 0.8, "0123456789ab"), FoldedLora("blue", 1.0, "ba9876543210")]
-    assert parameters_text(drawing, 42, "tiny-sd15", loras) == (
-        "a cat, sitting <lora:red:0.8> <lora:blue:1>\n"
-        "Negative prompt: dog\n"
-        "Steps: 25, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 42, Size: 512x768, Model: tiny-sd15, "
-        'Lora hashes: "red: 0123456789ab, blue: ba9876543210"'
-    )
-
-
-def test_parameters_without_negative_prompt_and_lora() -> None:
-    drawing = Drawing("", "", steps=1, cfg_scale=1.0, width=8, height=8)
-    assert parameters_text(drawing, 0, "m, x", []) == (
-        '\nSteps: 1, Sampler: DPM++ 2M Karras, CFG scale: 1, Seed: 0, Size: 8x8, Model: "m, x"'
-    )
-
-
-def test_the_hash_of_a_lora_does_not_depend_on_its_metadata(tmp_path: Path) -> None:
-    tensors = {"a": torch.arange(1000.0)}
-    for name, metadata in (("one", {"a": "b"}), ("two", {"c": "much longer than that"})):
-        save_file(tensors, tmp_path / f"{name}.safetensors", metadata=metadata)
-    one, two = (describe_lora(name, 1.0, tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    data = save(tensors)
-    assert one.hash == two.hash == hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()[:12]
-
-
-@pytest.mark.parametrize("parameters", ["plain\nSteps: 1", "雪, été"])
-def test_a_picture_carries_its_parameters(parameters: str, tmp_path: Path) -> None:
-    save_picture(Image.new("RGB", (8, 8), "red"), tmp_path / "a.png", parameters)
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.text["parameters"] == parameters
-        assert np.asarray(picture)[0, 0].tolist() == [255, 0, 0]
-
-
-@pytest.mark.parametrize(("count", "size"), [(1, (10, 8)), (2, (20, 8)), (3, (20, 16)), (4, (20, 16)), (5, (30, 16))])
-def test_a_grid_is_as_square_as_can_be(count: int, size: tuple[int, int]) -> None:
-    sheet = grid([Image.new("RGB", (10, 8), (number + 1, 0, 0)) for number in range(count)])
-    assert sheet.size == size
-    columns = size[0] // 10
-    for number in range(count):
-        assert sheet.getpixel((number % columns * 10, number // columns * 8)) == (number + 1, 0, 0)
-
-
-def test_the_script_writes_pictures_and_their_grid(
-    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_pictures_and_their_grid(
+    base: list[str], adapter_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        run("--images", 3, "--seed", 5, "--batch_size", 2, "--lora", f"{lora}:0.5", "--output", tmp_path / "x.png")
-        == EXIT_OK
-    )
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.png", "x_5.png", "x_6.png", "x_7.png"]
-    with Image.open(tmp_path / "x_6.png") as picture:
-        assert picture.text["parameters"].startswith("a red square <lora:red:0.5>\nSteps: 1, Sampler: DPM++ 2M Karras,")
-        assert re.search(
-            r"Seed: 6, Size: 64x64, Model: tiny-sd15, Lora hashes: \"red: [0-9a-f]{12}\"", picture.text["parameters"]
-        )
+    words = ["--images", 3, "--seed", 5, "--batch_size", 2, "--lora", f"{adapter_file}:0.5"]
+    assert run(*base, *words, "--output", tmp_path / "x.png") == EXIT_OK
+    assert names(tmp_path) == ["x.png", "x_5.png", "x_6.png", "x_7.png"]
+    info = read_png(tmp_path / "x_6.png")
+    assert info.prompt == "a red square <lora:demo:0.5>" and info.lora_hashes == {"demo": lora_hash(adapter_file)}
+    assert (info.sampler, info.schedule, info.steps, info.seed, info.size) == ("DPM++ 2M", "Karras", 1, 6, (64, 64))
+    assert info.model == "tiny-sd15" and info.clip_skip is None and info.hires_upscale is None
     with Image.open(tmp_path / "x.png") as sheet:
         assert sheet.size == (128, 128)
-    assert "pictures   3 of 64 x 64, seed 5 to 7" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "pictures   3 of 64 x 64, seed 5 to 7" in said and f"lora       {adapter_file}, weight 0.5" in said
 
 
-def test_one_picture_is_the_output_itself(tmp_path: Path) -> None:
-    assert run("--images", 1, "--output", tmp_path / "x.png") == EXIT_OK
-    assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
+def test_one_picture_is_the_output_itself(base: list[str], tmp_path: Path) -> None:
+    assert run(*base, "--images", 1, "--output", tmp_path / "x.png") == EXIT_OK
+    assert names(tmp_path) == ["x.png"]
+
+
+def test_a_picture_says_all_that_is_needed_to_draw_it_again(
+    base: list[str], adapter_file: Path, tmp_path: Path
+) -> None:
+    prompt = "a (red:1.2) square <lora:demo:0.4>"
+    words = [
+        "--sampler",
+        "euler a karras",
+        "--cfg_scale",
+        3,
+        "--negative_prompt",
+        "blue",
+        "--clip_skip",
+        2,
+        "--images",
+        1,
+    ]
+    words += ["--hires_scale", 1.5, "--hires_upscaler", "Lanczos", "--hires_steps", 2, "--seed", 9]
+    words += ["--refiner", base[1], "--refiner_switch_at", 0.5, "--lora_dir", adapter_file.parent]
+    assert run(*base, *words, "--output", tmp_path / "x.png", prompt=prompt) == EXIT_OK
+    info = read_png(tmp_path / "x.png")
+    assert (info.prompt, info.negative_prompt, info.sampler, info.schedule) == (prompt, "blue", "Euler a", "Karras")
+    assert (info.cfg_scale, info.clip_skip, info.seed, info.size) == (3, 2, 9, (64, 64))
+    assert (info.hires_upscale, info.hires_upscaler, info.hires_steps) == (1.5, "Lanczos", 2)
+    assert (info.denoising_strength, info.refiner, info.refiner_switch_at) == (0.7, "tiny-sd15", 0.5)
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (96, 96)
+
+
+def test_a_tag_is_as_good_as_an_option(base: list[str], adapter_file: Path, tmp_path: Path) -> None:
+    words = [*base, "--images", 1]
+    assert run(*words, "--lora", f"{adapter_file}:0.5", "--output", tmp_path / "a.png") == EXIT_OK
+    (tmp_path / "outputs" / "demo").mkdir(parents=True)
+    (tmp_path / "outputs" / "demo" / "demo.safetensors").symlink_to(adapter_file)
+    assert run(*words, "--output", tmp_path / "b.png", prompt="a red square <lora:demo:0.5>") == EXIT_OK
+    assert run(*words, "--output", tmp_path / "c.png") == EXIT_OK
+    a, b, c = (pixels(tmp_path / f"{name}.png") for name in "abc")
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+    assert read_png(tmp_path / "a.png") == read_png(tmp_path / "b.png")
+
+
+def test_a_file_of_prompts_is_drawn_with_one_load(
+    base: list[str], adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import library.inference.studio as studio
+
+    loads: list[object] = []
+    original = studio.load_model
+
+    def counted(*args: object, **more: object) -> object:
+        loads.append(args)
+        return original(*args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(studio, "load_model", counted)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text(
+        "# two of them\na cat <lora:demo:1> --n dog --w 72 --h 40 --d 3 --s 2 --l 2 --ss euler_a\na red square\n"
+    )
+    words = [*base, "--prompt_file", prompts, "--lora_dir", adapter_file.parent, "--negative_prompt", "bad"]
+    assert run(*words, "--output", tmp_path / "x.png", prompt=None) == EXIT_OK
+    assert names(tmp_path) == ["x.png", "x_00_3.png", "x_01_43.png"] and len(loads) == 1
+    first, second = read_png(tmp_path / "x_00_3.png"), read_png(tmp_path / "x_01_43.png")
+    assert (first.negative_prompt, first.steps, first.cfg_scale, first.size) == ("dog", 2, 2, (72, 40))
+    assert (first.sampler, first.schedule) == ("Euler a", "Normal")
+    assert (second.negative_prompt, second.size, second.lora_hashes) == ("bad", (64, 64), {})
+    assert (
+        run(*base, "--images", 1, "--seed", 43, "--negative_prompt", "bad", "--output", tmp_path / "y.png") == EXIT_OK
+    )
+    assert np.array_equal(pixels(tmp_path / "y.png"), pixels(tmp_path / "x_01_43.png")), (
+        "the adapter was taken out again"
+    )
+
+
+def test_axes_make_a_sheet_of_pictures(base: list[str], adapter_file: Path, tmp_path: Path) -> None:
+    axes = ["--x_axis", "weight: 0, 0.5, 1", "--y_axis", "sampler: Euler, DPM++ 2M Karras"]
+    assert run(*base, *axes, "--lora", adapter_file, "--output", tmp_path / "x.png") == EXIT_OK
+    cells = [f"x_x{column}_y{row}.png" for column in (1, 2, 3) for row in (1, 2)]
+    assert names(tmp_path) == ["x.png", *cells]
+    info = read_png(tmp_path / "x_x2_y1.png")
+    assert (info.prompt, info.sampler, info.schedule) == ("a red square <lora:demo:0.5>", "Euler", "Normal")
+    with Image.open(tmp_path / "x.png") as sheet:
+        assert sheet.width > 3 * 64 and sheet.height > 2 * 64
+    assert run(*base, "--images", 1, "--output", tmp_path / "plain.png") == EXIT_OK
+    assert np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "x_x1_y2.png"))
+
+
+def test_an_axis_of_checkpoints_loads_each_once(base: list[str], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.symlink_to(base[1], target_is_directory=True)
+    axes = ["--x_axis", f"checkpoint: {base[1]} | {other}", "--y_axis", "seed: 1-2"]
+    assert run(*base, *axes, "--batch_size", 2, "--output", tmp_path / "x.png") == EXIT_OK
+    assert read_png(tmp_path / "x_x2_y1.png").model == "other"
+    assert np.array_equal(pixels(tmp_path / "x_x1_y2.png"), pixels(tmp_path / "x_x2_y2.png"))
+
+
+def test_a_picture_to_begin_with_gives_its_size(base: list[str], tmp_path: Path) -> None:
+    Image.new("RGB", (77, 50), "red").save(tmp_path / "red.png")
+    words = [
+        *base,
+        "--prompt",
+        "a",
+        "--steps",
+        "2",
+        "--init_image",
+        str(tmp_path / "red.png"),
+        "--denoising_strength",
+        "0.5",
+    ]
+    assert generate.main([*words, "--images", "1", "--output", str(tmp_path / "x.png")]) == EXIT_OK
+    info = read_png(tmp_path / "x.png")
+    assert (info.size, info.denoising_strength) == ((72, 48), 0.5)
+
+
+def test_the_base_gives_the_size_where_nothing_else_does(base: list[str], tmp_path: Path) -> None:
+    words = [*base, "--prompt", "a", "--steps", "1", "--images", "1", "--output", str(tmp_path / "x.png")]
+    assert generate.main(words) == EXIT_OK
+    assert pixels(tmp_path / "x.png").shape == (128, 128, 3)
+
+
+def test_sdxl_draws_with_its_own_refiner(tiny_sdxl: Path, tmp_path: Path) -> None:
+    words = ["--pretrained_model_name_or_path", tiny_sdxl, "--refiner", tiny_sdxl, "--images", 1, "--steps", 2]
+    assert run(*words, "--output", tmp_path / "x.png") == EXIT_OK
+
+
+def test_a_dry_run_draws_nothing_and_takes_no_torch(base: list[str], tmp_path: Path) -> None:
+    code = "import sys, generate; code = generate.main(sys.argv[1:]); assert 'torch' not in sys.modules, 'torch'; sys.exit(code)"
+    words = ["--prompt", "a (b", "--sampler", "UniPC", "--y_axis", "cfg: 1-3", "--dry_run", *base]
+    root = Path(generate.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (EXIT_OK, "")
+    assert "sampler    UniPC Normal, 25 steps, cfg_scale 2\n" in done.stdout
+    assert "note       1 '(' of the prompt stay open and weigh everything up to the end.\n" in done.stdout
+    assert "pictures   3 of native x native, seed 42\n" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -230,11 +210,11 @@ def test_one_picture_is_the_output_itself(tmp_path: Path) -> None:
     ],
 )
 def test_a_lora_may_have_a_weight(text: str, expected: tuple[Path, float]) -> None:
-    assert generate.split_weight(text) == expected
+    assert split_weight(text) == expected
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("words", "sentence"),
     [
         (["--width", "100"], "width must be a multiple of 8, got 100."),
         (["--height", "-8"], "height must be positive, got -8."),
@@ -242,32 +222,82 @@ def test_a_lora_may_have_a_weight(text: str, expected: tuple[Path, float]) -> No
         (["--images", "0"], "images must be at least 1, got 0."),
         (["--batch_size", "0"], "batch_size must be at least 1, got 0."),
         (["--cfg_scale", "0.5"], "cfg_scale must be at least 1, which is no guidance, got 0.5."),
+        (["--clip_skip", "0"], "clip_skip must be positive, got 0."),
         (["--seed", "-1"], "seed must lie between 0 and 2^63, got -1."),
         (["--output", "a.jpg"], "output must be a .png file, got a.jpg."),
         (["--lora", "absent.safetensors:0.5"], "lora absent.safetensors does not exist."),
+        (["--lora", ".", ".:0.5"], "lora . is given twice;"),
+        (["--lora_dir", "absent"], "lora_dir absent is no folder."),
         (["--device", "tpu9"], "device tpu9 cannot be used: "),
         (["--pretrained_model_name_or_path", "absent"], "absent does not exist (looked in "),
+        (["--sampler", "Eular"], "Eular is no sampler (did you mean Euler?)."),
+        (["--sampler", "Euler Karras", "--schedule", "Normal"], "The sampler Euler Karras names a schedule, and"),
+        (["--schedule", "karas"], "karas is no schedule (did you mean Karras?)."),
+        (["--hires_scale", "2", "--hires_upscaler", "latnet"], "latnet is no upscaler"),
+        (["--hires_scale", "-1"], "An upscaler's scale must be above 0"),
+        (["--hires_scale", "2", "--hires_steps", "0"], "hires_steps must be at least 1, got 0."),
+        (["--hires_steps", "3"], "hires_steps has no effect without hires_scale."),
+        (["--denoising_strength", "0.3"], "denoising_strength has no effect without init_image;"),
+        (["--init_image", "absent.png"], "init_image absent.png does not exist."),
+        (["--refiner_switch_at", "0.5"], "refiner_switch_at has no effect without refiner."),
+        (["--prompt_file", "p.txt"], "prompt and prompt_file exclude each other."),
+        (["--x_axis", "colour: red"], "colour is no axis of a grid"),
+        (["--x_axis", "cfg: 3, 4", "--images", "2"], "images must be 1 with axes."),
+        (["--x_axis", "weight: 0, 1"], "An axis of adapter weights needs an adapter:"),
+        (["--x_axis", "denoising: 0.5"], "The axis denoising needs the hires fix or a picture to begin with;"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(
-    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(*arguments) == EXIT_BAD_INPUT
+    assert run(*words) == EXIT_BAD_INPUT
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
 
 
-def test_a_lora_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_something_to_draw_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(prompt=None) == EXIT_BAD_INPUT
+    assert capsys.readouterr().err.startswith("error: prompt is missing: say what to draw, or name a --prompt_file.")
+
+
+def test_a_missing_adapter_of_the_prompt_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run("--output", tmp_path / "x.png", prompt="a <lora:mio:0.8> cat") == EXIT_BAD_INPUT
+    assert "<lora:mio:0.8> of the prompt has no adapter: no mio.safetensors in" in capsys.readouterr().err
+
+
+def test_a_slip_in_a_file_of_prompts_is_told_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("a cat --ss eular")
+    assert run("--prompt_file", "p.txt", prompt=None) == EXIT_BAD_INPUT
+    assert "eular is no sampler (did you mean Euler?)" in capsys.readouterr().err
+
+
+def test_a_lora_that_does_not_fit_is_refused(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
     save_file(
         {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(8, 2)},
         tmp_path / "xl.safetensors",
     )
-    assert run("--lora", tmp_path / "xl.safetensors", "--output", tmp_path / "x.png") == EXIT_BAD_INPUT
+    assert run(*base, "--lora", tmp_path / "xl.safetensors", "--output", tmp_path / "x.png") == EXIT_BAD_INPUT
     assert "It looks like an SDXL LoRA on an SD1.5 model." in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
 
 
-def test_a_dry_run_draws_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--output", tmp_path / "x.png", "--dry_run") == EXIT_OK
-    assert "sampler    DPM++ 2M Karras, 1 steps, cfg_scale 7.5" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
+def test_a_refiner_of_the_other_family_is_refused(
+    base: list[str], tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*base, "--refiner", tiny_sdxl, "--output", tmp_path / "x.png") == EXIT_BAD_INPUT
+    assert re.search(r"refiner .* is for SDXL, and the base is SD1.5", capsys.readouterr().err)
+
+
+def test_what_has_no_effect_is_said(
+    base: list[str], adapter_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--negative_prompt", "bad) <lora:demo:1>", "--images", 1, "--lora", adapter_file]
+    assert run(*base, *words, "--output", tmp_path / "x.png", prompt="cat <lora:demo:0.5>") == EXIT_OK
+    said = capsys.readouterr().out
+    assert "note       A ')' of the negative prompt closes nothing and is taken literally." in said
+    assert "note       <lora:demo:1> of the negative prompt left out" in said
+    assert f"note       <lora:demo:0.5> of the prompt takes the place of --lora {adapter_file}:1." in said

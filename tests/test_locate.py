@@ -59,7 +59,7 @@ def test_a_folder_of_something_else_and_a_missing_path_are_told_apart(tmp_path: 
 
 
 def test_the_tiny_bases_count_as_there() -> None:
-    assert base_status("tiny-sd15") is None and base_status("tiny-sdxl") is None
+    assert all(base_status(name) is None for name in ("tiny-shapes", "tiny-sd15", "tiny-sdxl"))
 
 
 def hub_cache(root: Path, hub_id: str, source: Path) -> Path:
@@ -111,7 +111,7 @@ print("torch" in sys.modules)
     assert lines[3:5] == [str(dino), "None None None"]
     assert lines[5] == lines[6]
     assert f"someone/absent is not on this machine: no such file or folder in {ROOT}" in lines[5]
-    assert "HF_HUB_OFFLINE is set" in lines[5] and "tiny-sd15" in lines[5]
+    assert "HF_HUB_OFFLINE is set" in lines[5] and "tiny-shapes" in lines[5]
     assert lines[7] == "False"
 
 
@@ -198,7 +198,7 @@ def test_a_failing_fetch_says_why_and_what_to_do(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreachable)
-    with pytest.raises(UserError, match=r"could not be fetched from the hub \(Name or service not known\).*tiny-sd15"):
+    with pytest.raises(UserError, match=r"could not be fetched from the hub \(Name or service not known\).*tiny-shapes"):
         locate_base("someone/absent")
 
 

@@ -80,6 +80,80 @@ def test_random_manifold_loss_compares_the_chosen_tokens_of_the_whole_batch() ->
     assert value == pytest.approx(sum(expected) / len(expected), abs=1e-7)
 
 
+WEIGHTED = losses.Weights(
+    pictures=torch.tensor([1.0, 0.5, 0.0, 0.25]),
+    real=torch.tensor([1.0, 1.0, 0.0, 1.0]),
+    tokens=torch.rand(4, 3, generator=torch.Generator().manual_seed(0)),
+)
+"""Of four pictures of three tokens, the third of which only fills the shape."""
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_weighted_losses_are_sums_over_what_counts_by_the_number_of_what_is_real(margin: float) -> None:
+    predicted, target = tokens(4, 3, 6, seed=3), tokens(4, 3, 6, seed=4)
+    pictures, real = [1.0, 0.5, 0.0, 0.25], 3
+    of_tokens = WEIGHTED.of_tokens(3).tolist()
+    p, t = ([[unit(row) for row in sample] for sample in values.tolist()] for values in (predicted, target))
+
+    def mean(values: list[float]) -> float:
+        return sum(w * value for w, value in zip(pictures, values, strict=True)) / real
+
+    token = [sum(of_tokens[b][n] * (1 - dot(p[b][n], t[b][n])) for n in range(3)) / 3 for b in range(4)]
+    assert losses.token_loss(predicted, target, WEIGHTED).item() == pytest.approx(mean(token), abs=1e-6)
+
+    def difference(one: tuple[int, int], other: tuple[int, int]) -> float:
+        (a, i), (b, j) = one, other
+        return hinge(dot(p[a][i], p[b][j]) - dot(t[a][i], t[b][j]), margin)
+
+    pairs = [(i, j) for i in range(3) for j in range(3)]
+    within = [
+        sum(of_tokens[b][i] * of_tokens[b][j] * difference((b, i), (b, j)) for i, j in pairs) / 9 for b in range(4)
+    ]
+    found = losses.token_manifold_loss(predicted, target, margin, WEIGHTED).item()
+    assert found == pytest.approx(mean(within), abs=1e-7)
+
+    def pool(sample: list[list[float]], weights: list[float]) -> list[float]:
+        return unit([sum(w * row[d] for w, row in zip(weights, sample, strict=True)) for d in range(6)])
+
+    pp, pt = ([pool(one, weights) for one, weights in zip(values, of_tokens, strict=True)] for values in (p, t))
+    between = [
+        pictures[a] * pictures[b] * hinge(dot(pp[a], pp[b]) - dot(pt[a], pt[b]), margin)
+        for a in range(4)
+        for b in range(a + 1, 4)
+    ]
+    found = losses.sample_manifold_loss(predicted, target, margin, weights=WEIGHTED).item()
+    assert found == pytest.approx(sum(between) / 3, abs=1e-7), "three pairs are real"
+
+    chosen = [(0, 1), (1, 2), (2, 0), (3, 0)]
+    weights = [pictures[b] * of_tokens[b][n] for b, n in chosen]
+    among = [
+        weights[i] * weights[j] * difference(chosen[i], chosen[j])
+        for i in range(len(chosen))
+        for j in range(len(chosen))
+    ]
+    places = torch.tensor([3 * b + n for b, n in chosen])
+    found = losses.random_manifold_loss(predicted, target, places, margin, WEIGHTED).item()
+    assert found == pytest.approx(sum(among) / 9, abs=1e-7), "three of the chosen tokens are real"
+
+
+def test_weights_of_1_change_nothing_and_a_batch_of_fillers_costs_nothing() -> None:
+    predicted, target = tokens(3, 5, 6, seed=3).requires_grad_(), tokens(3, 5, 6, seed=4)
+    places = torch.tensor([0, 4, 9, 14])
+
+    def every(weights: losses.Weights | None) -> list[torch.Tensor]:
+        return [
+            losses.token_loss(predicted, target, weights),
+            losses.sample_manifold_loss(predicted, target, weights=weights),
+            losses.token_manifold_loss(predicted, target, weights=weights),
+            losses.random_manifold_loss(predicted, target, places, weights=weights),
+        ]
+
+    torch.testing.assert_close(every(losses.Weights(torch.ones(3), torch.ones(3))), every(None))
+    nothing = torch.stack(every(losses.Weights(torch.zeros(3), torch.zeros(3), torch.zeros(3, 5))))
+    nothing.sum().backward()
+    assert not nothing.any() and predicted.grad is not None and not predicted.grad.any()
+
+
 def test_two_opposite_pairs_give_the_similarity_difference_by_hand() -> None:
     # Pooled images (1, 0) and (0, 1): cosine 0. Teacher (1, 0) and (1, 0): cosine 1. One pair: (0 - 1)^2.
     predicted = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])

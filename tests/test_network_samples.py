@@ -14,7 +14,11 @@ import torch
 from PIL import Image
 
 import library.training.samples as samples
-from library.inference.text_to_image import Drawing, draw
+from library.inference.model import DrawingModel
+from library.inference.prompt_syntax import parse_prompt
+from library.inference.request import Request
+from library.inference.text_to_image import draw
+from library.models.conditioning import TextConditioner
 from tests.tools.network_runs import Built, NetworkSetting, adapter, losses
 
 PROMPTS = {
@@ -93,26 +97,51 @@ def test_a_failing_sample_is_a_warning(
     assert "could not be drawn: --ar is no switch of a prompt" in capsys.readouterr().out
 
 
-def test_the_prompts_are_understood_as_the_captions_are(network_setting: NetworkSetting) -> None:
-    """clip_skip and long prompts included; adapters at full strength whatever the last batch was trained at."""
+def test_the_prompts_are_read_by_the_encoders_of_the_run(network_setting: NetworkSetting) -> None:
+    """With clip_skip, and adapters at full strength whatever the last batch was trained at; long prompts in A1111's chunks."""
     built = network_setting.build(clip_skip=2, max_token_length=150).stir()
     built.task.losses(replace(built.batch(), multipliers=0.0), torch.Generator(), 0)
     told: list[Any] = []
 
-    def spy(pipeline: Any, drawing: Drawing, seeds: list[int], encode: Any) -> list[Image.Image]:
-        told.append((encode([drawing.prompt]), next(iter(built.task.network.layers.values())).multiplier))
-        return draw(pipeline, drawing, seeds, encode)
+    def spy(model: DrawingModel, request: Request, seeds: list[int]) -> list[Image.Image]:
+        encoder = model.encoder(request.clip_skip, request.emphasis)
+        (part,) = encoder.encode(parse_prompt(request.prompt, request.steps))
+        told.append((part.texts[0].states, next(iter(built.task.network.layers.values())).multiplier))
+        return draw(model, request, seeds)
 
     sampler = sampler_of(built)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(samples, "draw", spy)
-        patch.setattr(samples, "save_picture", lambda *_: None)
-        sampler._draw([samples.PromptLine("a cat", width=64, height=64, sample_steps=1)], 0)
-        (found, multiplier) = told[0]
-        assert multiplier == 1.0 and found.states.shape[1] == 152
-        assert built.task.conditioner is not None and built.task.conditioner.clip_skip == 2
-        torch.testing.assert_close(found.states, built.task.conditioner(["a cat"]).states)
+        patch.setattr(samples, "save_png", lambda *_: None)
+        long = f"a cat, {'red ' * 80}"
+        lines = [samples.PromptLine(text, width=64, height=64, sample_steps=1) for text in ("a cat", long)]
+        sampler._draw(lines, 0)
+        (short, multiplier), (of_long, _) = told
+        assert multiplier == 1.0 and of_long.shape[1] == 154
+        assert built.task.conditioner is not None
+        alone = TextConditioner(built.prepared.family, built.task.conditioner.parts, clip_skip=2)
+        torch.testing.assert_close(short, alone(["a cat"]).states)
     assert all(model.training for model in built.task.models.values())
+
+
+def test_what_is_drawn_is_what_is_trained(network_setting: NetworkSetting) -> None:
+    """The run's schedule, and velocities where kohya's option says that the network predicts them."""
+    for words, velocities in (({}, False), ({"v_parameterization": "", "zero_terminal_snr": ""}, True)):
+        built = network_setting.build(**words)
+        schedule = sampler_of(built)._model().schedule
+        assert torch.equal(schedule.alphas_cumprod, built.task.objective.schedule.alphas_cumprod)
+        assert (schedule.prediction_type == "v_prediction") is velocities
+        assert schedule.ends_in_noise is velocities
+        built.close()
+
+
+def test_tags_of_other_adapters_are_left_out(
+    network_setting: NetworkSetting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampler = sampler_of(network_setting.build())
+    request = sampler._request(samples.PromptLine("a cat <lora:x:1>", sample_sampler="euler_a"), 64)
+    assert (request.prompt, request.sampler_and_schedule) == ("a cat ", ("Euler a", "Normal"))
+    assert "samples: <lora:x:1> left out" in capsys.readouterr().out
 
 
 def sampler_of(built: Built) -> samples.Sampler:

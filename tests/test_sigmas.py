@@ -108,7 +108,7 @@ def test_a_strength_takes_the_end_of_the_levels() -> None:
     sigmas = noise_levels("Karras", 20, LEVELS, SD15)
     assert torch.equal(part_of(sigmas, 0.5), sigmas[9:])
     assert torch.equal(part_of(sigmas, 1.0), sigmas) and torch.equal(part_of(sigmas, 0.01), sigmas[19:])
-    with pytest.raises(UserError, match="denoising strength must lie between 0 and 1, got 1.5"):
+    with pytest.raises(UserError, match="denoising strength must be above 0 and at most 1, got 1.5"):
         part_of(sigmas, 1.5)
 
 

@@ -193,9 +193,12 @@ def test_gradient_checkpointing_changes_no_bit(network_setting: NetworkSetting, 
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_two_processes_share_an_epoch(network_setting: NetworkSetting, tmp_path: Path) -> None:
-    """Three pictures in two steps, the second of which one process only passes through."""
-    options = {**network_setting.quick, "save_state": "", "gradient_accumulation_steps": 1}
+def test_two_processes_share_an_epoch(network_setting: NetworkSetting, tmp_path: Path, tiny_dinov2: Path) -> None:
+    """Three pictures in two steps, the second of which one process only passes through, its heads too."""
+    options = {
+        **network_setting.quick, "save_state": "", "gradient_accumulation_steps": 1, "alignment": "",
+        "dino_model": tiny_dinov2, "dino_resolution": 56, "token_grid": 4, "manifold_mode": "token",
+    }  # fmt: skip
     child = network_setting.start(tmp_path, processes=2, **options)
     output, _ = child.communicate(timeout=240)
     assert child.returncode == 0, output[-2000:]
@@ -203,6 +206,7 @@ def test_two_processes_share_an_epoch(network_setting: NetworkSetting, tmp_path:
     assert {"mio.safetensors", "mio-state"} <= set(names(tmp_path))
     facts = json.loads((tmp_path / "mio-state" / "state.json").read_text())
     assert (facts["step"], facts["samples_seen"], facts["world_size"]) == (4, 6, 2)
+    assert all(0 < row["train/token"] < 2 and row["lambda"] > 0 for row in rows(tmp_path)[1:])
 
 
 def test_the_bare_command_needs_no_data(

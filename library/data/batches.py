@@ -22,6 +22,8 @@ import torch
 
 from library.data.store import TensorStore
 
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
+
 Request = TypeVar("Request")
 Asked = TypeVar("Asked", contravariant=True)
 
@@ -64,19 +66,39 @@ class Samples(Protocol[Asked]):
 
 
 @dataclass
-class Batch(AnyBatch):
-    """What a U-REPA step sees. tokens: float16 [B, N, D], or int8 with token_scales [B, N]; None without alignment."""
+class AlignedBatch(AnyBatch):
+    """A batch that may carry what the teacher says: float16 [B, N, D], or int8 with scales [B, N]; None without alignment."""
 
-    latents: torch.Tensor
-    text_rows: torch.Tensor
-    tokens: torch.Tensor | None
-    token_scales: torch.Tensor | None
+    tokens: torch.Tensor | None = field(default=None, kw_only=True)
+    token_scales: torch.Tensor | None = field(default=None, kw_only=True)
+
+    def allocate_tokens(self, store: TensorStore, pin: bool) -> None:
+        """Make room for the entries of a store."""
+        count, shape, dtype = len(self), store.meta.shape, DTYPES[store.meta.dtype]
+        self.tokens = torch.empty((count, *shape), dtype=dtype, pin_memory=pin)
+        if store.meta.has_scale:
+            self.token_scales = torch.empty((count, shape[0]), dtype=torch.float16, pin_memory=pin)
+
+    def read_tokens(self, store: TensorStore, sample_ids: list[str], part: slice) -> None:
+        """Copy the entries of the samples into rows `part`."""
+        assert self.tokens is not None
+        store.read_into(sample_ids, self.tokens.numpy()[part])
+        if self.token_scales is not None:
+            store.read_scales_into(sample_ids, self.token_scales.numpy()[part])
 
     def target_tokens(self) -> torch.Tensor:
         """Teacher tokens [B, N, D] float32."""
         assert self.tokens is not None
         tokens = self.tokens.float()
         return tokens if self.token_scales is None else tokens * self.token_scales.float().unsqueeze(-1)
+
+
+@dataclass
+class Batch(AlignedBatch):
+    """What a U-REPA step sees."""
+
+    latents: torch.Tensor
+    text_rows: torch.Tensor
 
 
 class CachedSamples:
@@ -92,22 +114,12 @@ class CachedSamples:
 
     def empty_batch(self, indices: np.ndarray, pin: bool) -> Batch:
         """A batch whose tensors are allocated, pinned for a fast copy to the device where asked, and not yet filled."""
-
-        def allocate(store: TensorStore) -> torch.Tensor:
-            dtype = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}[store.meta.dtype]
-            return torch.empty((len(indices), *store.meta.shape), dtype=dtype, pin_memory=pin)
-
-        scales = None
-        if self.tokens is not None and self.tokens.meta.has_scale:
-            scales = torch.empty((len(indices), self.tokens.meta.shape[0]), dtype=torch.float16, pin_memory=pin)
-        rows = self.text_rows[torch.from_numpy(indices)]
-        return Batch(
-            indices,
-            allocate(self.latents),
-            rows.pin_memory() if pin else rows,
-            None if self.tokens is None else allocate(self.tokens),
-            scales,
-        )
+        meta, rows = self.latents.meta, self.text_rows[torch.from_numpy(indices)]
+        latents = torch.empty((len(indices), *meta.shape), dtype=DTYPES[meta.dtype], pin_memory=pin)
+        batch = Batch(indices, latents, rows.pin_memory() if pin else rows)
+        if self.tokens is not None:
+            batch.allocate_tokens(self.tokens, pin)
+        return batch
 
     def relabel(self, batch: Batch, indices: np.ndarray) -> Batch | None:
         """A batch for other samples in the memory of `batch`, to be filled; None where they are more or fewer."""
@@ -119,10 +131,8 @@ class CachedSamples:
         """Copy the stored values of batch rows `part` from the memory map into the batch."""
         ids = [self.sample_ids[i] for i in batch.indices[part]]
         self.latents.read_into(ids, batch.latents.numpy()[part])
-        if self.tokens is not None and batch.tokens is not None:
-            self.tokens.read_into(ids, batch.tokens.numpy()[part])
-            if batch.token_scales is not None:
-                self.tokens.read_scales_into(ids, batch.token_scales.numpy()[part])
+        if self.tokens is not None:
+            batch.read_tokens(self.tokens, ids, part)
 
     def read(self, indices: np.ndarray) -> Batch:
         batch = self.empty_batch(indices, pin=False)

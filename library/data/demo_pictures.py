@@ -13,6 +13,7 @@ import struct
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,13 @@ BACKGROUNDS: dict[str, Colour] = {
     "white": (242, 240, 234),
 }
 TEXTURES = ("plain", "striped", "checked", "dotted", "gradient")
+# Nothing of the set has these: they are for showing a model something new.
+NEW_COLOURS: dict[str, Colour] = {"purple": (136, 64, 190)}
+NEW_CLASSES = tuple(
+    sorted([*(f"{colour} cross" for colour in (*COLOURS, "purple")), *(f"purple {shape}" for shape in SHAPES)])
+)
+_CORNERS = {"triangle": (3, 1.0), "square": (4, 1.0), "star": (10, 0.45)}
+_CROSS = ((1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3), (-1, -3), (-1, -1), (-3, -1), (-3, 1), (-1, 1), (-1, 3))
 SIZES = {"small": (0.13, 0.17), "medium": (0.20, 0.25), "large": (0.29, 0.34)}  # radius / side of the picture
 PLACES = {
     (-1, -1): "at the top left",
@@ -80,9 +88,12 @@ class Picture:
     course: int  # of stripes and gradients, 0 to 5
 
     @property
+    def ground(self) -> str:
+        return f"{self.background} gradient" if self.texture == "gradient" else f"{self.texture} {self.background}"
+
+    @property
     def caption(self) -> str:
-        ground = f"{self.background} gradient" if self.texture == "gradient" else f"{self.texture} {self.background}"
-        return f"a {self.size} {self.colour} {self.shape} {self.place} on a {ground} background"
+        return f"a {self.size} {self.colour} {self.shape} {self.place} on a {self.ground} background"
 
 
 def make_demo_pictures(
@@ -92,18 +103,20 @@ def make_demo_pictures(
     validation: int = DEFAULT_VALIDATION_IMAGES,
     size: int = 128,
     seed: int = 0,
+    classes: Sequence[str] = CLASSES,
     overwrite: bool = False,
 ) -> None:
     """Draw the data set into `folder`, which appears whole or not at all.
 
     `images/<class>/<sample_id>.png` with a caption beside each as `.txt`, `train.csv` and `val.csv` with the columns
     sample_id, path, class_id, `class_names.json`, and `dataset.json` with the version and the arguments. The classes
-    take turns, so both parts hold the same number of each where 16 divides them. All bytes follow from the arguments.
+    take turns, so both parts hold the same number of each where their count divides them. All bytes follow from the arguments.
 
     Args:
         images: how many pictures in all.
         validation: how many of them, the last ones, go to `val.csv`.
         size: width and height in pixels.
+        classes: what is drawn, as "red circle"; NEW_CLASSES are those that the trained tiny base does not know.
 
     Raises:
         UserError: an argument out of range, or `folder` exists and `overwrite` is not given.
@@ -116,18 +129,18 @@ def make_demo_pictures(
     rows = []
     with whole_folder(folder, overwrite=overwrite) as temporary:
         for index in range(images):
-            class_id, number = index % len(CLASSES), index // len(CLASSES)
-            folder_name = CLASSES[class_id].replace(" ", "_")
+            class_id, number = index % len(classes), index // len(classes)
+            folder_name = classes[class_id].replace(" ", "_")
             sample_id = f"{folder_name}_{number:04d}"
             path = f"images/{folder_name}/{sample_id}.png"
-            picture = imagine(CLASSES[class_id], random.Random(f"{GENERATOR} {GENERATOR_VERSION} {seed} {index}"))
+            picture = imagine(classes[class_id], random.Random(f"{GENERATOR} {GENERATOR_VERSION} {seed} {index}"))
             (temporary / path).parent.mkdir(parents=True, exist_ok=True)
             (temporary / path).write_bytes(_png(draw(picture, size)))
             (temporary / path).with_suffix(".txt").write_bytes(picture.caption.encode() + b"\n")
             rows.append((sample_id, path, class_id))
         _write_manifest(temporary / "train.csv", rows[: images - validation])
         _write_manifest(temporary / "val.csv", rows[images - validation :])
-        write_json(temporary / "class_names.json", {str(number): name for number, name in enumerate(CLASSES)})
+        write_json(temporary / "class_names.json", {str(number): name for number, name in enumerate(classes)})
         arguments = {"images": images, "validation": validation, "size": size, "seed": seed}
         record = {"generator": GENERATOR, "version": GENERATOR_VERSION, "arguments": arguments}
         write_json(temporary / "dataset.json", record)
@@ -184,13 +197,13 @@ def draw(picture: Picture, size: int) -> Image.Image:
     """
     ground = BACKGROUNDS[picture.background]
     image = _blend(_shade(ground, -24), _shade(ground, 18), _texture_mask(picture, size))
-    shape = _shape_mask(picture, size)
+    shape = shape_mask(picture, size)
     soft = max(1, size // 48)
     shadow = Image.new("L", shape.size)
     shadow.paste(shape, (soft, 2 * soft))
     shadow = shadow.filter(ImageFilter.BoxBlur(soft)).filter(ImageFilter.BoxBlur(soft))
     image.paste((16, 18, 28), mask=shadow.point([value * 2 // 5 for value in range(256)]))
-    colour = COLOURS[picture.colour]
+    colour = (COLOURS | NEW_COLOURS)[picture.colour]
     image.paste(_blend(_shade(colour, 32), _shade(colour, -36), _light(picture, size)), mask=shape)
     return image
 
@@ -225,7 +238,7 @@ def _texture_mask(picture: Picture, size: int) -> Image.Image:
     return mask.reduce(_SAMPLES_PER_PIXEL)
 
 
-def _shape_mask(picture: Picture, size: int) -> Image.Image:
+def shape_mask(picture: Picture, size: int) -> Image.Image:
     """Mode L: how much of each pixel the shape covers, 255 for all of it."""
     side = size * _SAMPLES_PER_PIXEL
     mask = Image.new("L", (side, side), 0)
@@ -236,15 +249,21 @@ def _shape_mask(picture: Picture, size: int) -> Image.Image:
         radius = radius * 9 // 10  # of about the same area as the others
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
     else:
-        corners, inner = {"triangle": (3, 1.0), "square": (4, 1.0), "star": (10, 0.45)}[picture.shape]
-        turns = (picture.angle + 2 * math.pi * corner / corners for corner in range(corners))
-        reaches = (radius * (inner if corner % 2 else 1.0) for corner in range(corners))
         polygon = [
             (x + round(reach * math.sin(turn)), y - round(reach * math.cos(turn)))
-            for turn, reach in zip(turns, reaches, strict=True)
+            for turn, reach in _outline(picture, radius)
         ]
         _fill(pen, polygon)
     return mask.reduce(_SAMPLES_PER_PIXEL)
+
+
+def _outline(picture: Picture, radius: int) -> list[tuple[float, float]]:
+    """(direction, distance) of each corner from the centre; directions clockwise from upright."""
+    if picture.shape == "cross":
+        return [(picture.angle + math.atan2(x, y), radius * math.hypot(x, y) / math.hypot(1, 3)) for x, y in _CROSS]
+    corners, inner = _CORNERS[picture.shape]
+    turns = (picture.angle + 2 * math.pi * corner / corners for corner in range(corners))
+    return [(turn, radius * (inner if corner % 2 else 1.0)) for corner, turn in enumerate(turns)]
 
 
 def _fill(pen: ImageDraw.ImageDraw, polygon: list[tuple[int, int]]) -> None:
@@ -313,17 +332,28 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to make, such as data/demo")
     parser.add_argument("--images", type=int, default=DEFAULT_IMAGES, help="pictures in all (%(default)s)")
     parser.add_argument(
+        "--new_classes",
+        action="store_true",
+        help="draw what the trained tiny base does not know: crosses, and purple things",
+    )
+    parser.add_argument(
         "--validation", type=int, default=DEFAULT_VALIDATION_IMAGES, help="how many of them for val.csv (%(default)s)"
     )
     parser.add_argument("--size", type=int, default=128, help="width and height in pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another number, other pictures (%(default)s)")
     options = parser.parse_args(argv)
+    classes = NEW_CLASSES if options.new_classes else CLASSES
     start = time.perf_counter()
     make_demo_pictures(
-        options.out, images=options.images, validation=options.validation, size=options.size, seed=options.seed
+        options.out,
+        images=options.images,
+        validation=options.validation,
+        size=options.size,
+        seed=options.seed,
+        classes=classes,
     )
     print(
-        f"{options.images} pictures of {options.size} x {options.size} in {len(CLASSES)} classes in {options.out} "
+        f"{options.images} pictures of {options.size} x {options.size} in {len(classes)} classes in {options.out} "
         f"(train.csv {options.images - options.validation}, val.csv {options.validation}), "
         f"{time.perf_counter() - start:.1f} s"
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from library.data.batches import AnyBatch
+from library.data.batches import AlignedBatch
 from library.data.bucket_order import BucketOrder, Group, MicroBatch
 from library.data.buckets import Fitted, Size
 from library.data.captions import make_caption, sample_random
@@ -51,7 +51,7 @@ class Request(NamedTuple):
 
 
 @dataclass
-class NetworkBatch(AnyBatch):
+class NetworkBatch(AlignedBatch):
     """Pictures of one bucket. Rows with weight 0 fill the shape and count for nothing."""
 
     moments: torch.Tensor
@@ -77,6 +77,15 @@ class NetworkBatch(AnyBatch):
     """[B, 1, h, w] float32; None where no picture of the batch has one."""
     preserve: torch.Tensor | None = None
     """[B] bool: pictures whose target is what the base says (diff_output_preservation); None where there is none."""
+    token_grid: tuple[int, int] | None = None
+    """Rows and columns of the teacher's tokens, where there are any."""
+
+
+class ByBucket(Protocol):
+    """Stores of what is kept of pictures and of their mirror images, by bucket; `library.caching.by_bucket.BucketCaches`."""
+
+    stores: dict[Size, TensorStore]
+    flipped: dict[Size, TensorStore]
 
 
 class Prompts(Protocol):
@@ -91,13 +100,13 @@ class Prompts(Protocol):
 
 
 class NetworkSamples:
-    """Pictures of several data sets and buckets, whose latents lie in LMDB stores by bucket."""
+    """Pictures of several data sets and buckets, whose latents lie in LMDB stores by bucket, and a teacher's tokens may."""
 
     def __init__(
         self,
         images: Sequence[TrainedImage],
-        stores: Mapping[Size, TensorStore],
-        flipped_stores: Mapping[Size, TensorStore],
+        latents: ByBucket,
+        tokens: ByBucket | None = None,
         *,
         seed: int,
         last_step: int,
@@ -111,7 +120,7 @@ class NetworkSamples:
         frozen_captions: as they are, without shuffling and dropout; pictures are not mirrored either.
         """
         self.images, self.seed, self.last_step = list(images), seed, last_step
-        self._stores, self._flipped_stores = stores, flipped_stores
+        self._latents, self._tokens = latents, tokens
         self._tokenize, self._prompts, self._read_mask = tokenize, prompts, read_mask
         self._frozen = frozen_captions
         self._settings = (
@@ -146,6 +155,10 @@ class NetworkSamples:
             batch.states = allocate(*self._prompts.states.meta.shape, dtype=torch.float16)
             if self._prompts.pooled is not None:
                 batch.pooled = allocate(*self._prompts.pooled.meta.shape, dtype=torch.float16)
+        if self._tokens is not None:
+            store = self._tokens.stores[width, height]
+            batch.allocate_tokens(store, pin)
+            batch.token_grid = _grid_of(store)
         return self._labelled(batch, request)
 
     def relabel(self, batch: NetworkBatch, request: Request) -> NetworkBatch | None:
@@ -182,14 +195,20 @@ class NetworkSamples:
         moments = batch.moments.numpy()
         for row in rows:
             one = self.images[batch.indices[row]]
-            stores = self._flipped_stores if batch.flipped[row] else self._stores
-            stores[one.fitted.bucket].read_into([one.image.sample_id], moments[row : row + 1])
+            sample_id, place, flipped = one.image.sample_id, slice(row, row + 1), bool(batch.flipped[row])
+            self._store(self._latents, one, flipped).read_into([sample_id], moments[place])
+            if self._tokens is not None:
+                batch.read_tokens(self._store(self._tokens, one, flipped), [sample_id], place)
             if batch.mask is not None and self._read_mask is not None and one.has_mask:
-                mask = self._read_mask(one.image, one.fitted, bool(batch.flipped[row]))
+                mask = self._read_mask(one.image, one.fitted, flipped)
                 batch.mask[row, 0] = torch.from_numpy(mask)
         if self._prompts is not None and batch.states is not None and len(rows):
             pooled = None if batch.pooled is None else batch.pooled.numpy()[part]
             self._prompts.read_into(self._prompts.rows(batch.captions[part]), batch.states.numpy()[part], pooled)
+
+    @staticmethod
+    def _store(caches: ByBucket, one: TrainedImage, flipped: bool) -> TensorStore:
+        return (caches.flipped if flipped else caches.stores)[one.fitted.bucket]
 
     def _bucket(self, request: Request) -> Size:
         return self.images[request.micro.indices[0]].fitted.bucket
@@ -211,6 +230,12 @@ class NetworkSamples:
             repeat=repeat,
             last_step=self.last_step,
         )
+
+
+def _grid_of(store: TensorStore) -> tuple[int, int]:
+    """Rows and columns of its tokens, as `library.caching.tokens` notes them."""
+    rows, columns = store.meta.producer["grid"]
+    return rows, columns
 
 
 def _as_written(subset: Subset) -> Subset:

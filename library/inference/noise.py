@@ -20,18 +20,34 @@ NoiseSource = Callable[[float, float], Tensor]
 _EARLIEST, _LATEST = math.log(1e-4), math.log(1e5)
 _DEPTH = 21
 # Apart from the draws of the first noise, which take a generator of the plain seed.
-_STEP_STREAM, _BRIDGE_STREAM = 1, 2
+_STEP_STREAM, _BRIDGE_STREAM, _PASS_STREAM = 1, 2, 3
+
+
+def initial_noise(seed: int, shape: Sequence[int], second_pass: bool = False) -> Tensor:
+    """Noise [1, *shape] of one picture, float32, on the CPU.
+
+    That of the first pass is torch's for the plain seed, as diffusers and A1111 ("CPU") draw it.
+    """
+    generator = _generator(seed, _PASS_STREAM) if second_pass else torch.Generator().manual_seed(seed)
+    return torch.randn((1, *shape), generator=generator)
 
 
 class StepNoise:
     """Fresh noise at each step, for the ancestral samplers. shape: of one picture's latents, without the batch.
 
-    Picture i's k-th draw depends on seeds[i] and k alone.
+    Picture i's k-th draw depends on seeds[i] and k alone; the hires fix's second pass has draws of its own.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        second_pass: bool = False,
+    ) -> None:
         self.shape, self.device = tuple(shape), device
-        self._generators = [_generator(seed, _STEP_STREAM) for seed in seeds]
+        self._generators = [_generator(seed, _STEP_STREAM, int(second_pass)) for seed in seeds]
 
     def __call__(self, _sigma: float, _next_sigma: float) -> Tensor:
         drawn = [torch.randn(self.shape, generator=generator) for generator in self._generators]
@@ -46,8 +62,16 @@ class BrownianNoise:
     has a generator of its own.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        second_pass: bool = False,
+    ) -> None:
         self.seeds, self.shape, self.device = list(seeds), tuple(shape), device
+        self._second_pass = int(second_pass)
         # Steps ask for neighbouring levels: what ends one begins the next.
         self._last: dict[float, Tensor] = {}
 
@@ -78,7 +102,9 @@ class BrownianNoise:
         return at_low + (time - low) / (high - low) * (at_high - at_low)
 
     def _normal(self, seed: int, depth: int, place: int) -> Tensor:
-        return torch.randn(self.shape, generator=_generator(seed, _BRIDGE_STREAM, depth, place)).double()
+        return torch.randn(
+            self.shape, generator=_generator(seed, _BRIDGE_STREAM, depth, place, self._second_pass)
+        ).double()
 
 
 def _time(sigma: float) -> float:

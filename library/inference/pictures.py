@@ -1,81 +1,71 @@
-"""Pictures as PNG files that say how they were made, in the words of A1111, which its "PNG Info" and others read.
-
-Format: infotext of stable-diffusion-webui (modules/infotext_utils.py), in the text chunk "parameters".
-"""
+"""What the file of a picture says of how it was made (`library.inference.infotext`), from the request it was made by."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
-from library.files import whole_file
-from library.inference.text_to_image import SAMPLER, Drawing
-
-
-@dataclass(frozen=True)
-class FoldedLora:
-    """What a picture's parameters say of an adapter."""
-
-    name: str
-    weight: float
-    hash: str
+from library.inference.find_adapters import title_of
+from library.inference.infotext import Infotext
+from library.inference.prompt_networks import LoraWeights, StepWeights, cut_out_networks
+from library.inference.request import Request
 
 
-def describe_lora(name: str, weight: float, file_path: Path) -> FoldedLora:
-    """With A1111's short hash of a LoRA file: SHA-256 of what follows the header, which metadata does not change."""
-    with open(file_path, "rb") as file:
-        file.seek(int.from_bytes(file.read(8), "little"), 1)
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return FoldedLora(name, weight, digest.hexdigest()[:12])
+def picture_info(
+    request: Request,
+    seed: int,
+    model: str,
+    *,
+    lora_hashes: Mapping[str, str] | None = None,
+    refiner: str | None = None,
+) -> Infotext:
+    """All that is needed to draw it again. Adapters that no tag names stand as tags behind the prompt, as A1111 takes them."""
+    hires, other = request.hires, {}
+    sampler, schedule = request.sampler_and_schedule
+    named = {tag.positional[0] for tag in cut_out_networks(request.prompt)[1] if tag.positional}
+    tags = "".join(f" {tag_of(use.weights)}" for use in request.loras if use.weights.name not in named)
+    if refiner is not None:
+        other["Refiner switch by sampling steps"] = "True"
+    if request.emphasis != "original":
+        other["Emphasis"] = "No norm"
+    strength = request.denoising_strength if request.init_image is not None else None
+    return Infotext(
+        prompt=f"{request.prompt}{tags}".strip(),
+        negative_prompt=request.negative_prompt,
+        steps=request.steps,
+        sampler=sampler,
+        schedule=schedule,
+        cfg_scale=request.cfg_scale,
+        seed=seed,
+        size=(request.width, request.height),
+        model=model,
+        denoising_strength=hires.denoising_strength if hires is not None else strength,
+        clip_skip=request.clip_skip if request.clip_skip > 1 else None,
+        hires_upscale=None if hires is None else hires.scale,
+        hires_steps=None if hires is None else hires.steps,
+        hires_upscaler=None if hires is None else hires.upscaler,
+        refiner=refiner,
+        refiner_switch_at=None if refiner is None else request.refiner_switch_at,
+        lora_hashes=lora_hashes or {},
+        other=other,
+    )
 
 
-def parameters_text(drawing: Drawing, seed: int, model: str, loras: Sequence[FoldedLora]) -> str:
-    """Prompt, negative prompt and a line of "Name: value" pairs. Adapters stand in the prompt, as A1111 takes them."""
-    tags = "".join(f" <lora:{lora.name}:{lora.weight:g}>" for lora in loras)
-    values: dict[str, object] = {
-        "Steps": drawing.steps,
-        "Sampler": SAMPLER,
-        "CFG scale": f"{drawing.cfg_scale:g}",
-        "Seed": seed,
-        "Size": f"{drawing.width}x{drawing.height}",
-        "Model": model,
-    }
-    if loras:
-        values["Lora hashes"] = ", ".join(f"{lora.name}: {lora.hash}" for lora in loras)
-    lines = [f"{drawing.prompt}{tags}".strip()]
-    if drawing.negative_prompt:
-        lines.append(f"Negative prompt: {drawing.negative_prompt}")
-    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
-    return "\n".join(lines)
+def tag_of(weights: LoraWeights) -> str:
+    """A tag that asks for these weights: <lora:name:0.8>."""
+    te, unet, hrte, hrunet = (_written(one) for one in (weights.te, weights.unet, weights.hrte, weights.hrunet))
+    words = [weights.name, te] if te == unet else [weights.name, te, unet]
+    words += [f"{name}={said}" for name, said, first in (("hrte", hrte, te), ("hrunet", hrunet, unet)) if said != first]
+    return f"<lora:{':'.join(words)}>"
 
 
-def save_picture(picture: Image.Image, path: Path, parameters: str) -> None:
-    """Write a PNG, whole or not at all."""
-    info = PngInfo()
-    info.add_text("parameters", parameters)  # becomes UTF-8 (iTXt) where Latin-1 does not do
-    with whole_file(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=info)
+def model_name(name: str) -> str:
+    """What a base is called: the last part of a path, a hub id as it is."""
+    path = Path(name).expanduser()
+    return title_of(path) if path.exists() else name
 
 
-def grid(pictures: Sequence[Image.Image]) -> Image.Image:
-    """All pictures, of one size, row by row in as square an arrangement as there is; black where none is left."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (columns * width, rows * height))
-    for place, picture in enumerate(pictures):
-        sheet.paste(picture, (place % columns * width, place // columns * height))
-    return sheet
-
-
-def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value
+def _written(weights: StepWeights) -> str:
+    if weights.is_constant:
+        return f"{weights.weights[0]:g}"
+    return ",".join(f"{y:g}@{x:g}" for x, y in zip(weights.positions, weights.weights, strict=True))

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.inference.prompt_syntax import Part, Prompt, Span, weighted_spans
+from library.inference.request import Emphasis
 from library.models.conditioning import CHUNK, Conditioning, checked_clip_skip, hidden_layer
 from library.models.load import TextPart
-from networks.original_names import Family
+from networks.original_names import TEXT_ENCODER_2, Family
 
-Emphasis = Literal["original", "no norm"]
 # A comma this close to the end of a full chunk takes what follows it into the next one: A1111's default.
 COMMA_BACKTRACK = 20
 _COMMA = ",</w>"
@@ -91,7 +91,7 @@ class PromptEncoder:
                 output = self._run(part, [row[index] for row in rows])
                 hidden = hidden_layer(self.family, part, output, self.clip_skip)  # [B, 77, D]
                 pieces.append(self._weighted(hidden, [row[index] for row in rows], shares))
-                if part is not self.parts[0] and index == 0:
+                if part.component == TEXT_ENCODER_2 and index == 0:
                     pooled = output.text_embeds
             states.append(torch.cat(pieces, dim=1))
         return Conditioning(torch.cat(states, dim=-1), pooled)

@@ -20,13 +20,13 @@ from numpy.polynomial import Polynomial
 from numpy.polynomial.polynomial import polyfromroots
 from torch import Tensor
 
-from library.errors import UserError
 from library.inference.noise import NoiseSource
-from library.options.parser import nearest
+from library.inference.sampler_names import sampler_named
 
 Denoiser = Callable[[Tensor, float], Tensor]
 
 _LMS_ORDER = 4
+_ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 _UNIPC_ORDER = 3
 
 
@@ -43,8 +43,8 @@ class Sampler:
     """none, step (StepNoise) or brownian (BrownianNoise)"""
     calls_per_step: int = 1
     """times the model is asked in each step but the last"""
-    schedule: str = "Normal"
-    """A1111's "Automatic" """
+    extra_calls: int = 0
+    """in the first step"""
     discard_next_to_last: bool = False
     """A1111 leaves out the last level but one"""
 
@@ -83,6 +83,88 @@ def lms(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Ten
         known = [levels[index - back] for back in range(len(slopes))]
         for slope, weight in zip(slopes, _lagrange_integrals(known, sigma, after), strict=True):
             x = x + weight * slope
+    return x
+
+
+def plms(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
+    """Pseudo linear multistep (arXiv 2202.09778, section 3.3): Adams-Bashforth's weights whatever the widths of the steps.
+
+    The first step asks the model twice. On "DDIM" levels this is what diffusers calls PNDM.
+    """
+    slopes: list[Tensor] = []  # the newest first
+    for sigma, after in _steps(sigmas):
+        slopes = [(x - denoise(x, sigma)) / sigma, *slopes[: _LMS_ORDER - 1]]
+        slope = sum(weight * old for weight, old in zip(_ADAMS_BASHFORTH[len(slopes) - 1], slopes, strict=True))
+        if len(slopes) == 1 and after > 0:
+            ahead = x + (after - sigma) * slopes[0]
+            slope = (slopes[0] + (ahead - denoise(ahead, after)) / after) / 2
+        x = x + (after - sigma) * slope
+    return x
+
+
+def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
+    """Heun's method; arXiv 2206.00364, algorithm 1 without churn. The last step, to 0, is Euler's."""
+    for sigma, after in _steps(sigmas):
+        slope = (x - denoise(x, sigma)) / sigma
+        if after > 0:
+            ahead = x + (after - sigma) * slope
+            slope = (slope + (ahead - denoise(ahead, after)) / after) / 2
+        x = x + (after - sigma) * slope
+    return x
+
+
+def dpm2(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
+    """DPM-Solver-2 (arXiv 2206.00927, algorithm 1) with the midpoint in log sigma."""
+    return dpm2_ancestral(denoise, x, sigmas, noise, eta=0.0)
+
+
+def dpm2_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, eta: float = 1.0) -> Tensor:
+    """DPM-Solver-2 down to a lower level, and noise up again."""
+    for sigma, after in _steps(sigmas):
+        down, up = _ancestral(sigma, after, eta)
+        slope = (x - denoise(x, sigma)) / sigma
+        if down > 0:
+            middle = math.sqrt(sigma * down)
+            halfway = x + (middle - sigma) * slope
+            slope = (halfway - denoise(halfway, middle)) / middle
+        x = x + (down - sigma) * slope
+        x = _with_noise(x, noise, sigma, after, up)
+    return x
+
+
+def dpm_solver_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
+    """DPM-Solver of order 2 with several steps, on predicted noise (arXiv 2206.00927); diffusers' "dpmsolver"."""
+    last: Tensor | None = None
+    h_last = 0.0
+    for sigma, after in _steps(sigmas):
+        slope = (x - denoise(x, sigma)) / sigma
+        guess = slope
+        if after > 0:
+            h = math.log(sigma / after)
+            guess = slope if last is None else slope + (slope - last) * (h / (2 * h_last))
+            last, h_last = slope, h
+        x = x + (after - sigma) * guess
+    return x
+
+
+def dpmpp_2s(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
+    """DPM-Solver++(2S), arXiv 2211.01095, algorithm 1: two levels are one step of order 2, the first of them its midpoint.
+
+    The last step is of order 1. That is diffusers' DPMSolverSinglestepScheduler.
+    """
+    steps = _steps(sigmas)
+    begin, first, begin_sigma = x, x, 0.0
+    for index, (sigma, after) in enumerate(steps):
+        denoised = denoise(x, sigma)
+        if after == 0:
+            return denoised
+        if index % 2 == 0 or index == len(steps) - 1:
+            begin, first, begin_sigma = x, denoised, sigma
+            x = (after / sigma) * x - math.expm1(-math.log(sigma / after)) * denoised
+        else:
+            h = math.log(begin_sigma / after)
+            guess = first + (denoised - first) * (h / (2 * math.log(begin_sigma / sigma)))
+            x = (after / begin_sigma) * begin - math.expm1(-h) * guess
     return x
 
 
@@ -217,21 +299,25 @@ def _unipc_weights(ratios: Sequence[float], step: float) -> list[float]:
 SAMPLERS: dict[str, Sampler] = {
     "Euler": Sampler(euler),
     "Euler a": Sampler(euler_ancestral, noise="step"),
-    "DDIM": Sampler(ddim, schedule="DDIM"),
+    "DDIM": Sampler(ddim),
+    "PLMS": Sampler(plms, extra_calls=1),
     "LMS": Sampler(lms),
-    "DPM++ 2M": Sampler(dpmpp_2m, schedule="Karras"),
-    "DPM++ 2S a": Sampler(dpmpp_2s_ancestral, noise="step", calls_per_step=2, schedule="Karras"),
-    "DPM++ 2M SDE": Sampler(dpmpp_2m_sde, noise="brownian", schedule="Exponential"),
-    "DPM++ 3M SDE": Sampler(dpmpp_3m_sde, noise="brownian", schedule="Exponential", discard_next_to_last=True),
+    "Heun": Sampler(heun, calls_per_step=2),
+    "DPM2": Sampler(dpm2, calls_per_step=2, discard_next_to_last=True),
+    "DPM2 a": Sampler(dpm2_ancestral, noise="step", calls_per_step=2, discard_next_to_last=True),
+    "DPM-Solver 2M": Sampler(dpm_solver_2m),
+    "DPM++ 2S": Sampler(dpmpp_2s),
+    "DPM++ 2M": Sampler(dpmpp_2m),
+    "DPM++ 2S a": Sampler(dpmpp_2s_ancestral, noise="step", calls_per_step=2),
+    "DPM++ 2M SDE": Sampler(dpmpp_2m_sde, noise="brownian"),
+    "DPM++ 3M SDE": Sampler(dpmpp_3m_sde, noise="brownian", discard_next_to_last=True),
     "UniPC": Sampler(unipc),
 }
 
 
 def find_sampler(name: str) -> Sampler:
     """Raises UserError for an unknown name, with the nearest one."""
-    if name not in SAMPLERS:
-        raise UserError(f"{name} is no sampler{nearest(name, SAMPLERS)}. Known are {', '.join(SAMPLERS)}.")
-    return SAMPLERS[name]
+    return SAMPLERS[sampler_named(name)[0]]
 
 
 def no_noise(_sigma: float, _after: float) -> Tensor:

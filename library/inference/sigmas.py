@@ -16,12 +16,14 @@ from torch import Tensor
 
 from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
-from library.options.parser import nearest
+from library.inference.sampler_names import schedule_named
 from networks.original_names import SDXL, Family
 
 _RHO = 7.0  # Karras et al. 2022, table 1
 # What A1111 and ComfyUI put in place of alphas_cumprod = 0, where sigma would be infinite: sigma 4518.8.
 _LEAST_ALPHA_CUMPROD = 4.8973451890853435e-08
+
+_ALL = 0.999  # A1111's largest denoising strength
 
 # Align Your Steps (arXiv 2404.14507) as reForge has them: 11 levels from NVIDIA's how-to, and 32.
 _AYS: dict[int, dict[str, tuple[float, ...]]] = {
@@ -174,11 +176,9 @@ def noise_levels(
     discard_next_to_last: one more level is made and the last but one left out, as A1111 does for some samplers. Raises
     UserError for an unknown name (SCHEDULES has those known).
     """
-    if name not in SCHEDULES:
-        raise UserError(f"{name} is no schedule{nearest(name, SCHEDULES)}. Known are {', '.join(SCHEDULES)}.")
+    make = SCHEDULES[schedule_named(name)]
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}.")
-    make = SCHEDULES[name]
     if not discard_next_to_last:
         return make(steps, levels, family)
     found = make(steps + 1, levels, family)
@@ -196,10 +196,23 @@ def part_of(sigmas: Tensor, strength: float) -> Tensor:
     Of strength 1 that is all of them. The picture is noised to the first of these levels.
     """
     if not 0 < strength <= 1:
-        raise UserError(f"denoising strength must lie between 0 and 1, got {strength}.")
+        raise UserError(f"denoising strength must be above 0 and at most 1, got {strength}.")
     steps = len(sigmas) - 1
-    encoded = int(min(strength, 0.999) * steps)
+    encoded = int(min(strength, _ALL) * steps)
     return sigmas[steps - encoded - 1 :]
+
+
+def last_steps(
+    name: str, steps: int, strength: float, levels: NoiseLevels, family: Family, *, discard_next_to_last: bool = False
+) -> Tensor:
+    """[steps + 1] levels: the end of as many as leave `steps` of them to a pass of this strength, as A1111's hires fix.
+
+    The picture is noised to the first of these levels; of strength 1 that is nearly the highest.
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"denoising strength must be above 0 and at most 1, got {strength}.")
+    whole = int(steps / min(strength, _ALL))
+    return noise_levels(name, whole, levels, family, discard_next_to_last=discard_next_to_last)[-(steps + 1) :]
 
 
 def _normal(steps: int, levels: NoiseLevels, _: Family) -> Tensor:

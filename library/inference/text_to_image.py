@@ -1,213 +1,268 @@
-"""Pictures from prompts, by the base's own U-Net with adapters folded in.
+"""Pictures from prompts: A1111's prompt language, samplers and passes over a base with adapters folded in.
 
-The sampler is DPM++ 2M (arXiv 2211.01095) on Karras' noise levels (arXiv 2206.00364, equation 5), which A1111 calls
-"DPM++ 2M Karras": deterministic, and good from 20 steps on.
+A picture depends on its request and its own seed, and on nothing that is drawn beside it: noise is drawn on the CPU from
+the seed (`noise`), and pictures are decoded one by one, which also keeps the memory of large ones down.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    SchedulerMixin,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
-from PIL import Image
-from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from PIL import Image, ImageOps
+from torch import Tensor
 
 from library.errors import RunFailed, UserError
-from library.merging.merge import fold_into_modules
+from library.inference.denoiser import GuidedDenoiser, HandOver
+from library.inference.model import DrawingModel
+from library.inference.noise import BrownianNoise, NoiseSource, StepNoise, initial_noise
+from library.inference.prompt_encoding import EncodedPart, PromptEncoder, empty_conditioning, fill_to
+from library.inference.prompt_networks import StepWeights
+from library.inference.prompt_syntax import Prompt, parse_negative, parse_prompt, weighted_spans
+from library.inference.request import Hires, LoraUse, Request, base_steps
+from library.inference.samplers import SAMPLERS, Sampler, no_noise
+from library.inference.sigmas import NoiseLevels, last_steps, noise_levels, part_of
+from library.inference.upscaling import LatentUpscaler, find_upscaler
 from library.models.conditioning import Conditioning
-from library.models.family import family_of
-from library.models.load import TextPart, load_scheduler_config, load_text_encoders, load_unet, load_vae
-from library.models.locate import BaseLocation
-from library.options.parser import nearest
 from networks.adapters import Adapter
-from networks.original_names import SDXL, UNET, Family
+from networks.original_names import SDXL
 
-SAMPLER = "DPM++ 2M Karras"
-
-# Those of kohya's --sample_sampler, as diffusers has them; spacings are the ones they were published with.
-_LINSPACE: dict[str, Any] = {"timestep_spacing": "linspace"}
-_LEADING: dict[str, Any] = {"timestep_spacing": "leading", "steps_offset": 1}
-_DDIM: dict[str, Any] = {**_LEADING, "set_alpha_to_one": False, "clip_sample": False}
-KOHYA_SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, _DDIM),
-    "pndm": (PNDMScheduler, {**_LEADING, "set_alpha_to_one": False, "skip_prk_steps": True}),
-    "lms": (LMSDiscreteScheduler, _LINSPACE),
-    "euler": (EulerDiscreteScheduler, _LINSPACE),
-    "euler_a": (EulerAncestralDiscreteScheduler, _LINSPACE),
-    "heun": (HeunDiscreteScheduler, _LINSPACE),
-    "dpm_2": (KDPM2DiscreteScheduler, _LINSPACE),
-    "dpm_2_a": (KDPM2AncestralDiscreteScheduler, _LINSPACE),
-    "dpmsolver": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "dpmsingle": (DPMSolverSinglestepScheduler, {}),
-}
-KOHYA_SAMPLERS |= {f"k_{name}": KOHYA_SAMPLERS[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
-
-# What of a base's scheduler describes its training; the rest is about sampling.
-_TRAINED_WITH = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
+Adapters = Mapping[Path, Adapter]
+"""What the files of a request's adapters hold."""
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What to draw, and how."""
+class _Pass:
+    """One way through noise levels, the first or that of the hires fix."""
 
-    prompt: str
-    negative_prompt: str
-    steps: int
-    cfg_scale: float
-    """1 and below: no guidance, and the negative prompt does nothing."""
+    sigmas: Tensor
     width: int
     height: int
+    is_second: bool = False
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
 
 
-def load_pipeline(
-    base: BaseLocation, adapters: Sequence[tuple[Adapter, float]], *, dtype: torch.dtype, device: torch.device | str
-) -> DiffusionPipeline:
-    """The base as a pipeline on `device`, with each (adapter, weight) folded in; rounded to `dtype` once.
-
-    Raises UserError where base or adapter cannot be loaded or do not fit together.
-    """
-    folded_in = torch.float32 if adapters else dtype
-    family = family_of(base)
-    parts = load_text_encoders(base, dtype=folded_in)
-    models = {
-        UNET: load_unet(base, families=(family,), dtype=folded_in),
-        **{part.component: part.model for part in parts},
-    }
-    for adapter, weight in adapters:
-        fold_into_modules(models, family, adapter, weight)
-    parts = [part._replace(model=part.model.to(dtype)) for part in parts]
-    vae = load_vae(base, families=(family,), dtype=dtype)
-    scheduler = make_sampler(load_scheduler_config(base))
-    return assemble_pipeline(family, models[UNET].to(dtype), parts, vae, scheduler).to(device)
-
-
-def assemble_pipeline(
-    family: Family, unet: nn.Module, parts: Sequence[TextPart], vae: nn.Module, scheduler: SchedulerMixin
-) -> DiffusionPipeline:
-    """A pipeline of loaded models, quiet and without a safety checker."""
-    models: dict[str, Any] = {"unet": unet, "vae": vae, "scheduler": scheduler}
-    for part in parts:
-        models[part.component] = part.model
-        models[part.component.replace("text_encoder", "tokenizer")] = part.tokenizer
-    if family == SDXL:
-        pipeline = StableDiffusionXLPipeline(**models, add_watermarker=False)
-    else:
-        pipeline = StableDiffusionPipeline(
-            **models, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def make_sampler(scheduler_config: dict[str, object], name: str | None = None) -> SchedulerMixin:
-    """A sampler over the noise schedule that the base was trained with: DPM++ 2M Karras, or one by kohya's name.
-
-    Raises UserError for an unknown name.
-    """
-    trained_with: dict[str, Any] = {key: scheduler_config[key] for key in _TRAINED_WITH if key in scheduler_config}
-    if name is not None:
-        if name not in KOHYA_SAMPLERS:
-            raise UserError(
-                f"{name} is no sampler{nearest(name, KOHYA_SAMPLERS)}. Known are {', '.join(KOHYA_SAMPLERS)}."
-            )
-        kind, more = KOHYA_SAMPLERS[name]
-        known = inspect.signature(kind.__init__).parameters
-        return kind(**{key: value for key, value in {**trained_with, **more}.items() if key in known})
-    # steps_offset has no effect on Karras' levels; the pipeline objects to any other value.
-    return DPMSolverMultistepScheduler(
-        **trained_with, algorithm_type="dpmsolver++", use_karras_sigmas=True, steps_offset=1
-    )
-
-
-def native_size(pipeline: DiffusionPipeline) -> int:
+def native_size(model: DrawingModel) -> int:
     """Side in pixels that the base was trained at."""
-    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-
-
-def initial_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
-    """Noise [1, channels, height, width] (latent pixels) of one picture, float32.
-
-    Drawn on the CPU from the picture's own seed, so that the picture is the same in every batch and on every device.
-    """
-    return torch.randn((1, channels, height, width), generator=torch.Generator().manual_seed(seed))
+    return model.unet.config.sample_size * model.factor
 
 
 @torch.no_grad()
 def draw(
-    pipeline: DiffusionPipeline,
-    drawing: Drawing,
+    model: DrawingModel,
+    request: Request,
     seeds: Sequence[int],
-    encode: Callable[[Sequence[str]], Conditioning] | None = None,
+    *,
+    adapters: Adapters | None = None,
+    refiner: DrawingModel | None = None,
 ) -> list[Image.Image]:
-    """One picture per seed, drawn together. encode: what the U-Net is told of prompts; default: the pipeline's own way.
+    """One RGB picture per seed, drawn together. adapters: those of request.loras, by their paths.
 
-    Raises RunFailed where the model's numbers overflow.
+    Raises RunFailed where the model's numbers overflow, UserError for what the base does not have.
     """
-    unet, factor = pipeline.unet, pipeline.vae_scale_factor
-    shape = (unet.config.in_channels, drawing.height // factor, drawing.width // factor)
-    pictures: Tensor = pipeline(
-        **_told(drawing, len(seeds), encode, unet.dtype),
-        num_inference_steps=drawing.steps,
-        guidance_scale=drawing.cfg_scale,
-        height=drawing.height,
-        width=drawing.width,
-        latents=torch.cat([initial_noise(seed, *shape) for seed in seeds]).to(unet.dtype),
-        output_type="pt",
-    ).images  # [B, 3, height, width] in [0, 1]
-    if not torch.isfinite(pictures).all():
-        raise RunFailed(
-            f"The picture has values that are not finite: {unet.dtype} is too narrow. Use --dtype bf16 or float."
+    return Artist(model, request, seeds, adapters or {}, refiner).draw()
+
+
+class Artist:
+    """Draws the pictures of one request; see `draw`."""
+
+    def __init__(
+        self,
+        model: DrawingModel,
+        request: Request,
+        seeds: Sequence[int],
+        adapters: Adapters,
+        refiner: DrawingModel | None,
+    ) -> None:
+        self.model, self.request, self.seeds, self.adapters, self.refiner = model, request, seeds, adapters, refiner
+        name, self.schedule = request.sampler_and_schedule
+        self.sampler: Sampler = SAMPLERS[name]
+        self.levels = NoiseLevels.of(model.schedule)
+
+    def draw(self) -> list[Image.Image]:
+        request = self.request
+        sigmas = noise_levels(
+            self.schedule,
+            request.steps,
+            self.levels,
+            self.model.family,
+            discard_next_to_last=self.sampler.discard_next_to_last,
         )
-    pixels = (pictures.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
-    return [Image.fromarray(one.numpy()) for one in pixels]
+        begin = None
+        if request.init_image is not None:
+            picture = fitted_picture(request.init_image, request.width, request.height)
+            begin = self._encode([picture]).expand(len(self.seeds), -1, -1, -1)
+            sigmas = part_of(sigmas, request.denoising_strength)
+        latents = self._run(_Pass(sigmas, request.width, request.height), begin)
+        if request.hires is not None:
+            latents = self._run(self._second_pass(request.hires), self._enlarged(latents, request.hires))
+        return self._decode(latents)
+
+    def _second_pass(self, hires: Hires) -> _Pass:
+        sigmas = last_steps(
+            self.schedule,
+            self.request.hires_steps,
+            hires.denoising_strength,
+            self.levels,
+            self.model.family,
+            discard_next_to_last=self.sampler.discard_next_to_last,
+        )
+        return _Pass(sigmas, *self.request.final_size, is_second=True)
+
+    def _enlarged(self, latents: Tensor, hires: Hires) -> Tensor:
+        upscaler, size = find_upscaler(hires.upscaler), self.request.final_size
+        if isinstance(upscaler, LatentUpscaler):
+            return upscaler(latents, *size)
+        return self._encode([upscaler(picture, *size) for picture in self._decode(latents)])
+
+    def _run(self, one: _Pass, begin: Tensor | None) -> Tensor:
+        """Clean latents [B, 4, h, w] float32. begin: those to start from, noised to the pass's first level."""
+        device, factor = self.model.device, self.model.factor
+        channels = self.model.unet.config.in_channels
+        shape = (channels, one.height // factor, one.width // factor)
+        first, last = float(one.sigmas[0]), float(one.sigmas[-1])
+        noise = torch.cat([initial_noise(seed, shape, one.is_second) for seed in self.seeds]).to(device)
+        x = noise * first if begin is None else begin.float() + noise * first
+        denoiser = self._denoiser(one)
+        x = self.sampler.function(denoiser, x, one.sigmas, self._noise(one, shape))
+        return x / (1 + last**2) ** 0.5  # DDIM's levels end above 0
+
+    def _noise(self, one: _Pass, shape: Sequence[int]) -> NoiseSource:
+        if self.sampler.noise == "none":
+            return no_noise
+        kind = BrownianNoise if self.sampler.noise == "brownian" else StepNoise
+        return kind(self.seeds, shape, self.model.device, second_pass=one.is_second)
+
+    # Prompts and adapters
+
+    def _denoiser(self, one: _Pass) -> GuidedDenoiser | HandOver:
+        own = self._guided(self.model, one, self.request.loras)
+        switch_at = self.request.refiner_switch_at
+        if self.refiner is None or switch_at is None or one.is_second != (self.request.hires is not None):
+            return own
+        return HandOver(own, self._guided(self.refiner, one, ()), base_steps(one.steps, switch_at))
+
+    def _guided(self, model: DrawingModel, one: _Pass, loras: Sequence[LoraUse]) -> GuidedDenoiser:
+        positive, negative = self._told(model, one, loras)
+        weights = [use.weights.hrunet if one.is_second else use.weights.unet for use in loras]
+
+        def fold(step: int) -> None:
+            model.folded.set_unet(self._strengths(loras, weights, step, one.steps))
+
+        return GuidedDenoiser(
+            model.unet,
+            model.schedule,
+            model.encoder(self.request.clip_skip, self.request.emphasis),
+            positive,
+            negative,
+            cfg_scale=self.request.cfg_scale,
+            size_ids=model.size_ids(one.width, one.height),
+            negative_size_ids=model.negative_size_ids(one.width, one.height),
+            calls_per_step=self.sampler.calls_per_step,
+            extra_calls=self.sampler.extra_calls,
+            dtype=model.dtype,
+            on_step=fold,
+        )
+
+    def _told(self, model: DrawingModel, one: _Pass, loras: Sequence[LoraUse]) -> tuple[list[EncodedPart], EncodedPart]:
+        """Positive parts and negative, all of one length. Where adapters of text encoders change, each step has its own."""
+        request, encoder = self.request, model.encoder(self.request.clip_skip, self.request.emphasis)
+        after, steps = (request.steps, request.hires_steps) if one.is_second else (None, request.steps)
+        positive = parse_prompt(request.prompt, steps, dialect=request.dialect, hires_after=after)
+        negative = parse_negative(request.negative_prompt, steps, dialect=request.dialect, hires_after=after)
+        weights = [use.weights.hrte if one.is_second else use.weights.te for use in loras]
+        by_step = [self._strengths(loras, weights, step, one.steps) for step in range(1, one.steps + 1)]
+        known: dict[tuple[float, ...], list[EncodedPart]] = {}
+        for strengths in by_step:
+            key = tuple(ratio for _, ratio in strengths)
+            if key not in known:
+                model.folded.set_text(strengths)
+                known[key] = encode_together(encoder, positive, negative)
+        if len(known) == 1:
+            *parts, base = next(iter(known.values()))
+            return parts, base
+        rows = [known[tuple(ratio for _, ratio in strengths)] for strengths in by_step]
+        *parts, base = [_step_by_step(column) for column in zip(*rows, strict=True)]
+        return parts, base
+
+    def _strengths(
+        self, loras: Sequence[LoraUse], weights: Sequence[StepWeights], step: int, steps: int
+    ) -> list[tuple[Adapter, float]]:
+        """Of a step, counted from 1."""
+        return [
+            (self.adapters[use.path], weight.at(step - 1, steps)) for use, weight in zip(loras, weights, strict=True)
+        ]
+
+    # Pictures and latents
+
+    def _decode(self, latents: Tensor) -> list[Image.Image]:
+        vae = self.model.vae
+        scale = float(vae.config.scaling_factor)
+        dtype = next(vae.parameters()).dtype
+        pictures = []
+        for one in latents.split(1):
+            pixels = vae.decode((one / scale).to(dtype)).sample[0].float()
+            if not torch.isfinite(pixels).all():
+                raise RunFailed(
+                    f"The picture has values that are not finite: {self.model.dtype} is too narrow. Use --dtype bf16 or float."
+                )
+            bytes_ = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)  # [3, height, width]
+            pictures.append(Image.fromarray(bytes_.permute(1, 2, 0).cpu().numpy()))
+        return pictures
+
+    def _encode(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """[B, 4, h, w] float32, the middle of what the encoder says: the same picture gives the same latents."""
+        vae = self.model.vae
+        dtype, scale = next(vae.parameters()).dtype, float(vae.config.scaling_factor)
+        found = []
+        for picture in pictures:
+            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+            distribution = vae.encode(pixels.to(self.model.device, dtype)).latent_dist
+            found.append(distribution.mode().float() * scale)
+        return torch.cat(found)
 
 
-def _told(
-    drawing: Drawing, count: int, encode: Callable[[Sequence[str]], Conditioning] | None, dtype: torch.dtype
-) -> dict[str, Any]:
-    prompts = {"prompt": [drawing.prompt] * count, "negative_prompt": [drawing.negative_prompt] * count}
-    if encode is None:
-        return prompts
-    told: dict[str, Any] = {}
-    for name, texts in prompts.items():
-        found = encode(texts)
-        told[f"{name}_embeds"] = found.states.to(dtype)
-        if found.pooled is not None:
-            told[f"{name.removesuffix('prompt')}pooled_prompt_embeds"] = found.pooled.to(dtype)
-    return told
+def encode_together(encoder: PromptEncoder, positive: Prompt, negative: Prompt) -> list[EncodedPart]:
+    """The parts of the positive prompt, then the negative one; shorter texts are filled with empty chunks.
+
+    SDXL's empty negative prompt is zeros.
+    """
+    parts = list(encoder.encode(positive))
+    length = max(text.states.shape[1] for part in parts for text in part.texts)
+    if encoder.family == SDXL and not negative.text.strip():
+        like = next(text for part in parts for text in part.texts if text.states.shape[1] == length)
+        parts.append(EncodedPart(1.0, (1,), (empty_conditioning(like),)))
+    else:
+        parts += encoder.encode(negative)
+    length = max(text.states.shape[1] for part in parts for text in part.texts)
+    if all(text.states.shape[1] == length for part in parts for text in part.texts):
+        return parts
+    empty = encoder.encode_texts([weighted_spans("")])
+    return [
+        EncodedPart(part.weight, part.untils, tuple(fill_to(text, empty, length) for text in part.texts))
+        for part in parts
+    ]
 
 
-def words_cut_off(tokenizer: CLIPTokenizer, prompt: str) -> str | None:
-    """The end of a prompt that the text encoder does not get to see; None when it sees everything."""
-    limit = tokenizer.model_max_length - 2  # start and end of text
-    tokens = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    return tokenizer.decode(tokens[limit:]) if len(tokens) > limit else None
+def fitted_picture(path: Path, width: int, height: int) -> Image.Image:
+    """A picture file as RGB of this size: scaled to cover it, and what sticks out cut off evenly. Raises UserError."""
+    try:
+        with Image.open(path) as picture:
+            upright = ImageOps.exif_transpose(picture).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"init_image {path} does not exist.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"init_image {path} cannot be read: {error}.") from None
+    return ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+
+
+def _step_by_step(parts: Sequence[EncodedPart]) -> EncodedPart:
+    """Of one part, as it is encoded in each step: the part with a text for every step."""
+    texts: list[Conditioning] = [part.at_step(step) for step, part in enumerate(parts, 1)]
+    return EncodedPart(parts[0].weight, tuple(range(1, len(texts) + 1)), tuple(texts))

@@ -26,6 +26,7 @@ _TINY_WORDS = (
     "a an the of on in at and with to is no one two three photo picture image drawing painting background small large big "
     "red green blue yellow orange purple pink brown black white gray grey cyan magenta teal dark light bright "
     "circle square triangle star ring cross diamond heart stripes dots line ellipse rectangle hexagon pentagon shape "
+    "plain striped checked dotted gradient turquoise small medium middle spiral "
     "left right top bottom center dog cat bird fish tree car flower house person girl boy face"
 )
 
@@ -36,7 +37,7 @@ def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
 
 
 def tiny_tokenizer(pad: str = END) -> CLIPTokenizer:
-    """The tiny models' tokenizer: bytes, and one token for each of some ninety words of colours and shapes."""
+    """The tiny models' tokenizer: bytes, and one token for each of some hundred words of colours and shapes."""
     return build_tokenizer(tiny_merges(), pad)
 
 

@@ -53,18 +53,15 @@ class VaeEncoder:
 
 
 class MomentsEncoder:
-    """Pixels to the VAE's posterior, unscaled, so that training can sample from it.
+    """Pixels to the VAE's posterior, unscaled, so that training can sample from it."""
 
-    flipped: the pictures are mirrored first, left to right.
-    """
-
-    def __init__(self, vae: AutoencoderKL, *, flipped: bool = False) -> None:
-        self._vae, self.flipped = VaeEncoder(vae), flipped
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self._vae = VaeEncoder(vae)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> float16 [B, 8, H/8, W/8]: four channels of means, then four of log-variances."""
-        mean, log_variance = self._vae.moments(pixels.flip(-1) if self.flipped else pixels)
+        mean, log_variance = self._vae.moments(pixels)
         return torch.cat([mean, log_variance.clamp(LOG_VARIANCE_FLOOR, LOG_VARIANCE_CEILING)], dim=1).to(torch.float16)
 
 
@@ -79,13 +76,14 @@ def latents_of(moments: Tensor, scaling_factor: float, noise: Tensor | None = No
 
 
 class DinoEncoder:
-    """Pixels to DINOv2's patch tokens, pooled to a square grid.
+    """Pixels to DINOv2's patch tokens, pooled to a grid of the crop's aspect.
 
-    The whole crop is resized, so that token (r, c) of the grid and latent (r, c) of a grid x grid map show the same
-    place; the tokens keep their true grid of resolution / patch until they are pooled by area.
+    The whole crop is resized, so that token (r, c) of the grid and latent (r, c) of a map of that many rows and columns
+    show the same place; the tokens keep their true grid of one per patch until they are pooled by area.
 
-    model: from `load_dinov2`. resolution: side the crop is resized to, a multiple of the patch size (224, 448, 518).
-    grid: tokens per side that come out, at most resolution / patch. Raises UserError otherwise.
+    model: from `load_dinov2`. resolution: side that a square crop is resized to, a multiple of the patch size (224, 448,
+    518). grid: tokens per side that come out of it, at most resolution / patch. Raises UserError otherwise. Of crops that
+    are no squares there are about as many patches and tokens, in their aspect (`grid_in_aspect`).
     """
 
     def __init__(self, model: Dinov2, resolution: int, grid: int) -> None:
@@ -103,35 +101,39 @@ class DinoEncoder:
                 f"token_grid must lie between 1 and {self.side}, the patches per side at dino_resolution {resolution}, got "
                 f"{grid}. Raise dino_resolution to {grid * patch} or lower token_grid."
             )
-        self.model, self.resolution, self.grid = model, resolution, grid
+        self.model, self.patch, self.grid = model, patch, grid
         self.width = int(config.hidden_size)
         self._mean = torch.tensor(IMAGENET_MEAN, device=model.device).view(1, 3, 1, 1)
         self._std = torch.tensor(IMAGENET_STD, device=model.device).view(1, 3, 1, 1)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, R, R] -> float16 [B, grid * grid, D], row-major, after the final layer norm, not normalised."""
+        """uint8 [B, 3, H, W] -> float16 [B, N, D], row-major, after the final layer norm, not normalised."""
+        height, width = pixels.shape[-2:]
+        grid = grid_in_aspect(self.grid, width, height)
         tokens = self.patch_tokens(pixels)  # [B, D, h, w]
-        return F.adaptive_avg_pool2d(tokens, self.grid).flatten(2).transpose(1, 2).to(torch.float16)
+        return F.adaptive_avg_pool2d(tokens, grid).flatten(2).transpose(1, 2).to(torch.float16)
 
     @torch.no_grad()
     def patch_tokens(self, pixels: Tensor) -> Tensor:
-        """Patch tokens on their true grid, without CLS and registers: float32 [B, D, h, w], h = w = resolution / patch."""
-        hidden = self.model(pixel_values=self._inputs(pixels).to(self.model.dtype)).last_hidden_state
+        """Patch tokens on their true grid, without CLS and registers: float32 [B, D, h, w]."""
+        inputs = self._inputs(pixels)
+        height, width = inputs.shape[-2:]
+        rows, columns = height // self.patch, width // self.patch
+        hidden = self.model(pixel_values=inputs.to(self.model.dtype)).last_hidden_state
         tokens = hidden[:, 1 + register_count(self.model) :]
-        if tokens.shape[1] != self.side**2:
+        if tokens.shape[1] != rows * columns:
             raise UserError(
-                f"The teacher gave {tokens.shape[1]} patch tokens for {self.resolution} x {self.resolution} pixels, not "
-                f"{self.side} x {self.side}. Its configuration (patch size, registers) does not describe its weights."
+                f"The teacher gave {tokens.shape[1]} patch tokens for {width} x {height} pixels, not {columns} x {rows}. Its "
+                "configuration (patch size, registers) does not describe its weights."
             )
-        return tokens.float().transpose(1, 2).unflatten(2, (self.side, self.side))
+        return tokens.float().transpose(1, 2).unflatten(2, (rows, columns))
 
     def _inputs(self, pixels: Tensor) -> Tensor:
         _require_uint8(pixels)
-        if pixels.shape[-1] != pixels.shape[-2]:
-            raise UserError(f"DINOv2 tokens are taken of square crops, got {tuple(pixels.shape[-2:])}.")
         pictures = pixels.to(self.model.device).float() / 255.0
-        size = (self.resolution, self.resolution)
+        rows, columns = grid_in_aspect(self.side, pixels.shape[-1], pixels.shape[-2])
+        size = (rows * self.patch, columns * self.patch)
         if pictures.shape[-2:] != size:
             pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True, align_corners=False)
         # Bicubic overshoots at edges, and no picture the teacher saw did.
@@ -177,6 +179,17 @@ class TextEncoder:
             return self.model(ids).last_hidden_state.to(torch.float16)
         hidden = self.model(ids, output_hidden_states=True).hidden_states[-clip_skip]
         return self.model.text_model.final_layer_norm(hidden).to(torch.float16)
+
+
+def grid_in_aspect(side: int, width: int, height: int) -> tuple[int, int]:
+    """Rows and columns of about side² cells for a picture of this aspect; of a square, `side` and `side`.
+
+    The shorter one first, and the longer one from it, so that the cells come out as square as whole numbers allow.
+    """
+    short, long = min(width, height), max(width, height)
+    fewer = max(1, int(side * (short / long) ** 0.5 + 0.5))
+    more = int(fewer * long / short + 0.5)
+    return (more, fewer) if height > width else (fewer, more)
 
 
 def quantize_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Where the files of a frozen model lie: a reserved tiny name, a folder, a single file, or a hub id.
+"""Where the files of a frozen model lie: a name that the project itself knows, a folder, a single file, or a hub id.
 
 Light on purpose (no torch), so that `--help`, `--dry_run` and configuration errors stay quick.
 """
@@ -13,13 +13,20 @@ from pathlib import Path
 from library.errors import UserError
 from library.files import read_json
 
+# What comes with the project, trained: the base that every script defaults to, its teacher and its CLIP.
+SHAPES = "tiny-shapes"
+SHAPES_DINOV2 = "tiny-shapes-dinov2"
+SHAPES_CLIP = "tiny-shapes-clip"
+# Built on demand, with random weights.
 TINY_SD15 = "tiny-sd15"
 TINY_SDXL = "tiny-sdxl"
 TINY_DINOV2 = "tiny-dinov2"
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SDXL_COMPONENTS = (*COMPONENTS, "text_encoder_2", "tokenizer_2")
-TINY_BASES = (TINY_SD15, TINY_SDXL)
+TINY_BASES = (SHAPES, TINY_SD15, TINY_SDXL)
+TINY_TEACHERS = (SHAPES_DINOV2, TINY_DINOV2)
+MODELS = Path(__file__).resolve().parents[2] / "models"
 DINOV2 = "dinov2"  # a DINOv2 folder has one component, which lies at its root
 
 # Ids that left the hub, and where the same files are now.
@@ -58,9 +65,10 @@ class BaseLocation:
 def locate_base(name: str, components: Sequence[str] | None = None) -> BaseLocation:
     """Find a Stable Diffusion base; fetch it from the hub if it is a hub id not yet in the local cache.
 
-    `name` is `tiny-sd15` or `tiny-sdxl`, a diffusers folder, a `.safetensors` file, or `owner/name`. Of a hub model only
-    `components` are fetched; None means all that a model of its family has. A complete copy in the hub cache is used as
-    it is, without asking the hub for a newer one. Raises UserError for everything that cannot be used, with what to do.
+    `name` is `tiny-shapes`, `tiny-sd15` or `tiny-sdxl`, a diffusers folder, a `.safetensors` file, or `owner/name`. Of a
+    hub model only `components` are fetched; None means all that a model of its family has. A complete copy in the hub
+    cache is used as it is, without asking the hub for a newer one. Raises UserError for everything that cannot be used,
+    with what to do.
     """
     if name in TINY_BASES:
         return _tiny(name)
@@ -68,8 +76,8 @@ def locate_base(name: str, components: Sequence[str] | None = None) -> BaseLocat
 
 
 def locate_dino(name: str) -> BaseLocation:
-    """Find a DINOv2: `tiny-dinov2`, a transformers folder, Meta's `.pth` (or `.safetensors`) file, or a hub id."""
-    if name == TINY_DINOV2:
+    """Find a DINOv2: one of `TINY_TEACHERS`, a transformers folder, Meta's `.pth` (or `.safetensors`) file, or a hub id."""
+    if name in TINY_TEACHERS:
         return _tiny(name)
     return _local_dino(name) or _fetch(name, (DINOV2,))
 
@@ -84,16 +92,16 @@ def base_status(name: str, components: Sequence[str] | None = None) -> str | Non
         there = name in TINY_BASES or _local_base(name, components) is not None
     except UserError as error:
         return str(error)
-    return None if there else _absent(name, TINY_SD15)
+    return None if there else _absent(name, SHAPES)
 
 
 def dino_status(name: str) -> str | None:
     """`base_status` for the names that `locate_dino` takes."""
     try:
-        there = name == TINY_DINOV2 or _local_dino(name) is not None
+        there = name in TINY_TEACHERS or _local_dino(name) is not None
     except UserError as error:
         return str(error)
-    return None if there else _absent(name, TINY_DINOV2)
+    return None if there else _absent(name, SHAPES_DINOV2)
 
 
 def weight_files(folder: Path, component: str) -> list[Path]:
@@ -138,7 +146,26 @@ def conversion_command(path: Path | str) -> str:
     )
 
 
+def locate_clip(name: str) -> BaseLocation:
+    """Find a CLIP that tells how well a picture fits words: `tiny-shapes-clip`, or a transformers folder of a CLIPModel."""
+    if name == SHAPES_CLIP:
+        return _tiny(name)
+    path = Path(name).expanduser()
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{name} is not a folder with a CLIPModel of transformers (no config.json). Name one, or {SHAPES_CLIP}."
+        )
+    return BaseLocation(name, path)
+
+
 def _tiny(name: str) -> BaseLocation:
+    if name in (SHAPES, SHAPES_DINOV2, SHAPES_CLIP):
+        if not (MODELS / name).is_dir():
+            raise UserError(
+                f"{MODELS / name} is missing. It is part of the repository: git checkout -- models, or train it anew with "
+                "python tools/train_tiny_base.py."
+            )
+        return BaseLocation(name, MODELS / name)
     # Building needs torch; finding does not.
     from library.models.tiny import ensure_tiny
 
@@ -245,7 +272,7 @@ def _cached(name: str, components: Sequence[str] | None) -> BaseLocation | None:
 
 
 def _fetch(name: str, components: Sequence[str] | None) -> BaseLocation:
-    tiny = TINY_DINOV2 if components == (DINOV2,) else TINY_SD15
+    tiny = SHAPES_DINOV2 if components == (DINOV2,) else SHAPES
     if not _is_hub_id(name):
         raise UserError(_absent(name, tiny))
     import httpx

@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Mode
 from library.errors import UserError, script
 from library.files import human_bytes, read_json, write_json
 from library.models.clip_tokenizer import tiny_merges, write_tokenizer
-from library.models.locate import TINY_DINOV2, TINY_SD15, TINY_SDXL
+from library.models.locate import MODELS, TINY_DINOV2, TINY_SD15, TINY_SDXL
 from library.models.sd15_configs import SD15_PIPELINE, SD15_SCHEDULER, SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
 from library.models.tiny_parts import (
     BUILDER_VERSION,
@@ -38,8 +38,6 @@ from library.models.tiny_parts import (
     write_pipeline_index,
 )
 from library.models.tiny_sdxl import build_tiny_sdxl
-
-MODELS = Path(__file__).resolve().parents[2] / "models"
 
 HIDDEN = 64
 UNET = {**SD15_UNET, "block_out_channels": [32, 64, 96, 96], "cross_attention_dim": HIDDEN, "sample_size": 16}

@@ -24,7 +24,7 @@ from library.models.calibration import fit_convolution, input_of, synthetic_pict
 from library.models.clip_tokenizer import tiny_merges, vocabulary
 from library.models.sd15_configs import SD15_SCHEDULER
 
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 """Raised whenever the same seed gives other weights or files; `ensure_tiny` then rebuilds what it built before."""
 
 RECORD = "tiny.json"
@@ -65,12 +65,12 @@ def text_encoder_sizes(hidden: int) -> dict[str, Any]:
     }
 
 
-def tiny_vae(published: Mapping[str, Any]) -> AutoencoderKL:
+def tiny_vae(published: Mapping[str, Any], sizes: Mapping[str, Any] = VAE_SIZES) -> AutoencoderKL:
     """An autoencoder whose latents are a thumbnail: the colour of each 8 x 8 cell, and its brightness from top to bottom.
 
-    `published` is the configuration of the family's VAE, which is kept but for the widths.
+    `published` is the configuration of the family's VAE, which is kept but for the `sizes`.
     """
-    vae = AutoencoderKL.from_config({**published, **VAE_SIZES}).eval()
+    vae = AutoencoderKL.from_config({**published, **sizes}).eval()
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -170,11 +170,11 @@ class TrainNetworkOptions:
         defaults = {f.name: f.default for f in dataclasses.fields(NetworkModelOptions)}
         if not self.alignment.alignment:
             require(self.model.dino_model == defaults["dino_model"], "dino_model", "has no effect without --alignment.")
-            require(
-                self.optimizer.align_learning_rate is None,
-                "align_learning_rate",
-                "has no effect without --alignment.",
-            )
+            of_heads = (f for f in dataclasses.fields(NetworkOptimizerOptions) if f.name.startswith("align_"))
+            for one in of_heads:
+                require(
+                    getattr(self.optimizer, one.name) == one.default, one.name, "has no effect without --alignment."
+                )
         require(
             self.training.initial_step is None or self.output.resume == "auto",
             "initial_step",

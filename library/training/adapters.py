@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from library.files import whole_file
 from library.options.repa import TrainRepaOptions
@@ -32,21 +34,29 @@ def export_adapters(state: Path, options: TrainRepaOptions, plan: Plan, *, missi
 
 
 def _export(source: Path, path: Path, options: TrainRepaOptions, plan: Plan, prediction_type: str) -> None:
+    date = datetime.now().isoformat(timespec="seconds")
+    tensors, metadata = adapter_file(read_tensors(source), path.stem, options, plan, prediction_type, date)
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def adapter_file(
+    weights: Mapping[str, Tensor], name: str, options: TrainRepaOptions, plan: Plan, prediction_type: str, date: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of the file `name`.safetensors, of weights by their names in a state."""
     spec = lora_spec(options)
-    weights = {name: tensor for name, tensor in read_tensors(source).items() if not name.startswith("align_heads.")}
-    tensors = to_kohya(weights, spec)
+    tensors = to_kohya({key: one for key, one in weights.items() if not key.startswith("align_heads.")}, spec)
     metadata = adapter_metadata(
         spec,
         tensors,
-        output_name=path.stem,
-        date=datetime.now().isoformat(timespec="seconds"),
+        output_name=name,
+        date=date,
         resolution=(options.data.resolution, options.data.resolution),
         base_model=options.model.pretrained_model_name_or_path,
         prediction_type=prediction_type,
         extra=_training_metadata(options, plan),
     )
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    return tensors, metadata
 
 
 def _training_metadata(options: TrainRepaOptions, plan: Plan) -> dict[str, str]:

@@ -93,7 +93,8 @@ def _print_model(options: TrainRepaOptions, plan: Plan) -> None:
         unet = nn.Module.to(UNet2DConditionModel.from_config(config), dtype)
     unet.requires_grad_(False)
     frozen = sum(p.numel() for p in unet.parameters())
-    parts, heads = add_trained_parts(unet, options, _teacher_width(options), torch.device("meta"))
+    width = teacher_width(options.model.dino_model) if options.alignment.alignment else 0
+    parts, heads = add_trained_parts(unet, options, width, torch.device("meta"))
     trained = {part: sum(p.numel() for p in named.values()) for part, named in parts.items()}
     described = " + ".join(f"{count:,} {part}" for part, count in trained.items())
     print(f"trained          {described} = {sum(trained.values()):,} parameters beside {frozen:,} frozen ones")
@@ -108,14 +109,13 @@ def _print_model(options: TrainRepaOptions, plan: Plan) -> None:
     )
 
 
-def _teacher_width(options: TrainRepaOptions) -> int:
-    if not options.alignment.alignment:
-        return 0
-    if dino_status(options.model.dino_model) is None:
+def teacher_width(dino_model: str) -> int:
+    """Width of a teacher's tokens, guessed by its name where it is not on this machine yet."""
+    if dino_status(dino_model) is None:
         from library.models.dinov2 import dinov2_width
 
-        return dinov2_width(options.model.dino_model)
-    name = options.model.dino_model.lower()
+        return dinov2_width(dino_model)
+    name = dino_model.lower()
     return next((width for word, width in TEACHER_WIDTHS.items() if re.search(word, name)), 1024)
 
 
@@ -179,7 +179,7 @@ def _print_disk(options: TrainRepaOptions, samples: int) -> None:
     side = options.data.resolution // VAE_FACTOR
     stores = {"train_latents": StoreMeta("latents", "float16", (SD_LATENT_CHANNELS, side, side))}
     if options.alignment.alignment:
-        shape = (options.cache.token_grid**2, _teacher_width(options))
+        shape = (options.cache.token_grid**2, teacher_width(options.model.dino_model))
         stores["train_tokens"] = StoreMeta("tokens", options.cache.token_dtype, shape)
     for name, meta in stores.items():
         path = options.cache.store_path(name)

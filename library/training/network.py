@@ -8,15 +8,19 @@ from itertools import islice
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.data.batches import Prefetcher
 from library.data.bucket_order import MicroBatch
 from library.data.network_batches import NetworkBatch, NetworkSamples, Request
+from library.diffusion.loss import SMALLEST_MASK_AREA
 from library.diffusion.noise import Draw, NoiseRecipe, draw
 from library.diffusion.objective import Objective
+from library.losses import Weights
 from library.models.conditioning import Conditioning, TextConditioner
 from library.processes import Processes
+from library.training.alignment import Alignment, AlignmentLosses
 from library.training.optimizers import ParameterGroup
 from library.training.randomness import sample_noise, stratified_timesteps
 from networks.network import Network
@@ -29,7 +33,8 @@ class NetworkTask:
     """The Task of the loop for LoRA training.
 
     models: component -> the frozen model with its adapters. conditioner: where text encoders run in the step; None where
-    their outputs are cached. validation: held-out pictures, and as many training pictures beside them.
+    their outputs are cached. validation: held-out pictures, and as many training pictures beside them. alignment: heads on
+    the U-Net's features, where the run has any.
     """
 
     models: Mapping[str, nn.Module]
@@ -49,17 +54,31 @@ class NetworkTask:
     validation_seed: int
     workers: int
     channels_last: bool = False
+    alignment: Alignment | None = None
 
     def sample_ids(self, indices: np.ndarray) -> list[str]:
         return [self.training.images[i].image.sample_id for i in indices]
 
     def losses(self, batch: NetworkBatch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
-        """Loss parts of a training batch, the mean over its pictures; noise and timesteps drawn from `generator`."""
+        """Loss parts of a training batch, the mean over its pictures; noise and timesteps drawn from `generator`.
+
+        Where lambda is 0 the loss is that of a run without heads, to the bit.
+        """
         latents = self.latents(batch)
         drawn = draw(latents, generator, self.recipe, self.objective.schedule.timesteps)
         losses = self.each(batch, latents, drawn)
         real = batch.real.sum().clamp(min=1.0)
-        return {"loss": (losses * batch.weights).sum() / real, "diffusion": (losses.detach() * batch.real).sum() / real}
+        parts = {
+            "loss": (losses * batch.weights).sum() / real,
+            "diffusion": (losses.detach() * batch.real).sum() / real,
+        }
+        if self.alignment is not None:
+            coefficient = self.alignment.coefficient(step)
+            aligned = self.aligned(batch, generator, with_gradient=coefficient > 0)
+            if coefficient > 0:
+                parts["loss"] = parts["loss"] + self.alignment.weighed(aligned, coefficient)
+            parts |= self.alignment.parts(aligned, coefficient)
+        return parts
 
     def latents(self, batch: NetworkBatch) -> Tensor:
         """Scaled latents [B, 4, h, w] float32: the posterior's mode."""
@@ -69,12 +88,12 @@ class NetworkTask:
         """Loss of each picture, [B] float32, weighted by timestep and mask but not by picture."""
         noisy = self.objective.schedule.add_noise(latents, drawn.added_noise, drawn.timesteps)
         self.network.set_multiplier(batch.multipliers)
-        text = self.condition(batch)
-        output = self.predict(noisy, drawn.timesteps, text, batch.sizes)
         preserved = None
         if batch.preserve is not None:
             with torch.no_grad(), self.network.disabled():
                 preserved = self.predict(noisy, drawn.timesteps, self.condition(batch), batch.sizes)
+        # Last, so that the features caught on the way are the adapted network's.
+        output = self.predict(noisy, drawn.timesteps, self.condition(batch), batch.sizes)
         return self.objective.losses(
             output,
             latents,
@@ -85,6 +104,30 @@ class NetworkTask:
             preserved=preserved,
             preserve_mask=batch.preserve,
         )
+
+    def aligned(self, batch: NetworkBatch, generator: torch.Generator, *, with_gradient: bool) -> AlignmentLosses:
+        """Alignment losses of the pictures that `each` has just been through."""
+        assert self.alignment is not None and batch.token_grid is not None
+        return self.alignment.losses(
+            batch.target_tokens(),
+            generator,
+            grid=batch.token_grid,
+            weights=self.token_weights(batch, batch.token_grid),
+            with_gradient=with_gradient,
+        )
+
+    def token_weights(self, batch: NetworkBatch, grid: tuple[int, int]) -> Weights:
+        """How much pictures and tokens count: as much as in the diffusion loss, whose mask is pooled to the tokens.
+
+        Pictures that are to stay what the base makes of them (diff_output_preservation) have nothing to align.
+        """
+        pictures = batch.weights if batch.preserve is None else batch.weights * ~batch.preserve
+        tokens = None
+        if batch.mask is not None:
+            tokens = F.adaptive_avg_pool2d(batch.mask, grid).flatten(1)
+            if self.objective.masked_loss_renormalize:
+                tokens = tokens / tokens.mean(dim=1, keepdim=True).clamp(min=SMALLEST_MASK_AREA)
+        return Weights(pictures, batch.real, tokens)
 
     def condition(self, batch: NetworkBatch) -> Conditioning:
         """What the U-Net is told of the captions, in the compute dtype."""
@@ -113,6 +156,8 @@ class NetworkTask:
     def validate(self, step: int) -> dict[str, float]:
         """Mean loss of the held-out pictures, of as many training pictures, the gap, and the loss per quarter of timesteps.
 
+        With heads, their losses on the held-out pictures too; the loss is the diffusion loss in any case.
+
         Noise belongs to the picture and timesteps to its place in the set: two validations differ by the weights only.
         """
         for model in self.models.values():
@@ -120,12 +165,13 @@ class NetworkTask:
         try:
             results: dict[str, float] = {}
             for name, samples in self.validation.items():
-                mean, quarters = self._mean_loss(samples)
+                mean, quarters, aligned = self._mean_loss(samples)
                 results[f"val/{name}"] = mean
                 if name == "loss":
                     results |= {
                         f"val/loss_q{i}": value for i, value in enumerate(quarters, start=1) if value is not None
                     }
+                    results |= {f"val/{part}": value for part, value in aligned.items()}
             if "train_loss" in self.validation:
                 results["val/gap"] = results["val/loss"] - results["val/train_loss"]
             return results
@@ -133,12 +179,14 @@ class NetworkTask:
             for model in self.models.values():
                 model.train()
 
-    def _mean_loss(self, samples: NetworkSamples) -> tuple[float, list[float | None]]:
+    def _mean_loss(self, samples: NetworkSamples) -> tuple[float, list[float | None], dict[str, float]]:
+        """Over all, per quarter of the timesteps, and of the heads by name."""
         device = self.processes.device
         timesteps = stratified_timesteps(len(samples), self.objective.schedule.timesteps)
         order = list(validation_requests(samples))
         order = order[: self.validation_batches][self.processes.rank :: self.processes.world_size]
-        sums = torch.zeros(2, QUANTILES, device=device)
+        generator = torch.Generator(device)
+        sums, aligned = torch.zeros(2, QUANTILES, device=device), torch.zeros(2, device=device)
         batches = Prefetcher(samples, iter(order), device, workers=self.workers)
         for batch in batches:
             latents = self.latents(batch)
@@ -149,9 +197,17 @@ class NetworkTask:
             quarter = chosen * QUANTILES // self.objective.schedule.timesteps
             sums[0].index_add_(0, quarter, losses)
             sums[1].index_add_(0, quarter, torch.ones_like(losses))
+            if self.alignment is not None:
+                generator.manual_seed(int(batch.indices[0]))
+                parts = self.aligned(batch, generator, with_gradient=False)
+                aligned += torch.stack([parts.token, parts.manifold]) * len(ids)
         batches.close()
         totals, counts = self.processes.sum(sums).tolist()
-        return sum(totals) / max(sum(counts), 1.0), [t / c if c else None for t, c in zip(totals, counts, strict=True)]
+        every = max(sum(counts), 1.0)
+        of_heads = {}
+        if self.alignment is not None:
+            of_heads = dict(zip(("token", "manifold"), (self.processes.sum(aligned) / every).tolist(), strict=True))
+        return sum(totals) / every, [t / c if c else None for t, c in zip(totals, counts, strict=True)], of_heads
 
 
 def validation_requests(samples: NetworkSamples) -> Iterator[Request]:

@@ -11,7 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,11 @@ class NetworkMetadata:
         if o.network.network_args:
             words = dict(word.split("=", 1) for word in o.network.network_args)
             values["ss_network_args"] = json.dumps({**words, "dropout": o.network.network_dropout})
+        if o.alignment.alignment:
+            # Not kohya's: nothing else in the file tells of the heads, which are left in the states.
+            heads = {name: getattr(optimizer, name) for name in ("align_learning_rate", "align_weight_decay")}
+            described = asdict(o.alignment) | heads | {"dino_model": o.model.dino_model}
+            values["ss_alignment"] = json.dumps({name: one for name, one in described.items() if name != "alignment"})
         return values
 
     def _of_data(self) -> dict[str, Any]:

@@ -20,9 +20,11 @@ from library.models.locate import BaseLocation
 from library.models.single_file import file_text_config
 from library.options.network import TrainNetworkOptions
 from library.options.network_args import BlockCurve
+from library.training.alignment import make_heads
 from library.training.optimizers import ParameterGroup
 from networks import AdapterError
 from networks.adapters import Adapter
+from networks.align_head import AlignHeads
 from networks.blocks import SECTIONS, block_weights
 from networks.network import Network, add_network
 from networks.original_names import TEXT_ENCODER_2, UNET, Family
@@ -49,6 +51,18 @@ def load_frozen_text(
     parts = load_text_encoders(base, families=(family,), dtype=folded, device=device)
     _fold_base_weights({part.component: part.model for part in parts}, options, family)
     return [part._replace(model=part.model.to(dtype)) for part in parts]
+
+
+class FrozenModels:
+    """Where a run gets its frozen models from: loaded for it. Who trains again and again keeps them (`library.search.warm`)."""
+
+    def unet(self, options: TrainNetworkOptions, base: BaseLocation, family: Family, device: torch.device) -> nn.Module:
+        return load_frozen_unet(options, base, family, device)
+
+    def text(
+        self, options: TrainNetworkOptions, base: BaseLocation, family: Family, device: torch.device
+    ) -> list[TextPart]:
+        return load_frozen_text(options, base, family, device)
 
 
 def meta_models(
@@ -108,6 +122,15 @@ def build_network(
         for parameter in network.parameters.values():
             parameter.data = parameter.data.to(torch.bfloat16)
     return network
+
+
+def build_heads(options: TrainNetworkOptions, unet_config: Mapping[str, Any], teacher_width: int) -> AlignHeads:
+    """The AlignHeads of a run with alignment, on the CPU."""
+    a = options.alignment
+    heads = make_heads(
+        unet_config, a.taps, teacher_width, grid=a.token_grid, kind=a.align_head, seed=options.training.seed
+    )
+    return heads.to(torch.bfloat16) if options.model.full_bf16 else heads
 
 
 def round_frozen(models: Mapping[str, nn.Module], options: TrainNetworkOptions) -> None:

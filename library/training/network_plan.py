@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from library.data.bucket_order import Group
 from library.data.dataset_schema import Dataset
+from library.data.network_batches import groups_of
 from library.data.network_data import NetworkData, collect, read_datasets
 from library.errors import UserError
 from library.files import read_json
@@ -17,9 +19,6 @@ _FRESH_PIXELS = ("color_aug", "random_crop", "face_crop_aug_range")
 
 def collect_pictures(options: TrainNetworkOptions, base: BaseLocation) -> NetworkData:
     """Every picture of the run, in its bucket. Raises UserError for all that is wrong with them."""
-
-    if options.alignment.alignment:
-        raise UserError("--alignment is not built into train_network.py yet. Use train_repa.py, or leave it out.")
     if options.cache.cache_latents is False:
         raise UserError("--no_cache_latents is not offered: latents are always cached, on the disk. Leave it out.")
 
@@ -43,7 +42,36 @@ def collect_pictures(options: TrainNetworkOptions, base: BaseLocation) -> Networ
         refuse=refuse,
     )
     _check_effects(options, data)
+    if options.alignment.alignment:
+        _check_pairs(options, data)
     return data
+
+
+def _check_pairs(options: TrainNetworkOptions, data: NetworkData) -> None:
+    """Note how many batches give manifold_mode sample nothing to compare. Raises UserError where it is all of them."""
+    alignment = options.alignment
+    if alignment.manifold_mode != "sample" or alignment.manifold_weight == 0:
+        return
+    groups = groups_of(data.training)
+    batches = sum(group.batches for group in groups)
+    alone = sum(batches_of_one(group) for group in groups)
+    if alone == batches:
+        raise UserError(
+            "manifold_mode sample compares the pictures of a batch, and no batch has two. Use manifold_mode token, or "
+            "manifold_weight 0, or a larger train_batch_size."
+        )
+    if alone:
+        data.notes.append(
+            f"{alone} of {batches} batches of an epoch hold one picture: manifold_mode sample has nothing to compare there, "
+            "manifold_mode token has"
+        )
+
+
+def batches_of_one(group: Group) -> int:
+    """How many batches of an epoch hold one picture."""
+    if group.batch_size == 1:
+        return group.batches
+    return int(len(group.indices) % group.batch_size == 1)
 
 
 def _check_effects(options: TrainNetworkOptions, data: NetworkData) -> None:

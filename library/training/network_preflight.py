@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from library.losses import constant_baselines
 from library.training.loop import Run
 from library.training.network import NetworkTask, validation_requests
 from library.training.randomness import StepRandomness
@@ -21,11 +22,14 @@ def preflight(run: Run, task: NetworkTask, say: Callable[..., None]) -> dict[str
     started = time.perf_counter()
     batch = _largest(run, task)
     randomness = StepRandomness(run.seed, run.processes.rank, run.processes.device)
+    # The warmed-up lambda, so that the heads' memory is needed now and not thousands of steps later.
+    warm = 0 if task.alignment is None else task.alignment.warm_step
     with explained_kernels(run.processes.device):
-        task.losses(batch, randomness.at(0), 0)["loss"].backward()
+        task.losses(batch, randomness.at(0), warm)["loss"].backward()
     run.trained.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad(), task.network.disabled():
-        loss = task.losses(batch, randomness.at(0), 0)["diffusion"].item()
+        parts = task.losses(batch, randomness.at(0), warm)
+        loss = parts["diffusion"].item()
     saved = time.perf_counter()
     if run.processes.is_main:
         folder = run.checkpoints.output.output_dir / ".preflight"
@@ -37,7 +41,16 @@ def preflight(run: Run, task: NetworkTask, say: Callable[..., None]) -> dict[str
         f"preflight: largest batch {saved - started:.2f} s, save {time.perf_counter() - saved:.2f} s; frozen base's loss on "
         f"that batch {loss:.4f}"
     )
-    return {"reference/frozen_base_loss": loss} if math.isfinite(loss) else {}
+    found = {"frozen_base_loss": loss}
+    if task.alignment is not None:
+        rows, columns = batch.token_grid
+        constant, _ = constant_baselines(batch.target_tokens())
+        found |= {"token_loss": parts["token"].item(), "constant_token_loss": constant.item()}
+        say(
+            f"{rows} x {columns} teacher tokens a picture there; token loss of the heads as they begin "
+            f"{found['token_loss']:.4f}, of the best constant {found['constant_token_loss']:.4f}"
+        )
+    return {f"reference/{name}": value for name, value in found.items() if math.isfinite(value)}
 
 
 def _largest(run: Run, task: NetworkTask):  # type: ignore[no-untyped-def]

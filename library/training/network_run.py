@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from library.caching.latents import LatentCaches
+from library.caching.by_bucket import BucketCaches
 from library.caching.masks import alpha_channel, latent_mask
 from library.caching.prompts import PromptCache
 from library.data.batches import Prefetcher
@@ -37,6 +38,7 @@ from library.options.network import TrainNetworkOptions
 from library.options.parser import flatten
 from library.options.precision import TORCH_DTYPES
 from library.processes import Processes
+from library.training.alignment import PART, Alignment, head_group, head_parameters
 from library.training.ema import ExponentialAverage
 from library.training.loop import Run
 from library.training.network import NetworkTask, equal_number
@@ -44,9 +46,9 @@ from library.training.network_checkpoints import NetworkCheckpoints, Patience, v
 from library.training.network_metadata import NetworkMetadata
 from library.training.network_models import (
     COMPUTE_DTYPES,
+    FrozenModels,
+    build_heads,
     build_network,
-    load_frozen_text,
-    load_frozen_unet,
     parameter_groups,
     round_frozen,
     start_weights,
@@ -76,13 +78,17 @@ class Prepared:
     base: BaseLocation
     family: Family
     data: NetworkData
-    latents: LatentCaches
+    latents: BucketCaches
     prompts: PromptCache | None
+    tokens: BucketCaches | None = None
+    models: FrozenModels = field(default_factory=FrozenModels)
 
     def close(self) -> None:
         self.latents.close()
         if self.prompts is not None:
             self.prompts.close()
+        if self.tokens is not None:
+            self.tokens.close()
 
 
 def make_objective(options: TrainNetworkOptions, base: BaseLocation, device: torch.device) -> Objective:
@@ -110,10 +116,14 @@ def build_run(
     order: BucketOrder,
     plan: Plan,
     log_folder: Path,
+    context: ExitStack,
 ) -> tuple[Run, NetworkTask]:
-    """Models, adapters, data, optimizer and checkpoints of a run. log_folder: where its metrics go, for its states to tell."""
+    """Models, adapters, data, optimizer and checkpoints of a run.
+
+    log_folder: where its metrics go, for its states to tell. context: holds the feature hooks.
+    """
     set_up_determinism(options.speed, processes.device)
-    task = build_task(options, processes, prepared, plan)
+    task = build_task(options, processes, prepared, plan, context)
     trained = _trained(options, task)
     with processes.main_first():
         facts = _facts(options, prepared, task)
@@ -166,16 +176,23 @@ def build_run(
     return run, task
 
 
-def build_task(options: TrainNetworkOptions, processes: Processes, prepared: Prepared, plan: Plan) -> NetworkTask:
+def build_task(
+    options: TrainNetworkOptions, processes: Processes, prepared: Prepared, plan: Plan, context: ExitStack
+) -> NetworkTask:
     """Models with their adapters, and what they learn from."""
     base, family, seed = prepared.base, prepared.family, options.training.seed
-    unet = load_frozen_unet(options, base, family, processes.device)
+    unet: Any = prepared.models.unet(options, base, family, processes.device)
     with_text = prepared.prompts is None
-    parts = load_frozen_text(options, base, family, processes.device) if with_text else []
+    parts = prepared.models.text(options, base, family, processes.device) if with_text else []
     models: dict[str, Any] = {UNET: unet, **{part.component: part.model for part in parts}}
     network = build_network(models, options, family, start_weights(options))
     round_frozen(models, options)
     groups = parameter_groups(network, options, family)
+    alignment = None
+    if prepared.tokens is not None:
+        heads = build_heads(options, unet.config, prepared.tokens.width).to(processes.device)  # type: ignore[arg-type]
+        alignment = Alignment.attach(unet, heads, options.alignment, context)
+        groups.append(head_group(heads, options.optimizer))
     for group in groups:
         processes.say(
             f"training {sum(p.numel() for p in group.parameters):,} parameters of {group.name} at {group.learning_rate:g}"
@@ -206,6 +223,7 @@ def build_task(options: TrainNetworkOptions, processes: Processes, prepared: Pre
         validation_seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
         workers=options.speed.max_data_loader_n_workers,
         channels_last=options.speed.channels_last,
+        alignment=alignment,
     )
 
 
@@ -243,6 +261,8 @@ def _trained(options: TrainNetworkOptions, task: NetworkTask) -> Trained:
         NETWORK_SPEC_KEY: task.network.spec.to_json(),
     }
     parts = _by_component({name: p for name, p in task.network.parameters.items() if id(p) in learning})
+    if task.alignment is not None:
+        parts[PART] = head_parameters(task.alignment.heads)
     trained = Trained(parts, make_optimizer(task.groups, options.optimizer), None, metadata)
     if options.model.mixed_precision == "fp16":
         trained.scaler = LossScaler(task.processes.device)
@@ -300,8 +320,8 @@ def _samples_maker(
     def make(images: Sequence[TrainedImage], *, frozen: bool) -> NetworkSamples:
         return NetworkSamples(
             images,
-            prepared.latents.stores,
-            prepared.latents.flipped,
+            prepared.latents,
+            prepared.tokens,
             seed=options.training.seed,
             last_step=plan.last_step,
             tokenize=None if conditioner is None else conditioner.tokenize,
@@ -338,6 +358,7 @@ def _by_component(parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str,
 def _facts(options: TrainNetworkOptions, prepared: Prepared, task: NetworkTask) -> dict[str, Any]:
     """What state.json says besides the counters."""
     family, memory = prepared.family, options.cache.cache_dir / "weight_hashes.json"
+    tokens = {} if prepared.tokens is None else prepared.tokens.producers("tokens ")
     return {
         "base_model": options.model.pretrained_model_name_or_path,
         "family": family.key,
@@ -347,7 +368,7 @@ def _facts(options: TrainNetworkOptions, prepared: Prepared, task: NetworkTask) 
         else task.objective.schedule.prediction_type,
         "samples": samples_digest(prepared.data),
         "base_weights": base_weights_facts(options, prepared.base, (UNET, *family.text_encoders), memory),
-        "caches": {f"{w}x{h}": store.meta.producer for (w, h), store in sorted(prepared.latents.stores.items())},
+        "caches": prepared.latents.producers() | tokens,
     }
 
 

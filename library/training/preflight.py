@@ -68,7 +68,7 @@ def _first(task: RepaTask, count: int) -> Batch:
 def _try_batch(run: Run, task: RepaTask) -> None:
     randomness = StepRandomness(run.seed, run.processes.rank, run.processes.device)
     # The warmed-up lambda, so that the heads' memory is needed now and not thousands of steps later.
-    warm = task.alignment.align_warmup_steps
+    warm = 0 if task.alignment is None else task.alignment.warm_step
     with explained_kernels(run.processes.device):
         parts = task.losses(_first(task, task.batch_size), randomness.at(0), warm)
         parts["loss"].backward()
@@ -124,12 +124,12 @@ def reference_values(task: RepaTask) -> dict[str, float]:
         "reference/zero_predictor_loss": zero.mean().item(),
         "reference/latent_std": everything.latents.float().std().item(),
     }
-    if task.heads:
+    if task.alignment is not None:
         target = everything.target_tokens()
         constant, positional = losses.constant_baselines(target)
         facts["reference/constant_token_loss"] = constant.item()
         facts["reference/positional_token_loss"] = positional.item()
         side = everything.latents.shape[-1]
-        for tap, shape in tap_channels(task.unet_config, list(task.heads)).items():
+        for tap, shape in tap_channels(task.unet_config, list(task.alignment.heads)).items():
             facts[f"reference/grid_ceiling_{tap}"] = losses.grid_ceiling(target, side // shape.stride).item()
     return facts

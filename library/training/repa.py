@@ -1,62 +1,43 @@
-"""What train_repa.py trains: LoRA in a frozen U-Net and AlignHeads on its features (U-REPA, arXiv 2503.18414).
-
-loss = L_diff + lambda(step) * (L_token + w * L_manifold)
-"""
+"""What train_repa.py trains: LoRA in a frozen U-Net and AlignHeads on its features (U-REPA, arXiv 2503.18414)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from library import losses
 from library.data.batches import Batch, CachedSamples, Prefetcher
 from library.data.text_embeddings import TextEmbeddings
 from library.diffusion.objective import Objective
-from library.options.alignment import AlignmentOptions
 from library.processes import Processes
+from library.training.alignment import Alignment, AlignmentLosses
 from library.training.optimizers import ParameterGroup
 from library.training.randomness import sample_noise, stratified_timesteps
-from networks.align_head import AlignHeads
 
 QUANTILES = 4
 
 
 @dataclass
 class Terms:
-    """One batch's losses: diffusion per sample [B]; token and manifold scalars, None without alignment."""
+    """One batch's losses: diffusion per sample [B]; aligned None without alignment."""
 
     diffusion: torch.Tensor
-    token: torch.Tensor | None = None
-    manifold: torch.Tensor | None = None
-
-    def total(self, coefficient: float, manifold_weight: float) -> torch.Tensor:
-        loss = self.diffusion.mean()
-        if self.token is not None and self.manifold is not None and coefficient > 0:
-            loss = loss + coefficient * (self.token + manifold_weight * self.manifold)
-        return loss
+    aligned: AlignmentLosses | None = None
 
 
 @dataclass
 class RepaTask:
-    """The Task of the loop for U-REPA.
-
-    features: the mapping that forward hooks on the U-Net fill, tap -> [B, C, h, w] (networks.features.capture).
-    heads: tap -> AlignHead; empty in a run without alignment.
-    """
+    """The Task of the loop for U-REPA. alignment: None in a run without heads."""
 
     unet: torch.nn.Module
     unet_config: Mapping[str, Any]
-    heads: AlignHeads
-    features: Mapping[str, torch.Tensor]
     groups: list[ParameterGroup]
     objective: Objective
     text: TextEmbeddings
-    alignment: AlignmentOptions
+    alignment: Alignment | None
     class_dropout: float
     compute_dtype: torch.dtype
     processes: Processes
@@ -73,13 +54,6 @@ class RepaTask:
     def sample_ids(self, indices: np.ndarray) -> list[str]:
         return [self.training.sample_ids[i] for i in indices]
 
-    def coefficient(self, step: int) -> float:
-        """lambda(step)."""
-        a = self.alignment
-        return losses.align_coefficient(
-            step, a.align_coeff, a.align_schedule, a.align_warmup_steps, a.align_cutoff_step
-        )
-
     def losses(self, batch: Batch, generator: torch.Generator, step: int) -> dict[str, torch.Tensor]:
         """Loss parts of a training batch with noise, timesteps and dropped prompts drawn from `generator`."""
         device, count = batch.latents.device, batch.latents.shape[0]
@@ -87,13 +61,14 @@ class RepaTask:
         timesteps = torch.randint(0, self.objective.schedule.timesteps, (count,), generator=generator, device=device)
         dropped = torch.rand(count, generator=generator, device=device) < self.class_dropout
         text_rows = torch.where(dropped, self.text.empty_row, batch.text_rows)
-        coefficient = self.coefficient(step)
+        coefficient = 0.0 if self.alignment is None else self.alignment.coefficient(step)
         terms = self.terms(batch, noise, timesteps, text_rows, generator, with_gradient=coefficient > 0)
-        loss = terms.total(coefficient, self.alignment.manifold_weight)
-        parts = {"loss": loss, "diffusion": terms.diffusion.mean()}
-        if terms.token is not None and terms.manifold is not None:
-            parts |= {"token": terms.token, "manifold": terms.manifold}
-            parts["lambda"] = torch.full((), coefficient, device=device)
+        diffusion = terms.diffusion.mean()
+        parts = {"loss": diffusion, "diffusion": diffusion}
+        if self.alignment is not None and terms.aligned is not None:
+            if coefficient > 0:
+                parts["loss"] = diffusion + self.alignment.weighed(terms.aligned, coefficient)
+            parts |= self.alignment.parts(terms.aligned, coefficient)
         return parts
 
     def terms(
@@ -108,41 +83,22 @@ class RepaTask:
     ) -> Terms:
         """Run the network once and compare. noise [B, C, h, w], timesteps [B], text_rows [B].
 
-        with_gradient False leaves the alignment losses out of the graph: where lambda is 0 the step is, to the bit, the
-        step of a run without heads.
+        with_gradient: whether the alignment losses stand in the graph.
         """
         latents = batch.latents.float()
         noisy = self.objective.schedule.add_noise(latents, noise, timesteps)
+        output = self.predict(noisy, timesteps, self.embeddings[text_rows])
+        terms = Terms(self.objective.losses(output, latents, noise, noisy, timesteps))
+        if self.alignment is not None:
+            terms.aligned = self.alignment.losses(batch.target_tokens(), generator, with_gradient=with_gradient)
+        return terms
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """The U-Net's output [B, 4, h, w] in the compute dtype. text: [B, 77, D]."""
         inputs = noisy.to(self.compute_dtype)
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        output = self.unet(inputs, timesteps, self.embeddings[text_rows], return_dict=False)[0]
-        terms = Terms(self.objective.losses(output, latents, noise, noisy, timesteps))
-        if self.heads:
-            with nullcontext() if with_gradient else torch.no_grad():
-                terms.token, terms.manifold = self.align(batch.target_tokens(), generator)
-        return terms
-
-    def align(self, target: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token and manifold loss of the captured features against `target` [B, N, D] float32, mean over taps."""
-        token, manifold = [], []
-        for tap, head in self.heads.items():
-            predicted = head(self.features[tap])
-            token.append(losses.token_loss(predicted, target))
-            manifold.append(self.manifold(predicted, target, generator))
-        return torch.stack(token).mean(), torch.stack(manifold).mean()
-
-    def manifold(self, predicted: torch.Tensor, target: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        a = self.alignment
-        if a.manifold_mode == "sample":
-            loss = losses.sample_manifold_loss(predicted, target, a.manifold_margin, self.processes.gather_rows)
-        elif a.manifold_mode == "token":
-            loss = losses.token_manifold_loss(predicted, target, a.manifold_margin)
-        else:
-            count = predicted.shape[0] * predicted.shape[1]
-            chosen = torch.randperm(count, generator=generator, device=predicted.device)[: a.manifold_random_tokens]
-            loss = losses.random_manifold_loss(predicted, target, chosen, a.manifold_margin)
-        return losses.clip_loss(loss, a.manifold_clip)
+        return self.unet(inputs, timesteps, text, return_dict=False)[0]
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
@@ -173,8 +129,8 @@ class RepaTask:
             generator.manual_seed(int(batch.indices[0]))
             terms = self.terms(batch, noise, timesteps, batch.text_rows, generator, with_gradient=False)
             sums[0] += terms.diffusion.sum()
-            if terms.token is not None and terms.manifold is not None:
-                sums[1:] += torch.stack([terms.token, terms.manifold]) * len(ids)
+            if terms.aligned is not None:
+                sums[1:] += torch.stack([terms.aligned.token, terms.aligned.manifold]) * len(ids)
             quarter = timesteps * QUANTILES // self.objective.schedule.timesteps
             quarters[0].index_add_(0, quarter, terms.diffusion)
             quarters[1].index_add_(0, quarter, torch.ones_like(terms.diffusion))
@@ -184,8 +140,9 @@ class RepaTask:
         quarters = self.processes.sum(quarters)
         by_quarter = [(i, loss / seen) for i, (loss, seen) in enumerate(quarters.T.tolist(), start=1) if seen]
         results = {"val/total": means[0], "val/diffusion": means[0]}
-        if self.heads:
-            results["val/total"] += self.coefficient(step) * (means[1] + self.alignment.manifold_weight * means[2])
+        if self.alignment is not None:
+            weighed = means[1] + self.alignment.options.manifold_weight * means[2]
+            results["val/total"] += self.alignment.coefficient(step) * weighed
             results |= {"val/token": means[1], "val/manifold": means[2]}
         return results | {f"val/diffusion_q{i}": value for i, value in by_quarter}
 

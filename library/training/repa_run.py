@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from diffusers.models import UNet2DConditionModel
 from torch import nn
 
 from library.caching.prepare import Cached, Caches
@@ -20,6 +21,7 @@ from library.models.locate import BaseLocation, locate_base
 from library.options.parser import flatten
 from library.options.repa import TrainRepaOptions
 from library.processes import Processes
+from library.training.alignment import PART, Alignment, head_group, head_parameters, make_heads
 from library.training.checkpoints import Checkpoints
 from library.training.ema import ExponentialAverage
 from library.training.loop import Run
@@ -31,7 +33,6 @@ from library.training.speed import set_up_determinism, set_up_speed
 from library.training.state import Trained
 from networks import AdapterError
 from networks.align_head import AlignHeads
-from networks.features import capture, tap_channels
 from networks.lora import LoraSpec, add_lora
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
@@ -57,24 +58,25 @@ def add_trained_parts(
         parts = {"lora": add_lora(unet, lora_spec(options), options.training.seed)}
     except AdapterError as error:
         raise UserError(str(error)) from None
-    shapes = tap_channels(unet.config, options.adapters.taps) if options.alignment.alignment else {}  # type: ignore[arg-type]
-    heads = AlignHeads(
-        {tap: shape.channels for tap, shape in shapes.items()},
+    heads = make_heads(
+        unet.config,  # type: ignore[arg-type]
+        options.adapters.taps if options.alignment.alignment else (),
         teacher_width,
         grid=options.cache.token_grid,
         kind=options.adapters.align_head,
         seed=options.training.seed,
     ).to(device)
-    if shapes:
-        parts["align_heads"] = {f"align_heads.{name}": parameter for name, parameter in heads.named_parameters()}
+    if heads:
+        parts[PART] = head_parameters(heads)
     return parts, heads
 
 
-def parameter_groups(parts: dict[str, dict[str, nn.Parameter]], options: TrainRepaOptions) -> list[ParameterGroup]:
+def parameter_groups(
+    parts: dict[str, dict[str, nn.Parameter]], heads: AlignHeads, options: TrainRepaOptions
+) -> list[ParameterGroup]:
     o = options.optimizer
-    head_rate = o.learning_rate if o.align_learning_rate is None else o.align_learning_rate
-    of_part = {"lora": (o.learning_rate, o.weight_decay), "align_heads": (head_rate, o.align_weight_decay)}
-    return [ParameterGroup(part, list(named.values()), *of_part[part]) for part, named in parts.items()]
+    groups = [ParameterGroup("lora", list(parts["lora"].values()), o.learning_rate, o.weight_decay)]
+    return [*groups, head_group(heads, o)] if heads else groups
 
 
 def make_objective(options: TrainRepaOptions, base: BaseLocation, processes: Processes) -> Objective:
@@ -95,24 +97,34 @@ def open_samples(cached: Cached, caches: Caches) -> CachedSamples:
 
 
 def build_run(
-    options: TrainRepaOptions, processes: Processes, caches: Caches, plan: Plan, context: ExitStack
+    options: TrainRepaOptions,
+    processes: Processes,
+    caches: Caches,
+    plan: Plan,
+    context: ExitStack,
+    unet: UNet2DConditionModel | None = None,
 ) -> tuple[Run, RepaTask]:
-    """Model, adapters, heads, data, optimizer and checkpoints of a run. `context` holds the feature hooks."""
+    """Model, adapters, heads, data, optimizer and checkpoints of a run. `context` holds the feature hooks.
+
+    unet: the base's, loaded already and frozen, in the compute dtype.
+    """
     set_up_determinism(options.speed, processes.device)
     _check_validation(caches, plan, processes)
     dtype = COMPUTE_DTYPES[options.model.mixed_precision]
     workers, seed = options.speed.max_data_loader_n_workers, options.training.seed
     base = locate_base(options.model.pretrained_model_name_or_path, ("unet", "scheduler"))
-    unet = load_unet(base, dtype=dtype, device=processes.device)
+    unet = load_unet(base, dtype=dtype, device=processes.device) if unet is None else unet
     _check_text(caches, unet.config["cross_attention_dim"])
     teacher_width = caches.train.stores["tokens"].meta.shape[1] if options.alignment.alignment else 0
     parts, heads = add_trained_parts(unet, options, teacher_width, processes.device)
-    groups = parameter_groups(parts, options)
+    groups = parameter_groups(parts, heads, options)
     for group in groups:
         processes.say(f"training {sum(p.numel() for p in group.parameters):,} parameters of {group.name}")
 
     # The hooks stand for the whole run, entered before anything is compiled.
-    features = context.enter_context(capture(unet, list(heads)))
+    alignment = None
+    if heads:
+        alignment = Alignment.attach(unet, heads, options.alignment, context, processes.gather_rows)
     unet.train()
     set_up_speed(unet, options.speed)
 
@@ -122,12 +134,10 @@ def build_run(
     task = RepaTask(
         unet=unet,
         unet_config=unet.config,
-        heads=heads,
-        features=features,
         groups=groups,
         objective=make_objective(options, base, processes),
         text=caches.text,
-        alignment=options.alignment,
+        alignment=alignment,
         class_dropout=options.objective.class_dropout,
         compute_dtype=dtype,
         processes=processes,

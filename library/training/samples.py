@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
-from library.inference.pictures import parameters_text, save_picture
+from library.inference.infotext import save_png
+from library.inference.model import DrawingModel, load_drawing_vae
+from library.inference.pictures import picture_info
 from library.inference.prompt_file import PromptLine, read_prompt_file
-from library.inference.text_to_image import Drawing, assemble_pipeline, draw, make_sampler, native_size
-from library.models.conditioning import TextConditioner
-from library.models.load import load_scheduler_config, load_vae
+from library.inference.prompt_networks import cut_out_networks
+from library.inference.request import Request
+from library.inference.sampler_names import DEFAULT_SAMPLER, sampler_named
+from library.inference.text_to_image import draw, native_size
+from library.models.load import TextPart
 from library.models.locate import locate_base
 from library.options.kohya_samples import SampleOptions
 from library.options.network import TrainNetworkOptions
@@ -24,7 +27,7 @@ from library.training.loop import Run
 from library.training.network import NetworkTask
 from library.training.network_models import load_frozen_text
 from library.training.network_run import Prepared, clip_skip
-from networks.original_names import SD15, SDXL, UNET
+from networks.original_names import UNET
 
 STEPS, SCALE, SEED = 30, 7.5, 42  # kohya's, but for the seed, without which nothing could be compared
 
@@ -67,31 +70,21 @@ class Sampler:
 
     @torch.no_grad()
     def _draw(self, lines: list[PromptLine], step: int) -> list[Path]:
-        task, family, base = self.task, self.prepared.family, self.prepared.base
+        task = self.task
         files = []
         modes = {name: model.training for name, model in task.models.items()}
-        conditioner = task.conditioner or self._conditioner()
-        vae_options = self.options.model.vae
-        vae = load_vae(
-            base if vae_options is None else locate_base(vae_options, ("vae",)),
-            families=(SD15, SDXL) if vae_options else (family,),
-            dtype=task.compute_dtype,
-            device=self.run.processes.device,
-        )
-        config = load_scheduler_config(base)
         try:
             for model in task.models.values():
                 model.eval()
             task.network.set_multiplier(1.0)
             with self.run.trained.judged():
+                drawing = self._model()
                 for number, line in enumerate(lines):
-                    sampler = make_sampler(config, line.sample_sampler or self.options.samples.sample_sampler)
-                    pipeline = assemble_pipeline(family, task.models[UNET], conditioner.parts, vae, sampler)
-                    drawing = _drawing(line, native_size(pipeline))
+                    request = self._request(line, native_size(drawing))
                     seed = SEED + number if line.seed is None else line.seed
-                    picture = draw(pipeline, drawing, [seed], conditioner)[0]
+                    picture = draw(drawing, request, [seed])[0]
                     path = self._path(step, number, seed)
-                    save_picture(picture, path, parameters_text(drawing, seed, self.options.output.output_name, []))
+                    save_png(picture, path, picture_info(request, seed, self.options.output.output_name))
                     files.append(path)
                     if self.run.log is not None:
                         self.run.log.picture(f"samples/{number:02d}", picture, step)
@@ -100,11 +93,41 @@ class Sampler:
                 model.train(modes[name])
         return files
 
-    def _conditioner(self) -> TextConditioner:
-        """The text encoders where they are not part of the run: their outputs are cached."""
-        family, options = self.prepared.family, self.options
-        parts = load_frozen_text(options, self.prepared.base, family, self.run.processes.device)
-        return TextConditioner(family, parts, clip_skip=clip_skip(options, family), chunks=options.text.chunks)
+    def _model(self) -> DrawingModel:
+        """The models of the run as they are, and an autoencoder, which lives as long as the drawing does."""
+        task, vae = self.task, self.options.model.vae
+        device = self.run.processes.device
+        base = self.prepared.base if vae is None else locate_base(vae, ("vae",))
+        return DrawingModel(
+            self.prepared.family,
+            task.models[UNET],
+            self._text_parts(),
+            load_drawing_vae(base, self.prepared.family, dtype=task.compute_dtype, device=device),
+            _as_trained(task),
+            task.compute_dtype,
+        )
+
+    def _text_parts(self) -> list[TextPart]:
+        """The text encoders; loaded where they are not part of the run, because their outputs are cached."""
+        if self.task.conditioner is not None:
+            return self.task.conditioner.parts
+        return load_frozen_text(self.options, self.prepared.base, self.prepared.family, self.run.processes.device)
+
+    def _request(self, line: PromptLine, native: int) -> Request:
+        """Prompts are read as A1111 does, who will draw with the result; tags of other adapters have no place here."""
+        prompt, tags = cut_out_networks(line.prompt)
+        if tags:
+            self.run.processes.say(f"samples: {', '.join(map(str, tags))} left out, only what is trained is drawn with")
+        return Request(
+            prompt,
+            line.negative_prompt,
+            steps=STEPS if line.sample_steps is None else line.sample_steps,
+            cfg_scale=SCALE if line.scale is None else line.scale,
+            width=native if line.width is None else line.width,
+            height=native if line.height is None else line.height,
+            sampler=line.sample_sampler or self.options.samples.sample_sampler or DEFAULT_SAMPLER,
+            clip_skip=clip_skip(self.options, self.prepared.family),
+        )
 
     def _path(self, step: int, number: int, seed: int) -> Path:
         """NAME_e000002_00_20260102030405_42.png after an epoch, NAME_000500_... else."""
@@ -115,25 +138,18 @@ class Sampler:
         return output.output_dir / "sample" / f"{output.output_name}_{place}_{number:02d}_{moment}_{seed}.png"
 
 
-def check_prompts(options: SampleOptions, make: Callable[[str], Any]) -> None:
+def check_prompts(options: SampleOptions) -> None:
     """Read the prompts once before the run, so that a slip in them is found at once. Raises UserError."""
     if options.sample_prompts is None:
         return
     for line in read_prompt_file(options.sample_prompts):
-        name = line.sample_sampler or options.sample_sampler
-        if name is not None:
-            try:
-                make(name)
-            except UserError as error:
-                raise UserError(f"{options.sample_prompts}: {error}") from None
+        try:
+            sampler_named(line.sample_sampler or options.sample_sampler or DEFAULT_SAMPLER)
+        except UserError as error:
+            raise UserError(f"{options.sample_prompts}: {error}") from None
 
 
-def _drawing(line: PromptLine, native: int) -> Drawing:
-    return Drawing(
-        line.prompt,
-        line.negative_prompt,
-        steps=STEPS if line.sample_steps is None else line.sample_steps,
-        cfg_scale=SCALE if line.scale is None else line.scale,
-        width=native if line.width is None else line.width,
-        height=native if line.height is None else line.height,
-    )
+def _as_trained(task: NetworkTask) -> NoiseSchedule:
+    """The schedule of the run, and what the network is trained to predict: with kohya's v_parameterization velocities."""
+    schedule = task.objective.schedule
+    return replace(schedule, prediction_type="v_prediction") if task.objective.kind == "raw_v" else schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +119,9 @@ class NetworkSetting:
         prepared = prepare_caches(options, processes, base, family_of(base), collect_pictures(options, base))
         order = make_order(prepared.data, options)
         plan = make_plan(prepared.data, order, options)
-        return Built(options, prepared, order, plan, build_task(options, processes, prepared, plan))
+        context = ExitStack()
+        task = build_task(options, processes, prepared, plan, context)
+        return Built(options, prepared, order, plan, task, context)
 
     def start(self, output: Path, *extra: str, processes: int = 1, **changes: object) -> subprocess.Popen[str]:
         return launch("train_network.py", self.argv(output, *extra, **changes), processes)
@@ -134,6 +136,8 @@ class Built:
     order: BucketOrder
     plan: Plan
     task: NetworkTask
+    context: ExitStack
+    """Holds the feature hooks."""
 
     def batch(self, number: int = 0, samples: NetworkSamples | None = None) -> NetworkBatch:
         """The `number`-th batch of the training pictures in their order, as they are in the first epoch."""
@@ -154,6 +158,7 @@ class Built:
     def close(self) -> None:
         """Let go of the caches, so that others can be written."""
         self.prepared.close()
+        self.context.close()
 
     def stir(self, scale: float = 0.1) -> Built:
         """Give every adapter an effect, the same in all runs with the same network."""

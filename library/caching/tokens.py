@@ -1,0 +1,95 @@
+"""Teacher tokens of bucketed pictures, by bucket: DINOv2 sees what the bucket keeps of each, in the bucket's aspect.
+
+A value is float16 [N, D], or int8 with a scale for each token: N = rows x columns of about token_grid², row by row. Its key
+is the sample id and `_mid`. The folder is told apart by teacher, resolution, grid and precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from library.caching.by_bucket import (
+    BucketCaches,
+    BucketedPicture,
+    BucketKind,
+    FlippingEncoder,
+    fill_stores,
+    plan_stores,
+)
+from library.caching.fill import Say
+from library.caching.producers import Wanted
+from library.data.buckets import Size
+from library.data.pixels import PIXELS_VERSION
+from library.models.dinov2 import dinov2_width, load_dinov2
+from library.models.encoders import DinoEncoder, grid_in_aspect, weight_fingerprint
+from library.models.locate import DINOV2, BaseLocation
+from library.processes import Processes
+
+KIND = "tokens"
+LABEL = "tokens"
+PATCH = 14
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+# As train_repa.py's cache_batch_size: the teacher is larger than the VAE and its pictures are smaller.
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Which DINOv2, what it sees of a square picture, and what is kept of its tokens.
+
+    precision: no or bf16. grid, resolution: see `DinoEncoder`.
+    """
+
+    location: BaseLocation
+    resolution: int
+    grid: int
+    dtype: Literal["float16", "int8"]
+    precision: str
+
+
+def prepare_tokens(
+    pictures: Sequence[BucketedPicture],
+    teacher: Teacher,
+    *,
+    cache_dir: Path,
+    workers: int,
+    processes: Processes,
+    say: Say,
+) -> BucketCaches:
+    """Make the tokens of all pictures of a run complete, encoding what is missing or no longer fits; say what was done.
+
+    Raises UserError: no picture can be read, a store in use, no space.
+    """
+    with processes.main_first():
+        weights = weight_fingerprint(teacher.location, DINOV2, cache_dir / "weight_hashes.json")
+        width = dinov2_width(teacher.location)
+    producer = {
+        "model": teacher.location.name,
+        "weights": weights,
+        "dino_resolution": teacher.resolution,
+        "token_grid": teacher.grid,
+        "dtype": teacher.dtype,
+        "pixels": PIXELS_VERSION,
+        "precision": teacher.precision,
+    }
+
+    def wanted(bucket: Size) -> Wanted:
+        rows, columns = grid_in_aspect(teacher.grid, *bucket)
+        seen = [side * PATCH for side in grid_in_aspect(teacher.resolution // PATCH, *bucket)]
+        own = producer | {"grid": [rows, columns], "input_pixels": seen}
+        return Wanted(KIND, teacher.dtype, (rows * columns, width), own, remedy="--mixed_precision no may help")
+
+    def load() -> DinoEncoder:
+        model = load_dinov2(teacher.location, dtype=DTYPES[teacher.precision], device=processes.device)
+        return DinoEncoder(model, teacher.resolution, teacher.grid)
+
+    kind = BucketKind(LABEL, KIND, cache_dir, producer, "teacher, resolution, grid or precision", wanted)
+    plan = plan_stores(pictures, kind)
+    return fill_stores(
+        plan, kind, FlippingEncoder(load), batch_size=BATCH_SIZE, workers=workers, processes=processes, say=say
+    )

@@ -1,0 +1,96 @@
+"""How well a model removes noise from held-out photos, by quarter of the timesteps: same noise and timesteps for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from library.data.pixels import square_crop
+from library.diffusion.objective import Objective
+from library.inference.model import DrawingModel
+from library.models.conditioning import TextConditioner
+from library.models.encoders import VaeEncoder
+from library.training.randomness import sample_noise
+
+QUARTERS = 4
+PER_QUARTER = 3
+"""Timesteps; each photo is looked at at all of them."""
+_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class NoisedPhotos:
+    """latents [n, 4, h, w] float32, scaled; a prompt for each photo."""
+
+    latents: Tensor
+    prompts: list[str]
+    ids: list[str]
+    size: int
+
+
+@torch.no_grad()
+def encode_photos(
+    model: DrawingModel, photos: Sequence[Image.Image], prompts: Sequence[str], ids: Sequence[str], size: int
+) -> NoisedPhotos:
+    """Photos as centred squares of `size` pixels. Raises UserError where size is no multiple of the autoencoder's factor."""
+    encoder = VaeEncoder(model.vae)
+    rows = []
+    for photo in photos:
+        pixels = torch.from_numpy(square_crop(photo, size)).permute(2, 0, 1)[None]
+        rows.append(encoder.moments(pixels.contiguous())[0].float() * encoder.scaling_factor)
+    return NoisedPhotos(torch.cat(rows), list(prompts), list(ids), size)
+
+
+def timesteps_of(count: int) -> Tensor:
+    """The middles of equal parts of a schedule of so many, [QUARTERS * PER_QUARTER] int64."""
+    parts = QUARTERS * PER_QUARTER
+    return ((torch.arange(parts) + 0.5) * count / parts).long()
+
+
+@torch.no_grad()
+def denoising_losses(model: DrawingModel, photos: NoisedPhotos, seed: int, clip_skip: int = 1) -> Tensor:
+    """Mean squared error of what the base predicts (noise or velocity), [photos, timesteps] float64 on the CPU."""
+    objective = Objective(model.schedule)
+    conditioner = TextConditioner(model.family, model.parts, clip_skip=clip_skip)
+    timesteps = timesteps_of(model.schedule.timesteps)
+    shape = tuple(photos.latents.shape[1:])
+    losses = torch.zeros(len(photos.ids), len(timesteps), dtype=torch.float64)
+    for row, (latents, prompt, name) in enumerate(zip(photos.latents, photos.prompts, photos.ids, strict=True)):
+        told = conditioner([prompt])
+        noise = sample_noise(seed, [f"{name}/{int(t)}" for t in timesteps], shape)
+        clean = latents.cpu()[None].expand(len(timesteps), -1, -1, -1)
+        noisy = objective.schedule.add_noise(clean, noise, timesteps)
+        target = objective.target(clean, noise, timesteps)
+        for start in range(0, len(timesteps), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            output = _predicted(model, noisy[part], timesteps[part], told.states, told.pooled, photos.size)
+            losses[row, part] = (output - target[part]).double().square().mean(dim=(1, 2, 3))
+    return losses
+
+
+def log_ratios(losses: Tensor, base: Tensor) -> Tensor:
+    """log(loss / the base's loss), paired by photo and timestep, [photos, QUARTERS]; its mean is the log of a geometric mean.
+
+    Paired, because losses of low timesteps are hundreds of times those of high ones.
+    """
+    return (losses / base).log().unflatten(1, (QUARTERS, -1)).mean(dim=2)
+
+
+def _predicted(
+    model: DrawingModel, noisy: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None, size: int
+) -> Tensor:
+    """The U-Net's output without guidance, float32 on the CPU."""
+    device, count, more = model.device, len(noisy), {}
+    sizes = model.size_ids(size, size)
+    if pooled is not None and sizes is not None:
+        more["added_cond_kwargs"] = {
+            "text_embeds": pooled.expand(count, -1).to(device, model.dtype),
+            "time_ids": torch.tensor([sizes] * count, device=device, dtype=model.dtype),
+        }
+    told = states.expand(count, -1, -1).to(device, model.dtype)
+    output = model.unet(noisy.to(device, model.dtype), timesteps.to(device), encoder_hidden_states=told, **more).sample
+    return output.float().cpu()

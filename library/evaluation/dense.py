@@ -1,0 +1,115 @@
+"""Dense maps: where in a picture predicted tokens are the teacher's, and what both see, in colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from library.losses import normalize
+
+LOW, MIDDLE, HIGH = (59, 76, 192), (221, 221, 221), (180, 4, 38)
+"""Moreland's diverging cool-warm colours, for -1, 0 and 1."""
+GAP, HEADING = 4, 18
+"""Pixels between pictures, and of the line above them."""
+
+
+@dataclass(frozen=True)
+class DensePicture:
+    """Of one held-out picture, all of the photo's size. Colours of teacher and predicted mean the same; the trunk's are its own."""
+
+    sample_id: str
+    photo: Image.Image
+    teacher: Image.Image
+    predicted: Image.Image
+    cosine: Image.Image
+    """Cosine of the two token by token: blue -1, grey 0, red 1."""
+    trunk: Image.Image
+    mean_cosine: float
+
+    def columns(self) -> dict[str, Image.Image]:
+        return {
+            "photo": self.photo,
+            "DINOv2": self.teacher,
+            "predicted": self.predicted,
+            "cosine": self.cosine,
+            "trunk": self.trunk,
+        }
+
+
+def dense_pictures(
+    ids: Sequence[str], photos: Sequence[Image.Image], teacher: Tensor, predicted: Tensor, maps: Tensor
+) -> list[DensePicture]:
+    """Pictures of tokens [n, N, D] on a square grid and trunk maps [n, C, h, w], all of the same n photos."""
+    side = int(teacher.shape[1] ** 0.5)
+    sides = [normalize(tokens).unflatten(1, (side, side)) for tokens in (teacher, predicted)]
+    cosines = (sides[0] * sides[1]).sum(dim=-1)  # [n, side, side]
+    colours = [pca_colours(one, like=sides[0]) for one in sides]
+    trunk = maps.float().permute(0, 2, 3, 1)
+    own = pca_colours(trunk, like=trunk)
+    return [
+        DensePicture(
+            sample_id=sample_id,
+            photo=photo,
+            teacher=_picture(colours[0][i], photo.size),
+            predicted=_picture(colours[1][i], photo.size),
+            cosine=_picture(diverging(cosines[i]), photo.size),
+            trunk=_picture(own[i], photo.size),
+            mean_cosine=cosines[i].mean().item(),
+        )
+        for i, (sample_id, photo) in enumerate(zip(ids, photos, strict=True))
+    ]
+
+
+def pca_colours(features: Tensor, *, like: Tensor) -> Tensor:
+    """The first three principal components of `like` [..., D] as red, green and blue of `features`: [..., 3] in [0, 1].
+
+    Each component's 2nd to 98th percentile in `like` is stretched over the range. Signs are fixed, so that the same features
+    get the same colours; with fewer than three components the rest is grey.
+    """
+    rows = like.reshape(-1, like.shape[-1]).float()
+    mean = rows.mean(dim=0)
+    axes = torch.linalg.svd(rows - mean, full_matrices=False).Vh[:3]  # [<=3, D]
+    axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
+    known = (rows - mean) @ axes.T
+    low, high = torch.quantile(_thinned(known), torch.tensor([0.02, 0.98]), dim=0)
+    flat = high - low <= 1e-6 * known.abs().amax()
+    values = ((features.float() - mean) @ axes.T - low) / (high - low).clamp(min=1e-12)
+    values = torch.where(flat, 0.5, values).clamp(0, 1)
+    return torch.cat([values, values.new_full((*values.shape[:-1], 3 - len(axes)), 0.5)], dim=-1)
+
+
+def diverging(values: Tensor) -> Tensor:
+    """Values in [-1, 1] as colours, [..., 3] in [0, 1]."""
+    low, middle, high = (torch.tensor(colour) / 255 for colour in (LOW, MIDDLE, HIGH))
+    strength = values.abs().clamp(max=1)[..., None]
+    return middle + (torch.where(values[..., None] < 0, low, high) - middle) * strength
+
+
+def sheet(pictures: Sequence[DensePicture]) -> Image.Image:
+    """One row per picture under the names of the columns."""
+    names = list(pictures[0].columns())
+    width, height = pictures[0].photo.size
+    page = Image.new("RGB", (len(names) * (width + GAP) - GAP, HEADING + len(pictures) * (height + GAP) - GAP), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default()
+    for column, name in enumerate(names):
+        draw.text((column * (width + GAP) + 2, 3), name, fill="black", font=font)
+    for row, picture in enumerate(pictures):
+        for column, image in enumerate(picture.columns().values()):
+            page.paste(image, (column * (width + GAP), HEADING + row * (height + GAP)))
+    return page
+
+
+def _picture(colours: Tensor, size: tuple[int, int]) -> Image.Image:
+    """[h, w, 3] in [0, 1] as an image of `size`, each token a block."""
+    pixels = (colours * 255).round().to(torch.uint8).numpy()
+    return Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.NEAREST)
+
+
+def _thinned(rows: Tensor, limit: int = 1 << 20) -> Tensor:
+    """At most `limit` rows, evenly chosen: torch.quantile takes no more than 2^24 numbers."""
+    return rows[:: -(-len(rows) // limit)]

@@ -1,0 +1,112 @@
+"""Pictures and prompts to embeddings that can be compared: DINOv2's CLS token, CLIP's two towers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from library.errors import UserError
+from library.files import read_json
+from library.models.dinov2 import load_dinov2
+from library.models.encoders import IMAGENET_MEAN, IMAGENET_STD
+from library.models.locate import locate_dino
+
+AT_ONCE = 16
+DINO_RESOLUTION = 224  # published numbers of DINO-I are at 224
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
+
+
+class DinoPictures:
+    """DINOv2's embedding of a picture. Raises UserError where `name` is none.
+
+    Pictures are scaled and cropped to a centred square of 224 pixels, or the nearest multiple of the patch size below.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
+        self.model = load_dinov2(locate_dino(name), device=device)
+        config: Any = self.model.config
+        self.side = max(DINO_RESOLUTION // int(config.patch_size), 1) * int(config.patch_size)
+        self.width = int(config.hidden_size)
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """[n, D] float32 on the CPU, as the final norm leaves them: not of unit length."""
+        rows = []
+        for start in range(0, len(pictures), AT_ONCE):
+            pixels = _pixels(pictures[start : start + AT_ONCE], self.side, IMAGENET_MEAN, IMAGENET_STD)
+            hidden = self.model(pixel_values=pixels.to(self.model.device, self.model.dtype)).last_hidden_state
+            rows.append(hidden[:, 0].float().cpu())
+        return torch.cat(rows) if rows else torch.empty(0, self.width)
+
+
+class ClipPictures:
+    """CLIP's embeddings of pictures and prompts, of unit length: [n, D] float32 on the CPU."""
+
+    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
+        """name: a folder or hub id of a transformers CLIPModel. Raises UserError where it is none."""
+        from transformers import CLIPModel, CLIPTokenizer
+
+        folder = Path(name).expanduser()
+        try:
+            self.model: Any = CLIPModel.from_pretrained(folder if folder.is_dir() else name, use_safetensors=True)
+            self.tokenizer = CLIPTokenizer.from_pretrained(folder if folder.is_dir() else name)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"clip_model {name} cannot be used: {reason} Give a folder or hub id of a CLIPModel with its tokenizer, such as "
+                "openai/clip-vit-large-patch14."
+            ) from error
+        self.model.requires_grad_(False).eval().to(device)
+        self.side = int(self.model.config.vision_config.image_size)
+        fields = (
+            read_json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").is_file() else {}
+        )
+        self.mean = tuple(fields.get("image_mean", CLIP_MEAN))
+        self.std = tuple(fields.get("image_std", CLIP_STD))
+
+    @torch.no_grad()
+    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        rows = []
+        for start in range(0, len(pictures), AT_ONCE):
+            pixels = _pixels(pictures[start : start + AT_ONCE], self.side, self.mean, self.std)
+            pooled = self.model.vision_model(pixel_values=pixels.to(self.model.device)).pooler_output
+            rows.append(self.model.visual_projection(pooled).float().cpu())
+        return F.normalize(torch.cat(rows), dim=1)
+
+    @torch.no_grad()
+    def prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts of more than 75 tokens are cut."""
+        words = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=int(self.model.config.text_config.max_position_embeddings),
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        pooled = self.model.text_model(input_ids=words.input_ids, attention_mask=words.attention_mask).pooler_output
+        return F.normalize(self.model.text_projection(pooled).float().cpu(), dim=1)
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    return F.normalize(embeddings.double(), dim=1)
+
+
+def _pixels(pictures: Sequence[Image.Image], side: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The centred square of each, [B, 3, side, side] float32, normalised."""
+    squares = []
+    for picture in pictures:
+        short = min(picture.size)
+        left, top = (picture.width - short) / 2, (picture.height - short) / 2
+        square = picture.convert("RGB").resize(
+            (side, side), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short)
+        )
+        squares.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
+    values = torch.stack(squares).float() / 255
+    return (values - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

@@ -1,0 +1,154 @@
+"""What is drawn: prompts with the subject, and prompts that have nothing to do with it. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.errors import UserError
+from library.inference.prompt_file import PromptLine, read_prompt_file
+from library.inference.prompt_networks import cut_out_networks
+from library.inference.request import Request
+from library.models.locate import TINY_BASES
+from library.options.evaluate import EvaluateOptions
+
+MOST_CAPTIONS = 4
+"""Captions that become prompts where none is given."""
+FEWEST_SEEDS = 2
+"""Of a prompt: with one there is no spread."""
+
+UNRELATED = (
+    "a photo of a dog in a park",
+    "a bowl of fruit on a wooden table",
+    "a mountain lake at dawn",
+    "a portrait of an old man",
+    "a red car parked in a narrow street",
+    "an oil painting of a ship in a storm",
+    "a living room with a green sofa",
+    "a close-up of a sunflower",
+)
+UNRELATED_SHAPES = (
+    "a large red circle in the middle on a plain white background",
+    "a medium blue square on the left on a striped grey background",
+    "a small yellow star at the top on a dotted black background",
+    "a large green triangle at the bottom on a plain turquoise background",
+    "a medium red square at the top right on a checked white background",
+    "a large blue star in the middle on a pink gradient background",
+    "a medium yellow circle on the right on a plain brown background",
+    "a large green circle at the bottom left on a dotted white background",
+)
+"""Of the bases that come with the project, which know nothing else."""
+
+
+_SPECIAL = re.compile(r"[\\()\[\]|<>]")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is drawn: every request with every seed. Seeds are the same for all requests."""
+
+    requests: tuple[Request, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """(request, seed) of each picture, in the order in which they are drawn."""
+        return [(number, seed) for number in range(len(self.requests)) for seed in self.seeds]
+
+    @property
+    def groups(self) -> list[int]:
+        """The request of each picture."""
+        return [number for number, _ in self.places]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """lines: what is drawn. why: where the prompts come from, for the plan."""
+
+    lines: list[PromptLine]
+    why: str
+
+
+def subject_prompts(
+    options: EvaluateOptions, captions: Sequence[str | None], metadata: Mapping[str, str]
+) -> Subject | None:
+    """As given, else captions of the photos, else of the training, as the adapter's metadata has them; else None."""
+    drawn = options.drawn
+    if drawn.prompts is not None:
+        return Subject(read_prompt_file(drawn.prompts), f"of {drawn.prompts}")
+    if drawn.prompt:
+        return Subject([PromptLine(text) for text in drawn.prompt], "as given")
+    if said := list(dict.fromkeys(caption for caption in captions if caption)):
+        chosen = [said[i * len(said) // MOST_CAPTIONS] for i in range(MOST_CAPTIONS)]
+        return Subject(
+            [PromptLine(plain_text(text)) for text in dict.fromkeys(chosen)], "captions of the held-out photos"
+        )
+    if trained := trained_captions(metadata):
+        return Subject(
+            [PromptLine(plain_text(text)) for text in trained], "captions of the training, as the adapter says"
+        )
+    return None
+
+
+def unrelated_prompts(file: Path | None, base: str, count: int) -> list[PromptLine]:
+    """At most so many that `count` pictures are FEWEST_SEEDS of each."""
+    if file is not None:
+        return read_prompt_file(file)
+    texts = UNRELATED_SHAPES if base in TINY_BASES or Path(base).name in TINY_BASES else UNRELATED
+    return [PromptLine(text) for text in texts[: max(1, count // FEWEST_SEEDS)]]
+
+
+def trained_captions(metadata: Mapping[str, str]) -> list[str]:
+    """From kohya's ss_tag_frequency: the tag that most captions have, or where all are different, some captions whole."""
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        counts: dict[str, int] = {}
+        for tags in folders.values():
+            for tag, count in tags.items():
+                counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
+    except (ValueError, TypeError, AttributeError):
+        return []
+    counts.pop("", None)
+    if not counts:
+        return []
+    most = max(counts.values())
+    common = [tag for tag, count in counts.items() if count == most]
+    return common[:1] if most > 1 else common[:MOST_CAPTIONS]
+
+
+def task_of(options: EvaluateOptions, lines: Sequence[PromptLine], size: int) -> Task:
+    """Requests of these prompts, and seeds so that there are num_samples pictures, at least FEWEST_SEEDS of each."""
+    drawn, sampling = options.drawn, options.sampling
+    seeds = max(FEWEST_SEEDS, math.ceil(drawn.num_samples / len(lines)))
+    requests = tuple(
+        Request(
+            line.prompt,
+            line.negative_prompt or drawn.negative_prompt,
+            steps=sampling.steps if line.sample_steps is None else line.sample_steps,
+            cfg_scale=sampling.cfg_scale if line.scale is None else line.scale,
+            width=size,
+            height=size,
+            sampler=line.sample_sampler or sampling.sampler,
+            schedule=sampling.schedule if line.sample_sampler is None else None,
+            clip_skip=sampling.clip_skip or 1,
+            dialect=sampling.prompt_syntax,
+            emphasis=sampling.emphasis,
+        )
+        for line in lines
+    )
+    for request in requests:
+        _ = request.sampler_and_schedule  # an unknown name is said before anything is loaded
+        if tags := cut_out_networks(request.prompt)[1]:
+            raise UserError(
+                f"{tags[0]} of the prompt names an adapter, and here adapters are compared: name it as --checkpoint instead."
+            )
+    return Task(requests, tuple(range(drawn.seed, drawn.seed + seeds)))
+
+
+def plain_text(caption: str) -> str:
+    """A caption as a prompt that means its letters: brackets and bars escaped."""
+    return _SPECIAL.sub(lambda found: "" if found[0] in "<>" else "\\" + found[0], caption)

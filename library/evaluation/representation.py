@@ -1,0 +1,338 @@
+"""How much of the teacher a checkpoint of U-REPA training knows, beside what the base, chance and constants know.
+
+Everything is measured on held-out pictures, at several timesteps, under the empty prompt, and once per noise seed. Trunk
+(the U-Net's map at the tap) and head (the tokens an AlignHead makes of it) are told apart: a head can learn the teacher's
+tokens while the trunk, which generates, stays as it was. That is why the frozen base with a head fitted anew stands beside
+the checkpoint with a head fitted in the same way: their difference is what training did to the trunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.evaluation import baselines
+from library.evaluation.dense import DensePicture, dense_pictures
+from library.evaluation.features import Tapped, tapped
+from library.evaluation.held_out import ProbedPictures, pictures_of_state
+from library.evaluation.measures import Measures, meaning, of_each_token
+from library.evaluation.similarity import pool_tokens, sample_similarity_mae
+from library.evaluation.spread import Spread, transposed
+from library.inference.features import FeatureModel, load_feature_model
+from library.models.encoders import weight_fingerprint
+from library.models.locate import locate_base
+from library.training.state import read_facts
+from networks.features import Tap
+from networks.lora import lora_disabled
+from networks.original_names import UNET
+
+TIMESTEPS = (1, 50, 100, 261, 400, 500, 750)
+"""261 is DIFT's, near 100 segmentation is best (CleanDIFT); the rest show the ends (repa.md, section 6)."""
+BEST_GRID_PICTURES = 64
+RANDOM_TRUNK_SEED = 0
+
+
+@dataclass(frozen=True)
+class RepresentationSettings:
+    tap: str | None = None
+    """Where the trunk is looked at. Default: where the checkpoint's first head is, else mid."""
+    timesteps: tuple[int, ...] = TIMESTEPS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the noise; every number is the mean over them, with its deviation."""
+    fit_samples: int = 512
+    """Training pictures, at most, that probes and heads are fitted on."""
+    test_samples: int = 512
+    """Held-out pictures, at most."""
+    neighbours: int = 10
+    """k of mutual_knn, cknna and knn_accuracy."""
+    recall_at: tuple[int, ...] = (1, 5, 10)
+    batch_size: int = 16
+    pictures: int = 6
+    """Held-out pictures drawn as dense maps."""
+    picture_timestep: int = 261
+    """Of the dense maps; the nearest of the timesteps is taken."""
+
+    def __post_init__(self) -> None:
+        for name in ("timesteps", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise UserError(f"{name} must name each once, and at least one; got {list(values)}.")
+        for name, least in (("fit_samples", 10), ("test_samples", 4), ("neighbours", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """name: whose numbers these are. kind: tokens in the teacher's space, or features in their own. timestep: None: of none."""
+
+    name: str
+    kind: Literal["tokens", "features"]
+    timestep: int | None
+    measures: dict[str, Spread]
+
+
+@dataclass
+class RepresentationResult:
+    checkpoint: str
+    tap: str
+    settings: RepresentationSettings
+    fitted: int
+    held_out: int
+    classes: int
+    chance: dict[str, float]
+    """What features that know nothing get, of measures where that is not 0."""
+    rows: list[Row]
+    notes: list[str]
+    pictures: list[DensePicture] = field(default_factory=list)
+    pictured: str = ""
+    """Whose tokens the dense maps show, and at which timestep."""
+
+    def row(self, name: str, timestep: int | None = None) -> Row:
+        """Raises KeyError where there is none."""
+        for row in self.rows:
+            if row.name == name and row.timestep == timestep:
+                return row
+        raise KeyError((name, timestep))
+
+    def names(self) -> list[str]:
+        """Of the rows, each once, in order."""
+        return list(dict.fromkeys(row.name for row in self.rows))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the pictures, as plain numbers and words; what is not defined is null."""
+        measured = dict.fromkeys(name for row in self.rows for name in row.measures)
+        return {
+            "checkpoint": self.checkpoint,
+            "tap": self.tap,
+            "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()},
+            "pictures": {"fitted": self.fitted, "held_out": self.held_out, "classes": self.classes},
+            "chance": self.chance,
+            "meanings": {name: meaning(name) for name in measured},
+            "rows": [
+                {
+                    "name": row.name,
+                    "kind": row.kind,
+                    "timestep": row.timestep,
+                    "measures": {name: spread.to_json() for name, spread in row.measures.items()},
+                }
+                for row in self.rows
+            ],
+            "notes": self.notes,
+        }
+
+    def table(self, timestep: int, measures: tuple[str, ...]) -> str:
+        """Rows at one timestep and those of none, as aligned text with a dash where a measure is not defined."""
+        rows = [row for row in self.rows if row.timestep in (timestep, None)]
+        cells = [["", *measures], *([row.name, *(_cell(row, name) for name in measures)] for row in rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(measures) + 1)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def evaluate_representation(
+    checkpoint: Path | FeatureModel,
+    settings: RepresentationSettings | None = None,
+    *,
+    pictures: ProbedPictures | None = None,
+    base: FeatureModel | None = None,
+    name: str | None = None,
+    use_ema: bool = True,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = lambda text: None,
+) -> RepresentationResult:
+    """Measure a state of train_repa.py (a folder step_NNNNNN), or any loaded model, on held-out pictures.
+
+    pictures: default, those that the state was trained and validated on. base: the model without its adapter, where
+    `checkpoint` is a model with one folded in (`features.load_folded_model`); a state's adapters are switched off
+    instead. name: what the result calls it. use_ema, device: of a state that is loaded here.
+    Raises UserError where state, caches or held-out pictures are missing or do not fit.
+    """
+    settings = settings or RepresentationSettings()
+    if isinstance(checkpoint, Path):
+        _check_state(checkpoint)
+        pictures = pictures or pictures_of_state(checkpoint, fit=settings.fit_samples, test=settings.test_samples)
+        model = load_feature_model(checkpoint, use_ema=use_ema, device=device)
+    elif pictures is None:
+        raise UserError("A loaded model does not say what pictures it is to be measured on. Give pictures.")
+    else:
+        model = checkpoint
+    tap = settings.tap or next(iter(model.heads), "mid")
+    _check(settings, model, pictures)
+    result = _Evaluation(model, base, pictures, replace(settings, tap=tap), say).run()
+    result.checkpoint = name or (str(checkpoint) if isinstance(checkpoint, Path) else "checkpoint")
+    return result
+
+
+def _check_state(state: Path) -> None:
+    facts = read_facts(state)
+    if "lora_spec" not in facts:
+        raise UserError(
+            f"{state} was not made by train_repa.py. Give the adapter file of that training, and pictures with cached tokens."
+        )
+    location = locate_base(facts["base_model"], (UNET, "scheduler"))
+    now = weight_fingerprint(location, UNET, Path(facts["options"]["cache_dir"]) / "weight_hashes.json")
+    if facts.get("base_weights", now) != now:
+        raise UserError(
+            f"The U-Net of {facts['base_model']} is not the one that {state} was trained on: its weights are others. Train anew, "
+            "or restore the base."
+        )
+
+
+def _check(settings: RepresentationSettings, model: FeatureModel, pictures: ProbedPictures) -> None:
+    if settings.tap is not None and settings.tap not in get_args(Tap):
+        raise UserError(f"tap must be one of {', '.join(get_args(Tap))}, got {settings.tap!r}.")
+    last = model.schedule.timesteps - 1
+    if wrong := [t for t in settings.timesteps if not 0 <= t <= last]:
+        raise UserError(f"timesteps must lie in 0..{last}, got {', '.join(map(str, wrong))}.")
+    for what, there, least in (("training", pictures.fit, 5), ("held-out", pictures.test, 4)):
+        if len(there) < least:
+            raise UserError(f"Representations need at least {least} {what} pictures, and there are {len(there)}.")
+
+
+@dataclass
+class _Trunk:
+    """A U-Net whose map is looked at. context: what to enter before it runs."""
+
+    name: str
+    model: FeatureModel
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+class _Evaluation:
+    def __init__(
+        self,
+        model: FeatureModel,
+        base: FeatureModel | None,
+        pictures: ProbedPictures,
+        settings: RepresentationSettings,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model, self.base, self.pictures, self.settings, self.say = model, base, pictures, settings, say
+        self.tap = settings.tap or "mid"
+        self.fit_teacher, self.test_teacher = pictures.fit.teacher(), pictures.test.teacher()
+        classes = len(pictures.fit.labels.unique())
+        self.measures = Measures(len(pictures.test), settings.neighbours, settings.recall_at, classes > 1)
+        self.result = RepresentationResult(
+            checkpoint="",
+            tap=self.tap,
+            settings=settings,
+            fitted=len(pictures.fit),
+            held_out=len(pictures.test),
+            classes=classes,
+            chance=self.measures.chance(pictures.fit.labels, pictures.test.labels),
+            rows=[],
+            notes=[*pictures.notes, *self.measures.left_out()],
+        )
+
+    def run(self) -> RepresentationResult:
+        if self.tap not in self.model.heads:
+            self.result.notes.append(f"The checkpoint has no AlignHead at {self.tap}: there are no rows of its head.")
+        self._drawn_at = min(self.settings.timesteps, key=lambda t: abs(t - self.settings.picture_timestep))
+        for trunk in self._trunks():
+            with trunk.context():
+                for timestep in self.settings.timesteps:
+                    self._measure(trunk, timestep)
+        self._add_constants()
+        return self.result
+
+    def _trunks(self) -> Iterator[_Trunk]:
+        yield _Trunk("checkpoint", self.model)
+        headless = replace(self.model, heads=type(self.model.heads)({}, 0))
+        if any(".lora_" in name for name, _ in self.model.unet.named_parameters()):
+            yield _Trunk("base", headless, lambda: lora_disabled(self.model.unet))
+        elif self.base is not None:
+            yield _Trunk("base", self.base)
+        else:
+            self.result.notes.append(
+                "There are no rows of a base: the checkpoint has no adapter that could be switched off."
+            )
+        yield _Trunk("random", replace(headless, unet=baselines.random_trunk(self.model.unet, RANDOM_TRUNK_SEED)))
+
+    def _measure(self, trunk: _Trunk, timestep: int) -> None:
+        """Rows of one trunk at one timestep: its features, its tokens by a fitted head, and by its own head if it has one."""
+        by_row: dict[tuple[str, Literal["tokens", "features"]], list[dict[str, float]]] = {}
+        for seed in self.settings.seeds:
+            fit, test = (self._tapped(trunk, side, timestep, seed) for side in ("fit", "test"))
+            head = baselines.RidgeHead.fit(fit.maps, self.fit_teacher, self.pictures.fit.ids)
+            fitted = head(test.maps)
+            features = self.measures.of_features(test.trunk, pool_tokens(self.test_teacher))
+            by_row.setdefault((f"{trunk.name} trunk", "features"), []).append(
+                features | self._probes(fit.trunk, test.trunk)
+            )
+            by_row.setdefault((f"{trunk.name} trunk + fitted head", "tokens"), []).append(
+                self.measures.of_tokens(fitted, self.test_teacher)
+            )
+            if fit.head is not None and test.tokens is not None and test.head is not None:
+                by_row.setdefault((f"{trunk.name} head", "tokens"), []).append(
+                    self.measures.of_tokens(test.tokens, self.test_teacher) | self._probes(fit.head, test.head)
+                )
+            self._side = test.maps.shape[-1]
+            if trunk.name == "checkpoint" and timestep == self._drawn_at and seed == self.settings.seeds[0]:
+                self._draw(test, fitted)
+        self.result.rows += [Row(name, kind, timestep, transposed(found)) for (name, kind), found in by_row.items()]
+        self.say(f"{trunk.name}: timestep {timestep} measured with {len(self.settings.seeds)} noise seeds")
+
+    def _tapped(self, trunk: _Trunk, side: str, timestep: int, seed: int) -> Tapped:
+        one = self.pictures.fit if side == "fit" else self.pictures.test
+        return tapped(
+            trunk.model,
+            one.samples,
+            self.pictures.empty_prompt,
+            tap=self.tap,
+            timestep=timestep,
+            seed=seed,
+            batch_size=self.settings.batch_size,
+        )
+
+    def _probes(self, fit: Tensor, test: Tensor) -> dict[str, float]:
+        sides = self.pictures.fit, self.pictures.test
+        return self.measures.of_probes(fit, sides[0].labels, test, sides[1].labels, sides[0].ids)
+
+    def _add_constants(self) -> None:
+        """What no timestep and no noise moves: predictors that see no noisy picture, and the teacher itself."""
+        count, target = len(self.pictures.test), self.test_teacher
+        blind = {
+            "mean token": baselines.mean_token(self.fit_teacher, count),
+            "per-position mean": baselines.position_mean(self.fit_teacher, count),
+        }
+        for name, predicted in blind.items():
+            mae = sample_similarity_mae(pool_tokens(predicted), pool_tokens(target))
+            self._add(name, of_each_token(predicted, target) | {"sample_mae": mae})
+        side = self._side
+        self._add("grid ceiling, pooled", self.measures.of_tokens(baselines.pooled_to_grid(target, side), target))
+        few = target[:BEST_GRID_PICTURES]
+        self._add("grid ceiling, best", of_each_token(baselines.best_on_grid(few, side), few))
+        pooled = [pool_tokens(one) for one in (self.fit_teacher, target)]
+        self._add("teacher", self.measures.of_tokens(target, target) | self._probes(*pooled))
+
+    def _add(self, name: str, values: dict[str, float]) -> None:
+        self.result.rows.append(Row(name, "tokens", None, transposed([values])))
+
+    def _draw(self, test: Tapped, fitted: Tensor) -> None:
+        """Dense maps of a few held-out pictures, spread over the set."""
+        own = test.tokens is not None
+        predicted = test.tokens if test.tokens is not None else fitted
+        places = torch.linspace(0, len(fitted) - 1, min(self.settings.pictures, len(fitted))).long().unique().tolist()
+        if not places:
+            return
+        sides = self.pictures.test
+        self.result.pictures = dense_pictures(
+            [sides.ids[i] for i in places],
+            [sides.photo(i) for i in places],
+            self.test_teacher[places],
+            predicted[places],
+            test.maps[places],
+        )
+        whose = "the checkpoint's head" if own else "a head fitted on the checkpoint's trunk"
+        self.result.pictured = f"tokens of {whose} at timestep {self._drawn_at}, noise seed {self.settings.seeds[0]}"
+
+
+def _cell(row: Row, measure: str) -> str:
+    return str(row.measures[measure]) if measure in row.measures else "-"

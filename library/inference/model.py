@@ -1,0 +1,164 @@
+"""A base as drawing needs it: loaded once, with adapters folded in and out as prompts ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.diffusion.schedule import NoiseSchedule
+from library.inference.prompt_encoding import PromptEncoder
+from library.inference.request import Emphasis
+from library.merging.merge import fold, place
+from library.merging.strength import Strength
+from library.models.family import family_of
+from library.models.load import TextPart, load_scheduler_config, load_text_encoders, load_unet, load_vae
+from library.models.locate import BaseLocation
+from networks.adapters import Adapter
+from networks.original_names import SD15, SDXL, UNET, Family
+
+
+@dataclass
+class DrawingModel:
+    """The parts of a base on one device, in eval mode."""
+
+    family: Family
+    unet: Any
+    """UNet2DConditionModel, perhaps compiled or with the layers of a training"""
+    parts: list[TextPart]
+    vae: Any
+    """AutoencoderKL"""
+    schedule: NoiseSchedule
+    dtype: torch.dtype
+    """Of what the U-Net is given."""
+    folded: FoldedAdapters = field(init=False)
+
+    def __post_init__(self) -> None:
+        models = {UNET: self.unet, **{part.component: part.model for part in self.parts}}
+        self.folded = FoldedAdapters(models, self.family)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def encoder(self, clip_skip: int, emphasis: Emphasis) -> PromptEncoder:
+        """Raises UserError for layers that are not there. SDXL's layer is fixed, whatever is asked."""
+        return PromptEncoder(
+            self.family, self.parts, clip_skip=1 if self.family == SDXL else clip_skip, emphasis=emphasis
+        )
+
+    def size_ids(self, width: int, height: int) -> list[float] | None:
+        """What SDXL is told of sizes: a picture of this size, not cut."""
+        return [height, width, 0, 0, height, width] if self.family == SDXL else None
+
+    def negative_size_ids(self, width: int, height: int) -> list[float] | None:
+        """The same beside the negative prompt."""
+        return self.size_ids(width, height)
+
+
+def load_model(
+    base: BaseLocation,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    vae: BaseLocation | None = None,
+    prediction_type: str | None = None,
+    zero_terminal_snr: bool = False,
+) -> DrawingModel:
+    """Load a base. vae: another autoencoder. prediction_type, zero_terminal_snr: where the base's files do not tell.
+
+    Raises UserError where something cannot be loaded.
+    """
+    family = family_of(base)
+    schedule = NoiseSchedule.from_config(load_scheduler_config(base))
+    if prediction_type is not None:
+        schedule = replace(schedule, prediction_type=prediction_type)
+    if zero_terminal_snr:
+        schedule = schedule.with_zero_terminal_snr()
+    return DrawingModel(
+        family,
+        load_unet(base, families=(family,), dtype=dtype, device=device),
+        load_text_encoders(base, families=(family,), dtype=dtype, device=device),
+        load_drawing_vae(base if vae is None else vae, family, dtype=dtype, device=device),
+        schedule,
+        dtype,
+    )
+
+
+def load_drawing_vae(
+    base: BaseLocation, family: Family, *, dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
+    """The autoencoder of a base, or of another model of either family; float32 where float16 would overflow.
+
+    SDXL's says so itself (force_upcast). Raises UserError where it cannot be loaded.
+    """
+    vae = load_vae(base, families=(SD15, SDXL), dtype=dtype, device=device)
+    if dtype == torch.float16 and vae.config.get("force_upcast", family == SDXL):
+        return load_vae(base, families=(SD15, SDXL), dtype=torch.float32, device=device)
+    return vae
+
+
+class FoldedAdapters:
+    """Adapters inside of models, exchanged in place: W = W0 + sum of ratio * what each adds, rounded once from float32.
+
+    The models are changed from W0 each time, so nothing builds up. keeps_originals: whether W0 of what adapters touch is
+    kept, beside it on the device, to go back to; without it, adapters go in once.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], family: Family) -> None:
+        self.models, self.family = models, family
+        self.keeps_originals = True
+        self._originals: dict[str, dict[str, Tensor]] = {}
+        self._now: dict[str, tuple[tuple[Adapter, float], ...]] = {}
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise UserError, with the guess why, for an adapter that is not for these models."""
+        shapes = {
+            component: {key: tuple(value.shape) for key, value in model.state_dict().items()}
+            for component, model in self.models.items()
+        }
+        for adapter in adapters:
+            place([(adapter, Strength())], shapes, self.family)
+
+    @torch.no_grad()
+    def set_unet(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        self._set(UNET, adapters)
+
+    @torch.no_grad()
+    def set_text(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        for component in self.models:
+            if component != UNET:
+                self._set(component, adapters)
+
+    def _set(self, component: str, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        wanted = tuple((adapter, ratio) for adapter, ratio in adapters if ratio != 0)
+        before = self._now.get(component, ())
+        if [(id(adapter), ratio) for adapter, ratio in wanted] == [(id(adapter), ratio) for adapter, ratio in before]:
+            return
+        if before and not self.keeps_originals:
+            raise ValueError(f"the {component} has adapters that cannot be taken out again")
+        own = [(_only(adapter, component), Strength(ratio)) for adapter, ratio in wanted]
+        weights = self.models[component].state_dict()  # holds the parameters themselves
+        shapes = {component: {key: tuple(value.shape) for key, value in weights.items()}}
+        folds = place([(adapter, strength) for adapter, strength in own if adapter.modules], shapes, self.family)
+        originals = self._originals.setdefault(component, {})
+        for key in originals.keys() - folds[component].keys():
+            weights[key].copy_(originals[key])
+        for key, parts in folds[component].items():
+            weight = weights[key]
+            if self.keeps_originals and key not in originals:
+                originals[key] = weight.clone()
+            weight.copy_(fold(originals.get(key, weight), parts))
+        self._now[component] = wanted
+
+
+def _only(adapter: Adapter, component: str) -> Adapter:
+    return replace(adapter, modules={t: module for t, module in adapter.modules.items() if t.component == component})

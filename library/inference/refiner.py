@@ -1,0 +1,114 @@
+"""Refiners: models that draw the last steps. Any base of the same family, or SDXL's own refiner (arXiv 2307.01952, 2.5).
+
+SDXL's refiner reads prompts by the second text encoder alone, and is told an aesthetic score instead of a target size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models import UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from library.diffusion.schedule import NoiseSchedule
+from library.errors import UserError
+from library.files import read_json
+from library.inference.model import DrawingModel, load_model
+from library.models.header import read_shapes
+from library.models.load import TextPart, load_scheduler_config
+from library.models.locate import BaseLocation, locate_base, weight_files
+from library.models.weights import assemble, read_tensors
+from networks.names import current_key
+from networks.original_names import SDXL, TEXT_ENCODER_2, UNET
+
+COMPONENTS = (UNET, TEXT_ENCODER_2, "tokenizer_2", "scheduler")
+_FILE_MARK = "conditioner.embedders.0.model."  # where the base has its first text encoder
+# Of positive and negative prompts: diffusers' and A1111's.
+_GOOD, _BAD = 6.0, 2.5
+
+
+class SdxlRefiner(DrawingModel):
+    """SDXL's refiner. Its latents are decoded by the base's autoencoder."""
+
+    def size_ids(self, width: int, height: int) -> list[float]:
+        return [height, width, 0, 0, _GOOD]
+
+    def negative_size_ids(self, width: int, height: int) -> list[float]:
+        return [height, width, 0, 0, _BAD]
+
+
+def load_refiner(name: str, base: DrawingModel, *, dtype: torch.dtype, device: torch.device | str) -> DrawingModel:
+    """Raises UserError where it cannot be loaded, or its latents are not those of `base`."""
+    location = _locate(name)
+    if _is_sdxl_refiner(location):
+        found: DrawingModel = _load_sdxl_refiner(location, base.vae, dtype=dtype, device=device)
+    else:
+        found = load_model(location, dtype=dtype, device=device)
+    if found.family != base.family:
+        raise UserError(
+            f"refiner {name} is for {found.family.title}, and the base is {base.family.title}: neither understands the other's "
+            "latents."
+        )
+    return found
+
+
+def _locate(name: str) -> BaseLocation:
+    """SDXL's refiner has no first text encoder, without which a base would be incomplete."""
+    try:
+        return locate_base(name)
+    except UserError as as_base:
+        try:
+            return locate_base(name, COMPONENTS)
+        except UserError:
+            raise as_base from None
+
+
+def _is_sdxl_refiner(location: BaseLocation) -> bool:
+    """Of a folder: whether its U-Net takes sizes, and text as wide as the second encoder's alone.
+
+    Raises UserError for the refiner as a single file.
+    """
+    if location.is_file:
+        if any(name.startswith(_FILE_MARK) for name in read_shapes(location.path)):
+            raise UserError(
+                f"{location.path} is SDXL's refiner as a single file, which is not read here. Name its diffusers folder, or "
+                "stabilityai/stable-diffusion-xl-refiner-1.0."
+            )
+        return False
+    unet, text = (location.path / part / "config.json" for part in (UNET, TEXT_ENCODER_2))
+    if not (unet.is_file() and text.is_file()):
+        return False
+    values = read_json(unet)
+    sizes = values.get("addition_embed_type") == "text_time"
+    return sizes and values.get("cross_attention_dim") == read_json(text).get("hidden_size")
+
+
+def _load_sdxl_refiner(
+    location: BaseLocation, vae: nn.Module, *, dtype: torch.dtype, device: torch.device | str
+) -> SdxlRefiner:
+    def read(component: str) -> dict[str, Any]:
+        stored = read_tensors(weight_files(location.path, component))
+        named = ((current_key(component, name), value) for name, value in stored.items())
+        return {key: value for key, value in named if key is not None}
+
+    unet_config = read_json(location.path / UNET / "config.json")
+    text_config = CLIPTextConfig.from_dict(read_json(location.path / TEXT_ENCODER_2 / "config.json"))
+    unet = assemble(
+        lambda: UNet2DConditionModel.from_config(unet_config),
+        read(UNET),
+        f"The U-Net of {location.path}",
+        dtype=dtype,
+        device=device,
+    )
+    text = assemble(
+        lambda: CLIPTextModelWithProjection(text_config),
+        read(TEXT_ENCODER_2),
+        f"The text encoder 2 of {location.path}",
+        dtype=dtype,
+        device=device,
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(location.path / "tokenizer_2", local_files_only=True)
+    schedule = NoiseSchedule.from_config(load_scheduler_config(location))
+    return SdxlRefiner(SDXL, unet, [TextPart(TEXT_ENCODER_2, tokenizer, text)], vae, schedule, dtype)

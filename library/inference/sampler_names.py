@@ -1,0 +1,104 @@
+"""Names of samplers and schedules as A1111, kohya and people write them. No torch: options are checked with this."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+from library.errors import UserError
+
+# Sampler -> the schedule that A1111's "Automatic" takes.
+DEFAULT_SCHEDULES = {
+    "Euler": "Normal",
+    "Euler a": "Normal",
+    "DDIM": "DDIM",
+    "PLMS": "DDIM",
+    "LMS": "Normal",
+    "Heun": "Normal",
+    "DPM2": "Karras",
+    "DPM2 a": "Karras",
+    "DPM-Solver 2M": "Normal",
+    "DPM++ 2S": "Normal",
+    "DPM++ 2M": "Karras",
+    "DPM++ 2S a": "Karras",
+    "DPM++ 2M SDE": "Exponential",
+    "DPM++ 3M SDE": "Exponential",
+    "UniPC": "Normal",
+}
+SAMPLER_NAMES = tuple(DEFAULT_SCHEDULES)
+SCHEDULE_NAMES = ("Normal", "Karras", "Exponential", "Align Your Steps 11", "Align Your Steps 32", "DDIM")
+DEFAULT_SAMPLER = "DPM++ 2M"
+
+# kohya's --sample_sampler: (sampler, schedule) of what diffusers makes of each.
+_KOHYA = {
+    "ddim": ("DDIM", "DDIM"),
+    "pndm": ("PLMS", "DDIM"),
+    "lms": ("LMS", "Normal"),
+    "euler": ("Euler", "Normal"),
+    "euler_a": ("Euler a", "Normal"),
+    "heun": ("Heun", "Normal"),
+    "dpm_2": ("DPM2", "Normal"),
+    "dpm_2_a": ("DPM2 a", "Normal"),
+    "dpmsolver": ("DPM-Solver 2M", "Normal"),
+    "dpmsolver++": ("DPM++ 2M", "Normal"),
+    "dpmsingle": ("DPM++ 2S", "Normal"),
+}
+_KOHYA |= {f"k_{name}": _KOHYA[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
+_SHORT = {
+    "uniform": "Normal",
+    "align your steps": "Align Your Steps 11",
+    "ays": "Align Your Steps 11",
+    "ays 11": "Align Your Steps 11",
+    "ays 32": "Align Your Steps 32",
+}
+
+
+def sampler_named(text: str) -> tuple[str, str | None]:
+    """(sampler, schedule) of "DPM++ 2M", "dpm++ 2m karras" or kohya's "euler_a". A schedule of None is the sampler's own.
+
+    Raises UserError for an unknown name, with the nearest one.
+    """
+    word, samplers = _plain(text), _by_word(SAMPLER_NAMES)
+    if word in samplers:
+        return samplers[word], None
+    if word in _KOHYA:
+        return _KOHYA[word]
+    for ending, schedule in _schedules().items():
+        sampler = word.removesuffix(f" {ending}")
+        if sampler != word and sampler in samplers:
+            return samplers[sampler], schedule
+    near = _nearest(word, {**{name: name for name in _KOHYA}, **samplers})
+    raise UserError(
+        f"{text} is no sampler{near}. Known are {', '.join(SAMPLER_NAMES)}, and kohya's {', '.join(_KOHYA)}."
+    )
+
+
+def is_kohyas(text: str) -> bool:
+    """Whether the name is kohya's, whose schedule is a default rather than said."""
+    return _plain(text) in _KOHYA
+
+
+def schedule_named(text: str) -> str:
+    """The schedule that `text` names, in any case. Raises UserError for an unknown one, with the nearest."""
+    word, known = _plain(text), _schedules()
+    if word not in known:
+        raise UserError(f"{text} is no schedule{_nearest(word, known)}. Known are {', '.join(SCHEDULE_NAMES)}.")
+    return known[word]
+
+
+def _schedules() -> dict[str, str]:
+    return {**_by_word(SCHEDULE_NAMES), **_SHORT}
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).lower()
+
+
+def _by_word(names: Iterable[str]) -> dict[str, str]:
+    return {_plain(name): name for name in names}
+
+
+def _nearest(word: str, known: Mapping[str, str]) -> str:
+    """ " (did you mean x?)", whatever the case, or the empty string."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {known[close[0]]}?)" if close else ""

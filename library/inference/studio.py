@@ -1,0 +1,128 @@
+"""Draws lists of pictures: each model is loaded once, and what differs in its seed alone is drawn together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from library.errors import UserError
+from library.inference.infotext import Infotext, lora_hash
+from library.inference.model import DrawingModel, load_model
+from library.inference.pictures import model_name, picture_info
+from library.inference.refiner import load_refiner
+from library.inference.request import LoraUse, Request
+from library.inference.shots import Shot
+from library.inference.text_to_image import draw
+from library.merging.source import Source, read_source
+from library.models.locate import locate_base
+from networks.adapters import Adapter
+from networks.original_names import SDXL
+
+
+@dataclass
+class Studio:
+    """prediction_type, zero_terminal_snr: see `load_model`. say: is told of what a user should know."""
+
+    dtype: torch.dtype
+    device: torch.device
+    vae: str | None = None
+    refiner: str | None = None
+    prediction_type: str | None = None
+    zero_terminal_snr: bool = False
+    say: Callable[[str], None] = print
+    _loaded: tuple[str, DrawingModel] | None = field(default=None, init=False)
+    _refiner: DrawingModel | None = field(default=None, init=False)
+    _sources: dict[Path, Source] = field(default_factory=dict, init=False)
+    _hashes: dict[Path, str] = field(default_factory=dict, init=False)
+
+    def model(self, base: str) -> DrawingModel:
+        """A base, loaded; the one before it is let go first."""
+        if self._loaded is not None and self._loaded[0] == base:
+            return self._loaded[1]
+        self._loaded = None
+        location = locate_base(base)
+        if location.note:
+            self.say(location.note)
+        found = load_model(
+            location,
+            dtype=self.dtype,
+            device=self.device,
+            vae=None if self.vae is None else locate_base(self.vae, ("vae",)),
+            prediction_type=self.prediction_type,
+            zero_terminal_snr=self.zero_terminal_snr,
+        )
+        self._loaded = base, found
+        return found
+
+    def draw(self, shots: Sequence[Shot], batch_size: int = 1) -> Iterator[tuple[list[Shot], list[Image.Image]]]:
+        """Batches as they are drawn, in the order of the list.
+
+        Raises UserError before the first picture where an adapter does not fit the first base.
+        """
+        for base, of_base in groupby(shots, key=lambda shot: shot.base):
+            own = list(of_base)
+            model = self.model(base)
+            self._prepare(model, own)
+            for request, alike in groupby(own, key=lambda shot: shot.request):
+                together = list(alike)
+                for start in range(0, len(together), batch_size):
+                    batch = together[start : start + batch_size]
+                    yield batch, self._drawn(model, request, [shot.seed for shot in batch])
+
+    def info(self, shot: Shot) -> Infotext:
+        """What the file of a picture says of it."""
+        refiner = None if self.refiner is None else model_name(self.refiner)
+        hashes = {use.weights.name: self._hash(use) for use in shot.request.loras}
+        return picture_info(shot.request, shot.seed, model_name(shot.base), lora_hashes=hashes, refiner=refiner)
+
+    def _drawn(self, model: DrawingModel, request: Request, seeds: Sequence[int]) -> list[Image.Image]:
+        refiner = None if request.refiner_switch_at is None else self._refiner
+        adapters = {use.path: self._adapter(use.path) for use in request.loras}
+        return draw(model, request, seeds, adapters=adapters, refiner=refiner)
+
+    def _prepare(self, model: DrawingModel, shots: Sequence[Shot]) -> None:
+        requests = list(dict.fromkeys(shot.request for shot in shots))
+        paths = dict.fromkeys(use.path for request in requests for use in request.loras)
+        model.folded.check([self._adapter(path) for path in paths])
+        if self.refiner is not None and (self._refiner is None or self._refiner.family != model.family):
+            self._refiner = load_refiner(self.refiner, model, dtype=self.dtype, device=self.device)
+        model.folded.keeps_originals = adapters_change(requests)
+        if model.family == SDXL and any(request.clip_skip not in (1, 2) for request in requests):
+            self.say("clip_skip has no effect: SDXL was trained on the second last layer of its text encoders.")
+
+    def _adapter(self, path: Path) -> Adapter:
+        if path not in self._sources:
+            self._sources[path] = read_source(path)
+        source = self._sources[path]
+        if source.is_wrapped:
+            raise UserError(
+                f"{path} holds a whole model with adapters in it. Merge it with merge_lora.py and name the result as base."
+            )
+        return source.adapter
+
+    def _hash(self, use: LoraUse) -> str:
+        if use.path not in self._hashes:
+            self._hashes[use.path] = lora_hash(self._sources[use.path].file)
+        return self._hashes[use.path]
+
+
+def adapters_change(requests: Sequence[Request]) -> bool:
+    """Whether the weights of adapters ever change, from picture to picture, pass to pass or step to step."""
+    states = set()
+    for request in requests:
+        state = []
+        for use in request.loras:
+            weights = use.weights
+            ways = [weights.te, weights.unet] + ([weights.hrte, weights.hrunet] if request.hires else [])
+            if not all(way.is_constant for way in ways):
+                return True
+            state.append((use.path, *(way.weights[0] for way in ways[:2])))
+            if request.hires and ways[:2] != ways[2:]:
+                return True
+        states.add(tuple(state))
+    return len(states) > 1

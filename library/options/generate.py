@@ -1,0 +1,196 @@
+"""Options of generate.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from library.options.checks import positive, require
+from library.options.model import ModelOptions
+from library.options.precision import Precision
+
+PROMPT_FILES = (".txt", ".toml", ".json")
+IMAGES = 4
+"""Pictures of a prompt that is given alone."""
+
+
+@dataclass(frozen=True)
+class WhatOptions:
+    prompt: str | None = None
+    """What to draw, in A1111's prompt language: (x:1.2), [a:b:0.5], [a|b], AND, BREAK, <lora:name:0.8>."""
+    negative_prompt: str = ""
+    """What to stay away from."""
+    prompt_file: Path | None = None
+    """Instead of --prompt: a file of prompts in kohya's syntax (.txt, .toml, .json). What a line does not say is as given here."""
+    width: int | None = None
+    """Pixels, a multiple of 8. Default: what the model was trained at, or the size of --init_image."""
+    height: int | None = None
+    """Pixels, a multiple of 8. Default: as for the width."""
+    seed: int = 42
+    """Seed of the first picture; the next ones count up from it."""
+    images: int | None = None
+    """How many pictures of each prompt. Default: 4, and 1 with --prompt_file or axes."""
+    batch_size: int = 1
+    """Pictures drawn at once. A picture is the same in every batch."""
+    output: Path = Path("outputs/generated.png")
+    """PNG to write. Of several pictures it is the grid, and each picture stands beside it with its seed in the name."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.prompt is None) != (self.prompt_file is None),
+            "prompt",
+            "is missing: say what to draw, or name a --prompt_file."
+            if self.prompt is None
+            else "and prompt_file exclude each other.",
+        )
+        if self.prompt_file is not None:
+            require(
+                self.prompt_file.suffix.lower() in PROMPT_FILES,
+                "prompt_file",
+                f"must be a {', '.join(PROMPT_FILES)} file, got {self.prompt_file}.",
+            )
+            require(self.prompt_file.is_file(), "prompt_file", f"{self.prompt_file} does not exist.")
+        for name in ("images", "batch_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, f"must be at least 1, got {value}.")
+        require(
+            0 <= self.seed < 2**63 - (self.images or IMAGES), "seed", f"must lie between 0 and 2^63, got {self.seed}."
+        )
+        for name in ("width", "height"):
+            size = getattr(self, name)
+            positive(name, size)
+            require(size is None or size % 8 == 0, name, f"must be a multiple of 8, got {size}.")
+        require(self.output.suffix.lower() == ".png", "output", f"must be a .png file, got {self.output}.")
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    pretrained_model_name_or_path: str = ModelOptions.pretrained_model_name_or_path
+    """Model: a diffusers folder, a hub id, one .safetensors file, or one of the project's own (the default is)."""
+    vae: str | None = None
+    """Another autoencoder: a model that has one. Default: the base's own."""
+    lora: tuple[str, ...] = ()
+    """Adapters (kohya, diffusers, PEFT) or training states, each as PATH or PATH:WEIGHT (1 is as trained, below 0 the opposite)."""
+    lora_dir: tuple[Path, ...] = ()
+    """Folders in which <lora:name:weight> finds name.safetensors, at any depth. Default: outputs, and those of --lora."""
+    refiner: str | None = None
+    """A second model of the base's family, or SDXL's refiner, that draws the last steps."""
+    refiner_switch_at: float = 0.8
+    """Share of the steps after which the refiner goes on; with a hires fix, of the second pass."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts, where its files do not tell. Default: what they say."""
+    zero_terminal_snr: bool = False
+    """The base was trained on a schedule that ends in pure noise, and its files do not tell."""
+    dtype: Precision | None = None
+    """Number format of the model. Default: fp16 on a GPU, float elsewhere."""
+    device: str | None = None
+    """Device as torch names it (cuda, cuda:1, mps, cpu). Default: the best there is."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.pretrained_model_name_or_path), "pretrained_model_name_or_path", "is empty.")
+        paths = [split_weight(text)[0] for text in self.lora]
+        for place, path in enumerate(paths):
+            require(path.exists(), "lora", f"{path} does not exist.")
+            require(path not in paths[:place], "lora", f"{path} is given twice; give it once with the weight you mean.")
+        for folder in self.lora_dir:
+            require(folder.is_dir(), "lora_dir", f"{folder} is no folder.")
+        require(
+            0 < self.refiner_switch_at < 1,
+            "refiner_switch_at",
+            f"must lie between 0 and 1, got {self.refiner_switch_at}.",
+        )
+        require(
+            self.refiner is not None or self.refiner_switch_at == BaseOptions.refiner_switch_at,
+            "refiner_switch_at",
+            "has no effect without refiner.",
+        )
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    sampler: str = "DPM++ 2M"
+    """Euler, Euler a, DDIM, LMS, DPM++ 2M, DPM++ 2S a, DPM++ 2M SDE, DPM++ 3M SDE, UniPC, ... in A1111's spelling or kohya's;
+    "DPM++ 2M Karras" names the schedule too."""
+    schedule: str | None = None
+    """Noise levels of the steps: Normal, Karras, Exponential, Align Your Steps 11 or 32, DDIM. Default: the sampler's own."""
+    steps: int = 25
+    """Denoising steps."""
+    cfg_scale: float = 7.5
+    """How much the prompt counts (classifier-free guidance); 1 turns guidance off."""
+    clip_skip: int | None = None
+    """Layer of SD1.5's text encoder, from its end: 1 is the last (the default), 2 what many anime models want. SDXL's is fixed."""
+    emphasis: Literal["original", "no norm"] = "original"
+    """What (x:1.2) does to a text's numbers: scaled back to the mean they had, as A1111's default, or not."""
+    prompt_syntax: Literal["a1111", "reforge"] = "a1111"
+    """reforge reads (text:x2.5) as two copies of the text; A1111 reads it as text."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}.")
+        require(self.cfg_scale >= 1, "cfg_scale", f"must be at least 1, which is no guidance, got {self.cfg_scale}.")
+        positive("clip_skip", self.clip_skip)
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    hires_scale: float | None = None
+    """Enlarge the picture so many times and draw it over in a second pass (hires fix). Default: one pass."""
+    hires_upscaler: str = "Latent"
+    """How it is enlarged: Latent, Latent (bicubic), Latent (nearest-exact), ... on latents, Lanczos or Nearest on pixels."""
+    hires_steps: int | None = None
+    """Steps of the second pass. Default: those of the first."""
+    hires_denoising_strength: float = 0.7
+    """How much the second pass may change, above 0 and at most 1."""
+    init_image: Path | None = None
+    """Begin with this picture instead of noise (img2img). It is scaled to the size and cut to its shape."""
+    denoising_strength: float = 0.75
+    """How much of it is drawn over, above 0 and at most 1; so much of the steps are done."""
+
+    def __post_init__(self) -> None:
+        for name in ("hires_denoising_strength", "denoising_strength"):
+            value = getattr(self, name)
+            require(0 < value <= 1, name, f"must be above 0 and at most 1, got {value}.")
+        require(
+            self.hires_steps is None or self.hires_steps >= 1,
+            "hires_steps",
+            f"must be at least 1, got {self.hires_steps}.",
+        )
+        for name in ("hires_upscaler", "hires_steps", "hires_denoising_strength"):
+            given = getattr(self, name) != getattr(PassOptions, name)
+            require(not given or self.hires_scale is not None, name, "has no effect without hires_scale.")
+        require(
+            self.init_image is not None or self.denoising_strength == PassOptions.denoising_strength,
+            "denoising_strength",
+            "has no effect without init_image; that of the hires fix is hires_denoising_strength.",
+        )
+        require(
+            self.init_image is None or self.init_image.is_file(), "init_image", f"{self.init_image} does not exist."
+        )
+
+
+@dataclass(frozen=True)
+class SheetOptions:
+    x_axis: str | None = None
+    """What changes from column to column, as "sampler: Euler, DPM++ 2M", "cfg: 3, 5, 7" or "steps: 10-30 [3]"."""
+    y_axis: str | None = None
+    """What changes from row to row, likewise."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    what: WhatOptions
+    base: BaseOptions
+    sampling: SamplingOptions
+    passes: PassOptions
+    sheet: SheetOptions
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+
+def split_weight(text: str) -> tuple[Path, float]:
+    """PATH or PATH:WEIGHT. What follows the last colon is a weight only if it is a number."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (Path(path), float(weight)) if colon else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0

@@ -1,0 +1,179 @@
+"""best_params.json: what a study found, with all that is needed to train it again or to carry it to another base."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from library.errors import UserError
+from library.files import read_json, write_json
+from library.options.parser import nearest
+from library.search.jobs import Script
+
+SCHEMA_VERSION = 1
+
+Scalar = bool | int | float | str
+Params = dict[str, Scalar]
+"""Values of one trial, under the names of the search space."""
+
+# Strict: "4" is no number, an unknown key is an error, NaN is no value.
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base that a study trained on."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    family: Literal["sd15", "sdxl"]
+    path: str
+    """As the user named it: a file, a folder, a hub id, tiny-sd15."""
+    sha256: str | None = None
+    """Of the U-Net's weights; None where they were not hashed."""
+
+
+@dataclass(frozen=True)
+class ObjectiveFacts:
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    name: str
+    components: dict[str, float] = field(default_factory=dict)
+    """What the best trial's value was made of."""
+    scales: dict[str, float] = field(default_factory=dict)
+    """The fixed weights and spreads that make one value of them, so that it can be computed anew."""
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """The same parameters trained again with other seeds."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    mean: float
+    sd: float
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RateReference:
+    """What the learning rate was found with; it means little without."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    alpha: float
+    dim: int
+    effective_batch: int
+    """Pictures per optimizer step: batch x accumulation x processes."""
+    steps: int
+    """Optimizer steps of the whole run."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the best trials."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    trial: int
+    value: float
+    params: Params
+    confirmed: Confirmed | None = None
+
+
+@dataclass(frozen=True)
+class BestParams:
+    """The best trial of a study.
+
+    Attributes:
+        created: local time, ISO.
+        dataset: fingerprint of the pictures and captions that were trained on.
+        value: of the objective in that trial; lower is better.
+        params: as they were suggested, under the names of the search space.
+        train_config: every option of that trial's training that has a value, flat, under the script's names.
+        confirmed: None where nothing was trained again.
+        search_space: hash of the space.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    created: str
+    study: str
+    base_model: BaseModel
+    dataset: str
+    objective: ObjectiveFacts
+    value: float
+    trial: int
+    params: Params
+    train_config: dict[str, Any]
+    lr_reference: RateReference
+    search_space: str
+    script: Script = "train_network"
+    confirmed: Confirmed | None = None
+    top5: tuple[Candidate, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+
+_ADAPTER = TypeAdapter(BestParams)
+
+
+def write_best_params(path: Path | str, best: BestParams) -> None:
+    """Write the whole file or leave what was there. Raises RunFailed where the disk refuses."""
+    content = dataclasses.asdict(best)
+    _ADAPTER.validate_json(json.dumps(content))  # a file that cannot be read back is not written
+    write_json(path, content)
+
+
+def read_best_params(path: Path | str) -> BestParams:
+    """Read what `write_best_params` wrote.
+
+    Raises UserError: not there, not JSON, of a newer version, an unknown or missing key, a value of a wrong type.
+    """
+    return parse_best_params(read_json(path), path)
+
+
+def is_best_params(content: Any) -> bool:
+    """Whether parsed JSON is such a file, of whatever version, and not a bare table of parameters."""
+    return isinstance(content, dict) and "schema_version" in content
+
+
+def parse_best_params(content: Any, path: Path | str) -> BestParams:
+    """Parsed JSON as BestParams. `path`: where it was read, for the sentence of a UserError (see `read_best_params`)."""
+    if not is_best_params(content):
+        raise UserError(
+            f"{path} is no best_params.json: it has no schema_version. A study writes one into its output folder; a bare "
+            "params.json can be given to --init-params."
+        )
+    version = content["schema_version"]
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema_version {version!r}, and this program reads {SCHEMA_VERSION}. Write it anew with the study, "
+            "or use the version of this project that wrote it."
+        )
+    try:
+        return _ADAPTER.validate_json(json.dumps(content))
+    except ValidationError as error:
+        # A value that is none of several types is one problem, not one for each type.
+        problems = list(dict.fromkeys(_problem(dict(one)) for one in error.errors(include_url=False)))
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(f"{path} is damaged: {'; '.join(problems[:3])}{more}.") from None
+
+
+def _problem(error: dict[str, Any]) -> str:
+    place = list(error["loc"])
+    if "params" in place[:-1]:
+        end = place.index("params") + 2
+        return f"{'.'.join(map(str, place[:end]))} is {error['input']!r}: it should be a number, a text, true or false"
+    name = ".".join(map(str, place))
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    if error["type"] == "unexpected_keyword_argument":
+        known = [one.name for one in dataclasses.fields(BestParams)]
+        return f"{name} is unknown{nearest(name, known) if len(place) == 1 else ''}"
+    return f"{name} is {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"

@@ -1,0 +1,232 @@
+"""Where a study is kept: a SQLite file, a journal file, PostgreSQL, or another machine's storage over gRPC."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from library.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage, JournalStorage
+
+Result = TypeVar("Result")
+
+FORMS = "sqlite:///study.db, journal:study.log, postgresql+psycopg://user:password@host/name, grpc://host:port"
+ATTEMPTS = 10
+NETWORK_FILE_SYSTEMS = (
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "fuse.sshfs",
+    "afs",
+    "ceph",
+    "glusterfs",
+    "lustre",
+    "9p",
+)
+
+
+def storage_file(url: str) -> Path | None:
+    """The file of a SQLite or journal storage; None where there is none."""
+    for prefix in ("sqlite:///", "journal:"):
+        if url.startswith(prefix):
+            return Path(url.removeprefix(prefix)).expanduser()
+    return None
+
+
+def without_password(url: str) -> str:
+    return re.sub(r"(://[^:/@]+):[^/]*@", r"\1:***@", url)
+
+
+def open_storage(url: str, say: Callable[[str], None] = print) -> BaseStorage:
+    """Open the storage at `url` and create what is not there yet.
+
+    Raises UserError: a form that is none of FORMS, a driver that is not installed, a server that does not answer, a file
+    that is damaged or written by another version of Optuna.
+    """
+    import optuna
+
+    file = storage_file(url)
+    if file is not None:
+        _check_file(file, say)
+    if url.startswith("journal:"):
+        assert file is not None
+        return _open_journal(file)
+    if url.startswith("grpc://"):
+        return _open_proxy(url)
+    if url.startswith("sqlite:///"):
+        # Each worker's thread and process has a connection; writers wait for each other.
+        url, settings = f"sqlite:///{file}", {"connect_args": {"timeout": 60}}
+    elif url.startswith(("postgresql://", "postgresql+psycopg://")):
+        url = re.sub(r"^postgresql://", "postgresql+psycopg://", url)
+        settings = {"pool_pre_ping": True, "pool_size": 2}  # type: ignore[dict-item]
+    else:
+        raise UserError(f"--storage {without_password(url)} is no storage. It may be {FORMS}.")
+    try:
+        # Several that create the tables of one empty database at once get in each other's way: 8 of 24 died of it.
+        return insisting(lambda: optuna.storages.RDBStorage(url, engine_kwargs=settings), ATTEMPTS)
+    except ImportError:
+        raise UserError('PostgreSQL needs its driver, which is not installed: pip install "psycopg[binary]".') from None
+    except RuntimeError as error:
+        raise UserError(
+            f"{without_password(url)} was written by another version of Optuna: {_first_line(error)} "
+            f"optuna storage upgrade --storage {without_password(url)} brings it up to this one."
+        ) from None
+    except Exception as error:
+        if not is_storage_failure(error):
+            raise
+        raise UserError(f"The storage {without_password(url)} cannot be opened: {_first_line(error)}") from None
+
+
+def insisting(call: Callable[[], Result], attempts: int = 5) -> Result:
+    """`call()`, again after a moment where others were in the way, at most `attempts` times in all."""
+    for attempt in range(attempts):
+        try:
+            return call()
+        except Exception as error:
+            if attempt + 1 == attempts or not is_storage_failure(error) or _is_final(error):
+                raise
+            time.sleep(random.uniform(0.02, 0.1) * 2 ** min(attempt, 4))
+    raise AssertionError
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether it is the storage that failed, and not this program."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    # grpc is an optional part of Optuna, so its class is known by name only.
+    is_remote = any(kind.__name__ == "RpcError" for kind in type(error).__mro__)
+    return isinstance(error, StorageInternalError | SQLAlchemyError | OSError) or is_remote
+
+
+def storage_failed(url: str, error: BaseException) -> RunFailed:
+    return RunFailed(
+        f"The study's storage {without_password(url)} failed: {_first_line(error)} Nothing that was stored is lost; run the "
+        "same command again to go on."
+    )
+
+
+def _is_final(error: BaseException) -> bool:
+    text = str(error)
+    return any(
+        words in text for words in ("is full", "readonly", "unable to open", "No space", "malformed", "not a data")
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ if type(error).__name__ == "StorageInternalError" and error.__cause__ else error
+    lines = str(getattr(cause, "orig", None) or cause).strip().splitlines()
+    return f"{(lines or [type(error).__name__])[0].rstrip('.')}."
+
+
+def _check_file(file: Path, say: Callable[[str], None]) -> None:
+    if file.is_dir():
+        raise UserError(f"The storage {file} is a folder. Name a file.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The storage {file} cannot be made: {error.strerror}.") from None
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"The storage {file} cannot be written to.")
+    kind = file_system(file)
+    if kind in NETWORK_FILE_SYSTEMS:
+        say(
+            f"warning: {file} lies on a network file system ({kind}), where locks of files cannot be relied on and a study "
+            "may be damaged. Use a local folder, or --storage postgresql+psycopg://... for several machines."
+        )
+
+
+def file_system(path: Path) -> str:
+    """Kind of the file system that `path` is or would be on, such as ext4; "" where that cannot be told."""
+    import psutil
+
+    path = path.resolve()
+    try:
+        mounts = [one for one in psutil.disk_partitions(all=True) if path.is_relative_to(one.mountpoint)]
+    except OSError:
+        return ""
+    return max(mounts, key=lambda one: len(one.mountpoint)).fstype.lower() if mounts else ""
+
+
+def _open_proxy(url: str) -> BaseStorage:
+    from optuna.storages import GrpcStorageProxy
+
+    match = re.fullmatch(r"grpc://([^:/]+):(\d+)/?", url)
+    if match is None:
+        raise UserError(f"--storage {url} must be grpc://host:port.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "experimental", to each user at each start
+            proxy = GrpcStorageProxy(host=match[1], port=int(match[2]))
+        proxy.wait_server_ready(timeout=20)
+        return proxy
+    except ImportError:
+        raise UserError("grpc:// needs a package that is not installed: pip install grpcio protobuf.") from None
+    except Exception as error:
+        raise UserError(
+            f"Nobody answers at {url} ({_first_line(error).rstrip('.')}). Start the server there first."
+        ) from None
+
+
+def _open_journal(file: Path) -> JournalStorage:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
+
+    class WholeLines(JournalFileBackend):
+        """Cuts a line that was torn (a kill, a full disk) before it writes: appended to, it would spoil the file for good."""
+
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+            self._lock.acquire()
+            try:
+                cut_torn_line(file)
+                whole = file.stat().st_size
+                try:
+                    with open(file, "ab") as journal:
+                        journal.write(text.encode())
+                        journal.flush()
+                        os.fsync(journal.fileno())
+                except OSError:
+                    os.truncate(file, whole)
+                    raise
+            finally:
+                self._lock.release()
+
+    # A symbolic link needs a privilege on Windows.
+    backend = WholeLines(str(file), (JournalFileOpenLock if os.name == "nt" else JournalFileSymlinkLock)(str(file)))
+    try:
+        backend.append_logs([])
+        return JournalStorage(backend)
+    except (ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"The journal {file} is damaged and cannot be read: {_first_line(error)}") from None
+
+
+def cut_torn_line(file: Path) -> Path | None:
+    """Cut a last line without its end off a journal whose lock is held; returns the file it is kept in, if there was one."""
+    with open(file, "rb+") as journal:
+        size = journal.seek(0, os.SEEK_END)
+        if size == 0:
+            return None
+        journal.seek(size - 1)
+        if journal.read(1) == b"\n":
+            return None
+        journal.seek(0)
+        content = journal.read()
+        whole = content.rfind(b"\n") + 1
+        kept = file.with_name(f"{file.name}.torn.{time.time_ns()}")
+        kept.write_bytes(content[whole:])
+        journal.truncate(whole)
+        journal.flush()
+        os.fsync(journal.fileno())
+    return kept

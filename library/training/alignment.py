@@ -1,0 +1,139 @@
+"""What AlignHeads learn beside any diffusion training: the teacher's tokens, and how they relate to each other.
+
+loss = L_diff + lambda(step) * (L_token + w * L_manifold)        (U-REPA, arXiv 2503.18414)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from library import losses
+from library.losses import Weights
+from library.options.alignment import AlignmentOptions
+from library.options.training import OptimizerOptions
+from library.training.optimizers import ParameterGroup
+from networks.align_head import AlignHeads, HeadKind
+from networks.features import capture, tap_channels
+
+PART = "align_heads"
+"""Name of the heads' file in a state, of their group in the optimizer, and first word of their parameters."""
+
+
+@dataclass
+class AlignmentLosses:
+    """Scalars float32, each the mean over the heads."""
+
+    token: torch.Tensor
+    manifold: torch.Tensor
+
+
+@dataclass
+class Alignment:
+    """AlignHeads and what they are trained by.
+
+    heads: tap -> AlignHead. features: the mapping that hooks on the U-Net fill, tap -> [B, C, h, w]; see `attach`.
+    gather: joins the pooled rows of all processes for the Gram matrix between samples; None compares within a batch.
+    """
+
+    heads: AlignHeads
+    features: Mapping[str, torch.Tensor]
+    options: AlignmentOptions
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @classmethod
+    def attach(
+        cls,
+        unet: nn.Module,
+        heads: AlignHeads,
+        options: AlignmentOptions,
+        context: ExitStack,
+        gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Alignment:
+        """With the features of `unet`, caught as long as `context` is open. To be called before anything is compiled."""
+        return cls(heads, context.enter_context(capture(unet, list(heads))), options, gather)
+
+    @property
+    def warm_step(self) -> int:
+        """A step at which lambda has risen."""
+        return self.options.align_warmup_steps
+
+    def coefficient(self, step: int) -> float:
+        """lambda(step)."""
+        o = self.options
+        return losses.align_coefficient(
+            step, o.align_coeff, o.align_schedule, o.align_warmup_steps, o.align_cutoff_step
+        )
+
+    def losses(
+        self,
+        target: torch.Tensor,
+        generator: torch.Generator,
+        *,
+        grid: tuple[int, int] | None = None,
+        weights: Weights | None = None,
+        with_gradient: bool,
+    ) -> AlignmentLosses:
+        """Of the features that the U-Net's last pass left, against `target` [B, N, D] float32.
+
+        grid: rows and columns of the N tokens; None is the heads' own square. with_gradient False leaves the losses out
+        of the graph: where lambda is 0 the step is, to the bit, the step of a run without heads.
+        """
+        token, manifold = [], []
+        with nullcontext() if with_gradient else torch.no_grad():
+            for tap, head in self.heads.items():
+                predicted = head(self.features[tap], grid)
+                token.append(losses.token_loss(predicted, target, weights))
+                manifold.append(self.manifold(predicted, target, generator, weights))
+            return AlignmentLosses(torch.stack(token).mean(), torch.stack(manifold).mean())
+
+    def manifold(
+        self,
+        predicted: torch.Tensor,
+        target: torch.Tensor,
+        generator: torch.Generator,
+        weights: Weights | None = None,
+    ) -> torch.Tensor:
+        o = self.options
+        if o.manifold_mode == "sample":
+            loss = losses.sample_manifold_loss(predicted, target, o.manifold_margin, self.gather, weights)
+        elif o.manifold_mode == "token":
+            loss = losses.token_manifold_loss(predicted, target, o.manifold_margin, weights)
+        else:
+            count = predicted.shape[0] * predicted.shape[1]
+            chosen = torch.randperm(count, generator=generator, device=predicted.device)[: o.manifold_random_tokens]
+            loss = losses.random_manifold_loss(predicted, target, chosen, o.manifold_margin, weights)
+        return losses.clip_loss(loss, o.manifold_clip)
+
+    def weighed(self, aligned: AlignmentLosses, coefficient: float) -> torch.Tensor:
+        """What is added to the diffusion loss."""
+        return coefficient * (aligned.token + self.options.manifold_weight * aligned.manifold)
+
+    def parts(self, aligned: AlignmentLosses, coefficient: float) -> dict[str, torch.Tensor]:
+        """For the metrics."""
+        value = torch.full((), coefficient, device=aligned.token.device)
+        return {"token": aligned.token, "manifold": aligned.manifold, "lambda": value}
+
+
+def make_heads(
+    unet_config: Mapping[str, Any], taps: Sequence[str], teacher_width: int, *, grid: int, kind: HeadKind, seed: int
+) -> AlignHeads:
+    """One for each tap, of as many channels as the U-Net has there; none without taps."""
+    channels = {tap: shape.channels for tap, shape in tap_channels(unet_config, taps).items()}
+    return AlignHeads(channels, teacher_width, grid=grid, kind=kind, seed=seed)
+
+
+def head_parameters(heads: AlignHeads) -> dict[str, nn.Parameter]:
+    """By the names that they have in a state."""
+    return {f"{PART}.{name}": parameter for name, parameter in heads.named_parameters()}
+
+
+def head_group(heads: AlignHeads, options: OptimizerOptions) -> ParameterGroup:
+    """The heads learn at a rate and with a decay of their own."""
+    rate = options.learning_rate if options.align_learning_rate is None else options.align_learning_rate
+    return ParameterGroup(PART, list(heads.parameters()), rate, options.align_weight_decay)

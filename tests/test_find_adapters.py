@@ -1,0 +1,84 @@
+"""`<lora:name:weight>` to a file: where it is looked for, and what is said when it is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from library.errors import UserError
+from library.inference.find_adapters import AdapterFolders, loras_of, title_of
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    names = ("cat", "a/dog", "a/b.1", "one/same", "two/same", "deep/cat", "m/unet/model", "step_000001/lora")
+    for name in names:
+        path = tmp_path / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "step_000001" / "state.json").touch()
+    return tmp_path
+
+
+def found(folder: Path, prompt: str, **given: float) -> list[tuple[str, float, float]]:
+    files = {folder / f"{name}.safetensors": weight for name, weight in given.items()}
+    uses = loras_of(prompt, AdapterFolders([folder], list(files)), files)
+    return [
+        (use.path.relative_to(folder).as_posix(), use.weights.te.weights[0], use.weights.unet.weights[0])
+        for use in uses
+    ]
+
+
+def test_names_are_found_at_any_depth_the_nearest_first(folder: Path) -> None:
+    assert found(folder, "a <lora:cat:0.5> b <lora:dog:1:0.2> <lyco:b.1>") == [
+        ("cat.safetensors", 0.5, 0.5),
+        ("a/dog.safetensors", 1.0, 0.2),
+        ("a/b.1.safetensors", 1.0, 1.0),
+    ]
+
+
+def test_a_name_may_have_its_folder_and_its_suffix(folder: Path) -> None:
+    assert found(folder, "<lora:two/same:1>")[0][0] == "two/same.safetensors"
+    assert found(folder, "<lora:deep/cat.safetensors:1>")[0][0] == "deep/cat.safetensors"
+
+
+def test_given_files_act_unless_a_tag_says_how(folder: Path) -> None:
+    assert found(folder, "<lora:cat:0.5>", cat=0.9) == [("cat.safetensors", 0.5, 0.5)]
+    assert found(folder, "no tag", cat=0.9) == [("cat.safetensors", 0.9, 0.9)]
+    notes: list[str] = []
+    given = {folder / "cat.safetensors": 0.9}
+    loras_of("<lora:cat:0.5>", AdapterFolders([folder], list(given)), given, notes)
+    assert notes == [f"<lora:cat:0.5> of the prompt takes the place of --lora {folder / 'cat.safetensors'}:0.9."]
+
+
+def test_the_folder_of_a_given_file_is_looked_into(folder: Path) -> None:
+    folders = AdapterFolders([], [folder / "a" / "dog.safetensors"])
+    assert folders.find("b.1", "tag") == folder / "a" / "b.1.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("<lora:cta:1>", "<lora:cta:1> of the prompt has no adapter: no cta.safetensors in {folder} (did you mean cat?)."),
+        ("<lora:same:1>", "<lora:same:1> of the prompt could be 2 files: {folder}/one/same.safetensors, {folder}/two/same"),
+        ("<hypernet:x:1>", "<hypernet:x:1> of the prompt is not offered."),
+        ("<lora::1>", "<lora::1> of the prompt names no file."),
+        ("<lora:model:1>", "no model.safetensors in"),
+        ("<lora:lora:1>", "no lora.safetensors in"),
+        ("<lora:cat:strong>", "wants a weight or weight@position"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_told(folder: Path, prompt: str, words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        found(folder, prompt)
+    assert words.format(folder=folder) in str(refused.value)
+
+
+def test_without_any_adapter_that_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no adapter at all. Name its folder with --lora_dir."):
+        AdapterFolders([tmp_path]).find("x", "<lora:x>")
+
+
+def test_only_the_suffix_is_left_out_of_a_title() -> None:
+    assert [title_of(Path(name)) for name in ("v1.5", "v1.5.safetensors")] == ["v1.5", "v1.5"]

@@ -1,0 +1,175 @@
+"""library.report: one HTML file that opens without a network."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import plotly.graph_objects as go
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from library.report.page import Page, picture_uri
+
+UNCLOSED = {"meta", "img", "br", "link"}
+
+
+class Outline(HTMLParser):
+    """Tags that were opened, texts outside scripts, and whether every tag was closed where it should be."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in UNCLOSED:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.text += data
+
+    def names(self) -> list[str]:
+        return [tag for tag, _ in self.tags]
+
+
+def full_page() -> Page:
+    page = Page("Title", "lead")
+    page.heading("One")
+    page.paragraph("words")
+    page.table(["a", "b"], [["x", 1.23456], ["y", None]], caption="numbers")
+    page.figure(go.Figure(go.Scatter(x=[1, 2], y=[3, 4]), layout={"width": 2000}), caption="curve")
+    page.figure(go.Figure(go.Heatmap(z=[[1, 2], [3, 4]])))
+    page.pictures([(Image.new("RGB", (8, 8), "red"), "a red square")], columns=3)
+    page.code("seed = 1", caption="configuration")
+    page.notice("left out")
+    return page
+
+
+def test_a_page_is_well_formed_and_fetches_nothing(tmp_path):
+    full_page().write(tmp_path / "new" / "report.html")
+    outline = Outline((tmp_path / "new" / "report.html").read_text(encoding="utf-8"))
+    assert outline.open == []
+    for tag, attributes in outline.tags:
+        assert tag != "link"
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:"))
+    policies = [a["content"] for tag, a in outline.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policies and "default-src 'none'" in policies[0]
+    assert "http" not in policies[0]
+
+
+def test_plotly_js_goes_in_once_and_only_with_a_figure():
+    with_figures = full_page().html()
+    assert with_figures.count("plotly.js v") == 1
+    assert len(Page("Words").html()) < 10_000
+
+
+def test_a_figure_is_as_wide_as_the_page_and_the_given_one_is_left_as_it_was():
+    figure = go.Figure(go.Scatter(x=[1], y=[2]), layout={"width": 2000, "title": "Loss<br>of <a> & b < c"})
+    page = Page("Title")
+    page.figure(figure)
+    assert '<p class="title">Loss of &amp; b &lt; c</p>' in page.html()
+    assert figure.layout.width == 2000
+    assert '"width":2000' not in page.html()
+    assert '"responsive": true' in page.html()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(max_size=60))
+def test_no_text_becomes_markup(text):
+    plain = Outline(marked("words").html())
+    hostile = Outline(marked(text).html())
+    assert hostile.names() == plain.names()
+    assert hostile.open == []
+
+
+def marked(text: str) -> Page:
+    page = Page(text, "lead" + text)
+    page.heading(text)
+    page.paragraph(text)
+    page.notice(text)
+    page.code(text)
+    page.code(text, caption="c" + text)
+    page.table([text], [[text]], caption="c" + text)
+    page.pictures([(Image.new("RGB", (2, 2)), "c" + text)])
+    return page
+
+
+def test_markup_in_texts_is_shown_as_text():
+    text = "</code></table><script>alert('1')</script>\"&amp;"
+    outline = Outline(marked(text).html())
+    assert "script" not in outline.names()
+    assert outline.text.count("<script>alert('1')") >= 9
+    assert [a["alt"] for tag, a in outline.tags if tag == "img"] == ["c" + text]
+
+
+def test_a_closing_script_tag_in_a_figure_does_not_end_its_script():
+    page = Page("Title")
+    page.figure(go.Figure(go.Scatter(x=["</script><b>"], y=[1])))
+    assert "b" not in Outline(page.html()).names()
+
+
+def test_numbers_are_set_to_the_right_and_nothing_is_a_dash():
+    page = Page("Title")
+    page.table(["name", "value", "spread"], [["a", 0.123456, "0.1 ± 0.02"], ["b 1", None, "–"], ["c", True, "–"]][:2])
+    html = page.html()
+    assert '<td class="number">0.1235</td>' in html
+    assert '<td class="number">–</td>' in html
+    assert '<td class="number">0.1 ± 0.02</td>' in html
+    assert "<td>b 1</td>" in html
+
+
+def test_a_row_of_the_wrong_length_is_named():
+    with pytest.raises(ValueError, match="a row of 1 cells under 2 columns"):
+        Page("Title").table(["a", "b"], [["x"]])
+
+
+def test_chapters_are_listed_when_there_are_many():
+    page = Page("Title")
+    for name in ("one", "two", "three"):
+        page.heading(name)
+    assert "<nav" not in page.html()
+    page.heading("four & five")
+    html = page.html()
+    links = re.findall(r'<a href="#(part-\d)">', html)
+    assert links == ["part-1", "part-2", "part-3", "part-4"]
+    assert all(f'id="{link}"' in html for link in links)
+
+
+def test_large_pictures_are_embedded_smaller_and_small_ones_as_they_are():
+    import base64
+    import io
+
+    def opened(uri: str) -> Image.Image:
+        return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+    small = Image.effect_noise((64, 48), 60).convert("RGB")
+    assert opened(picture_uri(small)).convert("RGB").tobytes() == small.tobytes()
+    large = Image.effect_noise((900, 300), 60).convert("RGB")
+    assert opened(picture_uri(large)).size == (512, 171)
+    assert large.size == (900, 300)
+
+
+def test_the_same_parts_make_the_same_bytes():
+    assert full_page().html() == full_page().html()
+
+
+def test_a_page_is_made_without_torch_and_plotly_waits_for_a_figure():
+    code = (
+        "import sys; from library.report.page import Page; p = Page('t'); p.table(['a'], [[1]]); p.html(); "
+        "sys.exit('torch' in sys.modules or 'plotly' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

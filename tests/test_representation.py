@@ -1,0 +1,356 @@
+"""Representations of a trained state beside their baselines: which pictures, which features, and that the numbers are theirs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.data.batches import CachedSamples
+from library.errors import UserError
+from library.evaluation.dense import dense_pictures, diverging, pca_colours, sheet
+from library.evaluation.features import Tapped, load_folded_model, read_heads, tapped
+from library.evaluation.held_out import ProbedPictures, open_probed, pictures_of_state
+from library.evaluation.measures import meaning
+from library.evaluation.representation import (
+    RepresentationResult,
+    RepresentationSettings,
+    evaluate_representation,
+)
+from library.evaluation.similarity import token_cosine
+from library.inference.features import FeatureModel, load_feature_model
+from library.options.data import CacheOptions, DataOptions
+from networks.features import capture
+from networks.lora import lora_disabled
+from tests.tools.runs import RepaSetting
+
+SETTINGS = RepresentationSettings(
+    timesteps=(50, 400), seeds=(0, 1), neighbours=2, recall_at=(1, 10), batch_size=4, pictures=2
+)
+
+
+@pytest.fixture(scope="module")
+def state(finished_run: Path) -> Path:
+    return finished_run / "step_000004"
+
+
+@pytest.fixture(scope="module")
+def pictures(state: Path) -> ProbedPictures:
+    return pictures_of_state(state, fit=100, test=100)
+
+
+@pytest.fixture(scope="module")
+def model(state: Path) -> FeatureModel:
+    return load_feature_model(state)
+
+
+@pytest.fixture(scope="module")
+def result(state: Path) -> RepresentationResult:
+    return evaluate_representation(state, SETTINGS)
+
+
+def look(
+    model: FeatureModel, pictures: ProbedPictures, *, seed: int = 0, batch_size: int = 4, tap: str = "mid"
+) -> Tapped:
+    return tapped(
+        model, pictures.test.samples, pictures.empty_prompt, tap=tap, timestep=261, seed=seed, batch_size=batch_size
+    )
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_the_pictures_of_a_state_are_those_it_was_trained_and_validated_on(pictures: ProbedPictures) -> None:
+    assert sorted(pictures.fit.ids) == [f"p{i}" for i in range(8)]
+    assert set(pictures.test.ids) == {f"p{i}" for i in range(8, 12)} and len(pictures.test) == 4
+    for one in (pictures.fit, pictures.test):
+        assert one.labels.tolist() == [int(name[1:]) % 2 for name in one.ids]
+        assert one.teacher(batch_size=3).shape == (len(one), 16, 64)
+        assert one.photo(0).size == (128, 128)
+    assert pictures.notes == []
+
+
+def test_fewer_pictures_are_chosen_by_their_ids(state: Path, pictures: ProbedPictures) -> None:
+    few = pictures_of_state(state, fit=3, test=2)
+    assert (len(few.fit), len(few.test)) == (3, 2)
+    place = pictures.fit.ids.index(few.fit.ids[0])
+    torch.testing.assert_close(few.fit.teacher()[0], pictures.fit.teacher()[place])
+
+
+def test_the_prompt_is_the_empty_one(pictures: ProbedPictures, repa_setting: RepaSetting) -> None:
+    from library.data.text_embeddings import read_text_embeddings
+
+    text = read_text_embeddings(repa_setting.folder / "caches" / "text_embeddings.safetensors")
+    assert torch.equal(pictures.empty_prompt, text.embeddings[-1])
+
+
+def with_facts(state: Path, target: Path, **changes: object) -> Path:
+    """A copy of a state whose state.json says otherwise; None takes an entry out, options are joined."""
+    shutil.copytree(state, target)
+    facts = json.loads((target / "state.json").read_text())
+    options = facts["options"] | changes.pop("options", {})  # type: ignore[operator]
+    facts = {name: value for name, value in (facts | changes).items() if value is not None} | {"options": options}
+    (target / "state.json").write_text(json.dumps(facts))
+    return target
+
+
+def test_a_run_without_held_out_pictures_is_refused(state: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="val_data was not given. Give val_data, and build its caches with prepare_cache"
+    ):
+        pictures_of_state(with_facts(state, tmp_path / "s", options={"val_data": None}), fit=9, test=9)
+
+
+def test_absent_caches_are_refused(state: Path, tmp_path: Path, repa_setting: RepaSetting) -> None:
+    shutil.copytree(repa_setting.folder / "caches", tmp_path / "caches", ignore=shutil.ignore_patterns("val_tokens"))
+    with pytest.raises(UserError, match=r"no LMDB store at .*val_tokens. prepare_cache.py builds one"):
+        pictures_of_state(
+            with_facts(state, tmp_path / "s", options={"cache_dir": str(tmp_path / "caches")}), fit=9, test=9
+        )
+
+
+def test_caches_of_another_teacher_than_the_trained_one_are_refused(state: Path, tmp_path: Path) -> None:
+    caches = json.loads((state / "state.json").read_text())["caches"]
+    caches["tokens"]["weights"] = "0123"
+    changed = with_facts(state, tmp_path / "s", caches=caches)
+    with pytest.raises(UserError, match="is not the one that .* was trained on: weights was 0123, is "):
+        pictures_of_state(changed, fit=9, test=9)
+
+
+def test_held_out_pictures_that_were_trained_on_are_noted(repa_setting: RepaSetting, tmp_path: Path) -> None:
+    shutil.copytree(repa_setting.folder / "caches", tmp_path, dirs_exist_ok=True)
+    for kind in ("latents", "tokens"):
+        shutil.rmtree(tmp_path / f"val_{kind}")
+        shutil.copytree(tmp_path / f"train_{kind}", tmp_path / f"val_{kind}")
+    train, names = str(repa_setting.folder / "train.csv"), repa_setting.folder / "names.json"
+    data = DataOptions(train_data=train, val_data=train, class_names=names, resolution=128)
+    found = open_probed(data, CacheOptions(cache_dir=tmp_path), fit=9, test=9)
+    assert len(found.notes) == 1 and found.notes[0].startswith("8 of 8 held-out pictures have ids")
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+def test_features_are_those_of_a_whole_pass(model: FeatureModel, pictures: ProbedPictures) -> None:
+    seen = look(model, pictures)
+    samples = pictures.test.samples
+    latents = samples.read(np.arange(len(samples))).latents.float()
+    inputs: list[torch.Tensor] = []
+    hook = model.unet.conv_in.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    look(model, pictures)
+    hook.remove()
+    timesteps = torch.full((4,), 261)
+    with torch.no_grad(), capture(model.unet, ["mid"]) as features:
+        model.unet(inputs[0], timesteps, pictures.empty_prompt.float().expand(4, -1, -1))
+    torch.testing.assert_close(seen.maps, features["mid"])
+    assert seen.tokens is not None
+    torch.testing.assert_close(seen.tokens, model.heads["mid"](features["mid"]))
+    alpha, sigma = model.schedule.at(timesteps)
+    noise = (inputs[0] - alpha * latents) / sigma
+    assert abs(noise.mean().item()) < 0.1 and noise.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_noise_belongs_to_picture_and_timestep_whatever_the_batch(
+    model: FeatureModel, pictures: ProbedPictures
+) -> None:
+    together, alone = look(model, pictures), look(model, pictures, batch_size=1)
+    torch.testing.assert_close(together.maps, alone.maps, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(together.maps, look(model, pictures, seed=1).maps, atol=1e-2)
+    turned = pictures.test.samples
+    turned = CachedSamples(turned.sample_ids[::-1], turned.text_rows, turned.latents, turned.tokens)
+    again = tapped(model, turned, pictures.empty_prompt, tap="mid", timestep=261, seed=0, batch_size=4)
+    torch.testing.assert_close(again.maps.flip(0), together.maps, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tap", ["enc_last", "mid", "dec_first"])
+def test_nothing_behind_the_tap_is_computed_and_no_hook_stays(
+    model: FeatureModel, pictures: ProbedPictures, tap: str
+) -> None:
+    seen = look(model, pictures, tap=tap)
+    assert (seen.tokens is not None) == (tap == "mid") and seen.maps.shape[0] == 4
+    assert not any(module._forward_hooks for module in model.unet.modules())
+
+
+def test_a_state_without_its_adapters_is_the_base(
+    model: FeatureModel, pictures: ProbedPictures, tiny_sd15: Path
+) -> None:
+    base = load_folded_model(str(tiny_sd15))
+    with lora_disabled(model.unet):
+        assert torch.equal(look(model, pictures).maps, look(base, pictures).maps)
+    assert not torch.equal(look(model, pictures).maps, look(base, pictures).maps)
+
+
+def test_an_adapter_file_with_its_heads_is_the_state(state: Path, pictures: ProbedPictures, tiny_sd15: Path) -> None:
+    adapter = next(path for path in state.parent.glob("*.safetensors") if not path.stem.endswith("-ema"))
+    folded = load_folded_model(str(tiny_sd15), adapter, heads=read_heads(state, use_ema=False))
+    whole = load_feature_model(state, use_ema=False)
+    for mine, theirs in zip(vars(look(folded, pictures)).values(), vars(look(whole, pictures)).values(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    averaged = read_heads(state)["mid"].proj[0].weight
+    assert torch.equal(averaged, load_feature_model(state).heads["mid"].proj[0].weight)
+    assert not torch.equal(averaged, whole.heads["mid"].proj[0].weight)
+
+
+# ------------------------------------------------------------------------------------------------ the whole
+
+
+def test_every_trunk_head_and_baseline_has_its_row(result: RepresentationResult) -> None:
+    moving = ["checkpoint trunk", "checkpoint trunk + fitted head", "checkpoint head", "base trunk"]
+    moving += ["base trunk + fitted head", "random trunk", "random trunk + fitted head"]
+    still = ["mean token", "per-position mean", "grid ceiling, pooled", "grid ceiling, best", "teacher"]
+    assert result.names() == moving + still
+    assert [(row.name, row.timestep) for row in result.rows if row.timestep is None] == [(name, None) for name in still]
+    assert sorted((row.name, row.timestep) for row in result.rows if row.timestep is not None) == sorted(
+        (name, timestep) for name in moving for timestep in (50, 400)
+    )
+    assert (result.tap, result.fitted, result.held_out, result.classes) == ("mid", 8, 4, 2)
+
+
+def test_the_numbers_are_of_the_features(
+    result: RepresentationResult, model: FeatureModel, pictures: ProbedPictures
+) -> None:
+    target = pictures.test.teacher()
+    expected = []
+    for seed in (0, 1):
+        seen = tapped(
+            model, pictures.test.samples, pictures.empty_prompt, tap="mid", timestep=400, seed=seed, batch_size=4
+        )
+        assert seen.tokens is not None
+        expected.append(token_cosine(seen.tokens, target))
+    found = result.row("checkpoint head", 400).measures["token_cosine"]
+    assert found.values == pytest.approx(expected, abs=1e-5)
+    assert found.deviation is not None and found.deviation > 0
+    fit = pictures.fit.teacher()
+    mean = torch.nn.functional.normalize(torch.nn.functional.normalize(fit, dim=-1).mean((0, 1)), dim=0)
+    assert result.row("mean token").measures["token_cosine"].mean == pytest.approx(
+        token_cosine(mean.expand_as(target), target), abs=1e-5
+    )
+
+
+def test_the_teacher_is_1_with_itself_and_the_ceiling_is_below(result: RepresentationResult) -> None:
+    teacher = {name: spread.mean for name, spread in result.row("teacher").measures.items()}
+    for name, value in teacher.items():
+        if name.startswith("sample_mae"):
+            assert value == pytest.approx(0, abs=1e-5)
+        elif not name.startswith(("linear_probe", "knn")):
+            assert value == pytest.approx(1, abs=1e-5), name
+    pooled, best = (result.row(f"grid ceiling, {one}").measures["token_cosine"].mean for one in ("pooled", "best"))
+    assert result.row("mean token").measures["token_cosine"].mean < pooled <= best < 1
+
+
+def test_the_result_is_plain_json_with_every_measure_explained(result: RepresentationResult) -> None:
+    written = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert written["settings"]["timesteps"] == [50, 400] and len(written["rows"]) == len(result.rows)
+    names = {name for row in written["rows"] for name in row["measures"]}
+    assert names == written["meanings"].keys() and written["meanings"]["recall@1"] == meaning("recall@1")
+    assert {"token_cosine", "sample_mae", "cka", "linear_probe", "knn_accuracy", "retrieval@1"} <= names
+    assert written["chance"]["linear_probe"] == 0.5 and written["chance"]["recall@1"] == pytest.approx(1 / 3)
+
+
+def test_what_few_pictures_do_not_allow_is_said(state: Path, result: RepresentationResult) -> None:
+    assert result.notes == ["recall@10 is left out: 4 held-out pictures are too few."]
+    assert "recall@10" not in result.chance
+    settings = RepresentationSettings(timesteps=(50,), seeds=(0,), neighbours=5, recall_at=(1,), pictures=0)
+    other = evaluate_representation(state, settings)
+    assert other.notes == ["mutual_knn and cknna are left out: 5 neighbours of 4 pictures."]
+    assert other.pictures == [] and other.row("checkpoint trunk", 50).measures["cka"].deviation is None
+
+
+def test_the_table_shows_one_timestep(result: RepresentationResult) -> None:
+    lines = result.table(400, ("token_cosine", "cka")).splitlines()
+    assert lines[0].split() == ["token_cosine", "cka"] and len(lines) == 13
+    assert lines[1].split() == [
+        "checkpoint",
+        "trunk",
+        "-",
+        *str(result.row("checkpoint trunk", 400).measures["cka"]).split(),
+    ]
+
+
+def test_a_model_without_heads_or_base_is_measured_by_its_trunk(pictures: ProbedPictures, tiny_sd15: Path) -> None:
+    settings = RepresentationSettings(timesteps=(400,), seeds=(0,), neighbours=2, recall_at=(1,), pictures=1)
+    found = evaluate_representation(load_folded_model(str(tiny_sd15)), settings, pictures=pictures, name="bare")
+    assert found.names()[:3] == ["checkpoint trunk", "checkpoint trunk + fitted head", "random trunk"]
+    assert found.checkpoint == "bare" and len(found.notes) == 2
+    assert found.pictured == "tokens of a head fitted on the checkpoint's trunk at timestep 400, noise seed 0"
+
+
+def test_the_base_is_measured_alike_beside_a_state_and_alone(
+    result: RepresentationResult, pictures: ProbedPictures, tiny_sd15: Path
+) -> None:
+    alone = evaluate_representation(load_folded_model(str(tiny_sd15)), SETTINGS, pictures=pictures)
+    for name in ("trunk", "trunk + fitted head"):
+        mine, theirs = (r.measures for r in (alone.row(f"checkpoint {name}", 50), result.row(f"base {name}", 50)))
+        assert mine == theirs
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"timesteps": (50, 50)}, "timesteps must name each once"),
+        ({"seeds": ()}, "seeds must name each once, and at least one"),
+        ({"test_samples": 3}, "test_samples must be at least 4, got 3"),
+        ({"timesteps": (1000,)}, r"timesteps must lie in 0..999, got 1000"),
+        ({"tap": "middle"}, "tap must be one of enc_last, mid, dec_first, got 'middle'"),
+    ],
+)
+def test_bad_settings_are_named(state: Path, changes: dict[str, object], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        evaluate_representation(state, RepresentationSettings(**changes))  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_measured_is_refused(state: Path, model: FeatureModel, tmp_path: Path) -> None:
+    other_script = with_facts(state, tmp_path / "network", lora_spec=None)
+    with pytest.raises(UserError, match="was not made by train_repa.py. Give the adapter file"):
+        evaluate_representation(other_script)
+    other_base = with_facts(state, tmp_path / "base", base_weights="0123")
+    with pytest.raises(UserError, match="U-Net of .* is not the one that .* was trained on"):
+        evaluate_representation(other_base)
+    with pytest.raises(UserError, match="Give pictures"):
+        evaluate_representation(model)
+    with pytest.raises(UserError, match="is no training state"):
+        evaluate_representation(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ dense maps
+
+
+def test_dense_maps_are_of_the_held_out_photos(result: RepresentationResult, pictures: ProbedPictures) -> None:
+    assert [one.sample_id for one in result.pictures] == [pictures.test.ids[0], pictures.test.ids[3]]
+    assert result.pictured == "tokens of the checkpoint's head at timestep 400, noise seed 0"
+    assert result.pictures[0].photo.tobytes() == pictures.test.photo(0).tobytes()
+    assert all(image.size == (128, 128) for one in result.pictures for image in one.columns().values())
+    assert sheet(result.pictures).size == (5 * 132 - 4, 18 + 2 * 132 - 4)
+
+
+def test_the_cosine_map_shows_where_tokens_agree() -> None:
+    teacher = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
+    predicted = torch.stack([3 * teacher[0, 0], -teacher[0, 1], teacher[0, 2], teacher[0, 3]])[None]
+    one = dense_pictures(["x"], [Image.new("RGB", (20, 20))], teacher, predicted, torch.rand(1, 5, 2, 2))[0]
+    assert one.mean_cosine == pytest.approx(0.5, abs=1e-6)
+    corners = [one.cosine.getpixel(place) for place in ((2, 2), (17, 2), (2, 17))]
+    assert corners == [(180, 4, 38), (59, 76, 192), (180, 4, 38)]
+    assert one.teacher.getpixel((2, 2)) == one.predicted.getpixel((2, 2)) != one.predicted.getpixel((17, 2))
+
+
+def test_colours_are_principal_components() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 30, 30, 3, generator=generator) * torch.tensor([1.0, 9.0, 3.0]) + 5
+    colours = pca_colours(features, like=features)
+    assert colours.min() >= 0 and colours.max() <= 1
+    for colour, channel in enumerate((1, 2, 0)):
+        both = torch.stack([colours[..., colour].flatten(), features[..., channel].flatten()])
+        assert torch.corrcoef(both)[0, 1] > 0.9
+    assert torch.equal(pca_colours(features * 2, like=features * 2), pca_colours(features * 2, like=features * 2))
+    flat = pca_colours(torch.ones(2, 3, 4), like=torch.ones(2, 3, 4))
+    assert torch.equal(flat, torch.full((2, 3, 3), 0.5))
+
+
+def test_the_diverging_scale_is_grey_in_the_middle() -> None:
+    low, middle, high = (diverging(torch.tensor([-1.0, 0.0, 2.0])) * 255).round().int().tolist()
+    assert (low, middle, high) == ([59, 76, 192], [221, 221, 221], [180, 4, 38])

@@ -1,0 +1,340 @@
+"""The files of an export: they say what the rules say, train_network.py reads them so, and what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+import train_network
+from library.data.dataset_config import read_dataset_config
+from library.errors import RunFailed, UserError
+from library.options.network import parse_network_options
+from library.options.parser import flatten
+from library.options.toml_file import PROJECT_ROOT
+from library.search import best_adapter
+from library.search.best_params import BaseModel, BestParams, read_best_params, write_best_params
+from library.search.export import Exported, export, find
+from library.search.recipe import SdxlOptions
+from library.search.rules import written_options
+from tests.tools.sdxl_export import best_params
+
+# Of three subsets, with values on every level.
+DATASETS = """
+[general]
+shuffle_caption = false
+caption_extension = ".txt"
+keep_tokens = 1
+enable_bucket = true
+resolution = 64
+
+[[datasets]]
+batch_size = 4
+min_bucket_reso = 32
+max_bucket_reso = 128
+bucket_reso_steps = 32
+keep_tokens = 2
+
+[[datasets.subsets]]
+image_dir = "mio"
+num_repeats = 3
+
+[[datasets.subsets]]
+image_dir = "other"
+keep_tokens = 0
+class_tokens = "it's \\"her\\""
+flip_aug = true
+
+[[datasets]]
+resolution = [96, 64]
+batch_size = 2
+enable_bucket = false
+
+[[datasets.subsets]]
+image_dir = "mio"
+caption_prefix = "large"
+"""
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with two folders of pictures and a dataset file."""
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("mio", 20), ("other", 4)):
+        draw(tmp_path / name, count)
+    (tmp_path / "set.toml").write_text(DATASETS)
+    return tmp_path
+
+
+def draw(folder: Path, count: int, size: tuple[int, int] = (96, 64)) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize(size).save(folder / f"p{number}.png")
+        (folder / f"p{number}.txt").write_text("mio, a cat")
+
+
+def of_file(**config: object) -> BestParams:
+    return best_params({"dataset_config": "set.toml", **config})
+
+
+def of_folder(**config: object) -> BestParams:
+    given = {"train_data_dir": "train", "resolution": [64, 64], "train_batch_size": 2, "enable_bucket": True}
+    return best_params({**given, "bucket_reso_steps": 32, **config})
+
+
+def exported(best: BestParams, base: Path | str = "tiny-sdxl", **options: object) -> Exported:
+    return export(best, sdxl_base=str(base), output_dir="sdxl", **options)  # type: ignore[arg-type]
+
+
+# --- round trip ---
+
+
+def test_train_network_reads_the_values_that_were_meant(data: Path) -> None:
+    result = exported(of_file(), wishes=SdxlOptions(sdxl_dim=96, rate_factor=0.7))
+    parsed = parse_network_options(["--config_file", str(result.config)], prog="", description=None)
+    read, meant = flatten(parsed), written_options(result.recipe)
+    assert {name: read[name] for name in meant} == meant
+    assert meant["learning_rate"] == pytest.approx(2.1e-4) and meant["network_dim"] == 96
+    assert (read["pretrained_model_name_or_path"], read["output_name"]) == ("tiny-sdxl", "sdxl_lora")
+    assert read["dataset_config"] == str(result.dataset)
+
+
+def test_datasets_keep_what_they_inherited(data: Path) -> None:
+    result = exported(of_file())
+    first, second = read_dataset_config(result.dataset, {})
+    assert (first.resolution, first.batch_size, first.min_bucket_reso, first.max_bucket_reso) == (
+        (128, 128),
+        2,
+        64,
+        256,
+    )
+    assert (second.resolution, second.batch_size, second.enable_bucket) == ((192, 128), 1, False)
+    assert [one.keep_tokens for one in (*first.subsets, *second.subsets)] == [2, 0, 1]
+    mio, other = first.subsets
+    assert (mio.num_repeats, other.class_tokens, other.flip_aug, mio.flip_aug) == (3, 'it\'s "her"', True, False)
+    assert second.subsets[0].caption_prefix == "large" and mio.caption_prefix is None
+    assert {one.caption_extension for one in (*first.subsets, *second.subsets)} == {".txt"}
+    assert [one.name for one in first.subsets] == ["mio", "other"], "the same pictures are held out as in the study"
+
+
+def test_the_emitted_line_runs_as_it_is(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = exported(of_file())
+    words = shlex.split(result.command)
+    script = words.index(str(PROJECT_ROOT / "train_network.py"))
+    assert words[:script] == ["accelerate", "launch", "--num_processes", "1"]
+    assert train_network.main([*words[script + 1 :], "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "base             tiny-sdxl, SDXL" in said and "(15 epochs)" in said.replace("15.0", "15")
+    assert "held out for validation" in said and "up to 2 x 4 accumulated" in said
+    assert "text_encoder_2" in said
+
+
+def test_the_shell_script_is_one_and_hands_options_on(data: Path) -> None:
+    result = export(of_file(), sdxl_base="tiny-sdxl", output_dir="two words")
+    assert subprocess.run(["sh", "-n", result.script], check=False).returncode == 0
+    shell = f'accelerate() {{ pwd; printf "%s\\n" "$@"; }}; . "./{result.script}"'
+    words = ["sh", "-c", shell, "sh", "--dry_run"]
+    said = subprocess.run(words, cwd=data, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert (said[0], said[-2:]) == (str(data), ["two words/sdxl_config.toml", "--dry_run"])
+
+
+def test_data_given_by_options_become_a_dataset_file(data: Path) -> None:
+    draw(data / "train" / "5_mio girl", 12)
+    draw(data / "train" / "1_cat", 12)
+    result = exported(of_folder(flip_aug=True, caption_extension=".txt", validation_split=0.2))
+    (dataset,) = read_dataset_config(result.dataset, {})
+    assert (dataset.resolution, dataset.batch_size, dataset.validation_split) == ((128, 128), 1, 0.2)
+    assert (dataset.min_bucket_reso, dataset.max_bucket_reso) == (64, 256), "limits that nobody set double too"
+    assert {(one.class_tokens, one.num_repeats, one.flip_aug) for one in dataset.subsets} == {
+        ("mio girl", 5, True),
+        ("cat", 1, True),
+    }
+    config = result.config.read_text()
+    assert not [name for name in ("train_data_dir", "flip_aug", "resolution", "train_batch_size") if name in config]
+
+
+def test_metadata_files_are_carried_over(data: Path) -> None:
+    (data / "meta.json").write_text(json.dumps({f"p{n}": {"caption": "a cat"} for n in range(20)}))
+    result = exported(of_folder(train_data_dir="mio", in_json="meta.json", dataset_repeats=3))
+    (subset,) = read_dataset_config(result.dataset, {})[0].subsets
+    assert (subset.image_dir, subset.metadata_file, subset.num_repeats) == (Path("mio"), Path("meta.json"), 3)
+
+
+def test_pictures_beside_the_dataset_file_are_found_from_where_it_was_made(data: Path) -> None:
+    draw(data / "far" / "pictures", 8)
+    (data / "far" / "set.toml").write_text(
+        "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'pictures'\n"
+    )
+    result = exported(of_file(dataset_config="far/set.toml"))
+    assert read_dataset_config(result.dataset, {})[0].subsets[0].image_dir == Path("far/pictures")
+
+
+def test_a_dataset_file_that_moved_can_be_named(data: Path) -> None:
+    best = of_file(dataset_config="gone.toml")
+    with pytest.raises(UserError, match=r"gone\.toml could not be read"):
+        exported(best)
+    assert len(exported(best, dataset_config="set.toml").recipe.datasets) == 2
+    assert len(exported(of_folder(train_data_dir="mio"), dataset_config="set.toml").recipe.datasets) == 2
+
+
+def test_exporting_twice_gives_the_same_files(data: Path) -> None:
+    first = exported(of_file())
+    texts = [path.read_text() for path in (first.config, first.dataset, first.script)]
+    assert exported(of_file()) == first
+    assert [path.read_text() for path in (first.config, first.dataset, first.script)] == texts
+
+
+def test_the_demo_pictures_of_a_study_without_data_are_exported_too(data: Path) -> None:
+    (dataset,) = read_dataset_config(exported(best_params()).dataset, {})
+    assert dataset.resolution == (256, 256) and len(dataset.subsets) == 16 and dataset.validation_split == 0.1
+
+
+def test_what_changed_is_told_and_written_beside_it(data: Path) -> None:
+    result = exported(of_file(network_dim=16))
+    assert {"network_dim 16 -> 64", "resolution 64 64 -> 128 128 (64x64)", "max_train_epochs 12 -> 15"} <= set(
+        result.changes
+    )
+    assert "network_dim = 64  # 16 on SD1.5" in result.config.read_text()
+    assert result.report().endswith(result.command) and "note: network_dim 16 -> 64 is weak" in result.report()
+
+
+# --- what is held out ---
+
+
+def test_few_pictures_are_held_out_with_a_larger_share(data: Path) -> None:
+    draw(data / "five", 5)
+    (data / "five.toml").write_text("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'five'\n")
+    found = find(of_file(dataset_config="five.toml"))
+    assert found.validation_share is not None and 0.1 <= found.validation_share <= 0.5
+    draw(data / "three", 3)
+    (data / "three.toml").write_text("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'three'\n")
+    assert find(of_file(dataset_config="three.toml")).validation_share == 0.0
+    assert (
+        train_network.main(["--config_file", str(exported(of_file(dataset_config="three.toml")).config), "--dry_run"])
+        == 0
+    )
+
+
+def test_areas_and_counts_are_measured(data: Path) -> None:
+    first, second = find(of_file()).pictures
+    assert (first.count, second.count) == (24, 20) and first.median_area == 96 * 64
+
+
+# --- refused ---
+
+
+def test_studies_that_need_no_export_are_refused(data: Path) -> None:
+    with pytest.raises(UserError, match="ran on SDXL .* need no export"):
+        exported(replace(of_file(), base_model=BaseModel("sdxl", "sd_xl_base_1.0.safetensors")))
+    with pytest.raises(UserError, match="tuned train_repa.py, which trains SD1.5 alone"):
+        exported(replace(of_file(), script="train_repa"))
+
+
+def test_a_base_that_is_not_there_or_no_sdxl_is_refused(data: Path) -> None:
+    with pytest.raises(UserError, match=r"sd_xl\.safetensors does not exist"):
+        exported(of_file(), "sd_xl.safetensors")
+    with pytest.raises(UserError, match=r"tiny-sd15 .*SD1\.5"):
+        exported(of_file(), "tiny-sd15")
+    assert not (data / "sdxl").exists()
+
+
+def test_a_published_base_need_not_be_there_yet(data: Path) -> None:
+    result = exported(of_file(), "stabilityai/stable-diffusion-xl-base-1.0")
+    assert 'pretrained_model_name_or_path = "stabilityai/stable-diffusion-xl-base-1.0"' in result.config.read_text()
+
+
+def test_options_that_a_script_has_not_are_named(data: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"train_config of the study mio: Unknown key: network_dims \(did you mean network_dim"
+    ):
+        exported(of_file(network_dims=8))
+    with pytest.raises(UserError, match="train_config of the study mio: network_dim is 'many'"):
+        exported(of_file(network_dim="many"))
+
+
+# --- best_params.json ---
+
+
+def test_best_params_are_read_as_they_were_written(tmp_path: Path) -> None:
+    best = best_params({"text_encoder_lr": [1e-4], "network_args": ["conv_dim=4"]})
+    write_best_params(tmp_path / "best_params.json", best)
+    assert read_best_params(tmp_path / "best_params.json") == best
+    assert type(read_best_params(tmp_path / "best_params.json").params["network_dim"]) is int
+
+
+def test_best_params_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "best_params.json"
+    write_best_params(path, best_params())
+    before = path.read_bytes()
+    with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")), pytest.raises(RunFailed):
+        write_best_params(path, best_params(value=-1.0))
+    with pytest.raises(ValueError):
+        write_best_params(path, best_params(value=float("nan")))
+    assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"schema_version": 2}, "has schema_version 2, and this program reads 1"),
+        ({"trail": 1}, r"trail is unknown \(did you mean trial\?\)"),
+        ({"value": "low"}, "value is 'low': input should be a valid number"),
+        ({"value": float("inf")}, "value is inf: input should be a finite number"),
+        ({"lr_reference": {"alpha": 1.0, "dim": 4, "steps": 9}}, "lr_reference.effective_batch is missing"),
+        (
+            {"params": {"network_dim": [1]}},
+            r"params.network_dim is \[1\]: it should be a number, a text, true or false\.$",
+        ),
+        (
+            {"base_model": {"family": "sd3", "path": "x"}},
+            "base_model.family is 'sd3': input should be 'sd15' or 'sdxl'",
+        ),
+    ],
+)
+def test_damaged_best_params_are_named(change: dict[str, object], sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "best_params.json"
+    write_best_params(path, best_params())
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=sentence):
+        read_best_params(path)
+
+
+def test_files_that_are_none_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "b.json").write_text('{"network_dim": 4}')
+    for name, sentence in (("a", "is not valid JSON"), ("b", "is no best_params.json"), ("c", "does not exist")):
+        with pytest.raises(UserError, match=sentence):
+            read_best_params(tmp_path / f"{name}.json")
+
+
+# --- the best checkpoint ---
+
+
+def test_the_adapter_of_the_least_validation_loss_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, step in (("a-000001", 2), ("a-000002", 4), ("a-000002-ema", 4), ("a", 6), ("a-step00000005", 5)):
+        save_file({"x": np.zeros(1)}, tmp_path / f"{name}.safetensors", metadata={"ss_steps": str(step)})
+    rows = [{"step": step, "val/loss": loss} for step, loss in ((0, 0.1), (2, 0.5), (4, 0.3), (6, 0.4))]
+    lines = [json.dumps(row) for row in ({"step": 1, "train/loss": 0.2}, *rows)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 7, "val/l')
+    assert [(one.file.stem, one.loss) for one in best_adapter.judged_adapters(tmp_path)] == [
+        ("a-000002-ema", 0.3),
+        ("a", 0.4),
+        ("a-000001", 0.5),
+    ]
+    assert best_adapter.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"best: {tmp_path / 'a-000002-ema.safetensors'}"
+
+
+def test_a_run_without_validation_has_no_best_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert best_adapter.main([str(tmp_path)]) == 2 and "has no metrics.jsonl" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.2}\n')
+    assert best_adapter.main([str(tmp_path)]) == 2 and "has no val/loss" in capsys.readouterr().err

@@ -1,0 +1,242 @@
+"""Studies whose parents and trainers are killed, suspended and many: nothing is lost, doubled or trained to the end twice."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from library.options.toml_file import PROJECT_ROOT
+from library.search.jobs import Job, Outcome, Slot
+from library.search.outcomes import read_outcome
+from tests.tools.search import FakeTrainer, in_a_process, ledger, params_key, plan, run, said
+
+KILLS = int(os.environ.get("SEARCH_KILLS", "20"))
+
+
+class ChildTrainer(FakeTrainer):
+    """Has a process of its own do the training, as the real one does."""
+
+    def run(self, job: Job, on_slot: Callable[[Slot], bool], **more: Any) -> Outcome:
+        reading, writing = os.pipe()
+        answers, answering = os.pipe()
+        parent = os.getpid()
+        child = os.fork()
+        if child == 0:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+            (Path(job.folder) / "child").write_text(str(os.getpid()))
+
+            def say(slot: Slot) -> bool:
+                os.write(writing, json.dumps([slot.slot, slot.value]).encode() + b"\n")
+                return os.read(answers, 1) == b"+"
+
+            super().run(job, say, on_begun=lambda begun: None, on_tick=lambda: None)
+            os._exit(0)
+        os.close(writing)
+        stopped = False
+        with open(reading) as lines:
+            for line in lines:
+                slot, value = json.loads(line)
+                stopped = not on_slot(Slot(job.trial, slot, slot, value))
+                os.write(answering, b"-" if stopped else b"+")
+        os.waitpid(child, 0)
+        os.close(answers)
+        os.close(answering)
+        if stopped:
+            return Outcome(job.trial, "stopped")
+        return read_outcome(job.folder, job.trial) or Outcome(job.trial, "failed", "The trainer was killed.")
+
+
+def kill(whom: str, parent: int, out: Path) -> None:
+    """SIGKILL to the parent, to the trainer it has at the moment, or to both at once."""
+    with suppress(ProcessLookupError, ValueError, IndexError, FileNotFoundError):
+        if whom == "both":
+            os.killpg(parent, signal.SIGKILL)
+        elif whom == "parent":
+            os.kill(parent, signal.SIGKILL)
+        else:
+            newest = max(out.glob("trial_*/child"), key=lambda path: path.parent.name, default=None)
+            if newest is not None:
+                os.kill(int(newest.read_text()), signal.SIGKILL)
+
+
+def settled(folder: Path, n_trials: int, storage: str) -> list[FrozenTrial]:
+    """Check that a study that was run to its end has what it must; its trials."""
+    trials = ledger(folder, n_trials, storage).trials()
+    done = [one for one in trials if one.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    assert len(done) == n_trials, Counter(one.state.name for one in trials)
+    assert all(one.state.is_finished() for one in trials)
+    by_number = {one.number + 1: one for one in trials}
+    for one in trials:
+        if (origin := one.user_attrs.get("retry_of")) is not None:
+            # Either may have died while its parameters were written down.
+            enqueued = one.system_attrs["fixed_params"]
+            assert by_number[origin].params.items() <= enqueued.items() >= one.params.items()
+            assert one.user_attrs.get("seed", 7) == by_number[origin].user_attrs.get("seed", 7)
+    # Every training that reached its end was told as what it came to, and was the only one of its kind.
+    ended = {int(path.parent.name[-4:]) for path in (folder / "out").glob("trial_*/outcome.json")}
+    complete = {one.number + 1 for one in trials if one.state == TrialState.COMPLETE}
+    assert ended == complete
+    assert all(read_outcome(folder / "out" / f"trial_{n:04d}", n).value == by_number[n].value for n in ended)  # type: ignore[union-attr]
+    trained = Counter((params_key(by_number[n].params), by_number[n].user_attrs["seed"]) for n in ended)
+    assert max(trained.values()) == 1
+    return trials
+
+
+@pytest.mark.parametrize("form", ["sqlite:///{}/study.db", "journal:{}/study.log"])
+def test_killed_at_random_moments_a_study_loses_and_doubles_nothing(tmp_path: Path, form: str) -> None:
+    storage, n_trials = form.format(tmp_path), 14
+    dice = random.Random(f"{form}")
+    is_journal = storage.startswith("journal")
+    kills = KILLS // 3 if is_journal else KILLS
+    ledger(tmp_path, n_trials, storage)
+    for number in range(kills):
+        parent = in_a_process(
+            lambda: run(plan(tmp_path, n_trials, storage=storage), lambda: ChildTrainer(seconds=0.1)) and None
+        )
+        time.sleep(dice.uniform(0.05, 0.6))
+        kill(("parent", "child", "both")[number % 3], parent, tmp_path / "out")
+        if number % 3 == 1:
+            time.sleep(0.2)
+            kill("parent", parent, tmp_path / "out")
+        os.waitpid(parent, 0)
+        if is_journal:
+            # Who was killed while it wrote leaves the lock, which others break after half a minute.
+            (tmp_path / "study.log.lock").unlink(missing_ok=True)
+    run(plan(tmp_path, n_trials, storage=storage))
+    trials = settled(tmp_path, n_trials, storage)
+    assert any("retry_of" in one.user_attrs for one in trials), "no kill hit a trial"
+
+
+@pytest.mark.parametrize("form", ["sqlite:///{}/study.db", "journal:{}/study.log"])
+def test_eight_parents_share_a_study_without_a_lost_or_doubled_trial(tmp_path: Path, form: str) -> None:
+    storage, n_trials = form.format(tmp_path), 12
+    ledger(tmp_path, n_trials, storage)
+    settings = {"storage": storage, "prunes": False}
+    parents = [
+        in_a_process(lambda: run(plan(tmp_path, n_trials, **settings), lambda: FakeTrainer(seconds=0.05)) and None)
+        for _ in range(8)
+    ]
+    assert [os.waitpid(parent, 0)[1] for parent in parents] == [0] * 8
+    trials = settled(tmp_path, n_trials, storage)
+    withdrawn = [one for one in trials if "withdrawn" in one.user_attrs]
+    assert len(trials) - len(withdrawn) == n_trials
+    assert [one.user_attrs.get("baseline") for one in trials if one not in withdrawn].count(0) == 1
+    assert len({one.user_attrs["lease"]["pid"] for one in trials}) > 1
+
+
+def test_a_suspended_parent_survives_the_loss_of_its_trial(tmp_path: Path) -> None:
+    storage, quick = f"sqlite:///{tmp_path}/study.db", {"stale_after": 0.6, "renew_after": 0.1}
+    ledger(tmp_path, 3, storage)
+    settings = {"storage": storage, "prunes": False, **quick}
+    parent = in_a_process(lambda: run(plan(tmp_path, 3, **settings), lambda: FakeTrainer(seconds=1.5)) and None)
+    while not (tmp_path / "out" / "trial_0001" / "trial.json").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(parent, signal.SIGSTOP)
+    time.sleep(0.8)
+    run(plan(tmp_path, 2, **settings))  # its budget leaves something to the other
+    os.kill(parent, signal.SIGCONT)
+    assert os.waitpid(parent, 0)[1] == 0
+    trials = settled(tmp_path, 3, storage)
+    assert trials[0].state == TrialState.FAIL and "has not been heard of for" in trials[0].user_attrs["message"]
+    assert "trial 1: its lease was lost" in said(tmp_path)
+
+
+def test_a_study_works_through_a_grpc_server(tmp_path: Path) -> None:
+    pytest.importorskip("grpc")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = (
+        "from optuna.storages import run_grpc_proxy_server\nfrom library.search.storage import open_storage\n"
+        f"run_grpc_proxy_server(open_storage('sqlite:///{tmp_path}/study.db'), host='127.0.0.1', port={port})"
+    )
+    server = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT, stderr=subprocess.DEVNULL)
+    try:
+        storage = f"grpc://127.0.0.1:{port}"
+        run(plan(tmp_path, 3, storage=storage, workers=2, prunes=False))
+        settled(tmp_path, 3, storage)
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def postgresql(tmp_path: Path) -> Iterator[str]:
+    """A server of its own, as Debian's package has it."""
+    if find_spec("psycopg") is None:
+        pytest.skip("psycopg, the driver of PostgreSQL, is not installed")
+    found = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
+    if found is None:
+        pytest.skip("PostgreSQL's server is not installed")
+    programs, data = Path(found).parent, tmp_path / "postgresql"
+    # The server refuses to run as root.
+    who: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}
+    data.mkdir()
+    if who:
+        for folder in (data, *(parent for parent in data.parents if parent.owner() == "root" and parent != Path("/"))):
+            with suppress(OSError):
+                folder.chmod(folder.stat().st_mode | 0o011)
+        shutil.chown(data, "nobody")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    try:
+        subprocess.run(
+            [str(programs / "initdb"), "-D", str(data), "-U", "test", "-A", "trust", "--no-sync"],
+            check=True,
+            capture_output=True,
+            cwd="/",
+            **who,
+        )
+    except (subprocess.CalledProcessError, OSError) as error:
+        pytest.skip(f"PostgreSQL cannot be started here: {getattr(error, 'stderr', None) or error}")
+    server = subprocess.Popen(
+        [str(programs / "postgres"), "-D", str(data), "-p", str(port), "-k", str(data), "-h", "127.0.0.1", "-F"],
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        **who,
+    )
+    try:
+        for _ in range(100):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.1):
+                break
+            time.sleep(0.1)
+        yield f"postgresql+psycopg://test@127.0.0.1:{port}/postgres"
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(20)
+
+
+def test_eight_parents_share_a_study_on_postgresql(tmp_path: Path, postgresql: str) -> None:
+    n_trials = 12
+    parents = [
+        in_a_process(
+            lambda: (
+                run(plan(tmp_path, n_trials, storage=postgresql, prunes=False), lambda: FakeTrainer(seconds=0.05))
+                and None
+            )
+        )
+        for _ in range(8)
+    ]
+    assert [os.waitpid(parent, 0)[1] for parent in parents] == [0] * 8
+    settled(tmp_path, n_trials, postgresql)

@@ -1,0 +1,234 @@
+"""Noise, verdicts, picks, convergence alerts: what is said of a study, and when."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from library.errors import UserError
+from library.search.convergence import alerts, announce, since_best
+from library.search.noise import (
+    enqueue_baselines,
+    enqueue_confirmations,
+    enqueue_initial,
+    judge,
+    pick,
+    sigma_of,
+    top,
+)
+from library.search.progress import progress
+from tests.tools.search import SPACE, ledger
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+def trial(number: int, value: float | None, state: str = "COMPLETE", rate: float = 1e-4, **attrs: Any) -> FrozenTrial:
+    """Trial `number`, from 1, which took a minute."""
+    one = create_trial(
+        state=TrialState[state],
+        value=value,
+        params={**SPACE.defaults, "learning_rate": rate * (1 + number / 1000), **attrs.pop("params", {})},
+        distributions=SPACE.distributions(),
+        user_attrs=attrs,
+    )
+    one.number = number - 1
+    one.datetime_start = datetime(2026, 1, 1) + timedelta(minutes=number)
+    if one.state.is_finished():
+        one.datetime_complete = one.datetime_start + timedelta(minutes=1)
+    return one
+
+
+def baselines(*values: float) -> list[FrozenTrial]:
+    return [
+        trial(n, value, baseline=n - 1, params=dict(SPACE.defaults), seed=6 + n) for n, value in enumerate(values, 1)
+    ]
+
+
+NOISY = baselines(-0.10, -0.12, -0.14)  # mean -0.12, sigma 0.02
+
+
+def test_sigma_is_pooled_over_groups_of_equals() -> None:
+    assert sigma_of([[-0.10, -0.12, -0.14]]) == pytest.approx(0.02)
+    assert sigma_of([[0.0, 0.2], [5.0, 5.0]]) == pytest.approx(0.1)
+    assert sigma_of([[1.0], []]) is None
+
+
+@pytest.mark.parametrize(("value", "is_winner"), [(-0.159, False), (-0.161, True)])
+def test_no_winner_is_announced_within_two_sigma(value: float, is_winner: bool) -> None:
+    verdict = judge([*NOISY, trial(4, value)])
+    assert verdict.is_winner == is_winner and verdict.best is not None and verdict.best.trial == 4
+    assert verdict.words.startswith("The winner is trial 4" if is_winner else "No winner: the best is trial 4")
+
+
+def test_without_a_second_value_of_the_default_nothing_is_announced() -> None:
+    verdict = judge([*baselines(-0.1), trial(2, -9.0)])
+    assert not verdict.is_winner and "its noise is not known" in verdict.words
+    assert judge([]).best is None
+
+
+def test_the_best_are_ranked_by_the_mean_over_their_seeds() -> None:
+    lucky, steady = trial(4, -0.50), trial(5, -0.45)
+    again = [
+        trial(n, value, of_trial=of, seed=seed)
+        for n, (of, seed, value) in enumerate([(4, 10, -0.2), (4, 11, -0.22), (5, 10, -0.44), (5, 11, -0.46)], 1)
+    ]
+    assert judge([*NOISY, lucky, steady]).best.trial == 4  # type: ignore[union-attr]
+    best = judge([*NOISY, lucky, steady], again).best
+    assert best is not None and best.trial == 5 and best.mean == pytest.approx(-0.45)
+    assert best.fresh_mean == pytest.approx(-0.45) and best.spread == pytest.approx(0.01)
+
+
+def test_trials_not_told_apart_from_the_winner_are_named() -> None:
+    verdict = judge([*NOISY, trial(4, -0.30), trial(5, -0.28), trial(6, -0.20)])
+    assert verdict.words.endswith("Not told apart from it: trial 5.")
+
+
+@pytest.mark.parametrize("attrs", [{"imputed": -9.0}, {"failure": "diverged"}, {"imported": "elsewhere"}])
+def test_the_best_is_never_predicted_a_penalty_or_imported(attrs: dict[str, Any]) -> None:
+    assert [one.number + 1 for one in top([*NOISY, trial(4, -9.0, **attrs), trial(5, -0.5)])][0] == 5
+
+
+def test_the_same_parameters_are_among_the_best_once() -> None:
+    assert len(top([*NOISY, trial(4, 0.0)])) == 2
+
+
+def test_a_picked_trial_is_the_best_whatever_its_value(tmp_path: Path) -> None:
+    verdict = judge([*NOISY, *(trial(n, -1.0 * n) for n in range(4, 12))], picked=2)
+    assert verdict.is_winner and verdict.best is not None and verdict.best.trial == 2
+    mine = ledger(tmp_path)
+    mine.study.add_trial(trial(1, -0.5))
+    mine.study.add_trial(trial(2, -9.0, imputed=-9.0))
+    pick(mine, 1)
+    assert mine.study.user_attrs["picked"] == 1
+    with pytest.raises(UserError, match="Trial 2 cannot be picked.*These did: 1."):
+        pick(mine, 2)
+
+
+def test_the_default_comes_first_three_times_with_three_seeds(tmp_path: Path) -> None:
+    mine, other = ledger(tmp_path), ledger(tmp_path)
+    for one in (mine, other, mine):
+        enqueue_baselines(one)
+        enqueue_initial(one, [{**SPACE.defaults, "learning_rate": 1e-3}, dict(SPACE.defaults)])
+    asked = [mine.ask() for _ in range(4)]
+    assert [one.seed for one in asked if one] == [7, 8, 9, 7]
+    assert all(one and one.params == SPACE.defaults for one in asked[:3])
+    assert asked[3] and asked[3].params["learning_rate"] == 1e-3 and asked[3].is_protected
+    assert len(mine.trials()) == 4
+    small = ledger(tmp_path / "small", 2)
+    enqueue_baselines(small)
+    assert len(small.trials()) == 2
+
+
+def test_a_baseline_that_was_given_up_is_enqueued_when_the_study_goes_on(tmp_path: Path) -> None:
+    from library.search.jobs import Outcome
+
+    mine = ledger(tmp_path)
+    enqueue_baselines(mine)
+    for _ in range(5):  # 1 2 3, and 1 twice again
+        running = mine.ask()
+        assert running is not None
+        failed = running.attrs.get("baseline") == 0
+        mine.settle(running, Outcome(running.number, "failed" if failed else "done", value=0.0))
+    assert not [one for one in mine.trials() if one.state == TrialState.WAITING]
+    for _ in range(2):
+        enqueue_baselines(ledger(tmp_path))
+    again = mine.ask()
+    assert again is not None and again.attrs["baseline"] == 0 and again.seed == 7 and len(mine.trials()) == 6
+
+
+def test_confirmations_are_enqueued_once_with_seeds_of_their_own(tmp_path: Path) -> None:
+    mine = ledger(tmp_path, 100, creates=False)
+    for _ in range(2):
+        assert enqueue_confirmations(mine, [trial(4, -1.0), trial(5, -0.9)]) == 4
+    asked = [mine.ask() for _ in range(5)]
+    assert [(one.attrs["of_trial"], one.seed) for one in asked if one] == [(4, 10), (4, 11), (5, 10), (5, 11)]
+    assert asked[4] is None and not mine.is_done()
+
+
+# Convergence.
+
+
+def levels(trials: list[FrozenTrial], n_trials: int = 50) -> set[str]:
+    return {one.level for one in alerts(trials, SPACE, n_trials)}
+
+
+def flat(count: int, best_at: int = 1) -> list[FrozenTrial]:
+    return [trial(n, -1.0 if n == best_at else 0.01 * n) for n in range(1, count + 1)]
+
+
+@pytest.mark.parametrize(
+    ("count", "n_trials", "wanted"),
+    [
+        (10, 50, set()),
+        (11, 50, {"PLATEAU"}),
+        (19, 50, {"PLATEAU"}),
+        (20, 50, {"PLATEAU", "CONVERGED"}),
+        (20, 100, {"PLATEAU"}),
+        (31, 100, {"PLATEAU", "CONVERGED"}),
+        (20, 20, {"PLATEAU", "CONVERGED", "BUDGET"}),
+    ],
+)
+def test_plateau_and_convergence(count: int, n_trials: int, wanted: set[str]) -> None:
+    found = {one for one in levels(flat(count), n_trials) if not one.startswith("AGREED")}
+    assert found == wanted
+
+
+def test_a_better_trial_starts_the_count_anew_and_a_predicted_one_does_not() -> None:
+    done = flat(12)
+    assert since_best(done) == 11
+    assert since_best([*done, trial(13, -2.0)]) == 0
+    assert since_best([*done, trial(13, -2.0, imputed=-2.0)]) == 12
+
+
+def test_failures_are_reported_and_withdrawn_trials_are_none() -> None:
+    failed = [trial(n, None, "FAIL") for n in range(2, 5)]
+    diverged = [trial(n, 0.5, failure="diverged") for n in range(5, 7)]
+    assert "FAILURES" in levels([*flat(1), *failed, *diverged])
+    assert "FAILURES" not in levels([*flat(1), *failed, *diverged, trial(9, 0.1)])
+    withdrawn = [trial(n, None, "FAIL", withdrawn="enqueued twice") for n in range(2, 9)]
+    assert not levels([*flat(1), *withdrawn])
+    half = [trial(n, None if n % 2 else 0.1 * n, "FAIL" if n % 2 else "COMPLETE") for n in range(1, 11)]
+    assert "HALF FAILED" in levels(half)
+
+
+def test_a_best_value_at_a_border_is_reported() -> None:
+    done = [trial(n, 0.1 * n) for n in range(2, 12)]
+    assert not [one for one in levels(done) if one.startswith("BORDER")]
+    assert "BORDER learning_rate" in levels([*done, trial(12, -1.0, rate=9.8e-3)])
+
+
+def test_an_alert_is_written_once_whoever_looks_and_the_file_keeps_all(tmp_path: Path) -> None:
+    one, other = ledger(tmp_path), ledger(tmp_path)
+    for done in flat(11):
+        one.study.add_trial(done)
+    assert [alert.level for alert in announce(one, tmp_path)] == ["PLATEAU"]
+    first = (tmp_path / "CONVERGENCE_ALERT.txt").read_text()
+    assert announce(one, tmp_path) == announce(other, tmp_path) == []
+    for number in range(12, 14):
+        one.study.add_trial(trial(number, None, "FAIL"))
+    one.study.add_trial(trial(14, 9.0))
+    assert [alert.level for alert in announce(ledger(tmp_path), tmp_path)] == ["BUDGET"]
+    text = (tmp_path / "CONVERGENCE_ALERT.txt").read_text()
+    assert text.startswith(first) and len(text.splitlines()) == 2 and "PLATEAU: no better trial in 10" in text
+    assert not list(tmp_path.glob(".CONVERGENCE*"))
+
+
+# Progress.
+
+
+def test_progress_is_of_the_whole_study() -> None:
+    running = trial(5, None, "RUNNING")
+    running.intermediate_values = dict.fromkeys(range(1, 6), 0.0)
+    now = progress([*flat(4), running, trial(6, None, "FAIL")], 10, workers=1, more=2)
+    assert (now.done, now.running, now.best_trial) == (4, 1, 1)
+    assert now.seconds_left == pytest.approx((10 - 4 - 0.5) * 60 + 2 * 60)
+    assert now.line(3.25) == "trial 4/10  running 1  best -1.0000 (trial 1)  3.2 img/s  left 0:07:30"
+    assert progress([], 10).line() == "trial 0/10  running 0"

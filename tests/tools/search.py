@@ -1,0 +1,133 @@
+"""Studies as tests need them: a small space, trainers that compute a value instead of training, plans of fast studies."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from library.search.driver import Driver, StudyPlan, Trainer
+from library.search.jobs import SLOTS, Begun, Job, Outcome, Slot
+from library.search.ledger import Ledger
+from library.search.outcomes import write_outcome
+from library.search.space import Parameter, Space
+from library.search.study import Terms, open_study
+
+SPACE = Space(
+    "train_network",
+    (
+        Parameter("learning_rate", 3e-4, 1e-5, 1e-2, log=True, option="learning_rate"),
+        Parameter("text_encoder_ratio", 0.5, 0.1, 1.0, option="text_encoder_lr", times=("learning_rate",)),
+        Parameter("network_dim", 16, choices=(8, 16, 32), option="network_dim"),
+    ),
+)
+TERMS = Terms("train_network", "loss", SPACE, {"train_batch_size": 4}, seed=7)
+
+
+def value_at(options: dict[str, Any], seed: int, slot: int = SLOTS, sigma: float = 0.01) -> float:
+    """What a training with these options is worth after a slot: least at learning_rate 1e-3 and network_dim 32."""
+    distance = (math.log10(options["learning_rate"]) + 3) ** 2 + 0.05 * (options["network_dim"] != 32)
+    noise = random.Random(f"{sorted(options.items())}/{seed}").gauss(0, sigma)
+    return -0.5 * (slot / SLOTS) + 0.3 * distance + noise
+
+
+class FakeTrainer:
+    """Ends at once.
+
+    ending: what becomes of a job, by default "done"; may raise.
+    seconds: a whole training takes.
+    """
+
+    def __init__(self, ending: Callable[[Job], str] = lambda job: "done", seconds: float = 0.0) -> None:
+        self.ending, self.seconds = ending, seconds
+        self.jobs: list[Job] = []
+        self.closed = False
+        self._stopped = False
+
+    def run(self, job: Job, on_slot: Callable[[Slot], bool], **more: Callable[..., None]) -> Outcome:
+        if self._stopped:
+            return Outcome(job.trial, "stopped", "Stopped before it began.")
+        self.jobs.append(job)
+        more["on_begun"](Begun(job.trial, 10 * SLOTS))
+        ending = self.ending(job)
+        if ending != "done":
+            return Outcome(job.trial, ending, f"it is {ending}.")  # type: ignore[arg-type]
+        values = []
+        for slot in range(1, SLOTS + 1):
+            time.sleep(self.seconds / SLOTS)
+            more["on_tick"]()
+            values.append(value_at(job.options, job.seed, slot))
+            goes_on = on_slot(Slot(job.trial, slot, 10 * slot, values[-1], {"low": values[-1]}, 5.0))
+            if self._stopped or not goes_on:
+                return Outcome(job.trial, "stopped", value=min(values))
+        outcome = Outcome(job.trial, "done", "", min(values), values.index(min(values)) + 1, {"low": 1.0}, seconds=0.1)
+        write_outcome(job.folder, outcome)
+        return outcome
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def plan(folder: Path, n_trials: int = 12, **changes: Any) -> StudyPlan:
+    defaults: dict[str, Any] = {
+        "name": "test",
+        "storage": f"journal:{folder / 'study.log'}",
+        "output_dir": folder / "out",
+        "terms": TERMS,
+        "n_trials": n_trials,
+        "sampler": "random",
+        "confirm": 0,
+        "poll": 0.05,
+        "quiet": True,
+    }
+    return StudyPlan(**defaults | changes)
+
+
+def run(plan: StudyPlan, trainer: Callable[[], Trainer] = FakeTrainer) -> Driver:
+    driver = Driver(plan, lambda number: trainer())
+    driver.run()
+    return driver
+
+
+def ledger(folder: Path, n_trials: int = 12, storage: str | None = None, **changes: Any) -> Ledger:
+    """Another parent's view of the study that `plan` names."""
+    study = open_study("test", storage or f"journal:{folder / 'study.log'}", TERMS, lambda words: None)
+    settings: dict[str, Any] = {"sampler": "random", "seed": 7, "say": lambda words: None}
+    return Ledger(study, SPACE, n_trials, folder=lambda n: folder / "out" / f"trial_{n:04d}", **settings | changes)
+
+
+def said(folder: Path) -> str:
+    return (folder / "out" / "optimization.log").read_text()
+
+
+def dead_lease(**changes: Any) -> dict[str, Any]:
+    """Of a process of this machine that is no more."""
+    from library.search.leases import this_process
+
+    return {**this_process().lease(0), "pid": 2**22 + 1, **changes}
+
+
+def params_key(params: dict[str, Any]) -> str:
+    return json.dumps(params, sort_keys=True)
+
+
+def in_a_process(work: Callable[[], None]) -> int:
+    """Fork a process that does `work` and ends at once, with nothing of pytest's; its id."""
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            os.setsid()
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return process

@@ -1,0 +1,73 @@
+"""The U-Net of the tiny base: SD1.5's blocks, narrow, trained on cached latents and the frozen text encoder's output."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from library.diffusion.objective import Objective
+from library.diffusion.schedule import NoiseSchedule
+from library.models.clip_tokenizer import tiny_tokenizer
+from library.models.encoders import TextEncoder, VaeEncoder
+from library.models.sd15_configs import SD15_SCHEDULER, SD15_UNET
+from tools.shapes.clip import HIDDEN
+from tools.shapes.fit import Record, fit
+from tools.shapes.pictures import Pictures, batches, caption
+
+CONFIG = {**SD15_UNET, "block_out_channels": [64, 64, 64, 96], "cross_attention_dim": HIDDEN, "sample_size": 16}
+BATCH, RATE = 32, 1.5e-3
+EMPTY_PROMPTS = 0.1
+MIN_SNR_GAMMA = 5.0
+
+
+def train_denoiser(
+    pictures: Pictures, vae: AutoencoderKL, text_model: CLIPTextModel, steps: int
+) -> tuple[UNet2DConditionModel, Record]:
+    """The base's own objective, noise, with min-SNR weights; one caption in ten is empty, for guidance."""
+    unet = UNet2DConditionModel.from_config(CONFIG).to(memory_format=torch.channels_last).train()
+    objective = Objective(NoiseSchedule.from_config(SD15_SCHEDULER), min_snr_gamma=MIN_SNR_GAMMA)
+    latents = encode(vae, pictures.pixels)
+    embeddings = _Embeddings(TextEncoder(tiny_tokenizer(), text_model))
+    generator, choose = torch.Generator().manual_seed(4), random.Random(4)
+
+    def loss_at(step: int, indices: Tensor) -> Tensor:
+        chosen = latents[indices]
+        prompts = [
+            "" if choose.random() < EMPTY_PROMPTS else caption(pictures.known[index], choose)
+            for index in indices.tolist()
+        ]
+        noise = torch.randn(chosen.shape, generator=generator)
+        # One timestep in each of as many equal parts as the batch has samples: a quieter loss than independent draws.
+        shares = (torch.arange(len(chosen)) + torch.rand(len(chosen), generator=generator)) / len(chosen)
+        timesteps = (shares * objective.schedule.timesteps).long()
+        noisy = objective.schedule.add_noise(chosen, noise, timesteps)
+        output = unet(noisy.to(memory_format=torch.channels_last), timesteps, embeddings(prompts)).sample
+        return objective.losses(output, chosen, noise, noisy, timesteps).mean()
+
+    record = fit("denoiser", {"unet": unet}, loss_at, list(batches(len(pictures), BATCH, steps, 4)), RATE, 0.998)
+    return unet.eval().to(memory_format=torch.contiguous_format), record
+
+
+def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """uint8 [N, 3, H, W] -> latents as the U-Net takes them, [N, 4, H/8, W/8] float32."""
+    encoder = VaeEncoder(vae)
+    means = torch.cat([encoder.moments(part)[0].float() for part in pixels.split(32)])
+    return means * float(vae.config["scaling_factor"])
+
+
+class _Embeddings:
+    """The text encoder's output for prompts, each computed once."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self._encoder = encoder
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """[B, 77, D] float32."""
+        if new := sorted(set(prompts) - self._known.keys()):
+            self._known |= dict(zip(new, self._encoder.encode(new), strict=True))
+        return torch.stack([self._known[prompt] for prompt in prompts]).float()
