@@ -53,7 +53,7 @@ def print_plan(options: GenerateOptions, wanted: ShotList) -> None:
     seeds = sorted({shot.seed for shot in shots})
     size = f"{what.width or 'native'} x {what.height or 'native'}"
     if options.passes.init_image is not None:
-        size += f", begun with {options.passes.init_image}"
+        size = f"{shots[0].request.width} x {shots[0].request.height}, begun with {options.passes.init_image}"
     to_last = f" to {seeds[-1]}" if len(seeds) > 1 else ""
     print(f"pictures   {len(shots)} of {size}, seed {seeds[0]}{to_last}")
     for sampler, schedule, steps, scale in dict.fromkeys(
@@ -67,7 +67,7 @@ def print_plan(options: GenerateOptions, wanted: ShotList) -> None:
         )
     for name, axis in zip(("columns", "rows"), wanted.axes or (), strict=False):
         if axis is not None:
-            print(f"{name:10} {axis.name}: {', '.join(axis.headings)}")
+            print(f"{name:10} {', '.join(axis.headings)}")
     for note in wanted.notes:
         print(f"note       {note}")
     print(f"output     {what.output}")

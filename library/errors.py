@@ -68,8 +68,9 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int
             if type(error).__name__ != "OutOfMemoryError":
                 raise
             print(
-                "error: the device is out of memory. Lower --train_batch_size and raise --gradient_accumulation_steps "
-                f"by the same factor, or turn on --gradient_checkpointing. ({str(error).splitlines()[0]})",
+                "error: the device is out of memory. When training, lower --train_batch_size and raise "
+                "--gradient_accumulation_steps by the same factor, or turn on --gradient_checkpointing; when drawing, lower "
+                f"--batch_size or the size. ({str(error).splitlines()[0]})",
                 file=sys.stderr,
             )
             return EXIT_OUT_OF_MEMORY

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
@@ -37,8 +39,21 @@ def inject(model: nn.Module, sizes: Sizes, spec: NetworkSpec) -> dict[str, Adapt
 def _peft_layers(model: nn.Module, sizes: Sizes, spec: NetworkSpec) -> dict[str, AdaptedLayer]:
     config, to_adapted = _peft(sizes, spec)
     # On the meta device PEFT draws nothing from the global generator and casts nothing to the dtype of the base.
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    with _without_collector():
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     return {path: to_adapted(model.get_submodule(path), spec, rank, alpha) for path, (rank, alpha) in sizes.items()}
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """So many objects are made here that Python's collector goes through those of all libraries: measured, half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _peft(sizes: Sizes, spec: NetworkSpec) -> tuple[Any, Callable[..., AdaptedLayer]]:

@@ -84,8 +84,12 @@ class Network:
         return Adapter(modules, {"ss_base_model_version": BASE_VERSIONS[self.spec.family]})
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Copies on the CPU under the names that kohya, A1111 and ComfyUI read; see `adapter_tensors`."""
-        return adapter_tensors(self.adapter(), "kohya", dtype, keep_dora=True)
+        """Copies on the CPU under the names that kohya, A1111 and ComfyUI read; see `adapter_tensors`.
+
+        In `dtype` as kohya saves them, alphas too; but for DoRA's norms, of which half precision would leave little.
+        """
+        tensors = adapter_tensors(self.adapter(), "kohya", dtype, keep_dora=True)
+        return {key: value.to(dtype) if key.endswith(".alpha") else value for key, value in tensors.items()}
 
     def load(self, adapter: Adapter) -> None:
         """Start from the weights of an adapter; another alpha is made up for, so that it acts as in its own file.

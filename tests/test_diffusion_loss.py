@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.diffusion.loss import PointwiseLoss
-from library.diffusion.noise import NoiseRecipe, draw
+from library.diffusion.noise import draw
 from library.diffusion.objective import Objective
 from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
@@ -258,7 +258,7 @@ def test_weights_that_do_not_fit_what_is_compared_are_refused(arguments: dict[st
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_noise_and_loss_never_wait_for_the_device(prediction_type: str) -> None:
-    recipe = NoiseRecipe(0.1, True, 0.1, 4, 0.3, 0.1, True, 10, 900)
+    recipe = NoiseOptions(10, 900, 0.1, True, 0.1, 4, 0.3, 0.1, True)
     velocities = prediction_type == "v_prediction"
     generator = torch.Generator().manual_seed(0)
     latents, _, output, _ = batch()

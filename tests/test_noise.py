@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from library.diffusion.noise import NoiseRecipe, draw
+from library.diffusion.noise import draw
 from library.errors import UserError
+from library.options.kohya_objective import NoiseOptions
 
 SHAPE = (3, 4, 6, 10)
 
@@ -26,7 +26,7 @@ def latents() -> torch.Tensor:
 
 
 def test_without_options_it_draws_randn_and_randint_and_nothing_else() -> None:
-    drawn = draw(latents(), seeded(), NoiseRecipe(), 1000)
+    drawn = draw(latents(), seeded(), NoiseOptions(), 1000)
     generator = seeded()
     assert torch.equal(drawn.noise, torch.randn(SHAPE, generator=generator))
     assert torch.equal(drawn.timesteps, torch.randint(0, 1000, (3,), generator=generator))
@@ -36,7 +36,7 @@ def test_without_options_it_draws_randn_and_randint_and_nothing_else() -> None:
 @pytest.mark.parametrize("random_strength", [False, True])
 @pytest.mark.parametrize("adaptive", [None, 0.3, -0.1])
 def test_the_noise_offset_is_the_slow_one(random_strength: bool, adaptive: float | None) -> None:
-    options = NoiseRecipe(noise_offset=0.1, noise_offset_random_strength=random_strength, adaptive_noise_scale=adaptive)
+    options = NoiseOptions(noise_offset=0.1, noise_offset_random_strength=random_strength, adaptive_noise_scale=adaptive)
     drawn = draw(latents(), seeded(), options)
     generator, x = seeded(), latents().double().numpy()
     expected = torch.randn(SHAPE, generator=generator).double().numpy()
@@ -67,7 +67,7 @@ def slow_bilinear(small: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("iterations", [1, 2, 8])
 def test_pyramid_noise_is_the_slow_one(iterations: int) -> None:
-    drawn = draw(latents(), seeded(), NoiseRecipe(multires_noise_iterations=iterations, multires_noise_discount=0.6))
+    drawn = draw(latents(), seeded(), NoiseOptions(multires_noise_iterations=iterations, multires_noise_discount=0.6))
     generator, host = seeded(), random.Random("pyramid noise 7")
     expected = torch.randn(SHAPE, generator=generator).double().numpy()
     levels = 0
@@ -89,7 +89,7 @@ def test_pyramid_noise_is_the_slow_one(iterations: int) -> None:
 
 
 def test_the_sizes_of_a_pyramid_follow_from_the_seed_of_the_step() -> None:
-    options = NoiseRecipe(multires_noise_iterations=3)
+    options = NoiseOptions(multires_noise_iterations=3)
     first, again = (draw(latents(), seeded(), options).noise for _ in range(2))
     other = draw(latents(), torch.Generator().manual_seed(8), options).noise
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -97,7 +97,7 @@ def test_the_sizes_of_a_pyramid_follow_from_the_seed_of_the_step() -> None:
 
 @pytest.mark.parametrize("random_strength", [False, True])
 def test_input_perturbation_changes_what_is_added_and_not_the_target(random_strength: bool) -> None:
-    drawn = draw(latents(), seeded(), NoiseRecipe(ip_noise_gamma=0.2, ip_noise_gamma_random_strength=random_strength))
+    drawn = draw(latents(), seeded(), NoiseOptions(ip_noise_gamma=0.2, ip_noise_gamma_random_strength=random_strength))
     generator = seeded()
     noise = torch.randn(SHAPE, generator=generator)
     torch.randint(0, 1000, (3,), generator=generator)
@@ -108,14 +108,12 @@ def test_input_perturbation_changes_what_is_added_and_not_the_target(random_stre
 
 
 def test_timesteps_stay_between_the_bounds_and_reach_both_ends() -> None:
-    drawn = draw(torch.zeros(4000, 1, 1, 1), seeded(), NoiseRecipe(min_timestep=3, max_timestep=7))
+    drawn = draw(torch.zeros(4000, 1, 1, 1), seeded(), NoiseOptions(min_timestep=3, max_timestep=7))
     assert set(drawn.timesteps.tolist()) == {3, 4, 5, 6}
-    same = draw(torch.zeros(5, 1, 1, 1), seeded(), NoiseRecipe(min_timestep=400, max_timestep=400))
-    assert same.timesteps.tolist() == [400] * 5
 
 
 def test_all_at_once_follow_kohyas_order() -> None:
-    options = NoiseRecipe(
+    options = NoiseOptions(
         noise_offset=0.1, multires_noise_iterations=1, multires_noise_discount=0.5, ip_noise_gamma=0.1
     )
     drawn = draw(latents(), seeded(), options)
@@ -133,22 +131,17 @@ def test_all_at_once_follow_kohyas_order() -> None:
 @pytest.mark.parametrize(
     ("bounds", "sentence"),
     [
-        ((None, 1001), "max_timestep is 1001, and the schedule has 1000 timesteps."),
-        ((1000, None), "min_timestep is 1000, and the schedule's last timestep is 999."),
+        ((None, 501), "max_timestep is 501, and the schedule has 500 timesteps."),
+        ((500, None), "min_timestep is 500, and the schedule's last timestep is 499."),
     ],
 )
 def test_timesteps_outside_the_schedule_are_refused(bounds: tuple[int | None, int | None], sentence: str) -> None:
     with pytest.raises(UserError) as error:
-        draw(latents(), seeded(), NoiseRecipe(min_timestep=bounds[0], max_timestep=bounds[1]))
+        draw(latents(), seeded(), NoiseOptions(min_timestep=bounds[0], max_timestep=bounds[1]), timesteps=500)
     assert str(error.value) == sentence
-
-
-def test_a_recipe_is_made_of_any_options_with_its_names() -> None:
-    recipe = NoiseRecipe(noise_offset=0.1, max_timestep=500)
-    assert NoiseRecipe.of(SimpleNamespace(**vars(recipe), something_else=1)) == recipe
 
 
 def test_the_offset_of_a_sample_is_the_same_for_all_its_pixels() -> None:
     plain = torch.randn(SHAPE, generator=seeded())
-    shift = draw(latents(), seeded(), NoiseRecipe(noise_offset=0.5)).noise - plain
+    shift = draw(latents(), seeded(), NoiseOptions(noise_offset=0.5)).noise - plain
     assert (shift.std(dim=(2, 3)) < 1e-6).all() and not math.isclose(shift[0, 0, 0, 0].item(), shift[0, 1, 0, 0].item())

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -112,7 +113,13 @@ def test_killed_at_random_moments_a_study_loses_and_doubles_nothing(tmp_path: Pa
         parent = in_a_process(
             lambda: run(plan(tmp_path, n_trials, storage=storage), lambda: ChildTrainer(seconds=0.1)) and None
         )
-        time.sleep(dice.uniform(0.05, 0.6))
+        if number % 2:  # in the midst of a trial, however slow the machine is; else while it may still be starting
+            before = len(list((tmp_path / "out").glob("trial_*/trial.json")))
+            while os.waitid(os.P_PID, parent, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                if len(list((tmp_path / "out").glob("trial_*/trial.json"))) > before:
+                    break
+                time.sleep(0.01)
+        time.sleep(dice.uniform(0.0, 0.4))
         kill(("parent", "child", "both")[number % 3], parent, tmp_path / "out")
         if number % 3 == 1:
             time.sleep(0.2)
@@ -143,6 +150,21 @@ def test_eight_parents_share_a_study_without_a_lost_or_doubled_trial(tmp_path: P
     assert len({one.user_attrs["lease"]["pid"] for one in trials}) > 1
 
 
+def suspend(process: int, database: Path) -> None:
+    """Stop a process while it is not at work on the database, which nobody else could write to then."""
+    while True:
+        os.kill(process, signal.SIGSTOP)
+        connection = sqlite3.connect(database, timeout=0)
+        try:
+            connection.execute("BEGIN EXCLUSIVE")
+            return
+        except sqlite3.OperationalError:
+            os.kill(process, signal.SIGCONT)
+            time.sleep(0.01)
+        finally:
+            connection.close()
+
+
 def test_a_suspended_parent_survives_the_loss_of_its_trial(tmp_path: Path) -> None:
     storage, quick = f"sqlite:///{tmp_path}/study.db", {"stale_after": 0.6, "renew_after": 0.1}
     ledger(tmp_path, 3, storage)
@@ -150,8 +172,7 @@ def test_a_suspended_parent_survives_the_loss_of_its_trial(tmp_path: Path) -> No
     parent = in_a_process(lambda: run(plan(tmp_path, 3, **settings), lambda: FakeTrainer(seconds=1.5)) and None)
     while not (tmp_path / "out" / "trial_0001" / "trial.json").exists():
         time.sleep(0.01)
-    time.sleep(0.2)
-    os.kill(parent, signal.SIGSTOP)
+    suspend(parent, tmp_path / "study.db")
     time.sleep(0.8)
     run(plan(tmp_path, 2, **settings))  # its budget leaves something to the other
     os.kill(parent, signal.SIGCONT)
@@ -159,6 +180,14 @@ def test_a_suspended_parent_survives_the_loss_of_its_trial(tmp_path: Path) -> No
     trials = settled(tmp_path, 3, storage)
     assert trials[0].state == TrialState.FAIL and "has not been heard of for" in trials[0].user_attrs["message"]
     assert "trial 1: its lease was lost" in said(tmp_path)
+
+
+def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    """Until the server takes connections."""
+    while server.poll() is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.1)
 
 
 def test_a_study_works_through_a_grpc_server(tmp_path: Path) -> None:
@@ -173,6 +202,7 @@ def test_a_study_works_through_a_grpc_server(tmp_path: Path) -> None:
     server = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT, stderr=subprocess.DEVNULL)
     try:
         storage = f"grpc://127.0.0.1:{port}"
+        wait_for(port, server)
         run(plan(tmp_path, 3, storage=storage, workers=2, prunes=False))
         settled(tmp_path, 3, storage)
     finally:
@@ -217,10 +247,7 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
         **who,
     )
     try:
-        for _ in range(100):
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.1):
-                break
-            time.sleep(0.1)
+        wait_for(port, server)
         yield f"postgresql+psycopg://test@127.0.0.1:{port}/postgres"
     finally:
         server.send_signal(signal.SIGINT)

@@ -52,9 +52,6 @@ def states(mine: Ledger) -> list[str]:
     return [trial.state.name for trial in mine.trials()]
 
 
-# Budget.
-
-
 def test_the_budget_is_of_the_whole_study_whoever_asks(tmp_path: Path) -> None:
     one, other = ledger(tmp_path, 5), ledger(tmp_path, 5)
     for mine in (one, other, one, other):

@@ -74,6 +74,11 @@ def test_without_a_second_value_of_the_default_nothing_is_announced() -> None:
     assert judge([]).best is None
 
 
+def test_a_lucky_default_is_no_winner_over_itself() -> None:
+    verdict = judge([*baselines(-0.1, -0.1, -0.5), trial(4, -0.2)])
+    assert not verdict.is_winner and "nothing that was tried is better than the default" in verdict.words
+
+
 def test_the_best_are_ranked_by_the_mean_over_their_seeds() -> None:
     lucky, steady = trial(4, -0.50), trial(5, -0.45)
     again = [

@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from library.options.checks import require
+from library.options.kohya_objective import NoiseOptions
 
 # Levels of a pyramid shrink by a factor drawn from [2, 4).
 SMALLEST_SHRINK, SHRINK_RANGE = 2.0, 2.0
-
-
-@dataclass(frozen=True)
-class NoiseRecipe:
-    """Departures from plain Gaussian noise at any timestep, under kohya's names. The defaults are none."""
-
-    noise_offset: float | None = None
-    """Strength of a shift common to all pixels of a channel (crosslabs.org, "Diffusion with offset noise"); 0.05 to 0.1."""
-    noise_offset_random_strength: bool = False
-    """Draw the strength for each batch uniformly from 0 to noise_offset."""
-    adaptive_noise_scale: float | None = None
-    """Add this times |mean of the latent's channel| to noise_offset, never below 0."""
-    multires_noise_iterations: int | None = None
-    """Levels of pyramid noise: Gaussian noise of ever lower resolution, upsampled and added; 6 to 10."""
-    multires_noise_discount: float = 0.3
-    """Strength of each pyramid level relative to the one before."""
-    ip_noise_gamma: float | None = None
-    """Strength of noise added to the noisy latents and not to the target (input perturbation, arXiv 2301.11706); 0.1."""
-    ip_noise_gamma_random_strength: bool = False
-    """Draw the strength for each batch uniformly from 0 to ip_noise_gamma."""
-    min_timestep: int | None = None
-    """Smallest timestep trained on. Default: 0."""
-    max_timestep: int | None = None
-    """Timesteps trained on lie below this. Default: all of the schedule."""
-
-    @classmethod
-    def of(cls, options: Any) -> NoiseRecipe:
-        """Out of an option group with fields of these names."""
-        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -53,7 +24,7 @@ class Draw:
     timesteps: torch.Tensor
 
 
-def draw(latents: torch.Tensor, generator: torch.Generator, recipe: NoiseRecipe, timesteps: int = 1000) -> Draw:
+def draw(latents: torch.Tensor, generator: torch.Generator, recipe: NoiseOptions, timesteps: int = 1000) -> Draw:
     """Noise and timesteps for `latents` [B, C, h, w] float32, in kohya's order: noise, offset, pyramid, timesteps, ip.
 
     generator: on the latents' device, seeded for this step. timesteps: length of the schedule. With the defaults
@@ -72,7 +43,7 @@ def draw(latents: torch.Tensor, generator: torch.Generator, recipe: NoiseRecipe,
     return Draw(noise, added_noise, chosen)
 
 
-def offset(latents: torch.Tensor, generator: torch.Generator, recipe: NoiseRecipe) -> torch.Tensor:
+def offset(latents: torch.Tensor, generator: torch.Generator, recipe: NoiseOptions) -> torch.Tensor:
     """A normal shift for each sample and channel, [B, C, 1, 1], noise_offset strong."""
     strength = _strength(recipe.noise_offset or 0.0, recipe.noise_offset_random_strength, generator)
     if recipe.adaptive_noise_scale is not None:
@@ -101,8 +72,8 @@ def pyramid(noise: torch.Tensor, generator: torch.Generator, iterations: int, di
     return noise / noise.std()
 
 
-def draw_timesteps(count: int, generator: torch.Generator, recipe: NoiseRecipe, timesteps: int) -> torch.Tensor:
-    """Timesteps [count] int64, uniform from min_timestep to below max_timestep; where the two are equal, all that one.
+def draw_timesteps(count: int, generator: torch.Generator, recipe: NoiseOptions, timesteps: int) -> torch.Tensor:
+    """Timesteps [count] int64, uniform from min_timestep to below max_timestep; by default all of the schedule.
 
     Raises OptionError where they lie outside the schedule.
     """
@@ -110,8 +81,6 @@ def draw_timesteps(count: int, generator: torch.Generator, recipe: NoiseRecipe, 
     end = timesteps if recipe.max_timestep is None else recipe.max_timestep
     require(lowest < timesteps, "min_timestep", f"is {lowest}, and the schedule's last timestep is {timesteps - 1}.")
     require(end <= timesteps, "max_timestep", f"is {end}, and the schedule has {timesteps} timesteps.")
-    if lowest >= end:
-        return torch.full((count,), lowest, dtype=torch.int64, device=generator.device)
     return torch.randint(lowest, end, (count,), generator=generator, device=generator.device)
 
 

@@ -103,10 +103,9 @@ def _pixels(pictures: Sequence[Image.Image], side: int, mean: Sequence[float], s
     squares = []
     for picture in pictures:
         short = min(picture.size)
-        left, top = (picture.width - short) / 2, (picture.height - short) / 2
-        square = picture.convert("RGB").resize(
-            (side, side), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short)
-        )
+        left, top = (picture.width - short) // 2, (picture.height - short) // 2
+        square = picture.convert("RGB").crop((left, top, left + short, top + short))
+        square = square.resize((side, side), Image.Resampling.BICUBIC)
         squares.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
     values = torch.stack(squares).float() / 255
     return (values - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

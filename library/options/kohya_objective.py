@@ -13,6 +13,8 @@ TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class NoiseOptions:
+    """Departures from plain Gaussian noise at any timestep, which is what the defaults are; `library.diffusion.noise` draws it."""
+
     min_timestep: int | None = None
     """First timestep that is drawn, 0 to 999. Default: 0."""
     max_timestep: int | None = None

@@ -129,7 +129,9 @@ class ImageJudge:
     def __call__(self, slot: int) -> Measured:
         """Raises Diverged where a picture is not finite."""
         seen = self._look(self.folder / f"slot_{slot:02d}")
-        drift = distances(seen.unrelated, self.base.unrelated).mean().item()
+        # Against the base's distance to itself, which rounding leaves beside 0.
+        own_distances = distances(self.base.unrelated, self.base.unrelated)
+        drift = (distances(seen.unrelated, self.base.unrelated) - own_distances).mean().item()
         own, base = likeness(seen.subject, self.photos), likeness(self.base.subject, self.photos)
         gain = (own - base).mean().item()
         components = {"likeness": own.mean().item(), "likeness_gain": gain, "drift": drift}
@@ -220,7 +222,7 @@ def network_image_judge(
         )
         return DrawingModel(prepared.family, task.models[UNET], parts, eyes.vae, schedule, task.compute_dtype)
 
-    photos = [Image.fromarray(decode_rgb(one.image.path, name=str(one.image.path))) for one in held_out]
+    photos = [decode_rgb(one.image.path, name=str(one.image.path)) for one in held_out]
     memory = options.cache.cache_dir / "weight_hashes.json"
     components = (UNET, *prepared.family.text_encoders)
     facts = [base_weights_facts(options, prepared.base, components, memory), flatten(options.model), repr(judging), key]

@@ -32,7 +32,7 @@ from library.search.objective import (
     held_out_count,
 )
 from library.search.trial import Training
-from library.search.warm import Warm, file_facts
+from library.search.warm import Warm, file_facts, one_at_a_time
 from library.training.network import NetworkTask
 from library.training.network_checkpoints import NetworkCheckpoints
 from library.training.network_plan import collect_pictures, print_data
@@ -52,9 +52,8 @@ def network_training(job: Job, config: Path, warm: Warm, context: ExitStack) -> 
     processes = Processes(options.model.device)
     options = replace(options, speed=with_usable_attention(options.speed, processes.say))
     base, family = check_network_start(options, processes)
-    prepared = warm.caches.get(
-        _data_facts(options, base, family), lambda: _prepare(options, processes, base, family, warm)
-    )
+    prepared = warm.caches.get(_data_facts(options, base, family), lambda: _prepare(options, processes, base, family))
+    prepared.models = warm
     order = make_order(prepared.data, options)
     plan = make_plan(prepared.data, order, options)
     processes.say(f"{order.samples_per_epoch} samples an epoch, {plan.last_step} steps on {processes.device}")
@@ -69,15 +68,13 @@ def network_training(job: Job, config: Path, warm: Warm, context: ExitStack) -> 
     return Training(run, judge, export, flatten(options))
 
 
-def _prepare(
-    options: TrainNetworkOptions, processes: Processes, base: BaseLocation, family: Family, warm: Warm
-) -> Prepared:
+def _prepare(options: TrainNetworkOptions, processes: Processes, base: BaseLocation, family: Family) -> Prepared:
     # What is held out must not depend on the seed of the training.
     fixed = replace(options, training=replace(options.training, seed=EVALUATION_SEED))
     data = with_held_out(collect_pictures(fixed, base))
     print_data(data)
-    prepared = prepare_caches(options, processes, base, family, data)
-    prepared.models = warm
+    with one_at_a_time(options.cache.cache_dir):
+        prepared = prepare_caches(options, processes, base, family, data)
     if not prepared.data.validation:
         prepared.close()
         raise UserError("No held-out picture could be read: there is nothing to judge trials by.")

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from library.search.ledger import AGAIN, BASELINE, INITIAL, OF_TRIAL, SEED, WITHDRAWN, Ledger
 from library.search.space import Value
-from library.search.values import best_of, is_real, value_of
+from library.search.values import is_real, value_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -160,6 +160,9 @@ def judge(trials: list[FrozenTrial], confirmations: Iterable[FrozenTrial] = (), 
         words = f"Trial {picked} was picked by a person: {best.mean:.4f}."
         return Verdict(best, tuple(candidates), sigma, default, True, words)
     best = candidates[0]
+    if any(trial.number + 1 == best.trial and BASELINE in trial.user_attrs for trial in trials):
+        words = f"No winner: nothing that was tried is better than the default configuration ({default:.4f})."
+        return Verdict(best, tuple(candidates), sigma, default, False, words)
     is_winner, words = _words(best, candidates, sigma, default)
     return Verdict(best, tuple(candidates), sigma, default, is_winner, words)
 
@@ -195,6 +198,3 @@ def pick(ledger: Ledger, number: int) -> None:
         known = ", ".join(map(str, there)) or "none"
         raise UserError(f"Trial {number} cannot be picked: it did not end with a value of its own. These did: {known}.")
     ledger.study.set_user_attr(PICKED, number)
-
-
-__all__ = ["Candidate", "Verdict", "best_of", "judge", "pick"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from library.diffusion.objective import Objective as DiffusionObjective
-from library.errors import Diverged
+from library.errors import Diverged, UserError
 from library.training.randomness import sample_noise
 
 EVALUATION_SEED = 1234
@@ -87,6 +87,8 @@ class LossJudge:
             and a run's weights by timestep are the same on both sides of a ratio anyway.
         disabled: a context in which the models compute as the base.
         known: the base's losses of an earlier trial with the same base, pictures and arithmetic; they are put there.
+
+    Raises UserError where the base's own losses are not finite.
     """
 
     slots = frozenset(range(1, 11))
@@ -106,7 +108,7 @@ class LossJudge:
         self.base: Losses = {} if known is None else known
         if not self.base:
             with in_eval_mode(models.values()), disabled():
-                self.base.update(self.losses())
+                self.base.update(_checked(self.losses()))
 
     def __call__(self, slot: int) -> Measured:
         """Raises Diverged where a loss is no finite number."""
@@ -141,6 +143,16 @@ class LossJudge:
             parts.append(self.diffusion.losses(output, latents, noise, noisy, timesteps, mask=mask))
         losses = torch.cat(parts).cpu().double().view(len(one.ids), TIMESTEPS, self.noises).mean(dim=2)
         return dict(zip(one.ids, losses, strict=True))
+
+
+def _checked(base: Losses) -> Losses:
+    for name, losses in base.items():
+        if not torch.isfinite(losses).all() or not (losses > 0).all():
+            raise UserError(
+                f"The base itself has no finite loss on the held-out picture {name}, so nothing can be compared with it. Use "
+                "mixed_precision bf16 or no, and look at that picture."
+            )
+    return base
 
 
 def compare(now: Losses, base: Losses) -> Measured:

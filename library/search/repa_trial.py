@@ -26,7 +26,7 @@ from library.processes import Processes
 from library.search.jobs import Job
 from library.search.objective import MOST_PICTURES, HeldOut, LossJudge, by_hash, held_out_count
 from library.search.trial import Training
-from library.search.warm import Warm, file_facts
+from library.search.warm import Warm, file_facts, one_at_a_time
 from library.training.adapters import adapter_file
 from library.training.plan import make_plan
 from library.training.repa import RepaTask
@@ -86,7 +86,8 @@ def _prepare(options: TrainRepaOptions, processes: Processes) -> _Opened:
         workers=options.speed.max_data_loader_n_workers,
         tokens=options.alignment.alignment,
     )
-    caches = preparation.prepare(open_pictures(options.data), rebuild=False, say=processes.say)
+    with one_at_a_time(options.cache.cache_dir):
+        caches = preparation.prepare(open_pictures(options.data), rebuild=False, say=processes.say)
     return _Opened(caches if caches.val is not None else with_held_out(caches, processes))
 
 

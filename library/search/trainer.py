@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from library.errors import (
     EXIT_BAD_INPUT,
@@ -33,8 +33,6 @@ from library.errors import (
     Stopped,
     UserError,
 )
-from library.options.data import CacheOptions
-from library.options.kohya_dataset import NetworkCacheOptions
 from library.quiet import quiet_libraries
 from library.search.jobs import Begun, Ending, Job, Outcome, Progress, Slot
 from library.search.lines import from_line, read_as, to_line
@@ -46,6 +44,7 @@ _KEEPS_WARM: tuple[Ending, ...] = ("done", "stopped", "diverged", "refused")
 _EXIT_CODES: dict[Ending, int] = {"memory": EXIT_OUT_OF_MEMORY, "failed": EXIT_FAILED, "stopped": EXIT_STOPPED}
 # What torch says where there is no memory left and the exception's class does not: the CPU's allocator, CUDA's libraries.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory", "STATUS_ALLOC_FAILED")
+_SIGNALLED = "by SIGTERM."  # as the loop says it
 _PR_SET_PDEATHSIG = 1
 
 
@@ -58,7 +57,8 @@ class Wire:
         self.jobs: queue.Queue[Job] = queue.Queue()
         self._answers: queue.Queue[tuple[int, bool]] = queue.Queue()
         self._trial = self._stopped = -1
-        self._preparing: int | None = None
+        self.place: Literal["idle", "preparing", "training", "finishing"] = "idle"
+        self.signalled = False
         self._told = 0.0
         threading.Thread(target=self._read, args=(jobs,), name="wire", daemon=True).start()
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
@@ -74,15 +74,27 @@ class Wire:
 
     def begin(self, trial: int) -> None:
         """A trial is being prepared: until `begun`, this process says by itself that it is alive."""
-        self._preparing, self._trial = trial, trial
+        self._trial, self.place = trial, "preparing"
 
     def begun(self, steps: int) -> None:
-        self._preparing = None
+        self.place = "training"
         self.send("begun", Begun(self._trial, steps))
 
+    def finishing(self) -> None:
+        """Nothing is computed any more; what there is of the trial is written."""
+        self.place = "finishing"
+
     def ended(self, outcome: Outcome) -> None:
-        self._preparing = None
+        self.place = "idle"
         self.send("ended", outcome)
+
+    def on_sigterm(self, number: int, frame: Any) -> None:
+        """While no training listens for itself: end, or let what is being written be written first."""
+        self.signalled = True
+        if self.place == "idle":
+            os._exit(EXIT_STOPPED)
+        if self.place == "preparing":
+            raise Stopped("Stopped by SIGTERM before it began.")
 
     def slot(self, slot: Slot, *, last: bool) -> bool:
         """See `library.search.trial.Parent`."""
@@ -95,7 +107,7 @@ class Wire:
 
     def alive(self, step: int, images_per_second: float) -> None:
         """See `library.search.trial.Parent`."""
-        if self._stopped == self._trial:
+        if self._stopped == self._trial or self.signalled:
             raise Stopped(f"Stopped at step {step}, as the study asked.")
         if time.monotonic() - self._told >= BEAT_SECONDS:
             self._told = time.monotonic()
@@ -125,8 +137,8 @@ class Wire:
             # Where stdin is held open by another child of a parent that is gone.
             if not parent_lives():
                 end_with_group()
-            if (trial := self._preparing) is not None:
-                self.send("alive", Progress(trial, 0))
+            if self.place == "preparing":
+                self.send("alive", Progress(self._trial, 0))
 
 
 def main() -> int:
@@ -135,6 +147,7 @@ def main() -> int:
     wire = Wire(*private_descriptors())
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    signal.signal(signal.SIGTERM, wire.on_sigterm)
     faulthandler.enable()
     quiet_libraries()
     from library.search.warm import Warm  # torch, diffusers and the rest: seconds, before the first job needs them
@@ -146,7 +159,7 @@ def main() -> int:
         with logged(Path(job.folder)):
             outcome = work(job, warm, wire)
             fit = outcome.ending in _KEEPS_WARM and left_in_order(warm)
-        signalled = outcome.ending == "stopped" and outcome.message.endswith(_SIGNALLED)
+        signalled = wire.signalled or outcome.message.endswith(_SIGNALLED)
         wire.ended(outcome)
         if not fit or signalled:
             # Not by way of sys.exit: destructors of what failed may hang.
@@ -168,9 +181,6 @@ def private_descriptors() -> tuple[BinaryIO, int]:
     return jobs, events
 
 
-_SIGNALLED = "by SIGTERM."
-
-
 def work(job: Job, warm: Any, wire: Wire) -> Outcome:
     """Train a trial; whatever goes wrong becomes its outcome, which is written into its folder too."""
     import torch
@@ -186,8 +196,7 @@ def work(job: Job, warm: Any, wire: Wire) -> Outcome:
     wire.begin(job.trial)
     try:
         with ExitStack() as context:
-            with waited_for(job):
-                training = make_training(job, write_files(job, print), warm, context)
+            training = make_training(job, write_files(job, print), warm, context)
             trial = Trial(job, training, wire)
             wire.begun(trial.last_step)
             trial.train()
@@ -197,6 +206,7 @@ def work(job: Job, warm: Any, wire: Wire) -> Outcome:
             traceback.print_exc()
         else:
             print(message)
+    wire.finishing()
     if trial is not None:
         try:
             file = trial.save_best()
@@ -245,25 +255,6 @@ def left_in_order(warm: Any) -> bool:
         return True
     print("warning: the frozen weights were changed by this trial; the next one loads them anew, in a new process.")
     return False
-
-
-@contextmanager
-def waited_for(job: Job) -> Iterator[None]:
-    """Within the context no other trainer of this machine prepares caches in the same place: one builds, the rest find."""
-    lock = None
-    with contextlib.suppress(ImportError, OSError):
-        import fcntl
-
-        default = NetworkCacheOptions() if job.script == "train_network" else CacheOptions()
-        folder = Path(str(job.options.get("cache_dir") or default.cache_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".search.lock", "a+b")  # noqa: SIM115
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.close()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -137,10 +138,10 @@ class Trial:
                 one.close()
 
     def __call__(self, step: int, finished: bool) -> None:
+        self.parent.alive(step, self._measured_speed(step))
         if step == 0:
             self._begin_slot(step)
             return
-        self.parent.alive(step, self._measured_speed(step))
         reached = slots_after(step, self.last_step)
         if due := [slot for slot in reached if slot in self.training.judge.slots]:
             self._measure(due[-1], step, finished)
@@ -217,6 +218,9 @@ def write_files(job: Job, say: Callable[[str], None]) -> Path:
     import toml
 
     folder = Path(job.folder)
+    # Of an attempt that was interrupted.
+    shutil.rmtree(folder / EVALUATIONS, ignore_errors=True)
+    (folder / f"{adapter_name(job)}.safetensors").unlink(missing_ok=True)
     params = {name: value for name, value in job.options.items() if name not in SEEDED}
     if not (folder / PARAMS_FILE).exists():
         write_json(folder / PARAMS_FILE, params)

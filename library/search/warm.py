@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import gc
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -129,6 +131,8 @@ class Warm(FrozenModels):
     def tidy(self) -> None:
         """Let go of what a trial left lying: its modules refer to each other in circles."""
         gc.collect()
+        if "torch._dynamo" in sys.modules:  # it counts what it compiled for modules that are gone, up to a limit
+            torch._dynamo.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -157,6 +161,23 @@ def fingerprint(model: nn.Module) -> tuple[int, ...]:
     return tuple(torch.stack(sums).tolist()) if sums else ()
 
 
+@contextmanager
+def one_at_a_time(cache_dir: Path) -> Iterator[None]:
+    """Within the context no other trainer of this machine prepares caches there: one builds them, the rest find them."""
+    lock = None
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(cache_dir / ".search.lock", "a+b")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
 def file_facts(path: Path | str | None) -> Any:
     """Of a file, what tells whether it has been changed; None where there is none."""
     try:
@@ -164,7 +185,3 @@ def file_facts(path: Path | str | None) -> Any:
     except OSError:
         return None
     return None if status is None else [str(path), status.st_size, status.st_mtime_ns]
-
-
-def without(options: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in names}

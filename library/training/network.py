@@ -15,10 +15,11 @@ from library.data.batches import Prefetcher
 from library.data.bucket_order import MicroBatch
 from library.data.network_batches import NetworkBatch, NetworkSamples, Request
 from library.diffusion.loss import SMALLEST_MASK_AREA
-from library.diffusion.noise import Draw, NoiseRecipe, draw
+from library.diffusion.noise import Draw, draw
 from library.diffusion.objective import Objective
 from library.losses import Weights
 from library.models.conditioning import Conditioning, TextConditioner
+from library.options.kohya_objective import NoiseOptions
 from library.processes import Processes
 from library.training.alignment import Alignment, AlignmentLosses
 from library.training.optimizers import ParameterGroup
@@ -41,7 +42,7 @@ class NetworkTask:
     network: Network
     groups: list[ParameterGroup]
     objective: Objective
-    recipe: NoiseRecipe
+    recipe: NoiseOptions
     conditioner: TextConditioner | None
     trains_text: bool
     is_sdxl: bool

@@ -24,7 +24,6 @@ from library.data.network_batches import NetworkSamples, TrainedImage, groups_of
 from library.data.network_data import NetworkData
 from library.data.training_images import TrainingImage
 from library.diffusion.loss import PointwiseLoss
-from library.diffusion.noise import NoiseRecipe
 from library.diffusion.objective import Objective
 from library.diffusion.schedule import NoiseSchedule
 from library.files import file_hash, read_json
@@ -210,7 +209,7 @@ def build_task(
         network=network,
         groups=groups,
         objective=objective,
-        recipe=NoiseRecipe.of(options.noise),
+        recipe=options.noise,
         conditioner=conditioner,
         trains_text=options.trains_text_encoders,
         is_sdxl=family == SDXL,

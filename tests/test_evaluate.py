@@ -1,0 +1,254 @@
+"""evaluate.py: what it draws, measures and writes, which checkpoints it finds, and what it refuses in a sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import evaluate
+from library.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from library.evaluation.checkpoints import find_candidates
+from library.evaluation.photos import held_out_photos, read_photos
+from library.evaluation.prompts import plain_text, trained_captions
+from library.files import write_json
+from library.inference.infotext import read_png
+from library.inference.prompt_syntax import weighted_spans
+
+WORDS = ["--steps", "1", "--resolution", "64", "--num-samples", "2", "--cfg_scale", "2"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write_photos(folder: Path, count: int = 2, captions: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        values = np.random.default_rng(number).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"p{number}.png")
+        if captions:
+            (folder / f"p{number}.txt").write_text("a photo of mio\n")
+    return folder
+
+
+def write_checkpoint(adapter: Path, path: Path, *, factor: float = 1.0, step: int | None = None) -> Path:
+    """A copy of an adapter whose effect is multiplied by `factor`, as saved after `step` steps."""
+    from safetensors import safe_open
+
+    with safe_open(adapter, "pt") as file:
+        metadata = dict(file.metadata())
+    metadata |= {} if step is None else {"ss_steps": str(step)}
+    tensors = load_file(adapter)
+    scaled = {key: value * factor if "lora_up" in key else value for key, value in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(scaled, path, metadata=metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    adapter_file: Path, tiny_dinov2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """An evaluation of two checkpoints, of which the first does nothing."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_checkpoint(adapter_file, folder / "run" / "mio-000001.safetensors", factor=0.0, step=10)
+    write_checkpoint(adapter_file, folder / "run" / "mio-000002.safetensors", factor=8.0, step=20)
+    (folder / "unrelated.txt").write_text("a red square\n")
+    photos = write_photos(folder / "photos")
+    words = ["--checkpoint", folder / "run", "--reference_dir", photos, "--output-dir", folder / "out"]
+    words += ["--unrelated_prompts", folder / "unrelated.txt", "--dino_model", tiny_dinov2, "--device", "cpu"]
+    assert evaluate.main([*map(str, words), *WORDS]) == EXIT_OK
+    return folder / "out", json.loads((folder / "out" / "metrics.json").read_text())
+
+
+def row(metrics: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(row for row in metrics["checkpoints"] if row["name"] == name)
+
+
+def test_everything_is_there(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = evaluated
+    assert [(one["name"], one["step"]) for one in metrics["checkpoints"]] == [
+        ("base", 0),
+        ("mio-000001", 10),
+        ("mio-000002", 20),
+    ]
+    for name in ("base", "mio-000001", "mio-000002"):
+        assert (folder / "sheets" / f"{name}.png").is_file()
+        drawn = sorted(path.name for path in (folder / "pictures" / name).iterdir())
+        assert drawn == ["subject_00_42.png", "subject_00_43.png", "unrelated_00_42.png", "unrelated_00_43.png"]
+    info = read_png(folder / "pictures" / "mio-000002" / "subject_00_43.png")
+    assert info.prompt == "a photo of mio <lora:mio-000002:1>" and (info.seed, info.steps) == (43, 1)
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Evaluation of 2 checkpoints, mio-000001 to mio-000002" in html and "a photo of mio" in html
+    assert {"likeness", "drift", "drift_pixels", "diversity", "loss", "loss_q4"} <= metrics["meanings"].keys()
+    assert metrics["options"]["steps"] == 1 and metrics["facts"]["device"] == "cpu"
+
+
+def test_an_adapter_that_does_nothing_is_the_base_to_the_bit(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = evaluated
+    for kind in ("subject_00_42", "unrelated_00_43"):
+        base, same, other = (
+            np.asarray(Image.open(folder / "pictures" / name / f"{kind}.png"))
+            for name in ("base", "mio-000001", "mio-000002")
+        )
+        assert np.array_equal(base, same) and not np.array_equal(base, other)
+    nothing = row(metrics, "mio-000001")
+    for measure in ("drift_pixels", "loss", "loss_q1"):
+        assert nothing["metrics"][measure]["value"] == 0
+    assert nothing["metrics"]["drift"]["value"] == pytest.approx(0, abs=1e-9)
+    assert nothing["metrics"]["diversity"]["value"] == pytest.approx(1)
+    assert not any(one["told_apart"] for one in nothing["against_base"].values())
+
+
+def test_one_that_does_something_drifts_and_differences_are_paired(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    _, metrics = evaluated
+    base, strong = row(metrics, "base"), row(metrics, "mio-000002")
+    assert strong["metrics"]["drift_pixels"]["value"] > 0
+    assert strong["metrics"]["loss"]["value"] != 0
+    gap = strong["against_base"]["likeness"]["value"]
+    assert gap == pytest.approx(strong["metrics"]["likeness"]["value"] - base["metrics"]["likeness"]["value"])
+    assert metrics["best"]["drift"]["checkpoint"] == "mio-000001"
+    assert -1 <= metrics["anchors"]["likeness"] <= 1
+
+
+def test_what_is_left_out_is_said(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = evaluated
+    said = " ".join(metrics["left_out"])
+    assert "there is no CLIP" in said and "they want 64 pictures and as many photos, and there are 2 and 2" in said
+    assert "adherence" not in metrics["meanings"] and metrics["representation"] is None
+    assert "there is no CLIP" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+# What is found
+
+
+def test_candidates_are_in_the_order_of_training(adapter_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name, step in (("mio", 30), ("mio-000002", 20), ("mio-step00000005", None), ("mio-ema", 30)):
+        write_checkpoint(adapter_file, run / f"{name}.safetensors", step=step)
+    found = find_candidates([run])
+    assert [(one.name, one.step) for one in found] == [("mio-step00000005", 5), ("mio-000002", 20), ("mio", 30)]
+    assert [one.name for one in find_candidates([run], use_ema=True)] == ["mio-ema"]
+    assert [one.name for one in find_candidates([run / "mio.safetensors", run])].count("mio") == 1
+
+
+def test_a_training_of_train_repa_is_its_states_and_its_end_once(finished_run: Path) -> None:
+    assert [(one.name, one.step) for one in find_candidates([finished_run])] == [("step_000002", 2), ("step_000004", 4)]
+
+
+def test_a_state_of_train_network_stands_for_its_adapter(adapter_file: Path, tmp_path: Path) -> None:
+    write_checkpoint(adapter_file, tmp_path / "mio-000001.safetensors")
+    (tmp_path / "mio-000001-state").mkdir()
+    write_json(tmp_path / "mio-000001-state" / "state.json", {"step": 1})
+    assert [one.path.name for one in find_candidates([tmp_path / "mio-000001-state"])] == ["mio-000001.safetensors"]
+
+
+def test_two_of_one_name_are_told_apart_by_their_folders(adapter_file: Path, tmp_path: Path) -> None:
+    files = [write_checkpoint(adapter_file, tmp_path / folder / "mio.safetensors") for folder in ("a", "b")]
+    assert [one.name for one in find_candidates(files)] == ["a/mio", "b/mio"]
+
+
+def test_held_out_photos_lie_where_the_training_points_to(adapter_file: Path, tmp_path: Path) -> None:
+    candidates = find_candidates([write_checkpoint(adapter_file, tmp_path / "run" / "mio.safetensors")])
+    assert held_out_photos(candidates) is None
+    (tmp_path / "data" / "held_out").mkdir(parents=True)
+    (tmp_path / "run" / "options.toml").write_text(f'train_data_dir = "{tmp_path / "data" / "train"}"\n')
+    assert held_out_photos(candidates) == tmp_path / "data" / "held_out"
+
+
+def test_photos_are_thinned_evenly_and_know_their_captions(tmp_path: Path) -> None:
+    photos = read_photos(write_photos(tmp_path / "photos", 6), limit=3)
+    assert [(one.name, one.caption) for one in photos] == [(f"p{i}.png", "a photo of mio") for i in (0, 2, 4)]
+
+
+def test_captions_of_the_training_become_prompts() -> None:
+    def frequency(**tags: int) -> dict[str, str]:
+        return {"ss_tag_frequency": json.dumps({"1_mio": {name.replace("_", " "): n for name, n in tags.items()}})}
+
+    assert trained_captions(frequency(mio=12, a_cat=3)) == ["mio"]
+    assert trained_captions(frequency(one=1, two=1, three=1, four=1, five=1)) == ["one", "two", "three", "four"]
+    assert trained_captions({}) == [] and trained_captions({"ss_tag_frequency": "nonsense"}) == []
+
+
+def test_a_caption_is_drawn_by_its_letters() -> None:
+    assert weighted_spans(plain_text("a (red) [cat], a|b")) == weighted_spans(r"a \(red\) \[cat\], a\|b")
+    assert "<" not in plain_text("a <lora:mio:1> cat")
+
+
+# Bad input
+
+
+def refused(words: list[object], capsys: pytest.CaptureFixture[str]) -> str:
+    assert evaluate.main([*map(str, words), *WORDS]) == EXIT_BAD_INPUT
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "Traceback" not in said
+    return said
+
+
+def test_bad_input_is_refused_in_a_sentence(
+    adapter_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, one = tmp_path / "empty", write_photos(tmp_path / "one", 1)
+    empty.mkdir()
+    good = ["--checkpoint", adapter_file]
+    assert "checkpoint is missing" in refused([], capsys)
+    assert "nowhere.safetensors does not exist" in refused(["--checkpoint", "nowhere.safetensors"], capsys)
+    assert "no checkpoints in" in refused(["--checkpoint", empty], capsys)
+    assert "holds no pictures; 2 at least" in refused([*good, "--reference_dir", empty], capsys)
+    assert "holds one picture, p0.png; 2 at least" in refused([*good, "--reference_dir", one], capsys)
+    assert "is no folder" in refused([*good, "--reference_dir", tmp_path / "gone"], capsys)
+    assert "must be a multiple of 8, got 100" in refused([*good, "--resolution", 100], capsys)
+    assert "must be at least 2, to know a spread, got 1" in refused([*good, "--num_samples", 1], capsys)
+    assert "Eulr is no sampler (did you mean Euler?)" in refused([*good, "--sampler", "Eulr"], capsys)
+    assert "did you mean" in refused([*good, "--base-modell", "x"], capsys)
+    assert "gone does not exist" in refused([*good, "--base-model", tmp_path / "gone"], capsys)
+    assert "here adapters are compared" in refused([*good, "--prompt", "mio <lora:a:1>"], capsys)
+    assert "is for states of train_repa.py" in refused([*good, "--representation"], capsys)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.json").write_text("{}")
+    assert "give --overwrite" in refused([*good, "--output_dir", tmp_path / "old"], capsys)
+
+
+def test_a_damaged_photo_is_named(adapter_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = write_photos(tmp_path / "photos")
+    (photos / "p1.png").write_bytes(b"nonsense")
+    assert "p1.png" in refused(["--checkpoint", adapter_file, "--reference_dir", photos], capsys)
+
+
+def test_an_unknown_teacher_is_refused_before_anything_is_drawn(
+    adapter_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", adapter_file, "--dino_model", tmp_path / "none", "--output_dir", tmp_path / "out"]
+    assert "none" in refused(words, capsys)
+    assert not (tmp_path / "out" / "pictures").exists()
+
+
+def test_a_folder_that_is_a_model_is_no_checkpoint(tiny_sd15: Path) -> None:
+    with pytest.raises(UserError, match="is a model, not an adapter"):
+        find_candidates([tiny_sd15])
+
+
+def test_a_plan_draws_nothing(adapter_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint", adapter_file, "--prompt", "mio", "--output_dir", tmp_path / "out", "--dry_run"]
+    assert evaluate.main([*map(str, words), *WORDS]) == EXIT_OK
+    said = capsys.readouterr().out
+    assert "subject    1 prompts (as given), 2 seeds each" in said and "photos     none" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_slips_come_without_torch() -> None:
+    code = (
+        "import sys, evaluate\n"
+        "assert evaluate.main(['--checkpoint', '.', '--sampler', 'none']) == 2\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(evaluate.__file__).parent).returncode == 0
