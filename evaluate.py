@@ -27,6 +27,7 @@ from library.options.precision import TORCH_DTYPES, Precision
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from library.evaluation.checkpoints import Candidate
     from library.evaluation.generation import GenerationResult, Wanted
@@ -178,7 +179,7 @@ def print_plan(options: EvaluateOptions, plan: Plan) -> None:
 def run(options: EvaluateOptions, plan: Plan) -> None:
     from library.device import choose_device
     from library.evaluation.generation import evaluate_generation
-    from library.evaluation.html_report import report_page, sheet_of
+    from library.evaluation.html_report import report_page, sheets_of
     from library.files import write_json
 
     start, folder, device = time.perf_counter(), options.judged.output_dir, choose_device(options.device)
@@ -191,7 +192,8 @@ def run(options: EvaluateOptions, plan: Plan) -> None:
     representation = measure_representation(options, plan.state, device, result)
     (folder / SHEETS).mkdir(parents=True, exist_ok=True)
     for name in result.drawn:
-        save_picture(sheet_of(plan.wanted, result, name), folder / SHEETS / f"{name.replace('/', '_')}.png")
+        for kind, sheet in sheets_of(plan.wanted, result, name).items():
+            save_picture(sheet, folder / SHEETS / f"{name.replace('/', '_')}_{kind}.png")
     facts = facts_of(plan, str(device), time.perf_counter() - start)
     report_page(plan.wanted, result, facts, flatten(options), representation).write(folder / REPORT)
     metrics: dict[str, Any] = {"format_version": FORMAT_VERSION, "facts": facts, **result.to_json()}
@@ -210,10 +212,13 @@ def measure_representation(
     if state is None:
         return None
     samples = options.measured.representation_samples
+    settings = RepresentationSettings(
+        timesteps=options.measured.representation_timesteps, fit_samples=samples, test_samples=samples
+    )
     try:
         print(f"representation of {state}")
         return evaluate_representation(
-            state, RepresentationSettings(fit_samples=samples, test_samples=samples), device=device
+            state, settings, name=state.name, use_ema=options.judged.use_ema, device=device, say=print
         )
     except UserError as error:
         if options.measured.representation:
@@ -255,7 +260,7 @@ def print_result(result: GenerationResult, folder: Path) -> None:
     print(f"Wrote {folder / REPORT}, {folder / METRICS}, {folder / SHEETS} and {folder / PICTURES}.")
 
 
-def save_picture(picture: Any, path: Path) -> None:
+def save_picture(picture: Image.Image, path: Path) -> None:
     from library.files import whole_file
 
     with whole_file(path) as temporary:

@@ -82,7 +82,7 @@ def test_everything_is_there(evaluated: tuple[Path, dict[str, Any]]) -> None:
         ("mio-000002", 20),
     ]
     for name in ("base", "mio-000001", "mio-000002"):
-        assert (folder / "sheets" / f"{name}.png").is_file()
+        assert all((folder / "sheets" / f"{name}_{kind}.png").is_file() for kind in ("subject", "unrelated"))
         drawn = sorted(path.name for path in (folder / "pictures" / name).iterdir())
         assert drawn == ["subject_00_42.png", "subject_00_43.png", "unrelated_00_42.png", "unrelated_00_43.png"]
     info = read_png(folder / "pictures" / "mio-000002" / "subject_00_43.png")
@@ -123,9 +123,28 @@ def test_one_that_does_something_drifts_and_differences_are_paired(evaluated: tu
 def test_what_is_left_out_is_said(evaluated: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = evaluated
     said = " ".join(metrics["left_out"])
-    assert "there is no CLIP" in said and "they want 64 pictures and as many photos, and there are 2 and 2" in said
+    assert "there is no CLIP" in said and "it wants 64 pictures and as many photos, and there are 2 and 2" in said
     assert "adherence" not in metrics["meanings"] and metrics["representation"] is None
     assert "there is no CLIP" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_state_with_heads_is_compared_with_the_teacher_too(
+    finished_run: Path, tiny_dinov2: Path, tmp_path: Path
+) -> None:
+    words = [
+        "--checkpoint",
+        finished_run / "step_000004",
+        "--dino_model",
+        tiny_dinov2,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    words += ["--representation", "--representation_samples", 10, "--representation_timesteps", 261, "--prompt", "mio"]
+    assert evaluate.main([*map(str, words), *WORDS]) == EXIT_OK
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["representation"]
+    assert found["settings"]["timesteps"] == [261] and len(found["rows"]) > 4
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "At timestep 261" in html and "Dense maps" in html
 
 
 # What is found
@@ -188,7 +207,7 @@ def test_a_caption_is_drawn_by_its_letters() -> None:
 
 
 def refused(words: list[object], capsys: pytest.CaptureFixture[str]) -> str:
-    assert evaluate.main([*map(str, words), *WORDS]) == EXIT_BAD_INPUT
+    assert evaluate.main([*WORDS, *map(str, words)]) == EXIT_BAD_INPUT
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "Traceback" not in said
     return said
@@ -209,7 +228,7 @@ def test_bad_input_is_refused_in_a_sentence(
     assert "must be a multiple of 8, got 100" in refused([*good, "--resolution", 100], capsys)
     assert "must be at least 2, to know a spread, got 1" in refused([*good, "--num_samples", 1], capsys)
     assert "Eulr is no sampler (did you mean Euler?)" in refused([*good, "--sampler", "Eulr"], capsys)
-    assert "did you mean" in refused([*good, "--base-modell", "x"], capsys)
+    assert "did you mean" in refused([*good, "--num-sampels", 4], capsys)
     assert "gone does not exist" in refused([*good, "--base-model", tmp_path / "gone"], capsys)
     assert "here adapters are compared" in refused([*good, "--prompt", "mio <lora:a:1>"], capsys)
     assert "is for states of train_repa.py" in refused([*good, "--representation"], capsys)

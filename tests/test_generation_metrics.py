@@ -51,6 +51,14 @@ def test_a_prompt_with_one_picture_has_no_spread_and_is_never_told_apart():
     assert found.to_json() == {"value": 9.0, "error": None, "margin": None}
 
 
+def test_rounding_is_no_difference_and_is_not_shown():
+    assert not Estimate(1e-16, 1e-18, 15).is_told_from_zero
+    assert str(Estimate(-1e-17, 1e-18, 15)) == "0.000"
+    assert str(Estimate(0.61234, 0.01, 15)) == "0.612 ± 0.021"
+    assert str(Estimate(2e-4, 1e-5, 15)) == "0.00020 ± 0.00002"
+    assert str(Estimate(0.5, math.nan, 0)) == "0.500" and str(Estimate(math.nan, 0.1, 3)) == "–"
+
+
 @pytest.mark.parametrize(("freedom", "expected"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (5, 2.5706), (30, 2.0423)])
 def test_quantiles_are_those_of_the_tables(freedom: int, expected: float):
     assert student_quantile(freedom) == pytest.approx(expected, rel=2e-3)

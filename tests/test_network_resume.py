@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -47,15 +48,22 @@ def test_stopped_twice_in_either_epoch_and_resumed_is_the_uninterrupted_run(
     assert len(logs) == 1 and len(list((logs[0] / "network_train").iterdir())) == 3, "one folder, a file for each start"
 
 
-def test_killed_after_a_state_and_started_again_is_the_uninterrupted_run(
+def test_killed_in_the_middle_and_started_again_is_the_uninterrupted_run(
     finished_network: Path, network_setting: NetworkSetting, tmp_path: Path
 ) -> None:
+    """SIGKILL as soon as the first of the two epochs is on disk; the second is under way."""
     output = tmp_path / "out"
-    shutil.copytree(finished_network, output)
-    for left in ("mio-state", ".mio-000002-state.tmp-1"):
-        shutil.rmtree(output / left, ignore_errors=True)
-    (output / "mio.safetensors").unlink()
-    (output / "mio-ema.safetensors").unlink()
+    child = network_setting.start(output, **EXACT)
+    assert child.stdout is not None
+    said = []
+    for line in child.stdout:
+        said.append(line)
+        if line.startswith(f"saved {output / 'mio-000001-state'}"):
+            break
+    child.kill()
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL, "".join(said)[-2000:]
+    assert (output / "mio-000001-state").is_dir() and not (output / "mio.safetensors").exists()
     assert network_setting.train(output, **EXACT, max_data_loader_n_workers=3) == 0
     assert_same_end(finished_network, output)
 

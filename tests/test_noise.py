@@ -36,7 +36,9 @@ def test_without_options_it_draws_randn_and_randint_and_nothing_else() -> None:
 @pytest.mark.parametrize("random_strength", [False, True])
 @pytest.mark.parametrize("adaptive", [None, 0.3, -0.1])
 def test_the_noise_offset_is_the_slow_one(random_strength: bool, adaptive: float | None) -> None:
-    options = NoiseOptions(noise_offset=0.1, noise_offset_random_strength=random_strength, adaptive_noise_scale=adaptive)
+    options = NoiseOptions(
+        noise_offset=0.1, noise_offset_random_strength=random_strength, adaptive_noise_scale=adaptive
+    )
     drawn = draw(latents(), seeded(), options)
     generator, x = seeded(), latents().double().numpy()
     expected = torch.randn(SHAPE, generator=generator).double().numpy()

@@ -54,11 +54,11 @@ def test_warm_trial_equals_a_cold_one_and_leaves_the_base_as_it_was(
     options = network_options(network_setting)
     first = train_here(job(tmp_path / "1", options), warm)
     assert first.ending == "done", first.message
-    kept, before = warm._unet.value, base_weights(warm)
+    kept, caches, before = warm._unet.value, warm.caches.value, base_weights(warm)
 
     other = {"network_dim": 4, "network_args": ["conv_dim=2"], "learning_rate": 0.05, "optimizer_type": "Lion"}
     assert train_here(job(tmp_path / "2", {**options, **other}, 2), warm).ending == "done"
-    assert warm.intact() and warm._unet.value is kept
+    assert warm.intact() and warm._unet.value is kept and warm.caches.value is caches
     after = base_weights(warm)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
@@ -151,6 +151,24 @@ def test_wrong_configuration_is_refused_with_its_sentence(
 ) -> None:
     outcome = train_here(job(tmp_path, {**network_options(network_setting), **changes}), warm)
     assert outcome.ending == "refused" and said in outcome.message
+
+
+def test_trial_judged_by_pictures(
+    network_setting: NetworkSetting, warm: Any, tmp_path: Path, tiny_dinov2: Path
+) -> None:
+    judging = {"steps": 1, "size": 64, "seeds": 1, "unrelated": ["a blue box"], "dino_model": str(tiny_dinov2)}
+    listener, again = Listener(), Listener()
+    options = network_options(network_setting)
+    outcome = train_here(job(tmp_path / "1", options, objective="image", judging=judging), warm, listener)
+    assert outcome.ending == "done", outcome.message
+    assert [slot.slot for slot in listener.slots] == [5, 10]
+    pictures = sorted((tmp_path / "1" / "realtime_evaluations" / "slot_10").iterdir())
+    assert [path.name for path in pictures] == ["subject_00.png", "subject_01.png", "unrelated_00.png"]
+    assert outcome.components.keys() == {"likeness", "likeness_gain", "drift"}
+    train_here(job(tmp_path / "2", options, 2, objective="image", judging=judging), warm, again)
+    assert again.values == listener.values
+    refused = train_here(job(tmp_path / "3", options, 3, objective="image", judging={"stepz": 1}), warm)
+    assert refused.ending == "refused" and "stepz" in refused.message
 
 
 # ------------------------------------------------------------------------------------------------------ train_repa.py

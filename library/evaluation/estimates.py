@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-9
+"""What sums of cosines in float64 leave of a difference that is none."""
 
 Statistic = Callable[[Tensor], float]
 """Indices of the pictures that are kept, int64 -> the number they give."""
@@ -37,8 +39,8 @@ class Estimate:
 
     @property
     def is_told_from_zero(self) -> bool:
-        """Whether the interval leaves 0 out. Without a spread nothing is told apart."""
-        return abs(self.value) > self.margin
+        """Whether the interval leaves 0 out. Without a spread nothing is told apart, nor is what rounding makes."""
+        return abs(self.value) > self.margin and abs(self.value) > ROUNDING
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; what is not known is null."""
@@ -46,9 +48,13 @@ class Estimate:
         return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
     def __str__(self) -> str:
+        """As many digits as the margin has two of, at least three and at most five: 0.612 ± 0.021."""
         if not math.isfinite(self.value):
             return "–"
-        return f"{self.value:.3f}" + (f" ± {self.margin:.3f}" if math.isfinite(self.margin) else "")
+        if not self.margin > ROUNDING:
+            return _fixed(self.value, 3)
+        digits = min(max(3, 1 - math.floor(math.log10(self.margin))), 5)
+        return f"{_fixed(self.value, digits)} ± {_fixed(self.margin, digits)}"
 
 
 def jackknife(statistic: Statistic, groups: Tensor) -> Estimate:
@@ -96,3 +102,8 @@ def student_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
+
+
+def _fixed(value: float, digits: int) -> str:
+    """Without the sign of a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"

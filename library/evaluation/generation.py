@@ -308,9 +308,10 @@ class _Measured:
         self._add("likeness", groups, lambda name: mean_of(measures.likeness(unit(own[name]), unit(photos))))
         self.anchors["likeness"] = measures.likeness_among(unit(photos))
         if min(len(groups), len(photos)) < measures.FEWEST_FOR_SETS:
+            named = "KID is left out: it wants" if self.clip is None else "KID and CMMD are left out: they want"
             self.notes.append(
-                f"KID and CMMD are left out: they want {measures.FEWEST_FOR_SETS} pictures and as many photos, and there are "
-                f"{len(groups)} and {len(photos)}. Below that they measure their own noise."
+                f"{named} {measures.FEWEST_FOR_SETS} pictures and as many photos, and there are {len(groups)} and {len(photos)}. "
+                "With fewer, there is more noise than difference."
             )
             return
         self._add("kid", groups, lambda name: measures.kernel_distance(own[name], photos))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 
 from library.evaluation.denoising import QUARTERS
+from library.evaluation.estimates import Estimate
 from library.evaluation.generation import BASE, MEASURES, GenerationResult, Wanted
 from library.inference.grids import grid
 from library.report.page import Page
@@ -38,7 +39,7 @@ def report_page(
     """facts: what the report says of itself (base, photos, device, versions). options: the resolved ones."""
     count = len(result.names)
     what = result.names[0] if count == 1 else f"{count} checkpoints, {result.names[0]} to {result.names[-1]}"
-    page = Page(f"Evaluation of {what}", "  ".join(findings(result)))
+    page = Page(f"Evaluation of {what}", " ".join(findings(result)))
     for note in result.notes:
         page.notice(note)
     _numbers(page, result)
@@ -58,27 +59,27 @@ def report_page(
 def findings(result: GenerationResult) -> list[str]:
     """What the numbers say, in a few sentences; a difference within its spread is said to be none."""
     said = []
-    for measure in ("likeness", "drift", "loss"):
-        if measure not in result.best:
-            continue
-        title, best = MEASURES[measure].title.lower(), result.best[measure]
-        gap = result.against_base[best.name][measure]
-        own = result.estimates[best.name][measure]
-        if measure == "likeness":
-            verdict = "told apart" if gap.is_told_from_zero else "not told apart"
-            base = result.estimates[BASE][measure]
-            said.append(f"{_best_name(result, best.name)} likeness {own}, {verdict} from the base's {base.value:.3f}.")
-        elif measure == "drift":
-            said.append(f"{_best_name(result, best.name, 'least ')}{title} {own}.")
-        else:
-            less = f"{1 - math.exp(own.value):.0%} below" if own.value < 0 else f"{math.exp(own.value) - 1:.0%} above"
-            verdict = "" if gap.is_told_from_zero else ", within its spread"
-            said.append(f"{_best_name(result, best.name)} denoising loss is {less} the base's{verdict}.")
+    if "likeness" in result.best:
+        name, own, gap = _best_of(result, "likeness")
+        verdict = "told apart" if gap.is_told_from_zero else "not told apart"
+        base = result.estimates[BASE]["likeness"].value
+        said.append(f"Most like the subject: {name}, {own}, {verdict} from the base's {base:.3f}.")
+    name, own, _ = _best_of(result, "drift")
+    said.append(f"Least drift: {name}, {own}.")
+    if "loss" in result.best:
+        name, own, gap = _best_of(result, "loss")
+        change = math.exp(own.value) - 1
+        verdict = "" if gap.is_told_from_zero else ", within its spread"
+        said.append(
+            f"Denoising loss: {name}, {abs(change):.1%} {'below' if change < 0 else 'above'} the base's{verdict}."
+        )
     return said
 
 
-def _best_name(result: GenerationResult, name: str, what: str = "") -> str:
-    return f"{name} has the {what}" if what else f"{name}:" if len(result.names) == 1 else f"Best is {name}:"
+def _best_of(result: GenerationResult, measure: str) -> tuple[str, Estimate, Estimate]:
+    """Its name, its number, and its difference to the base."""
+    name = result.best[measure].name
+    return name, result.estimates[name][measure], result.against_base[name][measure]
 
 
 def _numbers(page: Page, result: GenerationResult) -> None:
@@ -157,7 +158,7 @@ def _losses(page: Page, result: GenerationResult) -> None:
     for name in result.names:
         own = [result.estimates[name][f"loss_q{quarter}"] for quarter in range(1, QUARTERS + 1)]
         figure.add_scatter(
-            x=["1, least noise", "2", "3", "4, most noise"],
+            x=["first (least noise)", "second", "third", "last (most noise)"],
             y=[100 * (math.exp(one.value) - 1) for one in own],
             customdata=[str(one) for one in own],
             hovertemplate="%{y:.1f} % (log ratio %{customdata})",
@@ -165,7 +166,7 @@ def _losses(page: Page, result: GenerationResult) -> None:
             name=name,
         )
     figure.add_hline(y=0, line={"dash": "dash", "color": COLOURS[6]})
-    figure.update_layout(height=320, yaxis={"ticksuffix": " %"}, xaxis_title="quarter", showlegend=True)
+    figure.update_layout(height=320, yaxis={"ticksuffix": " %"}, showlegend=True)
     page.figure(
         figure,
         "Loss on the held-out photos beside the base's, with the same noise and timesteps, mean over photos. Below 0 is less than "
@@ -214,7 +215,11 @@ def _representation(page: Page, found: RepresentationResult) -> None:
         [row.name, *(str(row.measures[name]) if name in row.measures else None for name in measures)] for row in rows
     ]
     cells.append(["chance", *(f"{found.chance[name]:.3f}" if name in found.chance else None for name in measures)])
-    page.table(["", *measures], cells, caption=f"At timestep {chosen}; ± is the deviation over noise seeds.")
+    page.table(
+        ["", *(name.replace("_", " ") for name in measures)],
+        cells,
+        caption=f"At timestep {chosen}; ± is the deviation over noise seeds.",
+    )
     for measure in measures:
         figure = go.Figure()
         for name in found.names():
@@ -230,7 +235,7 @@ def _representation(page: Page, found: RepresentationResult) -> None:
                     name=name,
                 )
         if len(timesteps) > 1 and figure.data:
-            figure.update_layout(title=measure, height=320, xaxis_title="timestep")
+            figure.update_layout(title=measure.replace("_", " "), height=320, xaxis_title="timestep")
             page.figure(figure, found.to_json()["meanings"].get(measure, ""))
     if found.pictures:
         page.heading("Dense maps", level=3)
@@ -243,16 +248,19 @@ def _representation(page: Page, found: RepresentationResult) -> None:
         )  # fmt: skip
 
 
-def sheet_of(wanted: Wanted, result: GenerationResult, name: str) -> Image.Image:
-    """Everything that one checkpoint drew: a row for each prompt, a column for each seed."""
-    drawn, pictures, headings = result.drawn[name], [], []
-    seeds: Sequence[int] = max((task.seeds for task in (wanted.subject, wanted.unrelated) if task), key=len)
-    for task, made in ((wanted.subject, drawn.subject), (wanted.unrelated, drawn.unrelated)):
-        for number, request in enumerate(() if task is None else task.requests):
-            assert task is not None
-            row: list[Image.Image | None] = list(made[number * len(task.seeds) : (number + 1) * len(task.seeds)])
-            pictures += row + [None] * (len(seeds) - len(row))
-            headings.append(request.prompt)
-    return grid(
-        pictures, len(seeds), column_headings=[f"seed {seed}" for seed in seeds], row_headings=headings, title=name
-    )
+def sheets_of(wanted: Wanted, result: GenerationResult, name: str) -> dict[str, Image.Image]:
+    """What one checkpoint drew, of the subject and of unrelated prompts: a row for each prompt, a column for each seed."""
+    drawn, sheets = result.drawn[name], {}
+    for kind, task, pictures in (
+        ("subject", wanted.subject, drawn.subject),
+        ("unrelated", wanted.unrelated, drawn.unrelated),
+    ):
+        if task is not None:
+            sheets[kind] = grid(
+                pictures,
+                len(task.seeds),
+                column_headings=[f"seed {seed}" for seed in task.seeds],
+                row_headings=[request.prompt for request in task.requests],
+                title=name,
+            )
+    return sheets

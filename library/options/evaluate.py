@@ -108,6 +108,8 @@ class MeasuredOptions:
     """Compare what the newest training state with heads knows of the teacher with its baselines. Default: where its caches are."""
     representation_samples: int = 512
     """Training and held-out pictures for that, at most."""
+    representation_timesteps: tuple[int, ...] = (1, 50, 100, 261, 400, 500, 750)
+    """Timesteps at which the network is looked at for that."""
 
     def __post_init__(self) -> None:
         require(bool(self.dino_model), "dino_model", "is empty.")
@@ -120,6 +122,12 @@ class MeasuredOptions:
             self.representation_samples >= 10,
             "representation_samples",
             f"must be at least 10, got {self.representation_samples}.",
+        )
+        require(
+            all(0 <= timestep < 1000 for timestep in self.representation_timesteps)
+            and 0 < len(self.representation_timesteps) == len(set(self.representation_timesteps)),
+            "representation_timesteps",
+            f"must name different numbers from 0 to 999, got {list(self.representation_timesteps)}.",
         )
         if self.reference_dir is not None:
             require(self.reference_dir.is_dir(), "reference_dir", f"{self.reference_dir} is no folder.")

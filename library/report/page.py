@@ -38,7 +38,7 @@ POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
     "font-src data:"
 )
-NUMERIC = re.compile(r"[-+−±~≈<>×%.,:/()\[\]\s\de∞–—]*")
+NUMERIC = re.compile(r"[-+−±~≈<>×%*.,:/()\[\]\s\de∞–—]*")
 MARKUP = re.compile(r"</?[a-z]+[^<>]*>", re.IGNORECASE)
 """What plotly takes for markup in a title."""
 HEADINGS_FOR_CONTENTS = 4
@@ -129,7 +129,7 @@ class Page:
 
         Pictures with a longer side than `max_side` pixels are embedded smaller.
         """
-        layout = "" if columns is None else f' style="grid-template-columns:repeat({columns},minmax(6.5rem,1fr))"'
+        layout = "" if columns is None else f' style="grid-template-columns:repeat({columns},minmax(6.5rem,18rem))"'
         shown = "".join(
             f'<figure><img alt="{escape(caption)}" loading="lazy" src="{picture_uri(picture, max_side)}">'
             f"{caption_html(caption)}</figure>"

@@ -225,7 +225,8 @@ def network_image_judge(
     photos = [decode_rgb(one.image.path, name=str(one.image.path)) for one in held_out]
     memory = options.cache.cache_dir / "weight_hashes.json"
     components = (UNET, *prepared.family.text_encoders)
-    facts = [base_weights_facts(options, prepared.base, components, memory), flatten(options.model), repr(judging), key]
+    facts: list[Any] = [base_weights_facts(options, prepared.base, components, memory), flatten(options.model)]
+    facts += [repr(judging), key]
     facts += [flatten(options.speed), clip_skip(options, prepared.family), task.objective.kind]
     known = warm.base_scores.setdefault(f"image {hashlib.sha256(repr(facts).encode()).hexdigest()}", {})
     folder = Path(job.folder) / "realtime_evaluations"

@@ -42,8 +42,19 @@ from library.training.speed import with_usable_attention
 from library.training.start import check_network_start
 from networks.original_names import UNET, Family
 
-# Groups of options that decide nothing about pictures and caches; two of `training` and `network` do.
-_NOT_OF_DATA = ("noise", "optimizer", "training", "network", "samples", "output", "logging", "metadata", "speed")
+# Groups of options that decide nothing about pictures and caches, but for the batch size, the dataset file and base_weights.
+_NOT_OF_DATA = (
+    "config",
+    "noise",
+    "optimizer",
+    "training",
+    "network",
+    "samples",
+    "output",
+    "logging",
+    "metadata",
+    "speed",
+)
 
 
 def network_training(job: Job, config: Path, warm: Warm, context: ExitStack) -> Training:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import os
 import queue
 import signal
@@ -150,8 +151,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, wire.on_sigterm)
     faulthandler.enable()
     quiet_libraries()
-    from library.search.warm import Warm  # torch, diffusers and the rest: seconds, before the first job needs them
+    # torch, diffusers and the rest: seconds, before the first job needs them.
+    from library.search import network_trial  # noqa: F401
+    from library.search.warm import Warm
 
+    gc.collect()
+    gc.freeze()  # what was imported stays, and need not be looked through after every trial
     warm = Warm()
     wire.send("ready")
     while True:

@@ -189,7 +189,7 @@ def build_task(
     groups = parameter_groups(network, options, family)
     alignment = None
     if prepared.tokens is not None:
-        heads = build_heads(options, unet.config, prepared.tokens.width).to(processes.device)  # type: ignore[arg-type]
+        heads = build_heads(options, unet.config, prepared.tokens.width).to(processes.device)
         alignment = Alignment.attach(unet, heads, options.alignment, context)
         groups.append(head_group(heads, options.optimizer))
     for group in groups:
