@@ -23,7 +23,6 @@ from library.errors import EXIT_OK, UserError, script
 from library.inference.sampler_names import sampler_named, schedule_named
 from library.options.evaluate import KOHYA, EvaluateOptions
 from library.options.parser import flatten, parse
-from library.options.precision import TORCH_DTYPES, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +176,7 @@ def print_plan(options: EvaluateOptions, plan: Plan) -> None:
 
 
 def run(options: EvaluateOptions, plan: Plan) -> None:
-    from library.device import choose_device
+    from library.device import choose_device, choose_dtype
     from library.evaluation.generation import evaluate_generation
     from library.evaluation.html_report import report_page, sheets_of
     from library.files import write_json
@@ -265,14 +264,6 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
     with whole_file(path) as temporary:
         picture.save(temporary, format="PNG")
-
-
-def choose_dtype(name: Precision | None, device: torch.device) -> torch.dtype:
-    import torch
-
-    if name is None:
-        return torch.float16 if device.type == "cuda" else torch.float32
-    return getattr(torch, TORCH_DTYPES[name])
 
 
 if __name__ == "__main__":

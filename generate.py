@@ -20,10 +20,8 @@ from library.errors import EXIT_OK, script
 from library.inference.shots import Shot, ShotList, shot_list
 from library.options.generate import GenerateOptions, split_weight
 from library.options.parser import parse
-from library.options.precision import TORCH_DTYPES, Precision
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from library.inference.studio import Studio
@@ -84,7 +82,7 @@ def print_missing(wanted: ShotList) -> None:
 
 def build(options: GenerateOptions, first: str) -> tuple[Studio, ShotList]:
     """The `first` base, loaded, and the pictures to draw, whose size it may decide."""
-    from library.device import choose_device
+    from library.device import choose_device, choose_dtype
     from library.inference.studio import Studio
     from library.inference.text_to_image import native_size
 
@@ -130,14 +128,6 @@ def sheet_of(wanted: ShotList, pictures: dict[Shot, Image.Image]) -> Image.Image
     if wanted.axes is None:
         return grid(list(pictures.values()))
     return sheet(*wanted.axes, {shot.cell: picture for shot, picture in pictures.items() if shot.cell is not None})
-
-
-def choose_dtype(name: Precision | None, device: torch.device) -> torch.dtype:
-    import torch
-
-    if name is None:
-        return torch.float16 if device.type == "cuda" else torch.float32
-    return getattr(torch, TORCH_DTYPES[name])
 
 
 if __name__ == "__main__":

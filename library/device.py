@@ -1,10 +1,11 @@
-"""Which device a script computes on."""
+"""Which device a script computes on, and in which numbers."""
 
 from __future__ import annotations
 
 import torch
 
 from library.errors import UserError
+from library.options.precision import TORCH_DTYPES, Precision
 
 
 def choose_device(name: str | None, *, needs: torch.dtype = torch.float32) -> torch.device:
@@ -17,3 +18,10 @@ def choose_device(name: str | None, *, needs: torch.dtype = torch.float32) -> to
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def choose_dtype(name: Precision | None, device: torch.device) -> torch.dtype:
+    """The named format, or for drawing the usual one: half precision on a GPU, float32 elsewhere."""
+    if name is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return getattr(torch, TORCH_DTYPES[name])

@@ -164,6 +164,20 @@ def test_a_training_of_train_repa_is_its_states_and_its_end_once(finished_run: P
     assert [(one.name, one.step) for one in find_candidates([finished_run])] == [("step_000002", 2), ("step_000004", 4)]
 
 
+def test_a_training_of_train_network_is_its_adapters(
+    finished_network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = find_candidates([finished_network])
+    assert [one.step for one in found] == sorted(one.step or 0 for one in found) and len(found) > 1
+    assert not any(one.is_state or one.name.endswith("-ema") for one in found)
+    words = ["--checkpoint", finished_network, "--output_dir", tmp_path / "out", "--dry_run"]
+    assert evaluate.main([*map(str, words), *WORDS]) == EXIT_OK
+    said = capsys.readouterr().out
+    assert (
+        "subject    1 prompts (captions of the training, as the adapter says), 2 seeds each\n           mio\n" in said
+    )
+
+
 def test_a_state_of_train_network_stands_for_its_adapter(adapter_file: Path, tmp_path: Path) -> None:
     write_checkpoint(adapter_file, tmp_path / "mio-000001.safetensors")
     (tmp_path / "mio-000001-state").mkdir()

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.evaluation import picture_measures as measures
-from library.evaluation.denoising import QUARTERS, log_ratios, timesteps_of
+from library.evaluation.denoising import QUARTERS, denoising_losses, encode_photos, log_ratios, timesteps_of
 from library.evaluation.estimates import Estimate, difference, jackknife, mean_of, student_quantile
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures
+from library.inference.model import load_model
+from library.models.locate import locate_base
 
 ONE_GROUP = torch.zeros(16, dtype=torch.int64)
 
@@ -153,6 +155,21 @@ def test_timesteps_are_in_their_quarters():
     timesteps = timesteps_of(1000)
     assert (timesteps * QUARTERS // 1000).tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert timesteps[0] >= 0 and timesteps[-1] < 1000
+
+
+@pytest.mark.parametrize("name", ["tiny_sd15", "tiny_sdxl"])
+def test_denoising_losses_are_of_the_photo_alone_and_below_those_of_predicting_nothing(
+    name: str, request: pytest.FixtureRequest
+):
+    base: Path = request.getfixturevalue(name)
+    model = load_model(locate_base(str(base)), dtype=torch.float32, device="cpu")
+    photos = [Image.effect_noise((64, 48), 50).convert("RGB"), Image.new("RGB", (48, 64), "red")]
+    both = denoising_losses(model, encode_photos(model, photos, ["a cat", "a dog"], ["a", "b"], 64), seed=0)
+    alone = denoising_losses(model, encode_photos(model, photos[1:], ["a dog"], ["b"], 64), seed=0)
+    assert both.shape == (2, 12) and torch.allclose(both[1], alone[0], rtol=1e-4)
+    assert both.min() > 0 and both[1].mean() < 1  # noise of unit variance, predicted as 0, costs 1
+    other = denoising_losses(model, encode_photos(model, photos[1:], ["a dog"], ["b"], 64), seed=1)
+    assert not torch.allclose(other, alone, rtol=1e-3)
 
 
 # Encoders

@@ -198,7 +198,9 @@ def test_a_failing_fetch_says_why_and_what_to_do(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreachable)
-    with pytest.raises(UserError, match=r"could not be fetched from the hub \(Name or service not known\).*tiny-shapes"):
+    with pytest.raises(
+        UserError, match=r"could not be fetched from the hub \(Name or service not known\).*tiny-shapes"
+    ):
         locate_base("someone/absent")
 
 

@@ -170,7 +170,7 @@ def test_every_option_has_a_sentence_of_help() -> None:
     assert len(options) > 60 and not options - documented
 
 
-@pytest.mark.parametrize("script", ["train_repa.py", "prepare_cache.py", "merge_lora.py", "generate.py"])
+@pytest.mark.parametrize("script", ["train_repa.py", "prepare_cache.py", "merge_lora.py", "generate.py", "evaluate.py"])
 @pytest.mark.parametrize("argv", [["--help"], ["--nonsense"]])
 def test_help_and_errors_import_nothing_heavy(script: str, argv: list[str]) -> None:
     code = (

@@ -24,10 +24,10 @@ from library.evaluation.drawn import Worn, count_flat, draw_task, pixels_of, sav
 from library.evaluation.estimates import Estimate, Statistic, difference, jackknife, mean_of
 from library.evaluation.photos import Photo
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures, unit
-from library.evaluation.prompts import Task
+from library.evaluation.prompts import Task, is_ours
 from library.inference.model import DrawingModel, load_model
 from library.inference.pictures import model_name
-from library.models.locate import locate_base
+from library.models.locate import TINY_TEACHERS, locate_base
 from networks.adapters import Adapter
 
 BASE = "base"
@@ -228,6 +228,11 @@ class _Measured:
     notes: list[str] = field(default_factory=list)
 
     def result(self) -> GenerationResult:
+        if self.wanted.dino_model in TINY_TEACHERS and not is_ours(self.wanted.base):
+            self.notes.append(
+                f"Likeness, drift and diversity are judged by {self.wanted.dino_model}, which knows generated shapes alone. Name "
+                "a DINOv2 that knows photographs with --dino_model, such as facebook/dinov2-large."
+            )
         self._unrelated()
         if self.wanted.subject is None:
             self.notes.append(

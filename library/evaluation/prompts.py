@@ -98,8 +98,13 @@ def unrelated_prompts(file: Path | None, base: str, count: int) -> list[PromptLi
     """At most so many that `count` pictures are FEWEST_SEEDS of each."""
     if file is not None:
         return read_prompt_file(file)
-    texts = UNRELATED_SHAPES if base in TINY_BASES or Path(base).name in TINY_BASES else UNRELATED
+    texts = UNRELATED_SHAPES if is_ours(base) else UNRELATED
     return [PromptLine(text) for text in texts[: max(1, count // FEWEST_SEEDS)]]
+
+
+def is_ours(base: str) -> bool:
+    """Whether it is a base that comes with the project."""
+    return base in TINY_BASES or Path(base).name in TINY_BASES
 
 
 def trained_captions(metadata: Mapping[str, str]) -> list[str]:

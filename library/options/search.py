@@ -103,7 +103,9 @@ class SearchOptions:
         require(self.workers > 0, "workers", f"must be at least 1, got {self.workers}.")
         require(self.keep > 0, "keep", f"must be at least 1, got {self.keep}.")
         require(
-            self.confirm is None or self.confirm >= 0, "confirm", f"must not be negative, got {self.confirm}. 0 is none."
+            self.confirm is None or self.confirm >= 0,
+            "confirm",
+            f"must not be negative, got {self.confirm}. 0 is none.",
         )
         require(
             not self.objective_args or self.objective == "image",

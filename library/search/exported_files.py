@@ -160,7 +160,8 @@ def _comparable(dataset: Dataset) -> Dataset:
     """Without names, places, and limits of buckets that there are not."""
     subsets = tuple(dataclasses.replace(one, name="") for one in dataset.subsets)
     kept = dataclasses.replace(dataset, subsets=subsets, name="", notes=())
-    return kept if kept.enable_bucket else dataclasses.replace(kept, **dict.fromkeys(_BUCKET_LIMITS, 0))
+    without: dict[str, Any] = dict.fromkeys(_BUCKET_LIMITS, 0)
+    return kept if kept.enable_bucket else dataclasses.replace(kept, **without)
 
 
 def _parsed(path: Path) -> TrainNetworkOptions:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from library.signals import caught
+
 NOTHING, SAVE, STOP = 0, 1, 2
 
 
@@ -24,12 +26,8 @@ class Requests:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Catch signals within the context. A second Ctrl-C ends the program at once."""
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with caught(self._on_signal):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signalled == STOP:
