@@ -109,7 +109,7 @@ def test_a_full_device_names_what_to_lower(capsys: pytest.CaptureFixture[str]) -
     def main(argv: list[str]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    assert main([]) == 77 and "Lower --train_batch_size" in capsys.readouterr().err
+    assert main([]) == 77 and "lower --train_batch_size" in capsys.readouterr().err
 
 
 def test_a_defect_keeps_its_traceback() -> None:

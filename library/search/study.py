@@ -34,6 +34,7 @@ class Terms:
     Attributes:
         options: of the script, fixed for all trials.
         judging: settings of the objective.
+        dataset: fingerprint of pictures and captions; "" where it is not known.
     """
 
     script: Script
@@ -42,6 +43,7 @@ class Terms:
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 42
     judging: Mapping[str, Any] = field(default_factory=dict)
+    dataset: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         # As JSON gives it back, so that a tuple is not taken for a change.
@@ -56,6 +58,7 @@ class Terms:
                     "options": fixed,
                     "judging": dict(self.judging),
                     "seed": self.seed,
+                    "dataset": self.dataset,
                 },
                 default=str,
             )
@@ -122,6 +125,8 @@ def _compare(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     ):
         if changes := difference(old[key], new[key]):
             raise UserError(f"The study {name} {words}: {'; '.join(changes)}. {advice}")
+    if old.get("dataset") and new["dataset"] and old["dataset"] != new["dataset"]:
+        raise UserError(f"The study {name} was made with other pictures or captions than there are now. {advice}")
     if old["seed"] != new["seed"]:
         raise UserError(
             f"The study {name} trains with the seed {old['seed']}, and {new['seed']} is asked for. {advice}"

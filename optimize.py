@@ -1,0 +1,210 @@
+"""Find the best recipe for a LoRA: many trainings, proposed by Optuna, judged on pictures that they have not seen.
+
+    python optimize.py --n-trials 8                                               # the embedded base, minutes on two cores
+    python optimize.py --dataset-config my.toml --base-model v1-5-pruned.safetensors --study-name mio --n-trials 50
+    python optimize.py status --study-name mio --watch 10                         # in another terminal
+    python optimize.py pick 7 --study-name mio                                    # a person's choice instead of the number's
+    python optimize.py report --study-name mio
+    python optimize.py export --study-name mio --to sdxl --base-model sd_xl_base_1.0.safetensors
+
+To resume, and to have other machines help, run the same command again. Ctrl-C once lets running trials end, twice stops them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import EXIT_OK, EXIT_STOPPED, UserError, script
+from library.options.parser import nearest, parse
+from library.options.search import (
+    DIALECT,
+    ExportOptions,
+    OptimizeOptions,
+    PickOptions,
+    PlaceOptions,
+    ReportOptions,
+    StatusOptions,
+)
+
+if TYPE_CHECKING:
+    from library.search.recipe import SdxlOptions
+    from library.search.setup import Setup
+    from library.search.status import Look
+
+
+TINY_SHEET_STEPS = 8
+
+
+@script
+def main(argv: list[str]) -> int:
+    command = argv[0] if argv and not argv[0].startswith("-") else None
+    if command is not None:
+        if command not in COMMANDS:
+            raise UserError(f"Unknown command {command}{nearest(command, COMMANDS)}. There are {', '.join(COMMANDS)}.")
+        return COMMANDS[command](argv[1:])
+    options = parse(OptimizeOptions, argv, prog="optimize.py", description=__doc__, dialect=DIALECT)
+    if options.search.pick is not None:
+        return picked(options.place, options.search.pick)
+    from library.search.setup import set_up
+
+    setup = set_up(options)
+    print_plan(options, setup)
+    return EXIT_OK if options.dry_run else run(options, setup)
+
+
+def print_plan(options: OptimizeOptions, setup: Setup) -> None:
+    from library.search.samplers import choose_sampler
+    from library.search.setup import batch_of
+    from library.search.storage import without_password
+
+    plan, terms = setup.plan, setup.plan.terms
+    sampler, why = choose_sampler(plan.sampler, plan.workers, plan.n_trials)
+    print(f"study      {plan.name}, in {plan.output_dir}, kept in {without_password(plan.storage)}")
+    print(f"trains     {terms.script}.py on {setup.base.path} ({setup.base.family}), batches of {batch_of(setup)}")
+    print(f"objective  {terms.objective}; seed {terms.seed}")
+    print(f"trials     {plan.n_trials} by {plan.workers} at once, sampler {sampler} ({why})")
+    print(f"then       the best {plan.confirm} again with {plan.new_seeds} new seeds each")
+    for one in terms.space.parameters:
+        across = " ".join(map(str, one.choices)) or f"{one.low:g} to {one.high:g}{' (log)' if one.log else ''}"
+        print(f"searches   {one.name}: {across}; default {one.default}")
+    for number, params in enumerate(plan.initial, start=1):
+        print(f"begins     {number}: {' '.join(f'{name} {value}' for name, value in params.items())}")
+    for note in setup.notes:
+        print(f"note       {note}")
+
+
+def run(options: OptimizeOptions, setup: Setup) -> int:
+    from library.search.devices import assign
+    from library.search.driver import Driver
+    from library.search.status import BUDGET, Look
+    from library.search.storage import insisting
+    from library.search.study import open_study
+    from library.search.trainer_process import TrainerProcess
+
+    plan = setup.plan
+    study = open_study(plan.name, plan.storage, plan.terms)  # another study's terms are refused before anything else
+    budget = {"n_trials": plan.n_trials, "workers": plan.workers, "more": plan.confirm * plan.new_seeds}
+    insisting(lambda: study.set_user_attr(BUDGET, {**budget, "base": setup.base.path}))
+    environments = assign(plan.workers, options.trained.device)
+    log = plan.output_dir / "trainers.log"
+    result = Driver(plan, lambda number: TrainerProcess(environments[number], log)).run()
+    look = Look(plan.name, plan.storage)
+    if not result.interrupted:
+        if options.outcome.sheet:
+            attempt("contact sheet", lambda: draw_sheet(look, plan.output_dir, setup))
+        if options.outcome.export and setup.base.family == "sd15" and plan.terms.script == "train_network":
+            attempt("export to SDXL", lambda: export_best(plan.output_dir, options.outcome.sdxl_base))
+    attempt("report", lambda: write_report(look, plan.output_dir))
+    if result.interrupted:
+        print(f"Interrupted after {result.done} of {plan.n_trials} trials. Run the same command again to go on.")
+        return EXIT_STOPPED
+    return EXIT_OK
+
+
+def attempt(what: str, work: Callable[[], None]) -> None:
+    """What comes after a study must not make it a failure: the sentence is said, and the rest goes on."""
+    try:
+        work()
+    except UserError as error:
+        print(f"No {what}: {error}", file=sys.stderr)
+
+
+def draw_sheet(look: Look, folder: Path, setup: Setup) -> None:
+    from library.search.sheet import STEPS, draw_best
+
+    draw_best(look, folder, setup.base.path, steps=TINY_SHEET_STEPS if setup.is_tiny else STEPS)
+
+
+def write_report(look: Look, folder: Path) -> None:
+    from library.search.report import build_report
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.html"
+    build_report(look, folder).write(path)
+    print(f"report     {path}")
+
+
+def export_best(
+    folder: Path, sdxl_base: str | None, dataset_config: str | None = None, wishes: SdxlOptions | None = None
+) -> None:
+    from library.search.best_params import read_best_params
+    from library.search.export import export
+    from library.search.record import BEST_FILE
+    from library.search.setup import default_sdxl_base
+
+    best = read_best_params(folder / BEST_FILE)
+    base = sdxl_base or default_sdxl_base(best.base_model.path)
+    print(export(best, sdxl_base=base, output_dir=folder, dataset_config=dataset_config, wishes=wishes).report())
+
+
+# Sub-commands.
+
+
+def status(argv: list[str]) -> int:
+    options = parse(StatusOptions, argv, prog="optimize.py status", description=__doc__, dialect=DIALECT)
+    from library.search.status import Look, status_text
+
+    while True:
+        look = Look(options.place.study_name, options.place.url)
+        clear = "\033[H\033[J" if options.watch and sys.stdout.isatty() else ""
+        print(f"{clear}{status_text(look)}", flush=True)
+        if options.watch is None or look.is_done:
+            return EXIT_OK
+        try:
+            time.sleep(options.watch)
+        except KeyboardInterrupt:
+            return EXIT_OK
+
+
+def report(argv: list[str]) -> int:
+    options = parse(ReportOptions, argv, prog="optimize.py report", description=__doc__, dialect=DIALECT)
+    from library.search.status import Look
+
+    write_report(Look(options.place.study_name, options.place.url), options.place.folder)
+    return EXIT_OK
+
+
+def export_(argv: list[str]) -> int:
+    options = parse(ExportOptions, argv, prog="optimize.py export", description=__doc__, dialect=DIALECT)
+    folder = options.place.folder
+    if not (folder / "best_params.json").is_file():
+        raise UserError(
+            f"{folder} has no best_params.json: no trial of the study {options.place.study_name} has ended there. Name its "
+            "--output-dir."
+        )
+    export_best(folder, options.base_model, options.dataset_config, options.wishes)
+    return EXIT_OK
+
+
+def pick(argv: list[str]) -> int:
+    if argv and argv[0].lstrip("-").isdigit():
+        argv = ["--trial", *argv]
+    options = parse(PickOptions, argv, prog="optimize.py pick", description=__doc__, dialect=DIALECT)
+    return picked(options.place, options.trial)
+
+
+def picked(place: PlaceOptions, trial: int) -> int:
+    """Make `trial` the study's choice, and everything that tells of it anew."""
+    from library.search.best_params import read_best_params
+    from library.search.pick import pick_trial
+    from library.search.status import Look
+
+    pick_trial(Look(place.study_name, place.url), trial, place.folder)
+    look = Look(place.study_name, place.url)
+    print(look.verdict.words)
+    write_report(look, place.folder)
+    best = read_best_params(place.folder / "best_params.json")
+    if (place.folder / "sdxl_config.toml").is_file() and best.base_model.family == "sd15":
+        attempt("export to SDXL", lambda: export_best(place.folder, None))
+    return EXIT_OK
+
+
+COMMANDS = {"status": status, "report": report, "export": export_, "pick": pick}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

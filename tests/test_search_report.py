@@ -1,0 +1,80 @@
+"""report.html and the terminal's view of a study, of fake trainings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from library.errors import UserError
+from library.search.pick import pick_trial
+from library.search.report import build_report
+from library.search.status import BUDGET, Look, status_text
+from tests.tools.search import FakeTrainer, dead_lease, ledger, plan, run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of 12 fake trials, of which one diverged, with the best two trained again."""
+    folder = tmp_path_factory.mktemp("study")
+    run(plan(folder, confirm=2), lambda: FakeTrainer(lambda job: "diverged" if job.trial == 6 else "done"))
+    return folder
+
+
+def look(folder: Path, name: str = "test") -> Look:
+    return Look(name, f"journal:{folder / 'study.log'}")
+
+
+def test_the_report_has_every_chapter_and_opens_without_a_network(finished: Path) -> None:
+    html = build_report(look(finished), finished / "out").html()
+    for heading in ("Recommendation", "The best", "The search", "What the parameters do", "Cost", "All trials"):
+        assert f">{heading}</h2>" in html
+    assert html.count('id="figure-') >= 5
+    assert "<script src" not in html and "default-src 'none'" in html
+
+
+def test_the_report_says_how_sure_it_is(finished: Path) -> None:
+    html = build_report(look(finished), finished / "out").html()
+    assert "sigma" in html and "is what to expect" in html
+    assert look(finished).verdict.words.split(",")[0] in html
+
+
+def test_penalties_are_no_best_value(finished: Path) -> None:
+    html = build_report(look(finished), finished / "out").html()
+    assert "diverged: told as" in html
+    assert 6 not in [one.trial for one in look(finished).verdict.candidates]
+
+
+def test_a_study_without_a_value_has_a_report(tmp_path: Path) -> None:
+    ledger(tmp_path)
+    assert "No trial has a value yet." in build_report(look(tmp_path), tmp_path / "out").html()
+    assert "No trial has a value yet." in status_text(look(tmp_path))
+
+
+def test_status_shows_progress_best_and_verdict(finished: Path) -> None:
+    text = status_text(look(finished))
+    assert "trial 12/12" in text and "verdict" in text
+    assert f"trial {look(finished).verdict.candidates[0].trial}" in text
+
+
+def test_status_shows_running_trials_and_which_of_them_are_dead(tmp_path: Path) -> None:
+    own = ledger(tmp_path)
+    own.study.set_user_attr(BUDGET, {"n_trials": 8, "workers": 2})
+    first, second = own.ask(), own.ask()
+    assert first is not None and second is not None
+    first.trial.report(-0.1, 5)
+    own.storage.set_trial_user_attr(second.trial._trial_id, "lease", dead_lease())
+    lines = status_text(look(tmp_path)).splitlines()
+    assert any("trial 1  50 %" in line and "lease" in line and "left" in line for line in lines)
+    assert any("trial 2" in line and "DEAD" in line for line in lines)
+
+
+def test_an_unknown_study_is_one_sentence_and_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no study other"):
+        Look("other", f"sqlite:///{tmp_path / 'study.db'}")
+    assert not (tmp_path / "study.db").exists()
+
+
+def test_a_trial_that_diverged_cannot_be_picked(finished: Path) -> None:
+    with pytest.raises(UserError, match="Trial 6 cannot be picked"):
+        pick_trial(look(finished), 6, finished / "out")
