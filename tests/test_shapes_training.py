@@ -99,6 +99,28 @@ def test_every_other_picture_is_recoloured_and_the_rest_kept() -> None:
     assert changed.abs().max() <= 1.0
 
 
+def test_an_interrupted_part_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.shapes.fit.KEEP_EVERY", 4)
+    monkeypatch.setattr("tools.shapes.fit.LOG_EVERY", 2)
+
+    def train(kept: Path | None, stop: int | None = None) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+
+        def loss_at(step: int, indices: torch.Tensor) -> torch.Tensor:
+            if step == stop:
+                raise KeyboardInterrupt
+            inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+            return (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+
+        fit("line", {"line": model}, loss_at, list(batches(8, 4, 12, 0)), rate=0.05, average=0.9, kept=kept)
+        return model.weight.detach()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "kept", stop=7)
+    assert torch.equal(train(tmp_path / "kept"), train(None))
+
+
 def test_a_part_is_kept_with_its_record(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     record = fit("x", {"x": model}, lambda step, indices: model(torch.ones(1, 2)).sum(), [torch.zeros(1)] * 3, 0.1)

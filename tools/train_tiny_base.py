@@ -26,7 +26,15 @@ from tools.shapes.pictures import Pictures, draw_pictures
 from tools.shapes.publish import publish
 
 TRAINED_ON, UNSEEN = 12_000, 512
-STEPS = {"autoencoder": 5000, "clip": 1200, "teacher": 2500, "denoiser": 2200, "picture_tower": 2000, "judge": 500}
+STEPS = {
+    "autoencoder": 5000,
+    "clip": 1200,
+    "teacher": 2500,
+    "denoiser": 2200,
+    "denoiser_2": 3600,
+    "picture_tower": 1200,
+    "judge": 500,
+}
 
 
 def main() -> int:
@@ -74,7 +82,8 @@ def train(name: str, pictures: Pictures, work: Path, steps: int) -> tuple[nn.Mod
         return clip.train_picture_tower(pictures, load_model(work, "clip", CLIPModel(clip.config())), steps)
     vae = load_model(work, "autoencoder", AutoencoderKL.from_config(autoencoder.CONFIG))
     text_model = load_model(work, "clip", CLIPTextModel(CLIPTextConfig(**clip.text_config())))
-    return denoiser.train_denoiser(pictures, vae, text_model, steps)
+    begun = load_model(work, "denoiser", denoiser.new_unet()) if name == "denoiser_2" else None
+    return denoiser.train_denoiser(pictures, vae, text_model, steps, begun, work / f"{name}.kept")
 
 
 if __name__ == "__main__":

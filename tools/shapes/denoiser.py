@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
@@ -19,22 +20,36 @@ from tools.shapes.fit import Record, fit
 from tools.shapes.pictures import Pictures, batches, caption
 
 CONFIG = {**SD15_UNET, "block_out_channels": [64, 64, 64, 96], "cross_attention_dim": HIDDEN, "sample_size": 16}
-BATCH, RATE = 32, 1.5e-3
+BATCH, RATE, SECOND_RATE = 32, 1.5e-3, 1e-3
 EMPTY_PROMPTS = 0.1
 MIN_SNR_GAMMA = 5.0
 
 
+def new_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_config(CONFIG)
+
+
 def train_denoiser(
-    pictures: Pictures, vae: AutoencoderKL, text_model: CLIPTextModel, steps: int
+    pictures: Pictures,
+    vae: AutoencoderKL,
+    text_model: CLIPTextModel,
+    steps: int,
+    unet: UNet2DConditionModel | None = None,
+    kept: Path | None = None,
 ) -> tuple[UNet2DConditionModel, Record]:
-    """The base's own objective, noise, with min-SNR weights; one caption in ten is empty, for guidance."""
-    unet = UNet2DConditionModel.from_config(CONFIG).to(memory_format=torch.channels_last).train()
+    """The base's own objective, noise, with min-SNR weights; one caption in ten is empty, for guidance.
+
+    unet: one to go on with, at a lower rate. kept: see `fit`.
+    """
+    name, seed, rate = ("denoiser", 4, RATE) if unet is None else ("denoiser, second part", 7, SECOND_RATE)
+    unet = new_unet() if unet is None else unet
+    unet = unet.to(memory_format=torch.channels_last).train()
     objective = Objective(NoiseSchedule.from_config(SD15_SCHEDULER), min_snr_gamma=MIN_SNR_GAMMA)
     latents = encode(vae, pictures.pixels)
     embeddings = _Embeddings(TextEncoder(tiny_tokenizer(), text_model))
-    generator, choose = torch.Generator().manual_seed(4), random.Random(4)
 
     def loss_at(step: int, indices: Tensor) -> Tensor:
+        generator, choose = torch.Generator().manual_seed(seed * 10**6 + step), random.Random(f"denoiser {seed} {step}")
         chosen = latents[indices]
         prompts = [
             "" if choose.random() < EMPTY_PROMPTS else caption(pictures.known[index], choose)
@@ -48,7 +63,8 @@ def train_denoiser(
         output = unet(noisy.to(memory_format=torch.channels_last), timesteps, embeddings(prompts)).sample
         return objective.losses(output, chosen, noise, noisy, timesteps).mean()
 
-    record = fit("denoiser", {"unet": unet}, loss_at, list(batches(len(pictures), BATCH, steps, 4)), RATE, 0.998)
+    order = list(batches(len(pictures), BATCH, steps, seed))
+    record = fit(name, {"unet": unet}, loss_at, order, rate, 0.998, kept)
     return unet.eval().to(memory_format=torch.contiguous_format), record
 
 

@@ -29,7 +29,8 @@ from tools.shapes.pictures import Pictures
 
 GUIDANCES = (4.0, 5.5, 7.0)
 JUDGED, STEPS = 200, 25
-TRAINED = ("autoencoder", "clip", "picture_tower", "teacher", "denoiser")
+OF = {"picture_tower": "clip", "denoiser_2": "denoiser"}  # stages of training that go on with a part
+TRAINED = ("autoencoder", "clip", "picture_tower", "teacher", "denoiser", "denoiser_2")
 
 
 def publish(work: Path, out: Path, unseen: Pictures) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def _parts(work: Path) -> dict[str, nn.Module]:
     """Everything trained, with its weights as they are saved: rounded to float16."""
     models: dict[str, nn.Module] = {
         "autoencoder": load_model(work, "autoencoder", AutoencoderKL.from_config(autoencoder.CONFIG)),
-        "denoiser": load_model(work, "denoiser", UNet2DConditionModel.from_config(denoiser.CONFIG)),
+        "denoiser": load_model(work, "denoiser_2", denoiser.new_unet()),
         "clip": load_model(work, "picture_tower", CLIPModel(clip.config())),
         "text": load_model(work, "clip", CLIPTextModel(CLIPTextConfig(**clip.text_config()))),
         "teacher": load_model(work, "teacher", Dinov2Model(Dinov2Config(**teacher.CONFIG)), "dinov2."),
@@ -175,7 +176,7 @@ def card(numbers: dict[str, Any]) -> str:
         for name, record in training.items()
     }
     rows = "\n".join(
-        f"| {name} | {numbers['parameters'].get(name, numbers['parameters']['clip']):,} | {record['steps']} x {record['batch']} | "
+        f"| {name} | {numbers['parameters'][OF.get(name, name)]:,} | {record['steps']} x {record['batch']} | "
         f"{record['seconds'] / 60:.0f} min | {ends[name][0]:.4f} -> {ends[name][1]:.4f} |"
         for name, record in training.items()
     )
