@@ -65,7 +65,7 @@ def _parts(work: Path) -> dict[str, nn.Module]:
         "denoiser": load_model(work, "denoiser_2", denoiser.new_unet()),
         "clip": load_model(work, "picture_tower", CLIPModel(clip.config())),
         "text": load_model(work, "clip", CLIPTextModel(CLIPTextConfig(**clip.text_config()))),
-        "teacher": load_model(work, "teacher", Dinov2Model(Dinov2Config(**teacher.CONFIG)), "dinov2."),
+        "teacher": load_model(work, "teacher", Dinov2Model(Dinov2Config(**teacher.CONFIG))),
         "judge": load_model(work, "judge", Judge()),
     }
     for name in set(models) - {"judge"}:
