@@ -51,14 +51,14 @@ def write_pipeline_index(folder: Path, pipeline: Mapping[str, Any]) -> None:
 
 
 def text_encoder_sizes(hidden: int) -> dict[str, Any]:
-    """What a tiny CLIP text encoder has instead of the published sizes. One head: `single_file` tells why."""
+    """What a tiny CLIP text encoder has instead of the published sizes. Heads are 64 wide, as `single_file` expects."""
     words = len(vocabulary(tiny_merges()))
     return {
         "vocab_size": words,
         "hidden_size": hidden,
         "intermediate_size": 4 * hidden,
         "projection_dim": hidden,
-        "num_attention_heads": 1,
+        "num_attention_heads": max(1, hidden // 64),
         "bos_token_id": words - 2,
         "eos_token_id": words - 1,
         "pad_token_id": words - 1,

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from library.data.demo_pictures import BACKGROUNDS, CLASSES, COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Picture
-from library.models.clip_tokenizer import tiny_merges, tiny_tokenizer, vocabulary
+from library.models.clip_tokenizer import tiny_tokenizer
 from library.models.sd15_configs import SD15_TEXT_ENCODER
+from library.models.tiny_parts import text_encoder_sizes
 from tools.shapes.fit import Record, fit
 from tools.shapes.pictures import SIDE, Pictures, batches, caption
 
@@ -23,19 +24,7 @@ _TRAINED_POSITIONS = 40  # longer captions than the set's are never seen
 
 
 def text_config() -> dict[str, object]:
-    words = len(vocabulary(tiny_merges()))
-    return {
-        **SD15_TEXT_ENCODER,
-        "vocab_size": words,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 4 * HIDDEN,
-        "projection_dim": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HIDDEN // 64,
-        "bos_token_id": words - 2,
-        "eos_token_id": words - 1,
-        "pad_token_id": words - 1,
-    }
+    return {**SD15_TEXT_ENCODER, **text_encoder_sizes(HIDDEN), "num_hidden_layers": LAYERS}
 
 
 def vision_config() -> dict[str, object]:
