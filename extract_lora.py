@@ -28,7 +28,7 @@ PROVENANCE_KEY = "repa_extract"
 @dataclass(frozen=True)
 class ExtractLoraOptions:
     model_org: str
-    """The model before training: a folder, a hub id, one .safetensors file, or tiny-sd15."""
+    """The model before training: a folder, a hub id, one .safetensors file, or tiny-shapes."""
     model_tuned: str
     """The model after it, of the same family."""
     save_to: Path

@@ -1,6 +1,6 @@
 """Images a second through the cache pipeline, beside the rate of decoding alone and of encoding alone, in one run.
 
-python benchmarks/cache_build.py [--pictures data/demo/train.csv] [--base tiny-sd15] [--dino tiny-dinov2]
+python benchmarks/cache_build.py [--pictures data/demo/train.csv] [--base tiny-shapes] [--dino tiny-shapes-dinov2]
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", default="demo")
     parser.add_argument("--class_names", default=None)
-    parser.add_argument("--base", default="tiny-sd15")
-    parser.add_argument("--dino", default="tiny-dinov2")
+    parser.add_argument("--base", default="tiny-shapes")
+    parser.add_argument("--dino", default="tiny-shapes-dinov2")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--dino_resolution", type=int, default=224)
     parser.add_argument("--workers", type=int, default=2)

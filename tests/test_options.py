@@ -53,7 +53,7 @@ def test_hyphens_and_underscores_are_the_same() -> None:
 
 
 def test_without_a_config_the_demo_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parsed().model.pretrained_model_name_or_path == "tiny-sd15"
+    assert parsed().model.pretrained_model_name_or_path == "tiny-shapes"
     assert "using the embedded demo.toml" in capsys.readouterr().err
 
 

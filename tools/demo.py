@@ -56,7 +56,7 @@ def print_summary(adapter: Path, merged: Path, picture: Path, seconds: float) ->
     print(f"The token loss of the best constant is {reference['reference/constant_token_loss']:.4f}.\n")
     print(f"adapter        {adapter.relative_to(ROOT)}")
     print(f"merged model   {merged.relative_to(ROOT)}")
-    print(f"picture        {picture.relative_to(ROOT)}  (noise: the tiny base was never trained)")
+    print(f"picture        {picture.relative_to(ROOT)}  ({PROMPT})")
     print(f"TensorBoard    tensorboard --logdir {(OUTPUT / 'logs').relative_to(ROOT)}")
     print(f"{seconds:.0f} s in all")
 

@@ -1,4 +1,4 @@
-"""Train the embedded default from nothing: base, CLIP and DINOv2 on generated pictures. Under 90 minutes on two cores.
+"""Train the embedded default from nothing: base, CLIP and DINOv2 on generated pictures. Two to three hours on two CPU cores.
 
     python tools/train_tiny_base.py --out models
 

@@ -21,7 +21,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         "pretrained_model_name_or_path",
         "none: stops",
-        "`tiny-sd15`, which comes with the project",
+        "`tiny-shapes`, which comes with the project",
         "the command runs before anything is downloaded",
     ),
     Difference(

@@ -35,8 +35,8 @@ class NetworkConfigOptions:
 
 @dataclass(frozen=True)
 class NetworkModelOptions(ModelOptions):
-    pretrained_model_name_or_path: str = "tiny-sd15"
-    """Base model, SD1.5 or SDXL: a hub id, a diffusers folder, one .safetensors file, or tiny-sd15 or tiny-sdxl, embedded."""
+    pretrained_model_name_or_path: str = "tiny-shapes"
+    """Base model, SD1.5 or SDXL: a hub id, a diffusers folder, one .safetensors file, tiny-shapes or tiny-sdxl."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # type: ignore[assignment]
     """Number format in which frozen weights are kept and everything but losses and trained weights is computed; no is float32."""
     vae: str | None = None

@@ -39,7 +39,7 @@ class MergeLoraOptions:
     checkpoint: Path | None = None
     """The same as --models with one entry."""
     pretrained_model_name_or_path: str | None = None
-    """Base model: a folder, a hub id, one .safetensors file, or tiny-sd15. Default: the one the adapter names."""
+    """Base model: a folder, a hub id, one .safetensors file, or tiny-shapes. Default: the one the adapter names."""
     output_dir: Path | None = None
     """Diffusers folder to write."""
     save_single_file: bool = False

@@ -33,7 +33,7 @@ class BaseModel:
 
     family: Literal["sd15", "sdxl"]
     path: str
-    """As the user named it: a file, a folder, a hub id, tiny-sd15."""
+    """As the user named it: a file, a folder, a hub id, tiny-shapes."""
     sha256: str | None = None
     """Of the U-Net's weights; None where they were not hashed."""
 

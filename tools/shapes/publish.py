@@ -105,7 +105,7 @@ def measure(folder: Path, out: Path, parts: dict[str, nn.Module], unseen: Pictur
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in sorted(parts.items())},
         "bytes": sum(file.stat().st_size for file in files),
         "sha256": {
-            file.relative_to(out if out in file.parents else folder).as_posix(): file_hash(file) for file in files
+            file.relative_to(folder if folder in file.parents else out).as_posix(): file_hash(file) for file in files
         },
         "versions": {
             "torch": torch.__version__,
