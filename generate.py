@@ -104,6 +104,7 @@ def run(options: GenerateOptions, first: str) -> list[Path]:
     from library.inference.infotext import save_png
 
     studio, wanted = build(options, first)
+    studio.hash_ahead(shot.base for shot in wanted.shots)
     pictures: dict[Shot, Image.Image] = {}
     start = time.perf_counter()
     for batch, drawn in studio.draw(wanted.shots, options.what.batch_size):

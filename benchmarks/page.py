@@ -25,6 +25,8 @@ page of them. Ratios are measured side by side in one run: on a shared machine t
 | `merge.py` | seconds and memory of merging a LoRA into full-size SD1.5, beside `cp` and beside load-merge-save |
 | `train_network.py` | seconds and memory of a LoRA step at full size, as a user starts it, beside published figures |
 | `cache_build.py` | images a second through the cache pipeline, beside decoding alone and encoding alone |
+| `samplers.py` | seconds of a picture of one step by every sampler, full-size SD1.5 or SDXL with random weights |
+| `optimize.py` | steps in which a study finds what random search finds; its parent's cost; eight parents on one database |
 """
 
 
@@ -35,6 +37,8 @@ def section(path: Path) -> str:
     lines.append("; ".join(f"{name} {value}" for name, value in result["settings"].items()) + "\n")
     lines += ["| figure | measured | target |", "|---|---|---|"]
     for name, value in result["measured"].items():
+        if not isinstance(value, int | float):  # details, which stay in the JSON, or nothing to tell
+            continue
         lines.append(f"| {name} | {value:.4g} | {target(result['targets'].get(name))} |")
     return "\n".join(lines) + "\n"
 

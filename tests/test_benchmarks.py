@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,28 @@ def test_the_page_has_a_section_for_each_result(benchmarks: None) -> None:
     text = (PROJECT_ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     for path in RESULTS.glob("*.json"):
         assert page.section(path).strip() in text, f"{path.name}: run python benchmarks/page.py"
+
+
+def test_the_samplers_benchmark_draws_by_every_sampler(benchmarks: None, tiny_sd15: Path) -> None:
+    import samplers
+
+    from library.inference.sampler_names import SAMPLER_NAMES
+
+    arguments = argparse.Namespace(base=str(tiny_sd15), size=64, steps=1, dtype="bf16")
+    settings, measured = samplers.measure(arguments, str(tiny_sd15))
+    assert settings["family"] == "sd15" and measured["samplers_that_drew"] == len(SAMPLER_NAMES)
+    assert all(measured[f"{name}_seconds"] > 0 for name in SAMPLER_NAMES)
+
+
+def test_a_picture_that_is_not_finite_counts_as_none(
+    benchmarks: None, tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import samplers
+
+    from library.inference.samplers import SAMPLERS
+
+    broken = replace(SAMPLERS["Heun"], function=lambda denoise, x, sigmas, noise: x * float("nan"))
+    monkeypatch.setitem(SAMPLERS, "Heun", broken)
+    arguments = argparse.Namespace(base=str(tiny_sd15), size=64, steps=1, dtype="float")
+    _, measured = samplers.measure(arguments, str(tiny_sd15))
+    assert measured["samplers_that_drew"] == len(SAMPLERS) - 1 and "Heun_seconds" not in measured

@@ -87,6 +87,7 @@ def test_everything_is_there(evaluated: tuple[Path, dict[str, Any]]) -> None:
         assert drawn == ["subject_00_42.png", "subject_00_43.png", "unrelated_00_42.png", "unrelated_00_43.png"]
     info = read_png(folder / "pictures" / "mio-000002" / "subject_00_43.png")
     assert info.prompt == "a photo of mio <lora:mio-000002:1>" and (info.seed, info.steps) == (43, 1)
+    assert info.model_hash is None and (info.version or "").startswith("repa-scripts "), "a folder has no hash"
     html = (folder / "report.html").read_text(encoding="utf-8")
     assert "Evaluation of 2 checkpoints, mio-000001 to mio-000002" in html and "a photo of mio" in html
     assert {"likeness", "drift", "drift_pixels", "diversity", "loss", "loss_q4"} <= metrics["meanings"].keys()

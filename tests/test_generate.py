@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import generate
+from library import project_version
 from library.errors import EXIT_BAD_INPUT, EXIT_OK
-from library.inference.infotext import lora_hash, read_png
+from library.inference import studio
+from library.inference.infotext import lora_hash, model_hash, read_png
 from library.options.generate import split_weight
+from tests.tools.ldm_layout import ldm_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +58,8 @@ def test_pictures_and_their_grid(
     assert info.prompt == "a red square <lora:demo:0.5>" and info.lora_hashes == {"demo": lora_hash(adapter_file)}
     assert (info.sampler, info.schedule, info.steps, info.seed, info.size) == ("DPM++ 2M", "Karras", 1, 6, (64, 64))
     assert info.model == "tiny-sd15" and info.clip_skip is None and info.hires_upscale is None
+    assert info.model_hash is None, "of a folder"
+    assert info.version == f"repa-scripts {project_version()}"
     with Image.open(tmp_path / "x.png") as sheet:
         assert sheet.size == (128, 128)
     said = capsys.readouterr().out
@@ -181,6 +187,22 @@ def test_the_base_gives_the_size_where_nothing_else_does(base: list[str], tmp_pa
     words = [*base, "--prompt", "a", "--steps", "1", "--images", "1", "--output", str(tmp_path / "x.png")]
     assert generate.main(words) == EXIT_OK
     assert pixels(tmp_path / "x.png").shape == (128, 128, 3)
+
+
+def test_a_base_that_is_a_file_is_named_with_a1111s_hash(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr(studio, "model_hash", lambda path: hashed.append(path) or model_hash(path))
+    file = tmp_path / "mine.safetensors"
+    save_file({key: value.contiguous() for key, value in ldm_checkpoint(tiny_sd15).items()}, file)
+    words = ["--pretrained_model_name_or_path", file, "--refiner", file, "--images", 2, "--steps", 2]
+    assert run(*words, "--output", tmp_path / "x.png") == EXIT_OK
+    short = hashlib.sha256(file.read_bytes()).hexdigest()[:10]
+    for name in ("x_42.png", "x_43.png", "x.png"):
+        info = read_png(tmp_path / name)
+        assert (info.model, info.model_hash, info.refiner) == ("mine", short, f"mine [{short}]")
+    assert hashed == [file], "once in a run"
 
 
 def test_sdxl_draws_with_its_own_refiner(tiny_sdxl: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from library.report.page import Page, picture_uri
 
-UNCLOSED = {"meta", "img", "br", "link"}
+UNCLOSED = {"meta", "img", "br", "link", "wbr"}
 
 
 class Outline(HTMLParser):
@@ -42,7 +42,7 @@ class Outline(HTMLParser):
             self.text += data
 
     def names(self) -> list[str]:
-        return [tag for tag, _ in self.tags]
+        return [tag for tag, _ in self.tags if tag != "wbr"]
 
 
 def full_page() -> Page:
@@ -51,7 +51,8 @@ def full_page() -> Page:
     page.paragraph("words")
     page.table(["a", "b"], [["x", 1.23456], ["y", None]], caption="numbers")
     page.figure(go.Figure(go.Scatter(x=[1, 2], y=[3, 4]), layout={"width": 2000}), caption="curve")
-    page.figure(go.Figure(go.Heatmap(z=[[1, 2], [3, 4]])))
+    page.figure(go.Figure(go.Heatmap(z=[[1, 2], [3, 4]])), least_width=600)
+    page.figures([go.Figure(go.Bar(x=[1], y=[2]), layout={"title": name}) for name in "xy"], caption="small ones")
     page.pictures([(Image.new("RGB", (8, 8), "red"), "a red square")], columns=3)
     page.code("seed = 1", caption="configuration")
     page.notice("left out")
@@ -103,7 +104,7 @@ def marked(text: str) -> Page:
     page.notice(text)
     page.code(text)
     page.code(text, caption="c" + text)
-    page.table([text], [[text]], caption="c" + text)
+    page.table(["c" + text], [[text]], caption="c" + text)
     page.pictures([(Image.new("RGB", (2, 2)), "c" + text)])
     return page
 
@@ -135,6 +136,22 @@ def test_numbers_are_set_to_the_right_and_nothing_is_a_dash():
 def test_a_row_of_the_wrong_length_is_named():
     with pytest.raises(ValueError, match="a row of 1 cells under 2 columns"):
         Page("Title").table(["a", "b"], [["x"]])
+
+
+def test_headings_break_at_underscores_alone_and_empty_ones_are_no_line():
+    page = Page("Title")
+    page.table(["learning_rate", "<b>_x"], [["1e-4", "a_b"]])
+    page.table(["", ""], [["a", "b"]])
+    html = page.html()
+    assert "learning_<wbr>rate</th>" in html and "&lt;b&gt;_<wbr>x</th>" in html and "<td>a_b</td>" in html
+    assert html.count("<thead>") == 1
+
+
+def test_small_figures_stand_side_by_side_with_ids_and_titles_of_their_own():
+    html = full_page().html()
+    assert [html.count(f'id="figure-{number}"') for number in range(1, 6)] == [1, 1, 1, 1, 0]
+    assert '<p class="title">x</p>' in html and '<p class="title">y</p>' in html and 'class="plots"' in html
+    assert '<div style="min-width:600px">' in html
 
 
 def test_chapters_are_listed_when_there_are_many():

@@ -6,27 +6,24 @@ import ctypes
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from library.options.toml_file import PROJECT_ROOT
 from library.search.jobs import Job, Outcome, Slot
 from library.search.outcomes import read_outcome
-from tests.tools.search import FakeTrainer, in_a_process, ledger, params_key, plan, run, said
+from tests.tools.search import FakeTrainer, in_a_process, ledger, plan, run, said, settled
 
 KILLS = int(os.environ.get("SEARCH_KILLS", "20"))
 
@@ -77,29 +74,6 @@ def kill(whom: str, parent: int, out: Path) -> None:
             newest = max(out.glob("trial_*/child"), key=lambda path: path.parent.name, default=None)
             if newest is not None:
                 os.kill(int(newest.read_text()), signal.SIGKILL)
-
-
-def settled(folder: Path, n_trials: int, storage: str) -> list[FrozenTrial]:
-    """Check that a study that was run to its end has what it must; its trials."""
-    trials = ledger(folder, n_trials, storage).trials()
-    done = [one for one in trials if one.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    assert len(done) == n_trials, Counter(one.state.name for one in trials)
-    assert all(one.state.is_finished() for one in trials)
-    by_number = {one.number + 1: one for one in trials}
-    for one in trials:
-        if (origin := one.user_attrs.get("retry_of")) is not None:
-            # Either may have died while its parameters were written down.
-            enqueued = one.system_attrs["fixed_params"]
-            assert by_number[origin].params.items() <= enqueued.items() >= one.params.items()
-            assert one.user_attrs.get("seed", 7) == by_number[origin].user_attrs.get("seed", 7)
-    # Every training that reached its end was told as what it came to, and was the only one of its kind.
-    ended = {int(path.parent.name[-4:]) for path in (folder / "out").glob("trial_*/outcome.json")}
-    complete = {one.number + 1 for one in trials if one.state == TrialState.COMPLETE}
-    assert ended == complete
-    assert all(read_outcome(folder / "out" / f"trial_{n:04d}", n).value == by_number[n].value for n in ended)  # type: ignore[union-attr]
-    trained = Counter((params_key(by_number[n].params), by_number[n].user_attrs["seed"]) for n in ended)
-    assert max(trained.values()) == 1
-    return trials
 
 
 @pytest.mark.parametrize("form", ["sqlite:///{}/study.db", "journal:{}/study.log"])
@@ -208,62 +182,3 @@ def test_a_study_works_through_a_grpc_server(tmp_path: Path) -> None:
     finally:
         server.kill()
         server.wait()
-
-
-@pytest.fixture
-def postgresql(tmp_path: Path) -> Iterator[str]:
-    """A server of its own, as Debian's package has it."""
-    if find_spec("psycopg") is None:
-        pytest.skip("psycopg, the driver of PostgreSQL, is not installed")
-    found = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
-    if found is None:
-        pytest.skip("PostgreSQL's server is not installed")
-    programs, data = Path(found).parent, tmp_path / "postgresql"
-    # The server refuses to run as root.
-    who: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}
-    data.mkdir()
-    if who:
-        for folder in (data, *(parent for parent in data.parents if parent.owner() == "root" and parent != Path("/"))):
-            with suppress(OSError):
-                folder.chmod(folder.stat().st_mode | 0o011)
-        shutil.chown(data, "nobody")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    try:
-        subprocess.run(
-            [str(programs / "initdb"), "-D", str(data), "-U", "test", "-A", "trust", "--no-sync"],
-            check=True,
-            capture_output=True,
-            cwd="/",
-            **who,
-        )
-    except (subprocess.CalledProcessError, OSError) as error:
-        pytest.skip(f"PostgreSQL cannot be started here: {getattr(error, 'stderr', None) or error}")
-    server = subprocess.Popen(
-        [str(programs / "postgres"), "-D", str(data), "-p", str(port), "-k", str(data), "-h", "127.0.0.1", "-F"],
-        stderr=subprocess.DEVNULL,
-        cwd="/",
-        **who,
-    )
-    try:
-        wait_for(port, server)
-        yield f"postgresql+psycopg://test@127.0.0.1:{port}/postgres"
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(20)
-
-
-def test_eight_parents_share_a_study_on_postgresql(tmp_path: Path, postgresql: str) -> None:
-    n_trials = 12
-    parents = [
-        in_a_process(
-            lambda: (
-                run(plan(tmp_path, n_trials, storage=postgresql, prunes=False), lambda: FakeTrainer(seconds=0.05))
-                and None
-            )
-        )
-        for _ in range(8)
-    ]
-    assert [os.waitpid(parent, 0)[1] for parent in parents] == [0] * 8
-    settled(tmp_path, n_trials, postgresql)

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
+from library.search.charts import importances
 from library.search.pick import pick_trial
 from library.search.report import build_report
 from library.search.status import BUDGET, Look, status_text
+from library.search.values import is_real
 from tests.tools.search import FakeTrainer, dead_lease, ledger, plan, run
 
 
@@ -67,6 +69,31 @@ def test_status_shows_running_trials_and_which_of_them_are_dead(tmp_path: Path) 
     lines = status_text(look(tmp_path)).splitlines()
     assert any("trial 1  50 %" in line and "lease" in line and "left" in line for line in lines)
     assert any("trial 2" in line and "DEAD" in line for line in lines)
+
+
+def test_the_report_says_what_matters_by_fanova(finished: Path) -> None:
+    trials = look(finished).trials
+    found = importances(trials)
+    assert found is not None and next(iter(found)) == "learning_rate" and 0.5 < sum(found.values()) <= 1
+    html = build_report(look(finished), finished / "out").html()
+    assert "Importance by fANOVA" in html and f"Of {sum(map(is_real, trials))} trials it is unstable" in html
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_of_few_trials_the_report_says_that_they_tell_nothing(tmp_path: Path, count: int) -> None:
+    run(plan(tmp_path, n_trials=count))
+    html = build_report(look(tmp_path), tmp_path / "out").html()
+    assert "too few to tell what matters; 6 are needed." in html and "fANOVA" not in html
+
+
+def test_of_equal_values_the_report_says_that_they_do_not_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.tools.search.value_at", lambda *_: -0.25)
+    run(plan(tmp_path, n_trials=8))
+    assert importances(look(tmp_path).trials) is None
+    html = build_report(look(tmp_path), tmp_path / "out").html()
+    assert "trials that went to their end do not differ in their parameters, or not in their values" in html
 
 
 def test_an_unknown_study_is_one_sentence_and_leaves_no_file(tmp_path: Path) -> None:

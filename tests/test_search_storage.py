@@ -15,7 +15,7 @@ from library.errors import RunFailed, UserError
 from library.search import storage
 from library.search.storage import cut_torn_line, open_storage, without_password
 from library.search.study import load_study, open_study
-from tests.tools.search import TERMS, in_a_process, ledger, plan, run
+from tests.tools.search import TERMS, claims_of_two, in_a_process, ledger, plan, run
 
 
 @pytest.mark.parametrize(
@@ -145,3 +145,7 @@ def test_a_study_that_is_not_there_is_said_with_those_that_are(tmp_path: Path) -
     run(plan(tmp_path, 1))
     with pytest.raises(UserError, match="There is no study other in this storage. There: test."):
         load_study("other", f"journal:{tmp_path}/study.log")
+
+
+def test_of_two_that_claim_a_trial_at_once_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert claims_of_two(f"sqlite:///{tmp_path}/study.db", monkeypatch) == [True, False]

@@ -58,11 +58,17 @@ def with_adapter(request: Request, worn: Worn | None) -> Request:
 
 
 def save_pictures(
-    folder: Path, kind: str, task: Task, pictures: Sequence[Image.Image], worn: Worn | None, base: str
+    folder: Path,
+    kind: str,
+    task: Task,
+    pictures: Sequence[Image.Image],
+    worn: Worn | None,
+    base: str,
+    base_hash: str | None = None,
 ) -> None:
-    """KIND_PROMPT_SEED.png, each with the parameters text that A1111 reads."""
+    """KIND_PROMPT_SEED.png, each with the parameters text that A1111 reads; it calls the base by this name and hash."""
     for picture, (number, seed) in zip(pictures, task.places, strict=True):
-        info = picture_info(with_adapter(task.requests[number], worn), seed, base)
+        info = picture_info(with_adapter(task.requests[number], worn), seed, base, model_hash=base_hash)
         save_png(picture, folder / f"{kind}_{number:02d}_{seed}.png", info)
 
 

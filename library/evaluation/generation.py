@@ -25,6 +25,7 @@ from library.evaluation.estimates import Estimate, Statistic, difference, jackkn
 from library.evaluation.photos import Photo
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures, unit
 from library.evaluation.prompts import Task, is_ours
+from library.inference.infotext import model_hash
 from library.inference.model import DrawingModel, load_model
 from library.inference.pictures import model_name
 from library.models.locate import TINY_TEACHERS, locate_base
@@ -192,12 +193,13 @@ def _draw_all(
     everyone: list[tuple[str, Worn | None]] = [(BASE, None)]
     everyone += [(one.name, Worn(one.path, wanted.adapters[one.name], wanted.weight)) for one in wanted.candidates]
     drawn = {}
+    named = model_name(wanted.base), None if folder is None else model_hash(Path(wanted.base).expanduser())
     for number, (name, worn) in enumerate(everyone, start=1):
         say(f"{number}/{len(everyone)} {name}")
         drawn[name] = _draw_one(model, wanted, worn, noised)
         if folder is not None:
             for kind, task, made in _kinds(wanted, drawn[name]):
-                save_pictures(folder / name.replace("/", "_"), kind, task, made, worn, model_name(wanted.base))
+                save_pictures(folder / name.replace("/", "_"), kind, task, made, worn, *named)
     return drawn
 
 

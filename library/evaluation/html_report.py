@@ -158,7 +158,7 @@ def _losses(page: Page, result: GenerationResult) -> None:
     for name in result.names:
         own = [result.estimates[name][f"loss_q{quarter}"] for quarter in range(1, QUARTERS + 1)]
         figure.add_scatter(
-            x=["first (least noise)", "second", "third", "last (most noise)"],
+            x=["first<br>(least noise)", "second", "third", "last<br>(most noise)"],
             y=[100 * (math.exp(one.value) - 1) for one in own],
             customdata=[str(one) for one in own],
             hovertemplate="%{y:.1f} % (log ratio %{customdata})",
@@ -166,7 +166,7 @@ def _losses(page: Page, result: GenerationResult) -> None:
             name=name,
         )
     figure.add_hline(y=0, line={"dash": "dash", "color": COLOURS[6]})
-    figure.update_layout(height=320, yaxis={"ticksuffix": " %"}, showlegend=True)
+    figure.update_layout(height=320, xaxis={"tickangle": 0}, yaxis={"ticksuffix": " %"}, showlegend=True)
     page.figure(
         figure,
         "Loss on the held-out photos beside the base's, with the same noise and timesteps, mean over photos. Below 0 is less than "

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from library import project_version
 from library.inference.find_adapters import title_of
 from library.inference.infotext import Infotext
 from library.inference.prompt_networks import LoraWeights, StepWeights, cut_out_networks
 from library.inference.request import Request
+
+# Before the version. A number alone would be taken for A1111's own, which then draws as that old version of it did.
+PROJECT = "repa-scripts"
 
 
 def picture_info(
@@ -16,6 +20,7 @@ def picture_info(
     seed: int,
     model: str,
     *,
+    model_hash: str | None = None,
     lora_hashes: Mapping[str, str] | None = None,
     refiner: str | None = None,
 ) -> Infotext:
@@ -38,6 +43,7 @@ def picture_info(
         cfg_scale=request.cfg_scale,
         seed=seed,
         size=(request.width, request.height),
+        model_hash=model_hash,
         model=model,
         denoising_strength=hires.denoising_strength if hires is not None else strength,
         clip_skip=request.clip_skip if request.clip_skip > 1 else None,
@@ -47,6 +53,7 @@ def picture_info(
         refiner=refiner,
         refiner_switch_at=None if refiner is None else request.refiner_switch_at,
         lora_hashes=lora_hashes or {},
+        version=f"{PROJECT} {project_version()}",
         other=other,
     )
 

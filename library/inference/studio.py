@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from threading import Lock, Thread
 
 import torch
 from PIL import Image
 
 from library.errors import UserError
-from library.inference.infotext import Infotext, lora_hash
+from library.inference.infotext import Infotext, lora_hash, model_hash, model_title
 from library.inference.model import DrawingModel, load_model
 from library.inference.pictures import model_name, picture_info
 from library.inference.refiner import load_refiner
@@ -39,6 +40,8 @@ class Studio:
     _refiner: DrawingModel | None = field(default=None, init=False)
     _sources: dict[Path, Source] = field(default_factory=dict, init=False)
     _hashes: dict[Path, str] = field(default_factory=dict, init=False)
+    _model_hashes: dict[str, str | None] = field(default_factory=dict, init=False)
+    _hashing: Lock = field(default_factory=Lock, init=False)
 
     def model(self, base: str) -> DrawingModel:
         """A base, loaded; the one before it is let go first."""
@@ -74,11 +77,24 @@ class Studio:
                     batch = together[start : start + batch_size]
                     yield batch, self._drawn(model, request, [shot.seed for shot in batch])
 
+    def hash_ahead(self, bases: Iterable[str]) -> None:
+        """Begin to hash the files of bases and refiner, which `info` names, beside loading and drawing: gigabytes take seconds."""
+        models = dict.fromkeys([*bases, *([] if self.refiner is None else [self.refiner])])
+        Thread(target=lambda: [self._model_hash(name) for name in models], daemon=True).start()
+
     def info(self, shot: Shot) -> Infotext:
         """What the file of a picture says of it."""
-        refiner = None if self.refiner is None else model_name(self.refiner)
-        hashes = {use.weights.name: self._hash(use) for use in shot.request.loras}
-        return picture_info(shot.request, shot.seed, model_name(shot.base), lora_hashes=hashes, refiner=refiner)
+        refiner = None
+        if self.refiner is not None:
+            refiner = model_title(model_name(self.refiner), self._model_hash(self.refiner))
+        return picture_info(
+            shot.request,
+            shot.seed,
+            model_name(shot.base),
+            model_hash=self._model_hash(shot.base),
+            lora_hashes={use.weights.name: self._hash(use) for use in shot.request.loras},
+            refiner=refiner,
+        )
 
     def _drawn(self, model: DrawingModel, request: Request, seeds: Sequence[int]) -> list[Image.Image]:
         refiner = None if request.refiner_switch_at is None else self._refiner
@@ -109,6 +125,12 @@ class Studio:
         if use.path not in self._hashes:
             self._hashes[use.path] = lora_hash(self._sources[use.path].file)
         return self._hashes[use.path]
+
+    def _model_hash(self, base: str) -> str | None:
+        with self._hashing:
+            if base not in self._model_hashes:
+                self._model_hashes[base] = model_hash(Path(base).expanduser())
+            return self._model_hashes[base]
 
 
 def adapters_change(requests: Sequence[Request]) -> bool:

@@ -79,7 +79,8 @@ class Page:
         self._parts.append(f"<details><summary>{escape(caption)}</summary>{block}</details>" if caption else block)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "") -> None:
-        """A row per entry; floats are shown with four digits, None as a dash. Columns of numbers are set to the right.
+        """A row per entry; floats are shown with four digits, None as a dash. Columns of numbers are set to the right. Columns
+        none of which is called anything have no head.
 
         Raises ValueError where a row has another number of cells than there are columns.
         """
@@ -91,20 +92,36 @@ class Page:
 
         def line(cells: Sequence[str], tag: str) -> str:
             return "".join(
-                f'<{tag} class="number">{escape(cell)}</{tag}>' if is_right else f"<{tag}>{escape(cell)}</{tag}>"
+                f'<{tag} class="number">{cell}</{tag}>' if is_right else f"<{tag}>{cell}</{tag}>"
                 for cell, is_right in zip(cells, right, strict=True)
             )
 
-        head = f"<thead><tr>{line(columns, 'th')}</tr></thead>"
-        body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in texts)
+        # Names of options break at their underscores, or a column of one digit would be as wide as its option's name.
+        names = [escape(name).replace("_", "_<wbr>") for name in columns]
+        head = f"<thead><tr>{line(names, 'th')}</tr></thead>" if any(columns) else ""
+        body = "".join(f"<tr>{line([escape(cell) for cell in row], 'td')}</tr>" for row in texts)
         self._parts.append(
             f'<figure><div class="scroll" tabindex="0"><table>{head}<tbody>{body}</tbody></table></div>'
             f"{caption_html(caption)}</figure>"
         )
 
-    def figure(self, figure: go.Figure, caption: str = "") -> None:
+    def figure(self, figure: go.Figure, caption: str = "", least_width: int | None = None) -> None:
         """A plotly figure, as wide as the page. It is copied; its own width and template give way to the page's, and its title
-        becomes text of the page, which wraps on a narrow one."""
+        becomes text of the page, which wraps on a narrow one.
+
+        least_width: pixels below which it scrolls instead of becoming narrower.
+        """
+        drawn = self._drawn(figure)
+        if least_width is not None:
+            drawn = f'<div class="scroll" tabindex="0"><div style="min-width:{least_width}px">{drawn}</div></div>'
+        self._parts.append(f'<figure class="plot">{drawn}{caption_html(caption)}</figure>')
+
+    def figures(self, figures: Sequence[go.Figure], caption: str = "") -> None:
+        """Small plotly figures under one caption, as many side by side as fit; see `figure`."""
+        cells = "".join(f'<div class="plot">{self._drawn(figure)}</div>' for figure in figures)
+        self._parts.append(f'<figure><div class="plots">{cells}</div>{caption_html(caption)}</figure>')
+
+    def _drawn(self, figure: go.Figure) -> str:
         import plotly.graph_objects as go
 
         shown = go.Figure(figure)
@@ -120,7 +137,7 @@ class Page:
             div_id=f"figure-{self._figures}",
         )
         above = f'<p class="title">{escape(title)}</p>' if title else ""
-        self._parts.append(f'<figure class="plot">{above}{drawn}{caption_html(caption)}</figure>')
+        return f"{above}{drawn}"
 
     def pictures(
         self, pictures: Sequence[tuple[Image.Image, str]], columns: int | None = None, max_side: int = 512

@@ -25,6 +25,8 @@ def template() -> go.layout.Template:
         "zerolinecolor": "rgba(128, 136, 144, 0.5)",
         "linecolor": "rgba(128, 136, 144, 0.5)",
         "automargin": True,
+        "exponentformat": "power",
+        "minexponent": 5,
         "title": {"standoff": 8},
     }
     sequential = [{"colorscale": "Cividis"}]

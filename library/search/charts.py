@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import optuna
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
-from plotly.subplots import make_subplots
 
 from library.report.template import COLOURS
 from library.search.jobs import SLOTS
@@ -90,69 +88,86 @@ def filtered(trials: Iterable[FrozenTrial]) -> optuna.Study:
     return study
 
 
-def importances(trials: Iterable[FrozenTrial]) -> tuple[dict[str, float], str] | None:
-    """Share of the values' variance that each parameter explains, and by which method; None for too few trials."""
+def importances(trials: Iterable[FrozenTrial]) -> dict[str, float] | None:
+    """Share of the values' variance that each parameter explains by itself, the largest first; None for too few trials, or where
+    parameters or values do not differ.
+
+    Functional ANOVA of a random forest: Hutter, Hoos and Leyton-Brown, ICML 2014.
+    """
     study = filtered(trials)
-    values = {trial.value for trial in study.trials}
-    if len(study.trials) < LEAST_FOR_IMPORTANCE or len(values) < 3:
+    if len(study.trials) < LEAST_FOR_IMPORTANCE:
         return None
-    evaluator: Any
-    if find_spec("sklearn") is not None:
-        evaluator, method = optuna.importance.FanovaImportanceEvaluator(seed=0), "fANOVA"
-    else:
-        evaluator, method = optuna.importance.PedAnovaImportanceEvaluator(), "PED-ANOVA"
     try:
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    except (ValueError, RuntimeError):
+        found = optuna.importance.FanovaImportanceEvaluator(seed=0).evaluate(study)
+    except RuntimeError:  # no tree of its forest has a branch
         return None
-    return dict(sorted(found.items(), key=lambda item: -item[1])), method
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def importance(found: dict[str, float]) -> go.Figure:
     names = list(reversed(found))
     figure = go.Figure(go.Bar(x=[found[name] for name in names], y=names, orientation="h", marker={"color": BLUE}))
-    figure.update_layout(height=70 + 32 * len(names), xaxis={"title": "share of the variance", "tickformat": ".0%"})
+    axis = {"tickformat": ".0%", "rangemode": "tozero", "nticks": 6}
+    figure.update_layout(title="Importance by fANOVA", height=50 + 32 * len(names), xaxis=axis, margin={"t": 8})
     return figure
 
 
-def slices(trials: Iterable[FrozenTrial], space: dict[str, dict[str, Any]], order: Sequence[str]) -> go.Figure:
-    """Value over each parameter by itself, two side by side."""
+def slices(trials: Iterable[FrozenTrial], space: dict[str, dict[str, Any]], order: Sequence[str]) -> list[go.Figure]:
+    """Value over each parameter by itself; all over one range of values."""
     real = list(filter(is_real, trials))
-    rows = math.ceil(len(order) / 2)
-    figure = make_subplots(rows, 2, subplot_titles=list(order), vertical_spacing=0.38 / max(rows, 2))
-    for place, name in enumerate(order):
-        row, column = place // 2 + 1, place % 2 + 1
-        is_choice = "choices" in space[name]
-        points = [(trial.params[name], value_of(trial), trial) for trial in real if name in trial.params]
-        figure.add_scatter(
-            x=[str(value) if is_choice else value for value, _, _ in points],
-            y=[value for _, value, _ in points],
-            mode="markers",
-            marker={"color": [one.number + 1 for _, _, one in points], "colorscale": "Cividis", "size": 7},
-            text=[_hover(one) for _, _, one in points],
-            hovertemplate="%{x}: %{y:.4f}<br>%{text}<extra></extra>",
-            showlegend=False,
-            row=row,
-            col=column,
-        )
-        axis: dict[str, Any] = {"nticks": 4}
-        if is_choice:
-            axis = {"type": "category", "categoryorder": "array"}
-            axis["categoryarray"] = [str(choice) for choice in space[name]["choices"]]
-        elif space[name].get("log"):
-            axis = {"type": "log", "nticks": 4}
-        figure.update_xaxes(**axis, row=row, col=column)
-    figure.update_yaxes(nticks=5)
-    figure.update_annotations(font={"size": 12})
-    figure.update_layout(height=60 + 210 * rows)
+    values = [value_of(one) for one in real]
+    margin = 0.08 * (max(values) - min(values)) or 0.01
+    return [_slice(real, name, space[name], (min(values) - margin, max(values) + margin)) for name in order]
+
+
+def _slice(real: Sequence[FrozenTrial], name: str, what: dict[str, Any], span: tuple[float, float]) -> go.Figure:
+    is_choice = "choices" in what
+    points = [(trial.params[name], trial) for trial in real if name in trial.params]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[str(value) if is_choice else value for value, _ in points],
+        y=[value_of(trial) for _, trial in points],
+        mode="markers",
+        marker={"color": [trial.number + 1 for _, trial in points], "colorscale": "Cividis", "size": 7},
+        text=[_hover(trial) for _, trial in points],
+        hovertemplate="%{x}: %{y:.4f}<br>%{text}<extra></extra>",
+    )
+    axis: dict[str, Any] = {"nticks": 5}
+    if is_choice:
+        choices = [str(choice) for choice in what["choices"]]
+        axis = {"type": "category", "categoryarray": choices, "range": [-0.5, len(choices) - 0.5], "tickangle": 0}
+        axis |= {"tickvals": choices, "ticktext": [choice.replace("_", "_<br>") for choice in choices]}
+    elif what.get("log"):
+        axis = {"type": "log", "nticks": 5}
+    figure.update_layout(title=name, height=220, xaxis=axis, yaxis={"nticks": 5, "range": span}, margin={"t": 8})
     return figure
 
 
-def parallel(trials: Iterable[FrozenTrial], order: Sequence[str]) -> go.Figure:
-    figure = optuna.visualization.plot_parallel_coordinate(filtered(trials), params=list(order))
-    figure.update_traces(labelangle=-20, labelside="bottom", selector={"type": "parcoords"})
-    figure.update_layout(height=440, margin={"l": 50, "r": 50, "t": 30, "b": 90})
+def parallel(trials: Iterable[FrozenTrial], space: dict[str, dict[str, Any]], order: Sequence[str]) -> go.Figure:
+    """A line through the value and the parameters of each trial, the better the more orange."""
+    real = [one for one in trials if is_real(one) and set(order) <= one.params.keys()]
+    ranks = {one.number: rank for rank, one in enumerate(sorted(real, key=value_of))}
+    dimensions = [{"label": "value", "values": [value_of(one) for one in real]}]
+    dimensions += [_dimension(name, space[name], [one.params[name] for one in real]) for name in order]
+    colours = [[0, ORANGE], [0.4, GREY], [1, GREY]]
+    line = {"color": [ranks[one.number] for one in real], "colorscale": colours, "cmin": 0, "cmax": len(real)}
+    fonts: dict[str, Any] = {"labelfont": {"size": 12}, "tickfont": {"size": 12}}
+    figure = go.Figure(go.Parcoords(dimensions=dimensions, line=line, labelangle=-20, labelside="bottom", **fonts))
+    figure.update_layout(height=440, margin={"l": 60, "r": 100, "t": 20, "b": 90})
     return figure
+
+
+def _dimension(name: str, what: dict[str, Any], values: Sequence[Any]) -> dict[str, Any]:
+    if "choices" in what:
+        choices = list(what["choices"])
+        places = list(range(len(choices)))
+        shown = {"tickvals": places, "ticktext": [str(choice) for choice in choices], "range": [0, max(places[-1], 1)]}
+        return {"label": name, "values": [choices.index(value) for value in values], **shown}
+    if what.get("log") and values:
+        powers = [math.log10(value) for value in values]
+        ticks = sorted({min(powers), max(powers), *range(math.ceil(min(powers)), math.floor(max(powers)) + 1)})
+        return {"label": name, "values": powers, "tickvals": ticks, "ticktext": [f"{10**tick:.2g}" for tick in ticks]}
+    return {"label": name, "values": list(values)}
 
 
 def timeline(trials: Iterable[FrozenTrial]) -> go.Figure:
@@ -166,7 +181,8 @@ def timeline(trials: Iterable[FrozenTrial]) -> go.Figure:
             hovertemplate="trial %{x}: %{y:.0f} s<extra></extra>",
         )
     )
-    figure.update_layout(height=300, xaxis_title="trial", yaxis={"title": "seconds", "ticksuffix": " s"})
+    axis = {"title": "trial", "dtick": 1 if len(ended) <= 20 else None}
+    figure.update_layout(height=300, xaxis=axis, yaxis={"title": "seconds", "ticksuffix": " s"})
     return figure
 
 

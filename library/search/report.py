@@ -132,34 +132,41 @@ def _parameters(page: Page, look: Look) -> None:
     found = charts.importances(look.trials)
     real = sum(map(is_real, look.trials))
     if found is None:
-        page.paragraph(f"{real} trials that went to their end are too few to tell what matters.")
+        page.paragraph(_no_importance_words(real))
     else:
-        shares, method = found
-        order = [*shares, *(name for name in order if name not in shares)]
-        page.figure(charts.importance(shares), _importance_words(method, real))
+        order = [*found, *(name for name in order if name not in found)]
+        page.figure(charts.importance(found), _importance_words(real))
     page.heading("Slices", level=3)
-    page.figure(
+    page.figures(
         charts.slices(look.trials, space, order),
         "Each point is a trial, the later the lighter. Trials differ in all parameters at once, so a slope here may be another's.",
     )
     if real > 1:
         page.heading("Together", level=3)
         page.figure(
-            charts.parallel(look.trials, order[:6]),
-            "A line is a trial. Drag along an axis to keep some of them."
-            + (" The six that matter most." if found else ""),
+            charts.parallel(look.trials, space, order[:6]),
+            "A line is a trial, the better the more orange. Drag along an axis to keep some of them."
+            + (" The six that matter most." if found and len(order) > 6 else ""),
+            least_width=860,
         )
 
 
-def _importance_words(method: str, real: int) -> str:
-    asks = "share of the variance of the values that each explains, by fANOVA"
-    if method != "fANOVA":
-        asks = (
-            "what sets the best tenth apart, by PED-ANOVA, because fANOVA needs scikit-learn, which is not installed; of so few "
-            "trials that tells little"
-        )
+def _importance_words(real: int) -> str:
     few = f" Of {real} trials it is unstable; take it as a hint." if real < charts.STABLE_IMPORTANCE else ""
-    return f"Importance: {asks}.{few}"
+    return (
+        "The share of the variance of the values that each parameter explains by itself, by fANOVA; what is missing from 100 % "
+        f"belongs to several together.{few}"
+    )
+
+
+def _no_importance_words(real: int) -> str:
+    if real < charts.LEAST_FOR_IMPORTANCE:
+        one = "1 trial that went to its end is" if real == 1 else f"{real} trials that went to their end are"
+        return f"{one} too few to tell what matters; {charts.LEAST_FOR_IMPORTANCE} are needed."
+    return (
+        f"The {real} trials that went to their end do not differ in their parameters, or not in their values: nothing can be told "
+        "of what matters."
+    )
 
 
 def _cost(page: Page, look: Look) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from library.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage, JournalStorage
+    from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 
 Result = TypeVar("Result")
 
@@ -74,7 +74,7 @@ def open_storage(url: str, say: Callable[[str], None] = print) -> BaseStorage:
         raise UserError(f"--storage {without_password(url)} is no storage. It may be {FORMS}.")
     try:
         # Several that create the tables of one empty database at once get in each other's way: 8 of 24 died of it.
-        return insisting(lambda: optuna.storages.RDBStorage(url, engine_kwargs=settings), ATTEMPTS)
+        storage = insisting(lambda: optuna.storages.RDBStorage(url, engine_kwargs=settings), ATTEMPTS)
     except ImportError:
         raise UserError('PostgreSQL needs its driver, which is not installed: pip install "psycopg[binary]".') from None
     except RuntimeError as error:
@@ -86,6 +86,27 @@ def open_storage(url: str, say: Callable[[str], None] = print) -> BaseStorage:
         if not is_storage_failure(error):
             raise
         raise UserError(f"The storage {without_password(url)} cannot be opened: {_first_line(error)}") from None
+    if file is not None:
+        _lock_from_the_beginning(storage)
+    return storage
+
+
+def _lock_from_the_beginning(storage: RDBStorage) -> None:
+    """Have each transaction on a SQLite file exclude all others from its first read on, and not from its first write.
+
+    SQLite has no SELECT FOR UPDATE: two parents could both read that a trial waits, and both claim it.
+    """
+    from sqlalchemy import event
+
+    def connect(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # of the driver, which would begin a transaction with the first write
+
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    event.listen(storage.engine, "connect", connect)
+    event.listen(storage.engine, "begin", begin)
+    storage.engine.dispose()  # what was connected before
 
 
 def insisting(call: Callable[[], Result], attempts: int = 5) -> Result:

@@ -6,17 +6,25 @@ import json
 import math
 import os
 import random
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import FrozenTrial, TrialState
 
 from library.search.driver import Driver, StudyPlan, Trainer
 from library.search.jobs import SLOTS, Begun, Job, Outcome, Slot
 from library.search.ledger import Ledger
-from library.search.outcomes import write_outcome
+from library.search.outcomes import read_outcome, write_outcome
 from library.search.space import Parameter, Space
+from library.search.storage import open_storage
 from library.search.study import Terms, open_study
+
+if TYPE_CHECKING:
+    import pytest
 
 SPACE = Space(
     "train_network",
@@ -131,3 +139,55 @@ def in_a_process(work: Callable[[], None]) -> int:
         finally:
             os._exit(status)
     return process
+
+
+def settled(folder: Path, n_trials: int, storage: str) -> list[FrozenTrial]:
+    """Check that a study that was run to its end has what it must; its trials."""
+    trials = ledger(folder, n_trials, storage).trials()
+    done = [one for one in trials if one.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    assert len(done) == n_trials, Counter(one.state.name for one in trials)
+    assert all(one.state.is_finished() for one in trials)
+    by_number = {one.number + 1: one for one in trials}
+    for one in trials:
+        if (origin := one.user_attrs.get("retry_of")) is not None:
+            # Either may have died while its parameters were written down.
+            enqueued = one.system_attrs["fixed_params"]
+            assert by_number[origin].params.items() <= enqueued.items() >= one.params.items()
+            assert one.user_attrs.get("seed", 7) == by_number[origin].user_attrs.get("seed", 7)
+    # Every training that reached its end was told as what it came to, and was the only one of its kind.
+    ended = {int(path.parent.name[-4:]) for path in (folder / "out").glob("trial_*/outcome.json")}
+    complete = {one.number + 1 for one in trials if one.state == TrialState.COMPLETE}
+    assert ended == complete
+    assert all(read_outcome(folder / "out" / f"trial_{n:04d}", n).value == by_number[n].value for n in ended)  # type: ignore[union-attr]
+    trained = Counter((params_key(by_number[n].params), by_number[n].user_attrs["seed"]) for n in ended)
+    assert max(trained.values()) == 1
+    return trials
+
+
+def claims_of_two(url: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each of two parents gets one waiting trial, of which the second learns while the first is claiming it."""
+    from optuna.storages._rdb.models import TrialModel
+
+    study = open_study("test", url, TERMS, lambda words: None)
+    study.enqueue_trial(SPACE.defaults)
+    trial_id = study.get_trials()[0]._trial_id
+    storages = [open_storage(url), open_storage(url)]
+    found: dict[int, bool] = {}
+
+    def claim(number: int) -> None:
+        found[number] = storages[number].set_trial_state_values(trial_id, TrialState.RUNNING)
+
+    read = TrialModel.find_or_raise_by_id
+    second = threading.Thread(target=claim, args=(1,))
+
+    def read_slowly(trial_id: int, session: Any, for_update: bool = False) -> TrialModel:
+        trial = read(trial_id, session, for_update)
+        if threading.current_thread() is not second and second.ident is None:
+            second.start()
+            second.join(1.0)
+        return trial
+
+    monkeypatch.setattr(TrialModel, "find_or_raise_by_id", read_slowly)
+    claim(0)
+    second.join()
+    return [found[0], found[1]]

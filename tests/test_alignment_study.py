@@ -1,0 +1,147 @@
+"""The comparison of docs/does_alignment_help.md: pairing by seed, what is called a difference, the page's marks, the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from library.errors import UserError
+from tools.alignment_study import page
+from tools.alignment_study.compare import compare, findings, table
+from tools.alignment_study.settings import Folders, Run, Settings, claim_folder, make_runs, train_command
+from tools.alignment_study.svg import Panel, Series, chart, ticks_between
+
+ROOT = Path(__file__).resolve().parents[1]
+# Seeds move likeness by 0.1, alignment by 0.01: only pairs show it. Drift moves with the seed alone.
+WITHOUT = {
+    1: {"likeness": 0.50, "drift": 0.20},
+    2: {"likeness": 0.60, "drift": 0.24},
+    3: {"likeness": 0.40, "drift": 0.22},
+}
+WITH = {
+    1: {"likeness": 0.511, "drift": 0.24},
+    2: {"likeness": 0.609, "drift": 0.22},
+    3: {"likeness": 0.41, "drift": 0.20},
+}
+
+
+def test_what_a_seed_does_to_both_arms_cancels() -> None:
+    likeness, drift = compare(WITHOUT, WITH)
+    assert likeness.gap.value == pytest.approx(0.01)
+    assert (likeness.verdict, likeness.better_in) == ("better", 3)
+    assert drift.verdict == "no difference beyond the spread"
+    assert drift.better_in == 2  # less is better
+
+
+def test_a_difference_turned_around_is_worse_and_of_the_same_size() -> None:
+    there, back = compare(WITHOUT, WITH)[0], compare(WITH, WITHOUT)[0]
+    assert back.verdict == "worse"
+    assert back.gap.value == pytest.approx(-there.gap.value)
+    assert back.gap.margin == pytest.approx(there.gap.margin)
+
+
+def test_seeds_that_one_arm_lacks_are_left_out() -> None:
+    more = {**WITHOUT, 9: {"likeness": 0.0, "drift": 9.0}}
+    assert compare(more, WITH) == compare(WITHOUT, WITH)
+
+
+def test_one_seed_tells_nothing_apart() -> None:
+    one, other = {1: WITHOUT[1]}, {1: WITH[1]}
+    assert {found.verdict for found in compare(one, other)} == {"one seed: no spread"}
+    assert "nothing can be said" in findings(one, other)[0]
+
+
+def test_sentences_call_different_only_what_is() -> None:
+    said = findings(WITHOUT, WITH)
+    assert said[0].startswith(
+        "Of 2 numbers, with alignment 1 better beyond the spread, 0 worse, 1 not told apart with 3 seeds"
+    )
+    assert any(one.startswith("What it draws: better in Likeness (+0.0100 ± 0.002") for one in said)
+    assert "What it keeps: no difference beyond the spread in one number." in said
+
+
+def test_a_row_has_base_arms_difference_and_verdict() -> None:
+    row = next(line for line in table({"likeness": 0.3}, WITHOUT, WITH, "0.5") if line.startswith("| Likeness"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:4] == ["Likeness ↑", "0.300", "0.500 (0.400 to 0.600)", "0.510 (0.410 to 0.609)"]
+    assert cells[5:] == ["3 of 3", "**better**"]
+
+
+def test_results_replace_results_and_nothing_else() -> None:
+    before = f"# Title\n\n{page.BEGIN}\nold\n{page.END}\n\nafter\n"
+    once = page.put_between_marks(before, "new")
+    assert once == f"# Title\n\n{page.BEGIN}\n\nnew\n\n{page.END}\n\nafter\n"
+    assert page.put_between_marks(once, "new") == once
+
+
+@pytest.mark.parametrize("broken", ["no marks", f"{page.END}\n{page.BEGIN}", f"{page.BEGIN}\n{page.BEGIN}\n{page.END}"])
+def test_a_page_without_its_marks_is_refused(broken: str) -> None:
+    with pytest.raises(UserError, match="lost the marks"):
+        page.put_between_marks(broken, "new")
+
+
+def test_the_page_in_the_repository_has_its_marks() -> None:
+    text = (ROOT / "docs" / "does_alignment_help.md").read_text(encoding="utf-8")
+    assert page.put_between_marks(text, "new").count("new") >= 1
+
+
+def test_a_page_of_numbers_names_its_figures_and_what_was_learned() -> None:
+    arms = {"0": {str(s): one for s, one in WITHOUT.items()}, "0.5": {str(s): one for s, one in WITH.items()}}
+    gains = {"0": {"1": {"value": 0.3, "margin": 0.05}, "2": {"value": 0.1, "margin": 0.05}}}
+    study = {"base": {}, "arms": arms, "gains": gains, "photos_among_themselves": 0.7}
+    results = {"facts": {"steps": "300"}, "studies": {"concept": study}}
+    text = page.results_text(results, {"concept": ["concept_numbers.svg"]}, "images/x")
+    assert "(images/x/concept_numbers.svg)" in text
+    assert "Beyond 3 times its spread: 1 of 2 runs." in text
+    assert "| Likeness | Cosine" in text and "Linear probe" not in text
+
+
+def test_arms_of_a_seed_differ_in_lambda_and_folder_alone() -> None:
+    folders = Folders(Path("out"))
+    with_, without = make_runs(["classes"], [0.0, 0.5], [7])
+    assert (with_.coefficient, without.coefficient) == (0.5, 0.0)
+    words = [train_command(run, Settings(), folders) for run in (with_, without)]
+    assert [pair for pair in zip(*words, strict=True) if pair[0] != pair[1]] == [
+        ("0.5", "0"),
+        ("out/classes/lambda0.5_seed7", "out/classes/lambda0_seed7"),
+    ]
+
+
+def test_a_subject_without_alignment_is_plain_kohya() -> None:
+    words = train_command(Run("concept", 0.0, 1), Settings(), Folders(Path("out")))
+    assert not [word for word in words if "align" in word or "dino" in word]
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "seeds", "said"),
+    [([0.5], [1], "must name 0"), ([0.0, 0.5], [1, 1], "each once"), ([0.0, -1.0], [1], "above it")],
+)
+def test_nothing_to_compare_is_refused(coefficients: list[float], seeds: list[int], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make_runs(["classes"], coefficients, seeds)
+
+
+def test_a_folder_keeps_to_its_settings(tmp_path: Path, tiny_sd15: Path, tiny_dinov2: Path) -> None:
+    ours = {"base": str(tiny_sd15), "teacher": str(tiny_dinov2)}
+    claim_folder(Folders(tmp_path), Settings(steps=4, **ours))
+    claim_folder(Folders(tmp_path), Settings(steps=4, **ours))
+    with pytest.raises(UserError, match=r"steps 4 is now 5\. Name another --out"):
+        claim_folder(Folders(tmp_path), Settings(steps=5, **ours))
+
+
+def test_a_chart_is_an_svg_with_every_panel_and_one_legend() -> None:
+    flat = Series("a < b", "#000000", [(0, 1.0), (1, 1.0)], band=[(0, 1.0, 1.0), (1, 1.0, 1.0)])
+    panels = [Panel(title, [(0, "x"), (1, "y")], [flat]) for title in ("one", "two", "three")]
+    root = ElementTree.fromstring(chart(panels, 2))
+    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert {"one", "two", "three"} <= set(texts)
+    assert texts.count("a < b") == 1
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.37, 0.0021), (5.0, 5.0), (0.0, 0.0), (1e-6, 2e-6)])
+def test_ticks_are_round_and_hold_all_values(low: float, high: float) -> None:
+    levels = ticks_between(low, high)
+    assert levels[0] <= low and high <= levels[-1]
+    assert 2 <= len(levels) <= 7

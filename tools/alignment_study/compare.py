@@ -1,0 +1,193 @@
+"""Arms side by side, paired by seed: what differs beyond the spread of the differences, as tables and sentences. No torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from library.evaluation.estimates import Estimate
+
+Numbers = Mapping[str, float]
+"""Measure -> value, of one run."""
+Arm = Mapping[int, Numbers]
+"""Seed -> numbers."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    title: str
+    meaning: str
+    better: int
+    """1: more is better, -1: less is, 0: neither."""
+    group: str
+
+
+DRAWN, KEPT, LOSS, FEATURES = "What it draws", "What it keeps", "Denoising loss", "Features"
+GROUPS = (DRAWN, KEPT, LOSS, FEATURES)
+MEASURES = {
+    "right": Measure(
+        "Read right",
+        "Share of the pictures of new things on which a classifier, trained on renders of all kinds, reads what was asked for.",
+        1,
+        DRAWN,
+    ),
+    "likeness": Measure(
+        "Likeness", "Cosine to the held-out pictures of the same kind, by the teacher's CLS token.", 1, DRAWN
+    ),
+    "likeness_margin": Measure(
+        "Likeness, own above other", "The same, less the mean cosine to held-out pictures of the other kinds.", 1, DRAWN
+    ),
+    "likeness_clip": Measure("Likeness by CLIP", "Likeness by the tiny CLIP, from which no run has learned.", 1, DRAWN),
+    "diversity": Measure("Diversity", "1 - teacher's cosine between seeds of one prompt.", 0, DRAWN),
+    "drift": Measure(
+        "Drift", "1 - teacher's cosine of pictures of unrelated prompts, with the adapter and without.", -1, KEPT
+    ),
+    "drift_pixels": Measure(
+        "Drift in pixels", "Root mean square difference of these pairs, as a share of white.", -1, KEPT
+    ),
+    "right_old": Measure(
+        "Old things read right",
+        "Share of the pictures of unrelated prompts on which the classifier reads what was asked for.",
+        1,
+        KEPT,
+    ),
+    "loss": Measure("Loss", "Log of the loss on held-out pictures over the base's: -0.1 is 10 % less.", -1, LOSS),
+    **{
+        f"loss_q{quarter}": Measure(
+            f"Loss, quarter {quarter}",
+            f"The same in quarter {quarter} of the timesteps; 1 is the least noise.",
+            -1,
+            LOSS,
+        )
+        for quarter in (1, 2, 3, 4)
+    },
+    "linear_probe": Measure("Linear probe", "Accuracy on held-out pictures, mean over the timesteps.", 1, FEATURES),
+    "knn_accuracy": Measure("kNN", "Accuracy of nearest neighbours, mean over the timesteps.", 1, FEATURES),
+    "mutual_knn": Measure("Mutual kNN", "Share of nearest pictures that are the teacher's nearest too.", 1, FEATURES),
+    "token_cosine": Measure(
+        "Token cosine", "Cosine to the teacher's tokens of a linear head fitted anew on the trunk.", 1, FEATURES
+    ),
+    "token_cosine_centred": Measure(
+        "Token cosine, centred", "The same after each side lost its mean token: a constant gets 0.", 1, FEATURES
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """An arm against the one without alignment, in one measure."""
+
+    measure: str
+    gap: Estimate
+    """Mean of the differences, seed by seed, and their spread."""
+    better_in: int
+    """Seeds in which the difference is to the good; of measures that are neither, in which it is above 0."""
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        """What the difference is, in words; within its spread it is none."""
+        if self.seeds < 2:
+            return "one seed: no spread"
+        if not self.gap.is_told_from_zero:
+            return "no difference beyond the spread"
+        direction = MEASURES[self.measure].better
+        if not direction:
+            return "more" if self.gap.value > 0 else "less"
+        return "better" if self.gap.value * direction > 0 else "worse"
+
+
+def compare(without: Arm, with_: Arm) -> list[Compared]:
+    """Measure by measure over the seeds that both arms have, in the order of `MEASURES`."""
+    seeds = sorted(without.keys() & with_.keys())
+    if not seeds:
+        return []
+    found = []
+    for name, measure in MEASURES.items():
+        if all(name in arm[seed] for arm in (without, with_) for seed in seeds):
+            gaps = [with_[seed][name] - without[seed][name] for seed in seeds]
+            good = sum(gap * (measure.better or 1) > 0 for gap in gaps)
+            found.append(Compared(name, mean_of_seeds(gaps), good, len(seeds)))
+    return found
+
+
+def mean_of_seeds(values: Sequence[float]) -> Estimate:
+    """Mean, its standard error and degrees of freedom; one value has no spread."""
+    count = len(values)
+    error = statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
+    return Estimate(statistics.fmean(values), error, count - 1)
+
+
+def table(base: Numbers, without: Arm, with_: Arm, coefficient: str) -> list[str]:
+    """The Markdown lines of the comparison, a row for each measure, under the headings of the groups."""
+    lines = [
+        f"| | untouched base | without | with (lambda {coefficient}) | with - without | better in | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    compared = compare(without, with_)
+    for group in GROUPS:
+        rows = [one for one in compared if MEASURES[one.measure].group == group]
+        lines += [f"| **{group}** | | | | | | |"] if rows else []
+        for one in rows:
+            measure = MEASURES[one.measure]
+            cells = [
+                f"{measure.title}{_ARROWS[measure.better]}",
+                _number(base.get(one.measure)),
+                _range([without[seed][one.measure] for seed in sorted(without)]),
+                _range([with_[seed][one.measure] for seed in sorted(with_)]),
+                signed(one.gap),
+                f"{one.better_in} of {one.seeds}" if measure.better else "",
+                f"**{one.verdict}**" if one.gap.is_told_from_zero else one.verdict,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def findings(without: Arm, with_: Arm) -> list[str]:
+    """A sentence on the whole, then one for each group of measures: only what differs beyond its spread is called different."""
+    compared = compare(without, with_)
+    if not compared or compared[0].seeds < 2:
+        return ["There is one seed, so nothing is known of the spread, and nothing can be said."]
+    judged = [one for one in compared if MEASURES[one.measure].better]
+    better, worse = ([one for one in judged if one.verdict == word] for word in ("better", "worse"))
+    said = [
+        f"Of {len(judged)} numbers, with alignment {len(better)} better beyond the spread, {len(worse)} worse, "
+        f"{len(judged) - len(better) - len(worse)} not told apart with {compared[0].seeds} seeds. By chance alone, one in twenty "
+        "would be told apart."
+    ]
+    for group in GROUPS:
+        if rows := [one for one in judged if MEASURES[one.measure].group == group]:
+            said.append(f"{group}: {_told(rows)}.")
+    return said
+
+
+def _told(rows: Sequence[Compared]) -> str:
+    parts = []
+    for word in ("better", "worse"):
+        if some := [f"{MEASURES[one.measure].title} ({signed(one.gap)})" for one in rows if one.verdict == word]:
+            parts.append(f"{word} in {', '.join(some)}")
+    if rest := sum(one.verdict not in ("better", "worse") for one in rows):
+        whole = f"{rest} numbers" if rest > 1 else "one number"
+        parts.append(f"no difference beyond the spread in {whole if not parts else f'the other {rest}'}")
+    return "; ".join(parts)
+
+
+def signed(estimate: Estimate) -> str:
+    """With its sign: +0.012 ± 0.004."""
+    text = str(estimate)
+    return f"+{text}" if estimate.value > 0 and text[0].isdigit() else text.replace("-", "−", 1)
+
+
+_ARROWS = {1: " ↑", -1: " ↓", 0: ""}
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.3f}".replace("-", "−")
+
+
+def _range(values: Sequence[float]) -> str:
+    """Mean, and lowest to highest of the seeds."""
+    low, high = _number(min(values)), _number(max(values))
+    return f"{_number(statistics.fmean(values))} ({low} to {high})" if len(values) > 1 else _number(values[0])

@@ -1,0 +1,214 @@
+"""What a run draws, loses and knows: the slow part, kept in its folder, and the numbers that follow from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from library.device import choose_device
+from library.evaluation import picture_measures
+from library.evaluation.baselines import RidgeHead
+from library.evaluation.denoising import QUARTERS, denoising_losses, encode_photos, log_ratios
+from library.evaluation.drawn import Worn, draw_task, pixels_of, save_pictures, wear
+from library.evaluation.estimates import jackknife, mean_of
+from library.evaluation.features import load_folded_model, tapped
+from library.evaluation.held_out import ProbedPictures, open_probed
+from library.evaluation.measures import Measures
+from library.evaluation.picture_encoders import ClipPictures, DinoPictures, unit
+from library.evaluation.prompts import Task
+from library.evaluation.representation import TIMESTEPS
+from library.evaluation.similarity import pool_tokens
+from library.files import read_json, write_json
+from library.inference.features import FeatureModel, load_feature_model
+from library.inference.model import DrawingModel, load_model
+from library.merging.source import read_source
+from library.models.locate import locate_base
+from library.options.data import CacheOptions, DataOptions
+from library.training.state import list_states
+from tools.alignment_study.reader import Reader, share_right
+from tools.alignment_study.settings import CLASSES, SIDE, Folders, Run, Settings, adapter_file
+from tools.alignment_study.subjects import Subject
+
+MEASURED = "measured.json"
+LOSS_SEED, NOISE_SEED = 0, 0
+TAP, NEIGHBOURS, MOST_PROBED = "mid", 10, 512
+BATCH = 8
+BY_TIMESTEP = ("linear_probe", "knn_accuracy", "mutual_knn", "token_cosine", "token_cosine_centred")
+
+
+def measure(
+    run: Run | None, study: str, settings: Settings, folders: Folders, subject: Subject, model: DrawingModel
+) -> None:
+    """Draw, and measure losses and features, of a run or of the untouched base (None); kept in the run's folder.
+
+    model: the base, loaded. Nothing is done where it was done before: `measured.json` is written last.
+    """
+    folder = measured_folder(run, study, folders)
+    if (folder / MEASURED).exists():
+        return
+    worn = None if run is None else Worn(adapter_file(run, folders), read_source(adapter_file(run, folders)).adapter)
+    for kind, task in (("new", subject.new), ("old", subject.old)):
+        save_pictures(folder / "drawn", kind, task, draw_task(model, task, worn, BATCH), worn, settings.base)
+    wear(model, worn)
+    noised = encode_photos(
+        model, [p.picture for p in subject.photos], subject.photo_prompts, [p.name for p in subject.photos], SIDE
+    )
+    found: dict[str, Any] = {"losses": denoising_losses(model, noised, LOSS_SEED).tolist()}
+    if study == CLASSES:
+        found["features"] = _features(run, settings, folders)
+    if run is not None:
+        found["validation"] = validation_curve(folder / "metrics.jsonl")
+    write_json(folder / MEASURED, found)
+
+
+def measured_folder(run: Run | None, study: str, folders: Folders) -> Path:
+    return folders.study(study) / "base" if run is None else folders.run(run)
+
+
+def load_drawing_model(settings: Settings) -> DrawingModel:
+    return load_model(locate_base(settings.base), dtype=torch.float32, device=choose_device(None))
+
+
+def validation_curve(metrics: Path) -> list[dict[str, float]]:
+    """The rows of a training's own validations: {"step", "val/diffusion", ...}."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if "val/diffusion" in row]
+
+
+def _features(run: Run | None, settings: Settings, folders: Folders) -> list[dict[str, float]]:
+    """At each timestep, what probes and a newly fitted head read off the trunk, on held-out pictures."""
+    device = choose_device(None)
+    if run is None:
+        model = load_folded_model(settings.base, device=device)
+    else:
+        model = load_feature_model(list_states(folders.run(run))[-1][1], device=device)
+    own = folders.pictures(CLASSES)
+    data = DataOptions(
+        str(own / "train.csv"), str(own / "val.csv"), class_names=own / "class_names.json", resolution=SIDE
+    )
+    pictures = open_probed(data, CacheOptions(cache_dir=folders.caches(CLASSES)), fit=MOST_PROBED, test=MOST_PROBED)
+    return [{"timestep": timestep, **_features_at(model, pictures, timestep)} for timestep in TIMESTEPS]
+
+
+def _features_at(model: FeatureModel, pictures: ProbedPictures, timestep: int) -> dict[str, float]:
+    fit_set, test_set = pictures.fit, pictures.test
+    fit, test = (
+        tapped(model, one.samples, pictures.empty_prompt, tap=TAP, timestep=timestep, seed=NOISE_SEED, batch_size=16)
+        for one in (fit_set, test_set)
+    )
+    teacher = test_set.teacher()
+    measures = Measures(len(test_set), NEIGHBOURS, (1, 5, 10), probes=True)
+    head = RidgeHead.fit(fit.maps, fit_set.teacher(), fit_set.ids)
+    found = measures.of_probes(fit.trunk, fit_set.labels, test.trunk, test_set.labels, fit_set.ids)
+    # In this order: of what both know, the trunk's is kept.
+    found |= measures.of_tokens(head(test.maps), teacher) | measures.of_features(test.trunk, pool_tokens(teacher))
+    return {name: found[name] for name in BY_TIMESTEP if name in found}
+
+
+@dataclass
+class Judges:
+    dino: DinoPictures
+    clip: ClipPictures
+    reader: Reader
+
+
+class Numbers:
+    """The numbers of all runs of a study, from what `measure` kept."""
+
+    def __init__(self, study: str, subject: Subject, judges: Judges, folders: Folders) -> None:
+        self.study, self.subject, self.judges, self.folders = study, subject, judges, folders
+        self.photo_kinds = subject.kinds
+        pictures = [photo.picture for photo in subject.photos]
+        self.photos = {"dino": unit(judges.dino(pictures)), "clip": judges.clip.pictures(pictures)}
+        self.base = self._seen(None)
+
+    def of(self, run: Run | None) -> dict[str, float]:
+        """By the names of `compare.MEASURES`."""
+        seen = self.base if run is None else self._seen(run)
+        subject, new = self.subject, unit(self.judges.dino(seen.new))
+        asked = [subject.asked_new[group] for group in subject.new.groups]
+        asked_old = [subject.asked_old[group] for group in subject.old.groups]
+        own, other = self._likeness(new, asked, "dino")
+        found = {
+            "right": share_right(self.judges.reader, seen.new, asked),
+            "likeness": float(own.mean()),
+            "likeness_clip": float(self._likeness(self.judges.clip.pictures(seen.new), asked, "clip")[0].mean()),
+            "diversity": picture_measures.diversity(new, torch.tensor(subject.new.groups))(torch.arange(len(asked))),
+            "right_old": share_right(self.judges.reader, seen.old, asked_old),
+        }
+        if other is not None:
+            found["likeness_margin"] = float((own - other).mean())
+        if run is not None:
+            old, before = (unit(self.judges.dino(one.old)) for one in (seen, self.base))
+            found["drift"] = float(picture_measures.distances(old, before).mean())
+            pixels = picture_measures.pixel_distances(pixels_of(seen.old), pixels_of(self.base.old))
+            found["drift_pixels"] = float(pixels.mean())
+            ratios = log_ratios(seen.losses, self.base.losses).mean(dim=0)
+            found["loss"] = float(ratios.mean())
+            found |= {f"loss_q{quarter + 1}": float(ratios[quarter]) for quarter in range(QUARTERS)}
+        return found | {
+            name: fmean(row[name] for row in seen.features)
+            for name in BY_TIMESTEP
+            if seen.features and name in seen.features[0]
+        }
+
+    def gain(self, run: Run) -> dict[str, Any]:
+        """Likeness beyond the base's, picture by picture of the same prompt and seed, with its spread over seeds."""
+        asked = [self.subject.asked_new[group] for group in self.subject.new.groups]
+        ours, base = (
+            self._likeness(unit(self.judges.dino(one.new)), asked, "dino")[0] for one in (self._seen(run), self.base)
+        )
+        return jackknife(mean_of(ours - base), torch.tensor(self.subject.new.groups)).to_json()
+
+    def photos_among_themselves(self) -> float:
+        """Mean likeness of the held-out pictures to others of their kind: what pictures as good as these would get."""
+        photos = self.photos["dino"]
+        kinds = sorted(set(self.photo_kinds))
+        return fmean(picture_measures.likeness_among(photos[self._of_kind(kind)]) for kind in kinds)
+
+    def _likeness(self, pictures: Tensor, asked: Sequence[str], judge: str) -> tuple[Tensor, Tensor | None]:
+        """Of each picture, the mean cosine to photos of the kind that was asked for, and to those of the others: [n] each."""
+        photos = self.photos[judge]
+        own = torch.empty(len(asked), dtype=torch.float64)
+        other = torch.empty(len(asked), dtype=torch.float64)
+        for kind in set(asked):
+            rows = torch.tensor([one == kind for one in asked])
+            mine = self._of_kind(kind)
+            own[rows] = picture_measures.likeness(pictures[rows], photos[mine])
+            if not mine.all():
+                other[rows] = picture_measures.likeness(pictures[rows], photos[~mine])
+        return own, other if len(set(self.photo_kinds)) > 1 else None
+
+    def _of_kind(self, kind: str) -> Tensor:
+        return torch.tensor([one == kind for one in self.photo_kinds])
+
+    def _seen(self, run: Run | None) -> Seen:
+        folder = measured_folder(run, self.study, self.folders)
+        kept = read_json(folder / MEASURED)
+        new, old = (
+            _saved(folder / "drawn", kind, task)
+            for kind, task in (("new", self.subject.new), ("old", self.subject.old))
+        )
+        return Seen(new, old, torch.tensor(kept["losses"], dtype=torch.float64), kept.get("features", []))
+
+
+@dataclass
+class Seen:
+    """new, old: pictures in the order of the tasks' places. losses [photos, timesteps]. features: by timestep."""
+
+    new: list[Image.Image]
+    old: list[Image.Image]
+    losses: Tensor
+    features: list[Mapping[str, float]]
+
+
+def _saved(folder: Path, kind: str, task: Task) -> list[Image.Image]:
+    return [Image.open(folder / f"{kind}_{number:02d}_{seed}.png").convert("RGB") for number, seed in task.places]

@@ -1,0 +1,231 @@
+"""What is compared: two studies, their runs, and the commands that train them. No torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.files import file_hash, read_json, write_json
+from library.models.locate import DINOV2, SHAPES, SHAPES_CLIP, SHAPES_DINOV2, locate_base, locate_dino, weight_files
+
+SIDE = 128
+CLASSES, CONCEPT = "classes", "concept"
+STUDIES = (CLASSES, CONCEPT)
+BASE = "base"
+WARMUP = 0.05  # of the steps: Track A's 3,000 of 62,480
+AVERAGED = 0.05  # of the steps: train_repa's 0.9995 averages about 2,000 of 62,480, and would hardly leave a short run's beginning
+VALIDATIONS = 8
+CONCEPT_BATCH = 4
+# The tap's map is 2 x 2 at 128 px, and the grid twice that, as at 512 px. 224 px are the tiny teacher's own.
+TEACHER = ("--dino_resolution", "224", "--token_grid", "4")
+ADAPTER = ("--network_dim", "8", "--network_alpha", "8")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that moves the numbers of a run but its arm and its seed; one for all runs of a folder."""
+
+    base: str = SHAPES
+    """Base model."""
+    teacher: str = SHAPES_DINOV2
+    """DINOv2 that the heads learn from, and that judges likeness and drift."""
+    clip: str = SHAPES_CLIP
+    """CLIP that judges likeness too: no run has learned from it."""
+    steps: int = 400
+    """Optimizer steps of a run on the new classes."""
+    concept_steps: int = 300
+    """Optimizer steps of a run on the new concept."""
+    batch_size: int = 8
+    """Pictures per step of the new classes."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of LoRA and heads."""
+    lora_scope: str = "all"
+    """Blocks with LoRA on the new classes: mid, down_mid or all."""
+    train_pictures: int = 360
+    """Pictures of the new classes to train on; there are 9 classes."""
+    held_out: int = 180
+    """Further ones to measure on."""
+    drawn_seeds: int = 6
+    """Pictures of each prompt."""
+    sampling_steps: int = 20
+    """Steps of the sampler."""
+    reader_steps: int = 600
+    """Steps that the classifier is trained for that reads shape and colour off the pictures."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and value <= 0:
+                raise UserError(f"{field.name} must be positive, got {value}.")
+        if self.drawn_seeds < 2:
+            raise UserError(f"drawn_seeds must be at least 2, to know a spread, got {self.drawn_seeds}.")
+        for name in ("train_pictures", "held_out"):
+            if getattr(self, name) % 9:
+                raise UserError(
+                    f"{name} must be a multiple of 9, so that each class has as many, got {getattr(self, name)}."
+                )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. coefficient: lambda, 0 is without alignment."""
+
+    study: str
+    coefficient: float
+    seed: int
+
+    @property
+    def arm(self) -> str:
+        return arm_name(self.coefficient)
+
+    @property
+    def folder_name(self) -> str:
+        return f"lambda{self.coefficient:g}_seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.study}, lambda {self.coefficient:g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where everything of a comparison lies."""
+
+    out: Path
+
+    def study(self, study: str) -> Path:
+        return self.out / study
+
+    def run(self, run: Run) -> Path:
+        return self.study(run.study) / run.folder_name
+
+    def pictures(self, study: str) -> Path:
+        return self.study(study) / "pictures"
+
+    def caches(self, study: str) -> Path:
+        return self.study(study) / "caches"
+
+
+def arm_name(coefficient: float) -> str:
+    return f"{coefficient:g}"
+
+
+def make_runs(studies: Sequence[str], coefficients: Sequence[float], seeds: Sequence[int]) -> list[Run]:
+    """All arms of a seed before the next seed, so that what is there at any time can be compared.
+
+    The arm with the highest lambda comes first: it builds all caches. Raises UserError where there is nothing to compare.
+    """
+    if len(set(coefficients)) < 2 or 0 not in coefficients or min(coefficients) < 0:
+        raise UserError(f"coefficients must name 0 and at least one above it, got {list(coefficients)}.")
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise UserError(f"seeds must name each once, none below 0, got {list(seeds)}.")
+    falling = sorted(set(coefficients), reverse=True)
+    return [Run(study, one, seed) for study in studies for seed in seeds for one in falling]
+
+
+def cache_command(settings: Settings, folders: Folders) -> list[str]:
+    """Caches of the new classes; train_network.py builds its own."""
+    return [
+        sys.executable,
+        "prepare_cache.py",
+        *_classes_options(settings, folders),
+        "--max_data_loader_n_workers",
+        "2",
+    ]
+
+
+def train_command(run: Run, settings: Settings, folders: Folders) -> list[str]:
+    """As a user would start it, from the repository's root."""
+    if run.study == CLASSES:
+        return [
+            sys.executable,
+            "train_repa.py",
+            *_classes_options(settings, folders),
+            *_repa_options(run, settings, folders),
+        ]
+    return [sys.executable, "train_network.py", *_concept_options(run, settings, folders)]
+
+
+def _classes_options(settings: Settings, folders: Folders) -> list[str]:
+    pictures = folders.pictures(CLASSES)
+    return _words(
+        ["--pretrained_model_name_or_path", settings.base, "--dino_model", settings.teacher, "--mixed_precision", "no"],
+        ["--train_data", pictures / "train.csv", "--val_data", pictures / "val.csv"],
+        ["--class_names", pictures / "class_names.json", "--resolution", SIDE],
+        ["--cache_dir", folders.caches(CLASSES), *TEACHER],
+    )
+
+
+def _repa_options(run: Run, settings: Settings, folders: Folders) -> list[str]:
+    every = max(1, settings.steps // VALIDATIONS)
+    return _words(
+        [*ADAPTER, "--lora_scope", settings.lora_scope],
+        ["--align_coeff", f"{run.coefficient:g}", "--align_warmup_steps", round(settings.steps * WARMUP)],
+        ["--train_batch_size", settings.batch_size, "--max_train_steps", settings.steps],
+        ["--learning_rate", settings.learning_rate, "--ema_decay", ema_decay(settings.steps), "--seed", run.seed],
+        ["--validate_every_n_steps", every, "--save_every_n_steps", 2 * every, "--save_last_n_states", 1],
+        ["--max_data_loader_n_workers", 1, "--output_dir", folders.run(run), "--output_name", CLASSES],
+    )
+
+
+def ema_decay(steps: int) -> float:
+    """So that the average reaches back over `AVERAGED` of the steps."""
+    return round(1 - 1 / max(2.0, AVERAGED * steps), 4)
+
+
+def _concept_options(run: Run, settings: Settings, folders: Folders) -> list[str]:
+    alignment: list[Any] = []
+    if run.coefficient:
+        alignment = ["--alignment", "--dino_model", settings.teacher, *TEACHER, "--align_coeff", f"{run.coefficient:g}"]
+        alignment += ["--align_warmup_steps", round(settings.concept_steps * WARMUP)]
+    return _words(
+        ["--pretrained_model_name_or_path", settings.base],
+        ["--train_data_dir", folders.pictures(CONCEPT) / "train", "--caption_extension", ".txt", "--resolution", SIDE],
+        ["--cache_dir", folders.caches(CONCEPT), *ADAPTER, *alignment],
+        ["--train_batch_size", CONCEPT_BATCH, "--max_train_steps", settings.concept_steps],
+        ["--learning_rate", settings.learning_rate, "--seed", run.seed],
+        ["--output_dir", folders.run(run), "--output_name", CONCEPT],
+    )
+
+
+def _words(*parts: Sequence[Any]) -> list[str]:
+    return [str(word) for part in parts for word in part]
+
+
+def adapter_file(run: Run, folders: Folders) -> Path:
+    """What a finished training leaves: of train_repa.py the averaged weights, which its validation measures too."""
+    return folders.run(run) / (f"{CLASSES}-ema.safetensors" if run.study == CLASSES else f"{CONCEPT}.safetensors")
+
+
+def claim_folder(folders: Folders, settings: Settings) -> None:
+    """Note in the folder what its runs are made with. Raises UserError where it holds runs that were made otherwise."""
+    file = folders.out / "settings.json"
+    commands = [train_command(Run(study, 1.0, 1), settings, Folders(Path("out")))[1:] for study in STUDIES]
+    wanted = {**asdict(settings), "weights": _weights(settings), "commands": commands}
+    if file.exists():
+        there = read_json(file)
+        if changed := [name for name in wanted if there.get(name) != wanted[name]]:
+            said = [
+                f"{name} {there.get(name)!s:.40} is now {wanted[name]!s:.40}" for name in changed if name != "commands"
+            ]
+            raise UserError(
+                f"{folders.out} holds runs made otherwise: {', '.join(said) or 'the commands that train are others now'}. "
+                "Name another --out, move it away, or go back to its settings."
+            )
+        return
+    write_json(file, wanted)
+
+
+def _weights(settings: Settings) -> str:
+    """Of base and teacher: trained anew, they make other numbers."""
+    base, teacher = locate_base(settings.base), locate_dino(settings.teacher)
+    files = (
+        [base.path]
+        if base.is_file
+        else [file for part in ("unet", "vae", "text_encoder") for file in weight_files(base.path, part)]
+    )
+    files += [teacher.path] if teacher.is_file else weight_files(teacher.path, DINOV2)
+    return " ".join(file_hash(file)[:8] for file in files)
