@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 from library.errors import RunFailed, UserError
 from library.search import storage
+from library.search.jobs import Job
 from library.search.storage import open_storage
 from tests.tools.postgresql import PASSWORD, USER, NoServer, Server, postgresql_server
 from tests.tools.search import FakeTrainer, claims_of_two, in_a_process, ledger, plan, run, said, settled
@@ -70,12 +71,19 @@ def test_of_two_that_claim_a_trial_at_once_one_gets_it(url: str, monkeypatch: py
 
 def test_parents_with_folders_of_their_own_share_a_budget(tmp_path: Path, url: str) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
-    for folder in folders:
-        folder.mkdir()
-    assert statuses([parent(folder, 8, url, seconds=0.3) for folder in folders]) == [0, 0]
+
+    def ending(job: Job) -> str:
+        while not all([*folder.glob("out/trial_*")] for folder in folders):  # the other one has begun too
+            time.sleep(0.01)
+        return "done"
+
+    def work(folder: Path) -> None:
+        run(plan(folder, 8, storage=url, prunes=False), lambda: FakeTrainer(ending, seconds=0.1))
+
+    assert statuses([in_a_process(lambda one=folder: work(one)) for folder in folders]) == [0, 0]  # type: ignore[misc]
     done = {one.number + 1 for one in ledger(tmp_path, 8, url).trials() if one.state == TrialState.COMPLETE}
     trained = [{int(path.name[-4:]) for path in folder.glob("out/trial_*")} for folder in folders]
-    assert all(trained) and not trained[0] & trained[1], "both trained, and none of them the same trial"
+    assert not trained[0] & trained[1]
     assert len(done) == 8 and done <= trained[0] | trained[1]
 
 

@@ -10,6 +10,7 @@ import optuna
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
+from library.quiet import let_scikit_learn_in
 from library.report.template import COLOURS
 from library.search.jobs import SLOTS
 from library.search.noise import SIGMAS, Verdict
@@ -97,6 +98,7 @@ def importances(trials: Iterable[FrozenTrial]) -> dict[str, float] | None:
     study = filtered(trials)
     if len(study.trials) < LEAST_FOR_IMPORTANCE:
         return None
+    let_scikit_learn_in()
     try:
         found = optuna.importance.FanovaImportanceEvaluator(seed=0).evaluate(study)
     except RuntimeError:  # no tree of its forest has a branch
