@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import pytest
 
 from library.errors import UserError
-from tools.alignment_study import page
+from tools.alignment_study import page, settings
 from tools.alignment_study.compare import compare, findings, table
-from tools.alignment_study.settings import Folders, Run, Settings, claim_folder, make_runs, train_command
+from tools.alignment_study.settings import Folders, Run, Settings, make_runs, train_command
 from tools.alignment_study.svg import Panel, Series, chart, ticks_between
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,12 +123,20 @@ def test_nothing_to_compare_is_refused(coefficients: list[float], seeds: list[in
         make_runs(["classes"], coefficients, seeds)
 
 
-def test_a_folder_keeps_to_its_settings(tmp_path: Path, tiny_sd15: Path, tiny_dinov2: Path) -> None:
-    ours = {"base": str(tiny_sd15), "teacher": str(tiny_dinov2)}
-    claim_folder(Folders(tmp_path), Settings(steps=4, **ours))
-    claim_folder(Folders(tmp_path), Settings(steps=4, **ours))
-    with pytest.raises(UserError, match=r"steps 4 is now 5\. Name another --out"):
-        claim_folder(Folders(tmp_path), Settings(steps=5, **ours))
+def test_a_folder_keeps_to_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "_weights", lambda of: "as they were")
+    settings.claim_folder(Folders(tmp_path), Settings(steps=40))
+    settings.claim_folder(Folders(tmp_path), Settings(steps=40))
+    with pytest.raises(UserError, match=r"steps 40 is now 50\. Name another --out"):
+        settings.claim_folder(Folders(tmp_path), Settings(steps=50))
+    monkeypatch.setattr(settings, "_weights", lambda of: "trained anew")
+    with pytest.raises(UserError, match="weights as they were is now trained anew"):
+        settings.claim_folder(Folders(tmp_path), Settings(steps=40))
+
+
+def test_the_average_reaches_back_over_a_share_of_the_steps() -> None:
+    assert settings.ema_decay(400) == 0.95
+    assert settings.ema_decay(4) == 0.5
 
 
 def test_a_chart_is_an_svg_with_every_panel_and_one_legend() -> None:

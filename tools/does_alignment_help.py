@@ -62,10 +62,7 @@ def main(argv: list[str]) -> int:
     claim_folder(folders, settings)
     train_all(runs, settings, folders, options.jobs)
     results = measure_all(runs, settings, folders, options.docs / IMAGES)
-    results["facts"] = {
-        "command": f"`{shlex.join(['python', 'tools/does_alignment_help.py', *argv])}`",
-        **results["facts"],
-    }
+    results["facts"] = {"command": f"`{as_typed(options)}`", **results["facts"]}
     figures = {study: one.pop("figures") for study, one in results["studies"].items()}
     write_json(folders.out / "results.json", results)
     write_json(options.docs / IMAGES / "results.json", results)
@@ -91,6 +88,16 @@ def parsed(argv: list[str]) -> argparse.Namespace:
         kind = {"str": str, "int": int, "float": float}[str(field.type)]
         parser.add_argument(f"--{field.name}", type=kind, default=field.default, help="(%(default)s)")
     return parser.parse_args(argv)
+
+
+def as_typed(options: argparse.Namespace) -> str:
+    """The command that gives the same numbers: what is not default, but for where things lie and how many run at once."""
+    words = ["python", "tools/does_alignment_help.py"]
+    for name, default in vars(parsed([])).items():
+        value = getattr(options, name)
+        if value != default and name not in ("out", "docs", "jobs", "dry_run"):
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return shlex.join(words)
 
 
 def read_page(docs: Path) -> str:

@@ -49,7 +49,7 @@ class Settings:
     """Pictures of the new classes to train on; there are 9 classes."""
     held_out: int = 180
     """Further ones to measure on."""
-    drawn_seeds: int = 6
+    drawn_seeds: int = 4
     """Pictures of each prompt."""
     sampling_steps: int = 20
     """Steps of the sampler."""
