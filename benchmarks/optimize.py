@@ -1,7 +1,8 @@
 """What a study of optimize.py finds for its steps, what its parent costs between trainings, and eight parents on one database.
 
-    python benchmarks/optimize.py                          # all three; the search takes about an hour of one core
+    python benchmarks/optimize.py                          # all three; the search takes about 80 minutes of one core
     python benchmarks/optimize.py --only search --seeds 5 --trials 50 --steps 40 --threads 1
+    python benchmarks/optimize.py --only search --first_seed 4 --seeds 2 --output half   # at the same time, on another core
     python benchmarks/optimize.py --only overhead
 
 search: the Gaussian process with pruning until it has found a value as good as the best of `--trials` random trials, or
@@ -57,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, default=None)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first_seed", type=int, default=1)
     parser.add_argument("--trials", type=int, default=50, help="of random search")
     parser.add_argument("--steps", type=int, default=40, help="of each trial that is not pruned")
     parser.add_argument("--resolution", type=int, default=64)
@@ -141,7 +143,7 @@ def compare_search(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[
     with ExitStack() as context:
         context.enter_context(mock.patch("library.search.driver.enqueue_baselines", lambda ledger: None))
         trainer = KeptWarm(context.enter_context(TrainerProcess({}, folder / "trainers.log")))
-        for seed in range(1, arguments.seeds + 1):
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             records.append(compare_one(arguments, folder, seed, trainer))
             write_json(folder / f"seed_{seed}.json", records[-1])
             print(f"seed {seed}: {records[-1]}", flush=True)
