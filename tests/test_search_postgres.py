@@ -146,12 +146,15 @@ def test_the_password_may_come_from_the_environment_and_is_in_no_file(
         ("nowhere", f"{USER}:{PASSWORD}", 'database "nowhere" does not exist'),
     ],
 )
-def test_what_the_server_refuses_is_said_in_a_sentence(
-    server: Server, hurried: None, database: str, user: str, sentence: str
+def test_what_the_server_refuses_is_said_in_a_sentence_and_not_tried_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch, database: str, user: str, sentence: str
 ) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(storage, "time", SimpleNamespace(sleep=waits.append))
     with pytest.raises(UserError, match=rf"search:\*\*\*@.* cannot be opened: .*{sentence}") as raised:
         open_storage(server.url(database, user=user))
     assert "\n" not in str(raised.value) and PASSWORD not in str(raised.value)
+    assert waits == []
 
 
 def test_where_no_server_listens_is_said_in_a_sentence(hurried: None) -> None:

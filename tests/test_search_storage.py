@@ -38,8 +38,19 @@ def test_a_missing_driver_of_postgresql_is_named(monkeypatch: pytest.MonkeyPatch
         open_storage("postgresql://u:p@localhost:1/db")
 
 
-def test_passwords_are_never_shown() -> None:
-    assert without_password("postgresql+psycopg://u:p@ss@host/db") == "postgresql+psycopg://u:***@host/db"
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql+psycopg://u:p@ss@host/db", "postgresql+psycopg://u:***@host/db"),
+        (
+            "postgresql://host/db?user=u&password=secret&sslmode=require",
+            "postgresql://host/db?user=u&password=***&sslmode=require",
+        ),
+        ("sqlite:///a/b.db", "sqlite:///a/b.db"),
+    ],
+)
+def test_passwords_are_never_shown(url: str, shown: str) -> None:
+    assert without_password(url) == shown
 
 
 def test_a_file_that_is_no_database_is_said_to_be_none(tmp_path: Path) -> None:

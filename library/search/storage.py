@@ -21,6 +21,10 @@ Result = TypeVar("Result")
 
 FORMS = "sqlite:///study.db, journal:study.log, postgresql+psycopg://user:password@host/name, grpc://host:port"
 ATTEMPTS = 10
+FINAL = re.compile(
+    "is full|readonly|unable to open|No space|malformed|not a data"
+    '|authentication failed|no password supplied|(database|role) ".*" does not exist'
+)
 NETWORK_FILE_SYSTEMS = (
     "nfs",
     "nfs4",
@@ -45,7 +49,8 @@ def storage_file(url: str) -> Path | None:
 
 
 def without_password(url: str) -> str:
-    return re.sub(r"(://[^:/@]+):[^/]*@", r"\1:***@", url)
+    url = re.sub(r"(://[^:/@]+):[^/]*@", r"\1:***@", url)
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", url)
 
 
 def open_storage(url: str, say: Callable[[str], None] = print) -> BaseStorage:
@@ -139,10 +144,8 @@ def storage_failed(url: str, error: BaseException) -> RunFailed:
 
 
 def _is_final(error: BaseException) -> bool:
-    text = str(error)
-    return any(
-        words in text for words in ("is full", "readonly", "unable to open", "No space", "malformed", "not a data")
-    )
+    """Whether the storage would say the same again."""
+    return FINAL.search(str(error)) is not None
 
 
 def _first_line(error: BaseException) -> str:
