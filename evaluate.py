@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from library.evaluation.representation import RepresentationResult
 
 REPORT, METRICS, PICTURES, SHEETS = "report.html", "metrics.json", "pictures", "sheets"
+UNFINISHED = ".unfinished"
+"""Stands in the folder from the first picture until the metrics: what lies beside it is an evaluation's, to be drawn again."""
 FORMAT_VERSION = 1
 
 
@@ -44,8 +46,8 @@ class Plan:
     why_base: str
     photos_from: Path | None
     subject: Subject | None
-    state: Path | None
-    """The training state whose representation is measured."""
+    states: list[Path]
+    """The training's states whose representation is measured."""
 
 
 @script
@@ -63,20 +65,27 @@ def main(argv: list[str]) -> int:
 
 
 def check_output(options: EvaluateOptions) -> None:
-    """Raises UserError where the folder cannot be written to, or holds an evaluation that is to stay."""
+    """Raises UserError where the folder cannot be written to, or holds an evaluation that is to stay, or files of others."""
     from library.files import require_writable
 
     folder = options.judged.output_dir
     require_writable(folder)
-    if (folder / METRICS).exists() and not options.judged.overwrite:
-        raise UserError(f"{folder} holds an evaluation already. Name another --output_dir, or give --overwrite.")
+    if (folder / UNFINISHED).exists():
+        return
+    if (folder / METRICS).exists():
+        if not options.judged.overwrite:
+            raise UserError(f"{folder} holds an evaluation already. Name another --output_dir, or give --overwrite.")
+    elif taken := [name for name in (PICTURES, SHEETS, REPORT) if (folder / name).exists()]:
+        raise UserError(
+            f"{folder / taken[0]} is there already and no evaluation's: it would be overwritten. Name another --output_dir."
+        )
 
 
 def build(options: EvaluateOptions) -> Plan:
     """Everything that is wanted, found and checked; the adapters are read, the base is not."""
     from library.evaluation.checkpoints import find_candidates
     from library.evaluation.generation import Wanted
-    from library.evaluation.prompts import subject_prompts, task_of, unrelated_prompts
+    from library.evaluation.prompts import subject_prompts, task_of, unrelated_prompts, words_of
     from library.merging.source import base_model_of
 
     judged, drawn = options.judged, options.drawn
@@ -88,7 +97,7 @@ def build(options: EvaluateOptions) -> Plan:
     metadata = next(reversed(sources.values())).adapter.metadata
     subject = subject_prompts(options, [photo.caption for photo in photos], metadata)
     task = None if subject is None else task_of(options, subject.lines, size)
-    first = task.requests[0].prompt if task is not None else ""
+    first = words_of(task.requests[0]) if task is not None else ""
     wanted = Wanted(
         base,
         candidates,
@@ -105,7 +114,7 @@ def build(options: EvaluateOptions) -> Plan:
         batch_size=drawn.batch_size,
         loss_seed=drawn.seed,
     )
-    return Plan(wanted, why, folder, subject, state_with_heads(options, candidates))
+    return Plan(wanted, why, folder, subject, states_with_heads(options, candidates))
 
 
 def find_photos(options: EvaluateOptions, candidates: list[Candidate]) -> tuple[list[Photo], Path | None]:
@@ -132,21 +141,21 @@ def own_clip(base: str) -> str | None:
     return str(MODELS / SHAPES_CLIP) if there and SHAPES in (base, Path(base).name) else None
 
 
-def state_with_heads(options: EvaluateOptions, candidates: list[Candidate]) -> Path | None:
-    """The newest state of train_repa.py with heads. Raises UserError where --representation asks for one that is not there."""
+def states_with_heads(options: EvaluateOptions, candidates: list[Candidate]) -> list[Path]:
+    """Those of train_repa.py. Raises UserError where --representation asks for them and there are none."""
     if options.measured.representation is False:
-        return None
+        return []
     states = [one.path for one in candidates if one.is_state and (one.path / "align_heads.safetensors").is_file()]
     if not states and options.measured.representation:
         raise UserError(
             "--representation is for states of train_repa.py with heads (step_NNNNNN), and none was named. Name one as "
             "--checkpoint, or leave --representation out."
         )
-    return states[-1] if states else None
+    return states
 
 
 def print_plan(options: EvaluateOptions, plan: Plan) -> None:
-    from library.models.locate import base_status, dino_status
+    from library.models.locate import base_status, clip_status, dino_status
 
     wanted = plan.wanted
     for one in wanted.candidates:
@@ -168,10 +177,11 @@ def print_plan(options: EvaluateOptions, plan: Plan) -> None:
     print(
         f"pictures   {count} of {wanted.size} x {wanted.size}, {request.steps} steps, cfg_scale {request.cfg_scale:g}"
     )
-    if plan.state is not None:
-        print(f"states     representation of {plan.state}")
+    for state in plan.states:
+        print(f"states     representation of {state}")
     print(f"output     {options.judged.output_dir}")
-    for missing in filter(None, (base_status(wanted.base), dino_status(wanted.dino_model))):
+    clip = None if wanted.clip_model is None else clip_status(wanted.clip_model)
+    for missing in filter(None, (base_status(wanted.base), dino_status(wanted.dino_model), clip)):
         print(f"missing    {missing}")
 
 
@@ -182,13 +192,15 @@ def run(options: EvaluateOptions, plan: Plan) -> None:
     from library.files import write_json
 
     start, folder, device = time.perf_counter(), options.judged.output_dir, choose_device(options.device)
-    for old in (PICTURES, SHEETS):
-        shutil.rmtree(folder / old, ignore_errors=True)
-    (folder / METRICS).unlink(missing_ok=True)  # written last: it says that an evaluation is whole
     result = evaluate_generation(
-        plan.wanted, folder / PICTURES, dtype=choose_dtype(options.dtype, device), device=device, say=print
+        plan.wanted,
+        folder / PICTURES,
+        dtype=choose_dtype(options.dtype, device),
+        device=device,
+        say=print,
+        on_loaded=lambda: clear(folder),
     )
-    representation = measure_representation(options, plan.state, device, result)
+    representation = measure_representation(options, plan.states, device, result)
     (folder / SHEETS).mkdir(parents=True, exist_ok=True)
     for name in result.drawn:
         for kind, sheet in sheets_of(plan.wanted, result, name).items():
@@ -199,30 +211,37 @@ def run(options: EvaluateOptions, plan: Plan) -> None:
     metrics["representation"] = None if representation is None else representation.to_json()
     metrics["options"] = flatten(options)
     write_json(folder / METRICS, metrics)
+    (folder / UNFINISHED).unlink()
     print_result(result, folder)
 
 
+def clear(folder: Path) -> None:
+    """Take away what an evaluation left in the folder, before another begins there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).touch()
+    (folder / METRICS).unlink(missing_ok=True)
+    for old in (PICTURES, SHEETS):
+        shutil.rmtree(folder / old, ignore_errors=True)
+
+
 def measure_representation(
-    options: EvaluateOptions, state: Path | None, device: torch.device, result: GenerationResult
+    options: EvaluateOptions, states: list[Path], device: torch.device, result: GenerationResult
 ) -> RepresentationResult | None:
     """Where it was not asked for, what stands in its way is noted instead of ending the run."""
-    from library.evaluation.representation import RepresentationSettings, evaluate_representation
+    from library.evaluation.representation import RepresentationSettings, evaluate_states
 
-    if state is None:
+    if not states:
         return None
     samples = options.measured.representation_samples
     settings = RepresentationSettings(
         timesteps=options.measured.representation_timesteps, fit_samples=samples, test_samples=samples
     )
     try:
-        print(f"representation of {state}")
-        return evaluate_representation(
-            state, settings, name=state.name, use_ema=options.judged.use_ema, device=device, say=print
-        )
+        return evaluate_states(states, settings, use_ema=options.judged.use_ema, device=device, say=print)
     except UserError as error:
         if options.measured.representation:
             raise
-        result.notes.append(f"The representation of {state.name} is left out: {error}")
+        result.notes.append(f"The representation is left out: {error}")
         return None
 
 

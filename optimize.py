@@ -80,15 +80,12 @@ def print_plan(options: OptimizeOptions, setup: Setup) -> None:
 def run(options: OptimizeOptions, setup: Setup) -> int:
     from library.search.devices import assign
     from library.search.driver import Driver
-    from library.search.status import BUDGET, Look
-    from library.search.storage import insisting
+    from library.search.status import Look
     from library.search.study import open_study
     from library.search.trainer_process import TrainerProcess
 
     plan = setup.plan
-    study = open_study(plan.name, plan.storage, plan.terms)  # another study's terms are refused before anything else
-    budget = {"n_trials": plan.n_trials, "workers": plan.workers, "more": plan.confirm * plan.new_seeds}
-    insisting(lambda: study.set_user_attr(BUDGET, {**budget, "base": setup.base.path}))
+    open_study(plan.name, plan.storage, plan.terms)  # another study's terms are refused before anything else
     environments = assign(plan.workers, options.trained.device)
     log = plan.output_dir / "trainers.log"
     result = Driver(plan, lambda number: TrainerProcess(environments[number], log)).run()
@@ -97,7 +94,7 @@ def run(options: OptimizeOptions, setup: Setup) -> int:
         if options.outcome.sheet:
             attempt("contact sheet", lambda: draw_sheet(look, plan.output_dir, setup))
         if options.outcome.export and setup.base.family == "sd15" and plan.terms.script == "train_network":
-            attempt("export to SDXL", lambda: export_best(plan.output_dir, options.outcome.sdxl_base))
+            attempt("export to SDXL", lambda: export_again(plan.output_dir, options.outcome.sdxl_base))
     attempt("report", lambda: write_report(look, plan.output_dir))
     if result.interrupted:
         print(f"Interrupted after {result.done} of {plan.n_trials} trials. Run the same command again to go on.")
@@ -132,13 +129,24 @@ def export_best(
     folder: Path, sdxl_base: str | None, dataset_config: str | None = None, wishes: SdxlOptions | None = None
 ) -> None:
     from library.search.best_params import read_best_params
+    from library.search.carried import default_sdxl_base
     from library.search.export import export
     from library.search.record import BEST_FILE
-    from library.search.setup import default_sdxl_base
 
     best = read_best_params(folder / BEST_FILE)
     base = sdxl_base or default_sdxl_base(best.base_model.path)
     print(export(best, sdxl_base=base, output_dir=folder, dataset_config=dataset_config, wishes=wishes).report())
+
+
+def export_again(folder: Path, sdxl_base: str | None) -> None:
+    """Export anew what the study has come to, with the wishes of the export that lies in `folder`, if one does."""
+    from library.search.export import last_request
+
+    last = last_request(folder)
+    if last is None:
+        export_best(folder, sdxl_base)
+    else:
+        export_best(folder, sdxl_base or last.base_model, last.dataset_config, last.wishes)
 
 
 # Sub-commands.
@@ -199,7 +207,7 @@ def picked(place: PlaceOptions, trial: int) -> int:
     write_report(look, place.folder)
     best = read_best_params(place.folder / "best_params.json")
     if (place.folder / "sdxl_config.toml").is_file() and best.base_model.family == "sd15":
-        attempt("export to SDXL", lambda: export_best(place.folder, None))
+        attempt("export to SDXL", lambda: export_again(place.folder, None))
     return EXIT_OK
 
 

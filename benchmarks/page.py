@@ -39,6 +39,10 @@ def section(path: Path) -> str:
     for name, value in result["measured"].items():
         if not isinstance(value, int | float):  # details, which stay in the JSON, or nothing to tell
             continue
+        if "_regret_at_" in name and not result["settings"].get(
+            "full"
+        ):  # one side stopped early: not of the same steps
+            continue
         lines.append(f"| {name} | {value:.4g} | {target(result['targets'].get(name))} |")
     return "\n".join(lines) + "\n"
 

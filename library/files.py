@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 from library.errors import RunFailed, UserError
 
@@ -36,6 +38,14 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+_BESIDE = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<process>\d+)(-[0-9a-f]+)?")
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A hidden name beside `path` that no thread, process or container has: process numbers repeat, see `recover_folders`."""
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{uuid4().hex[:8]}")
+
+
 def _is_write_failure(error: Exception) -> bool:
     # safetensors reports a full disk as an exception of its own; known by name, so that nothing is imported for it.
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
@@ -52,7 +62,7 @@ def whole_file(path: Path | str) -> Iterator[Path]:
     On any exception the temporary file is removed and `path` is what it was before.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = _beside(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -80,8 +90,8 @@ def whole_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already. Name another folder, or remove this one first.")
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    aside = path.with_name(f".{path.name}.old-{os.getpid()}")
+    temporary = _beside(path, "tmp")
+    aside = _beside(path, "old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -112,11 +122,14 @@ def recover_folders(parent: Path) -> None:
     """Tidy up after processes that were killed inside `whole_folder`: an old folder moved aside comes back if its
     successor never took its place, and half-written ones go. What a living process works on is left alone."""
     for path in [*parent.glob(".*.old-*"), *parent.glob(".*.tmp-*")]:
-        name, _, owner = path.name[1:].rpartition("-")
-        if owner.isdigit() and int(owner) != os.getpid() and _is_alive(int(owner)):
+        found = _BESIDE.fullmatch(path.name)
+        if found is None:  # another program's
             continue
-        target = parent / name.rpartition(".")[0]
-        if path.is_dir() and name.endswith(".old") and not target.exists():
+        process = int(found["process"])
+        if process != os.getpid() and _is_alive(process):
+            continue
+        target = parent / found["name"]
+        if path.is_dir() and found["kind"] == "old" and not target.exists():
             os.replace(path, target)
         elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

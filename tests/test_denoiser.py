@@ -104,6 +104,14 @@ def test_equal_parts_of_half_the_weight_are_one(sd15: Drawn) -> None:
     )
 
 
+def test_a_weight_counts_without_guidance_too(sd15: Drawn) -> None:
+    """A1111's formula at cfg_scale 1: negative + weight * (prompt - negative)."""
+    plain, weighted = (sd15.denoiser(text, "blue", 1.0) for text in ("a red circle", "a red circle :1.5"))
+    assert (plain.guided, weighted.guided) == (False, True)
+    expected = sd15.denoiser("a red circle", "blue", 1.5)
+    torch.testing.assert_close(weighted(sd15.noise, 1.0), expected(sd15.noise, 1.0), rtol=1e-4, atol=1e-4)
+
+
 def test_a_negative_prompt_of_other_length_is_filled(sd15: Drawn) -> None:
     assert torch.isfinite(sd15.ours("a red circle", "blue BREAK green", 5.0)).all()
 

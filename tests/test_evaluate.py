@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,14 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 from library.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from library.evaluation import generation
 from library.evaluation.checkpoints import find_candidates
 from library.evaluation.photos import held_out_photos, read_photos
-from library.evaluation.prompts import plain_text, trained_captions
+from library.evaluation.prompts import plain_text, trained_captions, words_of
 from library.files import write_json
 from library.inference.infotext import read_png
 from library.inference.prompt_syntax import weighted_spans
+from library.inference.request import Request
 
 WORDS = ["--steps", "1", "--resolution", "64", "--num-samples", "2", "--cfg_scale", "2"]
 
@@ -103,6 +106,7 @@ def test_an_adapter_that_does_nothing_is_the_base_to_the_bit(evaluated: tuple[Pa
         )
         assert np.array_equal(base, same) and not np.array_equal(base, other)
     nothing = row(metrics, "mio-000001")
+    assert "drift" not in nothing["against_base"], "it is 0 for the base by what it is, and more for anything else"
     for measure in ("drift_pixels", "loss", "loss_q1"):
         assert nothing["metrics"][measure]["value"] == 0
     assert nothing["metrics"]["drift"]["value"] == pytest.approx(0, abs=1e-9)
@@ -132,20 +136,14 @@ def test_what_is_left_out_is_said(evaluated: tuple[Path, dict[str, Any]]) -> Non
 def test_a_state_with_heads_is_compared_with_the_teacher_too(
     finished_run: Path, tiny_dinov2: Path, tmp_path: Path
 ) -> None:
-    words = [
-        "--checkpoint",
-        finished_run / "step_000004",
-        "--dino_model",
-        tiny_dinov2,
-        "--output_dir",
-        tmp_path / "out",
-    ]
+    words = ["--checkpoint", finished_run, "--dino_model", tiny_dinov2, "--output_dir", tmp_path / "out"]
     words += ["--representation", "--representation_samples", 10, "--representation_timesteps", 261, "--prompt", "mio"]
     assert evaluate.main([*map(str, words), *WORDS]) == EXIT_OK
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())["representation"]
     assert found["settings"]["timesteps"] == [261] and len(found["rows"]) > 4
     html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "At timestep 261" in html and "Dense maps" in html
+    assert len(found["earlier"]) > 0 and "Over the training" in html and found["earlier"][0]["checkpoint"] in html
 
 
 # What is found
@@ -218,6 +216,19 @@ def test_a_caption_is_drawn_by_its_letters() -> None:
     assert "<" not in plain_text("a <lora:mio:1> cat")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (plain_text("a (red) [cat], a|b"), "a (red) [cat], a|b"),
+        ("a (red:1.3) [cat] BREAK on a ((mat))", "a red cat on a mat"),
+        ("a [dog:cat:0.5] AND a mat :0.4", "a cat a mat"),
+        ("a [dog:cat:15]", "a cat"),
+    ],
+)
+def test_who_reads_words_is_shown_no_syntax(prompt: str, words: str) -> None:
+    assert words_of(Request(prompt, "", steps=20, cfg_scale=7, width=64, height=64)) == words
+
+
 # Bad input
 
 
@@ -252,6 +263,44 @@ def test_bad_input_is_refused_in_a_sentence(
     assert "give --overwrite" in refused([*good, "--output_dir", tmp_path / "old"], capsys)
 
 
+def test_pictures_that_are_no_evaluations_are_never_taken_away(
+    adapter_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_photos(tmp_path / "mine" / "pictures")
+    for more in ([], ["--overwrite"]):
+        words = ["--checkpoint", adapter_file, "--output_dir", tmp_path / "mine", *more]
+        assert "pictures is there already and no evaluation's" in refused(words, capsys)
+    assert (photos / "p0.png").is_file()
+
+
+def test_an_evaluation_stays_until_another_can_begin_and_an_interrupted_one_is_drawn_again(
+    evaluated: tuple[Path, dict[str, Any]],
+    adapter_file: Path,
+    tiny_dinov2: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(evaluated[0], out)
+    words = ["--checkpoint", adapter_file, "--prompt", "mio", "--output_dir", out, "--device", "cpu"]
+    assert "none" in refused([*words, "--overwrite", "--dino_model", tmp_path / "none"], capsys)
+    assert (out / "metrics.json").is_file() and (out / "pictures" / "mio-000001").is_dir()
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    words += ["--dino_model", tiny_dinov2]
+    with monkeypatch.context() as patched, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patched.setattr(generation, "draw_task", interrupted)
+        sys.exit(evaluate.main([*WORDS, *map(str, words), "--overwrite"]))
+    assert not (out / "metrics.json").exists() and not (out / "pictures").exists()
+    assert evaluate.main([*WORDS, *map(str, words)]) == EXIT_OK, "what was begun here is gone on with"
+    assert [one["name"] for one in json.loads((out / "metrics.json").read_text())["checkpoints"]][1:] == [
+        adapter_file.stem
+    ]
+
+
 def test_a_damaged_photo_is_named(adapter_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = write_photos(tmp_path / "photos")
     (photos / "p1.png").write_bytes(b"nonsense")
@@ -276,7 +325,13 @@ def test_a_plan_draws_nothing(adapter_file: Path, tmp_path: Path, capsys: pytest
     assert evaluate.main([*map(str, words), *WORDS]) == EXIT_OK
     said = capsys.readouterr().out
     assert "subject    1 prompts (as given), 2 seeds each" in said and "photos     none" in said
-    assert not (tmp_path / "out").exists()
+    assert "missing" not in said and not (tmp_path / "out").exists()
+    assert (
+        evaluate.main([*map(str, words), *WORDS, "--clip_model", "nobody/clip", "--dino_model", "nobody/dino"])
+        == EXIT_OK
+    )
+    said = capsys.readouterr().out
+    assert "missing    nobody/clip" in said and "missing    nobody/dino" in said
 
 
 def test_help_and_slips_come_without_torch() -> None:

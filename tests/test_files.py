@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,31 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
         temporary.write_text("half")
         raise ValueError("half")
     assert files.read_json(path) == {"x": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_who_writes_one_file_at_once_does_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of one process, and processes of containers that have the same number."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    path = tmp_path / "best.json"
+    with files.whole_file(path) as one, files.whole_file(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["best.json"]
+    failures: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            for number in range(30):
+                files.write_json(path, [number] * 100)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and files.read_json(path) == [29] * 100 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
@@ -121,14 +147,24 @@ def test_a_defect_keeps_its_traceback() -> None:
         main([])
 
 
-def test_after_a_kill_an_old_folder_comes_back_and_half_written_ones_go(tmp_path: Path) -> None:
+def test_after_a_kill_an_old_folder_comes_back_and_half_written_ones_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dead = 2**22 + 12345  # beyond the largest process number of Linux
-    for name in (f".a.old-{dead}", f".b.old-{dead}", "b", f".c.tmp-{dead}", f".d.tmp-{os.getppid()}"):
+    monkeypatch.setattr(os, "getpid", lambda: dead)
+    old, again, half = (
+        files._beside(tmp_path / name, kind) for name, kind in (("a.b", "old"), ("b", "old"), ("c", "tmp"))
+    )
+    monkeypatch.undo()
+    alive = files._beside(tmp_path / "d", "tmp").name.replace(str(os.getpid()), str(os.getppid()))
+    earlier = f".e-1.tmp-{dead}"  # of an earlier version
+    for name in (old.name, again.name, "b", half.name, alive, earlier, ".f.tmp-other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text(name)
+    (tmp_path / f".g.json.tmp-{dead}-0123abcd").write_text("")
     files.recover_folders(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f".d.tmp-{os.getppid()}", "a", "b"]
-    assert (tmp_path / "a" / "x").read_text() == f".a.old-{dead}" and (tmp_path / "b" / "x").read_text() == "b"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive, ".f.tmp-other", "a.b", "b"])
+    assert (tmp_path / "a.b" / "x").read_text() == old.name and (tmp_path / "b" / "x").read_text() == "b"
 
 
 def test_safetensors_own_write_failure_is_a_sentence_too(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.inference.find_adapters import AdapterFolders, loras_of, title_of
+from library.inference.find_adapters import AdapterFolders, loras_of, names_apart, title_of
 
 
 @pytest.fixture
@@ -57,6 +57,26 @@ def test_the_folder_of_a_given_file_is_looked_into(folder: Path) -> None:
     assert folders.find("b.1", "tag") == folder / "a" / "b.1.safetensors"
 
 
+def test_two_given_files_of_one_name_are_told_apart_by_their_folders(folder: Path) -> None:
+    given = {folder / "one" / "same.safetensors": 1.0, folder / "two" / "same.safetensors": 0.5}
+    folders = AdapterFolders([], list(given))
+    with pytest.raises(UserError, match=r"<lora:same:0.3> of the prompt could be 2 files: .*<lora:one/same:1>\."):
+        loras_of("<lora:same:0.3>", folders, given)
+    assert [use.weights.name for use in loras_of("", folders, given)] == ["one/same", "two/same"]
+    tagged = loras_of("<lora:two/same:0.3>", folders, given)
+    assert [(use.path, use.weights.unet.weights) for use in tagged] == list(
+        zip(reversed(given), [(0.3,), (1.0,)], strict=True)
+    )
+    assert [use.weights.name for use in tagged] == ["two/same", "one/same"]
+
+
+def test_a_name_has_as_many_folders_as_tell_it_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    paths = [Path(name) for name in ("a/m/x.safetensors", "b/m/x.safetensors", "x.safetensors", "b/y")]
+    assert list(names_apart(paths).values()) == ["a/m/x", "b/m/x", f"{folder.name}/x", "y"]
+    assert AdapterFolders([], paths).find(f"{folder.name}/x", "tag") == paths[2], "of a relative path too"
+
+
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
@@ -67,6 +87,8 @@ def test_the_folder_of_a_given_file_is_looked_into(folder: Path) -> None:
         ("<lora:model:1>", "no model.safetensors in"),
         ("<lora:lora:1>", "no lora.safetensors in"),
         ("<lora:cat:strong>", "wants a weight or weight@position"),
+        ("<lora:cat:nan>", "wants a weight or weight@position"),
+        ("<lora:cat:1:unet=inf>", "wants a weight or weight@position"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_told(folder: Path, prompt: str, words: str) -> None:

@@ -1,11 +1,10 @@
-"""generate.py: what it writes, what the files say, and what it refuses in a sentence."""
+"""generate.py: what it writes, what the files say, and what does not go together (its plan: test_generate_plan.py)."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,9 @@ from safetensors.torch import save_file
 import generate
 from library import project_version
 from library.errors import EXIT_BAD_INPUT, EXIT_OK
+from library.files import read_json, write_json
 from library.inference import studio
 from library.inference.infotext import lora_hash, model_hash, read_png
-from library.options.generate import split_weight
 from tests.tools.ldm_layout import ldm_checkpoint
 
 
@@ -71,9 +70,19 @@ def test_one_picture_is_the_output_itself(base: list[str], tmp_path: Path) -> No
     assert names(tmp_path) == ["x.png"]
 
 
-def test_a_picture_says_all_that_is_needed_to_draw_it_again(
-    base: list[str], adapter_file: Path, tmp_path: Path
-) -> None:
+def test_one_line_of_a_file_is_one_picture(base: list[str], tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("# a comment\na red square\n")
+    assert run(*base, "--prompt_file", "p.txt", "--output", tmp_path / "x.png", prompt=None) == EXIT_OK
+    assert names(tmp_path) == ["x.png"]
+
+
+def test_an_axis_of_one_value_has_its_sheet(base: list[str], tmp_path: Path) -> None:
+    assert run(*base, "--x_axis", "cfg: 3", "--output", tmp_path / "x.png") == EXIT_OK
+    assert names(tmp_path) == ["x.png", "x_x1_y1.png"]
+    assert pixels(tmp_path / "x.png").shape[0] > 64, "with its heading"
+
+
+def test_a_picture_says_what_draws_it_again(base: list[str], adapter_file: Path, tmp_path: Path) -> None:
     prompt = "a (red:1.2) square <lora:demo:0.4>"
     words = [
         "--sampler",
@@ -88,11 +97,12 @@ def test_a_picture_says_all_that_is_needed_to_draw_it_again(
         1,
     ]
     words += ["--hires_scale", 1.5, "--hires_upscaler", "Lanczos", "--hires_steps", 2, "--seed", 9]
-    words += ["--refiner", base[1], "--refiner_switch_at", 0.5, "--lora_dir", adapter_file.parent]
+    words += ["--refiner", base[1], "--refiner_switch_at", 0.5, "--lora_dir", adapter_file.parent, "--vae", base[1]]
     assert run(*base, *words, "--output", tmp_path / "x.png", prompt=prompt) == EXIT_OK
     info = read_png(tmp_path / "x.png")
     assert (info.prompt, info.negative_prompt, info.sampler, info.schedule) == (prompt, "blue", "Euler a", "Karras")
     assert (info.cfg_scale, info.clip_skip, info.seed, info.size) == (3, 2, 9, (64, 64))
+    assert (info.vae, info.rng) == ("tiny-sd15", "CPU")
     assert (info.hires_upscale, info.hires_upscaler, info.hires_steps) == (1.5, "Lanczos", 2)
     assert (info.denoising_strength, info.refiner, info.refiner_switch_at) == (0.7, "tiny-sd15", 0.5)
     with Image.open(tmp_path / "x.png") as picture:
@@ -165,6 +175,45 @@ def test_an_axis_of_checkpoints_loads_each_once(base: list[str], tmp_path: Path)
     assert np.array_equal(pixels(tmp_path / "x_x1_y2.png"), pixels(tmp_path / "x_x2_y2.png"))
 
 
+def write_sdxl_lora(path: Path) -> Path:
+    name = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+    save_file({f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(8, 2)}, path)
+    return path
+
+
+def test_models_of_a_sheet_are_checked_before_the_first_is_drawn(
+    base: list[str], tiny_sdxl: Path, adapter_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("no model")
+    cases: list[tuple[object, list[object], str]] = [
+        ("nothere", [], "nothere does not exist (looked in "),
+        (tmp_path / "notes.txt", [], "notes.txt is not a base model"),
+        (tiny_sdxl, ["--lora", adapter_file], f"{adapter_file} is not for {tiny_sdxl}: "),
+        (tiny_sdxl, ["--refiner", base[1]], "is for SD1.5, and the base is SDXL"),
+        (tiny_sdxl, ["--vae", "nothere"], "nothere does not exist (looked in "),
+    ]
+    for other, words, sentence in cases:
+        axis = f"checkpoint: {base[1]} | {other}"
+        assert run(*base, "--x_axis", axis, *words, "--output", tmp_path / "x.png") == EXIT_BAD_INPUT
+        assert sentence in capsys.readouterr().err and names(tmp_path) == []
+
+
+def test_the_size_of_a_sheet_is_the_first_models_and_that_is_said(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(base[1], tmp_path / "larger"))
+    config = read_json(other / "unet" / "config.json")
+    write_json(other / "unet" / "config.json", {**config, "sample_size": 32})
+    words = ["--prompt", "a", "--steps", "1", "--x_axis", f"checkpoint: {base[1]} | {other}"]
+    assert generate.main([*words, "--output", str(tmp_path / "x.png")]) == EXIT_OK
+    assert (
+        f"note       {other} was trained at 256 pixels, and is drawn at the 128 of {base[1]}" in capsys.readouterr().out
+    )
+    assert pixels(tmp_path / "x_x2_y1.png").shape == (128, 128, 3)
+    assert run("--x_axis", f"checkpoint: {base[1]} | {other}", "--output", tmp_path / "x.png") == EXIT_OK
+    assert "was trained at" not in capsys.readouterr().out, "64 x 64 is asked for"
+
+
 def test_a_picture_to_begin_with_gives_its_size(base: list[str], tmp_path: Path) -> None:
     Image.new("RGB", (77, 50), "red").save(tmp_path / "red.png")
     words = [
@@ -210,99 +259,25 @@ def test_sdxl_draws_with_its_own_refiner(tiny_sdxl: Path, tmp_path: Path) -> Non
     assert run(*words, "--output", tmp_path / "x.png") == EXIT_OK
 
 
-def test_a_dry_run_draws_nothing_and_takes_no_torch(base: list[str], tmp_path: Path) -> None:
-    code = "import sys, generate; code = generate.main(sys.argv[1:]); assert 'torch' not in sys.modules, 'torch'; sys.exit(code)"
-    words = ["--prompt", "a (b", "--sampler", "UniPC", "--y_axis", "cfg: 1-3", "--dry_run", *base]
-    root = Path(generate.__file__).parent
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=root, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (EXIT_OK, "")
-    assert "sampler    UniPC Normal, 25 steps, cfg_scale 2\n" in done.stdout
-    assert "note       1 '(' of the prompt stay open and weigh everything up to the end.\n" in done.stdout
-    assert "pictures   3 of native x native, seed 42\n" in done.stdout
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a.safetensors", (Path("a.safetensors"), 1.0)),
-        ("a.safetensors:0.5", (Path("a.safetensors"), 0.5)),
-        ("a.safetensors:-1", (Path("a.safetensors"), -1.0)),
-        ("C:/a.safetensors", (Path("C:/a.safetensors"), 1.0)),
-    ],
-)
-def test_a_lora_may_have_a_weight(text: str, expected: tuple[Path, float]) -> None:
-    assert split_weight(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--width", "100"], "width must be a multiple of 8, got 100."),
-        (["--height", "-8"], "height must be positive, got -8."),
-        (["--steps", "0"], "steps must be at least 1, got 0."),
-        (["--images", "0"], "images must be at least 1, got 0."),
-        (["--batch_size", "0"], "batch_size must be at least 1, got 0."),
-        (["--cfg_scale", "0.5"], "cfg_scale must be at least 1, which is no guidance, got 0.5."),
-        (["--clip_skip", "0"], "clip_skip must be positive, got 0."),
-        (["--seed", "-1"], "seed must lie between 0 and 2^63, got -1."),
-        (["--output", "a.jpg"], "output must be a .png file, got a.jpg."),
-        (["--lora", "absent.safetensors:0.5"], "lora absent.safetensors does not exist."),
-        (["--lora", ".", ".:0.5"], "lora . is given twice;"),
-        (["--lora_dir", "absent"], "lora_dir absent is no folder."),
-        (["--device", "tpu9"], "device tpu9 cannot be used: "),
-        (["--pretrained_model_name_or_path", "absent"], "absent does not exist (looked in "),
-        (["--sampler", "Eular"], "Eular is no sampler (did you mean Euler?)."),
-        (["--sampler", "Euler Karras", "--schedule", "Normal"], "The sampler Euler Karras names a schedule, and"),
-        (["--schedule", "karas"], "karas is no schedule (did you mean Karras?)."),
-        (["--hires_scale", "2", "--hires_upscaler", "latnet"], "latnet is no upscaler"),
-        (["--hires_scale", "-1"], "An upscaler's scale must be above 0"),
-        (["--hires_scale", "2", "--hires_steps", "0"], "hires_steps must be at least 1, got 0."),
-        (["--hires_steps", "3"], "hires_steps has no effect without hires_scale."),
-        (["--denoising_strength", "0.3"], "denoising_strength has no effect without init_image;"),
-        (["--init_image", "absent.png"], "init_image absent.png does not exist."),
-        (["--refiner_switch_at", "0.5"], "refiner_switch_at has no effect without refiner."),
-        (["--prompt_file", "p.txt"], "prompt and prompt_file exclude each other."),
-        (["--x_axis", "colour: red"], "colour is no axis of a grid"),
-        (["--x_axis", "cfg: 3, 4", "--images", "2"], "images must be 1 with axes."),
-        (["--x_axis", "weight: 0, 1"], "An axis of adapter weights needs an adapter:"),
-        (["--x_axis", "denoising: 0.5"], "The axis denoising needs the hires fix or a picture to begin with;"),
-    ],
-)
-def test_what_cannot_be_is_refused_in_a_sentence(
-    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(*words) == EXIT_BAD_INPUT
-    assert capsys.readouterr().err.startswith(f"error: {sentence}")
-
-
-def test_something_to_draw_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(prompt=None) == EXIT_BAD_INPUT
-    assert capsys.readouterr().err.startswith("error: prompt is missing: say what to draw, or name a --prompt_file.")
-
-
-def test_a_missing_adapter_of_the_prompt_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert run("--output", tmp_path / "x.png", prompt="a <lora:mio:0.8> cat") == EXIT_BAD_INPUT
-    assert "<lora:mio:0.8> of the prompt has no adapter: no mio.safetensors in" in capsys.readouterr().err
-
-
-def test_a_slip_in_a_file_of_prompts_is_told_before_anything_is_loaded(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    (tmp_path / "p.txt").write_text("a cat --ss eular")
-    assert run("--prompt_file", "p.txt", prompt=None) == EXIT_BAD_INPUT
-    assert "eular is no sampler (did you mean Euler?)" in capsys.readouterr().err
+def test_two_adapters_of_one_name_are_both_told(base: list[str], adapter_file: Path, tmp_path: Path) -> None:
+    files = [tmp_path / folder / "x.safetensors" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.symlink_to(adapter_file)
+    words = ["--lora", *(f"{file}:{weight}" for file, weight in zip(files, (1, 0.5), strict=True)), "--images", 1]
+    assert run(*base, *words, "--output", tmp_path / "x.png") == EXIT_OK
+    info, digest = read_png(tmp_path / "x.png"), lora_hash(adapter_file)
+    assert info.prompt == "a red square <lora:a/x:1> <lora:b/x:0.5>" and info.lora_hashes == {
+        "a/x": digest,
+        "b/x": digest,
+    }
 
 
 def test_a_lora_that_does_not_fit_is_refused(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
-    save_file(
-        {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(8, 2)},
-        tmp_path / "xl.safetensors",
-    )
-    assert run(*base, "--lora", tmp_path / "xl.safetensors", "--output", tmp_path / "x.png") == EXIT_BAD_INPUT
+    file = write_sdxl_lora(tmp_path / "xl.safetensors")
+    assert run(*base, "--lora", file, "--output", tmp_path / "x.png") == EXIT_BAD_INPUT
     assert "It looks like an SDXL LoRA on an SD1.5 model." in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import UserError
@@ -27,7 +29,7 @@ def rows(count: int, width: int = 8, seed: int = 0, shift: float = 0.0) -> Tenso
 
 
 def everything(of: Tensor) -> Tensor:
-    return torch.arange(len(of))
+    return torch.ones(len(of), dtype=torch.float64)
 
 
 # Spread
@@ -39,6 +41,36 @@ def test_the_spread_of_a_mean_is_the_textbooks_standard_error():
     assert found.value == pytest.approx(values.mean().item())
     assert found.error == pytest.approx((values.std() / 4).item())
     assert found.freedom == 15
+
+
+def test_the_spread_of_a_mean_over_prompts_is_that_of_stratified_samples():
+    groups = torch.tensor([0] * 2 + [1] * 3 + [2] * 5)
+    values = rows(10, 1)[:, 0] + 10 * groups
+    found = jackknife(mean_of(values), groups)
+    strata = [values[groups == group] for group in range(3)]
+    assert found.error == pytest.approx(math.sqrt(sum(len(one) * one.var().item() for one in strata)) / 10)
+    assert found.freedom == 7
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [(1, 16), (4, 4), (8, 2)])
+def test_the_interval_holds_the_truth_about_nineteen_times_in_twenty(prompts: int, seeds: int):
+    groups = torch.arange(prompts).repeat_interleave(seeds)
+    estimates = [
+        jackknife(mean_of(rows(16, 1, seed=trial)[:, 0] + groups - groups.double().mean()), groups)
+        for trial in range(300)
+    ]
+    held = sum(abs(one.value) <= one.margin for one in estimates) / 300
+    assert 0.91 < held < 0.985
+
+
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_the_spread_of_a_distance_between_sets_is_what_it_moves_by_with_other_seeds(seeds: int):
+    prompts, photos = 16 // seeds, rows(12, seed=10**6)
+    groups = torch.arange(prompts).repeat_interleave(seeds)
+    own = rows(prompts, seed=10**6 + 1)[groups]  # what a prompt's pictures have in common
+    found = [jackknife(measures.kernel_distance(own + rows(16, seed=trial), photos), groups) for trial in range(150)]
+    moved = torch.tensor([one.value for one in found]).std().item()
+    assert torch.tensor([one.error for one in found]).mean().item() == pytest.approx(moved, rel=0.25)
 
 
 def test_prompts_are_no_spread_only_seeds_are():
@@ -115,6 +147,17 @@ def test_diversity_is_the_mean_over_pairs_of_a_prompt():
     assert math.isnan(measures.ratio(found, lambda kept: 0.0)(everything(pictures)))
 
 
+def told_apart_by_diversity(seeds: int, trial: int) -> bool:
+    groups = torch.arange(4).repeat_interleave(seeds)
+    a, b = (measures.diversity(F.normalize(rows(4 * seeds, seed=2 * trial + side), dim=1), groups) for side in (0, 1))
+    return jackknife(difference(measures.ratio(a, b), measures.ratio(b, b)), groups).is_told_from_zero
+
+
+def test_two_seeds_of_a_prompt_say_nothing_of_the_spread_of_their_diversity_and_four_do():
+    assert not any(told_apart_by_diversity(2, trial) for trial in range(20))
+    assert sum(told_apart_by_diversity(4, trial) for trial in range(100)) < 12
+
+
 def slow_mmd(x: Tensor, y: Tensor, kernel) -> float:
     n, m = len(x), len(y)
     of = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
@@ -136,10 +179,10 @@ def test_cmmd_is_the_sum_over_pairs():
 
 @pytest.mark.parametrize("distance", [measures.kernel_distance, measures.clip_distance])
 def test_sets_of_one_kind_have_no_distance_on_average_however_few(distance):
-    found = [distance(rows(6, seed=2 * i), rows(6, seed=2 * i + 1))(torch.arange(6)) for i in range(150)]
+    found = [distance(rows(6, seed=2 * i), rows(6, seed=2 * i + 1))(torch.ones(6).double()) for i in range(150)]
     mean, deviation = torch.tensor(found).mean(), torch.tensor(found).std()
     assert abs(mean) < 3 * deviation / 150**0.5
-    assert distance(rows(64, shift=1.0), rows(64, seed=1))(torch.arange(64)) > deviation
+    assert distance(rows(64, shift=1.0), rows(64, seed=1))(torch.ones(64).double()) > deviation
 
 
 def test_losses_are_paired_with_the_bases_by_photo_and_timestep():
@@ -225,3 +268,15 @@ def test_clips_embeddings_are_of_unit_length_and_compare(tiny_clip: Path):
 def test_what_is_no_clip_is_refused_in_a_sentence(tmp_path: Path):
     with pytest.raises(UserError, match="clip_model .* cannot be used: .* Give a folder or hub id of a CLIPModel"):
         ClipPictures(str(tmp_path))
+
+
+def test_a_clip_without_all_of_its_weights_is_refused(tiny_clip: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({key: value for key, value in tensors.items() if "visual_projection" not in key}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(UserError, match=r"1 of its weights are not there .* visual_projection\.weight\. Give a folder"):
+        ClipPictures(str(folder))
+    (folder / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="cannot be used"):
+        ClipPictures(str(folder))

@@ -40,8 +40,10 @@ FULL = Infotext(
     size=(512, 768),
     model_hash="6ce0161689",
     model="v1-5-pruned",
+    vae="vae-ft-mse-840000-ema-pruned.safetensors",
     denoising_strength=0.45,
     clip_skip=2,
+    rng="CPU",
     hires_upscale=1.5,
     hires_steps=10,
     hires_upscaler="Latent (nearest-exact)",
@@ -56,8 +58,9 @@ BREAK 100% sharp
 Negative prompt: blurry, [bad]
 low quality
 Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 9007199254740993, Size: 512x768, \
-Model hash: 6ce0161689, Model: v1-5-pruned, Denoising strength: 0.45, Clip skip: 2, Hires upscale: 1.5, Hires steps: 10, \
-Hires upscaler: Latent (nearest-exact), Refiner: sd_xl_refiner_1.0 [7440042bbd], Refiner switch at: 0.8, \
+Model hash: 6ce0161689, Model: v1-5-pruned, VAE: vae-ft-mse-840000-ema-pruned.safetensors, Denoising strength: 0.45, \
+Clip skip: 2, RNG: CPU, Hires upscale: 1.5, Hires steps: 10, Hires upscaler: Latent (nearest-exact), \
+Refiner: sd_xl_refiner_1.0 [7440042bbd], Refiner switch at: 0.8, \
 Lora hashes: "mio: 0123456789ab, style: ba9876543210", Version: v1.10.1"""
 
 
@@ -125,8 +128,10 @@ _infos = st.builds(
     size=st.none() | st.tuples(st.integers(0, 99999), st.integers(0, 99999)),
     model_hash=st.none() | _words,
     model=st.none() | _words,
+    vae=st.none() | _words,
     denoising_strength=st.none() | _numbers,
     clip_skip=st.none() | _whole,
+    rng=st.none() | _words,
     hires_upscale=st.none() | _numbers,
     hires_steps=st.none() | _whole,
     hires_upscaler=st.none() | _words,

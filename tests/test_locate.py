@@ -14,12 +14,28 @@ import torch
 
 from library.errors import UserError
 from library.models.load import load_vae, unet_config
-from library.models.locate import COMPONENTS, base_status, choose_weights, dino_status, locate_base, locate_dino
+from library.models.locate import (
+    COMPONENTS,
+    base_status,
+    choose_weights,
+    dino_status,
+    locate_base,
+    locate_dino,
+    refiner_status,
+)
 from library.models.sd15_configs import SD15_UNET
 from library.models.sdxl_configs import SDXL_UNET
 from networks.original_names import SD15, SDXL
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_refiner_may_be_a_base_or_sdxls_refiner(tiny_sdxl: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_sdxl, tmp_path / "refiner"))
+    assert refiner_status(str(folder)) is None
+    shutil.rmtree(folder / "text_encoder")
+    assert base_status(str(folder)) is not None and refiner_status(str(folder)) is None
+    assert "nowhere does not exist" in str(refiner_status("nowhere"))
 
 
 def test_an_incomplete_folder_says_what_is_missing(tiny_sd15: Path, tmp_path: Path) -> None:

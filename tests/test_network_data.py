@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from library.data.network_data import NetworkData
+from library.models.family import native_side
 from library.models.locate import locate_base
 from library.options.network import parse_network_options
-from library.training.network_plan import collect_pictures, native_side, print_data
+from library.training.network_plan import collect_pictures, print_data
 from library.training.network_run import make_order, make_plan, samples_digest
 from tests.tools.dataset_files import picture, refusal, text
 from tests.tools.network_runs import NetworkSetting, draw_pictures

@@ -34,9 +34,18 @@ def test_a_single_prompt_needs_no_subset(tmp_path: Path) -> None:
 
 
 def test_what_only_looks_like_a_switch_is_prompt() -> None:
-    assert parse_prompt_line("a t-shirt -- red--blue, 2--3", "x").prompt == "a t-shirt -- red--blue, 2--3"
-    assert parse_prompt_line("a cat --n bad hands, a--b --w 64", "x").negative_prompt == "bad hands, a--b"
-    assert parse_prompt_line("a cat --W 77", "x").width == 72, "multiples of 8, and switches in either case"
+    assert parse_prompt_line("a t-shirt -- red--blue, 2--3", "x", []).prompt == "a t-shirt -- red--blue, 2--3"
+    assert parse_prompt_line("a cat --n bad hands, a--b --w 64", "x", []).negative_prompt == "bad hands, a--b"
+    assert parse_prompt_line("a cat --W 72", "x", []).width == 72, "switches in either case"
+
+
+def test_sizes_are_rounded_as_kohyas_are_and_that_is_said(tmp_path: Path) -> None:
+    notes: list[str] = []
+    path = text(tmp_path / "p.txt", "a dog --w 64\na cat --w 100 --h 97")
+    assert read_prompt_file(path, notes) == [PromptLine("a dog", width=64), PromptLine("a cat", width=96, height=96)]
+    assert notes == [
+        f"{side} is rounded down to 96, a multiple of 8 ({path}, line 2)." for side in ("width 100", "height 97")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +58,13 @@ def test_what_only_looks_like_a_switch_is_prompt() -> None:
         ("p.txt", "a cat --s 0", "steps must lie between 1 and 1000, got 0 ({path}, line 1)."),
         ("p.txt", "a cat --w 4", "width must be at least 8, got 4 ({path}, line 1)."),
         ("p.txt", "a cat --d -1", "seed must lie between 0 and 2^63, got -1 ({path}, line 1)."),
+        (
+            "p.txt",
+            "a cat --l nan",
+            "scale must be a finite number, at least 1, which is no guidance, got nan ({path}, line 1).",
+        ),
+        ("p.txt", "a cat --l inf", "scale must be a finite number"),
+        ("p.json", '[{"prompt": "x", "scale": NaN}]', "scale must be a finite number"),
         ("p.txt", "# nothing", "{path} has no prompts."),
         ("p.txt", b"caf\xe9", "{path} cannot be read as UTF-8 text"),
         ("p.toml", "[prompt", "{path} is not valid TOML"),

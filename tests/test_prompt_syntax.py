@@ -232,10 +232,24 @@ def test_and_is_a_word_of_the_negative_prompt() -> None:
 
 def test_brackets_that_do_not_pair_are_noted() -> None:
     assert unbalanced_brackets(r"(a) [b:0.3] \(") is None
-    assert "stay open" in (unbalanced_brackets("((a)") or "")
-    assert "closes nothing" in (unbalanced_brackets("a)") or "") and "closes nothing" in (
-        unbalanced_brackets("(a]") or ""
+    open_end = "stays open and weighs everything up to the end."
+    assert unbalanced_brackets("(a") == unbalanced_brackets("((a)") == f"1 '(' of the prompt {open_end}"
+    assert unbalanced_brackets("(a [[", negative=True) == (
+        "1 '(' and 2 '[' of the negative prompt stay open and weigh everything up to the end."
     )
+    assert "A ')' of the prompt closes nothing" in (unbalanced_brackets("a)") or "")
+    assert "A ']' of the prompt closes nothing" in (unbalanced_brackets("(a]") or "")
+    assert unbalanced_brackets("(a [b) c]") is None, "each kind pairs by itself"
+    assert [span.weight for span in weighted_spans("(a [b) c]")] == pytest.approx([1.1, 1, 1 / 1.1])
+
+
+def test_a_number_behind_an_open_bracket_is_noted_as_what_it_is() -> None:
+    (part,) = parse_prompt("a (b:1.2", 20).parts
+    assert part.weight == 1.2 and [span.weight for span in part.at_step(1).spans] == [1.0, 1.1]
+    note = "1 '(' of the prompt stays open and weighs everything up to the end. The 1.2 there is no weight of a bracket: it is how "
+    assert unbalanced_brackets("a (b:1.2") == f"{note}much all of the prompt counts (guidance)."
+    assert "The 1.2 there" not in (unbalanced_brackets("a (b:1.2", negative=True) or "")
+    assert "1 '(' of one side of an AND stays open" in (unbalanced_brackets("(a AND b)") or ""), "which split first"
 
 
 @settings(max_examples=150, deadline=None)

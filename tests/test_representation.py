@@ -21,10 +21,12 @@ from library.evaluation.representation import (
     RepresentationResult,
     RepresentationSettings,
     evaluate_representation,
+    evaluate_states,
 )
 from library.evaluation.similarity import token_cosine
 from library.inference.features import FeatureModel, load_feature_model
 from library.options.data import CacheOptions, DataOptions
+from library.training.state import list_states
 from networks.features import capture
 from networks.lora import lora_disabled
 from tests.tools.runs import RepaSetting
@@ -261,15 +263,16 @@ def test_what_few_pictures_do_not_allow_is_said(state: Path, result: Representat
     assert other.pictures == [] and other.row("checkpoint trunk", 50).measures["cka"].deviation is None
 
 
-def test_the_table_shows_one_timestep(result: RepresentationResult) -> None:
-    lines = result.table(400, ("token_cosine", "cka")).splitlines()
-    assert lines[0].split() == ["token_cosine", "cka"] and len(lines) == 13
-    assert lines[1].split() == [
-        "checkpoint",
-        "trunk",
-        "-",
-        *str(result.row("checkpoint trunk", 400).measures["cka"]).split(),
-    ]
+def test_earlier_states_are_measured_alone_at_one_timestep(finished_run: Path, result: RepresentationResult) -> None:
+    states = [path for _, path in list_states(finished_run)]
+    found = evaluate_states(states, SETTINGS)
+    assert len(states) > 1 and [one.checkpoint for one in found.earlier] == [path.name for path in states[:-1]]
+    assert found.names() == result.names() and found.row("checkpoint head", 400) == result.row("checkpoint head", 400)
+    for one in found.earlier:
+        assert one.names() == ["checkpoint trunk", "checkpoint trunk + fitted head", "checkpoint head"]
+        assert {row.timestep for row in one.rows} == {SETTINGS.pictured_at} == {400} and one.pictures == []
+    assert found.earlier[0].row("checkpoint head", 400) != found.row("checkpoint head", 400)
+    assert [one["checkpoint"] for one in found.to_json()["earlier"]] == [path.name for path in states[:-1]]
 
 
 def test_a_model_without_heads_or_base_is_measured_by_its_trunk(pictures: ProbedPictures, tiny_sd15: Path) -> None:

@@ -7,7 +7,8 @@ import typing
 import pytest
 
 from library.errors import UserError
-from library.inference.request import Request
+from library.inference.prompt_file import PromptLine
+from library.inference.request import Request, request_of
 from library.inference.sampler_names import (
     DEFAULT_SCHEDULES,
     SAMPLER_NAMES,
@@ -17,6 +18,7 @@ from library.inference.sampler_names import (
 )
 from library.inference.sigmas import SCHEDULES
 from library.options import kohya_samples
+from library.options.generate import SamplingOptions
 
 
 def request(sampler: str, schedule: str | None = None) -> Request:
@@ -57,6 +59,22 @@ def test_a_request_knows_its_sampler_and_schedule(
     sampler: str, schedule: str | None, expected: tuple[str, str]
 ) -> None:
     assert request(sampler, schedule).sampler_and_schedule == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (None, ("Euler", "Exponential")),
+        ("DPM++ 2M", ("DPM++ 2M", "Exponential")),
+        ("DPM++ 2M Karras", ("DPM++ 2M", "Karras")),
+        ("euler_a", ("Euler a", "Normal")),
+    ],
+)
+def test_a_lines_sampler_takes_the_schedule_of_the_options_unless_it_has_one(
+    own: str | None, expected: tuple[str, str]
+) -> None:
+    line, sampling = PromptLine("a", sample_sampler=own), SamplingOptions(sampler="Euler", schedule="Exponential")
+    assert request_of(line, sampling, width=8, height=8).sampler_and_schedule == expected
 
 
 def test_a_schedule_said_twice_differently_is_refused() -> None:

@@ -26,7 +26,6 @@ from diffusers import (
 )
 
 from library.diffusion.schedule import NoiseSchedule
-from library.errors import UserError
 from library.inference.noise import BrownianNoise, NoiseSource, StepNoise
 from library.inference.samplers import (
     SAMPLERS,
@@ -36,7 +35,6 @@ from library.inference.samplers import (
     dpmpp_2s_ancestral,
     dpmpp_3m_sde,
     euler_ancestral,
-    find_sampler,
     no_noise,
     plms,
     unipc,
@@ -283,11 +281,3 @@ def test_more_steps_of_an_sde_refine_the_picture() -> None:
     """One path of noise: 200 and 400 steps come nearer to each other than pictures of two seeds ever are."""
     few, many = (pictures("DPM++ 2M SDE", [3], steps) for steps in (200, 400))
     assert (few - many).abs().mean() < 0.25 * (few - pictures("DPM++ 2M SDE", [4], 200)).abs().mean()
-
-
-def test_unknown_samplers_are_named() -> None:
-    with pytest.raises(
-        UserError, match=r"DPM\+\+ 2N is no sampler \(did you mean DPM\+\+ 2[MS]\?\). Known are Euler, Euler a"
-    ):
-        find_sampler("DPM++ 2N")
-    assert find_sampler("Euler a").noise == "step"

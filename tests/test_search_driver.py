@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from library.search.best_params import BaseModel, read_best_params
 from library.search.driver import Driver, Result
 from library.search.jobs import Job
 from library.search.memory import with_half_batch
-from library.search.record import Facts
-from library.search.space import Space
-from library.search.study import Terms
+from library.search.record import Facts, rate_reference
+from library.search.space import Parameter, Space
+from library.search.status import Look
+from library.search.study import Terms, compare_with_stored
 from tests.tools.search import SPACE, TERMS, FakeTrainer, ledger, plan, run, said
 
 FACTS = Facts(BaseModel("sd15", "tiny-sd15"))
@@ -69,21 +71,34 @@ def test_a_study_that_is_done_does_nothing_when_it_is_run_again(tmp_path: Path) 
         ({"options": {"train_batch_size": 8}}, "has other fixed options: train_batch_size was 4, is 8"),
         ({"space": Space("train_network", SPACE.parameters[:2])}, "searches another space: network_dim is gone"),
         ({"seed": 8}, "trains with the seed 7, and 8 is asked for"),
+        ({"base": "b"}, "was made with other weights of the base"),
+        ({"settings": "b"}, "was made with other settings of its datasets"),
     ],
 )
 def test_a_study_with_other_terms_is_refused_with_the_difference(
     tmp_path: Path, changes: dict[str, Any], sentence: str
 ) -> None:
-    from dataclasses import replace
-
-    run(plan(tmp_path, 1))
+    known = replace(TERMS, base="a", settings="a")
+    run(plan(tmp_path, 1, terms=known))
     with pytest.raises(UserError, match=sentence):
-        run(plan(tmp_path, 2, terms=replace(TERMS, **changes)))
+        run(plan(tmp_path, 2, terms=replace(known, **changes)))
+    with pytest.raises(UserError, match=sentence):
+        compare_with_stored("test", f"journal:{tmp_path / 'study.log'}", replace(known, **changes))
 
 
 def test_where_a_study_runs_may_change(tmp_path: Path) -> None:
-    run(plan(tmp_path, 1))
-    run(plan(tmp_path, 2, terms=Terms("train_network", "loss", SPACE, {"train_batch_size": 4, "device": "cuda"}, 7)))
+    given = {
+        "train_batch_size": 4,
+        "dataset_config": "here/sdxl_dataset.toml",
+        "learning_rate": 1.0,
+        "save_state": True,
+    }
+    run(plan(tmp_path, 1, terms=Terms("train_network", "loss", SPACE, given, 7, settings="a")))
+    # What trials decide themselves and what is searched have no part in them.
+    other = {"train_batch_size": 4, "dataset_config": "there/sdxl_dataset.toml", "device": "cuda", "seed": 3}
+    run(plan(tmp_path, 2, terms=Terms("train_network", "loss", SPACE, other, 7, settings="a")))
+    # A study that knows less still goes on.
+    run(plan(tmp_path, 3, terms=Terms("train_network", "loss", SPACE, given, 7, base="a", dataset="a")))
 
 
 @pytest.mark.parametrize("n_trials", [0, -3])
@@ -109,17 +124,32 @@ def test_a_configuration_that_is_refused_ends_the_study_before_another_trial(tmp
 
 def test_three_failures_in_a_row_end_the_study_and_nothing_is_lost(tmp_path: Path) -> None:
     trainers: list[FakeTrainer] = []
-    endings = iter(["done", "failed", "done", "failed", "failed", "failed"])
+    # Trial 4 is trial 2 again, and 5 is 4 again; 6 to 8 have one set of parameters, 9 has another.
+    endings = iter(["done", "failed", "done", *["failed"] * 6])
 
     def make(number: int) -> FakeTrainer:
         trainers.append(FakeTrainer(lambda job: next(endings)))
         return trainers[-1]
 
-    with pytest.raises(RunFailed, match="3 trainings in a row failed, .*it is failed. See .*optimization.log"):
+    words = r"3 trainings in a row failed, besides retries \(trials 4, 5, 6, 7, 8, 9\).*it is failed. See .*optimization.log"
+    with pytest.raises(RunFailed, match=words):
         Driver(plan(tmp_path), make).run()
-    assert len(trainers) == 4 and all(one.closed for one in trainers), "a trainer is replaced after each failure"
+    assert len(trainers) == 7 and all(one.closed for one in trainers), "a trainer is replaced after each failure"
     run(plan(tmp_path, 12))
     assert sum(one.state in (TrialState.COMPLETE, TrialState.PRUNED) for one in ledger(tmp_path).trials()) == 12
+
+
+def test_one_configuration_that_cannot_be_trained_is_given_up_and_the_study_goes_on(tmp_path: Path) -> None:
+    bad: list[dict[str, Any]] = []
+
+    def ending(job: Job) -> str:
+        if job.trial == 6:
+            bad.append(job.options)
+        return "failed" if job.options in bad else "done"
+
+    result = Driver(plan(tmp_path, 10), lambda number: FakeTrainer(ending)).run()
+    assert result.done == 10 and said(tmp_path).count("trial 8: failed. it is failed. It is given up.") == 1
+    assert [one.state for one in ledger(tmp_path, 10).trials()].count(TrialState.FAIL) == 3
 
 
 def test_a_trainer_that_breaks_is_a_failure_with_its_traceback_in_the_log(tmp_path: Path) -> None:
@@ -164,6 +194,48 @@ def test_out_of_memory_is_tried_again_with_half_the_batch_in_the_same_trial(tmp_
     trial = ledger(tmp_path).trials()[0]
     assert trial.user_attrs["half_batch"] is True and trial.state == TrialState.COMPLETE
     assert "failure" not in trial.user_attrs
+
+
+@pytest.mark.parametrize(("batch", "trained", "effective"), [(4, 2, 4), (3, 2, 4)])
+def test_what_was_trained_after_running_out_of_memory_is_what_is_recorded(
+    tmp_path: Path, batch: int, trained: int, effective: int
+) -> None:
+    trainer = FakeTrainer(lambda job: "memory" if job.options["train_batch_size"] > 2 else "done")
+    terms = replace(TERMS, options={"train_batch_size": batch})
+    Driver(plan(tmp_path, 1, facts=FACTS, terms=terms), lambda number: trainer).run()
+    best = read_best_params(tmp_path / "out" / "best_params.json")
+    assert best.train_config["train_batch_size"] == trained and best.train_config["gradient_accumulation_steps"] == 2
+    assert best.lr_reference.effective_batch == effective
+    assert ("of an odd batch, 2 x 2 pictures a step instead of 3 x 1" in said(tmp_path)) == (batch == 3)
+
+
+def test_the_record_has_the_verdict_and_the_batch_that_was_searched(tmp_path: Path) -> None:
+    searched = Parameter("train_batch_size", 2, choices=(2, 8), option="train_batch_size")
+    terms = Terms("train_network", "loss", Space("train_network", (*SPACE.parameters, searched)), seed=7)
+    facts = Facts(BaseModel("sd15", "tiny-sd15", "ab" * 32), scales={"low": 1.0})
+    driver = Driver(plan(tmp_path, 12, facts=facts, terms=terms), lambda number: FakeTrainer())
+    verdict = driver.run().verdict
+    best = read_best_params(tmp_path / "out" / "best_params.json")
+    assert (best.verdict, best.is_winner) == (verdict.words, verdict.is_winner)
+    assert best.lr_reference.effective_batch == best.params["train_batch_size"]
+    assert best.base_model.sha256 == "ab" * 32 and best.objective.scales == {"low": 1.0}
+    from library.search.pick import pick_trial
+
+    other = next(one for one in best.top5 if one.params["train_batch_size"] != best.params["train_batch_size"])
+    pick_trial(Look("test", f"journal:{tmp_path / 'study.log'}"), other.trial, tmp_path / "out")
+    picked = read_best_params(tmp_path / "out" / "best_params.json")
+    assert picked.lr_reference.effective_batch == other.params["train_batch_size"] and picked.is_winner
+    assert picked.base_model == best.base_model and "picked by a person" in picked.verdict
+
+
+def test_defaults_of_the_script_stand_in_the_record() -> None:
+    def of(script: Any, **config: Any) -> tuple[float, int, int]:
+        found = rate_reference(script, config, 9)
+        return found.alpha, found.dim, found.effective_batch
+
+    assert of("train_network", network_dim=16) == (1.0, 16, 1) and of("train_network") == (1.0, 4, 1)
+    assert of("train_network", network_dim=16, network_alpha=0) == (16.0, 16, 1)
+    assert of("train_repa") == (8.0, 8, 128)
 
 
 def test_out_of_memory_with_half_the_batch_too_is_a_penalty(tmp_path: Path) -> None:
@@ -213,6 +285,23 @@ def test_many_workers_share_the_budget(tmp_path: Path) -> None:
     assert all(one.state.is_finished() for one in trials)
 
 
+def test_many_workers_write_the_files_of_the_study_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("library.files._sync_file", lambda path: time.sleep(0.01))  # so that they would meet
+    # Values of all trials get worse and most diverge, so that there is much to announce at once.
+    driver = Driver(
+        plan(tmp_path, 24, workers=4, facts=FACTS, prunes=False),
+        lambda number: FakeTrainer(lambda job: "diverged" if job.trial > 12 else "done"),
+    )
+    assert driver.run().done == 24
+    assert read_best_params(tmp_path / "out" / "best_params.json").trial <= 12
+    told = ledger(tmp_path).study.user_attrs["alerts"]
+    lines = (tmp_path / "out" / "CONVERGENCE_ALERT.txt").read_text().splitlines()
+    assert len(told) == len(lines) >= 4 and all(any(f" {level}: " in line for line in lines) for level in told)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 def interrupt(*signals: int, trainer: FakeTrainer, folder: Path) -> Result:
     """Run a study and send it the signals once the first training has begun."""
 
@@ -253,31 +342,3 @@ def test_a_stop_that_nobody_here_asked_for_is_a_failure(tmp_path: Path) -> None:
     endings = iter(["stopped"])
     run(plan(tmp_path, 2), lambda: FakeTrainer(lambda job: next(endings, "done")))
     assert "somebody else stopped it" in said(tmp_path)
-
-
-def test_convergence_stops_a_study_only_when_asked_to(tmp_path: Path) -> None:
-    class Flat(FakeTrainer):
-        def run(self, job: Job, on_slot: Any, **more: Any) -> Any:
-            from library.search.jobs import Outcome
-
-            return Outcome(job.trial, "done", value=float(job.trial), best_slot=10)
-
-    run(plan(tmp_path / "on", 26), Flat)
-    assert len(ledger(tmp_path / "on").trials()) == 26 and "CONVERGED: " in said(tmp_path / "on")
-    run(plan(tmp_path / "stops", 40, stop_on_convergence=True), Flat)
-    assert len(ledger(tmp_path / "stops").trials()) == 20
-
-
-def test_only_the_best_adapters_stay(tmp_path: Path) -> None:
-    class Writing(FakeTrainer):
-        def run(self, job: Job, on_slot: Any, **more: Any) -> Any:
-            from dataclasses import replace
-
-            file = Path(job.folder) / f"lora_trial_{job.trial}.safetensors"
-            file.write_bytes(b"weights")
-            return replace(super().run(job, on_slot, **more), file=str(file))
-
-    run(plan(tmp_path, 10, keep=3, prunes=False), Writing)
-    left = sorted((tmp_path / "out").glob("trial_*/*.safetensors"))
-    best = sorted(ledger(tmp_path).trials(), key=lambda one: one.value or 0.0)[:3]
-    assert left == sorted(Path(one.user_attrs["file"]) for one in best)

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 import train_network
 from library.data.dataset_config import read_dataset_config
+from library.data.network_data import NetworkData
 from library.errors import RunFailed, UserError
 from library.options.network import parse_network_options
 from library.options.parser import flatten
@@ -23,8 +24,10 @@ from library.options.toml_file import PROJECT_ROOT
 from library.search import best_adapter
 from library.search.best_params import BaseModel, BestParams, read_best_params, write_best_params
 from library.search.export import Exported, export, find
+from library.search.held_out import EVALUATION_SEED
 from library.search.recipe import SdxlOptions
 from library.search.rules import written_options
+from library.search.study_data import network_data
 from tests.tools.sdxl_export import best_params
 
 # Of three subsets, with values on every level.
@@ -222,6 +225,57 @@ def test_few_pictures_are_held_out_with_a_larger_share(data: Path) -> None:
         train_network.main(["--config_file", str(exported(of_file(dataset_config="three.toml")).config), "--dry_run"])
         == 0
     )
+
+
+@pytest.mark.parametrize("given", ["file", "split", "folder", "beside"])
+def test_the_same_pictures_are_held_out_as_in_the_study(data: Path, given: str) -> None:
+    from library.models.locate import locate_base
+    from library.search.exported_files import options_of
+    from library.search.network_trial import with_held_out
+    from library.training.network_plan import collect_pictures
+
+    draw(data / "train" / "2_mio", 20)
+    draw(data / "far" / "pictures", 20)
+    (data / "far" / "set.toml").write_text(
+        "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'pictures'\n"
+    )
+    config = {
+        "file": {"dataset_config": "set.toml"},
+        "split": {"dataset_config": "set.toml", "validation_split": 0.3},
+        "folder": {"train_data_dir": "train", "resolution": [64, 64]},
+        "beside": {"dataset_config": "far/set.toml"},
+    }[given]
+    options = {**best_params(config).train_config, "seed": 42}
+    found = network_data(options)
+    assert bool(found.split) == (given != "split")
+    options |= found.split
+    # As a trial does, whose seed of the choice is the evaluation's.
+    trial = options_of({**options, "seed": EVALUATION_SEED}, None, "test")
+    chosen = collect_pictures(trial, locate_base("tiny-sd15"))
+    assert with_held_out(chosen) is chosen
+    result = exported(best_params(options))
+    parsed = parse_network_options(["--config_file", str(result.config)], prog="", description=None)
+    there = collect_pictures(parsed, locate_base("tiny-sdxl"))
+
+    def paths(data: NetworkData) -> set[Path]:
+        return {one.image.path.resolve() for one in data.validation}
+
+    assert len(paths(chosen)) >= 2 and paths(there) == paths(chosen)
+    assert "validation_seed = 1234" in result.dataset.read_text()
+    assert "validation_seed = 1234" in result.config.read_text()
+
+
+def test_a_file_that_holds_none_out_by_itself_is_refused(data: Path) -> None:
+    (data / "none.toml").write_text(DATASETS.replace("[general]", "[general]\nvalidation_split = 0.0"))
+    with pytest.raises(UserError, match="holds none of 24 pictures out .* Take validation_split out of the file"):
+        network_data(best_params({"dataset_config": "none.toml"}).train_config)
+
+
+def test_a_batch_is_the_files_only_where_the_file_says_it(data: Path) -> None:
+    config = best_params({"dataset_config": "set.toml", "train_batch_size": 4}).train_config
+    assert network_data(config).batch == 4
+    (data / "none.toml").write_text(DATASETS.replace("batch_size = 4", "").replace("batch_size = 2", ""))
+    assert network_data({**config, "dataset_config": "none.toml"}).batch is None
 
 
 def test_areas_and_counts_are_measured(data: Path) -> None:

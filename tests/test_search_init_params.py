@@ -148,7 +148,7 @@ def test_the_first_trials_are_points_of_the_shipped_space() -> None:
 def test_the_first_trial_is_the_exact_export(config: dict[str, Any]) -> None:
     best = best_params(config)
     export = exported_options(best)
-    options = SDXL_SPACE.resolve(sdxl_first_trials(best)[0], sdxl_fixed_options(export))
+    options = SDXL_SPACE.resolve(sdxl_first_trials(best)[0], sdxl_fixed_options(export, SDXL_SPACE))
     rates = options.pop("text_encoder_lr")
     assert [rates, rates] == export.pop("text_encoder_lr")
     assert options == export
@@ -159,17 +159,17 @@ def test_the_second_has_a_smaller_rate_and_the_third_no_text_encoders() -> None:
     first, second, third = sdxl_first_trials(best)
     assert second == {**first, "learning_rate_multiplier": 0.7}
     assert third == {**first, "train_text_encoders": False}
-    options = SDXL_SPACE.resolve(second, sdxl_fixed_options(exported_options(best)))
+    options = SDXL_SPACE.resolve(second, sdxl_fixed_options(exported_options(best), SDXL_SPACE))
     assert options["learning_rate"] == options["unet_lr"] == pytest.approx(2.1e-4)
     assert options["text_encoder_lr"] == pytest.approx(1.4e-4)
-    assert SDXL_SPACE.resolve(third, sdxl_fixed_options(exported_options(best)))["text_encoder_lr"] == 0
+    assert SDXL_SPACE.resolve(third, sdxl_fixed_options(exported_options(best), SDXL_SPACE))["text_encoder_lr"] == 0
 
 
 def test_text_encoders_that_were_off_stay_off_in_the_first_trials() -> None:
     best = best_params({"text_encoder_lr": 0.0})
     first, second = sdxl_first_trials(best)
     assert first["train_text_encoders"] is second["train_text_encoders"] is False
-    fixed = sdxl_fixed_options(exported_options(best))
+    fixed = sdxl_fixed_options(exported_options(best), SDXL_SPACE)
     assert "network_train_unet_only" not in fixed, "later trials may train them"
     assert SDXL_SPACE.resolve(first, fixed)["text_encoder_lr"] == 0
 

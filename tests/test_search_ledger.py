@@ -12,7 +12,7 @@ import pytest
 from optuna.trial import TrialState
 
 from library.search.jobs import Outcome, Slot
-from library.search.leases import LEASE, this_process, why_dead
+from library.search.leases import LEASE
 from library.search.ledger import RETRIES, Ledger, Running
 from library.search.outcomes import write_outcome
 from library.search.values import best_of, is_real
@@ -170,24 +170,6 @@ def test_a_living_trial_of_another_parent_is_left_alone(tmp_path: Path) -> None:
     assert running is not None
     other.reap()
     assert states(one) == ["RUNNING"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "stale", "dead"),
-    [
-        ({}, 900, True),  # this machine, no such process
-        ({"host": "elsewhere"}, 900, False),
-        ({"boot_id": "before"}, 900, False),
-        ({"pid_ns": "pid:[1]"}, 900, False),  # a container of the same name
-        ({"host": "elsewhere", "at": time.time() - 1000}, 900, True),
-        ({"host": "elsewhere", "at": time.time() - 1000}, 2000, False),
-        ({"pid": this_process().pid}, 900, False),
-        ({"pid": this_process().pid, "pid_start": "1"}, 900, True),  # the number was used again
-        ({"pid": this_process().pid, "at": time.time() - 1000}, 900, True),  # suspended, or hung
-    ],
-)
-def test_who_counts_as_dead(changes: dict[str, object], stale: float, dead: bool) -> None:
-    assert (why_dead(dead_lease(**changes), stale) is not None) == dead
 
 
 def test_a_suspended_parent_that_comes_back_has_lost_its_trial_and_survives(tmp_path: Path) -> None:

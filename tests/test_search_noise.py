@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from library.errors import UserError
-from library.search.convergence import alerts, announce, since_best
+from library.search.convergence import ALERTS, alerts, announce, has_converged, since_best
 from library.search.noise import (
     enqueue_baselines,
     enqueue_confirmations,
     enqueue_initial,
     judge,
-    pick,
+    most_confirmations,
     sigma_of,
     top,
 )
@@ -105,16 +104,45 @@ def test_the_same_parameters_are_among_the_best_once() -> None:
     assert len(top([*NOISY, trial(4, 0.0)])) == 2
 
 
-def test_a_picked_trial_is_the_best_whatever_its_value(tmp_path: Path) -> None:
-    verdict = judge([*NOISY, *(trial(n, -1.0 * n) for n in range(4, 12))], picked=2)
-    assert verdict.is_winner and verdict.best is not None and verdict.best.trial == 2
-    mine = ledger(tmp_path)
-    mine.study.add_trial(trial(1, -0.5))
-    mine.study.add_trial(trial(2, -9.0, imputed=-9.0))
-    pick(mine, 1)
-    assert mine.study.user_attrs["picked"] == 1
-    with pytest.raises(UserError, match="Trial 2 cannot be picked.*These did: 1."):
-        pick(mine, 2)
+@pytest.mark.parametrize("picked", [2, 4])
+def test_a_picked_trial_is_the_best_whatever_its_value(picked: int) -> None:
+    verdict = judge([*NOISY, *(trial(n, -1.0 * n) for n in range(4, 12))], picked=picked)
+    assert verdict.is_winner and verdict.best is not None and verdict.best.trial == picked
+    assert len({one.trial for one in verdict.candidates}) == len(verdict.candidates) == 6
+
+
+def test_the_default_competes_with_the_mean_of_all_its_trials() -> None:
+    lucky = baselines(-0.10, -0.20, -0.15)
+    verdict = judge([*lucky, trial(4, -0.19)])
+    assert verdict.default == pytest.approx(-0.15) and verdict.best is not None and verdict.best.trial == 4
+    assert verdict.words.startswith(
+        "No winner: the best is trial 4, -0.1900, and that is 0.0400 better than the default"
+    )
+    assert [(one.trial, round(one.mean, 3)) for one in verdict.candidates] == [(4, -0.19), (1, -0.15)]
+    worse = judge([*lucky, trial(4, -0.14)])
+    assert worse.best is not None and worse.best.trial == 1 and worse.best.again == {8: -0.20, 9: -0.15}
+    assert "nothing that was tried is better than the default configuration (-0.1500)" in worse.words
+    assert [one.number + 1 for one in top([*lucky, trial(4, -0.19)])] == [4, 1]
+
+
+def test_new_seeds_of_the_default_are_more_of_its_values() -> None:
+    again = [trial(1, -0.3, of_trial=2, seed=10), trial(2, -0.4, of_trial=4, seed=10)]  # trial 2 stood for it then
+    verdict = judge([*NOISY, trial(4, -0.13)], again)
+    assert verdict.default == pytest.approx((-0.10 - 0.12 - 0.14 - 0.3) / 4)
+    assert verdict.sigma == pytest.approx(sigma_of([[-0.10, -0.12, -0.14, -0.3]]))
+
+
+def test_all_that_were_trained_again_are_judged() -> None:
+    found = [trial(n, -1.0 + 0.01 * n) for n in range(4, 14)]
+    again = [trial(n, -2.0 if n == 11 else 0.0, of_trial=n, seed=10) for n in range(4, 12)]
+    verdict = judge([*NOISY, *found], again)
+    assert verdict.best is not None and verdict.best.trial == 11
+    assert sorted(one.trial for one in verdict.candidates) == list(range(4, 12))
+
+
+@pytest.mark.parametrize(("n_trials", "best", "most"), [(1, 5, 2), (4, 5, 4), (12, 5, 10), (12, 0, 0)])
+def test_the_default_is_trained_again_no_more_often_than_others(n_trials: int, best: int, most: int) -> None:
+    assert most_confirmations(n_trials, best, 2) == most
 
 
 def test_the_default_comes_first_three_times_with_three_seeds(tmp_path: Path) -> None:
@@ -193,6 +221,25 @@ def test_a_better_trial_starts_the_count_anew_and_a_predicted_one_does_not() -> 
     assert since_best([*done, trial(13, -2.0, imputed=-2.0)]) == 12
 
 
+def test_the_order_of_trials_is_that_of_their_ends_in_all_time_zones() -> None:
+    done = [trial(n, -1.0 if n == 11 else 0.0, ended=1000.0 * n) for n in range(1, 13)]
+    for one in done[6:]:  # of a machine nine hours behind
+        assert one.datetime_complete is not None
+        one.datetime_complete -= timedelta(hours=9)
+    assert "PLATEAU" not in levels(done)
+    assert "PLATEAU" in levels([*done, *(trial(n, 0.0, ended=1000.0 * n) for n in range(13, 22))])
+
+
+def test_whether_a_study_is_at_rest_is_a_matter_of_its_trials_and_not_of_what_was_said(tmp_path: Path) -> None:
+    mine = ledger(tmp_path, 50)
+    for done in flat(20):
+        mine.study.add_trial(done)
+    announce(mine, tmp_path)
+    assert has_converged(mine) and not has_converged(ledger(tmp_path, 100))
+    mine.study.add_trial(trial(21, -2.0))
+    assert not has_converged(mine) and "CONVERGED" in mine.study.user_attrs[ALERTS]
+
+
 def test_failures_are_reported_and_withdrawn_trials_are_none() -> None:
     failed = [trial(n, None, "FAIL") for n in range(2, 5)]
     diverged = [trial(n, 0.5, failure="diverged") for n in range(5, 7)]
@@ -224,6 +271,9 @@ def test_an_alert_is_written_once_whoever_looks_and_the_file_keeps_all(tmp_path:
     text = (tmp_path / "CONVERGENCE_ALERT.txt").read_text()
     assert text.startswith(first) and len(text.splitlines()) == 2 and "PLATEAU: no better trial in 10" in text
     assert not list(tmp_path.glob(".CONVERGENCE*"))
+    (tmp_path / "CONVERGENCE_ALERT.txt").write_text(first)  # by a parent that did not know of the second yet
+    announce(one, tmp_path)
+    assert (tmp_path / "CONVERGENCE_ALERT.txt").read_text() == text
 
 
 # Progress.
@@ -237,3 +287,14 @@ def test_progress_is_of_the_whole_study() -> None:
     assert now.seconds_left == pytest.approx((10 - 4 - 0.5) * 60 + 2 * 60)
     assert now.line(3.25) == "trial 4/10  running 1  best -1.0000 (trial 1)  3.2 img/s  left 0:07:30"
     assert progress([], 10).line() == "trial 0/10  running 0"
+
+
+def test_the_time_left_is_by_what_trainings_took_and_not_by_clocks() -> None:
+    done = [trial(n, 0.0, seconds=30.0) for n in range(1, 4)]
+    for one in done:  # told by a machine in another time zone
+        assert one.datetime_complete is not None
+        one.datetime_complete -= timedelta(hours=9)
+    assert progress(done, 5).seconds_left == pytest.approx(60)
+    for one in done:
+        one.user_attrs.clear()
+    assert progress(done, 5).seconds_left == 0

@@ -9,8 +9,9 @@ import pytest
 from library.errors import UserError
 from library.search.charts import importances
 from library.search.pick import pick_trial
+from library.search.progress import set_budget
 from library.search.report import build_report
-from library.search.status import BUDGET, Look, status_text
+from library.search.status import Look, status_text
 from library.search.values import is_real
 from tests.tools.search import FakeTrainer, dead_lease, ledger, plan, run
 
@@ -61,7 +62,7 @@ def test_status_shows_progress_best_and_verdict(finished: Path) -> None:
 
 def test_status_shows_running_trials_and_which_of_them_are_dead(tmp_path: Path) -> None:
     own = ledger(tmp_path)
-    own.study.set_user_attr(BUDGET, {"n_trials": 8, "workers": 2})
+    set_budget(own.study, 8, 2, 0)
     first, second = own.ask(), own.ask()
     assert first is not None and second is not None
     first.trial.report(-0.1, 5)

@@ -64,6 +64,7 @@ def test_the_guides_training_becomes_the_guides_sdxl_training() -> None:
         "gradient_checkpointing": True, "cache_latents": True, "optimizer_type": "AdamW8bit", "min_snr_gamma": 5.0,
         "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3, "noise_offset": 0.05, "seed": 7,
         "lr_warmup_steps": 0.08333, "save_precision": "fp16", "save_every_n_epochs": 2, "validate_every_n_epochs": 2,
+        "validation_seed": 1234,
     }  # fmt: skip
     assert options == expected
     assert "clip_skip" not in options
@@ -81,11 +82,11 @@ def test_no_resolution_grows_beyond_twice_or_beyond_sdxls_own(size: tuple[int, i
     )
     (after,) = carried(datasets=(before,)).datasets
     (width, height), (old_width, old_height) = after.resolution, size
-    if width * height > 1024**2 * 1.1:  # sides are rounded to 64 pixels
+    if width * height > 1024**2:
         assert after.resolution == size, "more than SDXL's area stays as it is"
     elif 4 * old_width * old_height <= 1024**2:
         assert after.resolution == (2 * old_width, 2 * old_height)
-    assert width <= 2 * old_width and height <= 2 * old_height
+    assert old_width <= width <= 2 * old_width and old_height <= height <= 2 * old_height
     assert Buckets.of(after).enable_bucket
 
 
@@ -104,6 +105,17 @@ def test_every_bucket_of_sd15_is_there_at_twice_the_size(low: int, high: int) ->
 def test_bucket_steps_are_multiples_of_32(steps: int, becomes: int) -> None:
     before = replace(GUIDE_DATASET, bucket_reso_steps=steps, min_bucket_reso=2 * steps)
     assert carried(datasets=(before,)).datasets[0].bucket_reso_steps == becomes
+
+
+@pytest.mark.parametrize(
+    ("size", "steps", "becomes"),
+    [((512, 768), 64, (832, 1216)), ((640, 640), 96, (960, 960)), ((1000, 1024), 64, (1000, 1024))],
+)
+def test_sides_that_are_not_doubled_are_rounded_down_to_the_step(
+    size: tuple[int, int], steps: int, becomes: tuple[int, int]
+) -> None:
+    before = replace(GUIDE_DATASET, resolution=size, bucket_reso_steps=steps, min_bucket_reso=480, max_bucket_reso=1056)
+    assert carried(datasets=(before,)).datasets[0].resolution == becomes
 
 
 def test_a_resolution_that_cannot_be_doubled_is_said() -> None:

@@ -120,6 +120,10 @@ def test_resolving_leaves_the_suggested_values_alone() -> None:
         (GOOD.replace("low = 1e-5", 'low = "1e-5"'), "low is '1e-5'"),
         (GOOD + "choices = [1.0, 2.0]\n", "has choices and a range"),
         (GOOD + 'times = ["nothing"]\n', "times nothing is neither an option nor a parameter"),
+        (
+            GOOD + 'times = ["kind"]\n[parameters.kind]\noption = ""\nchoices = ["a", "b"]\ndefault = "a"\n',
+            "times kind multiplies with texts, such as 'a'",
+        ),
         (GOOD + "[options]\nepochs = 3\n", r"\[options\] epochs is no option"),
         ("[parameters.network_dim]\nchoices = [8, 16]\ndefault = 12\n", "default is 12; it must be one of 8, 16"),
         ("[parameters.max_train_epochs]\nlow = 8\nhigh = 16\nstep = 3\ndefault = 8\n", "whole steps"),
@@ -132,6 +136,23 @@ def test_resolving_leaves_the_suggested_values_alone() -> None:
 def test_what_is_wrong_with_a_file_is_said_with_file_and_key(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         space_of(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"learning_rate": 0, "text_encoder_lr": 1e-4},
+            "text_encoder_lr cannot be a multiple of learning_rate, which is 0",
+        ),
+        ({"learning_rate": 3e-4, "text_encoder_lr": "abc"}, "text_encoder_lr is 'abc'; it must be a number"),
+        ({"learning_rate": "x", "text_encoder_lr": 1e-4}, "learning_rate is 'x'; it must be a number"),
+        ({"text_encoder_ratio": 0.5, "text_encoder_lr": 1e-4}, "text_encoder_ratio and text_encoder_lr say the same"),
+    ],
+)
+def test_values_that_make_no_factor_are_one_sentence(options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        SPACE.suggested(options, {})
 
 
 def test_a_space_of_the_other_script_is_refused(tmp_path: Path) -> None:

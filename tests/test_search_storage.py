@@ -5,17 +5,26 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import re
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState
 
 from library.errors import RunFailed, UserError
+from library.options.toml_file import PROJECT_ROOT
 from library.search import storage
+from library.search.jobs import Outcome
 from library.search.storage import cut_torn_line, open_storage, without_password
 from library.search.study import load_study, open_study
 from tests.tools.search import TERMS, claims_of_two, in_a_process, ledger, plan, run
+
+DOCS = PROJECT_ROOT / "docs" / "optimize.md"
 
 
 @pytest.mark.parametrize(
@@ -36,6 +45,48 @@ def test_a_missing_driver_of_postgresql_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(UserError, match=r'pip install "psycopg\[binary\]"'):
         open_storage("postgresql://u:p@localhost:1/db")
+
+
+def test_missing_packages_of_grpc_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(**place: Any) -> None:
+        raise ImportError("no grpc")
+
+    monkeypatch.setattr("optuna.storages.GrpcStorageProxy", missing)
+    with pytest.raises(UserError, match="grpc:// needs packages .*: pip install grpcio protobuf"):
+        open_storage("grpc://localhost:1")
+
+
+def test_where_no_grpc_server_answers_the_page_with_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("grpc")
+    from optuna.storages import GrpcStorageProxy
+
+    wait = GrpcStorageProxy.wait_server_ready
+    monkeypatch.setattr(GrpcStorageProxy, "wait_server_ready", lambda self, timeout: wait(self, timeout=1))
+    with pytest.raises(UserError, match="Nobody answers at grpc://localhost:1 .*docs/optimize.md, Many workers"):
+        open_storage("grpc://localhost:1")
+
+
+def test_a_study_runs_over_the_documented_grpc_server(tmp_path: Path) -> None:
+    pytest.importorskip("grpc")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (block,) = re.findall(r"```python\n(.*run_grpc_proxy_server.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    code = (
+        block.replace("10.0.0.1", "127.0.0.1").replace("13000", str(port)).replace("study.db", f"{tmp_path}/study.db")
+    )
+    server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], cwd=PROJECT_ROOT, stderr=subprocess.DEVNULL)
+    try:
+        while server.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
+            time.sleep(0.1)  # gRPC itself would wait longer and longer
+        mine = ledger(tmp_path, 3, f"grpc://127.0.0.1:{port}")
+        running = mine.ask()
+        assert running is not None and mine.settle(running, Outcome(1, "done", value=-0.5)) is not None
+    finally:
+        server.kill()
+        server.wait()
+    (trial,) = ledger(tmp_path, 3, f"sqlite:///{tmp_path}/study.db").trials()
+    assert trial.state == TrialState.COMPLETE and trial.value == -0.5
 
 
 @pytest.mark.parametrize(

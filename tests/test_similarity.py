@@ -20,7 +20,7 @@ from library.evaluation.similarity import (
     token_cosine,
     unbiased_hsic,
 )
-from library.evaluation.spread import Spread, differ, transposed
+from library.evaluation.spread import Spread, paired, transposed
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -255,12 +255,16 @@ def test_too_few_pictures_are_named() -> None:
         linear_cka(three, one)
 
 
-def test_a_difference_counts_beyond_the_spread_only() -> None:
+def test_a_difference_counts_beyond_the_spread_of_its_pairs_only() -> None:
     narrow, wide = Spread((0.50, 0.51, 0.49)), Spread((0.3, 0.9, 0.6))
     assert narrow.mean == pytest.approx(0.5) and narrow.deviation == pytest.approx(0.01)
-    assert differ(narrow, Spread((0.60, 0.61, 0.59)))
-    assert not differ(narrow, wide) and not differ(narrow, narrow)
-    assert differ(narrow, Spread((0.7,))) and not differ(Spread((0.1,)), Spread((0.9,)))
+    assert not paired(narrow, wide).is_told_from_zero and not paired(narrow, narrow).is_told_from_zero
+    moved = Spread(tuple(value + 0.05 + wobble for value, wobble in zip(wide.values, (0.001, 0, -0.001), strict=True)))
+    found = paired(moved, wide)
+    assert found.value == pytest.approx(0.05) and found.error == pytest.approx(0.001 / 3**0.5) and found.freedom == 2
+    assert found.is_told_from_zero, "what a seed does to both cancels"
+    assert paired(narrow, Spread((0.7,))).is_told_from_zero
+    assert not paired(Spread((0.1,)), Spread((0.9,))).is_told_from_zero
 
 
 def test_spreads_are_plain_numbers_in_json() -> None:

@@ -8,7 +8,6 @@ Every finished run is kept in outputs/does_alignment_help; run the same command 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shlex
@@ -21,7 +20,6 @@ from dataclasses import asdict, fields
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -228,23 +226,9 @@ def facts_of(runs: Sequence[Run], settings: Settings, folders: Folders, device: 
         "pictures of each prompt": f"{settings.drawn_seeds}, {settings.sampling_steps} sampling steps",
         "the classifier reads right": f"{right:.1%} of unseen renders",
         "training, all runs": f"{seconds / 60:.0f} min on {device} ({os.cpu_count()} cores)",
-        "a step of training": "; ".join(step_times(runs, folders)),
         "versions": f"torch {version('torch')}, diffusers {version('diffusers')}, Python {platform.python_version()}",
         "date": date.today().isoformat(),
     }
-
-
-def step_times(runs: Sequence[Run], folders: Folders) -> list[str]:
-    """Median of each arm's steps, as its trainings logged them."""
-    times: dict[str, list[float]] = {}
-    for run in runs:
-        rows = (
-            json.loads(line) for line in (folders.run(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        )
-        times.setdefault(f"{run.study}, lambda {run.arm}", []).extend(
-            row["time/step_ms"] for row in rows if "time/step_ms" in row
-        )
-    return [f"{name}: {median(values):.0f} ms" for name, values in times.items() if values]
 
 
 def shown(command: Sequence[str]) -> str:

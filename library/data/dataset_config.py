@@ -35,6 +35,8 @@ from library.errors import UserError
 __all__ = ["Dataset", "Subset", "dataset_from_metadata", "datasets_from_folders", "read_dataset_config"]
 
 _CLI_NAMES = {key: option for option, key in CLI_NAMES.items() if key not in ("caption_extension",)}
+ID_PREFIX = "id_prefix"
+"""Of custom_attributes: what ids start with instead. An export has it, so that the study's pictures are held out."""
 _TEXTS = ("class_tokens", "keep_tokens_separator", "secondary_separator", "caption_prefix", "caption_suffix")
 _CLASS_FOLDER = re.compile(r"(\d+)(?:_(.*))?", re.DOTALL)
 
@@ -198,11 +200,11 @@ def _subset(levels: Sequence[_Level], where: str, **more: Any) -> Subset:
         "alpha_mask",
         f"and conditioning_data_dir {values['conditioning_data_dir']} both give masks: keep one of them",
     )
-    name = _as_written(values["image_dir"] or values["metadata_file"])
+    name = values["custom_attributes"].get(ID_PREFIX) or as_written(values["image_dir"] or values["metadata_file"])
     for key in ("image_dir", "conditioning_data_dir", "metadata_file"):
         if values[key] is not None:
             values[key] = _existing(key, values[key], settled.places[key], more.get("beside"))
-    return Subset(**values, name=more.get("name", name), place=where)
+    return Subset(**values, name=more.get("name", str(name)), place=where)
 
 
 def _file_subset(
@@ -213,7 +215,8 @@ def _file_subset(
     return _subset([level, *uppers], where, beside=document.file)
 
 
-def _as_written(path: Path) -> str:
+def as_written(path: Path) -> str:
+    """What the ids of a folder's images start with, where nothing else is said."""
     return posixpath.normpath(path.as_posix())
 
 

@@ -122,10 +122,14 @@ def split_validation(
     training: list[TrainingImage] = []
     validation: list[TrainingImage] = []
     for image in images:
-        digest = blake2b(f"{seed}:{image.identity}".encode(), digest_size=8).digest()
-        held_out = int.from_bytes(digest, "big") < share * 2**64 and not image.subset.is_reg
+        held_out = split_place(image.identity, seed) < share * 2**64 and not image.subset.is_reg
         (validation if held_out else training).append(image)
     return training, validation
+
+
+def split_place(identity: str, seed: int | None) -> int:
+    """Where an image stands between 0 and 2^64; what stands below the share of that is held out."""
+    return int.from_bytes(blake2b(f"{seed}:{identity}".encode(), digest_size=8).digest(), "big")
 
 
 def _where(subset: Subset) -> str:

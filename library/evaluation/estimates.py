@@ -1,8 +1,10 @@
 """A number of many pictures with what it would move by if other seeds had been drawn, and when two numbers are told apart.
 
-The spread is the delete-one jackknife within prompts: prompts are chosen and stay, seeds could have been others. For a mean
-it is the textbook's standard error; for a distance between sets it needs no formula of its own. Source: Shao and Tu 1995,
-"The Jackknife and Bootstrap", 6.2.3 (stratified); quantiles of Student's t from Abramowitz and Stegun, 26.7.5.
+The spread is the delete-one jackknife within prompts: prompts are chosen and stay, seeds could have been others. Of a prompt
+with m pictures, leaving one out weights the others by m/(m - 1), so that the prompt counts as much as before. For a mean it
+is the textbook's standard error of stratified samples; for a distance between sets it needs no formula of its own. Source:
+Rao and Wu 1988, "Resampling inference with complex survey data", JASA 83; Shao and Tu 1995, "The Jackknife and Bootstrap",
+6.2.3; quantiles of Student's t from Abramowitz and Stegun, 26.7.5.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ ROUNDING = 1e-9
 """What sums of cosines in float64 leave of a difference that is none."""
 
 Statistic = Callable[[Tensor], float]
-"""Indices of the pictures that are kept, int64 -> the number they give."""
+"""Weights of the pictures, float64 [n], 0 where one is left out -> the number they give; nan where they give none."""
 
 
 @dataclass(frozen=True)
@@ -60,31 +62,43 @@ class Estimate:
 def jackknife(statistic: Statistic, groups: Tensor) -> Estimate:
     """`statistic` of all pictures, and its spread. groups [n] int64: the prompt of each picture.
 
-    A prompt with one picture has no spread of its own: then the error is nan.
+    The error is nan where a prompt has one picture, which has no spread of its own, or too few for the statistic to be had
+    without one of them. Degrees of freedom are counted as if all prompts spread alike.
     """
-    everything = torch.arange(len(groups))
-    value = statistic(everything)
+    value = of_all(statistic, len(groups))
     variance, freedom = 0.0, 0
     for group in groups.unique():
-        members = everything[groups == group]
+        members = (groups == group).nonzero().flatten()
         count = len(members)
         if count < 2:
             return Estimate(value, math.nan, 0)
-        left = torch.tensor([statistic(everything[everything != one]) for one in members], dtype=torch.float64)
-        variance += (count - 1) / count * float((left - left.mean()).square().sum())
+        without = torch.tensor([statistic(_left_out(groups, members, one)) for one in members], dtype=torch.float64)
+        variance += (count - 1) / count * float((without - without.mean()).square().sum())
         freedom += count - 1
-    return Estimate(value, math.sqrt(variance), freedom)
+    return Estimate(value, math.sqrt(variance), freedom) if math.isfinite(variance) else Estimate(value, math.nan, 0)
+
+
+def _left_out(groups: Tensor, members: Tensor, one: Tensor) -> Tensor:
+    """Weights without `one` of the `members` of a prompt."""
+    weights = torch.ones(len(groups), dtype=torch.float64)
+    weights[members] = len(members) / (len(members) - 1)
+    weights[one] = 0
+    return weights
+
+
+def of_all(statistic: Statistic, count: int) -> float:
+    return statistic(torch.ones(count, dtype=torch.float64))
 
 
 def mean_of(values: Tensor) -> Statistic:
     """Of one number per picture [n]."""
     numbers = values.double()
-    return lambda kept: float(numbers[kept].mean())
+    return lambda weights: float((weights * numbers).sum() / weights.sum())
 
 
 def difference(of: Statistic, to: Statistic) -> Statistic:
     """Of the same prompts and seeds on both sides, so that what a seed does to both of them cancels."""
-    return lambda kept: of(kept) - to(kept)
+    return lambda weights: of(weights) - to(weights)
 
 
 def student_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:

@@ -21,10 +21,10 @@ from library.evaluation import picture_measures as measures
 from library.evaluation.checkpoints import Candidate
 from library.evaluation.denoising import QUARTERS, NoisedPhotos, denoising_losses, encode_photos, log_ratios
 from library.evaluation.drawn import Worn, count_flat, draw_task, pixels_of, save_pictures, wear
-from library.evaluation.estimates import Estimate, Statistic, difference, jackknife, mean_of
+from library.evaluation.estimates import Estimate, Statistic, difference, jackknife, mean_of, of_all
 from library.evaluation.photos import Photo
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures, unit
-from library.evaluation.prompts import Task, is_ours
+from library.evaluation.prompts import Task, is_ours, words_of
 from library.inference.infotext import model_hash
 from library.inference.model import DrawingModel, load_model
 from library.inference.pictures import model_name
@@ -41,6 +41,8 @@ class Measure:
     meaning: str
     better: int
     """1: more is better, -1: less is, 0: neither."""
+    from_base: bool = False
+    """Whether it is a distance to the base, which is 0 for the base itself and never below: no seed can bring that out."""
 
 
 MEASURES = {
@@ -51,9 +53,13 @@ MEASURES = {
         "Drift",
         "1 - DINOv2 cosine of pictures of unrelated prompts with the adapter and without, of the same seed.",
         -1,
+        from_base=True,
     ),
     "drift_pixels": Measure(
-        "Drift in pixels", "Root mean square difference of the same pairs of pictures, as a share of white.", -1
+        "Drift in pixels",
+        "Root mean square difference of the same pairs of pictures, as a share of white.",
+        -1,
+        from_base=True,
     ),
     "adherence": Measure("Adherence", "CLIP cosine of pictures of unrelated prompts to their prompts.", 1),
     "adherence_subject": Measure(
@@ -112,7 +118,7 @@ class Pictures:
 
 @dataclass
 class GenerationResult:
-    """drawn, estimates: by checkpoint, BASE first. against_base: of each measure, the paired difference."""
+    """drawn, estimates: by checkpoint, BASE first. against_base: of each measure that is not from_base, the paired difference."""
 
     candidates: Sequence[Candidate]
     drawn: dict[str, Pictures]
@@ -168,24 +174,27 @@ def evaluate_generation(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = lambda text: None,
+    on_loaded: Callable[[], None] = lambda: None,
 ) -> GenerationResult:
     """Draw and measure everything that is wanted. pictures_folder: where every picture is saved, a folder for each checkpoint.
+    on_loaded: called once all models are there and fit, before the first picture.
 
     Raises UserError where a model or an adapter cannot be read or does not fit, RunFailed where numbers overflow.
     """
     clip = None if wanted.clip_model is None else ClipPictures(wanted.clip_model, device)
     dino = DinoPictures(wanted.dino_model, device)  # before anything is drawn, so that a wrong name is found at once
-    drawn = _draw_all(wanted, pictures_folder, dtype, device, say)
+    model = load_model(locate_base(wanted.base), dtype=dtype, device=device)
+    model.folded.check(list(wanted.adapters.values()))
+    on_loaded()
+    drawn = _draw_all(model, wanted, pictures_folder, say)
+    del model
     say("measuring")
     return _Measured(wanted, drawn, dino, clip).result()
 
 
 def _draw_all(
-    wanted: Wanted, folder: Path | None, dtype: torch.dtype, device: torch.device | str, say: Callable[[str], None]
+    model: DrawingModel, wanted: Wanted, folder: Path | None, say: Callable[[str], None]
 ) -> dict[str, Pictures]:
-    """Everything that needs the base, which is let go afterwards."""
-    model = load_model(locate_base(wanted.base), dtype=dtype, device=device)
-    model.folded.check(list(wanted.adapters.values()))
     noised = None
     if wanted.photos:
         pictures, ids = [photo.picture for photo in wanted.photos], [photo.name for photo in wanted.photos]
@@ -247,7 +256,8 @@ class _Measured:
         self._flat()
         names, order = list(self.drawn), [name for name in MEASURES if name in self.statistics]
         estimates = {name: {m: self._estimate(m, self.statistics[m][name]) for m in order} for name in names}
-        against = {name: {m: self._gap(m, name, BASE) for m in order} for name in names if name != BASE}
+        paired = [name for name in order if not MEASURES[name].from_base]
+        against = {name: {m: self._gap(m, name, BASE) for m in paired} for name in names if name != BASE}
         best = {m: self._best(m, estimates) for m in order if MEASURES[m].better}
         return GenerationResult(
             self.wanted.candidates, dict(self.drawn), estimates, against, best, self.anchors, self.notes
@@ -277,7 +287,7 @@ class _Measured:
         pixels = {name: pixels_of(one.unrelated) for name, one in self.drawn.items()}
         self._add("drift", groups, lambda name: mean_of(measures.distances(embedded[name], embedded[BASE])))
         self._add("drift_pixels", groups, lambda name: mean_of(measures.pixel_distances(pixels[name], pixels[BASE])))
-        another = measures.diversity(embedded[BASE], groups)(torch.arange(len(groups)))
+        another = of_all(measures.diversity(embedded[BASE], groups), len(groups))
         if math.isfinite(another):
             self.anchors["drift"] = another
         self._adherence("adherence", task, {name: one.unrelated for name, one in self.drawn.items()})
@@ -288,7 +298,7 @@ class _Measured:
             self.notes += [note] if note not in self.notes else []
             return
         clip = self.clip
-        prompts = clip.prompts([request.prompt for request in task.requests])[task.groups]
+        prompts = clip.prompts([words_of(request) for request in task.requests])[task.groups]
         self._add(
             measure,
             torch.tensor(task.groups),
@@ -301,6 +311,10 @@ class _Measured:
         diversity = {name: measures.diversity(unit(rows), groups) for name, rows in own.items()}
         if len(task.seeds) > 1:
             self._add("diversity", groups, lambda name: measures.ratio(diversity[name], diversity[BASE]))
+            if len(task.seeds) == 2:
+                self.notes.append(
+                    "Of diversity the spread is not known: it wants three pictures of each prompt. Raise --num_samples."
+                )
         else:
             self.notes.append("Diversity is left out: there is one picture of each prompt. Raise --num_samples.")
         self._adherence("adherence_subject", task, {name: one.subject for name, one in self.drawn.items()})

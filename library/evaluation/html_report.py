@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from library.evaluation.denoising import QUARTERS
 from library.evaluation.estimates import Estimate
 from library.evaluation.generation import BASE, MEASURES, GenerationResult, Wanted
+from library.evaluation.spread import paired
 from library.inference.grids import grid
 from library.report.page import Page
 from library.report.template import COLOURS
@@ -19,14 +20,13 @@ from library.report.template import COLOURS
 if TYPE_CHECKING:
     from PIL import Image
 
-    from library.evaluation.representation import RepresentationResult
+    from library.evaluation.representation import RepresentationResult, Row
 
 SHOWN_PROMPTS, SHOWN_SEEDS = 8, 4
 SHOWN_PHOTOS = 12
 CURVES = ("likeness", "drift", "adherence", "adherence_subject", "diversity", "kid", "cmmd", "loss")
 REPRESENTATION_MEASURES = ("token_cosine", "token_cosine_centred", "sample_mae", "recall@1", "recall@5", "recall@10",
                            "cknna", "cka", "mutual_knn", "linear_probe", "knn_accuracy")  # fmt: skip
-REPRESENTATION_TIMESTEP = 261
 
 
 def report_page(
@@ -64,8 +64,8 @@ def findings(result: GenerationResult) -> list[str]:
         verdict = "told apart" if gap.is_told_from_zero else "not told apart"
         base = result.estimates[BASE]["likeness"].value
         said.append(f"Most like the subject: {name}, {own}, {verdict} from the base's {base:.3f}.")
-    name, own, _ = _best_of(result, "drift")
-    said.append(f"Least drift: {name}, {own}.")
+    least = result.best["drift"].name
+    said.append(f"Least drift: {least}, {result.estimates[least]['drift']}.")
     if "loss" in result.best:
         name, own, gap = _best_of(result, "loss")
         change = math.exp(own.value) - 1
@@ -96,7 +96,8 @@ def _numbers(page: Page, result: GenerationResult) -> None:
         ["", *(MEASURES[measure].title for measure in measures)],
         rows,
         caption="± is half of the 95 % interval over seeds (of the loss: over photos). * told apart from the base, by the paired "
-        "difference. For comparison: likeness of the photos to each other; drift of the base to itself with another seed.",
+        "difference; drift, which begins at 0, is compared with another seed's. For comparison: likeness of the photos to each "
+        "other; drift of the base to itself with another seed.",
     )
     if len(result.names) > 1:
         page.heading("Which is best", level=3)
@@ -114,7 +115,8 @@ def _numbers(page: Page, result: GenerationResult) -> None:
 
 
 def _mark(result: GenerationResult, name: str, measure: str) -> str:
-    return " *" if name != BASE and result.against_base[name][measure].is_told_from_zero else ""
+    gap = result.against_base.get(name, {}).get(measure)
+    return " *" if gap is not None and gap.is_told_from_zero else ""
 
 
 def _curves(page: Page, result: GenerationResult) -> None:
@@ -208,18 +210,28 @@ def _representation(page: Page, found: RepresentationResult) -> None:
     for note in found.notes:
         page.notice(note)
     timesteps = sorted({row.timestep for row in found.rows if row.timestep is not None})
-    chosen = min(timesteps, key=lambda t: abs(t - REPRESENTATION_TIMESTEP))
+    chosen = found.settings.pictured_at
     rows = [row for row in found.rows if row.timestep in (chosen, None)]
     measures = [name for name in REPRESENTATION_MEASURES if any(name in row.measures for row in rows)]
     cells: list[list[str | None]] = [
-        [row.name, *(str(row.measures[name]) if name in row.measures else None for name in measures)] for row in rows
+        [
+            row.name,
+            *(
+                f"{row.measures[name]}{_learned(found, row, name)}" if name in row.measures else None
+                for name in measures
+            ),
+        ]
+        for row in rows
     ]
     cells.append(["chance", *(f"{found.chance[name]:.3f}" if name in found.chance else None for name in measures)])
     page.table(
         ["", *(name.replace("_", " ") for name in measures)],
         cells,
-        caption=f"At timestep {chosen}; ± is the deviation over noise seeds.",
+        caption=f"At timestep {chosen}; ± is the deviation over noise seeds. * told apart from the base's trunk, by the "
+        "differences seed by seed.",
     )
+    if found.earlier:
+        _over_training(page, found, measures, chosen)
     for measure in measures:
         figure = go.Figure()
         for name in found.names():
@@ -246,6 +258,42 @@ def _representation(page: Page, found: RepresentationResult) -> None:
              for one in found.pictures for name, picture in one.columns().items()],
             columns=len(columns),
         )  # fmt: skip
+
+
+def _learned(found: RepresentationResult, row: Row, measure: str) -> str:
+    """A star where a number of the checkpoint's trunk is told apart from the same of the base's."""
+    theirs = row.name.replace("checkpoint trunk", "base trunk")
+    bases = [
+        one for one in found.rows if (one.name, one.timestep) == (theirs, row.timestep) and measure in one.measures
+    ]
+    if theirs == row.name or not bases:
+        return ""
+    return " *" if paired(row.measures[measure], bases[0].measures[measure]).is_told_from_zero else ""
+
+
+def _over_training(page: Page, found: RepresentationResult, measures: Sequence[str], timestep: int) -> None:
+    """Curves of the checkpoint's own rows over the states of the training, at one timestep."""
+    page.heading("Over the training", level=3)
+    everyone = [*found.earlier, found]
+    own = [name for name in found.names() if name.startswith("checkpoint")]
+    for measure in measures:
+        figure = go.Figure()
+        for name in own:
+            spreads = [one.row(name, timestep).measures.get(measure) for one in everyone if name in one.names()]
+            if len(spreads) == len(everyone) and None not in spreads:
+                figure.add_scatter(
+                    x=[one.checkpoint for one in everyone],
+                    y=[one.mean for one in spreads if one is not None],
+                    error_y={"array": [one.deviation or 0 for one in spreads if one is not None], "thickness": 1},
+                    mode="lines+markers",
+                    name=name,
+                )
+        bases = [row for row in found.rows if row.name.startswith("base trunk") and row.timestep == timestep]
+        if known := [row.measures[measure].mean for row in bases if measure in row.measures]:
+            figure.add_hline(y=known[0], line={"dash": "dash", "color": COLOURS[6]})
+        if figure.data:
+            figure.update_layout(title=measure.replace("_", " "), height=300, showlegend=True)
+            page.figure(figure, f"At timestep {timestep}; dashed, the base's trunk, for tokens with a fitted head.")
 
 
 def sheets_of(wanted: Wanted, result: GenerationResult, name: str) -> dict[str, Image.Image]:

@@ -35,9 +35,6 @@ MEANINGS = {
 }
 """Of every measure but those numbered by k, recall@k and retrieval@k (`meaning`)."""
 
-TOKEN_MEASURES = tuple(name for name in MEANINGS if name.startswith("token"))
-LOWER_IS_BETTER = ("sample_mae", "sample_mae_centred")
-
 
 def meaning(measure: str) -> str:
     """One sentence on a measure, for a table's legend."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from library.errors import UserError
@@ -55,14 +56,16 @@ class ClipPictures:
 
         folder = Path(name).expanduser()
         try:
-            self.model: Any = CLIPModel.from_pretrained(folder if folder.is_dir() else name, use_safetensors=True)
-            self.tokenizer = CLIPTokenizer.from_pretrained(folder if folder.is_dir() else name)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"clip_model {name} cannot be used: {reason} Give a folder or hub id of a CLIPModel with its tokenizer, such as "
-                "openai/clip-vit-large-patch14."
-            ) from error
+            where = folder if folder.is_dir() else name
+            loaded: Any = CLIPModel.from_pretrained(where, use_safetensors=True, output_loading_info=True)
+            self.tokenizer = CLIPTokenizer.from_pretrained(where)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            raise _no_clip(name, (str(error).strip() or type(error).__name__).splitlines()[0]) from error
+        self.model, found = loaded
+        if absent := sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]})):  # they were made up
+            raise _no_clip(
+                name, f"{len(absent)} of its weights are not there or of another shape, such as {absent[0]}."
+            )
         self.model.requires_grad_(False).eval().to(device)
         self.side = int(self.model.config.vision_config.image_size)
         fields = (
@@ -92,6 +95,13 @@ class ClipPictures:
         ).to(self.model.device)
         pooled = self.model.text_model(input_ids=words.input_ids, attention_mask=words.attention_mask).pooler_output
         return F.normalize(self.model.text_projection(pooled).float().cpu(), dim=1)
+
+
+def _no_clip(name: str, reason: str) -> UserError:
+    return UserError(
+        f"clip_model {name} cannot be used: {reason} Give a folder or hub id of a CLIPModel with its tokenizer, such as "
+        "openai/clip-vit-large-patch14."
+    )
 
 
 def unit(embeddings: Tensor) -> Tensor:

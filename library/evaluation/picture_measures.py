@@ -42,27 +42,29 @@ def pixel_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def diversity(pictures: Tensor, groups: Tensor) -> Statistic:
-    """Mean of 1 - cosine over pairs of one group (one prompt, other seeds), each group counting alike."""
+    """Mean of 1 - cosine over pairs of one group (one prompt, other seeds), each group counting alike; nan where one has none."""
     apart = 1 - pictures.double() @ pictures.double().T
 
-    def statistic(kept: Tensor) -> float:
-        means = []
-        for group in groups[kept].unique():
-            members = kept[groups[kept] == group]
-            count = len(members)
-            if count > 1:
-                means.append(float(apart[members][:, members].sum()) / (count * (count - 1)))
-        return sum(means) / len(means) if means else math.nan
+    def statistic(weights: Tensor) -> float:
+        rows = [groups == group for group in groups.unique()]
+        return sum(_mean_of_pairs(apart[row][:, row], weights[row]) for row in rows) / len(rows)
 
     return statistic
+
+
+def _mean_of_pairs(values: Tensor, weights: Tensor) -> float:
+    """Of values [n, n] at i != j, weighted by the product of weights [n]; nan where no pair is left."""
+    pairs = torch.outer(weights, weights).fill_diagonal_(0)
+    total = float(pairs.sum())
+    return float((pairs * values).sum()) / total if total else math.nan
 
 
 def ratio(of: Statistic, to: Statistic) -> Statistic:
     """nan where the denominator is 0."""
 
-    def statistic(kept: Tensor) -> float:
-        below = to(kept)
-        return of(kept) / below if below else math.nan
+    def statistic(weights: Tensor) -> float:
+        below = to(weights)
+        return of(weights) / below if below else math.nan
 
     return statistic
 
@@ -95,11 +97,10 @@ def clip_distance(pictures: Tensor, photos: Tensor) -> Statistic:
 
 def _unbiased(of: Tensor, across: Tensor, to: Tensor) -> Statistic:
     """Squared MMD from kernel matrices of the pictures, pictures x photos, and the photos, as their pictures are left out."""
-    others = float(to.sum() - to.diagonal().sum()) / (len(to) * (len(to) - 1))
-    own = of - torch.diag(of.diagonal())
+    others = _mean_of_pairs(to, torch.ones(len(to), dtype=torch.float64))
+    to_photos = across.mean(dim=1)
 
-    def statistic(kept: Tensor) -> float:
-        count = len(kept)
-        return float(own[kept][:, kept].sum()) / (count * (count - 1)) + others - 2 * float(across[kept].mean())
+    def statistic(weights: Tensor) -> float:
+        return _mean_of_pairs(of, weights) + others - 2 * float((weights * to_photos).sum() / weights.sum())
 
     return statistic

@@ -12,7 +12,8 @@ from pathlib import Path
 from library.errors import UserError
 from library.inference.prompt_file import PromptLine, read_prompt_file
 from library.inference.prompt_networks import cut_out_networks
-from library.inference.request import Request
+from library.inference.prompt_syntax import parse_prompt
+from library.inference.request import Request, request_of
 from library.models.locate import TINY_BASES
 from library.options.evaluate import EvaluateOptions
 
@@ -130,28 +131,21 @@ def task_of(options: EvaluateOptions, lines: Sequence[PromptLine], size: int) ->
     drawn, sampling = options.drawn, options.sampling
     seeds = max(FEWEST_SEEDS, math.ceil(drawn.num_samples / len(lines)))
     requests = tuple(
-        Request(
-            line.prompt,
-            line.negative_prompt or drawn.negative_prompt,
-            steps=sampling.steps if line.sample_steps is None else line.sample_steps,
-            cfg_scale=sampling.cfg_scale if line.scale is None else line.scale,
-            width=size,
-            height=size,
-            sampler=line.sample_sampler or sampling.sampler,
-            schedule=sampling.schedule if line.sample_sampler is None else None,
-            clip_skip=sampling.clip_skip or 1,
-            dialect=sampling.prompt_syntax,
-            emphasis=sampling.emphasis,
-        )
-        for line in lines
+        request_of(line, sampling, width=size, height=size, negative_prompt=drawn.negative_prompt) for line in lines
     )
     for request in requests:
-        _ = request.sampler_and_schedule  # an unknown name is said before anything is loaded
         if tags := cut_out_networks(request.prompt)[1]:
             raise UserError(
                 f"{tags[0]} of the prompt names an adapter, and here adapters are compared: name it as --checkpoint instead."
             )
     return Task(requests, tuple(range(drawn.seed, drawn.seed + seeds)))
+
+
+def words_of(request: Request) -> str:
+    """What its prompt asks for in the last step, without the marks of the syntax: for those who read words, as CLIP does."""
+    parts = parse_prompt(request.prompt, request.steps, dialect=request.dialect).parts
+    spans = (span for part in parts for span in part.schedule[-1].spans)
+    return " ".join(" ".join(span.text for span in spans if not span.closes_chunk).split())
 
 
 def plain_text(caption: str) -> str:

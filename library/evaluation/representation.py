@@ -8,7 +8,7 @@ the checkpoint with a head fitted in the same way: their difference is what trai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -57,7 +57,9 @@ class RepresentationSettings:
     pictures: int = 6
     """Held-out pictures drawn as dense maps."""
     picture_timestep: int = 261
-    """Of the dense maps; the nearest of the timesteps is taken."""
+    """Of the dense maps, and of the earlier states of a training; the nearest of the timesteps is taken."""
+    baselines: bool = True
+    """False: the checkpoint's own rows alone, and no dense maps."""
 
     def __post_init__(self) -> None:
         for name in ("timesteps", "seeds"):
@@ -67,6 +69,10 @@ class RepresentationSettings:
         for name, least in (("fit_samples", 10), ("test_samples", 4), ("neighbours", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+
+    @property
+    def pictured_at(self) -> int:
+        return min(self.timesteps, key=lambda timestep: abs(timestep - self.picture_timestep))
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ class RepresentationResult:
     pictures: list[DensePicture] = field(default_factory=list)
     pictured: str = ""
     """Whose tokens the dense maps show, and at which timestep."""
+    earlier: list[RepresentationResult] = field(default_factory=list)
+    """Of earlier states of the training, in their order, at one timestep and without baselines."""
 
     def row(self, name: str, timestep: int | None = None) -> Row:
         """Raises KeyError where there is none."""
@@ -116,24 +124,45 @@ class RepresentationResult:
             "pictures": {"fitted": self.fitted, "held_out": self.held_out, "classes": self.classes},
             "chance": self.chance,
             "meanings": {name: meaning(name) for name in measured},
-            "rows": [
-                {
-                    "name": row.name,
-                    "kind": row.kind,
-                    "timestep": row.timestep,
-                    "measures": {name: spread.to_json() for name, spread in row.measures.items()},
-                }
-                for row in self.rows
-            ],
+            "rows": _rows_json(self.rows),
+            "earlier": [{"checkpoint": one.checkpoint, "rows": _rows_json(one.rows)} for one in self.earlier],
             "notes": self.notes,
         }
 
-    def table(self, timestep: int, measures: tuple[str, ...]) -> str:
-        """Rows at one timestep and those of none, as aligned text with a dash where a measure is not defined."""
-        rows = [row for row in self.rows if row.timestep in (timestep, None)]
-        cells = [["", *measures], *([row.name, *(_cell(row, name) for name in measures)] for row in rows)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(measures) + 1)]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+def _rows_json(rows: list[Row]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": row.name,
+            "kind": row.kind,
+            "timestep": row.timestep,
+            "measures": {name: spread.to_json() for name, spread in row.measures.items()},
+        }
+        for row in rows
+    ]
+
+
+def evaluate_states(
+    states: Sequence[Path],
+    settings: RepresentationSettings,
+    *,
+    use_ema: bool = True,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = lambda text: None,
+) -> RepresentationResult:
+    """Measure the last of a training's states with everything, and those before it at one timestep.
+
+    Raises UserError as `evaluate_representation` does.
+    """
+    alone = replace(settings, timesteps=(settings.pictured_at,), baselines=False)
+    found = []
+    for number, state in enumerate(states, start=1):
+        say(f"representation of {state}")
+        chosen = settings if number == len(states) else alone
+        found.append(evaluate_representation(state, chosen, name=state.name, use_ema=use_ema, device=device, say=say))
+    result = found.pop()
+    result.earlier = found
+    return result
 
 
 def evaluate_representation(
@@ -234,16 +263,19 @@ class _Evaluation:
     def run(self) -> RepresentationResult:
         if self.tap not in self.model.heads:
             self.result.notes.append(f"The checkpoint has no AlignHead at {self.tap}: there are no rows of its head.")
-        self._drawn_at = min(self.settings.timesteps, key=lambda t: abs(t - self.settings.picture_timestep))
+        side = 0
         for trunk in self._trunks():
             with trunk.context():
                 for timestep in self.settings.timesteps:
-                    self._measure(trunk, timestep)
-        self._add_constants()
+                    side = self._measure(trunk, timestep)
+        if self.settings.baselines:
+            self._add_constants(side)
         return self.result
 
     def _trunks(self) -> Iterator[_Trunk]:
         yield _Trunk("checkpoint", self.model)
+        if not self.settings.baselines:
+            return
         headless = replace(self.model, heads=type(self.model.heads)({}, 0))
         if any(".lora_" in name for name, _ in self.model.unet.named_parameters()):
             yield _Trunk("base", headless, lambda: lora_disabled(self.model.unet))
@@ -255,11 +287,15 @@ class _Evaluation:
             )
         yield _Trunk("random", replace(headless, unet=baselines.random_trunk(self.model.unet, RANDOM_TRUNK_SEED)))
 
-    def _measure(self, trunk: _Trunk, timestep: int) -> None:
-        """Rows of one trunk at one timestep: its features, its tokens by a fitted head, and by its own head if it has one."""
+    def _measure(self, trunk: _Trunk, timestep: int) -> int:
+        """Rows of one trunk at one timestep: its features, its tokens by a fitted head, and by its own head if it has one.
+
+        Returns the side of its map.
+        """
+        side = 0
         by_row: dict[tuple[str, Literal["tokens", "features"]], list[dict[str, float]]] = {}
         for seed in self.settings.seeds:
-            fit, test = (self._tapped(trunk, side, timestep, seed) for side in ("fit", "test"))
+            fit, test = (self._tapped(trunk, part, timestep, seed) for part in ("fit", "test"))
             head = baselines.RidgeHead.fit(fit.maps, self.fit_teacher, self.pictures.fit.ids)
             fitted = head(test.maps)
             features = self.measures.of_features(test.trunk, pool_tokens(self.test_teacher))
@@ -273,14 +309,16 @@ class _Evaluation:
                 by_row.setdefault((f"{trunk.name} head", "tokens"), []).append(
                     self.measures.of_tokens(test.tokens, self.test_teacher) | self._probes(fit.head, test.head)
                 )
-            self._side = test.maps.shape[-1]
-            if trunk.name == "checkpoint" and timestep == self._drawn_at and seed == self.settings.seeds[0]:
+            side = test.maps.shape[-1]
+            pictured = self.settings.baselines and timestep == self.settings.pictured_at
+            if trunk.name == "checkpoint" and pictured and seed == self.settings.seeds[0]:
                 self._draw(test, fitted)
         self.result.rows += [Row(name, kind, timestep, transposed(found)) for (name, kind), found in by_row.items()]
         self.say(f"{trunk.name}: timestep {timestep} measured with {len(self.settings.seeds)} noise seeds")
+        return side
 
-    def _tapped(self, trunk: _Trunk, side: str, timestep: int, seed: int) -> Tapped:
-        one = self.pictures.fit if side == "fit" else self.pictures.test
+    def _tapped(self, trunk: _Trunk, part: str, timestep: int, seed: int) -> Tapped:
+        one = self.pictures.fit if part == "fit" else self.pictures.test
         return tapped(
             trunk.model,
             one.samples,
@@ -295,8 +333,11 @@ class _Evaluation:
         sides = self.pictures.fit, self.pictures.test
         return self.measures.of_probes(fit, sides[0].labels, test, sides[1].labels, sides[0].ids)
 
-    def _add_constants(self) -> None:
-        """What no timestep and no noise moves: predictors that see no noisy picture, and the teacher itself."""
+    def _add_constants(self, side: int) -> None:
+        """What no timestep and no noise moves: predictors that see no noisy picture, and the teacher itself.
+
+        side: of the trunk's map.
+        """
         count, target = len(self.pictures.test), self.test_teacher
         blind = {
             "mean token": baselines.mean_token(self.fit_teacher, count),
@@ -305,7 +346,6 @@ class _Evaluation:
         for name, predicted in blind.items():
             mae = sample_similarity_mae(pool_tokens(predicted), pool_tokens(target))
             self._add(name, of_each_token(predicted, target) | {"sample_mae": mae})
-        side = self._side
         self._add("grid ceiling, pooled", self.measures.of_tokens(baselines.pooled_to_grid(target, side), target))
         few = target[:BEST_GRID_PICTURES]
         self._add("grid ceiling, best", of_each_token(baselines.best_on_grid(few, side), few))
@@ -331,8 +371,6 @@ class _Evaluation:
             test.maps[places],
         )
         whose = "the checkpoint's head" if own else "a head fitted on the checkpoint's trunk"
-        self.result.pictured = f"tokens of {whose} at timestep {self._drawn_at}, noise seed {self.settings.seeds[0]}"
-
-
-def _cell(row: Row, measure: str) -> str:
-    return str(row.measures[measure]) if measure in row.measures else "-"
+        self.result.pictured = (
+            f"tokens of {whose} at timestep {self.settings.pictured_at}, noise seed {self.settings.seeds[0]}"
+        )

@@ -1,4 +1,4 @@
-"""A number with its spread over seeds, and when two of them differ."""
+"""A number measured with several seeds, its deviation, and the difference of two of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from library.evaluation.estimates import Estimate
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,19 @@ class Spread:
         return f"{self.mean:.3f}" if self.deviation is None else f"{self.mean:.3f} ±{self.deviation:.3f}"
 
 
-def differ(a: Spread, b: Spread, times: float = 2.0) -> bool:
-    """Whether two means are further apart than `times` the standard error of their difference over the seeds.
+def paired(a: Spread, b: Spread) -> Estimate:
+    """How far `a` is above `b`, seed by seed of the same noise. What no seed moves is compared with each value of the other.
 
-    Two values of one seed each are never called different: nothing is known of their spread. Where one has none because no
-    seed moves it, the other's alone decides. The spread is that of the seeds; the choice of pictures has its own on top.
+    The error is nan where both have one value. It is that of the seeds; the choice of pictures has its own on top.
     """
-    errors = [s.deviation**2 / len(s.values) for s in (a, b) if s.deviation is not None]
-    return bool(errors) and abs(a.mean - b.mean) > times * math.sqrt(sum(errors))
+    count = max(len(a.values), len(b.values))
+    gaps = [x - y for x, y in zip(_repeated(a, count), _repeated(b, count), strict=True)]
+    error = statistics.stdev(gaps) / math.sqrt(count) if count > 1 and all(map(math.isfinite, gaps)) else math.nan
+    return Estimate(statistics.fmean(gaps), error, count - 1 if math.isfinite(error) else 0)
+
+
+def _repeated(spread: Spread, count: int) -> tuple[float, ...]:
+    return spread.values * count if len(spread.values) == 1 else spread.values
 
 
 def transposed(by_seed: Sequence[dict[str, float]]) -> dict[str, Spread]:

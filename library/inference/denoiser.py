@@ -17,9 +17,9 @@ from library.models.conditioning import Conditioning
 class GuidedDenoiser:
     """denoise(x, sigma) of `library.inference.samplers`, x [B, 4, h, w] float32, for pictures of one prompt.
 
-    Guidance by several parts (AND) is A1111's: negative + cfg_scale * sum of weight * (part - negative). At cfg_scale 1 and
-    below, one part is drawn without. size_ids: SDXL's six numbers (`size_conditions`); negative_size_ids: of the negative
-    prompt, where they are others (SDXL's refiner). calls_per_step and extra_calls: the sampler's, so that a
+    Guidance by the parts of a prompt is A1111's: negative + cfg_scale * sum of weight * (part - negative). At cfg_scale 1 and
+    below, one part of weight 1 is drawn without. size_ids: SDXL's six numbers (`size_conditions`); negative_size_ids: of the
+    negative prompt, where they are others (SDXL's refiner). calls_per_step and extra_calls: the sampler's, so that a
     prompt changes at the sampler's steps. A1111 counts calls: with DPM++ 2S a, its [a:b:10] changes after five steps.
     dtype: of what the U-Net is given; default its weights'. on_step: told of each step before its first call, for what changes
     with them.
@@ -46,7 +46,7 @@ class GuidedDenoiser:
         self.size_ids, self.negative_size_ids = size_ids, negative_size_ids or size_ids
         self.calls_per_step, self.extra_calls, self.on_step = calls_per_step, extra_calls, on_step
         self.dtype = dtype or next(unet.parameters()).dtype
-        self.guided = len(self.positive) > 1 or cfg_scale > 1
+        self.guided = cfg_scale > 1 or [part.weight for part in self.positive] != [1]
         self.weights = [part.weight * (cfg_scale if cfg_scale > 1 else 1.0) for part in self.positive]
         self.calls = self._told_of = 0
 

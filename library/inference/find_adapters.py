@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -26,23 +27,23 @@ class AdapterFolders:
 
     def __init__(self, folders: Sequence[Path], files: Sequence[Path] = ()) -> None:
         self.folders = list(dict.fromkeys([*folders, *(file.parent for file in files)]))
-        self.files = {title_of(file): file for file in files}
+        self.files = list(files)
 
     def find(self, name: str, tag: object) -> Path:
         """Raises UserError, naming the tag and what is near, unless there is exactly one."""
-        if name in self.files:
-            return self.files[name]
-        found = [path for path in self.known if _is_called(path, name)]
-        nearer = [path for path in found if path.parent in self.folders] or found
+        nearer = [path for path in self.files if _is_called(path, name)]
+        if not nearer:
+            found = [path for path in self.known if _is_called(path, name)]
+            nearer = [path for path in found if path.parent in self.folders] or found
         if len(nearer) == 1:
             return nearer[0]
         if nearer:
             places = ", ".join(map(str, nearer[:_LISTED]))
             raise UserError(
                 f"{tag} of the prompt could be {len(nearer)} files: {places}. Write more of the path before the name, as in "
-                f"<lora:{nearer[0].parent.name}/{name}:1>."
+                f"<lora:{names_apart(nearer)[nearer[0]]}:1>."
             )
-        titles = sorted({title_of(path) for path in self.known} | set(self.files))
+        titles = sorted({title_of(path) for path in [*self.known, *self.files]})
         near = difflib.get_close_matches(name, titles, n=1, cutoff=0.6)
         where = " or ".join(map(str, self.folders)) or "any folder"
         there = f"There are {', '.join(titles[:_LISTED])}" if titles else "There is no adapter at all"
@@ -61,7 +62,8 @@ class AdapterFolders:
 def loras_of(
     prompt: str, folders: AdapterFolders, given: Mapping[Path, float], notes: list[str] | None = None
 ) -> tuple[LoraUse, ...]:
-    """What the tags of a prompt ask for, then the `given` files (path -> weight) that no tag names.
+    """What the tags of a prompt ask for, then the `given` files (path -> weight) that no tag names, called by their titles, or
+    where two would be called the same, by so much of their paths that they are not.
 
     notes: gets a sentence where a tag overrules the weight of a given file. Raises UserError for a tag that is not lora or
     lyco, or whose adapter is not there.
@@ -76,13 +78,29 @@ def loras_of(
             notes.append(f"{tag} of the prompt takes the place of --lora {path}:{given[path]:g}.")
         uses.append(LoraUse(path, weights))
     named = {use.path for use in uses}
-    uses += [LoraUse(path, constant_weights(path, weight)) for path, weight in given.items() if path not in named]
+    names = names_apart(list(named | given.keys()))
+    uses += [
+        LoraUse(path, replace(constant_weights(path, weight), name=names[path]))
+        for path, weight in given.items()
+        if path not in named
+    ]
     return tuple(uses)
 
 
 def constant_weights(path: Path, weight: float) -> LoraWeights:
     same = StepWeights((1.0,), (weight,))
     return LoraWeights(title_of(path), same, same, same, same)
+
+
+def names_apart(paths: Sequence[Path]) -> dict[Path, str]:
+    """The title of each, with as many folders before it as it takes to tell it from the others: folder/title."""
+    tails = {path: _parts(path) for path in paths}
+    names = {}
+    for path, parts in tails.items():
+        others = [tail for other, tail in tails.items() if other != path and tail != parts]
+        depth = next(n for n in range(1, len(parts) + 1) if all(tail[-n:] != parts[-n:] for tail in others))
+        names[path] = "/".join(parts[-depth:])
+    return names
 
 
 def title_of(path: Path) -> str:
@@ -93,7 +111,12 @@ def title_of(path: Path) -> str:
 def _is_called(path: Path, name: str) -> bool:
     """`name` or `folder/name`, with the suffix or without."""
     wanted = Path(name.removesuffix(_SUFFIX)).parts
-    return wanted == (*path.parts[:-1], title_of(path))[-len(wanted) :] if wanted else False
+    return wanted == _parts(path)[-len(wanted) :] if wanted else False
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    """Of the absolute path, with the title as the last one."""
+    return (*path.absolute().parts[:-1], title_of(path))
 
 
 def _may_be(path: Path) -> bool:

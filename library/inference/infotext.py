@@ -56,9 +56,13 @@ class Infotext:
     model_hash: str | None = None
     """the first 10 hex digits of the file's SHA-256 (`model_hash`)"""
     model: str | None = None
+    vae: str | None = None
+    """where it is not the model's own"""
     denoising_strength: float | None = None
     clip_skip: int | None = None
     """A1111 writes it from 2 on"""
+    rng: str | None = None
+    """where the first noise is drawn: CPU or NV. A1111 writes nothing of its default, the GPU"""
     hires_upscale: float | None = None
     hires_steps: int | None = None
     hires_upscaler: str | None = None
@@ -317,8 +321,10 @@ _FIELDS: dict[str, tuple[str, _Kind]] = {
     "Size": ("size", _WIDTH_AND_HEIGHT),
     "Model hash": ("model_hash", _TEXT),
     "Model": ("model", _TEXT),
+    "VAE": ("vae", _TEXT),
     "Denoising strength": ("denoising_strength", _NUMBER),
     "Clip skip": ("clip_skip", _WHOLE),
+    "RNG": ("rng", _TEXT),
     "Hires upscale": ("hires_upscale", _NUMBER),
     "Hires steps": ("hires_steps", _WHOLE),
     "Hires upscaler": ("hires_upscaler", _TEXT),

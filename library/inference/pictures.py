@@ -23,8 +23,13 @@ def picture_info(
     model_hash: str | None = None,
     lora_hashes: Mapping[str, str] | None = None,
     refiner: str | None = None,
+    vae: str | None = None,
 ) -> Infotext:
-    """All that is needed to draw it again. Adapters that no tag names stand as tags behind the prompt, as A1111 takes them."""
+    """What A1111 and others need to draw it again, as far as its text has words for it: not a picture to begin with, nor the
+    prompts' dialect, and the noise between the steps of ancestral samplers is another there.
+
+    Adapters that no tag names stand as tags behind the prompt, as A1111 takes them. vae: the name of another autoencoder.
+    """
     hires, other = request.hires, {}
     sampler, schedule = request.sampler_and_schedule
     named = {tag.positional[0] for tag in cut_out_networks(request.prompt)[1] if tag.positional}
@@ -45,8 +50,10 @@ def picture_info(
         size=(request.width, request.height),
         model_hash=model_hash,
         model=model,
+        vae=vae,
         denoising_strength=hires.denoising_strength if hires is not None else strength,
         clip_skip=request.clip_skip if request.clip_skip > 1 else None,
+        rng="CPU",
         hires_upscale=None if hires is None else hires.scale,
         hires_steps=None if hires is None else hires.steps,
         hires_upscaler=None if hires is None else hires.upscaler,
@@ -60,16 +67,27 @@ def picture_info(
 
 def tag_of(weights: LoraWeights) -> str:
     """A tag that asks for these weights: <lora:name:0.8>."""
+    return f"<lora:{weights.name}:{strength_of(weights)}>"
+
+
+def strength_of(weights: LoraWeights) -> str:
+    """The same without the name: 0.8, or 0.5:1 for text encoders and U-Net apart."""
     te, unet, hrte, hrunet = (_written(one) for one in (weights.te, weights.unet, weights.hrte, weights.hrunet))
-    words = [weights.name, te] if te == unet else [weights.name, te, unet]
+    words = [te] if te == unet else [te, unet]
     words += [f"{name}={said}" for name, said, first in (("hrte", hrte, te), ("hrunet", hrunet, unet)) if said != first]
-    return f"<lora:{':'.join(words)}>"
+    return ":".join(words)
 
 
 def model_name(name: str) -> str:
     """What a base is called: the last part of a path, a hub id as it is."""
     path = Path(name).expanduser()
     return title_of(path) if path.exists() else name
+
+
+def vae_name(name: str) -> str:
+    """The same of an autoencoder; A1111 calls one by its file, with the suffix."""
+    path = Path(name).expanduser()
+    return path.name if path.is_file() else model_name(name)
 
 
 def _written(weights: StepWeights) -> str:

@@ -96,10 +96,6 @@ class PromptEncoder:
             states.append(torch.cat(pieces, dim=1))
         return Conditioning(torch.cat(states, dim=-1), pooled)
 
-    def token_counts(self, text: Sequence[Span]) -> list[int]:
-        """Tokens in each chunk."""
-        return [len(chunk.tokens) for chunk in cut_into_chunks(text, self.parts[0])]
-
     def _part(self, part: Part) -> EncodedPart:
         """Alternations repeat their texts; each is encoded once, and counts for the mean as often as it stands there."""
         spans = [scheduled.spans for scheduled in part.schedule]

@@ -6,6 +6,7 @@ Format: kohya sd-scripts' --sample_prompts (library/train_util.py, line_to_promp
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -51,8 +52,12 @@ _KEYS = {field.name for field in fields(PromptLine)}
 _SIZE_STEP = 8
 
 
-def read_prompt_file(path: Path) -> list[PromptLine]:
-    """The prompts of a file. Raises UserError, with file and line or entry, for what is not in this syntax."""
+def read_prompt_file(path: Path, notes: list[str] | None = None) -> list[PromptLine]:
+    """The prompts of a file. notes: gets a sentence for each size that is rounded.
+
+    Raises UserError, with file and line or entry, for what is not in this syntax.
+    """
+    notes = [] if notes is None else notes
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -61,15 +66,16 @@ def read_prompt_file(path: Path) -> list[PromptLine]:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}.") from None
     if path.suffix.lower() == ".txt":
         lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-        found = [parse_prompt_line(line, f"{path}, line {n}") for n, line in lines if line and not line.startswith("#")]
+        said = [(line, f"{path}, line {number}") for number, line in lines if line and not line.startswith("#")]
+        found = [parse_prompt_line(line, where, notes) for line, where in said]
     else:
-        found = [_from_table(entry, f"{path}, prompt {i}") for i, entry in enumerate(_tables(path, text), 1)]
+        found = [_from_table(entry, f"{path}, prompt {i}", notes) for i, entry in enumerate(_tables(path, text), 1)]
     if not found:
         raise UserError(f"{path} has no prompts.")
     return found
 
 
-def parse_prompt_line(line: str, where: str) -> PromptLine:
+def parse_prompt_line(line: str, where: str, notes: list[str]) -> PromptLine:
     """`a cat --n blurry --w 768 --d 42`"""
     prompt, *switches = re.split(r"\s--(?=[A-Za-z]+(?:\s|$))", f" {line}")
     values: dict[str, Any] = {}
@@ -86,7 +92,7 @@ def parse_prompt_line(line: str, where: str) -> PromptLine:
             values[key] = kind(value.strip())
         except ValueError:
             raise UserError(f"--{name} wants a number, got {value.strip()!r} ({where}).") from None
-    return _checked(PromptLine(prompt.strip(), **values), where)
+    return _checked(PromptLine(prompt.strip(), **values), where, notes)
 
 
 def _tables(path: Path, text: str) -> list[Mapping[str, Any]]:
@@ -105,7 +111,7 @@ def _tables(path: Path, text: str) -> list[Mapping[str, Any]]:
     return value
 
 
-def _from_table(entry: Mapping[str, Any], where: str) -> PromptLine:
+def _from_table(entry: Mapping[str, Any], where: str, notes: list[str]) -> PromptLine:
     entry = {("scale" if key == "guidance_scale" else key): value for key, value in entry.items()}
     for key in entry:
         if key not in _KEYS:
@@ -117,20 +123,23 @@ def _from_table(entry: Mapping[str, Any], where: str) -> PromptLine:
         good = (int, float) if kinds[key] is float else kinds[key]
         if not isinstance(value, good) or isinstance(value, bool):
             raise UserError(f"{key} must be {'text' if kinds[key] is str else 'a number'}, got {value!r} ({where}).")
-    return _checked(PromptLine(**entry), where)
+    return _checked(PromptLine(**entry), where, notes)
 
 
-def _checked(line: PromptLine, where: str) -> PromptLine:
+def _checked(line: PromptLine, where: str, notes: list[str]) -> PromptLine:
+    """The line with sizes that can be drawn: kohya's scripts round them down too."""
     for name in ("width", "height"):
         size = getattr(line, name)
         if size is not None and size < _SIZE_STEP:
             raise UserError(f"{name} must be at least {_SIZE_STEP}, got {size} ({where}).")
-        if size is not None:
-            line = replace(line, **{name: size // _SIZE_STEP * _SIZE_STEP})
+        if size is not None and size % _SIZE_STEP:
+            rounded = size - size % _SIZE_STEP
+            notes.append(f"{name} {size} is rounded down to {rounded}, a multiple of {_SIZE_STEP} ({where}).")
+            line = replace(line, **{name: rounded})
     if line.sample_steps is not None and not 1 <= line.sample_steps <= 1000:
         raise UserError(f"steps must lie between 1 and 1000, got {line.sample_steps} ({where}).")
-    if line.scale is not None and line.scale < 1:
-        raise UserError(f"scale must be at least 1, which is no guidance, got {line.scale} ({where}).")
+    if line.scale is not None and not 1 <= line.scale < math.inf:
+        raise UserError(f"scale must be a finite number, at least 1, which is no guidance, got {line.scale} ({where}).")
     if line.seed is not None and not 0 <= line.seed < 2**63:
         raise UserError(f"seed must lie between 0 and 2^63, got {line.seed} ({where}).")
     return line

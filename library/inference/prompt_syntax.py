@@ -85,16 +85,32 @@ def parse_negative(text: str, steps: int, *, dialect: Dialect = "a1111", hires_a
     return Prompt(stripped, networks, (Part(stripped, 1.0, _schedule(stripped, steps, dialect, hires_after)),))
 
 
-def unbalanced_brackets(text: str) -> str | None:
-    """A note for the user where brackets do not pair, which A1111 takes literally or to the end of the text."""
-    opened: list[str] = []
-    for token in _BRACKET.findall(text):
-        if token in ("(", "["):
-            opened.append(token)
-        elif token in (")", "]") and (not opened or opened.pop() != _OPENING[token]):
-            return f"A {token!r} of the prompt closes nothing and is taken literally. Write \\{token} if that is meant."
-    if opened:
-        return f"{len(opened)} {opened[-1]!r} of the prompt stay open and weigh everything up to the end."
+def unbalanced_brackets(text: str, *, negative: bool = False) -> str | None:
+    """A note for the user where brackets do not pair, which A1111 takes literally or to the end of the text.
+
+    As `weighted_spans` pairs them: each kind by itself, and within one side of an AND.
+    """
+    sides: list[tuple[str, float | None]] = (
+        [(text, None)] if negative else [_cut_weight(side) for side in _AND.split(text)]
+    )
+    which = "the negative prompt" if negative else "the prompt" if len(sides) == 1 else "one side of an AND"
+    for side, weight in sides:
+        opened = {"(": 0, "[": 0}
+        for token in _BRACKET.findall(side):
+            if token in opened:
+                opened[token] += 1
+            elif token in _OPENING and opened[_OPENING[token]] == 0:
+                return (
+                    f"A {token!r} of {which} closes nothing and is taken literally. Write \\{token} if that is meant."
+                )
+            elif token in _OPENING:
+                opened[_OPENING[token]] -= 1
+        if left := [f"{count} {bracket!r}" for bracket, count in opened.items() if count]:
+            verbs = ("stays", "weighs") if sum(opened.values()) == 1 else ("stay", "weigh")
+            note = f"{' and '.join(left)} of {which} {verbs[0]} open and {verbs[1]} everything up to the end."
+            if weight is None:
+                return note
+            return f"{note} The {weight:g} there is no weight of a bracket: it is how much all of {which} counts (guidance)."
     return None
 
 
@@ -114,11 +130,15 @@ def split_parts(text: str) -> list[tuple[str, float]]:
 
 
 def _part(side: str) -> tuple[str, float]:
+    text, weight = _cut_weight(side)
+    return (text.rstrip(), 1.0) if weight is None else (text, weight)
+
+
+def _cut_weight(side: str) -> tuple[str, float | None]:
+    """The text without the number at its end, and that."""
     found = _PART_WEIGHT.search(side)
     weight = _number(found[1]) if found else None
-    if found is None or weight is None:
-        return side.rstrip(), 1.0
-    return side[: found.start()], weight
+    return (side, None) if found is None or weight is None else (side[: found.start()], weight)
 
 
 # Schedules

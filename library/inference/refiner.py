@@ -16,14 +16,14 @@ from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
 from library.files import read_json
 from library.inference.model import DrawingModel, load_model
+from library.models.family import family_of
 from library.models.header import read_shapes
 from library.models.load import TextPart, load_scheduler_config
-from library.models.locate import BaseLocation, locate_base, weight_files
+from library.models.locate import REFINER_COMPONENTS, BaseLocation, locate_base, weight_files
 from library.models.weights import assemble, read_tensors
 from networks.names import current_key
-from networks.original_names import SDXL, TEXT_ENCODER_2, UNET
+from networks.original_names import SDXL, TEXT_ENCODER_2, UNET, Family
 
-COMPONENTS = (UNET, TEXT_ENCODER_2, "tokenizer_2", "scheduler")
 _FILE_MARK = "conditioner.embedders.0.model."  # where the base has its first text encoder
 # Of positive and negative prompts: diffusers' and A1111's.
 _GOOD, _BAD = 6.0, 2.5
@@ -41,17 +41,21 @@ class SdxlRefiner(DrawingModel):
 
 def load_refiner(name: str, base: DrawingModel, *, dtype: torch.dtype, device: torch.device | str) -> DrawingModel:
     """Raises UserError where it cannot be loaded, or its latents are not those of `base`."""
-    location = _locate(name)
+    location = locate_refiner(name, base.family)
     if _is_sdxl_refiner(location):
-        found: DrawingModel = _load_sdxl_refiner(location, base.vae, dtype=dtype, device=device)
-    else:
-        found = load_model(location, dtype=dtype, device=device)
-    if found.family != base.family:
+        return _load_sdxl_refiner(location, base.vae, dtype=dtype, device=device)
+    return load_model(location, dtype=dtype, device=device)
+
+
+def locate_refiner(name: str, family: Family) -> BaseLocation:
+    """Find or fetch it, without loading. Raises UserError where it is not of the base's family."""
+    location = _locate(name)
+    found = SDXL if _is_sdxl_refiner(location) else family_of(location)
+    if found != family:
         raise UserError(
-            f"refiner {name} is for {found.family.title}, and the base is {base.family.title}: neither understands the other's "
-            "latents."
+            f"refiner {name} is for {found.title}, and the base is {family.title}: neither understands the other's latents."
         )
-    return found
+    return location
 
 
 def _locate(name: str) -> BaseLocation:
@@ -60,7 +64,7 @@ def _locate(name: str) -> BaseLocation:
         return locate_base(name)
     except UserError as as_base:
         try:
-            return locate_base(name, COMPONENTS)
+            return locate_base(name, REFINER_COMPONENTS)
         except UserError:
             raise as_base from None
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from library.errors import UserError
-from library.inference.prompt_networks import LoraWeights
-from library.inference.prompt_syntax import Dialect
+from library.inference.prompt_file import PromptLine
+from library.inference.prompt_networks import LoraWeights, cut_out_networks
+from library.inference.prompt_syntax import Dialect, split_parts
 from library.inference.sampler_names import DEFAULT_SAMPLER, DEFAULT_SCHEDULES, is_kohyas, sampler_named, schedule_named
 from library.inference.upscaling import target_size
+from library.options.generate import SamplingOptions
 
 Emphasis = Literal["original", "no norm"]
 
@@ -43,7 +45,7 @@ class Request:
     negative_prompt: str
     steps: int
     cfg_scale: float
-    """1 and below: no guidance, and the negative prompt does nothing."""
+    """1 and below: no guidance, and the negative prompt does nothing; see `is_guided`."""
     width: int
     height: int
     sampler: str = DEFAULT_SAMPLER
@@ -71,6 +73,12 @@ class Request:
         )
 
     @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt has an effect: also at cfg_scale 1 where parts of an AND or a prompt's weight ask for it."""
+        parts = split_parts(cut_out_networks(self.prompt)[0])
+        return self.cfg_scale > 1 or [weight for _, weight in parts] != [1]
+
+    @property
     def sampler_and_schedule(self) -> tuple[str, str]:
         """As they are called here. Raises UserError for unknown names."""
         name, said = sampler_named(self.sampler)
@@ -86,6 +94,36 @@ class Request:
     @property
     def hires_steps(self) -> int:
         return self.steps if self.hires is None or self.hires.steps is None else self.hires.steps
+
+
+def request_of(
+    line: PromptLine, sampling: SamplingOptions, *, width: int, height: int, negative_prompt: str = ""
+) -> Request:
+    """What a line asks for, and the options where it says nothing; the size is the caller's.
+
+    `schedule` of the options is not for a line's own sampler that holds a schedule: "DPM++ 2M Karras", and all of kohya's.
+    Raises UserError for names that are not known.
+    """
+    sampler, schedule = line.sample_sampler, sampling.schedule
+    if sampler is None:
+        sampler = sampling.sampler
+    elif sampler_named(sampler)[1] is not None:
+        schedule = None
+    request = Request(
+        line.prompt,
+        line.negative_prompt or negative_prompt,
+        steps=sampling.steps if line.sample_steps is None else line.sample_steps,
+        cfg_scale=sampling.cfg_scale if line.scale is None else line.scale,
+        width=width,
+        height=height,
+        sampler=sampler,
+        schedule=schedule,
+        clip_skip=sampling.clip_skip or 1,
+        dialect=sampling.prompt_syntax,
+        emphasis=sampling.emphasis,
+    )
+    request.sampler_and_schedule  # noqa: B018
+    return request
 
 
 def base_steps(steps: int, switch_at: float) -> int:

@@ -21,7 +21,6 @@ from numpy.polynomial.polynomial import polyfromroots
 from torch import Tensor
 
 from library.inference.noise import NoiseSource
-from library.inference.sampler_names import sampler_named
 
 Denoiser = Callable[[Tensor, float], Tensor]
 
@@ -313,11 +312,6 @@ SAMPLERS: dict[str, Sampler] = {
     "DPM++ 3M SDE": Sampler(dpmpp_3m_sde, noise="brownian", discard_next_to_last=True),
     "UniPC": Sampler(unipc),
 }
-
-
-def find_sampler(name: str) -> Sampler:
-    """Raises UserError for an unknown name, with the nearest one."""
-    return SAMPLERS[sampler_named(name)[0]]
 
 
 def no_noise(_sigma: float, _after: float) -> Tensor:

@@ -14,7 +14,7 @@ from library.inference.find_adapters import AdapterFolders, loras_of
 from library.inference.prompt_file import PromptLine, read_prompt_file
 from library.inference.prompt_networks import cut_out_networks
 from library.inference.prompt_syntax import unbalanced_brackets
-from library.inference.request import Hires, Request
+from library.inference.request import Hires, Request, request_of
 from library.inference.upscaling import find_upscaler
 from library.inference.xy_grid import Axis, Cell, changed, parse_axis, plan_cells
 from library.options.checks import require
@@ -42,6 +42,8 @@ class Shot:
 class ShotList:
     shots: list[Shot]
     axes: tuple[Axis, Axis | None] | None = None
+    sizes: list[tuple[int | None, int | None]] = field(default_factory=list)
+    """Of each shot: width and height as they were asked for. None: the base decides."""
     notes: list[str] = field(default_factory=list)
     """What a user should know before drawing."""
 
@@ -62,23 +64,33 @@ def shot_list(options: GenerateOptions, native: int | None = None) -> ShotList:
     if what.prompt_file is None:
         lines = [PromptLine(what.prompt or "")]
     else:
-        lines = read_prompt_file(what.prompt_file)
+        lines = read_prompt_file(what.prompt_file, found.notes)
     count = what.images or (IMAGES if what.prompt_file is None and axes is None else 1)
     for number, line in enumerate(lines):
-        request = _request(options, line, native)
+        size = _size(options, line)
+        request = _request(options, line, size, native or _ANY_SIZE)
         first = what.seed + number * count if line.seed is None else line.seed
         if axes is not None:
             found.shots += _cells(options, request, first, axes, folders, found.notes)
-            continue
-        request = _with_adapters(options, request, folders, found.notes)
-        for seed in range(first, first + count):
-            name = [what.output.stem]
-            name += [f"{number:02d}"] if what.prompt_file is not None else []
-            name += [str(seed)] if len(lines) * count > 1 else []
-            file = what.output.with_name(f"{'_'.join(name)}.png")
-            found.shots.append(Shot(options.base.pretrained_model_name_or_path, request, seed, file))
+        else:
+            request = _with_adapters(options, request, folders, found.notes)
+            base = options.base.pretrained_model_name_or_path
+            found.shots += [
+                Shot(base, request, seed, _file(options, None if len(lines) * count == 1 else (number, seed)))
+                for seed in range(first, first + count)
+            ]
+        found.sizes += [size] * (len(found.shots) - len(found.sizes))
     found.notes = list(dict.fromkeys(found.notes))
     return found
+
+
+def _file(options: GenerateOptions, place: tuple[int, int] | None) -> Path:
+    """Of a picture of several, at (line, seed); a lone one is the output itself."""
+    if place is None:
+        return options.what.output
+    number, seed = place
+    words = [options.what.output.stem, *([f"{number:02d}"] if options.what.prompt_file is not None else []), str(seed)]
+    return options.what.output.with_name(f"{'_'.join(words)}.png")
 
 
 def _axes(options: GenerateOptions) -> tuple[Axis, Axis | None] | None:
@@ -126,29 +138,19 @@ def _cell_shot(
     )
 
 
-def _request(options: GenerateOptions, line: PromptLine, native: int | None) -> Request:
+def _request(options: GenerateOptions, line: PromptLine, size: tuple[int | None, int | None], native: int) -> Request:
     """A line's request but for its adapters."""
-    sampling, passes = options.sampling, options.passes
-    width, height = _size(options, line, native or _ANY_SIZE)
+    passes = options.passes
+    width, height = (side or native // _SIZE_STEP * _SIZE_STEP for side in size)
     hires = None
     if passes.hires_scale is not None:
         hires = Hires(passes.hires_scale, passes.hires_upscaler, passes.hires_steps, passes.hires_denoising_strength)
-    request = Request(
-        line.prompt,
-        line.negative_prompt or options.what.negative_prompt,
-        steps=sampling.steps if line.sample_steps is None else line.sample_steps,
-        cfg_scale=sampling.cfg_scale if line.scale is None else line.scale,
-        width=width,
-        height=height,
-        sampler=line.sample_sampler or sampling.sampler,
-        schedule=sampling.schedule if line.sample_sampler is None else None,
-        clip_skip=sampling.clip_skip or 1,
+    request = replace(
+        request_of(line, options.sampling, width=width, height=height, negative_prompt=options.what.negative_prompt),
         hires=hires,
         init_image=passes.init_image,
         denoising_strength=passes.denoising_strength,
         refiner_switch_at=None if options.base.refiner is None else options.base.refiner_switch_at,
-        dialect=sampling.prompt_syntax,
-        emphasis=sampling.emphasis,
     )
     _check(request)
     return request
@@ -167,10 +169,10 @@ def _with_adapters(
 ) -> Request:
     """The request with those its prompt and --lora ask for. weight: of all of --lora, instead of their own."""
     given = {path: own if weight is None else weight for path, own in map(split_weight, options.base.lora)}
-    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-        if note := unbalanced_brackets(cut_out_networks(text)[0]):
-            notes.append(note.replace("of the prompt", f"of the {name.replace('_', ' ')}"))
-    if request.cfg_scale <= 1 and request.negative_prompt:
+    for text, is_negative in ((request.prompt, False), (request.negative_prompt, True)):
+        if note := unbalanced_brackets(cut_out_networks(text)[0], negative=is_negative):
+            notes.append(note)
+    if request.negative_prompt and not request.is_guided:
         notes.append("The negative prompt has no effect without guidance (cfg_scale 1).")
     if tags := cut_out_networks(request.negative_prompt)[1]:
         notes.append(f"{', '.join(map(str, tags))} of the negative prompt left out: adapters act on the whole picture.")
@@ -181,15 +183,15 @@ def _folders(options: GenerateOptions) -> Sequence[Path]:
     return options.base.lora_dir or ([OUTPUTS] if OUTPUTS.is_dir() else [])
 
 
-def _size(options: GenerateOptions, line: PromptLine, native: int) -> tuple[int, int]:
-    """What the line says, else the options, else the picture to begin with, else the base."""
-    width, height = native, native
+def _size(options: GenerateOptions, line: PromptLine) -> tuple[int | None, int | None]:
+    """What the line says, else the options, else the picture to begin with."""
+    width, height = line.width or options.what.width, line.height or options.what.height
     if options.passes.init_image is not None:
-        width, height = picture_size(options.passes.init_image)
-    return (
-        line.width or options.what.width or width // _SIZE_STEP * _SIZE_STEP,
-        line.height or options.what.height or height // _SIZE_STEP * _SIZE_STEP,
-    )
+        begin = picture_size(options.passes.init_image)
+        width, height = (
+            side or own // _SIZE_STEP * _SIZE_STEP for side, own in zip((width, height), begin, strict=True)
+        )
+    return width, height
 
 
 def picture_size(path: Path) -> tuple[int, int]:

@@ -14,15 +14,19 @@ from PIL import Image
 from library.errors import UserError
 from library.inference.infotext import Infotext, lora_hash, model_hash, model_title
 from library.inference.model import DrawingModel, load_model
-from library.inference.pictures import model_name, picture_info
-from library.inference.refiner import load_refiner
+from library.inference.pictures import model_name, picture_info, vae_name
+from library.inference.refiner import load_refiner, locate_refiner
 from library.inference.request import LoraUse, Request
 from library.inference.shots import Shot
 from library.inference.text_to_image import draw
+from library.merging.merge import place
 from library.merging.source import Source, read_source
+from library.merging.strength import Strength
+from library.models.checkpoint import open_checkpoint
+from library.models.family import family_of, native_side
 from library.models.locate import locate_base
 from networks.adapters import Adapter
-from networks.original_names import SDXL
+from networks.original_names import SDXL, VAE
 
 
 @dataclass
@@ -62,11 +66,31 @@ class Studio:
         self._loaded = base, found
         return found
 
-    def draw(self, shots: Sequence[Shot], batch_size: int = 1) -> Iterator[tuple[list[Shot], list[Image.Image]]]:
-        """Batches as they are drawn, in the order of the list.
+    def check(self, shots: Sequence[Shot]) -> dict[str, int]:
+        """The side in pixels that each base was trained at. Bases on the hub are fetched; headers are read, and pickles.
 
-        Raises UserError before the first picture where an adapter does not fit the first base.
+        Raises UserError for a base, an autoencoder or a refiner that is not there, and where a base does not go with the refiner
+        or with an adapter of its pictures.
         """
+        bases = {base: locate_base(base) for base in dict.fromkeys(shot.base for shot in shots)}
+        if self.vae is not None:
+            family_of(locate_base(self.vae, ("vae",)))
+        for base, location in bases.items():
+            family = family_of(location)
+            if self.refiner is not None:
+                locate_refiner(self.refiner, family)
+            paths = dict.fromkeys(use.path for shot in shots if shot.base == base for use in shot.request.loras)
+            shapes = open_checkpoint(location, without=(VAE,)).shapes if paths else {}
+            for path in paths:
+                adapter = self._adapter(path)
+                try:
+                    place([(adapter, Strength())], shapes, family)
+                except UserError as error:
+                    raise UserError(f"{path} is not for {base}: {error}") from None
+        return {base: native_side(location) for base, location in bases.items()}
+
+    def draw(self, shots: Sequence[Shot], batch_size: int = 1) -> Iterator[tuple[list[Shot], list[Image.Image]]]:
+        """Batches as they are drawn, in the order of the list; `check` them before."""
         for base, of_base in groupby(shots, key=lambda shot: shot.base):
             own = list(of_base)
             model = self.model(base)
@@ -94,6 +118,7 @@ class Studio:
             model_hash=self._model_hash(shot.base),
             lora_hashes={use.weights.name: self._hash(use) for use in shot.request.loras},
             refiner=refiner,
+            vae=None if self.vae is None else vae_name(self.vae),
         )
 
     def _drawn(self, model: DrawingModel, request: Request, seeds: Sequence[int]) -> list[Image.Image]:
@@ -103,8 +128,6 @@ class Studio:
 
     def _prepare(self, model: DrawingModel, shots: Sequence[Shot]) -> None:
         requests = list(dict.fromkeys(shot.request for shot in shots))
-        paths = dict.fromkeys(use.path for request in requests for use in request.loras)
-        model.folded.check([self._adapter(path) for path in paths])
         if self.refiner is not None and (self._refiner is None or self._refiner.family != model.family):
             self._refiner = load_refiner(self.refiner, model, dtype=self.dtype, device=self.device)
         model.folded.keeps_originals = adapters_change(requests)

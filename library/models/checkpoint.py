@@ -5,7 +5,7 @@ No model is built and nothing is read but headers, so that merging and extractin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -85,13 +85,16 @@ class Checkpoint:
         )
 
 
-def open_checkpoint(location: BaseLocation) -> Checkpoint:
-    """Look into a base. Raises UserError for what is no checkpoint of SD1.x or SDXL, or not whole."""
+def open_checkpoint(location: BaseLocation, *, without: Collection[str] = ()) -> Checkpoint:
+    """Look into a base. without: components that are not asked for, and need not be there.
+
+    Raises UserError for what is no checkpoint of SD1.x or SDXL, or not whole.
+    """
     family = family_of(location)
     if location.is_file:
-        return _open_single_file(location, family)
+        return _open_single_file(location, family, without)
     tensors, counts = {}, {}
-    for component in family.original:
+    for component in (one for one in family.original if one not in without):
         files = [_open(path) for path in weight_files(location.path, component)]
         found = {name: stored for file in files for name, stored in file.tensors.items()}
         _refuse([name for name in found if _is_leftover(name)], len(found), files[0].path, family)
@@ -121,7 +124,7 @@ def _stored(component: str, key: str, stored: Range) -> StoredTensor:
     return StoredTensor(stored, stored.shape)
 
 
-def _open_single_file(location: BaseLocation, family: Family) -> Checkpoint:
+def _open_single_file(location: BaseLocation, family: Family, without: Collection[str]) -> Checkpoint:
     file = TensorFile(location.path)
     tensors: dict[str, dict[str, StoredTensor]] = {component: {} for component in family.original}
     counts = dict.fromkeys(family.original, 0)
@@ -142,7 +145,7 @@ def _open_single_file(location: BaseLocation, family: Family) -> Checkpoint:
         (others if harmless else strangers).append(name)
     _refuse(strangers, len(file.tensors), location.path, family)
     for component, named in tensors.items():
-        if not named:
+        if not named and component not in without:
             raise UserError(
                 f"{location.path} has no {component}: none of its {len(file.tensors)} tensors begins with "
                 f"{family.original[component]}. A complete {family.title} checkpoint or a diffusers folder is needed."

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +12,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from library.errors import UserError
-from library.files import remembered_hash
 from library.models.dinov2 import Dinov2, register_count
-from library.models.locate import BaseLocation, weight_files
+from library.models.fingerprint import weight_fingerprint as weight_fingerprint
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -207,16 +204,6 @@ def quantize_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_tokens(values: Tensor, scale: Tensor) -> Tensor:
     """Inverse of `quantize_tokens`: float32 [..., N, D]."""
     return values.float() * scale.float().unsqueeze(-1)
-
-
-def weight_fingerprint(location: BaseLocation, component: str, memory: Path | str) -> str:
-    """SHA-256 (hex) of a component's weight file, looked up in the JSON file `memory` while the file is unchanged.
-
-    Of a single file: that file. Of shards: of their hashes in order.
-    """
-    files = [location.path] if location.is_file else weight_files(location.path, component)
-    hashes = [remembered_hash(file, memory) for file in files]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _require_uint8(pixels: Tensor) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 from library.errors import UserError
 from library.files import read_json
+from library.models.configs import configs_of
 from library.models.header import read_shapes
 from library.models.locate import BaseLocation
 from networks.original_names import SD15, SDXL, TEXT_ENCODER_2, UNET, Family
 
 _UNET = SD15.original[UNET]
+_VAE_FACTOR = 8  # pixels to a latent
 
 # What other files look like: a tensor name, or the beginning of one, that only they have.
 _OTHER_FILES = (
@@ -51,6 +53,13 @@ def require_family(found: Family | str, allowed: Collection[Family], where: str)
     looks = found.title if isinstance(found, Family) else found
     needed = " or ".join(family.title for family in allowed)
     raise UserError(f"{where} looks like {looks}. An {needed} base model is needed here.")
+
+
+def native_side(location: BaseLocation) -> int:
+    """Side in pixels that a base was trained at, from its configuration alone."""
+    if location.is_file:
+        return int(configs_of(family_of(location)).unet["sample_size"]) * _VAE_FACTOR
+    return int(read_json(location.path / "unet" / "config.json").get("sample_size", 64)) * _VAE_FACTOR
 
 
 def _family_of_file(path: Path) -> Family | str:

@@ -24,6 +24,8 @@ TINY_DINOV2 = "tiny-dinov2"
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SDXL_COMPONENTS = (*COMPONENTS, "text_encoder_2", "tokenizer_2")
+REFINER_COMPONENTS = ("unet", "text_encoder_2", "tokenizer_2", "scheduler")
+"""Of SDXL's refiner, whose pictures the base's autoencoder decodes."""
 TINY_BASES = (SHAPES, TINY_SD15, TINY_SDXL)
 TINY_TEACHERS = (SHAPES_DINOV2, TINY_DINOV2)
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -95,6 +97,12 @@ def base_status(name: str, components: Sequence[str] | None = None) -> str | Non
     return None if there else _absent(name, SHAPES)
 
 
+def refiner_status(name: str) -> str | None:
+    """`base_status` for what can be a refiner: a base, or SDXL's refiner."""
+    missing = base_status(name)
+    return missing and base_status(name, REFINER_COMPONENTS) and missing
+
+
 def dino_status(name: str) -> str | None:
     """`base_status` for the names that `locate_dino` takes."""
     try:
@@ -102,6 +110,16 @@ def dino_status(name: str) -> str | None:
     except UserError as error:
         return str(error)
     return None if there else _absent(name, SHAPES_DINOV2)
+
+
+def clip_status(name: str) -> str | None:
+    """`base_status` for a CLIPModel of transformers: `tiny-shapes-clip`, a folder, or a hub id."""
+    if name == SHAPES_CLIP or (Path(name).expanduser() / "config.json").is_file():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    is_cached = _is_hub_id(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
+    return None if is_cached else _absent(name, SHAPES_CLIP)
 
 
 def weight_files(folder: Path, component: str) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from library.errors import UserError
 
 
@@ -25,6 +27,10 @@ def positive(option: str, value: float | None) -> None:
 
 def not_negative(option: str, value: float | None) -> None:
     require(value is None or value >= 0, option, f"must not be negative, got {value}.")
+
+
+def finite(option: str, value: float | None) -> None:
+    require(value is None or math.isfinite(value), option, f"must be a finite number, got {value}.")
 
 
 def share(option: str, value: float | None) -> None:

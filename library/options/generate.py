@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from library.options.checks import positive, require
+from library.options.checks import finite, positive, require
 from library.options.model import ModelOptions
 from library.options.precision import Precision
 
@@ -34,7 +35,7 @@ class WhatOptions:
     batch_size: int = 1
     """Pictures drawn at once. A picture is the same in every batch."""
     output: Path = Path("outputs/generated.png")
-    """PNG to write. Of several pictures it is the grid, and each picture stands beside it with its seed in the name."""
+    """PNG to write. Of several pictures, or with axes, it is the sheet, and each picture stands beside it under a longer name."""
 
     def __post_init__(self) -> None:
         require(
@@ -89,8 +90,10 @@ class BaseOptions:
 
     def __post_init__(self) -> None:
         require(bool(self.pretrained_model_name_or_path), "pretrained_model_name_or_path", "is empty.")
-        paths = [split_weight(text)[0] for text in self.lora]
-        for place, path in enumerate(paths):
+        given = [split_weight(text) for text in self.lora]
+        paths = [path for path, _ in given]
+        for place, (path, weight) in enumerate(given):
+            require(math.isfinite(weight), "lora", f"{path} wants a finite number as its weight, got {weight}.")
             require(path.exists(), "lora", f"{path} does not exist.")
             require(path not in paths[:place], "lora", f"{path} is given twice; give it once with the weight you mean.")
         for folder in self.lora_dir:
@@ -127,6 +130,7 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}.")
+        finite("cfg_scale", self.cfg_scale)
         require(self.cfg_scale >= 1, "cfg_scale", f"must be at least 1, which is no guidance, got {self.cfg_scale}.")
         positive("clip_skip", self.clip_skip)
 

@@ -12,9 +12,13 @@ from library.options.dialect import Alias, Dialect
 from library.search.jobs import ObjectiveName, Script
 from library.search.recipe import SdxlOptions
 from library.search.samplers import SamplerName
+from library.search.storage import require_form
+from library.search.study import CONFIRMING
 
 DIALECT = Dialect(config_option="study_config", aliases={"pretrained_model_name_or_path": Alias("base_model")})
 
+N_TRIALS = 50
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu")
 SMALL_STUDY = 20
 """Trials below which no more than a quarter of them is trained again."""
 
@@ -37,7 +41,15 @@ class PlaceOptions:
             "study_name",
             f"must be letters, digits, dots, dashes and underscores, got {self.study_name!r}.",
         )
+        of = self.study_name.removesuffix(CONFIRMING)
+        require(
+            of == self.study_name,
+            "study_name",
+            f"must not end with {CONFIRMING}, got {self.study_name!r}: under that name {of} trains its best again. Name {of}.",
+        )
         require(self.storage != "", "storage", "is empty. Leave it out for study.db in output_dir.")
+        if self.storage is not None:
+            require_form(self.storage)
 
     @property
     def folder(self) -> Path:
@@ -65,6 +77,13 @@ class TrainedOptions:
     device: str | None = None
     """Device to train on, as torch names it (cuda, cuda:1, cpu). Default: what accelerate finds."""
 
+    def __post_init__(self) -> None:
+        require(
+            self.device is None or bool(re.fullmatch(rf"({'|'.join(DEVICES)})(:\d+)?", self.device)),
+            "device",
+            f"must be one of {', '.join(DEVICES)}, or one of several such as cuda:1, got {self.device!r}.",
+        )
+
 
 @dataclass(frozen=True)
 class SearchOptions:
@@ -72,8 +91,9 @@ class SearchOptions:
 
     space: str | None = None
     """Search space: a TOML file, or the name of one in search_spaces/. Default: the script's own, see docs/optimize.md."""
-    n_trials: int = 50
-    """Trials of the whole study, with those of earlier runs and of other machines."""
+    n_trials: int | None = None
+    """Trials of the whole study, with those of earlier runs and of other machines. Default: 50, and 15 on SDXL after a study
+    on SD1.5."""
     workers: int = 1
     """Trials trained at once on this machine, each on a GPU of its own."""
     sampler: SamplerName = "auto"
@@ -92,16 +112,18 @@ class SearchOptions:
     stop_on_convergence: bool = False
     """End the search when nothing better has been found for long. Without, that is only said."""
     keep: int = 10
-    """Adapters of so many of the best trials stay on the disk."""
+    """Adapters of so many of the best trials stay on the disk, with those of their trainings with new seeds."""
     seed: int = 42
     """Of the sampler, and of every training, so that trials differ by their parameters alone."""
     pick: int | None = None
     """Make this trial the study's choice, whatever the objective says, and write best_params.json, report and export anew."""
 
     def __post_init__(self) -> None:
-        require(self.n_trials > 0, "n_trials", f"must be at least 1, got {self.n_trials}.")
+        require(self.n_trials is None or self.n_trials > 0, "n_trials", f"must be at least 1, got {self.n_trials}.")
         require(self.workers > 0, "workers", f"must be at least 1, got {self.workers}.")
         require(self.keep > 0, "keep", f"must be at least 1, got {self.keep}.")
+        # The best are trained again with the seeds that follow.
+        require(0 <= self.seed < 2**32, "seed", f"must be a whole number from 0 to 2^32 - 1, got {self.seed}.")
         require(
             self.confirm is None or self.confirm >= 0,
             "confirm",
@@ -113,12 +135,11 @@ class SearchOptions:
             "are settings of the objective image; the loss has none.",
         )
 
-    @property
-    def confirmed(self) -> int:
-        """How many of the best are trained again."""
+    def confirmed(self, n_trials: int) -> int:
+        """How many of the best are trained again, in a study of so many trials."""
         if self.confirm is not None:
             return self.confirm
-        return 5 if self.n_trials >= SMALL_STUDY else min(5, max(2, self.n_trials // 4))
+        return 5 if n_trials >= SMALL_STUDY else min(5, max(2, n_trials // 4))
 
 
 @dataclass(frozen=True)

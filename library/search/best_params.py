@@ -72,6 +72,8 @@ class RateReference:
     """Pictures per optimizer step: batch x accumulation x processes."""
     steps: int
     """Optimizer steps of the whole run."""
+    batch: int | None = None
+    """Pictures of a batch, where the study's dataset file says it; None where train_batch_size does."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ class BestParams:
         train_config: every option of that trial's training that has a value, flat, under the script's names.
         confirmed: None where nothing was trained again.
         search_space: hash of the space.
+        is_winner: whether it is better than the default configuration beyond the noise, or a person picked it; None in files
+            of versions that did not say.
+        verdict: what may be said of it, in words.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -117,7 +122,18 @@ class BestParams:
     confirmed: Confirmed | None = None
     top5: tuple[Candidate, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    is_winner: bool | None = None
+    verdict: str = ""
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def origin(self) -> str:
+        """In words. Trial 0 is a file of parameters that came from no study."""
+        return f"trial {self.trial} of the study {self.study}" if self.trial else self.study
+
+    @property
+    def config_origin(self) -> str:
+        return f"train_config of the study {self.study}" if self.trial else self.study
 
 
 _ADAPTER = TypeAdapter(BestParams)

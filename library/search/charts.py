@@ -14,7 +14,7 @@ from library.quiet import let_scikit_learn_in
 from library.report.template import COLOURS
 from library.search.jobs import SLOTS
 from library.search.noise import SIGMAS, Verdict
-from library.search.values import FAILURE, IMPUTED, is_real, value_of
+from library.search.values import FAILURE, IMPUTED, breaks, is_real, may_win, value_of
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = COLOURS
 LEAST_FOR_IMPORTANCE = 6
@@ -25,7 +25,8 @@ def history(trials: Sequence[FrozenTrial], verdict: Verdict) -> go.Figure:
     """Values over trials, the best so far, and the band of the default configuration's noise."""
     figure = go.Figure()
     kinds: tuple[tuple[str, Any, str, str], ...] = (
-        ("to the end", is_real, BLUE, "circle"),
+        ("to the end", may_win, BLUE, "circle"),
+        ("follows prompts less", lambda one: is_real(one) and breaks(one), PINK, "diamond-open"),
         ("pruned (predicted)", lambda one: IMPUTED in one.user_attrs, GREY, "circle-open"),
         ("diverged (penalty)", lambda one: FAILURE in one.user_attrs, RED, "x"),
     )
@@ -42,7 +43,7 @@ def history(trials: Sequence[FrozenTrial], verdict: Verdict) -> go.Figure:
                 text=[_hover(one) for one in some],
                 hovertemplate="trial %{x}: %{y:.4f}<br>%{text}<extra></extra>",
             )
-    real = sorted(filter(is_real, ended), key=lambda one: one.number)
+    real = sorted(filter(may_win, ended), key=lambda one: one.number)
     best = [min(value_of(one) for one in real[: place + 1]) for place in range(len(real))]
     figure.add_scatter(
         x=[one.number + 1 for one in real],

@@ -18,7 +18,8 @@ from optuna.trial import TrialState
 from library.files import write_text
 from library.search.ledger import WITHDRAWN, Ledger
 from library.search.space import Space
-from library.search.values import FAILURE, IMPORTED, best_of, is_real, value_of
+from library.search.storage import insisting
+from library.search.values import FAILURE, IMPORTED, best_of, by_end, may_win, value_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -40,13 +41,8 @@ class Alert:
 
 def alerts(trials: Iterable[FrozenTrial], space: Space, n_trials: int) -> list[Alert]:
     """All that holds of a study now."""
-    ended = sorted(
-        (
-            trial
-            for trial in trials
-            if trial.state.is_finished() and not trial.user_attrs.keys() & {IMPORTED, WITHDRAWN}
-        ),
-        key=lambda trial: trial.datetime_complete or datetime.min,
+    ended = by_end(
+        trial for trial in trials if trial.state.is_finished() and not trial.user_attrs.keys() & {IMPORTED, WITHDRAWN}
     )
     done = [trial for trial in ended if trial.state != TrialState.FAIL]
     found = [*_rest(done, n_trials), *_failures(ended)]
@@ -92,7 +88,7 @@ def _failures(ended: list[FrozenTrial]) -> list[Alert]:
 
 
 def _agreement(done: list[FrozenTrial], space: Space) -> list[Alert]:
-    best = sorted(filter(is_real, done), key=value_of)[:5]
+    best = sorted(filter(may_win, done), key=value_of)[:5]
     if len(best) < 5 or len(done) < CONVERGED_LEAST:
         return []
     found = []
@@ -104,16 +100,19 @@ def _agreement(done: list[FrozenTrial], space: Space) -> list[Alert]:
 
 
 def announce(ledger: Ledger, folder: Path) -> list[Alert]:
-    """Write what is new into CONVERGENCE_ALERT.txt and the study; returns it. A level is announced once in a study's life."""
+    """Write what is new into CONVERGENCE_ALERT.txt and the study; returns it. A level is announced once in a study's life.
+
+    Of two parents that announce at the same moment one may undo what the other did, and the next look makes it good.
+    """
     known: dict[str, Any] = dict(ledger.study.user_attrs.get(ALERTS, {}))
     new = [one for one in alerts(ledger.trials(), ledger.space, ledger.n_trials) if one.level not in known]
-    if not new:
-        return []
     for one in new:
         known[one.level] = {"at": datetime.now().isoformat(sep=" ", timespec="seconds"), "words": one.words}
-    # The file first: a level that is in the study and not in the file would never get there.
-    write_text(folder / ALERT_FILE, alert_text(known))
-    ledger.study.set_user_attr(ALERTS, known)
+    file = folder / ALERT_FILE
+    if known and (not file.is_file() or file.read_text(encoding="utf-8") != alert_text(known)):
+        write_text(file, alert_text(known))
+    if new:
+        insisting(lambda: ledger.study.set_user_attr(ALERTS, known))
     return new
 
 
@@ -122,4 +121,5 @@ def alert_text(known: dict[str, Any]) -> str:
 
 
 def has_converged(ledger: Ledger) -> bool:
-    return CONVERGED in ledger.study.user_attrs.get(ALERTS, {})
+    """Whether a study is at rest now, whatever was said of it before a better trial or with a smaller budget."""
+    return any(one.level == CONVERGED for one in alerts(ledger.trials(), ledger.space, ledger.n_trials))

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 from library.errors import RunFailed, UserError
 from library.files import write_json
 from library.options.checks import positive, require
-from library.search.adapters import attach_sheet, keep_best_adapters
+from library.search.adapters import keep_best_adapters
+from library.search.artifacts import attach_pictures
+from library.search.constraints import constraints_measured
 from library.search.convergence import announce, has_converged
+from library.search.endings import FailuresInARow, ending_words
 from library.search.interrupts import Interrupts
 from library.search.jobs import Begun, Job, Outcome, Slot
 from library.search.jobs import Progress as JobProgress
 from library.search.leases import RENEW_AFTER, STALE_AFTER, Heartbeat
-from library.search.ledger import Ledger, Running
-from library.search.memory import with_half_batch
+from library.search.ledger import RETRY_OF, Ledger, Running
+from library.search.memory import halving_in_words, with_half_batch
 from library.search.noise import (
     CONFIRMED,
     NEW_SEEDS,
@@ -29,15 +32,17 @@ from library.search.noise import (
     enqueue_confirmations,
     enqueue_initial,
     judge,
+    most_confirmations,
     top,
 )
 from library.search.outcomes import OUTCOME_FILE
-from library.search.progress import StudyLog, progress
+from library.search.progress import StudyLog, change_budget, progress, set_budget
 from library.search.record import Facts, write_best
 from library.search.samplers import SamplerName, choose_sampler
 from library.search.space import Value
 from library.search.storage import is_storage_failure, storage_failed
-from library.search.study import Terms, open_study
+from library.search.study import CONFIRMING, Terms, open_study
+from library.search.values import counts
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -74,7 +79,7 @@ class StudyPlan:
         n_trials: of the whole study, with those of earlier and other parents.
         initial: points of the space to try right after the default configuration.
         confirm: so many of the best are trained again with `new_seeds` seeds each; 0 for none.
-        keep: adapters of so many of the best trials stay on the disk.
+        keep: adapters of so many of the best trials stay on the disk; until the end also those that are trained again.
     """
 
     name: str
@@ -122,9 +127,12 @@ class Driver:
         self.interrupts = Interrupts(self.say, self._halt)
         self._trainers: dict[int, Trainer] = {}
         self._fatal: BaseException | None = None
-        self._failures = 0
+        self._failures = FailuresInARow()
+        self._more = most_confirmations(plan.n_trials, plan.confirm, plan.new_seeds)
+        self._after = threading.Lock()
+        """Held by the worker that sees to what follows a trial: one file, one writer."""
         self._rest = threading.Event()
-        """Set where no worker is to begin anything: the study converged, or something is beyond repair."""
+        """Set where no worker is to begin anything: something is beyond repair."""
 
     def run(self) -> Result:
         """Run the study to its end, or until it is interrupted. To resume, run it again.
@@ -136,6 +144,7 @@ class Driver:
         try:
             ledger = self._open(plan.name)
             with self.interrupts.listening():
+                set_budget(ledger.study, plan.n_trials, plan.workers, self._more)
                 enqueue_baselines(ledger)
                 enqueue_initial(ledger, plan.initial)
                 self._work(ledger)
@@ -171,38 +180,47 @@ class Driver:
             creates=not confirming,
             stale_after=plan.stale_after,
             say=self.say,
+            constraints=constraints_measured(plan.terms),
         )
 
     def _confirm(self, ledger: Ledger) -> list[FrozenTrial]:
         """Train the best again with new seeds, together with all other parents; their trials."""
         plan = self.plan
-        if plan.confirm == 0 or self.interrupts.is_asked or not (ledger.is_done() or has_converged(ledger)):
+        if plan.confirm == 0 or self.interrupts.is_asked:
             return []
-        again = self._open(f"{plan.name}-confirm", confirming=True)
+        again = self._open(f"{plan.name}{CONFIRMING}", confirming=True)
         count = enqueue_confirmations(again, top(ledger.trials(), plan.confirm), plan.new_seeds)
         self.say(f"the best are trained again with {plan.new_seeds} new seeds: {count} trainings")
-        self._rest.clear()
+        self._more = 0
+        change_budget(ledger.study, plan.n_trials, more=0)  # they can be counted from now on
         self._work(again)
         return again.trials()
 
     def _conclude(self, ledger: Ledger, confirmed: list[FrozenTrial]) -> Result:
         trials = ledger.trials()
         verdict = self._record(ledger, confirmed)
+        if not self.interrupts.is_asked:
+            change_budget(ledger.study, self.plan.n_trials, more=0, ended=True)
         self.say(verdict.words)
         done = progress(trials, ledger.n_trials).done
         return Result(verdict, done, self.interrupts.is_asked)
 
     def _record(self, ledger: Ledger, confirmed: list[FrozenTrial]) -> Verdict:
-        trials = ledger.trials()
+        plan, trials = self.plan, ledger.trials()
         verdict = judge(trials, confirmed, ledger.study.user_attrs.get(PICKED))
-        if self.plan.facts is not None:
-            write_best(self.plan.output_dir, self.plan.name, self.plan.terms, self.plan.facts, verdict, trials)
+        if plan.facts is not None:
+            write_best(plan.output_dir, plan.name, plan.terms, plan.facts, verdict, trials)
+        # Before the verdict is known any of those that are trained again may win.
+        is_final = plan.confirm == 0 or bool(confirmed and not self.interrupts.is_asked)
+        keep = plan.keep if is_final else max(plan.keep, plan.confirm)
+        keep_best_adapters(plan.output_dir, trials, verdict, keep, confirmed, is_final=is_final)
         return verdict
 
     # Workers.
 
     def _work(self, ledger: Ledger) -> None:
-        """Let all workers work until there is nothing left to begin."""
+        """Let all workers work until there is nothing left to do."""
+        self._failures = FailuresInARow()
         heartbeat = Heartbeat(ledger.renew, self.plan.renew_after)
         threads = [
             threading.Thread(
@@ -229,9 +247,10 @@ class Driver:
     def _worker(self, ledger: Ledger, heartbeat: Heartbeat, number: int) -> None:
         try:
             while not (self.interrupts.is_asked or self._rest.is_set()):
-                running = ledger.ask(number)
+                at_rest = self._is_at_rest(ledger)
+                running = None if at_rest else ledger.ask(number)
                 if running is None:
-                    if ledger.is_done():
+                    if ledger.is_done() or (at_rest and not ledger.is_anyone_at_work()):
                         return
                     self._rest.wait(self.plan.poll)
                     continue
@@ -246,6 +265,10 @@ class Driver:
         finally:
             self._replace(number)
 
+    def _is_at_rest(self, ledger: Ledger) -> bool:
+        """Whether to begin nothing more; a trial under way may yet be better, and then it goes on."""
+        return self.plan.stop_on_convergence and ledger.creates and has_converged(ledger)
+
     def _train(self, ledger: Ledger, running: Running, number: int) -> Outcome:
         """Train one trial, with half the batch where it does not fit; whatever goes wrong becomes an Outcome."""
         folder = ledger.folder(running.number)
@@ -254,7 +277,8 @@ class Driver:
             outcome = self._run(ledger, running, number, options)
             smaller = with_half_batch(options, self.plan.terms.script, folder) if outcome.ending == "memory" else None
             if smaller is not None and not self.interrupts.is_asked:
-                self.say(f"trial {running.number}: out of memory; again with half the batch and twice the accumulation")
+                words = halving_in_words(options, self.plan.terms.script)
+                self.say(f"trial {running.number}: out of memory; again with {words}")
                 ledger.study._storage.set_trial_user_attr(running.trial._trial_id, "half_batch", True)
                 outcome = self._run(ledger, running, number, smaller)
             return outcome
@@ -316,43 +340,36 @@ class Driver:
         return outcome
 
     def _settle(self, ledger: Ledger, running: Running, outcome: Outcome) -> None:
-        attach_sheet(running, ledger, self.plan.output_dir)
+        attach_pictures(running, outcome, ledger.folder(running.number), self.plan.output_dir, self.say)
         trial = ledger.settle(running, outcome)
         if trial is None:
             self.say(
                 f"trial {running.number}: its lease was lost, others go on with it; what came of it here is left out"
             )
             return
-        self.say(f"trial {running.number}: {_ending(trial, outcome)}")
-        self._failures = self._failures + 1 if outcome.ending == "failed" else 0
+        self.say(f"trial {running.number}: {ending_words(trial, outcome)}")
         if outcome.ending == "refused":
             self._end(UserError(f"Trial {running.number} cannot be trained, and no other would be: {outcome.message}"))
-        elif self._failures >= FAILURES_IN_A_ROW:
-            self._end(
-                RunFailed(
-                    f"{self._failures} trainings in a row failed, through no fault of their parameters; the last one: "
-                    f"{outcome.message or 'no reason was given'} See {ledger.folder(running.number)}/logs and "
-                    f"{self.plan.output_dir}/optimization.log. Run the same command again to go on."
-                )
-            )
-        if ledger.creates:
-            self._look(ledger)
+        with self._after:
+            self._failures.add(running.number, outcome, running.attrs.get(RETRY_OF))
+            if self._failures.count >= FAILURES_IN_A_ROW:
+                logs = f"{ledger.folder(running.number)}/logs and {self.plan.output_dir}/optimization.log"
+                self._end(RunFailed(f"{self._failures.words()} See {logs}. Run the same command again to go on."))
+            if ledger.creates:
+                self._look(ledger)
 
     def _look(self, ledger: Ledger) -> None:
         """What the study's owner should see after each trial."""
         for alert in announce(ledger, self.plan.output_dir):
             self.say(f"{alert.level}: {alert.words}")
-        if self.plan.stop_on_convergence and has_converged(ledger):
-            self._rest.set()
         self._record(ledger, [])
-        keep_best_adapters(ledger.trials(), self.plan.output_dir, self.plan.keep)
         self._status(ledger)
 
     def _status(self, ledger: Ledger) -> None:
         rate = sum(running.images_per_second for running in tuple(ledger.active.values()))
-        more = self.plan.confirm * self.plan.new_seeds if ledger.creates else 0
-        total = ledger.n_trials if ledger.creates else len(ledger.trials())
-        self.say(progress(ledger.trials(), total, self.plan.workers, more).line(rate))
+        trials = ledger.trials()
+        total = ledger.n_trials if ledger.creates else sum(map(counts, trials))
+        self.say(progress(trials, total, self.plan.workers, self._more).line(rate))
 
     # Ends.
 
@@ -370,15 +387,3 @@ class Driver:
         trainer = self._trainers.pop(number, None)
         if trainer is not None:
             trainer.close()
-
-
-def _ending(trial: FrozenTrial, outcome: Outcome) -> str:
-    attrs, value = trial.user_attrs, trial.value
-    if "failure" in attrs:
-        return f"{attrs['failure']}, told as {value:.4f}. {outcome.message}".strip()
-    if "pruned_at" in attrs and outcome.ending == "stopped":
-        return f"pruned after slot {attrs['pruned_at']} of 10 at {attrs['observed']:.4f}"
-    if value is None:
-        again = " It is going to be tried again." if "again" in attrs else " It is given up."
-        return f"{outcome.ending}. {outcome.message}{again}"
-    return f"value {value:.4f} at slot {attrs.get('best_slot')} of 10, {outcome.seconds:.0f} s"

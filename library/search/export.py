@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from library.errors import UserError
-from library.files import write_text
+from library.files import read_json, write_json, write_text
 from library.options.toml_file import PROJECT_ROOT
 from library.search.best_params import BestParams
-from library.search.exported_files import config_text, dataset_text, options_of, read_back, script_text
+from library.search.exported_files import config_text, dataset_text, options_of, read_back, script_text, with_same_ids
+from library.search.held_out import EVALUATION_SEED, share_to_hold_out
 from library.search.recipe import Found, Pictures, Recipe, SdxlOptions
 from library.search.rules import carry, written_options
 
@@ -22,11 +26,34 @@ if TYPE_CHECKING:
     from library.options.network import TrainNetworkOptions
 
 CONFIG, DATASET, SCRIPT = "sdxl_config.toml", "sdxl_dataset.toml", "sdxl_train.sh"
+REQUEST = "sdxl_export.json"
 
-# Held out of few pictures, at most half: a guess. With fewer than FEW, none can be spared.
-_FEW, _SOME = 4, 8
-_SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
+# With fewer pictures, none can be spared: a guess.
+_FEW = 4
 _NATIVE_SD15 = 512
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an export was asked for, kept beside it so that the next one is asked for the same: sdxl_export.json."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    base_model: str
+    dataset_config: str | None = None
+    wishes: SdxlOptions = field(default_factory=SdxlOptions)
+
+
+def last_request(folder: Path) -> Request | None:
+    """Of the export in `folder`; None where there is none. Raises UserError for a file that is damaged."""
+    if not (folder / REQUEST).is_file():
+        return None
+    try:
+        return TypeAdapter(Request).validate_json(json.dumps(read_json(folder / REQUEST)))
+    except ValidationError:
+        raise UserError(
+            f"{folder / REQUEST} is damaged. Delete it, and export anew with the options that you want."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -67,7 +94,8 @@ def export(
 ) -> Exported:
     """Write sdxl_dataset.toml, sdxl_config.toml and sdxl_train.sh into `output_dir`, and return what to run.
 
-    Files of an earlier export are replaced. Both TOML files are read back before they are written.
+    Files of an earlier export are replaced. Both TOML files are read back before they are written. What was asked for is
+    kept in sdxl_export.json (see `last_request`).
 
     Args:
         sdxl_base: a file, a folder, a hub id, or tiny-sdxl.
@@ -84,6 +112,7 @@ def export(
     _require_sdxl(sdxl_base)
     found = find(best, dataset_config)
     recipe = carry(found, wishes or SdxlOptions())
+    recipe = recipe.with_datasets(map(with_same_ids, recipe.datasets))
     options = {
         "pretrained_model_name_or_path": sdxl_base,
         "dataset_config": str(folder / DATASET),
@@ -91,13 +120,15 @@ def export(
         "output_dir": str(train_dir),
         "output_name": output_name,
     }
-    title = f"exported from trial {best.trial} of the study {best.study}"
-    config, dataset = config_text(options, found, title), dataset_text(recipe.datasets, title)
+    title = f"exported from {best.origin}"
+    config, dataset = config_text(options, found, title, best.verdict), dataset_text(recipe.datasets, title)
     read_back(config, dataset, options, recipe.datasets)
     command = shlex.join(_command(folder / CONFIG))
     write_text(folder / DATASET, dataset)
     write_text(folder / CONFIG, config)
     write_text(folder / SCRIPT, script_text(command, title, train_dir))
+    request = Request(sdxl_base, None if dataset_config is None else str(dataset_config), wishes or SdxlOptions())
+    write_json(folder / REQUEST, asdict(request))
     return Exported(
         folder / CONFIG, folder / DATASET, folder / SCRIPT, command, recipe, _changes(found, recipe), recipe.warnings
     )
@@ -108,7 +139,7 @@ def find(best: BestParams, dataset_config: Path | str | None = None) -> Found:
 
     Raises UserError where its options or its data cannot be used any more.
     """
-    options = options_of(best.train_config, dataset_config, f"train_config of the study {best.study}")
+    options = options_of(best.train_config, dataset_config, best.config_origin)
     from library.data.network_data import read_datasets
     from library.data.training_images import collect_images
 
@@ -116,7 +147,7 @@ def find(best: BestParams, dataset_config: Path | str | None = None) -> Found:
     images = [[one for one in collect_images(dataset).images if not one.subset.is_reg] for dataset in datasets]
     areas = [[one.size[0] * one.size[1] for one in of_dataset] for of_dataset in images]
     pictures = tuple(Pictures(len(one), float(median(one)) if one else 0.0) for one in areas)
-    return Found(options, datasets, pictures, best.lr_reference, _validation_share(options, datasets, images))
+    return Found(options, datasets, pictures, best.lr_reference, _validation_share(datasets, images))
 
 
 def _require_transferable(best: BestParams) -> None:
@@ -149,34 +180,25 @@ def _require_sdxl(base: str) -> None:
 
 def _native_side(options: TrainNetworkOptions) -> int:
     """Side in pixels that the study's base was trained at; SD1.5's where the base is not on this machine."""
+    from library.models.family import native_side
     from library.models.locate import base_status, locate_base
-    from library.training.network_plan import native_side
 
     name = options.model.pretrained_model_name_or_path
     return _NATIVE_SD15 if base_status(name) else native_side(locate_base(name))
 
 
-def _validation_share(
-    options: TrainNetworkOptions, datasets: tuple[Dataset, ...], images: list[list[TrainingImage]]
-) -> float | None:
+def _validation_share(datasets: tuple[Dataset, ...], images: list[list[TrainingImage]]) -> float | None:
     """See `Found.validation_share`. Pictures are held out by a hash of their names, so a share of few may be none."""
     from library.data.training_images import split_validation
 
-    def held_out(share: float | None) -> int:
-        count = 0
-        for dataset, of_dataset in zip(datasets, images, strict=True):
-            seed = options.training.seed if dataset.validation_seed is None else dataset.validation_seed
-            _, validation = split_validation(of_dataset, dataset.validation_split if share is None else share, seed)
-            count += len(validation)
-        return count
-
-    if held_out(None):
-        return None
-    total = sum(len(one) for one in images)
-    if total < _FEW:
+    every = [image for of_dataset in images for image in of_dataset]
+    if len({image.identity for image in every}) < _FEW:
         return 0.0
-    wanted = 1 if total < _SOME else 2
-    return next((share for share in _SHARES if wanted <= held_out(share) < total), 0.0)
+    for dataset, of_dataset in zip(datasets, images, strict=True):
+        seed = EVALUATION_SEED if dataset.validation_seed is None else dataset.validation_seed
+        if split_validation(of_dataset, dataset.validation_split, seed)[1]:
+            return None
+    return share_to_hold_out(every)
 
 
 def _command(config: Path) -> list[str]:
@@ -209,6 +231,7 @@ def _changes(found: Found, recipe: Recipe) -> tuple[str, ...]:
             "bucket_reso_steps",
             "batch_size",
             "validation_split",
+            "validation_seed",
         )
         pairs = [(name, getattr(old, name), getattr(new, name)) for name in names]
         if not old.enable_bucket:

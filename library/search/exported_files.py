@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from library.data.dataset_config import read_dataset_config
+from library.data.dataset_config import ID_PREFIX, as_written, read_dataset_config
 from library.data.dataset_schema import SUBSET_KEYS, SUBSET_ONLY, Dataset, Subset
 from library.errors import UserError
 from library.options.network import TrainNetworkOptions, parse_network_options
@@ -42,10 +42,14 @@ def options_of(train_config: Mapping[str, Any], dataset_config: Path | str | Non
             raise UserError(f"{where}: {error}") from None
 
 
-def config_text(options: Mapping[str, Any], found: Found, title: str) -> str:
-    """A --config_file with `options` in the sections of their groups, and the study's value beside what has changed."""
+def config_text(options: Mapping[str, Any], found: Found, title: str, verdict: str = "") -> str:
+    """A --config_file with `options` in the sections of their groups, and the study's value beside what has changed.
+
+    verdict: what the study says of the trial, for a comment.
+    """
     before = flatten(found.options)
     lines = [f"# SDXL, {title}. What is not here has train_network.py's default."]
+    lines += [f"# {' '.join(verdict.split())}"] if verdict else []
     groups = TrainNetworkOptions()
     for group in dataclasses.fields(groups):
         names = [one.name for one in dataclasses.fields(getattr(groups, group.name)) if one.name in options]
@@ -129,6 +133,20 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
 
+def with_same_ids(dataset: Dataset) -> Dataset:
+    """The dataset such that its pictures keep their ids, by which they are held out, when it is read from another file."""
+
+    def named(subset: Subset) -> Subset:
+        path = subset.image_dir or subset.metadata_file
+        assert path is not None
+        attributes = {name: value for name, value in subset.custom_attributes.items() if name != ID_PREFIX}
+        if subset.name != as_written(path):
+            attributes[ID_PREFIX] = subset.name
+        return dataclasses.replace(subset, custom_attributes=attributes)
+
+    return dataclasses.replace(dataset, subsets=tuple(map(named, dataset.subsets)))
+
+
 def script_text(command: str, title: str, train_dir: Path) -> str:
     """A shell script that runs the line where it was made; options given to it are handed on."""
     best = shlex.join(["python", "-m", "library.search.best_adapter", str(train_dir)])
@@ -157,9 +175,8 @@ def read_back(config: str, dataset: str, options: Mapping[str, Any], datasets: S
 
 
 def _comparable(dataset: Dataset) -> Dataset:
-    """Without names, places, and limits of buckets that there are not."""
-    subsets = tuple(dataclasses.replace(one, name="") for one in dataset.subsets)
-    kept = dataclasses.replace(dataset, subsets=subsets, name="", notes=())
+    """Without names and notes, and limits of buckets that there are not. Subsets keep theirs, of which ids are made."""
+    kept = dataclasses.replace(dataset, name="", notes=())
     without: dict[str, Any] = dict.fromkeys(_BUCKET_LIMITS, 0)
     return kept if kept.enable_bucket else dataclasses.replace(kept, **without)
 

@@ -3,7 +3,8 @@
     value = drift_weight * drift - (likeness - the base's likeness)
 
 The untouched base has exactly 0. Adherence to prompts is no part of the sum but a constraint beside it: in hands of people
-.33 can outperform .36, so it only must not fall. Drawing costs more than a slot of training, so slots 5 and 10 are judged.
+.33 can outperform .36, so it only must not fall, by more than a margin and than its own noise. Drawing costs more than a slot of
+training, so slots 5 and 10 are judged.
 """
 
 from __future__ import annotations
@@ -28,15 +29,19 @@ from library.evaluation.prompts import MOST_CAPTIONS, UNRELATED, UNRELATED_SHAPE
 from library.inference.model import DrawingModel, load_drawing_vae
 from library.inference.request import Request
 from library.inference.text_to_image import draw, native_size
-from library.models.locate import SHAPES, SHAPES_CLIP, TINY_BASES, locate_base
+from library.models.locate import SHAPES_CLIP, TINY_BASES, locate_base
 from library.options.network import TrainNetworkOptions
 from library.options.parser import flatten
+from library.search.constraints import ADHERENCE, PREFIX, clip_of
 from library.search.jobs import Job
 from library.search.objective import EVALUATION_SEED, MOST_PICTURES, Measured, by_hash, in_eval_mode
 from library.search.warm import Warm
 from library.training.network import NetworkTask
 from library.training.network_run import Prepared, base_weights_facts, clip_skip
 from networks.original_names import UNET
+
+STANDARD_ERRORS = 2.0
+"""Of the base's own adherence: falling by less is chance."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Judging:
     drift_weight: float = 0.5
     """A guess: half a point of likeness for a point of drift."""
     adherence_margin: float = 0.02
-    """How far the CLIP cosine may fall below the base's."""
+    """How far the mean CLIP cosine may fall below the base's; two standard errors of the base's where these are more."""
 
 
 def read_judging(values: dict[str, Any]) -> Judging:
@@ -94,11 +99,14 @@ class Eyes:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was drawn, as it looks: rows of unit length, [prompts x seeds, D]. told: CLIP's cosine to the prompts, their mean."""
+    """What was drawn, as it looks: rows of unit length, [prompts x seeds, D].
+
+    told: CLIP's cosine of each unrelated picture to its prompt, [prompts x seeds].
+    """
 
     subject: Tensor
     unrelated: Tensor
-    told: float | None
+    told: Tensor | None
 
 
 class ImageJudge:
@@ -135,15 +143,16 @@ class ImageJudge:
         own, base = likeness(seen.subject, self.photos), likeness(self.base.subject, self.photos)
         gain = (own - base).mean().item()
         components = {"likeness": own.mean().item(), "likeness_gain": gain, "drift": drift}
-        if seen.told is not None and self.base.told is not None:
-            components["adherence"] = seen.told - self.base.told
-            # At most 0 where it holds, as Optuna's constraints are.
-            components["constraint_adherence"] = self.base.told - seen.told - self.judging.adherence_margin
-        value = self.judging.drift_weight * drift - gain
-        if not math.isfinite(value):
-            raise Diverged("A picture of this trial cannot be looked at: its embedding is not finite.")
         spread = (own - base).std().item() / math.sqrt(len(own)) if len(own) > 1 else math.nan
         details = {"likeness_gain_standard_error": spread if math.isfinite(spread) else None}
+        if seen.told is not None and self.base.told is not None:
+            change = (seen.told - self.base.told).mean().item()
+            allowed = allowed_fall(self.base.told, self.judging)
+            components[ADHERENCE], components[PREFIX + ADHERENCE] = change, -change - allowed
+            details["adherence_may_fall"] = allowed
+        value = self.judging.drift_weight * drift - gain
+        if not all(map(math.isfinite, (value, *components.values()))):
+            raise Diverged("A picture of this trial cannot be looked at: its embedding is not finite.")
         return Measured(value, components, details)
 
     def _look(self, folder: Path | None) -> Seen:
@@ -159,7 +168,7 @@ class ImageJudge:
         told = None
         if self.eyes.clip is not None:
             words = self.eyes.clip.prompts([prompt for prompt in judging.unrelated for _ in seeds])
-            told = (self.eyes.clip.pictures(unrelated) * words).sum(dim=1).mean().item()
+            told = (self.eyes.clip.pictures(unrelated) * words).sum(dim=1)
         return Seen(unit(self.eyes.dino(subject)), unit(self.eyes.dino(unrelated)), told)
 
     @torch.no_grad()
@@ -185,6 +194,17 @@ class ImageJudge:
         return pictures
 
 
+def allowed_fall(told: Tensor, judging: Judging) -> float:
+    """How far the mean of [prompts x seeds] cosines may fall: the margin, or two standard errors of the base's mean over its seeds.
+
+    The prompts are the same for all, so the spread of one prompt's seeds is all of the noise; of one seed it is not known.
+    """
+    if judging.seeds < 2:
+        return judging.adherence_margin
+    variances = told.double().view(-1, judging.seeds).var(dim=1)
+    return max(judging.adherence_margin, STANDARD_ERRORS * math.sqrt(variances.mean().item() / len(told)))
+
+
 def save(folder: Path, name: str, pictures: Sequence[Image.Image]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(pictures):
@@ -199,7 +219,7 @@ def network_image_judge(
     held_out = by_hash(prepared.data.validation, lambda one: one.image.sample_id, MOST_PICTURES)
     judging = settled(read_judging(job.judging), name, [one.image.caption for one in held_out])
     dino = judging.dino_model or options.model.dino_model
-    clip = judging.clip_model or (SHAPES_CLIP if name == SHAPES else None)
+    clip = clip_of(judging.clip_model, name)
     device, vae = task.processes.device, options.model.vae
     vae_base = prepared.base if vae is None else locate_base(vae, ("vae",))
 

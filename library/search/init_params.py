@@ -22,6 +22,8 @@ MULTIPLIER, DIM, TEXT_RATIO, TRAIN_TEXT = (
     "text_encoder_ratio",
     "train_text_encoders",
 )
+BASE = "pretrained_model_name_or_path"
+SCHEDULE = ("lr_warmup_steps", "lr_decay_steps")
 SMALLER_RATE = 0.7
 """Second trial on SDXL: its U-Net is wider by a geometric mean of 1471 / 768, and rates go with 1 / sqrt(width)."""
 
@@ -73,9 +75,9 @@ def _bare(content: Any, path: Path | str) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    # A rate for each text encoder is a list.
+    # A rate for each text encoder is a list, and network_args are one of texts.
     if isinstance(value, list):
-        return bool(value) and all(isinstance(item, int | float) and _is_plain(item) for item in value)
+        return bool(value) and all(isinstance(item, int | float | str) and _is_plain(item) for item in value)
     return isinstance(value, str | bool) or (isinstance(value, int | float) and math.isfinite(value))
 
 
@@ -138,12 +140,10 @@ def sdxl_first_trials(best: BestParams, wishes: SdxlOptions | None = None) -> li
     from library.search.sdxl_network import TEXT_BAND, rank, text_ratio
 
     wishes = wishes or SdxlOptions()
-    options = options_of(best.train_config, None, f"train_config of the study {best.study}")
+    options = options_of(best.train_config, None, best.config_origin)
     found = Found(options, (), (), best.lr_reference)
     if not options.trains_unet:
-        raise UserError(
-            f"The study {best.study} trained the text encoders alone; the study on SDXL is about the U-Net."
-        )
+        raise UserError(f"{best.origin} trained the text encoders alone; the study on SDXL is about the U-Net.")
     trains_text = options.trains_text_encoders and wishes.train_text_encoders
     export: Params = {
         MULTIPLIER: 1.0,
@@ -156,7 +156,73 @@ def sdxl_first_trials(best: BestParams, wishes: SdxlOptions | None = None) -> li
     return [*trials, {**export, TRAIN_TEXT: False}] if trains_text else trials
 
 
-def sdxl_fixed_options(exported: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of an export without those that say whether text encoders are trained: on SDXL the study decides that."""
+def sdxl_points(best: BestParams, space: Space) -> list[Params]:
+    """`sdxl_first_trials` as points of `space`, which may be an edited sdxl.toml: what it does not search is left out.
+
+    Raises UserError where the export lies outside of the space.
+    """
+    points: list[Params] = []
+    for trial in sdxl_first_trials(best):
+        point = {one.name: trial.get(one.name, one.default) for one in space.parameters}
+        if reason := space.objection(point):
+            raise UserError(
+                f"The export of {best.origin} is outside of the search space: {reason}. Give --space a copy of "
+                "search_spaces/sdxl.toml that has room for it."
+            )
+        if point not in points:
+            points.append(point)
+    return points
+
+
+def sdxl_fixed_options(exported: Mapping[str, Any], space: Space) -> dict[str, Any]:
+    """Options of an export without those that say whether text encoders are trained, where the study decides that."""
+    if all(one.option != "text_encoder_lr" for one in space.parameters):
+        return dict(exported)
     searched = ("text_encoder_lr", "network_train_unet_only", "cache_text_encoder_outputs")
     return {name: value for name, value in exported.items() if name not in searched}
+
+
+def best_of_table(path: Path, *, sd15_base: str, data: Mapping[str, Any]) -> BestParams:
+    """A trial's params.json, or a table of kohya's names, as if a study on SD1.5 had found it.
+
+    What search_spaces/default.toml searches must lie in its ranges, and is its default where the file does not say it.
+    Other options of train_network.py are taken as they are.
+
+    Args:
+        sd15_base: what it was trained on, as far as that is known. data: options that name the pictures.
+
+    Raises UserError: see `read_init_params`; also options of one run, such as paths, and lengths of a schedule in steps.
+    """
+    from library.search.best_params import BaseModel, ObjectiveFacts
+    from library.search.jobs import OWN
+    from library.search.record import rate_reference
+    from library.search.space_file import DEFAULT_SPACES, find_space, read_space
+
+    space = read_space(find_space(DEFAULT_SPACES["train_network"]))
+    given = _bare(read_json(path), path)
+    if of_a_run := [name for name in given if name in OWN | {BASE, *data}]:
+        raise UserError(
+            f"{path}: {', '.join(of_a_run)} says where or on what one training ran. Take it out of the file."
+        )
+    if in_steps := [name for name in SCHEDULE if isinstance(given.get(name), int | float) and given[name] >= 1]:
+        raise UserError(
+            f"{path} gives {in_steps[0]} {given[in_steps[0]]:g} in steps, and does not say how many steps the training had. Write "
+            "it as a share of them, such as 0.05."
+        )
+    searched = {name for one in space.parameters for name in (one.name, one.option)} | {"unet_lr"}
+    more = {name: value for name, value in given.items() if name not in searched and _is_option(name, space)}
+    point = _point({name: value for name, value in given.items() if name not in more}, path, space, {})
+    config = {**space.resolve(point, {BASE: sd15_base, **data}), **more}
+    return BestParams(
+        created="",
+        study=str(path),
+        base_model=BaseModel("sd15", sd15_base),
+        dataset="",
+        objective=ObjectiveFacts("loss"),
+        value=0.0,
+        trial=0,
+        params=point,
+        train_config=config,
+        lr_reference=rate_reference("train_network", config, steps=0),
+        search_space=space.hash,
+    )

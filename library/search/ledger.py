@@ -26,13 +26,14 @@ from uuid import uuid4
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from library.search.constraints import constraints_of
 from library.search.jobs import SLOTS, Outcome, Slot
 from library.search.leases import LEASE, STALE_AFTER, this_process, why_dead
 from library.search.outcomes import read_outcome
 from library.search.samplers import PROTECTED, SamplerName, make_pruner, make_sampler
 from library.search.space import Space, Value
-from library.search.storage import insisting
-from library.search.values import FAILURE, IMPUTED, counts, is_real, penalty, predicted
+from library.search.storage import first_line, insisting
+from library.search.values import ENDED, FAILURE, IMPUTED, counts, is_real, penalty, predicted
 
 if TYPE_CHECKING:
     import optuna
@@ -42,6 +43,8 @@ SEED, PRUNED_AT, BASELINE, INITIAL, OF_TRIAL = "seed", "pruned_at", "baseline", 
 KEPT = (BASELINE, INITIAL, OF_TRIAL, SEED)
 """User attributes that a trial's next attempt inherits."""
 RETRIES = 2
+CLAIMING = 10.0
+"""Seconds after which nobody is taken to be claiming a trial any more."""
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -54,6 +57,7 @@ class Running:
         seed: of the training.
         lost: others took the trial over while this process was suspended.
         prune_at: slot after which it was found not worth going on.
+        began: when it was claimed, in seconds since the epoch by this machine's clock.
     """
 
     trial: Trial
@@ -67,6 +71,7 @@ class Running:
     step: int = 0
     steps: int = 0
     images_per_second: float = 0.0
+    began: float = field(default_factory=time.time)
 
     @property
     def number(self) -> int:
@@ -85,6 +90,7 @@ class Ledger:
         n_trials: of the whole study, with those of earlier and other parents.
         creates: whether new trials are proposed; otherwise there are only those enqueued.
         folder: of trial N, which may not exist here.
+        constraints: names of those that each trial is measured by.
     """
 
     study: optuna.Study
@@ -97,6 +103,7 @@ class Ledger:
     creates: bool = True
     stale_after: float = STALE_AFTER
     say: Callable[[str], None] = print
+    constraints: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.holder = this_process()
@@ -104,6 +111,8 @@ class Ledger:
         """Of this ledger; a process may have several."""
         self.active: dict[int, Running] = {}
         """By the storage's id."""
+        self._unleased: dict[int, float] = {}
+        """When a running trial was first seen without a lease, by this machine's clock alone: others' may be off by hours."""
         self._lock = threading.RLock()
         self.study.pruner = make_pruner(self.prunes)
 
@@ -141,6 +150,11 @@ class Ledger:
         done = sum(trial.state in DONE and counts(trial) for trial in trials)
         open_ = any(trial.state in (TrialState.RUNNING, TrialState.WAITING) for trial in trials)
         return done >= self.n_trials or (not self.creates and not open_)
+
+    def is_anyone_at_work(self) -> bool:
+        """Whether a trial is under way, here or elsewhere, whose holder lives."""
+        self.reap()
+        return any(trial.state == TrialState.RUNNING for trial in self.trials())
 
     def _may_run(self, number: int, trials: list[FrozenTrial]) -> bool:
         return sum(counts(trial) for trial in trials if trial.number < number) < self.n_trials
@@ -187,8 +201,9 @@ class Ledger:
             return None
         return self._begin(trial_id, worker)
 
-    def _lease(self, worker: int) -> dict[str, Any]:
-        return {**self.holder.lease(worker), "ledger": self.token}
+    def _lease(self, worker: int, began: float | None = None) -> dict[str, Any]:
+        now = time.time()
+        return {**self.holder.lease(worker, now), "began": now if began is None else began, "ledger": self.token}
 
     def _withdraw(self, trial_id: int, reason: str) -> None:
         self._set(trial_id, WITHDRAWN, reason)
@@ -212,20 +227,20 @@ class Ledger:
         """Settle what dead parents left: tell what ended, give up the rest, and enqueue again what is to be tried again."""
         with self._lock:
             for trial in self.trials():
-                lease = trial.user_attrs.get(LEASE)
                 if trial.state != TrialState.RUNNING or trial._trial_id in self.active:
                     continue
+                lease = trial.user_attrs.get(LEASE)
                 own = "asking for it failed half-way" if (lease or {}).get("ledger") == self.token else None
-                if lease is None and self._is_fresh(trial):
+                if lease is None and self._may_be_claimed(trial):
                     continue
                 if reason := own or why_dead(lease, self.stale_after):
                     self._bury(trial, reason)
             self._requeue()
 
-    def _is_fresh(self, trial: FrozenTrial) -> bool:
+    def _may_be_claimed(self, trial: FrozenTrial) -> bool:
         """A claimed trial is without a lease for a moment."""
-        start = trial.datetime_start
-        return start is not None and 0 <= time.time() - start.timestamp() < min(10.0, self.stale_after)
+        seen = self._unleased.setdefault(trial._trial_id, time.monotonic())
+        return time.monotonic() - seen < min(CLAIMING, self.stale_after)
 
     def _bury(self, trial: FrozenTrial, reason: str) -> None:
         number = trial.number + 1
@@ -255,6 +270,7 @@ class Ledger:
         if again:
             self._set(trial._trial_id, AGAIN, {"params": params, ATTEMPT: attempt})
         self._set(trial._trial_id, "message", reason)
+        self._set(trial._trial_id, ENDED, time.time())
         self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         return again
 
@@ -279,11 +295,11 @@ class Ledger:
             return
         try:
             now = {"step": running.step, "steps": running.steps, "images_per_second": running.images_per_second}
-            self._set(trial_id, LEASE, {**self._lease(running.worker), **now})
+            self._set(trial_id, LEASE, {**self._lease(running.worker, running.began), **now})
         except UpdateFinishedTrialError:
             running.lost = True
         except Exception as error:  # the storage may be back at the next beat
-            self.say(f"trial {running.number}: its lease could not be renewed ({str(error).splitlines()[0]})")
+            self.say(f"trial {running.number}: its lease could not be renewed: {first_line(error)}")
 
     def report(self, running: Running, slot: Slot) -> bool:
         """Record a slot's value; returns whether the trial is worth going on."""
@@ -334,7 +350,7 @@ class Ledger:
         """Tell a trial that ended by itself or was pruned, its facts first: afterwards it cannot be changed."""
         trials = self.trials()
         attrs: dict[str, Any] = {"outcome": {k: v for k, v in asdict(outcome).items() if k != "components"}}
-        attrs |= {"components": outcome.components, "seconds": outcome.seconds}
+        attrs |= {"components": outcome.components, "seconds": outcome.seconds, ENDED: time.time()}
         attrs |= {name: getattr(outcome, name) for name in ("best_slot", "file", "message") if getattr(outcome, name)}
         state, value = TrialState.COMPLETE, outcome.value
         slot = trial.user_attrs.get(PRUNED_AT)
@@ -349,7 +365,21 @@ class Ledger:
             attrs |= {FAILURE: outcome.ending if outcome.ending != "done" else "diverged"}
         for name, content in attrs.items():
             self._set(trial._trial_id, name, _finite(content))
+        self._constrain(trial._trial_id, outcome, trials)
         insisting(lambda: self.storage.set_trial_state_values(trial._trial_id, state, [value]))
+
+    def _constrain(self, trial_id: int, outcome: Outcome, trials: list[FrozenTrial]) -> None:
+        """Tell samplers how a trial kept its constraints; without a measurement as badly as the worst did, as with its value."""
+        measured = constraints_of(outcome.components)
+        others = [trial.constraints for trial in trials if trial.state == TrialState.COMPLETE]
+        for name in self.constraints:
+            if any(name not in other for other in others):  # begun before there were any: GPSampler takes all or none
+                continue
+            value = measured.get(name, max((other[name] for other in others), default=0.0))
+            # A Trial would ask the sampler once more before it took it.
+            attrs = create_trial(state=TrialState.RUNNING, constraints={name: value}).system_attrs
+            for key, content in attrs.items():
+                insisting(lambda k=key, c=content: self.storage.set_trial_system_attr(trial_id, k, c))  # type: ignore[misc]
 
     def _set(self, trial_id: int, name: str, value: Any) -> None:
         insisting(lambda: self.storage.set_trial_user_attr(trial_id, name, value))

@@ -34,6 +34,16 @@ def with_half_batch(options: Mapping[str, Any], script: Script, folder: Path) ->
     return halved if largest > 1 else None
 
 
+def halving_in_words(options: Mapping[str, Any], script: Script) -> str:
+    """What `with_half_batch` does, and where it changes the pictures of a step."""
+    batch, steps = int(options.get(BATCH) or _default_batch(script)), int(options.get(ACCUMULATION) or 1)
+    words = "half the batch and twice the accumulation"
+    if batch % 2 == 0:
+        return words
+    half = math.ceil(batch / 2)
+    return f"{words}: of an odd batch, {half} x {2 * steps} pictures a step instead of {batch} x {steps}"
+
+
 def _default_batch(script: Script) -> int:
     from library.search.space_file import option_default
 

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from library.search.ledger import AGAIN, BASELINE, INITIAL, OF_TRIAL, SEED, WITHDRAWN, Ledger
 from library.search.space import Value
-from library.search.values import is_real, value_of
+from library.search.values import breaks, is_real, may_win, value_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -50,10 +50,20 @@ def enqueue_initial(ledger: Ledger, points: Iterable[dict[str, Value]]) -> None:
             ledger.enqueue(params, f"initial-{number}", **{INITIAL: number})
 
 
-def top(trials: Iterable[FrozenTrial], count: int = CONFIRMED) -> list[FrozenTrial]:
-    """The best real trials, the best first, each set of parameters once."""
+def top(trials: Iterable[FrozenTrial], count: int | None = CONFIRMED) -> list[FrozenTrial]:
+    """The best of the trials that may win, the best first, each set of parameters once. count: None for all of them.
+
+    The default configuration was trained several times: its mean counts, as the best of three would be luck.
+    """
+    trials = list(trials)
+    defaults = _defaults(trials)
+
+    def order(trial: FrozenTrial) -> tuple[float, int]:
+        is_default = any(trial.params == one.params for one in defaults)
+        return fmean(map(value_of, defaults)) if is_default else value_of(trial), trial.number
+
     found: list[FrozenTrial] = []
-    for trial in sorted(filter(is_real, trials), key=lambda trial: (value_of(trial), trial.number)):
+    for trial in sorted(filter(may_win, trials), key=order):
         if all(trial.params != other.params for other in found):
             found.append(trial)
     return found[:count]
@@ -71,6 +81,11 @@ def enqueue_confirmations(ledger: Ledger, best: Iterable[FrozenTrial], seeds: in
     return count
 
 
+def most_confirmations(n_trials: int, best: int, seeds: int = NEW_SEEDS) -> int:
+    """So many trainings `enqueue_confirmations` makes at most: the default is one of the best once."""
+    return min(best, max(1, n_trials - BASELINES + 1)) * seeds
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One of the best trials with all that was measured of its parameters.
@@ -78,7 +93,7 @@ class Candidate:
     Attributes:
         trial: number, from 1.
         value: in the search; chosen because it was low, so it is likely lower than deserved.
-        again: values with new seeds, by seed.
+        again: values with other seeds, by seed; those of the default configuration are all of its trials'.
     """
 
     trial: int
@@ -112,6 +127,7 @@ class Verdict:
         default: mean of the default configuration.
         is_winner: whether `best` beats the default configuration by more than 2 sigma, or a person picked it.
         words: in a sentence or two.
+        broke: numbers of trials that ended with a value and broke a constraint, so that they cannot be the best.
     """
 
     best: Candidate | None
@@ -120,10 +136,12 @@ class Verdict:
     default: float | None
     is_winner: bool
     words: str
+    broke: tuple[int, ...] = ()
 
 
-def baseline_values(trials: Iterable[FrozenTrial]) -> list[float]:
-    return [value_of(trial) for trial in trials if BASELINE in trial.user_attrs and is_real(trial)]
+def _defaults(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials of the default configuration that have a value."""
+    return [trial for trial in trials if BASELINE in trial.user_attrs and is_real(trial)]
 
 
 def sigma_of(groups: Iterable[Iterable[float]]) -> float | None:
@@ -138,33 +156,71 @@ def sigma_of(groups: Iterable[Iterable[float]]) -> float | None:
 
 def judge(trials: list[FrozenTrial], confirmations: Iterable[FrozenTrial] = (), picked: int | None = None) -> Verdict:
     """The verdict on a study. Confirmations are the trials of `enqueue_confirmations`; picked: a person's choice."""
-    again: dict[int, dict[int, float]] = {}
-    for trial in filter(is_real, confirmations):
-        again.setdefault(trial.user_attrs[OF_TRIAL], {})[trial.user_attrs[SEED]] = value_of(trial)
-    chosen = top(trials)
-    if picked is not None and all(trial.number + 1 != picked for trial in chosen):
-        chosen += [trial for trial in trials if trial.number + 1 == picked]
-    candidates = [
-        Candidate(trial.number + 1, value_of(trial), dict(trial.params), again.get(trial.number + 1, {}))
-        for trial in chosen
-    ]
+    defaults = [trial.number + 1 for trial in _defaults(trials)]
+    stand_in = _stand_in(_defaults(trials), picked)
+    runs = _runs(trials, confirmations, stand_in)
+    confirmed = {number for number, of in runs.items() if any(OF_TRIAL in one.user_attrs for one in of)}
+    broke = tuple(number for number, of in runs.items() if _broke(of))
+    allowed = [trial for trial in top(trials, None) if trial.number + 1 not in broke]
+    chosen = [trial for place, trial in enumerate(allowed) if place < CONFIRMED or trial.number + 1 in confirmed]
+    for trial in trials:
+        if trial.number + 1 == picked:
+            chosen = [*(one for one in chosen if one.params != trial.params), trial]
+    candidates = [_candidate(runs[trial.number + 1]) for trial in chosen]
     # A value that was seen three times goes before one that was lucky once.
-    candidates.sort(key=lambda one: (not one.again if again else False, one.mean, one.trial))
-    baselines = baseline_values(trials)
-    sigma = sigma_of([baselines, *(one.again.values() for one in candidates)])
+    candidates.sort(key=lambda one: (not one.again if confirmed else False, one.mean, one.trial))
+    baselines = [] if stand_in is None else [value_of(one) for one in runs[stand_in]]
+    sigma = sigma_of([baselines, *(one.again.values() for one in candidates if one.trial != stand_in)])
     default = fmean(baselines) if baselines else None
     if not candidates:
-        return Verdict(None, (), sigma, default, False, "No trial has a value yet.")
+        words = "No trial has a value yet."
+        if broke:
+            words = f"No trial can be the best: all {len(broke)} that have a value no longer follow prompts as the base does."
+        return Verdict(None, (), sigma, default, False, words, broke)
     if picked is not None:
         best = next(one for one in candidates if one.trial == picked)
         words = f"Trial {picked} was picked by a person: {best.mean:.4f}."
-        return Verdict(best, tuple(candidates), sigma, default, True, words)
+        words += " It follows prompts less than the base does." if picked in broke else ""
+        return Verdict(best, tuple(candidates), sigma, default, True, words, broke)
     best = candidates[0]
-    if any(trial.number + 1 == best.trial and BASELINE in trial.user_attrs for trial in trials):
+    if best.trial in defaults:
         words = f"No winner: nothing that was tried is better than the default configuration ({default:.4f})."
-        return Verdict(best, tuple(candidates), sigma, default, False, words)
+        return Verdict(best, tuple(candidates), sigma, default, False, words, broke)
     is_winner, words = _words(best, candidates, sigma, default)
-    return Verdict(best, tuple(candidates), sigma, default, is_winner, words)
+    if not is_winner and defaults and set(defaults) <= set(broke):
+        words += " But the default follows prompts less than the base does, so it is no choice."
+    return Verdict(best, tuple(candidates), sigma, default, is_winner, words, broke)
+
+
+def _runs(
+    trials: list[FrozenTrial], confirmations: Iterable[FrozenTrial], default: int | None
+) -> dict[int, list[FrozenTrial]]:
+    """By a trial's number all that was measured of its parameters, itself first. default: stands for those of the default."""
+    runs = {trial.number + 1: [trial] for trial in trials if is_real(trial)}
+    same = [trial.number + 1 for trial in _defaults(trials)]
+    if default is not None:
+        runs[default] += [runs[number][0] for number in same if number != default]
+    for trial in filter(is_real, confirmations):
+        of = trial.user_attrs[OF_TRIAL]
+        runs.setdefault(default if default is not None and of in same else of, []).append(trial)
+    return runs
+
+
+def _stand_in(defaults: list[FrozenTrial], picked: int | None) -> int | None:
+    """The one that stands for all of the default's trials: that which was picked, or the first that may win."""
+    order = sorted(defaults, key=lambda trial: (trial.number + 1 != picked, not may_win(trial), trial.number))
+    return order[0].number + 1 if order else None
+
+
+def _candidate(runs: list[FrozenTrial]) -> Candidate:
+    trial, *again = runs
+    by_seed = {one.user_attrs[SEED]: value_of(one) for one in again}
+    return Candidate(trial.number + 1, value_of(trial), dict(trial.params), by_seed)
+
+
+def _broke(runs: list[FrozenTrial]) -> bool:
+    """Whether a trial broke a constraint: itself, or most of it with those of its parameters with new seeds."""
+    return breaks(runs[0]) or 2 * sum(map(breaks, runs)) > len(runs)
 
 
 def _words(
@@ -187,14 +243,3 @@ def _words(
         f"The winner is {measured}, {gain:.4f} better than the default configuration ({default:.4f}; "
         f"{SIGMAS:g} sigma of the noise are {bar:.4f}).{rest}"
     )
-
-
-def pick(ledger: Ledger, number: int) -> None:
-    """Make trial `number` (from 1) the study's choice, whatever the objective says of it."""
-    from library.errors import UserError
-
-    there = [trial.number + 1 for trial in ledger.trials() if is_real(trial)]
-    if number not in there:
-        known = ", ".join(map(str, there)) or "none"
-        raise UserError(f"Trial {number} cannot be picked: it did not end with a value of its own. These did: {known}.")
-    ledger.study.set_user_attr(PICKED, number)

@@ -7,7 +7,6 @@ Nothing is drawn from a global generator, and the models are left in the mode th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 
 from library.diffusion.objective import Objective as DiffusionObjective
 from library.errors import Diverged, UserError
+from library.search.constraints import is_broken
+from library.search.held_out import EVALUATION_SEED as EVALUATION_SEED
+from library.search.held_out import held_out_count as held_out_count
 from library.training.randomness import sample_noise
 
-EVALUATION_SEED = 1234
-"""Of noise, timesteps and the choice of pictures, whatever seed a trial is trained with."""
 BANDS = ("low", "mid", "high")
 """Thirds of the timesteps, named by their noise."""
 TIMESTEPS = 9  # of the 8 to 16 that make a stable curve: three for each band
@@ -42,12 +42,17 @@ Item = TypeVar("Item")
 class Measured:
     """A trial's value at a slot; lower is better.
 
-    components: what it was made of. details: more of it, for the slot's file.
+    components: what it was made of, and its constraints. details: more of it, for the slot's file.
     """
 
     value: float
     components: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """The least is a trial's best slot: one that keeps the constraints before one that does not."""
+        return is_broken(self.components), self.value
 
 
 class Judge(Protocol):
@@ -181,11 +186,6 @@ def by_hash(items: Iterable[Item], name: Callable[[Item], str], count: int) -> l
     listed = list(items)
     places = sorted(range(len(listed)), key=lambda place: _digest(name(listed[place])))[:count]
     return [listed[place] for place in sorted(places)]
-
-
-def held_out_count(pictures: int) -> int:
-    """How many of so many pictures are held out where nobody said: a tenth, and two at least."""
-    return max(2, math.ceil(pictures / 10))
 
 
 @contextmanager

@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING
 from optuna.trial import TrialState
 
 from library.search.jobs import SLOTS
+from library.search.storage import insisting
 from library.search.values import best_of, counts, value_of
 
 if TYPE_CHECKING:
+    import optuna
     from optuna.trial import FrozenTrial
 
 LOG_FILE = "optimization.log"
+BUDGET = "budget"
+"""User attribute of a study: n_trials and workers of its last start, trainings that are enqueued when these are done, and
+whether it has ended."""
 
 
 class StudyLog:
@@ -43,6 +48,19 @@ class StudyLog:
                 file.write("".join(f"{stamp} {line}\n" for line in words.splitlines()))
         except OSError:
             return
+
+
+def set_budget(study: optuna.Study, n_trials: int, workers: int, more: int) -> None:
+    """Of a study that begins or goes on. more: trainings of the best with new seeds, at most."""
+    budget = {"n_trials": n_trials, "workers": workers, "more": more, "ended": False}
+    insisting(lambda: study.set_user_attr(BUDGET, budget))
+
+
+def change_budget(study: optuna.Study, n_trials: int, **changes: int) -> None:
+    """Say what has come of the budget, unless somebody has begun anew with another one."""
+    budget = study.user_attrs.get(BUDGET, {})
+    if budget.get("n_trials") == n_trials:
+        insisting(lambda: study.set_user_attr(BUDGET, {**budget, **changes}))
 
 
 @dataclass(frozen=True)
@@ -97,9 +115,14 @@ def progress(trials: Iterable[FrozenTrial], n_trials: int, workers: int = 1, mor
 
 
 def _mean_seconds(trials: Iterable[FrozenTrial]) -> float | None:
-    seconds = [
-        (trial.datetime_complete - trial.datetime_start).total_seconds()
-        for trial in trials
-        if trial.datetime_complete is not None and trial.datetime_start is not None
-    ]
-    return fmean(seconds) if seconds else None
+    found = [seconds for seconds in map(_seconds, trials) if seconds is not None]
+    return fmean(found) if found else None
+
+
+def _seconds(trial: FrozenTrial) -> float | None:
+    """What the training itself took; else between Optuna's times, which may be of machines in different time zones."""
+    if seconds := trial.user_attrs.get("seconds"):
+        return float(seconds)
+    if trial.datetime_complete is None or trial.datetime_start is None:
+        return None
+    return max(0.0, (trial.datetime_complete - trial.datetime_start).total_seconds())

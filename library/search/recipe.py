@@ -79,8 +79,8 @@ class Found:
 
     Attributes:
         pictures: one for each dataset.
-        validation_share: validation_split such that some pictures are held out; 0 where there are too few for that, None
-            where the datasets' own does it.
+        validation_share: validation_split that holds out what a study does by itself; 0 where there are too few pictures for
+            that, None where the datasets' own holds some out.
     """
 
     options: TrainNetworkOptions

@@ -14,8 +14,8 @@ from library.report.page import Page
 from library.search import charts
 from library.search.noise import SIGMAS
 from library.search.sheet import sheet_pictures
-from library.search.status import Look, seed_of
-from library.search.values import FAILURE, IMPUTED, is_real, value_of
+from library.search.status import Look, broke_words, seed_of
+from library.search.values import FAILURE, IMPUTED, breaks, is_real, value_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -70,6 +70,8 @@ def _recommendation(page: Page, look: Look) -> None:
             f"{SIGMAS:g} sigma, {SIGMAS * verdict.sigma:.4f}, is called one; a sigma of so few values may itself be off by half."
         )
     page.paragraph(WORDS_OF_LOSS if look.terms["objective"] == "loss" else WORDS_OF_IMAGE)
+    if verdict.broke:
+        page.paragraph(f"{broke_words(verdict.broke)}.")
     for level, one in look.alerts.items():
         page.notice(f"{level}: {one['words']}")
 
@@ -232,10 +234,11 @@ def _how(trial: FrozenTrial) -> str:
         return f"pruned at {10 * attrs['pruned_at']} % with {attrs.get('observed', float('nan')):.4f}"
     if trial.state == TrialState.FAIL:
         return str(attrs.get("withdrawn") or attrs.get("message") or "failed")
-    if "baseline" in attrs:
-        return "the default"
-    if "initial" in attrs:
-        return "as given to begin with"
+    of = "the default" if "baseline" in attrs else "as given to begin with" if "initial" in attrs else ""
+    if is_real(trial) and breaks(trial):
+        return f"{of}{', ' if of else ''}left out: it follows prompts less than the base does"
+    if of:
+        return of
     return "" if trial.state == TrialState.COMPLETE else trial.state.name.lower()
 
 

@@ -47,8 +47,8 @@ class Rule:
 RULES: tuple[Rule, ...] = (
     Rule(
         "resolution",
-        "both sides x2 (512 -> 1024), but never more than the area of 1024 x 1024; sides that are not doubled are multiples "
-        "of the bucket step",
+        "both sides x2 (512 -> 1024), but never more than the area of 1024 x 1024, unless it was more: sides that cannot be "
+        "doubled are rounded down to the bucket step",
         sizes.resolution,
         "SDXL was trained at 1024",
         SDXL_PAPER,
@@ -121,8 +121,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "best checkpoint",
-        "validation and a saved adapter every epoch, or every few such that there are about 10; `validation_split` is the "
-        "study's, or 0.1, or more where that holds out next to none. `python -m library.search.best_adapter` names the best",
+        "validation and a saved adapter every epoch, or every few such that there are about 10; `validation_split` and "
+        "`validation_seed` are the study's, so that the same pictures are held out. `python -m library.search.best_adapter` "
+        "names the best",
         sizes.best_checkpoint,
         "wide models learn and memorise early, and when depends on the pictures",
         MEMORISING,

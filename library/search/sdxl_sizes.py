@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from library.data.dataset_schema import Dataset
+from library.search.held_out import EVALUATION_SEED
 from library.search.recipe import Found, Recipe, SdxlOptions
 
 NATIVE_SIDE = 1024
@@ -52,13 +53,19 @@ def growth(size: tuple[int, int]) -> float:
 
 
 def grown(dataset: Dataset) -> tuple[int, int]:
-    """(width, height) on SDXL, in pixels."""
+    """(width, height) on SDXL, in pixels; never more than SDXL's area, unless it was before."""
     factor = growth(dataset.resolution)
+    steps = dataset.bucket_reso_steps
+    if not dataset.enable_bucket or steps % GRAIN:
+        steps = 2 * GRAIN
+
+    def side(before: int) -> int:
+        after = before * factor
+        # A side that lies above the last multiple stays as it is.
+        return int(after) if factor in (1, 2) else max(before, int(after / steps + 1e-9) * steps)
+
     width, height = dataset.resolution
-    if factor in (1, 2):
-        return int(width * factor), int(height * factor)
-    steps = 2 * GRAIN
-    return max(steps, round(width * factor / steps) * steps), max(steps, round(height * factor / steps) * steps)
+    return side(width), side(height)
 
 
 def small_pictures(found: Found, recipe: Recipe, wishes: SdxlOptions) -> Recipe:
@@ -124,6 +131,7 @@ def best_checkpoint(found: Found, recipe: Recipe, wishes: SdxlOptions) -> Recipe
     between = max(1, math.ceil(total / _CHECKPOINTS))
     recipe = recipe.with_options(**{f"save_every_n_{unit}": between})
     if found.validation_share == 0:
+        recipe = recipe.with_datasets(replace(one, validation_split=0.0) for one in recipe.datasets)
         return recipe.without(["validation_seed", "early_stop"]).warn(
             "There are too few pictures to hold any out, so no validation can choose the best checkpoint: look at several of "
             f"the adapters saved every {between} {unit}."
@@ -131,7 +139,12 @@ def best_checkpoint(found: Found, recipe: Recipe, wishes: SdxlOptions) -> Recipe
     if found.validation_share is not None:
         share = found.validation_share
         recipe = recipe.with_datasets(replace(one, validation_split=share) for one in recipe.datasets)
-    return recipe.with_options(**{f"validate_every_n_{unit}": between})
+    # The study's seed of this choice, which is not that of its trainings.
+    seeds = [EVALUATION_SEED if one.validation_seed is None else one.validation_seed for one in recipe.datasets]
+    seeded = [replace(one, validation_seed=seed) for one, seed in zip(recipe.datasets, seeds, strict=True)]
+    seed = recipe.options.get("validation_seed")
+    settled = {"validation_seed": EVALUATION_SEED if seed is None else seed, f"validate_every_n_{unit}": between}
+    return recipe.with_datasets(seeded).with_options(**settled)
 
 
 def warm_up(found: Found, recipe: Recipe, wishes: SdxlOptions) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,27 +12,31 @@ from library.errors import UserError
 from library.files import write_text
 from library.models.locate import TINY_BASES, TINY_SDXL, base_status, locate_base
 from library.options.arguments import parse_arguments
-from library.options.search import OptimizeOptions
+from library.options.search import N_TRIALS, OptimizeOptions
 from library.options.toml_file import PROJECT_ROOT, find_config, read_options
-from library.search.best_params import BaseModel, BestParams, is_best_params, read_best_params
+from library.search import carried
+from library.search.best_params import BaseModel
+from library.search.constraints import constraints_measured
 from library.search.driver import StudyPlan
-from library.search.init_params import read_init_params, sdxl_first_trials, sdxl_fixed_options
-from library.search.jobs import Script
+from library.search.export import DATASET
+from library.search.init_params import BASE, read_init_params
+from library.search.jobs import OWN, ObjectiveName, Script
 from library.search.record import Facts
 from library.search.space import Space, Value
 from library.search.space_file import DEFAULT_SPACES, find_space, option_default, read_space
-from library.search.study import Terms
+from library.search.study import Terms, compare_with_stored
+from library.search.study_data import StudyData, base_hash, network_data, repa_data
 
 if TYPE_CHECKING:
     from library.options.network import TrainNetworkOptions
+    from library.options.repa import TrainRepaOptions
 
 Family = Literal["sd15", "sdxl"]
-SDXL_SPACE, TINY_SPACE = "sdxl", "tiny"
+TINY_SPACE = "tiny"
 # A dozen pictures of something new at the size that the tiny bases know. All of the demo set would be an hour for 8 trials.
 TINY_OPTIONS: dict[str, Any] = {"resolution": "128,128", "train_batch_size": 4, "max_data_loader_n_workers": 2}
 TINY_REPA_CONFIG = "demo.toml"
-BASE = "pretrained_model_name_or_path"
-SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+_DATA = ("dataset_config", "train_data_dir", "train_data")
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,30 @@ class Setup:
         return self.base.path in TINY_BASES
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What a study searches, with what fixed, beginning where.
+
+    Attributes:
+        n_trials: where the user does not say.
+        is_carried: whether `fixed` names a dataset file that was exported for this study.
+    """
+
+    space: Space
+    fixed: dict[str, Any]
+    initial: tuple[dict[str, Value], ...] = ()
+    notes: tuple[str, ...] = ()
+    n_trials: int = N_TRIALS
+    is_carried: bool = False
+
+
 def set_up(options: OptimizeOptions) -> Setup:
     """Check everything that can be checked without training. Pictures and, of a hub model, its files are fetched or made.
 
+    For a dry run nothing is written or fetched, and the base is not hashed.
+
     Raises UserError: a base, a dataset or a configuration that is not there or does not fit, a space that is wrong,
-    parameters to begin with that are none of it.
+    parameters to begin with that are none of it, a study that is there and was made with other terms.
     """
     trained, search, script = options.trained, options.search, options.trained.script
     fixed = _fixed_of_file(script, trained.config_file, trained.dataset_config, trained.base_model)
@@ -66,17 +88,66 @@ def set_up(options: OptimizeOptions) -> Setup:
     if trained.device is not None:
         fixed["device"] = trained.device
     family = _family(base, options.dry_run)
-    has_data = "dataset_config" in fixed or "train_data_dir" in fixed or "train_data" in fixed
-    best = _carried(search.init_params, family, search.space, script)
+    judging = parse_arguments("objective_args", search.objective_args)
+    _check_repa(script, search.objective, base, family)
+    scales = _scales(search.objective, judging)
+    with TemporaryDirectory() as nowhere:
+        # The files of a study that goes on from SD1.5; of a dry run nothing stays.
+        start = _start(options, fixed, family, Path(nowhere) if options.dry_run else options.place.folder)
+        first = _checked(script, start.space, start.fixed)
+        data = _data(first, start)
+    fixed = {**start.fixed, **data.split}
+    if start.is_carried:
+        fixed["dataset_config"] = str(options.place.folder / DATASET)
+    digest = None if options.dry_run else base_hash(base, first.cache.cache_dir)
+    terms = Terms(
+        script,
+        search.objective,
+        start.space,
+        fixed,
+        search.seed,
+        judging,
+        dataset=data.pictures,
+        settings=data.settings,
+        base=digest or "",
+    )
+    if options.dry_run:
+        compare_with_stored(options.place.study_name, options.place.url, terms)
+    known_base = BaseModel(family, base, digest)
+    n_trials = search.n_trials or start.n_trials
+    plan = StudyPlan(
+        name=options.place.study_name,
+        storage=options.place.url,
+        output_dir=options.place.folder,
+        terms=terms,
+        n_trials=n_trials,
+        workers=search.workers,
+        sampler=search.sampler,
+        initial=start.initial,
+        facts=Facts(known_base, data.pictures, data.batch, scales),
+        prunes=search.prune,
+        confirm=search.confirmed(n_trials),
+        stop_on_convergence=search.stop_on_convergence,
+        keep=search.keep,
+    )
+    notes = (*start.notes, *data.notes)
+    if search.objective == "image" and not constraints_measured(terms):
+        notes += ("no clip_model in --objective_args: nobody looks whether trials follow their prompts",)
+    return Setup(plan, known_base, notes)
+
+
+def _start(options: OptimizeOptions, fixed: dict[str, Any], family: Family, folder: Path) -> _Start:
+    """folder: for an export."""
+    search, script, base = options.search, options.trained.script, fixed[BASE]
+    has_data = any(name in fixed for name in _DATA)
     notes: list[str] = []
+    carries_into = search.space or carried.SDXL_SPACE
+    if script == "train_network" and family == "sdxl" and search.init_params is not None:
+        space = read_space(find_space(carries_into), script)
+        if carried.goes_on_from_sd15(search.init_params, space, is_asked=search.space is not None):
+            return _carried(options, space, fixed, folder)
     space_name = search.space
-    if best is not None:
-        fixed = _carried_options(best, base, options) | {"device": trained.device}
-        space_name = space_name or SDXL_SPACE
-        notes.append(
-            f"the study {best.study} is carried to SDXL; its export is fixed but for what {space_name} searches"
-        )
-    elif not has_data:
+    if not has_data:
         if base not in TINY_BASES:
             raise UserError(f"--dataset-config is missing: there is nothing to train {base} on.")
         fixed = {**_tiny_options(script), **fixed}
@@ -85,39 +156,35 @@ def set_up(options: OptimizeOptions) -> Setup:
     fixed = {name: value for name, value in fixed.items() if value is not None}
     space = read_space(find_space(space_name or DEFAULT_SPACES[script]), script)
     notes += _overruled(space, fixed)
-    first = _checked(script, space, fixed)
-    initial: tuple[dict[str, Value], ...] = ()
-    if best is not None:
-        initial = tuple(sdxl_first_trials(best))
-    elif search.init_params is not None:
-        initial = (read_init_params(search.init_params, space, fixed),)
-    data, batch = _data_facts(first, base)
-    judging = parse_arguments("objective_args", search.objective_args)
-    if search.objective == "image":
-        from library.search.image_objective import read_judging
+    initial = () if search.init_params is None else (read_init_params(search.init_params, space, fixed),)
+    return _Start(space, fixed, initial, tuple(notes))
 
-        read_judging(judging)
-    terms = Terms(script, search.objective, space, fixed, search.seed, judging, data)
-    plan = StudyPlan(
-        name=options.place.study_name,
-        storage=options.place.url,
-        output_dir=options.place.folder,
-        terms=terms,
-        n_trials=search.n_trials,
-        workers=search.workers,
-        sampler=search.sampler,
-        initial=initial,
-        facts=Facts(BaseModel(family, base), data, batch),
-        prunes=search.prune,
-        confirm=search.confirmed,
-        stop_on_convergence=search.stop_on_convergence,
-        keep=search.keep,
+
+def _carried(options: OptimizeOptions, space: Space, given: Mapping[str, Any], folder: Path) -> _Start:
+    """The small study on SDXL, from one on SD1.5."""
+    trained, path = options.trained, options.search.init_params
+    assert path is not None
+    if trained.config_file is not None:
+        raise UserError(
+            "--config_file has no place in a study on SDXL from --init-params: the export is what is fixed. Leave it out, or "
+            "name a --space that searches learning_rate by itself."
+        )
+    data = {name: given[name] for name in _DATA if name in given}
+    if not data and given[BASE] in TINY_BASES:
+        data = _tiny_options("train_network")
+    found = carried.carry_over(
+        path, space, base=given[BASE], folder=folder, dataset_config=trained.dataset_config, data=data
     )
-    return Setup(plan, BaseModel(family, base), tuple(notes))
+    device = {} if trained.device is None else {"device": trained.device}
+    return _Start(space, {**found.fixed, **device}, found.initial, (found.note,), carried.TRIALS, True)
 
 
-def default_sdxl_base(sd15_base: str) -> str:
-    return TINY_SDXL if sd15_base in TINY_BASES else SDXL_BASE
+def batch_of(setup: Setup) -> int:
+    """Pictures of one micro-batch, of the default configuration."""
+    facts, terms = setup.plan.facts, setup.plan.terms
+    assert facts is not None
+    options = terms.space.resolve(terms.space.defaults, terms.options)
+    return facts.batch or int(options.get("train_batch_size") or option_default(terms.script, "train_batch_size"))
 
 
 # Options that hold for all trials.
@@ -180,13 +247,26 @@ def _tiny_options(script: Script) -> dict[str, Any]:
 
 
 def _overruled(space: Space, fixed: Mapping[str, Any]) -> list[str]:
-    """What is fixed and searched too, in words."""
-    searched = [one.option for one in space.parameters if one.option in fixed and one.option not in one.times]
-    return [f"searched, so not taken from the configuration: {', '.join(searched)}"] if searched else []
+    """What is fixed and has no effect, or not in all trials, in words."""
+    notes = []
+    given = [name for name in fixed if name in space.overruled]
+    if given:
+        notes.append(f"searched, so not taken from the configuration: {', '.join(given)}")
+    for one in space.parameters:
+        for choice, options in one.extra.items():
+            if others := [name for name, value in options.items() if name in fixed and fixed[name] != value]:
+                notes.append(
+                    f"comes with {one.name} {choice}, so not taken from the configuration there: {', '.join(others)}"
+                )
+    if "seed" in fixed:
+        notes.append("seed is that of the study (--seed), not that of the configuration")
+    if own := [name for name, value in fixed.items() if name in OWN - {"seed"} and value not in (None, False, "")]:
+        notes.append(f"trials decide these themselves, so not taken from the configuration: {', '.join(own)}")
+    return notes
 
 
-def _checked(script: Script, space: Space, fixed: Mapping[str, Any]) -> TrainNetworkOptions | None:
-    """The options of the default configuration as the script reads them; None for train_repa."""
+def _checked(script: Script, space: Space, fixed: Mapping[str, Any]) -> TrainNetworkOptions | TrainRepaOptions:
+    """The options of the default configuration as the script reads them."""
     options = space.resolve(space.defaults, fixed)
     if script == "train_network":
         from library.search.exported_files import options_of
@@ -200,11 +280,41 @@ def _checked(script: Script, space: Space, fixed: Mapping[str, Any]) -> TrainNet
     with TemporaryDirectory() as folder:
         path = Path(folder) / "search.toml"
         write_text(path, toml.dumps({name: value for name, value in options.items() if name != "dataset_config"}))
-        parse(TrainRepaOptions, ["--dataset_config", str(path)], prog="train_repa.py", description=None)
-    return None
+        return parse(TrainRepaOptions, ["--dataset_config", str(path)], prog="train_repa.py", description=None)
 
 
-# The base and the pictures.
+def _data(first: TrainNetworkOptions | TrainRepaOptions, start: _Start) -> StudyData:
+    from library.options.repa import TrainRepaOptions
+
+    if isinstance(first, TrainRepaOptions):
+        return repa_data(first)
+    return network_data(start.space.resolve(start.space.defaults, start.fixed))
+
+
+def _check_repa(script: Script, objective: ObjectiveName, base: str, family: Family) -> None:
+    if script != "train_repa":
+        return
+    if family == "sdxl":
+        raise UserError(
+            f"train_repa.py trains SD1.5 alone, and {base} is SDXL. Name an SD1.5 base, or tune train_network."
+        )
+    if objective == "image":
+        raise UserError(
+            "The objective image draws with captions, and train_repa.py has classes. Use the objective loss."
+        )
+
+
+def _scales(objective: ObjectiveName, judging: Mapping[str, Any]) -> dict[str, float]:
+    """Of each component that the value is a sum of. Raises UserError for settings that cannot be."""
+    if objective == "loss":
+        # The mean over all timesteps, of which each band has as many.
+        return dict.fromkeys(("low", "mid", "high"), 1 / 3)
+    from library.search.image_objective import read_judging
+
+    return {"drift": read_judging(dict(judging)).drift_weight, "likeness_gain": -1.0}
+
+
+# The base.
 
 
 def _family(base: str, dry_run: bool) -> Family:
@@ -217,66 +327,3 @@ def _family(base: str, dry_run: bool) -> Family:
     if dry_run and (missing := base_status(base)):
         raise UserError(missing)
     return "sdxl" if family_of(locate_base(base)) == SDXL else "sd15"
-
-
-def _data_facts(options: TrainNetworkOptions | None, base: str) -> tuple[str, int | None]:
-    """Fingerprint of the pictures and captions, and the batch size that a dataset file gives; unknown for train_repa.
-
-    The fingerprint is of names, sizes of files and captions, so that it is the same on another machine.
-    """
-    if options is None:
-        return "", None
-    from library.data.network_data import read_datasets
-    from library.data.training_images import collect_images
-    from library.training.network_plan import native_side
-
-    datasets = read_datasets(options, native_side(locate_base(base)))
-    digest, pictures = hashlib.sha256(), 0
-    for dataset in datasets:
-        for image in sorted(collect_images(dataset).images, key=lambda one: one.sample_id):
-            facts = [image.path.parent.name, image.path.name, image.path.stat().st_size, str(image.caption)]
-            digest.update(repr(facts).encode())
-            pictures += 1
-    if pictures < 3:
-        raise UserError(
-            f"A study needs at least three pictures, two of them to judge its trials by, and there are {pictures}. Add pictures."
-        )
-    return digest.hexdigest()[:32], max(dataset.batch_size for dataset in datasets)
-
-
-# From a study on SD1.5 to one on SDXL.
-
-
-def _carried(path: Path | None, family: Family, space: str | None, script: Script) -> BestParams | None:
-    """The SD1.5 study that a study on SDXL goes on from, if it does."""
-    if path is None or family != "sdxl" or script != "train_network" or space not in (None, SDXL_SPACE):
-        return None
-    from library.files import read_json
-
-    if not is_best_params(read_json(path)):
-        return None
-    best = read_best_params(path)
-    return best if best.base_model.family == "sd15" else None
-
-
-def _carried_options(best: BestParams, base: str, options: OptimizeOptions) -> dict[str, Any]:
-    """The export of `best`, written into the study's folder, as options that hold for all of its trials."""
-    from library.search.export import export
-    from library.search.rules import written_options
-
-    if options.trained.config_file is not None:
-        raise UserError(
-            "--config_file has no place in a study on SDXL from --init-params: the export is what is fixed."
-        )
-    exported = export(
-        best, sdxl_base=base, output_dir=options.place.folder, dataset_config=options.trained.dataset_config
-    )
-    values = {BASE: base, "dataset_config": str(exported.dataset), **written_options(exported.recipe)}
-    return sdxl_fixed_options(values)
-
-
-def batch_of(setup: Setup) -> int:
-    """Pictures of one micro-batch."""
-    facts, terms = setup.plan.facts, setup.plan.terms
-    assert facts is not None
-    return facts.batch or int(terms.options.get("train_batch_size") or option_default(terms.script, "train_batch_size"))

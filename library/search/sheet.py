@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import UserError
+from library.errors import RunFailed, UserError
 from library.files import read_json, write_text
 from library.options.toml_file import PROJECT_ROOT
+from library.search.artifacts import attach_rows
+from library.search.progress import StudyLog
 
 if TYPE_CHECKING:
     from library.search.status import Look
@@ -25,7 +27,10 @@ SECONDS = 1800  # of all pictures, also on a slow machine
 
 
 def draw_best(look: Look, folder: Path, base: str, *, steps: int = STEPS) -> None:
-    """Draw the sheet into folder/contact_sheet. Raises UserError where there is nothing to draw with, or it failed."""
+    """Draw the sheet into folder/contact_sheet, and give optuna-dashboard its rows.
+
+    Raises UserError where there is nothing to draw with, RunFailed where drawing failed or took too long.
+    """
     trials = [one.trial for one in look.verdict.candidates[:5] if _adapter(folder, one.trial).is_file()]
     prompts = _prompts(_adapter(folder, trials[0])) if trials else []
     if not prompts:
@@ -47,12 +52,24 @@ def draw_best(look: Look, folder: Path, base: str, *, steps: int = STEPS) -> Non
         "--lora_dir",
         *(str(_adapter(folder, one).parent) for one in trials),
     ]
-    done = subprocess.run(
-        [sys.executable, str(PROJECT_ROOT / "generate.py"), *words], capture_output=True, text=True, timeout=SECONDS
-    )
-    if done.returncode != 0:
-        raise UserError(f"generate.py said: {(done.stderr.strip().splitlines() or ['nothing'])[-1]}")
+    _generate(words)
     write_text(out / INDEX, json.dumps(index, indent=1))
+    rows: dict[str, list[Path]] = {}
+    for path, caption in sheet_pictures(folder):
+        rows.setdefault(caption.partition(",")[0], []).append(path)
+    attach_rows(look.study, rows, folder, StudyLog(folder))
+
+
+def _generate(words: list[str]) -> None:
+    command = [sys.executable, str(PROJECT_ROOT / "generate.py"), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"generate.py drew for more than {SECONDS // 60} minutes and was stopped.") from None
+    except OSError as error:
+        raise RunFailed(f"generate.py could not be started: {error.strerror or error}.") from None
+    if done.returncode != 0:
+        raise RunFailed(f"generate.py said: {(done.stderr.strip().splitlines() or ['nothing'])[-1]}")
 
 
 def _adapter(folder: Path, trial: int) -> Path:
@@ -61,12 +78,15 @@ def _adapter(folder: Path, trial: int) -> Path:
 
 def _prompts(adapter: Path) -> list[str]:
     """Captions that the adapter was trained with, from its metadata."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from library.evaluation.prompts import plain_text, trained_captions
 
-    with safe_open(adapter, "numpy") as file:
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(adapter, "numpy") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{adapter} cannot be read: {error}.") from None
     return [plain_text(one) for one in trained_captions(metadata)[:PROMPTS]]
 
 
@@ -77,11 +97,3 @@ def sheet_pictures(folder: Path) -> list[tuple[Path, str]]:
         return []
     found = [(folder / FOLDER / one["file"], str(one["caption"])) for one in read_json(index)]
     return [(path, caption) for path, caption in found if path.is_file()]
-
-
-def _generate(words: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, str(PROJECT_ROOT / "generate.py"), *words], capture_output=True, text=True, timeout=SECONDS
-    )
-    if done.returncode != 0:
-        raise UserError(f"generate.py said: {(done.stderr.strip().splitlines() or ['nothing'])[-1]}")

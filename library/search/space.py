@@ -182,6 +182,9 @@ class Space:
         unknown = [f"{name}{nearest(name, known)}" for name in options if name not in known]
         if unknown:
             raise UserError(f"Not in the search space: {'; '.join(unknown)}. It searches {', '.join(self.defaults)}.")
+        for one in self.parameters:
+            if one.option != one.name and one.option in options and one.name in options:
+                raise UserError(f"{one.name} and {one.option} say the same thing twice. Keep one of them.")
         params = dict(self.defaults)
         # A factor is needed before what it is multiplied into.
         for one in sorted(self.parameters, key=lambda one: len(one.times)):
@@ -195,6 +198,17 @@ class Space:
 
     def as_dict(self) -> dict[str, Any]:
         return {one.name: one.as_dict() for one in self.parameters}
+
+    @property
+    def overruled(self) -> frozenset[str]:
+        """Options whose fixed value has no part in any trial: what is searched outright, and what gets the same value."""
+        plain = [one for one in self.parameters if one.option and one.option not in one.times]
+        return frozenset(name for one in plain for name in (one.option, *one.also))
+
+    @property
+    def searches_rate(self) -> bool:
+        """Whether it finds learning rates by itself; if not, it goes on from one that is given to it."""
+        return "learning_rate" in self.overruled
 
     @property
     def hash(self) -> str:
@@ -222,21 +236,26 @@ class Space:
             return self._value(other, params, base)
         if base.get(name) is None:
             raise UserError(
-                f"The search space multiplies {one.name} with {name}, which is not fixed. Give the study a {name}."
+                f"The search space multiplies {one.name} with {name}, which is not fixed. Give the study a {name}, or "
+                "--init-params with a study on SD1.5 for one on SDXL."
             )
-        return base[name]
+        return _number(name, base[name])
 
     def _undo(self, one: Parameter, value: Any, params: dict[str, Value], base: Mapping[str, Any]) -> None:
         """Put into `params` what makes `value` of the option."""
         if not one.times:
             params[one.name] = value
             return
+        value = _number(one.option, value)
         switch = next((name for name in one.times if isinstance(params.get(name), bool)), None)
         if value == 0 and switch is not None:
             params[switch] = False
             return
         for name in one.times:
-            value = value / self._factor(one, name, params, base)
+            factor = _number(name, self._factor(one, name, params, base))
+            if factor == 0:
+                raise UserError(f"{one.option} cannot be a multiple of {name}, which is {factor!r}.")
+            value = value / factor
         ratio = float(f"{value:.6g}")
         # A ratio of rounded rates may miss the end of its range by a rounding error.
         for end in (one.low, one.high):
@@ -266,6 +285,13 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _is_step(distance: float, step: float) -> bool:
     return math.isclose(distance / step, round(distance / step), abs_tol=1e-6)
+
+
+def _number(name: str, value: Any) -> Any:
+    """`value`, if it can be multiplied with. True and False are 1 and 0."""
+    if not isinstance(value, int | float):
+        raise UserError(f"{name} is {value!r}; it must be a number.")
+    return value
 
 
 def _single(option: str, value: Any) -> Any:

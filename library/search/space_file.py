@@ -157,6 +157,10 @@ def _check_options(path: Path, space: Space) -> None:
         for name in one.times:
             if name not in known and name not in space.defaults:
                 raise UserError(f"{where} times {name} is neither an option nor a parameter{nearest(name, known)}.")
+            for factor in space.parameters:
+                values = (factor.default, *factor.choices)
+                if name in (factor.name, factor.option) and any(isinstance(value, str) for value in values):
+                    raise UserError(f"{where} times {name} multiplies with texts, such as {factor.default!r}.")
         if one.times and any(isinstance(value, str) for value in (one.default, *one.choices)):
             raise UserError(f"{where} times multiplies a number, and {one.default!r} is none.")
     _check_circles(path, space)
@@ -192,9 +196,9 @@ def option_default(script: Script, name: str) -> Any:
     from library.options.parser import flatten
 
     if script == "train_network":
-        from library.options.kohya_training import NetworkTrainingOptions
+        from library.options.network import TrainNetworkOptions
 
-        return flatten(NetworkTrainingOptions())[name]
-    from library.options.training import TrainingOptions
+        return flatten(TrainNetworkOptions())[name]
+    from library.options.repa import TrainRepaOptions
 
-    return flatten(TrainingOptions())[name]
+    return flatten(TrainRepaOptions())[name]

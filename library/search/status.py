@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from datetime import datetime, timedelta
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +16,16 @@ from library.search.convergence import ALERTS, since_best
 from library.search.jobs import SLOTS
 from library.search.leases import LEASE, STALE_AFTER, why_dead
 from library.search.ledger import SEED
-from library.search.noise import PICKED, Verdict, judge, top
-from library.search.progress import Progress, progress
+from library.search.noise import PICKED, Verdict, judge
+from library.search.progress import BUDGET, Progress, progress
 from library.search.storage import storage_file, without_password
-from library.search.study import TERMS, load_study
-from library.search.values import FAILURE, counts, value_of
+from library.search.study import CONFIRMING, TERMS, load_study
+from library.search.values import FAILURE, by_end, counts
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-BUDGET = "budget"
-"""User attribute of a study: n_trials and workers of its last start, and the trainings that follow."""
 SHOWN = 5
 
 
@@ -35,6 +34,8 @@ class Look:
 
     Attributes:
         confirmed: trials of the best with new seeds.
+        more: trainings of the best that are still to come or under way; until they are enqueued, at most so many.
+        has_ended: whether it ended by itself since it was last begun, be it before n_trials.
     """
 
     def __init__(self, name: str, url: str) -> None:
@@ -55,7 +56,8 @@ class Look:
         budget = self.study.user_attrs.get(BUDGET, {})
         self.n_trials = int(budget.get("n_trials") or max(1, sum(map(counts, self.trials))))
         self.workers = int(budget.get("workers", 1))
-        self.more = max(0, int(budget.get("more", 0)) - sum(trial.state.is_finished() for trial in self.confirmed))
+        self.more = int(budget.get("more", 0)) + sum(not trial.state.is_finished() for trial in self.confirmed)
+        self.has_ended = bool(budget.get("ended"))
         self.judging = dict(self.terms["judging"])
 
     @property
@@ -64,7 +66,8 @@ class Look:
 
     @property
     def progress(self) -> Progress:
-        return progress(self.trials, self.n_trials, self.workers, self.more)
+        now = progress(self.trials, self.n_trials, self.workers, self.more)
+        return replace(now, seconds_left=None) if self.has_ended and not self.running else now
 
     @property
     def alerts(self) -> dict[str, Any]:
@@ -76,14 +79,14 @@ class Look:
 
     @property
     def is_done(self) -> bool:
-        return self.progress.done >= self.n_trials and not self.running and self.more == 0
+        return (self.has_ended or self.progress.done >= self.n_trials) and not self.running and self.more == 0
 
 
 def _confirmations(study: optuna.Study, name: str) -> list[FrozenTrial]:
     import optuna
 
     try:
-        again = optuna.load_study(study_name=f"{name}-confirm", storage=study._storage)
+        again = optuna.load_study(study_name=f"{name}{CONFIRMING}", storage=study._storage)
     except KeyError:
         return []
     return again.get_trials(deepcopy=False)
@@ -96,24 +99,36 @@ def status_text(look: Look, now: float | None = None) -> str:
     lines = [
         f"study      {look.name}: {terms['script']}, objective {terms['objective']}, space {terms['space_hash']}",
         f"storage    {look.url}",
-        f"progress   {bar(progressed.done, progressed.n_trials)} {progressed.line(speed(look, now))}",
+        f"progress   {bar(progressed.done, progressed.n_trials)} {progressed.line(speed(look, now))}"
+        f"{'  ended' if look.is_done else ''}",
     ]
     if look.confirmed or look.more:
-        ended = sum(trial.state.is_finished() for trial in look.confirmed)
+        ended = sum(trial.state.is_finished() and counts(trial) for trial in look.confirmed)
         lines.append(f"again      {ended} of {ended + look.more} trainings of the best with new seeds")
     lines += [f"{'running' if not place else '':10} {line}" for place, line in enumerate(running_lines(look, now))]
-    best = top(look.trials, SHOWN)
+    verdict = look.verdict
     lines += [
-        f"{'best' if not place else '':10} trial {one.number + 1}  {value_of(one):+.4f}  {shown_params(one.params)}"
-        for place, one in enumerate(best)
+        f"{'best' if not place else '':10} trial {one.trial}  {one.mean:+.4f}"
+        f"{f' over {len(one.again) + 1} seeds' if one.again else ''}  {shown_params(one.params)}"
+        for place, one in enumerate(verdict.candidates[:SHOWN])
     ]
+    if verdict.broke:
+        lines.append(f"left out   {broke_words(verdict.broke)}")
     failed = [trial for trial in look.trials if trial.state == TrialState.FAIL or FAILURE in trial.user_attrs]
     if failed:
         reasons = ", ".join(f"{one.number + 1} ({_reason(one)})" for one in failed[-SHOWN:])
         lines.append(f"failed     {len(failed)}, the last: trial {reasons}")
     lines += [f"{'told' if not n else '':10} {line}" for n, line in enumerate(convergence_lines(look))]
-    lines.append(f"verdict    {look.verdict.words}")
+    lines.append(f"verdict    {verdict.words}")
     return "\n".join(lines)
+
+
+def broke_words(broke: Sequence[int]) -> str:
+    """Which trials broke the constraint, in a sentence."""
+    numbers = ", ".join(map(str, broke))
+    if len(broke) == 1:
+        return f"1 trial follows prompts less than the base does and cannot be the best: {numbers}"
+    return f"{len(broke)} trials follow prompts less than the base does and cannot be the best: {numbers}"
 
 
 def bar(done: int, total: int, width: int = 20) -> str:
@@ -143,19 +158,15 @@ def running_lines(look: Look, now: float) -> list[str]:
             words.append(f"{lease['host']}:{lease['pid']} worker {lease['worker']}")
             dead = why_dead(lease, STALE_AFTER, now)
             words.append(f"DEAD: {dead}" if dead else f"lease {max(0, now - float(lease['at'])):.0f} s old")
-        started = trial.datetime_start
-        if slot and started is not None:
-            taken = now - started.timestamp()
+        if slot and lease is not None and "began" in lease:
+            taken = max(0.0, now - float(lease["began"]))
             words.append(f"left {timedelta(seconds=max(0, round(taken * (SLOTS - slot) / slot)))}")
         lines.append("  ".join(words))
     return lines
 
 
 def convergence_lines(look: Look) -> list[str]:
-    done = sorted(
-        (trial for trial in look.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)),
-        key=lambda trial: trial.datetime_complete or datetime.min,
-    )
+    done = by_end(trial for trial in look.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED))
     lines = [f"{level}: {one['words']} ({one['at']})" for level, one in look.alerts.items()]
     return lines or [f"nothing yet; the best came {since_best(done)} trials ago"] if done else []
 

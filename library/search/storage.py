@@ -40,6 +40,12 @@ NETWORK_FILE_SYSTEMS = (
 )
 
 
+def require_form(url: str) -> None:
+    """Raises UserError where `url` is of none of FORMS, before anything is opened."""
+    if not re.match(r"(sqlite:///|journal:|postgresql(\+psycopg)?://|grpc://).", url):
+        raise UserError(f"--storage {without_password(url)} is no storage. It may be {FORMS}.")
+
+
 def storage_file(url: str) -> Path | None:
     """The file of a SQLite or journal storage; None where there is none."""
     for prefix in ("sqlite:///", "journal:"):
@@ -61,6 +67,7 @@ def open_storage(url: str, say: Callable[[str], None] = print) -> BaseStorage:
     """
     import optuna
 
+    require_form(url)
     file = storage_file(url)
     if file is not None:
         _check_file(file, say)
@@ -72,11 +79,9 @@ def open_storage(url: str, say: Callable[[str], None] = print) -> BaseStorage:
     if url.startswith("sqlite:///"):
         # Each worker's thread and process has a connection; writers wait for each other.
         url, settings = f"sqlite:///{file}", {"connect_args": {"timeout": 60}}
-    elif url.startswith(("postgresql://", "postgresql+psycopg://")):
+    else:
         url = re.sub(r"^postgresql://", "postgresql+psycopg://", url)
         settings = {"pool_pre_ping": True, "pool_size": 2}  # type: ignore[dict-item]
-    else:
-        raise UserError(f"--storage {without_password(url)} is no storage. It may be {FORMS}.")
     try:
         # Several that create the tables of one empty database at once get in each other's way: 8 of 24 died of it.
         storage = insisting(lambda: optuna.storages.RDBStorage(url, engine_kwargs=settings), ATTEMPTS)
@@ -84,13 +89,13 @@ def open_storage(url: str, say: Callable[[str], None] = print) -> BaseStorage:
         raise UserError('PostgreSQL needs its driver, which is not installed: pip install "psycopg[binary]".') from None
     except RuntimeError as error:
         raise UserError(
-            f"{without_password(url)} was written by another version of Optuna: {_first_line(error)} "
+            f"{without_password(url)} was written by another version of Optuna: {first_line(error)} "
             f"optuna storage upgrade --storage {without_password(url)} brings it up to this one."
         ) from None
     except Exception as error:
         if not is_storage_failure(error):
             raise
-        raise UserError(f"The storage {without_password(url)} cannot be opened: {_first_line(error)}") from None
+        raise UserError(f"The storage {without_password(url)} cannot be opened: {first_line(error)}") from None
     if file is not None:
         _lock_from_the_beginning(storage)
     return storage
@@ -138,7 +143,7 @@ def is_storage_failure(error: BaseException) -> bool:
 
 def storage_failed(url: str, error: BaseException) -> RunFailed:
     return RunFailed(
-        f"The study's storage {without_password(url)} failed: {_first_line(error)} Nothing that was stored is lost; run the "
+        f"The study's storage {without_password(url)} failed: {first_line(error)} Nothing that was stored is lost; run the "
         "same command again to go on."
     )
 
@@ -148,7 +153,8 @@ def _is_final(error: BaseException) -> bool:
     return FINAL.search(str(error)) is not None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of a storage says, in one line that ends with a dot; its kind where it says nothing."""
     cause = error.__cause__ if type(error).__name__ == "StorageInternalError" and error.__cause__ else error
     lines = str(getattr(cause, "orig", None) or cause).strip().splitlines()
     return f"{(lines or [type(error).__name__])[0].rstrip('.')}."
@@ -196,10 +202,11 @@ def _open_proxy(url: str) -> BaseStorage:
         proxy.wait_server_ready(timeout=20)
         return proxy
     except ImportError:
-        raise UserError("grpc:// needs a package that is not installed: pip install grpcio protobuf.") from None
+        raise UserError("grpc:// needs packages that are not installed: pip install grpcio protobuf.") from None
     except Exception as error:
         raise UserError(
-            f"Nobody answers at {url} ({_first_line(error).rstrip('.')}). Start the server there first."
+            f"Nobody answers at {url} ({first_line(error).rstrip('.')}). Start the server there first: docs/optimize.md, "
+            "Many workers, says how."
         ) from None
 
 
@@ -233,7 +240,7 @@ def _open_journal(file: Path) -> JournalStorage:
         backend.append_logs([])
         return JournalStorage(backend)
     except (ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"The journal {file} is damaged and cannot be read: {_first_line(error)}") from None
+        raise UserError(f"The journal {file} is damaged and cannot be read: {first_line(error)}") from None
 
 
 def cut_torn_line(file: Path) -> Path | None:

@@ -8,23 +8,29 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.search.jobs import ObjectiveName, Script
+from library.search.jobs import OWN, ObjectiveName, Script
 from library.search.space import Space, difference
-from library.search.storage import ATTEMPTS, insisting, is_storage_failure, open_storage, storage_failed
+from library.search.storage import (
+    ATTEMPTS,
+    insisting,
+    is_storage_failure,
+    open_storage,
+    storage_failed,
+    storage_file,
+)
 
 if TYPE_CHECKING:
     import optuna
 
 TERMS = "terms"
+CONFIRMING = "-confirm"
+"""Name of the study that trains the best of another one again: that one's name, and this."""
 
-# Options that change where and how fast a trial runs, and not what it finds.
-HARMLESS = frozenset(
-    {
-        *("device", "output_dir", "output_name", "logging_dir", "log_with", "log_every_n_steps", "cache_dir"),
-        *("max_data_loader_n_workers", "persistent_data_loader_workers", "vae_batch_size", "xformers", "sdpa"),
-        *("save_every_n_epochs", "save_every_n_steps"),
-    }
-)
+# Options that change where and how fast a trial runs, and not what it finds; and those that trials decide themselves.
+HARMLESS = OWN | {
+    *("device", "log_with", "log_every_n_steps", "cache_dir"),
+    *("max_data_loader_n_workers", "persistent_data_loader_workers", "vae_batch_size", "xformers", "sdpa"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,9 @@ class Terms:
     Attributes:
         options: of the script, fixed for all trials.
         judging: settings of the objective.
-        dataset: fingerprint of pictures and captions; "" where it is not known.
+        dataset: fingerprint of pictures and captions.
+        settings: fingerprint of what dataset files say of them; where it is known, the file's path does not count.
+        base: hash of the base's weights. These three are "" where they are not known, and then not compared.
     """
 
     script: Script
@@ -44,6 +52,8 @@ class Terms:
     seed: int = 42
     judging: Mapping[str, Any] = field(default_factory=dict)
     dataset: str = ""
+    settings: str = ""
+    base: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         # As JSON gives it back, so that a tuple is not taken for a change.
@@ -59,6 +69,8 @@ class Terms:
                     "judging": dict(self.judging),
                     "seed": self.seed,
                     "dataset": self.dataset,
+                    "settings": self.settings,
+                    "base": self.base,
                 },
                 default=str,
             )
@@ -90,7 +102,7 @@ def open_study(name: str, url: str, terms: Terms, say: Callable[[str], None] = p
             if study.get_trials(deepcopy=False):
                 raise UserError(f"The study {name} was not made by this program. Choose another --study-name.")
             insisting(lambda: study.set_user_attr(TERMS, terms.as_dict()))
-        _compare(name, study.user_attrs[TERMS], terms.as_dict())
+        _compare(name, study.user_attrs[TERMS], terms)
         return study
     except UserError:
         raise
@@ -113,20 +125,48 @@ def load_study(name: str, url: str) -> optuna.Study:
         raise UserError(f"There is no study {name} in this storage. There: {there}.") from None
 
 
-def _compare(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def compare_with_stored(name: str, url: str, terms: Terms) -> None:
+    """Raises UserError where the study `name` is there already and was made with other terms, as `open_study` would."""
+    import optuna
+
+    file = storage_file(url)
+    if file is not None and not file.exists():
+        return
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = open_storage(url)
+    try:
+        stored = optuna.load_study(study_name=name, storage=storage).user_attrs.get(TERMS)
+    except KeyError:
+        return
+    if stored is not None:
+        _compare(name, stored, terms)
+
+
+def _compare(name: str, old: Mapping[str, Any], terms: Terms) -> None:
     advice = "Give the study what it was made with, or choose another --study-name."
+    new = terms.as_dict()
     for key, words in (("script", "trains with"), ("objective", "is judged by")):
         if old[key] != new[key]:
             raise UserError(f"The study {name} {words} {old[key]}, and {new[key]} is asked for. {advice}")
+    knows_settings = bool(old.get("settings") and terms.settings)
+    ignored = HARMLESS | terms.space.overruled | ({"dataset_config"} if knows_settings else set())
     for key, words in (
         ("space", "searches another space"),
         ("options", "has other fixed options"),
         ("judging", "is judged otherwise"),
     ):
-        if changes := difference(old[key], new[key]):
+        before, now = old[key], new[key]
+        if key == "options":
+            before, now = ({k: v for k, v in one.items() if k not in ignored} for one in (before, now))
+        if changes := difference(before, now):
             raise UserError(f"The study {name} {words}: {'; '.join(changes)}. {advice}")
-    if old.get("dataset") and new["dataset"] and old["dataset"] != new["dataset"]:
-        raise UserError(f"The study {name} was made with other pictures or captions than there are now. {advice}")
+    for key, words in (
+        ("dataset", "other pictures or captions than there are now"),
+        ("settings", "other settings of its datasets than there are now (such as resolution, batch, repeats, folders)"),
+        ("base", "other weights of the base than lie under its name now"),
+    ):
+        if old.get(key) and new[key] and old[key] != new[key]:
+            raise UserError(f"The study {name} was made with {words}. {advice}")
     if old["seed"] != new["seed"]:
         raise UserError(
             f"The study {name} trains with the seed {old['seed']}, and {new['seed']} is asked for. {advice}"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from library.errors import Stopped
 from library.files import write_json, write_text
-from library.search.jobs import SLOTS, Job, Slot
+from library.search.jobs import OWN, SLOTS, Job, Slot
 from library.search.objective import Judge, Measured
 from library.training.checkpoints import Checkpoints
 from library.training.loop import Batches, Run, train
@@ -32,16 +32,6 @@ from library.training.loop import Batches, Run, train
 EVALUATIONS, LOGS = "realtime_evaluations", "logs"
 PARAMS_FILE, CONFIG_FILE = "params.json", "config.toml"
 
-# What a trial decides itself, and what it has no use for: it leaves no states, and its slots are its validations.
-OWN = frozenset(
-    """
-    output_dir output_name logging_dir log_prefix log_tracker_name seed resume allow_changed_options dry_run config_file
-    output_config save_every_n_epochs save_n_epoch_ratio save_every_n_steps save_last_n_epochs save_last_n_steps
-    save_last_n_epochs_state save_last_n_steps_state save_last_n_states save_state save_state_on_train_end
-    sample_prompts sample_every_n_steps sample_every_n_epochs sample_at_first sample_sampler validate_every_n_epochs
-    validate_every_n_steps max_validation_steps early_stop initial_step initial_epoch skip_until_initial_step
-    """.split()  # noqa: SIM905
-)
 SEEDED = frozenset({"seed", "output_dir", "output_name", "logging_dir"})
 """Of these nobody needs to be told that the trial has its own."""
 
@@ -152,7 +142,7 @@ class Trial:
         speed, run = self._measured_speed(step), self.training.run
         with run.trained.judged():
             measured = self.training.judge(slot)
-            if self.best is None or measured.value < self.best.measured.value:
+            if self.best is None or measured.rank < self.best.measured.rank:
                 tensors, metadata = self.training.export(step)
                 # Copies, whatever an export gives: on the CPU it may be the very weights that go on learning.
                 copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}

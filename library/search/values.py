@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import TrialState
 
+from library.search.constraints import is_broken
+
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 FAILURE, IMPUTED, IMPORTED = "failure", "imputed", "imported"
 """User attributes: what a penalty was told for (diverged, memory), a predicted value, and values of another study."""
+ENDED = "ended"
+"""User attribute: when a trial was told, in seconds since the epoch; Optuna's times are local and without a zone."""
 
 FIRST_PENALTY = 1.0
 """Of a trial that diverges before any has a value; the objective is a log-ratio, so this is e times the base's loss."""
@@ -26,9 +30,29 @@ def is_real(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE and not attrs.keys() & {FAILURE, IMPUTED, IMPORTED}
 
 
+def breaks(trial: FrozenTrial) -> bool:
+    """Whether a trial broke a constraint (see `library.search.constraints`)."""
+    return is_broken(trial.user_attrs.get("components"))
+
+
+def may_win(trial: FrozenTrial) -> bool:
+    """Whether a trial's value is real and it kept its constraints: what can be the best, and be exported."""
+    return is_real(trial) and not breaks(trial)
+
+
 def counts(trial: FrozenTrial) -> bool:
     """Whether a trial is one of the study's budget: done, under way or waiting."""
     return trial.state != TrialState.FAIL and IMPORTED not in trial.user_attrs
+
+
+def by_end(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """In the order in which they ended, on whatever machines."""
+    return sorted(trials, key=lambda trial: (_ended(trial), trial.number))
+
+
+def _ended(trial: FrozenTrial) -> float:
+    complete = trial.datetime_complete  # of trials that this program did not tell
+    return float(trial.user_attrs.get(ENDED) or (complete.timestamp() if complete is not None else 0.0))
 
 
 def value_of(trial: FrozenTrial) -> float:
@@ -37,9 +61,9 @@ def value_of(trial: FrozenTrial) -> float:
 
 
 def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
-    """The real trial with the least value; the earlier of equals."""
-    real = [trial for trial in trials if is_real(trial)]
-    return min(real, key=lambda trial: (value_of(trial), trial.number)) if real else None
+    """The trial with the least value among those that may win; the earlier of equals."""
+    found = filter(may_win, trials)
+    return min(found, key=lambda trial: (value_of(trial), trial.number), default=None)
 
 
 def penalty(trials: Iterable[FrozenTrial]) -> float:
@@ -66,5 +90,5 @@ def predicted(trials: Iterable[FrozenTrial], slot: int, observed: float) -> floa
     real = [trial for trial in trials if is_real(trial)]
     gains = [value_of(trial) - trial.intermediate_values[slot] for trial in real if slot in trial.intermediate_values]
     value = observed + (median(gains) if gains else 0.0)
-    best = min((value_of(trial) for trial in real), default=-math.inf)
-    return max(value, best + EPSILON)
+    best = best_of(real)
+    return value if best is None else max(value, value_of(best) + EPSILON)

@@ -7,13 +7,10 @@ from library.data.dataset_schema import Dataset
 from library.data.network_batches import groups_of
 from library.data.network_data import NetworkData, collect, read_datasets
 from library.errors import UserError
-from library.files import read_json
-from library.models.configs import configs_of
-from library.models.family import family_of
+from library.models.family import native_side
 from library.models.locate import BaseLocation
 from library.options.network import TrainNetworkOptions
 
-_VAE_FACTOR = 8
 _FRESH_PIXELS = ("color_aug", "random_crop", "face_crop_aug_range")
 
 
@@ -92,13 +89,6 @@ def _check_effects(options: TrainNetworkOptions, data: NetworkData) -> None:
                 raise UserError(
                     f"{name} has no effect: no picture is held out. Give validation_split, or more pictures."
                 )
-
-
-def native_side(base: BaseLocation) -> int:
-    """Side in pixels that the base was trained at."""
-    if base.is_file:
-        return int(configs_of(family_of(base)).unet["sample_size"]) * _VAE_FACTOR
-    return int(read_json(base.path / "unet" / "config.json").get("sample_size", 64)) * _VAE_FACTOR
 
 
 def print_data(data: NetworkData) -> None:

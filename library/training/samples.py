@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -138,11 +139,15 @@ class Sampler:
         return output.output_dir / "sample" / f"{output.output_name}_{place}_{number:02d}_{moment}_{seed}.png"
 
 
-def check_prompts(options: SampleOptions) -> None:
+def check_prompts(options: SampleOptions, say: Callable[[str], None]) -> None:
     """Read the prompts once before the run, so that a slip in them is found at once. Raises UserError."""
     if options.sample_prompts is None:
         return
-    for line in read_prompt_file(options.sample_prompts):
+    notes: list[str] = []
+    lines = read_prompt_file(options.sample_prompts, notes)
+    for note in notes:
+        say(f"samples: {note}")
+    for line in lines:
         try:
             sampler_named(line.sample_sampler or options.sample_sampler or DEFAULT_SAMPLER)
         except UserError as error:

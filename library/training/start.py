@@ -36,7 +36,7 @@ def check_network_start(options: TrainNetworkOptions, processes: Processes) -> t
     if base.note:
         processes.say(base.note)
     family = family_of(base)
-    check_prompts(options.samples)
+    check_prompts(options.samples, processes.say)
     if family == SDXL and options.text.clip_skip not in (None, 2):
         raise UserError(f"clip_skip {options.text.clip_skip} cannot be: SDXL was trained on the second last layer, 2.")
     options.optimizer.text_encoder_rates(len(family.text_encoders))

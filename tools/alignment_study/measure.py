@@ -18,7 +18,7 @@ from library.evaluation import picture_measures
 from library.evaluation.baselines import RidgeHead
 from library.evaluation.denoising import QUARTERS, denoising_losses, encode_photos, log_ratios
 from library.evaluation.drawn import Worn, draw_task, pixels_of, save_pictures, wear
-from library.evaluation.estimates import jackknife, mean_of
+from library.evaluation.estimates import jackknife, mean_of, of_all
 from library.evaluation.features import load_folded_model, tapped
 from library.evaluation.held_out import ProbedPictures, open_probed
 from library.evaluation.measures import Measures
@@ -141,7 +141,7 @@ class Numbers:
             "right": share_right(self.judges.reader, seen.new, asked),
             "likeness": float(own.mean()),
             "likeness_clip": float(self._likeness(self.judges.clip.pictures(seen.new), asked, "clip")[0].mean()),
-            "diversity": picture_measures.diversity(new, torch.tensor(subject.new.groups))(torch.arange(len(asked))),
+            "diversity": of_all(picture_measures.diversity(new, torch.tensor(subject.new.groups)), len(asked)),
             "right_old": share_right(self.judges.reader, seen.old, asked_old),
         }
         if other is not None:

@@ -66,6 +66,7 @@ def _study(study: str, found: Mapping[str, Any], figures: Sequence[str], folder:
             continue
         said = findings(arms["0"], arms[arm])
         lines += [
+            *([f"#### lambda {arm}", ""] if len(arms) > 2 else []),
             *said[:1],
             "",
             *(f"- {one}" for one in said[1:]),
