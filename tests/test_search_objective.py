@@ -16,7 +16,7 @@ from torch import nn
 from library.errors import Diverged, UserError
 from library.search import objective
 from library.search.image_objective import Eyes, ImageJudge, Judging, read_judging, settled
-from library.search.network_trial import held_out_pictures, with_held_out
+from library.search.network_trial import held_out_pictures
 from library.search.objective import (
     BANDS,
     TIMESTEPS,
@@ -132,24 +132,6 @@ def test_choice_by_hash_of_fewer_is_part_of_the_choice_of_more(names: set[str], 
 
 def test_a_tenth_is_held_out_and_two_at_least() -> None:
     assert [held_out_count(n) for n in (3, 20, 21, 100)] == [2, 2, 3, 10]
-
-
-def test_pictures_are_held_out_where_none_are_and_that_is_said(built: Built) -> None:
-    data = built.prepared.data
-    held = with_held_out(data)
-    assert (len(held.training), len(held.validation)) == (1, 2)
-    assert any("2 of 3 pictures are held out" in note for note in held.notes)
-    assert with_held_out(held) is held
-    again = with_held_out(data)
-    assert [one.image.sample_id for one in again.validation] == [one.image.sample_id for one in held.validation]
-
-
-def test_two_pictures_are_too_few_to_hold_any_out(built: Built) -> None:
-    from dataclasses import replace
-
-    data = replace(built.prepared.data, training=built.prepared.data.training[:2])
-    with pytest.raises(UserError, match="there are 2 pictures in all"):
-        with_held_out(data)
 
 
 # ---------------------------------------------------------------------------------------------------- what is shared

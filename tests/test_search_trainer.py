@@ -89,7 +89,6 @@ def test_trial_trains_what_the_script_trains_to_the_bit_and_measuring_changes_no
     changes = {"dataset_config": config, "max_train_epochs": 3, "network_dropout": 0.1}
     assert network_setting.train(tmp_path / "script", **changes, network_train_unet_only="") == 0
     options = network_options(network_setting, **changes, cache_text_encoder_outputs=None)
-    options["dataset_config"] = str(config)
     outcome = train_here(job(tmp_path / "trial", options), warm)
     assert outcome.ending == "done", outcome.message
     script, trial = load_file(tmp_path / "script" / "mio.safetensors"), load_file(str(outcome.file))

@@ -12,9 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from library.data.bucket_order import MicroBatch
-from library.data.buckets import bucket_table
 from library.data.network_batches import NetworkSamples, Request
-from library.data.network_data import NetworkData
 from library.errors import UserError
 from library.models.conditioning import Conditioning
 from library.models.locate import BaseLocation
@@ -29,7 +27,6 @@ from library.search.objective import (
     Judge,
     LossJudge,
     by_hash,
-    held_out_count,
 )
 from library.search.trial import Training
 from library.search.warm import Warm, file_facts, one_at_a_time
@@ -82,39 +79,14 @@ def network_training(job: Job, config: Path, warm: Warm, context: ExitStack) -> 
 def _prepare(options: TrainNetworkOptions, processes: Processes, base: BaseLocation, family: Family) -> Prepared:
     # What is held out must not depend on the seed of the training.
     fixed = replace(options, training=replace(options.training, seed=EVALUATION_SEED))
-    data = with_held_out(collect_pictures(fixed, base))
+    data = collect_pictures(fixed, base)
     print_data(data)
     with one_at_a_time(options.cache.cache_dir):
         prepared = prepare_caches(options, processes, base, family, data)
     if not prepared.data.validation:
         prepared.close()
-        raise UserError("No held-out picture could be read: there is nothing to judge trials by.")
+        raise UserError("There is nothing to judge trials by: no picture is held out, or none of them could be read.")
     return prepared
-
-
-def with_held_out(data: NetworkData) -> NetworkData:
-    """The data, with a tenth of the pictures held out, two at least, where nothing is; chosen by a hash, and said.
-
-    A picture that is trained at several resolutions is held out in all of them. Raises UserError for fewer than three.
-    """
-    if data.validation:
-        return data
-    own = {one.image.path.resolve(): one.image.identity for one in data.training if not one.image.subset.is_reg}
-    if len(own) < 3:
-        raise UserError(
-            f"A study judges its trials by pictures that they do not see: two at least, and there are {len(own)} pictures in all. "
-            "Add pictures."
-        )
-    chosen = {path for path, _ in by_hash(own.items(), lambda one: one[1], held_out_count(len(own)))}
-    training = [one for one in data.training if one.image.path.resolve() not in chosen or one.image.subset.is_reg]
-    held_out = [replace(one, repeats=1) for one in data.training if one not in training]
-    tables = [
-        bucket_table([one.fitted for one in of], [one.repeats for one in of])
-        for dataset in data.datasets
-        for of in [[one for one in training if one.dataset is dataset]]
-    ]
-    note = f"{len(chosen)} of {len(own)} pictures are held out to judge trials by, as no validation_split asks for any"
-    return replace(data, training=training, validation=held_out, tables=tables, notes=[*data.notes, note])
 
 
 def _data_facts(options: TrainNetworkOptions, base: BaseLocation, family: Family) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import Stopped
 from library.search.jobs import Job, ObjectiveName, Outcome, Script, Slot
+from library.search.study_data import network_data
 
 if TYPE_CHECKING:
     from library.search.warm import Warm
@@ -45,19 +46,23 @@ class Listener:
 
 def network_options(setting: NetworkSetting, **changes: Any) -> dict[str, Any]:
     """Of four steps over three pictures of 64 px, of which two are held out."""
-    own = {name: str(value) if isinstance(value, Path) else value for name, value in setting.options.items()}
-    own |= {
-        "dataset_config": str(setting.dataset("few", folder=setting.few, dataset="resolution = 64\nbatch_size = 1")),
+    own = {
+        "dataset_config": setting.dataset("few", folder=setting.few, dataset="resolution = 64\nbatch_size = 1"),
         "max_train_epochs": 4,
         "network_train_unet_only": True,
         "cache_text_encoder_outputs": True,
     }
-    return {name: value for name, value in {**own, **changes}.items() if value is not None}
+    options = _as_written({**setting.options, **own, **changes})
+    return {**options, **network_data(options).split}
 
 
 def repa_options(setting: RepaSetting, **changes: Any) -> dict[str, Any]:
-    own = {name: str(value) if isinstance(value, Path) else value for name, value in setting.options.items()}
-    return {name: value for name, value in {**own, "ema_decay": 0.0, **changes}.items() if value is not None}
+    return _as_written({**setting.options, "ema_decay": 0.0, **changes})
+
+
+def _as_written(options: dict[str, Any]) -> dict[str, Any]:
+    """Without those that are None, which take an option away; paths as text."""
+    return {name: str(one) if isinstance(one, Path) else one for name, one in options.items() if one is not None}
 
 
 def job(
