@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(VENV)/bin/python tools/demo.py
 
 test: $(STAMP) lint
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -16,6 +16,33 @@ if TYPE_CHECKING:
 # Tiny tensors: threads cost more than they bring, above all where several processes share two cores.
 torch.set_num_threads(1)
 
+LONGEST = (
+    "test_real_photos",
+    "test_resume",
+    "test_network_resume",
+    "test_processes",
+    "test_train_network",
+    "test_merge_interruption",
+    "test_cache_interruption",
+    "test_search_trainer_process",
+    "test_search_trainer",
+    "test_search_faults",
+    "test_train_repa",
+    "test_network_alignment",
+    "test_tiny_shapes",
+    "test_bucket_caches",
+    "test_search_postgres",
+    "test_optimize",
+    "test_evaluate",
+)
+"""Files that take a quarter of a minute and more, the longest first: begun last, one process would work and the others wait."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first, for pytest-xdist with --dist loadfile and --no-loadscope-reorder."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture(scope="session")
 def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
