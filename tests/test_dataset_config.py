@@ -13,13 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from library.data.dataset_config import (
-    Dataset,
-    Subset,
-    dataset_from_metadata,
-    datasets_from_folders,
-    read_dataset_config,
-)
+from library.data.dataset_config import Dataset, Subset, read_dataset_config
 from library.data.dataset_schema import DATASET_KEYS, SUBSET_KEYS, SUBSET_ONLY
 from library.options.toml_file import PROJECT_ROOT
 from tests.tools.dataset_files import picture, refusal
@@ -336,58 +330,6 @@ def test_a_file_that_is_none_is_refused(here: Path) -> None:
     assert refusal(lambda: read_dataset_config(here / "latin.toml", {})).endswith(
         "is not UTF-8 text (line 5). Save it as UTF-8."
     )
-
-
-def test_class_folders_are_subsets_with_their_repeats_and_tokens(here: Path) -> None:
-    for name in ("10_mio girl", "5_a_b", "3", "0_off", "notes"):
-        picture(here / "train" / name / "a.png")
-    picture(here / "reg" / "1_girl" / "a.png")
-    [dataset] = datasets_from_folders(Path("train"), Path("reg"), {"resolution": "512,512", "dataset_repeats": 7})
-    assert [(s.image_dir, s.num_repeats, s.class_tokens, s.is_reg, s.name) for s in dataset.subsets] == [
-        (Path("train/0_off"), 0, "off", False, "train/0_off"),
-        (Path("train/10_mio girl"), 10, "mio girl", False, "train/10_mio girl"),
-        (Path("train/3"), 3, None, False, "train/3"),
-        (Path("train/5_a_b"), 5, "a_b", False, "train/5_a_b"),
-        (Path("reg/1_girl"), 1, "girl", True, "reg/1_girl"),
-    ]
-    [note] = dataset.notes
-    assert note == "train: folders without a number of repeats in front of their name are left out (notes)."
-    picture(here / "train" / "loose.png")
-    assert len(datasets_from_folders(Path("train"), None, {"resolution": 512})[0].notes) == 2
-
-
-def test_a_folder_with_images_but_no_class_folders_is_one_subset(here: Path) -> None:
-    picture(here / "mio" / "images" / "a.png")
-    for folder in ("pics", "mio"):
-        [dataset] = datasets_from_folders(Path(folder), None, {"resolution": 512, "dataset_repeats": 7})
-        [subset] = dataset.subsets
-        assert (subset.image_dir, subset.num_repeats, subset.name) == (Path(folder), 7, "train")
-        assert dataset.notes == (
-            f"{folder} has no <repeats>_<class tokens> folders: its images are taken as they are.",
-        )
-
-
-def test_a_folder_with_nothing_to_train_on_says_what_it_wants(here: Path) -> None:
-    (here / "train" / "cats").mkdir(parents=True)
-    call = lambda: datasets_from_folders(Path("train"), None, {"resolution": 512})  # noqa: E731
-    assert refusal(call) == (
-        "--train_data_dir train has no images, and no folder named <repeats>_<class tokens>, such as 10_mio girl (but cats)."
-    )
-    gone = lambda: datasets_from_folders(Path("pics"), Path("gone"), {"resolution": 512})  # noqa: E731
-    assert refusal(gone) == "--reg_data_dir gone does not exist."
-    assert refusal(lambda: datasets_from_folders(Path("pics"), None, {})).startswith(
-        "resolution is missing for the dataset in pics. "
-    )
-
-
-def test_a_metadata_file_is_one_subset(here: Path) -> None:
-    (here / "m.json").write_text("{}")
-    [dataset] = dataset_from_metadata(Path("m.json"), Path("pics"), {"resolution": 512, "dataset_repeats": 2})
-    [subset] = dataset.subsets
-    assert (subset.metadata_file, subset.image_dir, subset.num_repeats) == (Path("m.json"), Path("pics"), 2)
-    assert dataset_from_metadata(Path("m.json"), None, {"resolution": 512})[0].subsets[0].name == "m.json"
-    message = refusal(lambda: dataset_from_metadata(Path("gone.json"), None, {"resolution": 512}))
-    assert message == "metadata_file gone.json does not exist (--in_json)."
 
 
 def test_keys_that_only_a_subset_has_are_not_keys_of_datasets() -> None:

@@ -19,6 +19,7 @@ from library.errors import EXIT_BAD_INPUT, EXIT_OK
 from library.files import read_json, write_json
 from library.inference import studio
 from library.inference.infotext import lora_hash, model_hash, read_png
+from tests.tools.generating import run
 from tests.tools.ldm_layout import ldm_checkpoint
 
 
@@ -31,11 +32,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def base(tiny_sd15: Path) -> list[str]:
     return ["--pretrained_model_name_or_path", str(tiny_sd15)]
-
-
-def run(*words: object, prompt: str | None = "a red square") -> int:
-    what = [] if prompt is None else ["--prompt", prompt]
-    return generate.main([*what, "--steps", "1", "--width", "64", "--height", "64", *map(str, words)])
 
 
 def pixels(path: Path) -> np.ndarray:

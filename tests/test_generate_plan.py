@@ -11,6 +11,7 @@ import pytest
 import generate
 from library.errors import EXIT_BAD_INPUT, EXIT_OK
 from library.options.generate import split_weight
+from tests.tools.generating import run
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +23,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def base(tiny_sd15: Path) -> list[str]:
     return ["--pretrained_model_name_or_path", str(tiny_sd15)]
-
-
-def run(*words: object, prompt: str | None = "a red square") -> int:
-    what = [] if prompt is None else ["--prompt", prompt]
-    return generate.main([*what, "--width", "64", "--height", "64", *map(str, words)])
 
 
 def test_a_dry_run_draws_nothing_and_takes_no_torch(base: list[str], tmp_path: Path) -> None:
