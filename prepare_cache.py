@@ -31,9 +31,9 @@ def main(argv: list[str]) -> int:
 
 
 def run(options: PrepareCacheOptions) -> int:
-    from library.caching.picture_sets import open_pictures
     from library.caching.prepare import Preparation
     from library.caching.verify import verify
+    from library.data.class_pictures import open_pictures
     from library.processes import Processes
 
     start = time.perf_counter()

@@ -15,7 +15,7 @@ import torch
 from common import save
 
 from library.caching.geometry import SquareCrop
-from library.caching.picture_sets import open_pictures
+from library.data.class_pictures import open_pictures
 from library.caching.pictures import Job, picture_batches
 from library.caching.prepare import Preparation
 from library.options.parser import parse

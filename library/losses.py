@@ -8,12 +8,15 @@ image and by random token follow Manifold Distillation (Hao et al. 2022).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 EPSILON = 1e-6
+
+Gather = Callable[[torch.Tensor, int | None], torch.Tensor]
+"""(rows of this process, how many processes share the loss; None: all) -> the rows of all, with gradients into these."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Weights:
     """[B]: 1 for pictures, 0 for what only fills the shape, whose weights are 0 too."""
     tokens: torch.Tensor | None = None
     """[B, N]; None where all count 1."""
+    sharing: int = 1
+    """Processes that have pictures in this turn."""
+    turn_share: float = 1.0
+    """By what a loss of all processes' pictures together is multiplied, for this process to weigh it as its own losses."""
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Of a loss of each picture [B]."""
@@ -67,22 +74,22 @@ def sample_manifold_loss(
     predicted: torch.Tensor,
     target: torch.Tensor,
     margin: float = 0.0,
-    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    gather: Gather | None = None,
     weights: Weights | None = None,
 ) -> torch.Tensor:
     """Between samples: tokens mean-pooled per image, then the mean over the upper triangle of the B x B Gram difference.
 
     predicted, target: [B, N, D]; predicted is of unit length per token, as an AlignHead gives it, target is normalised
     here before pooling, so that both are pooled alike. gather: joins [B, D] of all processes to [W*B, D] with
-    gradients; the Gram matrix is then over the global batch. A single sample has no pair: the loss is 0. weights, without
-    gather: tokens are pooled by theirs, and a pair counts the product of its pictures'.
+    gradients; the Gram matrix is then over the global batch. A single sample has no pair: the loss is 0. weights: tokens are
+    pooled by theirs, and a pair counts the product of its pictures'.
     """
     if weights is not None:
-        return _weighted_sample_loss(predicted, target, margin, weights)
+        return _weighted_sample_loss(predicted, target, margin, gather, weights)
     pooled_predicted = normalize(normalize(predicted).mean(dim=1))
     pooled_target = normalize(normalize(target).mean(dim=1))
     if gather is not None:
-        pooled_predicted, pooled_target = gather(pooled_predicted), gather(pooled_target)
+        pooled_predicted, pooled_target = gather(pooled_predicted, None), gather(pooled_target, None)
     count = pooled_predicted.shape[0]
     if count < 2:
         return pooled_predicted.sum() * 0.0
@@ -91,15 +98,17 @@ def sample_manifold_loss(
 
 
 def _weighted_sample_loss(
-    predicted: torch.Tensor, target: torch.Tensor, margin: float, weights: Weights
+    predicted: torch.Tensor, target: torch.Tensor, margin: float, gather: Gather | None, weights: Weights
 ) -> torch.Tensor:
     of_tokens = weights.of_tokens(predicted.shape[1]).unsqueeze(-1)
     pooled_predicted = normalize((normalize(predicted) * of_tokens).mean(dim=1))
     pooled_target = normalize((normalize(target) * of_tokens).mean(dim=1))
-    squares = similarity_difference(pooled_predicted, pooled_target, margin) * torch.outer(
-        weights.pictures, weights.pictures
-    )
-    count = weights.real.sum()
+    pictures, real = weights.pictures, weights.real
+    if gather is not None:
+        pooled_predicted = gather(pooled_predicted, weights.sharing)
+        pooled_target, pictures, real = (gather(rows, None) for rows in (pooled_target, pictures, real))
+    squares = similarity_difference(pooled_predicted, pooled_target, margin) * torch.outer(pictures, pictures)
+    count = real.sum()
     return squares.triu(diagonal=1).sum() / (count * (count - 1) / 2).clamp(min=1.0)
 
 
@@ -155,23 +164,35 @@ def align_coefficient(step: int, coeff: float, schedule: str, warmup_steps: int,
     return coeff * step / warmup_steps
 
 
-def grid_ceiling(target: torch.Tensor, tap_side: int) -> torch.Tensor:
-    """The highest mean token cosine that a map of tap_side x tap_side can reach by bilinear upsampling, roughly.
+def grid_ceiling(target: torch.Tensor, grid: tuple[int, int], tap: tuple[int, int]) -> torch.Tensor:
+    """The highest mean token cosine that a map of `tap` (rows, columns) can reach by bilinear upsampling, roughly.
 
-    target [B, N, D]: teacher tokens, row-major on a square grid. They are area-pooled to the tap's grid, upsampled
-    bilinearly and compared with themselves (repa.md 1.3).
+    target [B, N, D]: teacher tokens, row by row on `grid` (rows, columns). They are area-pooled to the tap's grid, upsampled
+    bilinearly and compared with themselves.
     """
-    batch, count, width = target.shape
-    side = int(count**0.5)
-    grid = normalize(target).transpose(1, 2).reshape(batch, width, side, side)
-    pooled = F.adaptive_avg_pool2d(grid, tap_side)
-    back = F.interpolate(pooled, size=(side, side), mode="bilinear", align_corners=False)
+    batch, _, width = target.shape
+    places = normalize(target).transpose(1, 2).reshape(batch, width, *grid)
+    pooled = F.adaptive_avg_pool2d(places, tap)
+    back = F.interpolate(pooled, size=grid, mode="bilinear", align_corners=False)
     return (normalize(back.flatten(2).transpose(1, 2)) * normalize(target)).sum(dim=-1).mean()
 
 
-def constant_baselines(target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token losses of the two best predictors that never look at the image: one vector, and one vector per position."""
-    unit = normalize(target)
-    overall = normalize(unit.mean(dim=(0, 1)))
-    positional = normalize(unit.mean(dim=0))
-    return 1.0 - (unit * overall).sum(dim=-1).mean(), 1.0 - (unit * positional).sum(dim=-1).mean()
+@dataclass
+class TokenConstants:
+    """Token losses of the two best predictors that never look at a picture: one vector, and one per position of a grid."""
+
+    positions: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    """Grid -> sum of unit tokens [N, D]."""
+    count: int = 0
+
+    def add(self, target: torch.Tensor, grid: tuple[int, int]) -> None:
+        """target: [B, N, D]."""
+        unit = normalize(target).double().sum(dim=0)
+        self.positions[grid] = self.positions[grid] + unit if grid in self.positions else unit
+        self.count += target.shape[0] * target.shape[1]
+
+    def losses(self) -> tuple[float, float]:
+        """The mean of 1 - cos(u, normalised mean of u) is 1 - |mean of u|."""
+        whole = torch.stack([unit.sum(dim=0) for unit in self.positions.values()]).sum(dim=0)
+        each = sum(unit.norm(dim=-1).sum() for unit in self.positions.values())
+        return 1.0 - float(whole.norm()) / self.count, 1.0 - float(each) / self.count

@@ -90,16 +90,21 @@ class Processes:
             gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
         )
 
-    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """[B, D] of every process as [W*B, D], in rank order, with gradients into this process's rows.
+    def gather_rows(self, rows: torch.Tensor, sharing: int | None = None, *, most: int | None = None) -> torch.Tensor:
+        """[B, ...] of every process as [W*B, ...], in rank order, with gradients into this process's rows.
 
         Every process computes the same loss of the gathered rows, each with the gradient of its own part only. Gradients
-        are averaged over processes afterwards, so that part is scaled by W to make the average the true gradient.
+        are averaged over processes afterwards, so that part is scaled by the number of processes that share the loss
+        (default: all) to make the average the true gradient. most: rows of the largest batch, where batches differ in
+        length; what lacks is zeros.
         """
         if self.world_size == 1:
             return rows
+        if most is not None and most > len(rows):
+            rows = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
         parts = [torch.empty_like(rows) for _ in range(self.world_size)]
         torch.distributed.all_gather(parts, rows.detach().contiguous())
         # rows - rows.detach() is exactly 0: the value stays, the gradient is scaled.
-        parts[self.rank] = rows.detach() + (rows - rows.detach()) * self.world_size
+        scale = self.world_size if sharing is None else sharing
+        parts[self.rank] = rows.detach() + (rows - rows.detach()) * scale
         return torch.cat(parts)

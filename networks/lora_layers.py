@@ -19,7 +19,7 @@ from networks.lora import ADAPTER
 from networks.spec import NetworkSpec
 from networks.trained_weights import Conv2d, Linear
 
-_DOWN, _UP, _MAGNITUDE = f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight", "dora_scale"
+LORA_DOWN, _UP, _MAGNITUDE = f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight", "dora_scale"
 
 
 class _Lora(AdaptedLayer):
@@ -28,12 +28,12 @@ class _Lora(AdaptedLayer):
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
-        return dict(zip((_DOWN, _UP), self.factors(), strict=True))
+        return dict(zip((LORA_DOWN, _UP), self.factors(), strict=True))
 
     def reset(self, draw: Draw) -> None:
         down: Any = self.lora_A[ADAPTER]
         up: Any = self.lora_B[ADAPTER]
-        down.weight = self._fresh(down.weight.shape, draw(_DOWN))
+        down.weight = self._fresh(down.weight.shape, draw(LORA_DOWN))
         up.weight = self._fresh(up.weight.shape, None)
 
     def to_module(self) -> AdapterModule:
@@ -43,7 +43,7 @@ class _Lora(AdaptedLayer):
     def load_module(self, module: AdapterModule) -> None:
         assert isinstance(module, LoraModule)
         plain = module.without_mid()
-        values = {_DOWN: plain.down, _UP: plain.up.float() * (module.alpha / self.adapter_alpha)}
+        values = {LORA_DOWN: plain.down, _UP: plain.up.float() * (module.alpha / self.adapter_alpha)}
         if module.magnitude is not None:
             values[_MAGNITUDE] = module.magnitude
         copy_weights(self.weights, values)

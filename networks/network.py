@@ -7,7 +7,7 @@ MLP. PEFT puts the layers in; what they compute is in networks.lora_layers and i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -50,7 +50,7 @@ class Network:
         self.layers = dict(layers)
         self._multiplier = 1.0
         self.parameters: dict[str, nn.Parameter] = {
-            f"{target.component}.{target.path}.{name}": parameter
+            weight_name(target, name): parameter
             for target, layer in self.layers.items()
             for name, parameter in layer.weights.items()
         }
@@ -75,7 +75,7 @@ class Network:
                 key = (
                     (target.component, f"{name} plus", factor * ratio) if is_plus else (target.component, name, factor)
                 )
-                members.setdefault(key, []).append(f"{target.component}.{target.path}.{weight}")
+                members.setdefault(key, []).append(weight_name(target, weight))
         return [NetworkGroup(name, component, tuple(names), f) for (component, name, f), names in members.items()]
 
     def adapter(self) -> Adapter:
@@ -138,12 +138,19 @@ class Network:
                 layer.enabled = True
 
 
-def add_network(models: Mapping[str, nn.Module], spec: NetworkSpec, seed: int) -> Network:
+def weight_name(target: Target, weight: str) -> str:
+    """Name of a weight in a state, by which its first values are drawn."""
+    return f"{target.component}.{target.path}.{weight}"
+
+
+def add_network(
+    models: Mapping[str, nn.Module], spec: NetworkSpec, seed: int, drawn_by: Callable[[Target, str], str] = weight_name
+) -> Network:
     """Freeze `models` and put an adapter on each target module of those that `spec` wants trained, in place.
 
     models: component ("unet", "text_encoder", "text_encoder_2") -> model. Parameters are float32 whatever the dtype of the
     base and named `unet.X.lora_A.default.weight`, for text encoders with `text_model.` in X whatever transformers calls it.
-    First values depend on `seed` and the name alone; the output is the base's to the bit. Raises AdapterError where nothing
+    First values depend on `seed` and the name that `drawn_by` gives a weight; the output is the base's to the bit. Raises AdapterError where nothing
     matches, adapters are on already, or `spec.sizes` names modules that the models do not have.
     """
     layers: dict[Target, AdaptedLayer] = {}
@@ -159,8 +166,7 @@ def add_network(models: Mapping[str, nn.Module], spec: NetworkSpec, seed: int) -
         for path, layer in inject(models[component], sizes, spec).items():
             layers[target_of(component, path)] = layer
     for target, layer in layers.items():
-        prefix = f"{target.component}.{target.path}"
-        layer.reset(lambda name, prefix=prefix: generator_for(seed, f"{prefix}.{name}"))  # type: ignore[misc]
+        layer.reset(lambda name, target=target: generator_for(seed, drawn_by(target, name)))  # type: ignore[misc]
     return Network(spec, layers)
 
 

@@ -21,6 +21,8 @@ KINDS: dict[Algorithm, str] = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "
 # Options of --network_args that are called otherwise here.
 _ARGUMENTS = {"conv_rank": "conv_dim"}
 _NOT_ARGUMENTS = ("family", "rank", "alpha", "unet", "text_encoder", "dropout", "sizes")
+_BLOCKS = {"mid": ("mid_block.",), "down_mid": ("down_blocks.", "mid_block.")}
+_ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 _PER_BLOCK = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "block_lr_weights")
 
 
@@ -40,6 +42,10 @@ class NetworkSpec:
     """Rank on 3x3 convolutions. None, and no conv_block_dims: residual blocks and resamplers get no adapters at all."""
     conv_alpha: float | None = None
     """Alpha on 3x3 convolutions. None means 1.0, kohya's default."""
+    scope: Literal["mid", "down_mid", "all"] = "all"
+    """Blocks of the U-Net with adapters."""
+    targets: Literal["attention", "kohya"] = "kohya"
+    """In its transformers: to_q, to_k, to_v and to_out.0, or every Linear and 1x1 convolution."""
     unet: bool = True
     text_encoder: bool = True
     """All text encoders that the network is given."""
@@ -76,6 +82,9 @@ class NetworkSpec:
             self.algo in get_args(Algorithm),
             f"algo must be one of {', '.join(get_args(Algorithm))}, got {self.algo!r}.",
         )
+        for name, choices in (("scope", ("mid", "down_mid", "all")), ("targets", ("attention", "kohya"))):
+            value = getattr(self, name)
+            _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}.")
         for name in ("rank", "alpha", "conv_rank", "conv_alpha", "constraint"):
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, f"{name} must be positive, got {value}.")
@@ -114,6 +123,8 @@ class NetworkSpec:
         """Rank and alpha of the adapter on a module with this kernel size (1 for a Linear); None where it gets none."""
         if self.sizes is not None:
             return self.sizes.get(f"{target.component}.{target.path}")
+        if target.component == UNET and not self._reaches(target.path):
+            return None
         rank, alpha, ranks, alphas = (
             (self.rank, self.alpha, self.block_dims, self.block_alphas)
             if kernel == 1
@@ -126,6 +137,11 @@ class NetworkSpec:
             if self.block_lr_weights is not None and self.block_lr_weights[block] <= self.block_lr_zero_threshold:
                 return None
         return (rank, alpha) if rank > 0 and alpha > 0 else None
+
+    def _reaches(self, path: str) -> bool:
+        """Whether a module of the U-Net lies in the blocks, and is of the layers, that get adapters."""
+        is_target = self.targets == "kohya" or ".attentions." not in path or path.endswith(_ATTENTION)
+        return is_target and (self.scope == "all" or path.startswith(_BLOCKS[self.scope]))
 
     def learning_rate_factor(self, target: Target) -> float:
         """By how much the learning rate of a module's adapter differs from that of its model."""

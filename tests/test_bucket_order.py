@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.bucket_order import BucketOrder, Group, MicroBatch, balance_regularisation, group_by_bucket
+from library.data.order import BatchOrder, Group, MicroBatch, balance_regularisation, group_by_bucket
 from library.errors import UserError
 
 
@@ -26,11 +26,11 @@ def groups_of(*sizes: tuple[int, int]) -> list[Group]:
 
 def orders_of(
     groups: list[Group], world_size: int, accumulation: int, seed: int = 0, **more: bool
-) -> list[BucketOrder]:
-    return [BucketOrder(groups, seed, rank, world_size, accumulation, **more) for rank in range(world_size)]
+) -> list[BatchOrder]:
+    return [BatchOrder(groups, seed, rank, world_size, accumulation, **more) for rank in range(world_size)]
 
 
-def epoch(orders: list[BucketOrder], number: int) -> list[MicroBatch]:
+def epoch(orders: list[BatchOrder], number: int) -> list[MicroBatch]:
     """All micro-batches of all processes."""
     steps = range(number * orders[0].steps_per_epoch, (number + 1) * orders[0].steps_per_epoch)
     return [micro for order in orders for step in steps for micro in order.step(step).micro_batches]
@@ -92,14 +92,14 @@ def test_processes_keep_step_and_count_the_real_pictures(
 
 
 def test_a_group_is_cut_into_full_batches_and_one_short_one() -> None:
-    order = BucketOrder(groups_of((10, 4), (3, 2)), 0)
+    order = BatchOrder(groups_of((10, 4), (3, 2)), 0)
     found = Counter((micro.group, micro.real) for micro in epoch([order], 0))
     assert found == {(0, 4): 2, (0, 2): 1, (1, 2): 1, (1, 1): 1}
     assert order.shapes == {(0, 4), (0, 2), (1, 2), (1, 1)}
 
 
 def test_padding_gives_one_shape_per_group() -> None:
-    order = BucketOrder(groups_of((10, 4), (1, 3)), 0, pad_short=True)
+    order = BatchOrder(groups_of((10, 4), (1, 3)), 0, pad_short=True)
     assert order.shapes == {(0, 4), (1, 3)} == {(m.group, len(m.indices)) for m in epoch([order], 0)}
     alone = next(micro for micro in epoch([order], 0) if micro.group == 1)
     assert alone.indices.tolist() == [10, 10, 10] and alone.weights.tolist() == [1, 0, 0]
@@ -107,7 +107,7 @@ def test_padding_gives_one_shape_per_group() -> None:
 
 def test_padding_changes_nothing_else() -> None:
     groups = groups_of((10, 4), (5, 3))
-    short, padded = (BucketOrder(groups, 0, accumulation=2, pad_short=pad) for pad in (False, True))
+    short, padded = (BatchOrder(groups, 0, accumulation=2, pad_short=pad) for pad in (False, True))
     for step in range(10):
         assert short.step(step).samples == padded.step(step).samples
         for a, b in zip(short.step(step).micro_batches, padded.step(step).micro_batches, strict=True):
@@ -126,7 +126,7 @@ def test_more_processes_than_batches_leave_some_with_nothing_real() -> None:
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 6), (2, 3), (3, 2), (6, 1)])
 def test_a_step_holds_the_same_pictures_however_it_is_divided(world_size: int, accumulation: int) -> None:
     groups = groups_of((23, 2), (9, 3), (4, 2))
-    one = BucketOrder(groups, 5, accumulation=6)
+    one = BatchOrder(groups, 5, accumulation=6)
     orders = orders_of(groups, world_size, accumulation, seed=5)
     assert orders[0].steps_per_epoch == one.steps_per_epoch
     for number in range(2 * one.steps_per_epoch):
@@ -149,9 +149,9 @@ def test_weights_and_samples_make_the_mean_over_the_pictures_of_a_step() -> None
 
 def test_going_on_at_a_step_gives_the_steps_of_going_through() -> None:
     groups = groups_of((11, 2), (6, 4))
-    through = list(itertools.islice(BucketOrder(groups, 7, accumulation=2).from_step(0), 20))
+    through = list(itertools.islice(BatchOrder(groups, 7, accumulation=2).from_step(0), 20))
     for first in (1, 3, 4, 5, 13):
-        resumed = itertools.islice(BucketOrder(groups, 7, accumulation=2).from_step(first), 20 - first)
+        resumed = itertools.islice(BatchOrder(groups, 7, accumulation=2).from_step(first), 20 - first)
         for a, b in zip(through[first:], resumed, strict=True):
             assert (a.number, a.epoch, a.samples) == (b.number, b.epoch, b.samples)
             for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
@@ -163,7 +163,7 @@ def test_epochs_and_seeds_change_both_orders() -> None:
     groups = groups_of((40, 4), (40, 4))
 
     def lists(seed: int, number: int) -> tuple[list[int], set[tuple[int, ...]]]:
-        micro_batches = epoch([BucketOrder(groups, seed)], number)
+        micro_batches = epoch([BatchOrder(groups, seed)], number)
         return [m.group for m in micro_batches], {tuple(sorted(m.indices.tolist())) for m in micro_batches}
 
     usual, again, later, other = lists(1, 0), lists(1, 0), lists(1, 1), lists(2, 0)
@@ -173,7 +173,7 @@ def test_epochs_and_seeds_change_both_orders() -> None:
 
 
 def test_epochs_are_counted_by_steps() -> None:
-    order = BucketOrder(groups_of((10, 2)), 0, accumulation=2)
+    order = BatchOrder(groups_of((10, 2)), 0, accumulation=2)
     assert order.steps_per_epoch == 3 and order.samples_per_epoch == 10 and order.batches_per_epoch == 5
     assert [order.epoch_of(step) for step in range(7)] == [0, 0, 0, 1, 1, 1, 2]
 
@@ -226,15 +226,15 @@ def test_surplus_regularisation_pictures_are_not_used() -> None:
 def test_nothing_to_train_on_is_refused() -> None:
     for groups in ([], groups_of((0, 4))):
         with pytest.raises(UserError, match="There is no image to train on"):
-            BucketOrder(groups, 0)
+            BatchOrder(groups, 0)
     with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
         groups_of((3, 0))
     for wrong in ({"rank": 2, "world_size": 2}, {"accumulation": 0}):
         with pytest.raises(ValueError):
-            BucketOrder(groups_of((3, 1)), 0, **wrong)  # type: ignore[arg-type]
+            BatchOrder(groups_of((3, 1)), 0, **wrong)  # type: ignore[arg-type]
 
 
 def test_a_large_data_set_is_ordered_quickly() -> None:
-    order = BucketOrder(groups_of(*[(20_000, 8)] * 20), 0, 1, 4, 2)
+    order = BatchOrder(groups_of(*[(20_000, 8)] * 20), 0, 1, 4, 2)
     assert order.step(order.steps_per_epoch).samples == 64
     assert order.step(3 * order.steps_per_epoch - 1).epoch == 2

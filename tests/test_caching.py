@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from library.caching.picture_sets import choose_samples, open_pictures
+from library.data.class_pictures import choose_samples, open_pictures
 from library.caching.prepare import Caches
 from library.caching.verify import verify
 from library.data.sources import Sample

@@ -13,7 +13,7 @@ from library.diffusion.noise import draw
 from library.diffusion.objective import Objective
 from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
-from library.options.kohya_objective import NoiseOptions
+from library.options.kohya.objective import NoiseOptions
 from tests.test_objective import SD15, batch
 from tests.tools.no_reads import NoReads
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from library.data.batches import Prefetcher
-from library.data.network_batches import NetworkBatch, NetworkSamples, requests
-from library.training.network_run import make_order
+from library.data.samples import Batch, CachedSamples, requests
+from library.training.run import make_order
 from tests.tools.network_runs import Built, NetworkSetting, draw_pictures
 
 
@@ -29,7 +29,7 @@ def built(network_setting: NetworkSetting) -> Built:
     return network_setting.build(dataset_config=config, network_train_unet_only="", gradient_accumulation_steps=2)
 
 
-def epoch(built: Built, number: int, rank: int = 0, world: int = 1, workers: int = 4) -> list[NetworkBatch]:
+def epoch(built: Built, number: int, rank: int = 0, world: int = 1, workers: int = 4) -> list[Batch]:
     """Every batch of one process in an epoch, as its training sees them."""
     order = make_order(built.prepared.data, built.options, rank, world)
     first = number * order.steps_per_epoch
@@ -43,7 +43,7 @@ def epoch(built: Built, number: int, rank: int = 0, world: int = 1, workers: int
     return found
 
 
-def shown(batches: list[NetworkBatch]) -> Counter[int]:
+def shown(batches: list[Batch]) -> Counter[int]:
     return Counter(i for batch in batches for i in batch.indices[batch.real.numpy() > 0].tolist())
 
 
@@ -89,7 +89,7 @@ def test_a_batch_is_of_one_bucket_and_holds_the_latents_of_its_pictures(built: B
 def test_captions_and_mirroring_are_drawn_by_seed_epoch_picture_and_repeat(built: Built) -> None:
     """Workers and processes change nothing; the next epoch draws anew."""
 
-    def drawn(batches: list[NetworkBatch]) -> list[tuple[int, str, bool]]:
+    def drawn(batches: list[Batch]) -> list[tuple[int, str, bool]]:
         return sorted(
             (int(i), caption, bool(flip))
             for batch in batches
@@ -183,7 +183,7 @@ def test_a_picture_without_mask_beside_a_masked_one_counts_in_full(
 
 
 def test_memory_that_is_used_again_keeps_nothing_of_the_batch_before(built: Built) -> None:
-    samples: NetworkSamples = built.task.training
+    samples: CachedSamples = built.task.training
     first, *others = list(islice(requests(built.order, 0), 12))
     batch = samples.empty_batch(first, pin=False)
     samples.fill(batch, slice(0, len(batch)))

@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.data.network_data import NetworkData
+from library.data.collect import TrainingData
 from library.models.family import native_side
 from library.models.locate import locate_base
 from library.options.network import parse_network_options
-from library.training.network_plan import collect_pictures, print_data
-from library.training.network_run import make_order, make_plan, samples_digest
+from library.training.pictures import collect_pictures, print_data
+from library.training.run import make_order, make_plan, samples_digest
 from tests.tools.dataset_files import picture, refusal, text
 from tests.tools.network_runs import NetworkSetting, draw_pictures
 
 
-def collected(setting: NetworkSetting, *words: str, **changes: object) -> NetworkData:
+def collected(setting: NetworkSetting, *words: str, **changes: object) -> TrainingData:
     argv = setting.argv(setting.folder / "unused", *words, **changes)
     options = parse_network_options(argv, prog="train_network.py", description=None)
     return collect_pictures(options, locate_base(str(options.model.pretrained_model_name_or_path)))
 
 
-def images_in(data: NetworkData) -> list[tuple[str, str, int, float]]:
+def images_in(data: TrainingData) -> list[tuple[str, str, int, float]]:
     """File name, caption, repeats, weight."""
     return [(one.image.path.name, one.image.caption, one.repeats, one.loss_weight) for one in data.training]
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from library.models.family import family_of
 from library.models.locate import locate_base
-from library.options.kohya_training import NetworkOutputOptions
+from library.options.kohya.training import NetworkOutputOptions
 from library.options.network import parse_network_options
-from library.training.network_checkpoints import NetworkCheckpoints, validation_due
-from library.training.network_metadata import NetworkMetadata
-from library.training.network_models import network_spec
-from library.training.network_plan import collect_pictures
-from library.training.network_run import make_order, make_plan
+from library.training.checkpoints import NetworkCheckpoints, validation_due
+from library.training.metadata import AdapterMetadata
+from library.training.models import network_spec
+from library.training.pictures import collect_pictures
+from library.training.run import make_order, make_plan
 from library.training.plan import Plan
 from networks.adapter_file import NETWORK_SPEC_KEY
 from tests.tools.network_runs import NetworkSetting, draw_pictures, metadata, names
@@ -54,7 +54,7 @@ def said(setting: NetworkSetting, *words: str, tensors: Any = None, **changes: o
     base = locate_base(str(options.model.pretrained_model_name_or_path))
     family, data = family_of(base), collect_pictures(options, base)
     plan = make_plan(data, make_order(data, options), options)
-    described = NetworkMetadata(options, plan, data, family, network_spec(options, family, None), "epsilon", base.path)
+    described = AdapterMetadata(options, plan, data, family, network_spec(options, family, None), "epsilon", base.path)
     return described.at(2, {"x": torch.zeros(2)} if tensors is None else tensors, "mio", "2026-01-02T03:04:05")
 
 
@@ -250,7 +250,7 @@ def test_a_full_disk_keeps_the_last_good_file_and_ends_with_code_1(
 ) -> None:
     options = {**network_setting.quick, "save_every_n_epochs": 1, "save_state": "", "max_train_epochs": 3}
     (tmp_path / "mio.safetensors").write_bytes(b"an adapter of before")
-    import library.training.network_checkpoints as checkpoints
+    import library.training.checkpoints as checkpoints
 
     original, calls = checkpoints.save_file, []
 

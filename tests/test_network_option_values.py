@@ -12,9 +12,9 @@ import pytest
 
 from library.data.dataset_config import read_dataset_config
 from library.errors import UserError
-from library.options.kohya_refused import REFUSED
+from library.options.kohya.refused import REFUSED
 from library.options.network import parse_network_options, write_config
-from library.options.network_args import _READ, BlockCurve, NetworkArgs, parse_network_args
+from library.options.kohya.network_args import _READ, BlockCurve, NetworkArgs, parse_network_args
 from library.options.parser import flatten
 from library.options.toml_file import PROJECT_ROOT
 from tests.test_network_options import GUIDE_SDXL, config, in_a_shell, parsed

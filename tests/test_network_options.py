@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from library.errors import UserError
-from library.options.kohya_differences import DIFFERENCES, differences_table, names_of
-from library.options.kohya_refused import ALIASES, REFUSED
+from library.options.kohya.differences import DIFFERENCES, differences_table, names_of
+from library.options.kohya.refused import ALIASES, REFUSED
 from library.options.network import TrainNetworkOptions, parse_network_options
-from library.options.network_args import NetworkArgs
+from library.options.kohya.network_args import NetworkArgs
 from library.options.parser import fields_of, flatten
 from library.options.toml_file import PROJECT_ROOT
 
@@ -138,7 +138,7 @@ def test_differences_are_about_options_that_there_are() -> None:
 def test_the_document_shows_the_table_of_differences() -> None:
     text = (PROJECT_ROOT / "docs" / "train_network.md").read_text(encoding="utf-8")
     section = text.split("## Differences from kohya\n")[1].split("\n## ")[0]
-    assert differences_table().strip() in section, "run python -m library.options.kohya_differences"
+    assert differences_table().strip() in section, "run python -m library.options.kohya.differences"
 
 
 def test_refused_options_have_kohyas_kind_and_default() -> None:

@@ -147,7 +147,7 @@ def test_tags_of_other_adapters_are_left_out(
 def sampler_of(built: Built) -> samples.Sampler:
     from types import SimpleNamespace
 
-    from library.training.network_run import _trained
+    from library.training.run import _trained
 
     run: Any = SimpleNamespace(
         plan=built.plan, processes=built.task.processes, trained=_trained(built.options, built.task), log=None

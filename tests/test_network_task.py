@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from library.models.float8 import Float8Conv2d, Float8Linear
 from library.models.load import load_unet
 from library.models.locate import locate_base
-from library.training.network_models import (
+from library.training.models import (
     build_network,
     float8_components,
     load_frozen_text,
@@ -20,7 +20,7 @@ from library.training.network_models import (
     meta_models,
     parameter_groups,
 )
-from library.training.network_run import base_weights_facts, make_objective
+from library.training.run import base_weights_facts, make_objective
 from networks.original_names import FAMILIES, UNET
 from tests.tools.adapters import write_lora
 from tests.tools.network_runs import Built, NetworkSetting
@@ -197,7 +197,7 @@ def test_ranks_by_block(network_setting: NetworkSetting) -> None:
 
 
 def test_a_rate_of_zero_trains_and_keeps_nothing(sdxl_setting: NetworkSetting) -> None:
-    from library.training.network_run import _trained
+    from library.training.run import _trained
 
     built = sdxl_setting.build(text_encoder_lr="1e-3 0")
     trained = _trained(built.options, built.task)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from library.diffusion.noise import draw
 from library.errors import UserError
-from library.options.kohya_objective import NoiseOptions
+from library.options.kohya.objective import NoiseOptions
 
 SHAPE = (3, 4, 6, 10)
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 import train_network
 from library.data.dataset_config import read_dataset_config
-from library.data.network_data import NetworkData
+from library.data.collect import TrainingData
 from library.errors import RunFailed, UserError
 from library.options.network import parse_network_options
 from library.options.parser import flatten
@@ -231,7 +231,7 @@ def test_few_pictures_are_held_out_with_a_larger_share(data: Path) -> None:
 def test_the_same_pictures_are_held_out_as_in_the_study(data: Path, given: str) -> None:
     from library.models.locate import locate_base
     from library.search.exported_files import options_of
-    from library.training.network_plan import collect_pictures
+    from library.training.pictures import collect_pictures
 
     draw(data / "train" / "2_mio", 20)
     draw(data / "far" / "pictures", 20)
@@ -255,7 +255,7 @@ def test_the_same_pictures_are_held_out_as_in_the_study(data: Path, given: str) 
     parsed = parse_network_options(["--config_file", str(result.config)], prog="", description=None)
     there = collect_pictures(parsed, locate_base("tiny-sdxl"))
 
-    def paths(data: NetworkData) -> set[Path]:
+    def paths(data: TrainingData) -> set[Path]:
         return {one.image.path.resolve() for one in data.validation}
 
     assert len(paths(chosen)) >= 2 and paths(there) == paths(chosen)

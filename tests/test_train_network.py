@@ -218,7 +218,7 @@ def test_the_bare_command_needs_no_data(
     assert "device memory    about" in said and "missing          nothing" in said and not list(tmp_path.iterdir())
     # Fewer of the pictures, for time.
     folder = draw_pictures(tmp_path / "demo" / "images" / "cat", ((64, 64),) * 9).parents[1]
-    monkeypatch.setattr("library.data.network_data.ensure_demo_pictures", lambda where: folder)
+    monkeypatch.setattr("library.data.collect.ensure_demo_pictures", lambda where: folder)
     assert train_network.main([*where, "--max_train_steps", "2"]) == 0
     assert "last.safetensors" in names(tmp_path / "out") and len(losses(tmp_path / "out")) == 1
 

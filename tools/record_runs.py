@@ -31,7 +31,7 @@ PROCESSES = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"
 REPA = {
     "mid_sample": "",
     "taps_token": "--lora_scope down_mid --taps enc_last mid dec_first --manifold_mode token --align_head linear",
-    "all_conv_random_bf16": "--lora_scope all --conv_dim 2 --manifold_mode random --min_snr_gamma 5 --mixed_precision bf16",
+    "all_conv_random_bf16": "--lora_scope all --conv_dim 2 --manifold_mode random --min_snr_gamma 5 --mixed_precision bf16 --cache_dir CACHES/bf16",
     "objective_v": "--objective v --manifold_margin 0.1 --manifold_clip 0.01",
     "raw_v": "--raw_v_target --align_schedule cutoff --align_cutoff_step 20",
     "no_alignment": "--no_alignment --ema_decay 0 --lora_scope down_mid",

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from library.caching.picture_sets import Pictures, PictureSet
 from library.caching.prepare import Cached, Caches, Preparation
+from library.data.class_pictures import Pictures, PictureSet
 from library.data.pixels import UnreadableImage, decode_rgb, square_crop
 from library.data.store import TensorStore
 from library.errors import RunFailed

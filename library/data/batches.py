@@ -1,10 +1,6 @@
-"""Which samples make which batch, and batches read ahead of the training step.
+"""Batches read ahead of the training step.
 
-Samples say how a batch of theirs is allocated and filled, and batches which tensors they have: `CachedSamples` of square
-pictures is one kind, `library.data.network_batches` has another.
-
-Order the samples of an epoch are a permutation drawn from (seed, epoch); process r of W takes the r-th slice of each
-global batch; what does not fill a global batch at the end of an epoch is left out, a different rest each time.
+Samples say how a batch of theirs is allocated and filled, and batches which tensors they have; see `library.data.samples`.
 """
 
 from __future__ import annotations
@@ -91,88 +87,6 @@ class AlignedBatch(AnyBatch):
         assert self.tokens is not None
         tokens = self.tokens.float()
         return tokens if self.token_scales is None else tokens * self.token_scales.float().unsqueeze(-1)
-
-
-@dataclass
-class Batch(AlignedBatch):
-    """What a U-REPA step sees."""
-
-    latents: torch.Tensor
-    text_rows: torch.Tensor
-
-
-class CachedSamples:
-    """Samples whose latents and tokens lie in LMDB stores, read straight into the tensors of a batch."""
-
-    def __init__(
-        self, sample_ids: list[str], text_rows: torch.Tensor, latents: TensorStore, tokens: TensorStore | None
-    ) -> None:
-        self.sample_ids, self.text_rows, self.latents, self.tokens = sample_ids, text_rows, latents, tokens
-
-    def __len__(self) -> int:
-        return len(self.sample_ids)
-
-    def empty_batch(self, indices: np.ndarray, pin: bool) -> Batch:
-        """A batch whose tensors are allocated, pinned for a fast copy to the device where asked, and not yet filled."""
-        meta, rows = self.latents.meta, self.text_rows[torch.from_numpy(indices)]
-        latents = torch.empty((len(indices), *meta.shape), dtype=DTYPES[meta.dtype], pin_memory=pin)
-        batch = Batch(indices, latents, rows.pin_memory() if pin else rows)
-        if self.tokens is not None:
-            batch.allocate_tokens(self.tokens, pin)
-        return batch
-
-    def relabel(self, batch: Batch, indices: np.ndarray) -> Batch | None:
-        """A batch for other samples in the memory of `batch`, to be filled; None where they are more or fewer."""
-        if len(batch) != len(indices):
-            return None
-        return replace(batch, indices=indices, text_rows=self.text_rows[torch.from_numpy(indices)])
-
-    def fill(self, batch: Batch, part: slice) -> None:
-        """Copy the stored values of batch rows `part` from the memory map into the batch."""
-        ids = [self.sample_ids[i] for i in batch.indices[part]]
-        self.latents.read_into(ids, batch.latents.numpy()[part])
-        if self.tokens is not None:
-            batch.read_tokens(self.tokens, ids, part)
-
-    def read(self, indices: np.ndarray) -> Batch:
-        batch = self.empty_batch(indices, pin=False)
-        self.fill(batch, slice(0, len(indices)))
-        return batch
-
-
-@dataclass(frozen=True)
-class BatchOrder:
-    """The batches of a whole run, as pure arithmetic."""
-
-    samples: int
-    batch_size: int
-    seed: int
-    rank: int = 0
-    world_size: int = 1
-    accumulation: int = 1
-
-    @property
-    def samples_per_step(self) -> int:
-        return self.batch_size * self.accumulation * self.world_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.samples // self.samples_per_step
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))).permutation(
-            self.samples
-        )
-
-    def from_step(self, step: int) -> Iterator[np.ndarray]:
-        """This process's batches, indices [B], from optimizer step `step` on, without end."""
-        epoch, offset = divmod(step, self.steps_per_epoch)
-        while True:
-            order = self.permutation(epoch)
-            for micro in range(offset * self.accumulation, self.steps_per_epoch * self.accumulation):
-                start = (micro * self.world_size + self.rank) * self.batch_size
-                yield order[start : start + self.batch_size]
-            epoch, offset = epoch + 1, 0
 
 
 @functools.cache

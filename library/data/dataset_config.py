@@ -61,7 +61,7 @@ class _Settled:
             raise UserError(f"{key} {message} ({self.places[key]}).")
 
 
-def read_dataset_config(path: Path, given: Mapping[str, Any]) -> list[Dataset]:
+def read_dataset_config(path: Path, given: Mapping[str, Any], *, beside_options: bool = False) -> list[Dataset]:
     """Read a `.toml` or `.json` dataset file.
 
     Paths in it are relative to the working folder, as kohya's are, else to the folder of the file.
@@ -69,11 +69,12 @@ def read_dataset_config(path: Path, given: Mapping[str, Any]) -> list[Dataset]:
     Args:
         given: what the user gave on the command line, by option name; other options than those of datasets may be
             among it. It counts only where the file says nothing.
+        beside_options: the file holds options of a script, too, in other tables.
 
     Raises UserError: bad keys and types (see `read_document`), no datasets or subsets, a folder or file that is not
     there, values that cannot be or exclude each other; each with file and line.
     """
-    document = read_document(Path(path))
+    document = read_document(Path(path), beside_options=beside_options)
     command_line = _command_line(given)
     general = _Level(document.general, partial(document.place, "general"))
     datasets = []

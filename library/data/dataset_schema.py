@@ -179,13 +179,15 @@ class Document:
         return _place(self.file, self.lines, path)
 
 
-def read_document(file: Path) -> Document:
-    """Read a `.toml` or `.json` dataset file and check its keys and types.
+def read_document(file: Path, *, beside_options: bool = False) -> Document:
+    """Read a `.toml` or `.json` dataset file and check its keys and types. beside_options: other tables are not looked at.
 
     Raises UserError: not readable, neither TOML nor JSON, empty; or one naming all unknown keys (with the nearest
     known ones), keys in a wrong place and values of a wrong type, each with its line.
     """
     content, lines = _parse(file)
+    if beside_options:
+        content = {name: content[name] for name in ("general", "datasets") if name in content}
     if not content:
         raise UserError(
             f"{file} is empty. Write a [[datasets]] with a resolution, and in it a [[datasets.subsets]] with an image_dir."

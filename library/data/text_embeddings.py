@@ -22,6 +22,8 @@ class TextEmbeddings:
     rows: dict[int, int]
     prompts: list[str] | None = None
     producer: dict[str, Any] = field(default_factory=dict)
+    pooled: torch.Tensor | None = None
+    """[C+1, P] float16, of SDXL's second encoder."""
 
     @property
     def empty_row(self) -> int:
@@ -43,8 +45,9 @@ def read_text_embeddings(path: Path) -> TextEmbeddings:
 
     Raises UserError where the file is neither; a pickle that holds more than tensors is never executed.
     """
+    pooled = None
     if path.suffix == ".safetensors":
-        embeddings, rows, prompts, producer = _read_safetensors(path)
+        embeddings, pooled, rows, prompts, producer = _read_safetensors(path)
     else:
         embeddings = _read_pickle(path)
         rows, prompts, producer = {i: i for i in range(embeddings.shape[0] - 1)}, None, {}
@@ -54,17 +57,21 @@ def read_text_embeddings(path: Path) -> TextEmbeddings:
         )
     if not embeddings.isfinite().all():
         raise UserError(f"{path} holds values that are not finite. Delete it and build it again.")
-    return TextEmbeddings(embeddings.to(torch.float16), rows, prompts, producer)
+    return TextEmbeddings(embeddings.to(torch.float16), rows, prompts, producer, pooled)
 
 
-def _read_safetensors(path: Path) -> tuple[torch.Tensor, dict[int, int], list[str], dict[str, Any]]:
+def _read_safetensors(
+    path: Path,
+) -> tuple[torch.Tensor, torch.Tensor | None, dict[int, int], list[str], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             embeddings = file.get_tensor("embeddings")
+            pooled = file.get_tensor("pooled") if "pooled" in file.keys() else None
         class_ids = json.loads(metadata["class_ids"])
         return (
             embeddings,
+            pooled,
             {int(c): row for row, c in enumerate(class_ids)},
             json.loads(metadata["prompts"]),
             json.loads(metadata["producer"]),

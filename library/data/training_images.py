@@ -21,7 +21,7 @@ from library.data.image_headers import Header, endings, read_headers
 from library.data.pixels import UnreadableImage
 from library.errors import UserError
 
-CaptionSource = Literal["file", "class_tokens", "metadata", "none"]
+CaptionSource = Literal["file", "class_tokens", "metadata", "none", "class"]
 MissingCaption = Literal["empty", "class_tokens", "skip", "error"]
 
 MAX_ID_BYTES = 400  # LMDB keys end at 511, and stores append what they hold
@@ -32,7 +32,7 @@ _IMAGE_LIKE = (".tif", ".tiff", ".gif", ".avif", ".jxl", ".heic")  # pictures th
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TrainingImage:
     """One image of one dataset. With several datasets over the same folder, each has one of its own."""
 
@@ -122,9 +122,13 @@ def split_validation(
     training: list[TrainingImage] = []
     validation: list[TrainingImage] = []
     for image in images:
-        held_out = split_place(image.identity, seed) < share * 2**64 and not image.subset.is_reg
+        held_out = is_held_out(image.identity, share, seed) and not image.subset.is_reg
         (validation if held_out else training).append(image)
     return training, validation
+
+
+def is_held_out(identity: str, share: float, seed: int | None) -> bool:
+    return split_place(identity, seed) < share * 2**64
 
 
 def split_place(identity: str, seed: int | None) -> int:

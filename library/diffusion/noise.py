@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from library.options.checks import require
-from library.options.kohya_objective import NoiseOptions
+from library.options.kohya.objective import NoiseOptions
 
 # Levels of a pyramid shrink by a factor drawn from [2, 4).
 SMALLEST_SHRINK, SHRINK_RANGE = 2.0, 2.0

@@ -13,8 +13,8 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from library.caching.picture_sets import PictureSet, choose_samples, open_pictures
 from library.data.batches import CachedSamples
+from library.data.class_pictures import PictureSet, choose_samples, open_pictures
 from library.data.pixels import UnreadableImage, decode_rgb, square_crop
 from library.data.store import StoreMeta, TensorStore
 from library.data.text_embeddings import read_text_embeddings

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.load import TextPart
+from library.options.kohya.training import TextEncoderOptions
 from networks.original_names import SDXL, Family
 
 CHUNK = 75
@@ -79,6 +80,11 @@ class TextConditioner:
             row = [tokenizer.bos_token_id, *tokens[start : start + CHUNK], tokenizer.eos_token_id]
             rows.append(row + [tokenizer.pad_token_id] * (CHUNK + _MARKERS - len(row)))
         return rows
+
+
+def clip_skip(options: TextEncoderOptions, family: Family) -> int:
+    """The layer of the text encoder, counted from the end; SDXL's is fixed, whatever is asked."""
+    return 1 if family == SDXL or options.clip_skip is None else options.clip_skip
 
 
 def checked_clip_skip(parts: Sequence[TextPart], clip_skip: int) -> int:

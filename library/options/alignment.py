@@ -1,52 +1,50 @@
-"""What is trained inside the frozen U-Net, and what it is aligned to."""
+"""What features of the frozen U-Net are aligned to, and how much that counts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from library.options.checks import not_negative, positive, require, share
+from library.options.checks import not_negative, positive, require
 
 Tap = Literal["enc_last", "mid", "dec_first"]
 
 
 @dataclass(frozen=True)
-class AdapterOptions:
-    network_dim: int = 8
-    """LoRA rank: inner dimension of each adapter. Size and capacity grow linearly."""
-    network_alpha: float = 8.0
-    """LoRA alpha. Adapters act with the scale network_alpha / network_dim."""
-    network_dropout: float = 0.0
-    """Share of each adapter's inputs that is dropped while training."""
-    lora_scope: Literal["mid", "down_mid", "all"] = "mid"
-    """Blocks with LoRA: mid (as documented), down_mid (what the alignment gradient reaches), all."""
-    conv_dim: int | None = None
-    """Rank of LoRA on the convolutions of these blocks. Default: none there."""
-    conv_alpha: float = 1.0
-    """LoRA alpha of these convolutions."""
+class TokenOptions:
+    """What is kept of what the teacher sees."""
+
+    dino_resolution: int = 518
+    """Side in pixels of the teacher's input, 518 (its native grid, 37x37), 448 (32x32) or 224 (16x16, 6x cheaper); of pictures
+    that are no squares the same area."""
+    token_grid: int = 16
+    """Teacher tokens are area-pooled to this many rows and columns, or to the same number in the bucket's aspect."""
+    token_dtype: Literal["float16", "int8"] = "float16"
+    """Number format of cached tokens. int8 keeps a scale per token and halves the store."""
+
+    def __post_init__(self) -> None:
+        positive("token_grid", self.token_grid)
+        require(
+            self.dino_resolution > 0 and self.dino_resolution % 14 == 0,
+            "dino_resolution",
+            f"must be a multiple of DINOv2's patch of 14 (518, 448, 224), got {self.dino_resolution}.",
+        )
+        require(
+            self.token_grid <= self.dino_resolution // 14,
+            "token_grid",
+            f"is {self.token_grid}, finer than the {self.dino_resolution // 14} patches that dino_resolution "
+            f"{self.dino_resolution} gives. Raise dino_resolution or lower token_grid.",
+        )
+
+
+@dataclass(frozen=True)
+class AlignmentOptions(TokenOptions):
+    alignment: bool = True
+    """Train with AlignHeads, supervised by cached tokens of dino_model. Without, this is plain LoRA training."""
     taps: tuple[Tap, ...] = ("mid",)
     """U-Net features that get an AlignHead: enc_last, mid, dec_first, or several."""
     align_head: Literal["mlp", "linear", "conv3x3"] = "mlp"
     """AlignHead: two 1x1 convolutions with GELU between, one 1x1, or one 3x3 (iREPA)."""
-
-    def __post_init__(self) -> None:
-        positive("network_dim", self.network_dim)
-        positive("network_alpha", self.network_alpha)
-        positive("conv_dim", self.conv_dim)
-        positive("conv_alpha", self.conv_alpha)
-        require(
-            0 <= self.network_dropout < 1,
-            "network_dropout",
-            f"must be at least 0 and below 1, got {self.network_dropout}.",
-        )
-        require(len(self.taps) > 0, "taps", "is empty. Use --no_alignment to train without heads.")
-        require(len(set(self.taps)) == len(self.taps), "taps", f"names a tap twice: {' '.join(self.taps)}.")
-
-
-@dataclass(frozen=True)
-class AlignmentOptions:
-    alignment: bool = True
-    """Train with AlignHeads. Without, this is plain LoRA training on class prompts."""
     align_coeff: float = 0.5
     """lambda: weight of the alignment losses beside the diffusion loss."""
     align_schedule: Literal["warmup", "constant", "cutoff"] = "warmup"
@@ -67,6 +65,9 @@ class AlignmentOptions:
     """Tokens drawn from the batch in mode random (192: Manifold Distillation's K)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.taps) > 0, "taps", "is empty. Without alignment no heads are trained.")
+        require(len(set(self.taps)) == len(self.taps), "taps", f"names a tap twice: {' '.join(self.taps)}.")
         not_negative("align_coeff", self.align_coeff)
         not_negative("align_warmup_steps", self.align_warmup_steps)
         not_negative("manifold_weight", self.manifold_weight)
@@ -84,24 +85,3 @@ class AlignmentOptions:
                 f"has no effect with align_schedule {self.align_schedule}. Use align_schedule cutoff.",
             )
         not_negative("align_cutoff_step", self.align_cutoff_step)
-
-
-@dataclass(frozen=True)
-class ObjectiveOptions:
-    v_parameterization: bool = False
-    """Compare velocities. An epsilon base is asked for v through the exact v = (eps - sigma * x_t) / alpha."""
-    raw_v_target: bool = False
-    """Take the base's raw output for v, to the letter of the U-REPA document. On an epsilon base that cannot work well."""
-    min_snr_gamma: float | None = None
-    """Min-SNR weighting of the diffusion loss (arXiv 2303.09556); 5 is the paper's value."""
-    class_dropout: float = 0.1
-    """Share of samples whose class prompt is replaced by the empty one, for classifier-free guidance."""
-
-    def __post_init__(self) -> None:
-        positive("min_snr_gamma", self.min_snr_gamma)
-        share("class_dropout", self.class_dropout)
-        require(
-            not (self.v_parameterization and self.raw_v_target),
-            "raw_v_target",
-            "and v_parameterization exclude each other: the one is the document's way, the other the exact one.",
-        )

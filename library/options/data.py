@@ -1,4 +1,4 @@
-"""Which pictures a run learns from, and the caches made of them."""
+"""Class pictures that train_repa.py learns from, and the caches made of them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from library.options.checks import positive, require
-
-DEMO_DATA = "demo"
+from library.options.checks import positive, require, share
+from library.options.kohya.dataset import DEMO_DATA, NetworkCacheOptions
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class ClassPictureOptions:
+    """Pictures of classes, each trained with its class's prompt, in squares."""
+
     train_data: str = DEMO_DATA
     """Training pictures: a folder of class folders, a CSV manifest (sample_id,path,class_id), a ZIP with one, or demo."""
     val_data: str | None = None
@@ -23,8 +24,8 @@ class DataOptions:
     """JSON of class names, {"0": "tench", ...} or a list. Class folders without it are named by their folder."""
     prompt_template: str = "a photo of a {name}"
     """Prompt of a class; {name} becomes the class name."""
-    resolution: int = 512
-    """Side in pixels of the square that each picture is scaled (short side) and centre-cropped to."""
+    class_dropout: float = 0.1
+    """Share of samples whose class prompt is replaced by the empty one, for classifier-free guidance."""
     max_train_samples: int | None = None
     """Train on this many samples, chosen by a stable hash of their ids. Default: all."""
     max_validation_samples: int | None = None
@@ -33,19 +34,13 @@ class DataOptions:
     def __post_init__(self) -> None:
         require(bool(self.train_data), "train_data", "is empty.")
         require("{name}" in self.prompt_template, "prompt_template", "must contain {name}.")
-        require(
-            self.resolution > 0 and self.resolution % 64 == 0,
-            "resolution",
-            f"must be a positive multiple of 64 (VAE 8 x U-Net 8), got {self.resolution}.",
-        )
+        share("class_dropout", self.class_dropout)
         positive("max_train_samples", self.max_train_samples)
         positive("max_validation_samples", self.max_validation_samples)
 
 
 @dataclass(frozen=True)
-class CacheOptions:
-    cache_dir: Path = Path("data/cache")
-    """Folder of the caches. Each store has a name of its own in it unless the options below give a path."""
+class ClassCacheOptions(NetworkCacheOptions):
     train_latents: Path | None = None
     """LMDB store of the training latents. Default: train_latents in cache_dir."""
     train_tokens: Path | None = None
@@ -60,31 +55,14 @@ class CacheOptions:
     """Shape of one latent in a raw float16 store made elsewhere without __meta__, such as 4 64 64."""
     token_shape: tuple[int, int] | None = None
     """Shape of one sample's tokens in such a store, such as 256 1024."""
-    dino_resolution: int = 518
-    """Side in pixels of the teacher's input: 518 (its native grid, 37x37), 448 (32x32) or 224 (16x16, 6x cheaper)."""
-    token_grid: int = 16
-    """Teacher tokens are area-pooled to this many rows and columns."""
-    token_dtype: Literal["float16", "int8"] = "float16"
-    """Number format of cached tokens. int8 keeps a scale per token and halves the store."""
     encoder_precision: Literal["auto", "bf16", "no"] = "auto"
     """Number format in which VAE, teacher and text encoder compute. auto follows mixed_precision."""
     cache_batch_size: int = 16
-    """Pictures per batch while encoding."""
+    """Class pictures per batch while encoding."""
 
     def __post_init__(self) -> None:
-        positive("token_grid", self.token_grid)
+        super().__post_init__()
         positive("cache_batch_size", self.cache_batch_size)
-        require(
-            self.dino_resolution > 0 and self.dino_resolution % 14 == 0,
-            "dino_resolution",
-            f"must be a multiple of DINOv2's patch of 14 (518, 448, 224), got {self.dino_resolution}.",
-        )
-        require(
-            self.token_grid <= self.dino_resolution // 14,
-            "token_grid",
-            f"is {self.token_grid}, finer than the {self.dino_resolution // 14} patches that dino_resolution "
-            f"{self.dino_resolution} gives. Raise dino_resolution or lower token_grid.",
-        )
 
     def store_path(self, name: str) -> Path:
         """Folder of one of the four stores: train_latents, train_tokens, val_latents, val_tokens."""

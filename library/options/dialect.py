@@ -50,6 +50,8 @@ class Dialect:
     """A key may stand in several sections; the last one counts."""
     loose_values: bool = False
     """In files, "" stands for an optional value not given, and a single value for a list of one."""
+    datasets_beside: bool = False
+    """A file with [[datasets]] may hold options beside them; its [general] is theirs then."""
     aliases: Mapping[str, Alias] = field(default_factory=dict)
     refused: Mapping[str, Refused] = field(default_factory=dict)
 

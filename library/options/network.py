@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
 from library.options.checks import require
-from library.options.data import DEMO_DATA
 from library.options.dialect import Dialect
-from library.options.kohya_dataset import CaptionOptions, DatasetOptions, NetworkCacheOptions
-from library.options.kohya_network import NetworkAlignmentOptions, NetworkOptions
-from library.options.kohya_objective import NetworkObjectiveOptions, NoiseOptions
-from library.options.kohya_optimizer import NetworkOptimizerOptions
-from library.options.kohya_refused import ALIASES, REFUSED
-from library.options.kohya_samples import LoggingOptions, MetadataOptions, SampleOptions, ValidationOptions
-from library.options.kohya_training import (
-    NetworkConfigOptions,
-    NetworkModelOptions,
-    NetworkOutputOptions,
-    NetworkSpeedOptions,
-    NetworkTrainingOptions,
-    TextEncoderOptions,
-)
+from library.options.kohya.dataset import DEMO_DATA
+from library.options.kohya.network import NetworkAlignmentOptions
+from library.options.kohya.refused import ALIASES, REFUSED
+from library.options.kohya.training import NetworkConfigOptions, NetworkOutputOptions
+from library.options.kohya.watching import LoggingOptions
 from library.options.parser import flatten, parse
+from library.options.run import RunOptions
 
 KOHYA = Dialect(
     config_option="config_file",
@@ -42,36 +34,16 @@ _NOT_IN_A_FILE = ("config_file", "output_config", "ignore_unknown_keys", "dry_ru
 
 
 @dataclass(frozen=True)
-class TrainNetworkOptions:
-    """kohya's defaults, but for those in library/options/kohya_differences.py."""
+class TrainNetworkOptions(RunOptions):
+    """kohya's defaults, but for those in library/options/kohya/differences.py."""
 
     config: NetworkConfigOptions = field(default_factory=NetworkConfigOptions)
-    model: NetworkModelOptions = field(default_factory=NetworkModelOptions)
-    text: TextEncoderOptions = field(default_factory=TextEncoderOptions)
-    data: DatasetOptions = field(default_factory=DatasetOptions)
-    captions: CaptionOptions = field(default_factory=CaptionOptions)
-    cache: NetworkCacheOptions = field(default_factory=NetworkCacheOptions)
-    network: NetworkOptions = field(default_factory=NetworkOptions)
     alignment: NetworkAlignmentOptions = field(default_factory=NetworkAlignmentOptions)
-    noise: NoiseOptions = field(default_factory=NoiseOptions)
-    objective: NetworkObjectiveOptions = field(default_factory=NetworkObjectiveOptions)
-    optimizer: NetworkOptimizerOptions = field(default_factory=NetworkOptimizerOptions)
-    training: NetworkTrainingOptions = field(default_factory=NetworkTrainingOptions)
-    validation: ValidationOptions = field(default_factory=ValidationOptions)
-    samples: SampleOptions = field(default_factory=SampleOptions)
     output: NetworkOutputOptions = field(default_factory=NetworkOutputOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
-    metadata: MetadataOptions = field(default_factory=MetadataOptions)
-    speed: NetworkSpeedOptions = field(default_factory=NetworkSpeedOptions)
-
-    def __post_init__(self) -> None:
-        self._check_data()
-        self._check_caches()
-        self._check_trained_parts()
-        self._check_effects()
 
     def _check_data(self) -> None:
-        """Where the data come from, once."""
+        super()._check_data()
         data, config = self.data, self.config
         for name in ("train_data_dir", "reg_data_dir", "in_json"):
             require(
@@ -85,11 +57,6 @@ class TrainNetworkOptions:
             "dataset_config",
             f"and train_data_dir are both absent: nothing to train {self.model.pretrained_model_name_or_path} on. "
             f"--train_data_dir {DEMO_DATA} generates pictures.",
-        )
-        require(
-            data.conditioning_data_dir is None or self.objective.masked_loss,
-            "conditioning_data_dir",
-            "has masks, which have no effect without masked_loss.",
         )
         if config.dataset_config is None:
             self._check_without_dataset_file()
@@ -119,102 +86,30 @@ class TrainNetworkOptions:
                     "has no effect without validation_split, the share that is held out.",
                 )
 
-    def _check_caches(self) -> None:
-        cache, data = self.cache, self.data
-        if cache.asks_for_latents:
-            for name in ("color_aug", "random_crop", "face_crop_aug_range"):
-                require(
-                    not getattr(data, name),
-                    name,
-                    "needs fresh pixels each time and cannot be used with cache_latents. Leave one of them out.",
-                )
-        if not cache.caches_text:
-            return
-        changed = self.captions.changes_captions
-        require(
-            changed is None,
-            "cache_text_encoder_outputs",
-            f"encodes each caption once, and {changed} changes captions each time. Leave one of them out.",
-        )
-        require(
-            not self.trains_text_encoders,
-            "cache_text_encoder_outputs",
-            "keeps what the text encoders say, and they are trained. Add --network_train_unet_only.",
-        )
-
-    def _check_trained_parts(self) -> None:
-        network, optimizer = self.network, self.optimizer
-        require(
-            not (network.network_train_unet_only and any(optimizer.text_encoder_lr)),
-            "text_encoder_lr",
-            "has no effect with network_train_unet_only. Leave one of them out.",
-        )
-        require(
-            not (network.network_train_text_encoder_only and optimizer.unet_lr),
-            "unet_lr",
-            "has no effect with network_train_text_encoder_only. Leave one of them out.",
-        )
-        require(
-            self.trains_unet or self.trains_text_encoders,
-            "unet_lr",
-            "and text_encoder_lr leave nothing to train. Raise one of them.",
-        )
-        require(
-            self.trains_unet or not self.alignment.alignment,
-            "alignment",
-            "trains features of the U-Net, and the U-Net is not trained.",
-        )
-
     def _check_effects(self) -> None:
-        """What would have no effect beside the rest."""
-        defaults = {f.name: f.default for f in dataclasses.fields(NetworkModelOptions)}
-        if not self.alignment.alignment:
-            require(self.model.dino_model == defaults["dino_model"], "dino_model", "has no effect without --alignment.")
-            of_heads = (f for f in dataclasses.fields(NetworkOptimizerOptions) if f.name.startswith("align_"))
-            for one in of_heads:
-                require(
-                    getattr(self.optimizer, one.name) == one.default, one.name, "has no effect without --alignment."
-                )
-        require(
-            self.training.initial_step is None or self.output.resume == "auto",
-            "initial_step",
-            "has no effect with resume: a state knows its own step.",
-        )
-        require(
-            self.training.initial_epoch is None or self.output.resume == "auto",
-            "initial_epoch",
-            "has no effect with resume: a state knows its own step.",
-        )
+        super()._check_effects()
+        if self.alignment.alignment:
+            return
+        groups = (self.model, ("dino_model",)), (self.optimizer, ("align_learning_rate", "align_weight_decay"))
+        for group, names in groups:
+            for name in names:
+                is_default = getattr(group, name) == getattr(type(group), name)
+                require(is_default, name, "has no effect without --alignment.")
+
+    def metrics_folder(self, now: datetime) -> Path:
+        """{logging_dir}/{prefix}{time}/network_train, as kohya has it."""
+        inner = self.logging.log_tracker_name or "network_train"
+        return self.output.log_dir / f"{self.logging.log_prefix or ''}{now:%Y%m%d%H%M%S}" / inner
 
     @property
-    def trains_unet(self) -> bool:
-        return not self.network.network_train_text_encoder_only and self.optimizer.unet_rate > 0
-
-    @property
-    def trains_text_encoders(self) -> bool:
-        return not self.network.network_train_unet_only and self.optimizer.trains_text_encoders
+    def dataset_file(self) -> Path | None:
+        return self.config.dataset_config
 
     @property
     def uses_demo(self) -> bool:
         """Whether the generated demo pictures are trained on, by name or because nothing else is given."""
         folder = self.data.train_data_dir
         return str(folder) == DEMO_DATA or (folder is None and self.config.dataset_config is None)
-
-    @property
-    def caches_latents(self) -> bool:
-        """Whether latents are cached, as far as these options go; a dataset TOML may ask for fresh pixels."""
-        return self.cache.cache_latents is not False and not self.data.needs_fresh_pixels
-
-    def dataset_defaults(self) -> dict[str, Any]:
-        """What a dataset TOML inherits where it says nothing, under kohya's names; None is not given."""
-        values = {
-            f.name: getattr(group, f.name) for group in (self.data, self.captions) for f in dataclasses.fields(group)
-        }
-        values["keep_tokens_separator"] = values["keep_tokens_separator"] or None
-        values["train_batch_size"] = self.training.train_batch_size
-        values["validation_split"] = self.validation.validation_split
-        values["validation_seed"] = self.validation.validation_seed
-        return values
 
 
 def parse_network_options(argv: list[str], *, prog: str, description: str | None) -> TrainNetworkOptions:

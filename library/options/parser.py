@@ -80,7 +80,9 @@ def parse(
 
 def _file_values(config: str, dialect: Dialect, known: set[str], argv: list[str]) -> dict[str, Located]:
     """Known keys of the file with their values as read; everything that is wrong with its keys in one UserError."""
-    read = read_options(find_config(config), later_section_wins=dialect.later_section_wins)
+    read = read_options(
+        find_config(config), later_section_wins=dialect.later_section_wins, datasets_beside=dialect.datasets_beside
+    )
     values, refused = dialect.values(read)
     wrong = [refusal(refused)] if refused else []
     strangers = _unknown(values, known)

@@ -60,26 +60,33 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} could not be read: {error.strerror}.") from None
 
 
-def read_options(path: Path, *, later_section_wins: bool = False) -> dict[str, Located]:
+def read_options(path: Path, *, later_section_wins: bool = False, datasets_beside: bool = False) -> dict[str, Located]:
     """Key -> value and place of every key in the file, whatever section it stands in.
 
     `extends = "other.toml"` at the top takes another file's values first (path relative to this file).
-    A key given in two sections of one file is an error, or with `later_section_wins` the last one counts.
+    A key given in two sections of one file is an error, or with `later_section_wins` the last one counts. datasets_beside:
+    [[datasets]] and [general] beside them are left to the reader of data sets.
     """
-    return _read_options(path, later_section_wins, seen=())
+    return _read_options(path, later_section_wins, datasets_beside, seen=())
 
 
-def _read_options(path: Path, later_section_wins: bool, seen: tuple[Path, ...]) -> dict[str, Located]:
+def _read_options(
+    path: Path, later_section_wins: bool, datasets_beside: bool, seen: tuple[Path, ...]
+) -> dict[str, Located]:
     if path.resolve() in seen:
         raise UserError(f"{path} extends itself, by way of {', '.join(p.name for p in seen)}.")
     document = read_toml(path)
     lines = _lines_of_keys(path.read_text(encoding="utf-8"))
     options: dict[str, Located] = {}
+    if datasets_beside and document.pop("datasets", None) is not None:
+        document.pop("general", None)
     parent = document.pop("extends", None)
     if parent is not None:
         if not isinstance(parent, str) or not (path.parent / parent).is_file():
             raise UserError(f"extends in {path} names {parent!r}, which is no file beside it.")
-        options.update(_read_options(path.parent / parent, later_section_wins, (*seen, path.resolve())))
+        options.update(
+            _read_options(path.parent / parent, later_section_wins, datasets_beside, (*seen, path.resolve()))
+        )
     own: dict[str, Located] = {}
     for key, value in document.items():
         if isinstance(value, dict):

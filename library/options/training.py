@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from library.options.arguments import parse_arguments
 from library.options.checks import not_negative, positive, require, share
+from library.options.precision import Precision
 
 Schedule = Literal[
     "cosine",
@@ -203,6 +204,8 @@ class OutputOptions:
     """Folder of everything the run leaves: states, adapters, metrics, the resolved options."""
     output_name: str = "repa"
     """Stem of the adapter files."""
+    save_precision: Precision | None = None
+    """Number format of the adapter files. Default: float32, as trained."""
     logging_dir: Path | None = None
     """TensorBoard folder. Default: logs in output_dir."""
     log_every_n_steps: int = 10

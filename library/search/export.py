@@ -140,7 +140,7 @@ def find(best: BestParams, dataset_config: Path | str | None = None) -> Found:
     Raises UserError where its options or its data cannot be used any more.
     """
     options = options_of(best.train_config, dataset_config, best.config_origin)
-    from library.data.network_data import read_datasets
+    from library.data.collect import read_datasets
     from library.data.training_images import collect_images
 
     datasets = tuple(read_datasets(options, _native_side(options)))

@@ -36,8 +36,8 @@ from library.search.constraints import ADHERENCE, PREFIX, clip_of
 from library.search.jobs import Job
 from library.search.objective import EVALUATION_SEED, MOST_PICTURES, Measured, by_hash, in_eval_mode
 from library.search.warm import Warm
-from library.training.network import NetworkTask
-from library.training.network_run import Prepared, base_weights_facts, clip_skip
+from library.training.run import Prepared, base_weights_facts, clip_skip
+from library.training.task import LoraTask
 from networks.original_names import UNET
 
 STANDARD_ERRORS = 2.0
@@ -118,7 +118,7 @@ class ImageJudge:
         self,
         judging: Judging,
         eyes: Eyes,
-        task: NetworkTask,
+        task: LoraTask,
         drawing: Callable[[], DrawingModel],
         photos: Sequence[Image.Image],
         folder: Path,
@@ -212,7 +212,7 @@ def save(folder: Path, name: str, pictures: Sequence[Image.Image]) -> None:
 
 
 def network_image_judge(
-    job: Job, options: TrainNetworkOptions, prepared: Prepared, task: NetworkTask, warm: Warm
+    job: Job, options: TrainNetworkOptions, prepared: Prepared, task: LoraTask, warm: Warm
 ) -> ImageJudge:
     """Raises UserError for settings that cannot be, and models that are not there."""
     name = options.model.pretrained_model_name_or_path
@@ -247,10 +247,10 @@ def network_image_judge(
     components = (UNET, *prepared.family.text_encoders)
     facts: list[Any] = [base_weights_facts(options, prepared.base, components, memory), flatten(options.model)]
     facts += [repr(judging), key]
-    facts += [flatten(options.speed), clip_skip(options, prepared.family), task.objective.kind]
+    facts += [flatten(options.speed), clip_skip(options.text, prepared.family), task.objective.kind]
     known = warm.base_scores.setdefault(f"image {hashlib.sha256(repr(facts).encode()).hexdigest()}", {})
     folder = Path(job.folder) / "realtime_evaluations"
-    skip = clip_skip(options, prepared.family)
+    skip = clip_skip(options.text, prepared.family)
     return ImageJudge(judging, eyes, task, drawing, photos, folder, known, skip)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from library.data.bucket_order import MicroBatch
-from library.data.network_batches import NetworkSamples, Request
+from library.data.order import MicroBatch
+from library.data.samples import CachedSamples, Request
 from library.errors import UserError
 from library.models.conditioning import Conditioning
 from library.models.locate import BaseLocation
@@ -30,13 +30,13 @@ from library.search.objective import (
 )
 from library.search.trial import Training
 from library.search.warm import Warm, file_facts, one_at_a_time
-from library.training.network import NetworkTask
-from library.training.network_checkpoints import NetworkCheckpoints
-from library.training.network_plan import collect_pictures, print_data
-from library.training.network_prepare import prepare_caches
-from library.training.network_run import Prepared, base_weights_facts, build_run, make_order, make_plan
+from library.training.caches import prepare_caches
+from library.training.checkpoints import NetworkCheckpoints
+from library.training.pictures import collect_pictures, print_data
+from library.training.run import Prepared, base_weights_facts, build_run, make_order, make_plan
 from library.training.speed import with_usable_attention
 from library.training.start import check_network_start
+from library.training.task import LoraTask
 from networks.original_names import UNET, Family
 
 # Groups of options that decide nothing about pictures and caches, but for the batch size, the dataset file and base_weights.
@@ -98,7 +98,7 @@ def _data_facts(options: TrainNetworkOptions, base: BaseLocation, family: Family
     return ["train_network", groups, files, weights, options.training.train_batch_size]
 
 
-def _judge(job: Job, options: TrainNetworkOptions, prepared: Prepared, task: NetworkTask, warm: Warm) -> Judge:
+def _judge(job: Job, options: TrainNetworkOptions, prepared: Prepared, task: LoraTask, warm: Warm) -> Judge:
     if job.objective == "image":
         from library.search.image_objective import network_image_judge
 
@@ -108,7 +108,7 @@ def _judge(job: Job, options: TrainNetworkOptions, prepared: Prepared, task: Net
     return LossJudge(pictures, task.objective, task.models, task.network.disabled, known)
 
 
-def _base_key(options: TrainNetworkOptions, prepared: Prepared, task: NetworkTask, pictures: list[HeldOut]) -> str:
+def _base_key(options: TrainNetworkOptions, prepared: Prepared, task: LoraTask, pictures: list[HeldOut]) -> str:
     """Of all that decides the base's own losses, to the bit."""
     memory, family = options.cache.cache_dir / "weight_hashes.json", prepared.family
     speed, captions = options.speed, {one.image.sample_id: one.image.caption for one in prepared.data.validation}
@@ -125,7 +125,7 @@ def _base_key(options: TrainNetworkOptions, prepared: Prepared, task: NetworkTas
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def held_out_pictures(task: NetworkTask, samples: NetworkSamples) -> list[HeldOut]:
+def held_out_pictures(task: LoraTask, samples: CachedSamples) -> list[HeldOut]:
     """Of each bucket; at most MOST_PICTURES altogether, chosen by a hash."""
     names = by_hash(samples.sample_ids, str, MOST_PICTURES)
     places = {name: place for place, name in enumerate(samples.sample_ids)}
@@ -147,7 +147,7 @@ class _Text:
         return Conditioning(states[rows], None if pooled is None else pooled[rows]), self.sizes[rows]
 
 
-def _of_bucket(task: NetworkTask, samples: NetworkSamples, places: np.ndarray) -> HeldOut:
+def _of_bucket(task: LoraTask, samples: CachedSamples, places: np.ndarray) -> HeldOut:
     request = Request(0, 0, MicroBatch(0, places, np.zeros_like(places), len(places)), 1.0)
     batch = samples.empty_batch(request, pin=False)
     samples.fill(batch, slice(0, len(batch)))

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.options.kohya_network import DEFAULT_DIM
+from library.options.kohya.network import DEFAULT_DIM
 from library.search.best_params import (
     BaseModel,
     BestParams,

@@ -13,9 +13,9 @@ import numpy as np
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
-from library.caching.picture_sets import open_pictures
 from library.caching.prepare import Cached, Caches, Preparation
 from library.data.batches import CachedSamples
+from library.data.class_pictures import open_pictures
 from library.errors import UserError
 from library.models.encoders import weight_fingerprint
 from library.models.load import load_unet

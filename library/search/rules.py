@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from library.options.kohya_dataset import CaptionOptions, DatasetOptions
+from library.options.kohya.dataset import CaptionOptions, DatasetOptions
 from library.options.network import TrainNetworkOptions
 from library.options.parser import flatten
 from library.search import sdxl_network as network

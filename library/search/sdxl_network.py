@@ -6,8 +6,8 @@ import math
 
 from library.data.captions import variations
 from library.options.checks import require
+from library.options.kohya.network_args import BlockCurve
 from library.options.network import TrainNetworkOptions
-from library.options.network_args import BlockCurve
 from library.options.parser import flatten
 from library.search.recipe import SDXL_CLIP_SKIP, Found, Recipe, SdxlOptions
 from library.search.sdxl_sizes import batch_ratio

@@ -222,7 +222,7 @@ def _fixed_of_file(
 
 def _default_base(script: Script) -> str:
     if script == "train_network":
-        from library.options.kohya_training import NetworkModelOptions
+        from library.options.kohya.training import NetworkModelOptions
 
         return NetworkModelOptions.pretrained_model_name_or_path
     from library.options.model import ModelOptions

@@ -16,8 +16,8 @@ from library.search.held_out import EVALUATION_SEED, FEWEST, held_out_count, sha
 from library.search.jobs import OWN
 
 if TYPE_CHECKING:
+    from library.data.collect import TrainingData
     from library.data.dataset_schema import Dataset
-    from library.data.network_data import NetworkData
     from library.data.training_images import TrainingImage
     from library.options.network import TrainNetworkOptions
     from library.options.repa import TrainRepaOptions
@@ -68,10 +68,10 @@ def network_data(options: Mapping[str, Any]) -> StudyData:
     return StudyData(digest.hexdigest()[:32], settings, _batch_of_files(options, datasets), split, notes)
 
 
-def _read(options: Mapping[str, Any]) -> tuple[list[Dataset], NetworkData]:
+def _read(options: Mapping[str, Any]) -> tuple[list[Dataset], TrainingData]:
     """The datasets, and their pictures as a trial splits them."""
     from library.search.exported_files import options_of
-    from library.training.network_plan import collect_pictures
+    from library.training.pictures import collect_pictures
 
     base = locate_base(str(options["pretrained_model_name_or_path"]))
     parsed = _seeded(options_of({name: value for name, value in options.items() if name not in OWN}, None, "The study"))
@@ -84,7 +84,7 @@ def _seeded(options: TrainNetworkOptions) -> TrainNetworkOptions:
     return dataclasses.replace(options, training=dataclasses.replace(options.training, seed=EVALUATION_SEED))
 
 
-def _split(options: Mapping[str, Any], data: NetworkData) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _split(options: Mapping[str, Any], data: TrainingData) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Options that hold some of the pictures out."""
     images: list[TrainingImage] = [one.image for one in data.training]
     given = options.get(SPLIT_SEED)
@@ -118,7 +118,7 @@ def _settings(datasets: list[Dataset], images: list[list[TrainingImage]]) -> str
 
 def _batch_of_files(options: Mapping[str, Any], datasets: list[Dataset]) -> int | None:
     """The largest batch that a dataset file gives: one that does not follow the option."""
-    from library.data.network_data import read_datasets
+    from library.data.collect import read_datasets
     from library.models.family import native_side
     from library.search.exported_files import options_of
 
@@ -132,7 +132,7 @@ def _batch_of_files(options: Mapping[str, Any], datasets: list[Dataset]) -> int 
 
 def repa_data(options: TrainRepaOptions) -> StudyData:
     """Of a study of train_repa.py. Raises UserError for pictures that are not there or too few."""
-    from library.caching.picture_sets import open_pictures
+    from library.data.class_pictures import open_pictures
 
     pictures = open_pictures(options.data)
     digest = hashlib.sha256()

@@ -22,8 +22,8 @@ from torch import nn
 from library.models.load import TextPart
 from library.models.locate import BaseLocation
 from library.options.network import TrainNetworkOptions
-from library.training.network_models import FrozenModels, float8_components
-from library.training.network_run import base_weights_facts
+from library.training.models import FrozenModels, float8_components
+from library.training.run import base_weights_facts
 from networks.original_names import UNET, Family
 
 Value = TypeVar("Value")

@@ -5,7 +5,7 @@ loss = L_diff + lambda(step) * (L_token + w * L_manifold)        (U-REPA, arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,7 @@ class Alignment:
     heads: AlignHeads
     features: Mapping[str, torch.Tensor]
     options: AlignmentOptions
-    gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+    gather: losses.Gather | None = None
 
     @classmethod
     def attach(
@@ -53,7 +53,7 @@ class Alignment:
         heads: AlignHeads,
         options: AlignmentOptions,
         context: ExitStack,
-        gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        gather: losses.Gather | None = None,
     ) -> Alignment:
         """With the features of `unet`, caught as long as `context` is open. To be called before anything is compiled."""
         return cls(heads, context.enter_context(capture(unet, list(heads))), options, gather)
@@ -108,7 +108,10 @@ class Alignment:
             count = predicted.shape[0] * predicted.shape[1]
             chosen = torch.randperm(count, generator=generator, device=predicted.device)[: o.manifold_random_tokens]
             loss = losses.random_manifold_loss(predicted, target, chosen, o.manifold_margin, weights)
-        return losses.clip_loss(loss, o.manifold_clip)
+        loss = losses.clip_loss(loss, o.manifold_clip)
+        if weights is None or self.gather is None or o.manifold_mode != "sample":
+            return loss
+        return loss * weights.turn_share
 
     def weighed(self, aligned: AlignmentLosses, coefficient: float) -> torch.Tensor:
         """What is added to the diffusion loss."""

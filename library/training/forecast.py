@@ -1,30 +1,45 @@
-"""--dry_run: the resolved plan of a run, what it will need, and what is missing; nothing is built or downloaded."""
+"""--dry_run: the resolved plan of a run, what it will need, and what is missing; nothing is built, encoded or downloaded."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable, Iterable
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import nn
 
-from library.caching.picture_sets import open_pictures
-from library.caching.prepare import SD_LATENT_CHANNELS
+from library.data.class_pictures import Pictures, PictureSet
+from library.data.collect import TrainingData, collect_classes
 from library.data.demo_pictures import DEFAULT_TRAINING_IMAGES
+from library.data.sources import FileSource, Sample
 from library.data.store import StoreMeta, disk_bytes, shard_folders
 from library.errors import UserError
 from library.files import free_bytes, human_bytes
-from library.models.encoders import VAE_FACTOR
+from library.models.configs import configs_of, published_family
+from library.models.encoders import VAE_FACTOR, grid_in_aspect
+from library.models.family import family_of
 from library.models.frozen import save_no_inputs
-from library.models.load import unet_config
-from library.models.locate import base_status, dino_status
-from library.options.data import DEMO_DATA
-from library.options.repa import TrainRepaOptions
-from library.training.plan import Plan, make_plan
-from library.training.repa_run import COMPUTE_DTYPES, add_trained_parts
+from library.models.locate import BaseLocation, base_status, dino_status, locate_base
+from library.options.data import ClassCacheOptions
+from library.options.kohya.dataset import DEMO_DATA
+from library.options.run import RunOptions
+from library.training.alignment import head_group
+from library.training.memory import kept_bytes
+from library.training.models import (
+    COMPUTE_DTYPES,
+    build_heads,
+    build_network,
+    meta_models,
+    parameter_groups,
+    round_frozen,
+    start_weights,
+)
+from library.training.pictures import class_data, collect_pictures, print_data
+from library.training.plan import make_order, make_plan
+from networks.align_head import AlignHeads
+from networks.features import capture
+from networks.original_names import SDXL, TEXT_ENCODER_2, UNET, Family
 
 # Widths of DINOv2 ViT-S, B, L and g (Oquab et al. 2023, table 17), for a teacher that is not on this machine yet.
 TEACHER_WIDTHS = {
@@ -41,72 +56,168 @@ TEACHER_WIDTHS = {
 WORKSPACE_BYTES = 2 << 30
 
 
-def print_plan(options: TrainRepaOptions) -> None:
+def print_plan(options: RunOptions) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
-    missing: list[str] = []
-    samples = _count_samples(options, missing)
-    plan = make_plan(samples, options.training, options.optimizer, int(os.environ.get("WORLD_SIZE", "1")))
-    missing += [
-        sentence
-        for sentence in (
-            base_status(options.model.pretrained_model_name_or_path),
-            dino_status(options.model.dino_model) if options.alignment.alignment else None,
+    name = options.model.pretrained_model_name_or_path
+    components = (UNET, "scheduler") if options.class_pictures is not None else None
+    missing = [sentence for sentence in [base_status(name, components)] if sentence]
+    location = None if missing else locate_base(name, components)
+    family = published_family(name) if location is None else family_of(location)
+    if family is None and options.class_pictures is None:
+        raise UserError(missing[0])
+    data = _data(options, location, missing)
+    if data is not None:
+        if data.classes is None:
+            print_data(data)
+        order = make_order(data, options, 0, int(os.environ.get("WORLD_SIZE", "1")))
+        plan = make_plan(order, options)
+        print(f"base             {name}{f', {family.title}' if family else ''}")
+        print(f"samples          {order.samples_per_epoch} an epoch, of {len(data.training)} pictures")
+        upper = "" if order.whole_steps else "up to "
+        print(
+            f"batch            {upper}{plan.batch_size} x {plan.accumulation} accumulated x {plan.world_size} processes"
         )
-        if sentence is not None
-    ]
-    print(f"samples          {samples}")
-    print(f"batch            {plan.batch_size} x {plan.accumulation} accumulated x {plan.world_size} processes")
-    print(f"steps per epoch  {plan.steps_per_epoch}")
-    print(f"steps            {plan.last_step} ({plan.epochs:g} epochs), warm-up {plan.warmup_steps}")
-    _print_model(options, plan)
-    _print_disk(options, samples)
-    for sentence in missing:
+        print(f"steps per epoch  {plan.steps_per_epoch}")
+        print(f"steps            {plan.last_step} ({plan.epochs:g} epochs), warm-up {plan.warmup_steps}")
+        if family is None:
+            print("trained          unknown until the base model is there")
+        else:
+            _print_model(options, location, family, data)
+            _print_disk(options, family, data)
+    if options.alignment.alignment and (absent := dino_status(options.model.dino_model)):
+        missing.append(absent)
+    for sentence in missing or ["nothing"]:
         print(f"missing          {sentence}")
-    if not missing:
-        print("missing          nothing")
 
 
-def _count_samples(options: TrainRepaOptions, missing: list[str]) -> int:
-    data = options.data
-    if data.train_data == DEMO_DATA:
-        return min(DEFAULT_TRAINING_IMAGES, data.max_train_samples or DEFAULT_TRAINING_IMAGES)
+def _data(options: RunOptions, location: BaseLocation | None, missing: list[str]) -> TrainingData | None:
+    """The pictures, or as many class pictures as are going to be there; None where they cannot be known yet."""
+    classes = options.class_pictures
+    if classes is None:
+        return None if location is None else collect_pictures(options, location)
+    if classes.train_data == DEMO_DATA:
+        return _planned(options, min(DEFAULT_TRAINING_IMAGES, classes.max_train_samples or DEFAULT_TRAINING_IMAGES))
     try:
-        return len(open_pictures(data).train.samples)
+        return class_data(options)
     except UserError as error:
-        if data.max_train_samples is None:
+        if classes.max_train_samples is None:
             raise
-        missing.append(f"{error} Planning with max_train_samples, {data.max_train_samples}.")
-        return data.max_train_samples
+        missing.append(f"{error} Planning with max_train_samples, {classes.max_train_samples}.")
+        return _planned(options, classes.max_train_samples)
 
 
-def _print_model(options: TrainRepaOptions, plan: Plan) -> None:
+def _planned(options: RunOptions, count: int) -> TrainingData:
+    assert options.class_pictures is not None and options.data.resolution is not None
+    from pathlib import Path
+
+    source = FileSource(Path(options.class_pictures.train_data), [Sample(str(i), str(i), 0) for i in range(count)])
+    pictures = Pictures(PictureSet("train", source, source.samples), None, {0: ""})
+    return collect_classes(
+        pictures,
+        options.class_pictures,
+        side=options.data.resolution[0],
+        batch_size=options.training.train_batch_size,
+        validation_split=0.0,
+        seed=0,
+    )
+
+
+def _print_model(options: RunOptions, location: BaseLocation | None, family: Family, data: TrainingData) -> None:
     dtype = COMPUTE_DTYPES[options.model.mixed_precision]
-    try:
-        config = unet_config(options.model.pretrained_model_name_or_path)
-    except UserError:
-        print("trained          unknown until the base model is there")
-        return
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = nn.Module.to(UNet2DConditionModel.from_config(config), dtype)
-    unet.requires_grad_(False)
-    frozen = sum(p.numel() for p in unet.parameters())
-    width = teacher_width(options.model.dino_model) if options.alignment.alignment else 0
-    parts, heads = add_trained_parts(unet, options, width, torch.device("meta"))
-    trained = {part: sum(p.numel() for p in named.values()) for part, named in parts.items()}
-    described = " + ".join(f"{count:,} {part}" for part, count in trained.items())
-    print(f"trained          {described} = {sum(trained.values()):,} parameters beside {frozen:,} frozen ones")
+    cached = options.cache.caches_text or data.classes is not None
+    models = meta_models(options, location, family, text=not (cached and location is None))
+    frozen = sum(p.numel() for model in models.values() for p in model.parameters())
+    bases = {name: list(model.parameters()) for name, model in models.items()}
+    network = build_network(models, options, family, start_weights(options))
+    groups = parameter_groups(network, options, family)
+    heads = None
+    if options.alignment.alignment:
+        heads = build_heads(options, models[UNET].config, teacher_width(options.model.dino_model)).to("meta")
+        groups.append(head_group(heads, options.optimizer))
+    counts = {group.name: sum(p.numel() for p in group.parameters) for group in groups}
+    described = " + ".join(f"{count:,} {name}" for name, count in counts.items())
+    print(f"trained          {described} = {sum(counts.values()):,} parameters beside {frozen:,} frozen ones")
+    round_frozen(models, options)
+    kept = [UNET] if cached else list(models)
     # Weights, gradients, two moments and the average, float32.
     copies = 5 if options.optimizer.ema_decay else 4
-    fixed = frozen * dtype.itemsize + sum(trained.values()) * 4 * copies
-    per_sample = activation_bytes(unet, heads, options, dtype)
-    total = fixed + per_sample * plan.batch_size + WORKSPACE_BYTES
+    fixed = sum(p.nbytes for name in kept for p in bases[name]) + sum(counts.values()) * 4 * copies
+    largest = max(data.training, key=lambda one: math.prod(one.fitted.bucket) * one.dataset.batch_size)
+    width, height = largest.fitted.bucket
+    per_sample = _activation_bytes(options, models, heads, family, dtype, width, height)
+    total = fixed + per_sample * largest.dataset.batch_size + WORKSPACE_BYTES
     print(
-        f"device memory    about {human_bytes(total)}: {human_bytes(fixed)} weights and optimizer, "
-        f"{human_bytes(per_sample)} activations per sample, {human_bytes(WORKSPACE_BYTES)} workspace (forecast)"
+        f"device memory    about {human_bytes(total)}: {human_bytes(fixed)} weights and optimizer, {human_bytes(per_sample)} "
+        f"activations for each of {largest.dataset.batch_size} pictures of {width} x {height}, "
+        f"{human_bytes(WORKSPACE_BYTES)} workspace (forecast)"
     )
+
+
+def _activation_bytes(
+    options: RunOptions,
+    models: dict[str, Any],
+    heads: AlignHeads | None,
+    family: Family,
+    dtype: torch.dtype,
+    width: int,
+    height: int,
+) -> int:
+    """Bytes that the backward pass of one sample of this size keeps, with heads and trained text encoders where there are any."""
+    unet = models[UNET]
+    size = (unet.config["in_channels"], height // VAE_FACTOR, width // VAE_FACTOR)
+    latents = torch.empty(1, *size, dtype=dtype, device="meta")
+    length = 75 * options.text.chunks + 2
+    text = torch.empty(1, length, unet.config["cross_attention_dim"], dtype=dtype, device="meta")
+    added = None
+    if family == SDXL:
+        pooled = configs_of(family).text_encoders[TEXT_ENCODER_2]["projection_dim"]
+        pooled = models[TEXT_ENCODER_2].config.projection_dim if TEXT_ENCODER_2 in models else pooled
+        added = {
+            "text_embeds": torch.empty(1, pooled, dtype=dtype, device="meta"),
+            "time_ids": torch.empty(1, 6, dtype=dtype, device="meta"),
+        }
+    unet.train()
+    save_no_inputs(unet)
+    if options.speed.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+
+    def forward() -> None:
+        with capture(unet, list(heads or ())) as features:
+            unet(latents, torch.zeros(1, device="meta"), text, added_cond_kwargs=added, return_dict=False)
+        for tap, head in (heads or {}).items():
+            head(features[tap], grid_in_aspect(options.alignment.token_grid, width, height))
+        if options.trains_text_encoders:
+            ids = torch.zeros(options.text.chunks, 77, dtype=torch.int64, device="meta")
+            for component in family.text_encoders:
+                models[component](ids, output_hidden_states=True)
+
+    return kept_bytes([*models.values(), *([heads] if heads is not None else [])], forward)
+
+
+def _print_disk(options: RunOptions, family: Family, data: TrainingData) -> None:
+    """What the caches will take: of latents and tokens, each picture with its mirror image where that is shown."""
+    tokens = options.alignment if options.alignment.alignment else None
+    width = teacher_width(options.model.dino_model) if tokens else 0
+    channels = int(configs_of(family).vae["latent_channels"])
+    moments = 1 if data.classes is not None else 2
+    latent_bytes = token_bytes = 0
+    for picture in data.every:
+        times, bucket = 1 + picture.image.subset.flip_aug, picture.fitted.bucket
+        side = tuple(length // VAE_FACTOR for length in bucket)
+        latent_bytes += times * StoreMeta("latents", "float16", (moments * channels, *side)).entry_bytes
+        if tokens is not None:
+            rows, columns = grid_in_aspect(tokens.token_grid, *bucket)
+            token_bytes += times * StoreMeta("tokens", tokens.token_dtype, (rows * columns, width)).entry_bytes
+    for kind, size in (("latents", latent_bytes), ("tokens", token_bytes)):
+        if size:
+            path, there = options.cache.cache_dir, ""
+            if data.classes is not None and isinstance(options.cache, ClassCacheOptions):
+                path = options.cache.store_path(f"train_{kind}")
+                there = f", {human_bytes(disk_bytes(path))} there already" if shard_folders(path) else ", to be built"
+            print(
+                f"disk             {human_bytes(size)} for {kind} in {path}{there} ({human_bytes(free_bytes(path))} free)"
+            )
 
 
 def teacher_width(dino_model: str) -> int:
@@ -117,74 +228,3 @@ def teacher_width(dino_model: str) -> int:
         return dinov2_width(dino_model)
     name = dino_model.lower()
     return next((width for word, width in TEACHER_WIDTHS.items() if re.search(word, name)), 1024)
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Stands for a fused attention kernel, which keeps its inputs and output and no attention matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output)
-        return output
-
-
-def activation_bytes(unet: Any, heads: nn.Module, options: TrainRepaOptions, dtype: torch.dtype) -> int:
-    """Bytes that the backward pass of one sample keeps, counted by a forward pass on the meta device."""
-    side = options.data.resolution // VAE_FACTOR
-    inputs = torch.empty(1, SD_LATENT_CHANNELS, side, side, dtype=dtype, device="meta")
-    text = torch.empty(1, 77, unet.config["cross_attention_dim"], dtype=dtype, device="meta")
-
-    from networks.features import capture
-
-    unet.train()
-    save_no_inputs(unet)
-    if options.speed.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-
-    def forward() -> None:
-        with capture(unet, list(heads)) as features:  # type: ignore[call-overload]
-            unet(inputs, torch.zeros(1, device="meta"), text, return_dict=False)
-            for tap, head in heads.items():  # type: ignore[operator]
-                head(features[tap])
-
-    return kept_bytes([unet, heads], forward)
-
-
-def kept_bytes(models: Iterable[nn.Module], forward: Callable[[], object]) -> int:
-    """Bytes that `forward` leaves for the backward pass beside the models' own weights; everything on the meta device."""
-    weights = {p.untyped_storage()._cdata for model in models for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
-    def attention(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
-    ) -> torch.Tensor:
-        return _FusedAttention.apply(query, key, value)
-
-    with (
-        mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        forward()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def _print_disk(options: TrainRepaOptions, samples: int) -> None:
-    side = options.data.resolution // VAE_FACTOR
-    stores = {"train_latents": StoreMeta("latents", "float16", (SD_LATENT_CHANNELS, side, side))}
-    if options.alignment.alignment:
-        shape = (options.cache.token_grid**2, teacher_width(options.model.dino_model))
-        stores["train_tokens"] = StoreMeta("tokens", options.cache.token_dtype, shape)
-    for name, meta in stores.items():
-        path = options.cache.store_path(name)
-        there = f", {human_bytes(disk_bytes(path))} there already" if shard_folders(path) else ", to be built"
-        print(
-            f"disk             {human_bytes(meta.entry_bytes * samples)} for {name} in {path}{there} "
-            f"({human_bytes(free_bytes(path))} free)"
-        )

@@ -1,11 +1,13 @@
-"""The arithmetic of a run: how many samples, steps and epochs. No torch here: --dry_run of anything is cheap."""
+"""The arithmetic of a run: how many samples, steps and epochs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.errors import UserError
-from library.options.training import OptimizerOptions, TrainingOptions
+from library.data.collect import TrainingData
+from library.data.order import BatchOrder
+from library.data.samples import groups_of
+from library.options.run import RunOptions
 
 
 @dataclass(frozen=True)
@@ -29,29 +31,34 @@ class Plan:
         return self.last_step / self.steps_per_epoch
 
 
-def make_plan(samples: int, training: TrainingOptions, optimizer: OptimizerOptions, world_size: int = 1) -> Plan:
-    """Steps per epoch round down: a global batch is always full. Raises UserError where one batch needs more than all."""
-    per_step = training.train_batch_size * training.gradient_accumulation_steps * world_size
-    if per_step > samples:
-        raise UserError(
-            f"train_batch_size {training.train_batch_size} x gradient_accumulation_steps {training.gradient_accumulation_steps} "
-            f"x {world_size} process{'es' if world_size > 1 else ''} is {per_step} samples a step, but the training set has only "
-            f"{samples}. Lower train_batch_size to at most {max(1, samples // (per_step // training.train_batch_size))}."
-        )
-    steps_per_epoch = samples // per_step
-    if training.max_train_steps is not None:
-        last_step = training.max_train_steps
-    else:
-        assert training.max_train_epochs is not None
-        last_step = training.max_train_epochs * steps_per_epoch
-    share = optimizer.lr_warmup_steps
-    warmup = int(share * last_step) if share < 1 else int(share)
-    return Plan(
-        samples,
-        training.train_batch_size,
-        training.gradient_accumulation_steps,
+def make_order(data: TrainingData, options: RunOptions, rank: int = 0, world_size: int = 1) -> BatchOrder:
+    training = options.training
+    return BatchOrder(
+        groups_of(data.training),
+        training.seed,
+        rank,
         world_size,
-        steps_per_epoch,
-        last_step,
-        warmup,
+        training.gradient_accumulation_steps,
+        pad_short=options.speed.compile != "none" and data.classes is None,
+        whole_steps=data.classes is not None,
+    )
+
+
+def make_plan(order: BatchOrder, options: RunOptions) -> Plan:
+    """Steps of the run. A step has batch_size x accumulation x processes pictures, and may have fewer at the end of an epoch."""
+    training = options.training
+    if training.max_train_epochs is not None:
+        last_step = training.max_train_epochs * order.steps_per_epoch
+    else:
+        assert training.max_train_steps is not None
+        last_step = training.max_train_steps
+    share = options.optimizer.lr_warmup_steps
+    return Plan(
+        samples=order.samples_per_epoch,
+        batch_size=max(group.batch_size for group in order.groups),
+        accumulation=training.gradient_accumulation_steps,
+        world_size=order.world_size,
+        steps_per_epoch=order.steps_per_epoch,
+        last_step=last_step,
+        warmup_steps=int(share * last_step) if share < 1 else int(share),
     )

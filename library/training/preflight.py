@@ -2,53 +2,60 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from library import losses
-from library.data.batches import Batch
+from library.data.samples import Batch, CachedSamples, Request, requests_in_order
+from library.diffusion.loss import masked_mean
+from library.diffusion.noise import Draw
 from library.training.checkpoints import Checkpoints
 from library.training.loop import Run
 from library.training.randomness import StepRandomness, sample_noise, stratified_timesteps
-from library.training.repa import RepaTask
 from library.training.speed import explained_kernels
 from library.training.state import save_state
+from library.training.task import LoraTask
 from networks.features import tap_channels
-from networks.lora import lora_disabled
 
-# Enough samples that the frozen base's loss is known to a few per cent.
 REFERENCE_SAMPLES = 256
+"""Enough that the frozen base's loss is known to a few per cent."""
 
 
-def preflight(run: Run, task: RepaTask, say: Callable[..., None]) -> dict[str, float]:
-    """Try every part of the run once, leaving no trace in it; return and print the reference values."""
-    seconds = {"training batch": _time(run, lambda: _try_batch(run, task))}
-    if task.validation is not None:
+def preflight(run: Run, task: LoraTask, say: Callable[..., None]) -> dict[str, float]:
+    """Try every part of the run once, leaving no trace in it; print and return the reference values."""
+    largest = _largest(task.training, run.processes.world_size)
+    seconds = {"training batch": _time(run, lambda: _try_batch(run, task, largest))}
+    if task.validation:
         seconds["validation batch"] = _time(run, lambda: _try_validation(task))
     if run.processes.is_main:
         seconds["save"] = _time(run, lambda: _try_save(run.checkpoints))
     say("preflight: " + ", ".join(f"{what} {taken:.2f} s" for what, taken in seconds.items()))
-    facts = reference_values(task)
+    # Without heads there is little to compare with, and a large base would take minutes for many pictures.
+    chosen = _spread(task.training) if task.alignment is not None else [largest]
+    facts = reference_values(task, chosen)
     say(
-        f"frozen base's loss {facts['reference/frozen_base_loss']:.4f}, zero predictor's "
-        f"{facts['reference/zero_predictor_loss']:.4f}, standard deviation of latents {facts['reference/latent_std']:.3f} "
-        f"(over {int(facts['reference/samples'])} training samples)"
+        f"frozen base's loss {facts['frozen_base_loss']:.4f}, zero predictor's {facts['zero_predictor_loss']:.4f}, standard "
+        f"deviation of latents {facts['latent_std']:.3f} (over {int(facts['samples'])} training samples)"
     )
-    if "reference/constant_token_loss" in facts:
+    if "constant_token_loss" in facts:
         ceilings = ", ".join(
-            f"{name.rpartition('_')[2]} {value:.3f}"
+            f"{name.removeprefix('grid_ceiling_')} {value:.3f}"
             for name, value in facts.items()
-            if name.startswith("reference/grid_ceiling")
+            if name.startswith("grid_ceiling")
         )
         say(
-            f"token loss of the best constant {facts['reference/constant_token_loss']:.4f}, of the best per position "
-            f"{facts['reference/positional_token_loss']:.4f}; grid ceiling of the token cosine: {ceilings}"
+            f"token loss of the best constant {facts['constant_token_loss']:.4f}, of the best per position "
+            f"{facts['positional_token_loss']:.4f}; grid ceiling of the token cosine: {ceilings}"
         )
-    return facts
+    return {f"reference/{name}": value for name, value in facts.items() if math.isfinite(value)}
 
 
 def _time(run: Run, action: Callable[[], None]) -> float:
@@ -59,41 +66,39 @@ def _time(run: Run, action: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _first(task: RepaTask, count: int) -> Batch:
-    samples = task.training
-    indices = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int)
-    return samples.read(np.unique(indices)).to(task.processes.device)
+def _largest(samples: CachedSamples, world_size: int) -> Request:
+    """A batch of the most latents that a step will have at once, as if every process had one."""
+
+    def size(request: Request) -> int:
+        width, height = samples.images[request.micro.indices[0]].fitted.bucket
+        return len(request.micro.indices) * width * height
+
+    request = max(requests_in_order(samples), key=size)
+    return request._replace(micro=replace(request.micro, together=request.micro.real * world_size, sharing=world_size))
 
 
-def _try_batch(run: Run, task: RepaTask) -> None:
+def _spread(samples: CachedSamples) -> list[Request]:
+    """Batches of REFERENCE_SAMPLES pictures, spread evenly over the set."""
+    places = np.linspace(0, len(samples) - 1, min(REFERENCE_SAMPLES, len(samples))).astype(int)
+    return list(requests_in_order(samples, indices=np.unique(places).tolist()))
+
+
+def _try_batch(run: Run, task: LoraTask, largest: Request) -> None:
     randomness = StepRandomness(run.seed, run.processes.rank, run.processes.device)
     # The warmed-up lambda, so that the heads' memory is needed now and not thousands of steps later.
     warm = 0 if task.alignment is None else task.alignment.warm_step
+    batch = task.training.read(largest).to(run.processes.device)
     with explained_kernels(run.processes.device):
-        parts = task.losses(_first(task, task.batch_size), randomness.at(0), warm)
-        parts["loss"].backward()
+        task.losses(batch, randomness.at(0), warm)["loss"].backward()
     run.trained.optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
-def _try_validation(task: RepaTask) -> None:
-    assert task.validation is not None
-    batch = task.validation.read(np.arange(min(task.batch_size, len(task.validation)))).to(task.processes.device)
-    task.unet.eval()
-    _frozen_terms(task, batch, task.validation.sample_ids)
-    task.unet.train()
-
-
-def _frozen_terms(task: RepaTask, batch: Batch, ids: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Diffusion loss of each sample and mean square of each target, [B] both."""
-    device, schedule = batch.latents.device, task.objective.schedule
-    noise = sample_noise(task.seed, [ids[i] for i in batch.indices], tuple(batch.latents.shape[1:])).to(device)
-    timesteps = stratified_timesteps(len(batch.indices), schedule.timesteps).to(device)
-    generator = torch.Generator(device).manual_seed(0)
-    terms = task.terms(batch, noise, timesteps, batch.text_rows, generator, with_gradient=False)
-    zero = task.objective.target(batch.latents.float(), noise, timesteps).square().mean(dim=(1, 2, 3))
-    weights = task.objective.weights(timesteps)
-    return terms.diffusion, zero if weights is None else zero * weights
+def _try_validation(task: LoraTask) -> None:
+    samples = task.validation["loss"]
+    with _evaluating(task):
+        largest = _largest(samples, 1)
+        _frozen_losses(task, samples, largest, 0, len(largest.micro.indices))
 
 
 def _try_save(checkpoints: Checkpoints) -> None:
@@ -104,32 +109,70 @@ def _try_save(checkpoints: Checkpoints) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def _evaluating(task: LoraTask) -> Iterator[None]:
+    for model in task.models.values():
+        model.eval()
+    try:
+        yield
+    finally:
+        for model in task.models.values():
+            model.train()
+
+
 @torch.no_grad()
-def reference_values(task: RepaTask) -> dict[str, float]:
-    """Losses of the frozen base and of predictors that know nothing, over up to 256 training samples."""
-    everything = _first(task, REFERENCE_SAMPLES)
-    count = len(everything.indices)
-    task.unet.eval()
-    with lora_disabled(task.unet):
-        parts = [
-            _frozen_terms(task, task.training.read(everything.indices[i : i + task.batch_size]).to(task.processes.device),
-                          task.training.sample_ids)
-            for i in range(0, count, task.batch_size)
-        ]  # fmt: skip
-    task.unet.train()
-    own, zero = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+def reference_values(task: LoraTask, chosen: Sequence[Request]) -> dict[str, float]:
+    """Losses of the frozen base and of predictors that know nothing, over the training pictures of these batches.
+
+    Of runs with heads also the token losses of the two best predictors that never look at a picture, and for each tap the
+    highest token cosine that a map of its size can reach.
+    """
+    count = sum(len(request.micro.indices) for request in chosen)
+    own, zero, sums, tokens, place = [], [], torch.zeros(3, dtype=torch.float64), losses.TokenConstants(), 0
+    ceilings: dict[str, float] = {}
+    with _evaluating(task), task.network.disabled():
+        for request in chosen:
+            batch, of_base, of_zero = _frozen_losses(task, task.training, request, place, count)
+            own.append(of_base)
+            zero.append(of_zero)
+            latents = task.latents(batch)
+            sums += torch.stack([latents.sum(), latents.square().sum(), latents.new_tensor(latents.numel())]).cpu()
+            place += len(batch)
+            if task.alignment is not None and batch.token_grid is not None:
+                target = batch.target_tokens()
+                tokens.add(target, batch.token_grid)
+                for tap, shape in tap_channels(task.unet.config, list(task.alignment.heads)).items():  # type: ignore[arg-type]
+                    rows, columns = (-(-side // shape.stride) for side in latents.shape[-2:])
+                    ceiling = losses.grid_ceiling(target, batch.token_grid, (rows, columns)).item()
+                    ceilings[tap] = ceilings.get(tap, 0.0) + ceiling * len(batch) / count
+    total, squares, number = sums.tolist()
     facts = {
-        "reference/samples": float(count),
-        "reference/frozen_base_loss": own.mean().item(),
-        "reference/zero_predictor_loss": zero.mean().item(),
-        "reference/latent_std": everything.latents.float().std().item(),
+        "samples": float(count),
+        "frozen_base_loss": torch.cat(own).mean().item(),
+        "zero_predictor_loss": torch.cat(zero).mean().item(),
+        "latent_std": math.sqrt(max(squares / number - (total / number) ** 2, 0.0) * number / max(number - 1, 1)),
     }
     if task.alignment is not None:
-        target = everything.target_tokens()
-        constant, positional = losses.constant_baselines(target)
-        facts["reference/constant_token_loss"] = constant.item()
-        facts["reference/positional_token_loss"] = positional.item()
-        side = everything.latents.shape[-1]
-        for tap, shape in tap_channels(task.unet_config, list(task.alignment.heads)).items():
-            facts[f"reference/grid_ceiling_{tap}"] = losses.grid_ceiling(target, side // shape.stride).item()
+        facts["constant_token_loss"], facts["positional_token_loss"] = tokens.losses()
+        facts |= {f"grid_ceiling_{tap}": value for tap, value in ceilings.items()}
     return facts
+
+
+def _frozen_losses(
+    task: LoraTask, samples: CachedSamples, request: Request, place: int, count: int
+) -> tuple[Batch, Tensor, Tensor]:
+    """A batch, and the diffusion loss of each of its pictures, [B], of the models as they are and of predicting zero.
+
+    place: of its first picture among `count`, over which timesteps are evenly spread.
+    """
+    device, objective = task.processes.device, task.objective
+    batch = samples.read(request).to(device)
+    latents = task.latents(batch)
+    noise = sample_noise(task.validation_seed, samples.ids_of(batch), tuple(latents.shape[1:])).to(device)
+    timesteps = stratified_timesteps(count, objective.schedule.timesteps)[place : place + len(batch)].to(device)
+    own = task.each(batch, latents, Draw(noise, noise, timesteps))
+    zero = masked_mean(
+        objective.target(latents, noise, timesteps).square(), batch.mask, renormalize=objective.masked_loss_renormalize
+    )
+    weights = objective.weights(timesteps)
+    return batch, own, zero if weights is None else zero * weights

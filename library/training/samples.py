@@ -20,14 +20,16 @@ from library.inference.prompt_networks import cut_out_networks
 from library.inference.request import Request
 from library.inference.sampler_names import DEFAULT_SAMPLER, sampler_named
 from library.inference.text_to_image import draw, native_size
+from library.models.conditioning import clip_skip
 from library.models.load import TextPart
 from library.models.locate import locate_base
-from library.options.kohya_samples import SampleOptions
-from library.options.network import TrainNetworkOptions
+from library.options.kohya.watching import SampleOptions
+from library.options.run import RunOptions
+from library.training.caches import Prepared
 from library.training.loop import Run
-from library.training.network import NetworkTask
-from library.training.network_models import load_frozen_text
-from library.training.network_run import Prepared, clip_skip
+from library.training.models import load_frozen_text
+from library.training.task import LoraTask
+from library.training.text import EncodedText
 from networks.original_names import UNET
 
 STEPS, SCALE, SEED = 30, 7.5, 42  # kohya's, but for the seed, without which nothing could be compared
@@ -37,10 +39,10 @@ STEPS, SCALE, SEED = 30, 7.5, 42  # kohya's, but for the seed, without which not
 class Sampler:
     """Draws the prompts of --sample_prompts when it is their turn; see `due`. resumed: the run goes on from a state."""
 
-    options: TrainNetworkOptions
+    options: RunOptions
     prepared: Prepared
     run: Run
-    task: NetworkTask
+    task: LoraTask
     first_step: int
     resumed: bool
 
@@ -110,8 +112,8 @@ class Sampler:
 
     def _text_parts(self) -> list[TextPart]:
         """The text encoders; loaded where they are not part of the run, because their outputs are cached."""
-        if self.task.conditioner is not None:
-            return self.task.conditioner.parts
+        if isinstance(self.task.text, EncodedText):
+            return self.task.text.conditioner.parts
         return load_frozen_text(self.options, self.prepared.base, self.prepared.family, self.run.processes.device)
 
     def _request(self, line: PromptLine, native: int) -> Request:
@@ -127,7 +129,7 @@ class Sampler:
             width=native if line.width is None else line.width,
             height=native if line.height is None else line.height,
             sampler=line.sample_sampler or self.options.samples.sample_sampler or DEFAULT_SAMPLER,
-            clip_skip=clip_skip(self.options, self.prepared.family),
+            clip_skip=clip_skip(self.options.text, self.prepared.family),
         )
 
     def _path(self, step: int, number: int, seed: int) -> Path:
@@ -154,7 +156,7 @@ def check_prompts(options: SampleOptions, say: Callable[[str], None]) -> None:
             raise UserError(f"{options.sample_prompts}: {error}") from None
 
 
-def _as_trained(task: NetworkTask) -> NoiseSchedule:
+def _as_trained(task: LoraTask) -> NoiseSchedule:
     """The schedule of the run, and what the network is trained to predict: with kohya's v_parameterization velocities."""
     schedule = task.objective.schedule
     return replace(schedule, prediction_type="v_prediction") if task.objective.kind == "raw_v" else schedule

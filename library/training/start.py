@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
-from library.options.network import TrainNetworkOptions
-from library.options.repa import TrainRepaOptions
+from library.options.run import RunOptions
 
 if TYPE_CHECKING:
     from library.models.locate import BaseLocation
@@ -14,12 +13,12 @@ if TYPE_CHECKING:
     from networks.original_names import Family
 
 
-def check_network_start(options: TrainNetworkOptions, processes: Processes) -> tuple[BaseLocation, Family]:
+def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation, Family]:
     """Find the base, and see that optimizer, prompts and output will work. Raises UserError for what will not."""
     from library.files import require_writable
     from library.models.family import family_of
     from library.models.locate import locate_base, locate_dino
-    from library.training.network_models import check_weights
+    from library.training.models import check_weights
     from library.training.optimizers import check_optimizer
     from library.training.samples import check_prompts
     from library.training.speed import prepare_environment
@@ -30,7 +29,9 @@ def check_network_start(options: TrainNetworkOptions, processes: Processes) -> t
     require_writable(options.cache.cache_dir)
     check_optimizer(options.optimizer, processes.device)
     with processes.main_first():
-        base = locate_base(options.model.pretrained_model_name_or_path)
+        # Of a base for class pictures the encoders may be absent: their outputs can come from elsewhere.
+        components = ("unet", "scheduler") if options.class_pictures is not None else None
+        base = locate_base(options.model.pretrained_model_name_or_path, components)
         if options.alignment.alignment:
             locate_dino(options.model.dino_model)
     if base.note:
@@ -42,21 +43,3 @@ def check_network_start(options: TrainNetworkOptions, processes: Processes) -> t
     options.optimizer.text_encoder_rates(len(family.text_encoders))
     check_weights(options, base, family)
     return base, family
-
-
-def check_repa_start(options: TrainRepaOptions, processes: Processes) -> None:
-    """Fetch or find the base model, and see that there can be output and a Gram matrix."""
-    from library.files import require_writable
-    from library.models.locate import locate_base
-
-    require_writable(options.output.output_dir)
-    require_writable(options.cache.cache_dir)
-    with processes.main_first():
-        locate_base(options.model.pretrained_model_name_or_path, ("unet", "scheduler"))
-    a = options.alignment
-    pairs = options.training.train_batch_size * processes.world_size > 1
-    if a.alignment and a.manifold_mode == "sample" and a.manifold_weight > 0 and not pairs:
-        raise UserError(
-            "manifold_mode sample compares the samples of a batch, and train_batch_size is 1. Use manifold_mode token, or "
-            "manifold_weight 0."
-        )

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from library.caching.picture_sets import open_pictures
+from library.data.class_pictures import open_pictures
 from library.caching.prepare import Caches, Preparation
 from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from tests.tools.runs import launch
 
 if TYPE_CHECKING:
-    from library.data.bucket_order import BucketOrder
-    from library.data.network_batches import NetworkBatch, NetworkSamples
+    from library.data.order import BatchOrder
+    from library.data.samples import Batch, CachedSamples
     from library.options.network import TrainNetworkOptions
-    from library.training.network import NetworkTask
-    from library.training.network_run import Prepared
+    from library.training.task import LoraTask
+    from library.training.run import Prepared
     from library.training.plan import Plan
 
 SIZES = ((96, 96), (96, 96), (96, 96), (128, 64), (128, 64), (64, 128))
@@ -109,9 +109,9 @@ class NetworkSetting:
         from library.models.locate import locate_base
         from library.options.network import parse_network_options
         from library.processes import Processes
-        from library.training.network_plan import collect_pictures
-        from library.training.network_prepare import prepare_caches
-        from library.training.network_run import build_task, make_order, make_plan
+        from library.training.pictures import collect_pictures
+        from library.training.caches import prepare_caches
+        from library.training.run import build_task, make_order, make_plan
 
         argv = self.argv(self.folder / "unused", *extra, **changes)
         options = parse_network_options(argv, prog="train_network.py", description=None)
@@ -133,15 +133,15 @@ class Built:
 
     options: TrainNetworkOptions
     prepared: Prepared
-    order: BucketOrder
+    order: BatchOrder
     plan: Plan
-    task: NetworkTask
+    task: LoraTask
     context: ExitStack
     """Holds the feature hooks."""
 
-    def batch(self, number: int = 0, samples: NetworkSamples | None = None) -> NetworkBatch:
+    def batch(self, number: int = 0, samples: CachedSamples | None = None) -> Batch:
         """The `number`-th batch of the training pictures in their order, as they are in the first epoch."""
-        from library.training.network import validation_requests
+        from library.training.task import validation_requests
 
         samples = samples or self.task.training
         request = list(validation_requests(samples))[number]
@@ -149,7 +149,7 @@ class Built:
         samples.fill(batch, slice(0, len(batch)))
         return batch
 
-    def loss(self, batch: NetworkBatch | None = None, step: int = 0) -> float:
+    def loss(self, batch: Batch | None = None, step: int = 0) -> float:
         """Of a batch, with the noise and timesteps of a step."""
         generator = torch.Generator().manual_seed(step)
         torch.manual_seed(step)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from library.options.alignment import AlignmentOptions, Tap
+from library.options.alignment import AlignmentOptions
 from library.options.checks import not_negative, positive, require
-from library.options.data import CacheOptions
-from library.options.network_args import NetworkArgs, parse_network_args
+from library.options.kohya.network_args import NetworkArgs, parse_network_args
 
 # kohya's networks.lora takes this where --network_dim is not given.
 DEFAULT_DIM = 4
@@ -100,6 +99,21 @@ class NetworkOptions:
         return parse_network_args(self.network_args)
 
     @property
+    def scope(self) -> Literal["mid", "down_mid", "all"]:
+        """Blocks of the U-Net with adapters."""
+        return "all"
+
+    @property
+    def targets(self) -> Literal["attention", "kohya"]:
+        """Layers in their transformers: those of attention, or every Linear and 1x1 convolution."""
+        return "kohya"
+
+    @property
+    def drawn_by_module(self) -> bool:
+        """Whether first values of down matrices follow from the module's name, not from the weight's."""
+        return False
+
+    @property
     def rank(self) -> int:
         """network_dim or its default; with dim_from_weights the file's ranks count instead."""
         return DEFAULT_DIM if self.network_dim is None else self.network_dim
@@ -120,23 +134,9 @@ class NetworkAlignmentOptions(AlignmentOptions):
 
     alignment: bool = False
     """Train with AlignHeads, supervised by cached tokens of dino_model on a grid of each bucket's aspect."""
-    taps: tuple[Tap, ...] = ("mid",)
-    """U-Net features that get an AlignHead: enc_last, mid, dec_first, or several."""
-    align_head: Literal["mlp", "linear", "conv3x3"] = "mlp"
-    """AlignHead: two 1x1 convolutions with GELU between, one 1x1, or one 3x3 (iREPA)."""
-    dino_resolution: int = 518
-    """Side in pixels of the teacher's input where the picture is a square; others get the same area."""
-    token_grid: int = 16
-    """Teacher tokens are area-pooled to this many rows and columns, or to the same area in the bucket's aspect."""
-    token_dtype: Literal["float16", "int8"] = "float16"
-    """Number format of cached tokens. int8 keeps a scale per token and halves the store."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.taps) > 0, "taps", "is empty. Leave --alignment out to train without heads.")
-        require(len(set(self.taps)) == len(self.taps), "taps", f"names a tap twice: {' '.join(self.taps)}.")
-        # The same limits as in train_repa.py, checked in their home.
-        CacheOptions(dino_resolution=self.dino_resolution, token_grid=self.token_grid)
         if not self.alignment:
             for field in dataclasses.fields(self):
                 require(getattr(self, field.name) == field.default, field.name, "has no effect without --alignment.")

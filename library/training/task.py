@@ -1,10 +1,9 @@
-"""What train_network.py trains: adapters in U-Net and text encoders of SD1.x or SDXL, on captioned pictures in buckets."""
+"""What a training trains: adapters in U-Net and text encoders, and maybe AlignHeads on the U-Net's features."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -12,30 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.data.batches import Prefetcher
-from library.data.bucket_order import MicroBatch
-from library.data.network_batches import NetworkBatch, NetworkSamples, Request
+from library.data.samples import Batch, CachedSamples, requests_in_order
 from library.diffusion.loss import SMALLEST_MASK_AREA
 from library.diffusion.noise import Draw, draw
 from library.diffusion.objective import Objective
 from library.losses import Weights
-from library.models.conditioning import Conditioning, TextConditioner
-from library.options.kohya_objective import NoiseOptions
+from library.models.conditioning import Conditioning
+from library.options.kohya.objective import NoiseOptions
 from library.processes import Processes
 from library.training.alignment import Alignment, AlignmentLosses
 from library.training.optimizers import ParameterGroup
 from library.training.randomness import sample_noise, stratified_timesteps
+from library.training.text import Text
 from networks.network import Network
 
 QUANTILES = 4
 
 
 @dataclass
-class NetworkTask:
-    """The Task of the loop for LoRA training.
+class LoraTask:
+    """The Task of the loop.
 
-    models: component -> the frozen model with its adapters. conditioner: where text encoders run in the step; None where
-    their outputs are cached. validation: held-out pictures, and as many training pictures beside them. alignment: heads on
-    the U-Net's features, where the run has any.
+    models: component -> the frozen model with its adapters. validation: held-out pictures, and training pictures beside them.
+    alignment: heads on the U-Net's features, where the run has any (U-REPA, arXiv 2503.18414).
     """
 
     models: Mapping[str, nn.Module]
@@ -43,36 +41,44 @@ class NetworkTask:
     groups: list[ParameterGroup]
     objective: Objective
     recipe: NoiseOptions
-    conditioner: TextConditioner | None
-    trains_text: bool
+    text: Text
     is_sdxl: bool
+    latent_channels: int
     scaling_factor: float
     compute_dtype: torch.dtype
     processes: Processes
-    training: NetworkSamples
-    validation: dict[str, NetworkSamples]
+    training: CachedSamples
+    validation: dict[str, CachedSamples]
     validation_batches: int | None
     validation_seed: int
     workers: int
     channels_last: bool = False
     alignment: Alignment | None = None
 
+    @property
+    def unet(self) -> nn.Module:
+        return self.models["unet"]
+
     def sample_ids(self, indices: np.ndarray) -> list[str]:
         return [self.training.images[i].image.sample_id for i in indices]
 
-    def losses(self, batch: NetworkBatch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
-        """Loss parts of a training batch, the mean over its pictures; noise and timesteps drawn from `generator`.
+    def losses(self, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
+        """Loss parts of a training batch, the mean over its pictures; noise, timesteps and dropped prompts from `generator`.
 
         Where lambda is 0 the loss is that of a run without heads, to the bit.
         """
         latents = self.latents(batch)
         drawn = draw(latents, generator, self.recipe, self.objective.schedule.timesteps)
-        losses = self.each(batch, latents, drawn)
-        real = batch.real.sum().clamp(min=1.0)
-        parts = {
-            "loss": (losses * batch.weights).sum() / real,
-            "diffusion": (losses.detach() * batch.real).sum() / real,
-        }
+        losses = self.each(batch, latents, drawn, generator)
+        if batch.weights is None or batch.real is None:
+            mean = losses.mean()
+            parts = {"loss": mean, "diffusion": mean}
+        else:
+            real = batch.real.sum().clamp(min=1.0)
+            parts = {
+                "loss": (losses * batch.weights).sum() / real,
+                "diffusion": (losses.detach() * batch.real).sum() / real,
+            }
         if self.alignment is not None:
             coefficient = self.alignment.coefficient(step)
             aligned = self.aligned(batch, generator, with_gradient=coefficient > 0)
@@ -81,20 +87,26 @@ class NetworkTask:
             parts |= self.alignment.parts(aligned, coefficient)
         return parts
 
-    def latents(self, batch: NetworkBatch) -> Tensor:
-        """Scaled latents [B, 4, h, w] float32: the posterior's mode."""
-        return batch.moments.float().chunk(2, dim=1)[0] * self.scaling_factor
+    def latents(self, batch: Batch) -> Tensor:
+        """Scaled latents [B, C, h, w] float32: as stored, or of the posterior's moments the mode."""
+        latents = batch.latents.float()
+        if latents.shape[1] == self.latent_channels:
+            return latents
+        return latents.chunk(2, dim=1)[0] * self.scaling_factor
 
-    def each(self, batch: NetworkBatch, latents: Tensor, drawn: Draw) -> Tensor:
-        """Loss of each picture, [B] float32, weighted by timestep and mask but not by picture."""
+    def each(self, batch: Batch, latents: Tensor, drawn: Draw, generator: torch.Generator | None = None) -> Tensor:
+        """Loss of each picture, [B] float32, weighted by timestep and mask but not by picture.
+
+        generator: what prompts of classes are dropped by; None drops none.
+        """
         noisy = self.objective.schedule.add_noise(latents, drawn.added_noise, drawn.timesteps)
-        self.network.set_multiplier(batch.multipliers)
+        self.network.set_multiplier(batch.multiplier)
         preserved = None
         if batch.preserve is not None:
             with torch.no_grad(), self.network.disabled():
                 preserved = self.predict(noisy, drawn.timesteps, self.condition(batch), batch.sizes)
         # Last, so that the features caught on the way are the adapted network's.
-        output = self.predict(noisy, drawn.timesteps, self.condition(batch), batch.sizes)
+        output = self.predict(noisy, drawn.timesteps, self.condition(batch, generator), batch.sizes)
         return self.objective.losses(
             output,
             latents,
@@ -106,7 +118,7 @@ class NetworkTask:
             preserve_mask=batch.preserve,
         )
 
-    def aligned(self, batch: NetworkBatch, generator: torch.Generator, *, with_gradient: bool) -> AlignmentLosses:
+    def aligned(self, batch: Batch, generator: torch.Generator, *, with_gradient: bool) -> AlignmentLosses:
         """Alignment losses of the pictures that `each` has just been through."""
         assert self.alignment is not None and batch.token_grid is not None
         return self.alignment.losses(
@@ -117,39 +129,34 @@ class NetworkTask:
             with_gradient=with_gradient,
         )
 
-    def token_weights(self, batch: NetworkBatch, grid: tuple[int, int]) -> Weights:
+    def token_weights(self, batch: Batch, grid: tuple[int, int]) -> Weights | None:
         """How much pictures and tokens count: as much as in the diffusion loss, whose mask is pooled to the tokens.
 
         Pictures that are to stay what the base makes of them (diff_output_preservation) have nothing to align.
         """
+        if batch.weights is None or batch.real is None:
+            return None
         pictures = batch.weights if batch.preserve is None else batch.weights * ~batch.preserve
         tokens = None
         if batch.mask is not None:
             tokens = F.adaptive_avg_pool2d(batch.mask, grid).flatten(1)
             if self.objective.masked_loss_renormalize:
                 tokens = tokens / tokens.mean(dim=1, keepdim=True).clamp(min=SMALLEST_MASK_AREA)
-        return Weights(pictures, batch.real, tokens)
+        return Weights(pictures, batch.real, tokens, batch.sharing, batch.turn_share)
 
-    def condition(self, batch: NetworkBatch) -> Conditioning:
+    def condition(self, batch: Batch, generator: torch.Generator | None = None) -> Conditioning:
         """What the U-Net is told of the captions, in the compute dtype."""
-        if self.conditioner is None:
-            assert batch.states is not None
-            text = Conditioning(batch.states, batch.pooled)
-        else:
-            assert batch.ids is not None
-            with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
-                text = self.conditioner.encode(batch.ids.transpose(0, 1))
+        text = self.text.condition(batch, generator)
         pooled = None if text.pooled is None else text.pooled.to(self.compute_dtype)
         return Conditioning(text.states.to(self.compute_dtype), pooled)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Tensor) -> Tensor:
-        """The U-Net's output [B, 4, h, w] in the compute dtype. sizes: [B, 6], of which only SDXL is told."""
+        """The U-Net's output [B, C, h, w] in the compute dtype. sizes: [B, 6], of which only SDXL is told."""
         inputs = noisy.to(self.compute_dtype)
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         added = {"text_embeds": text.pooled, "time_ids": sizes.to(self.compute_dtype)} if self.is_sdxl else None
-        unet = self.models["unet"]
-        return unet(inputs, timesteps, text.states, added_cond_kwargs=added, return_dict=False)[0]
+        return self.unet(inputs, timesteps, text.states, added_cond_kwargs=added, return_dict=False)[0]
 
     # -------------------------------------------------------------------------------------------- validation
 
@@ -180,28 +187,27 @@ class NetworkTask:
             for model in self.models.values():
                 model.train()
 
-    def _mean_loss(self, samples: NetworkSamples) -> tuple[float, list[float | None], dict[str, float]]:
+    def _mean_loss(self, samples: CachedSamples) -> tuple[float, list[float | None], dict[str, float]]:
         """Over all, per quarter of the timesteps, and of the heads by name."""
-        device = self.processes.device
-        timesteps = stratified_timesteps(len(samples), self.objective.schedule.timesteps)
-        order = list(validation_requests(samples))
-        order = order[: self.validation_batches][self.processes.rank :: self.processes.world_size]
+        device, timesteps = self.processes.device, self.objective.schedule.timesteps
+        chosen_timesteps = stratified_timesteps(len(samples), timesteps)
+        order = requests_in_order(samples, self.processes.rank, self.processes.world_size, self.validation_batches)
         generator = torch.Generator(device)
         sums, aligned = torch.zeros(2, QUANTILES, device=device), torch.zeros(2, device=device)
-        batches = Prefetcher(samples, iter(order), device, workers=self.workers)
+        batches = Prefetcher(samples, order, device, workers=self.workers)
         for batch in batches:
             latents = self.latents(batch)
-            ids = [samples.images[i].image.sample_id for i in batch.indices]
-            noise = sample_noise(self.validation_seed, ids, tuple(latents.shape[1:])).to(device)
-            chosen = timesteps[torch.from_numpy(batch.indices)].to(device)
+            noise = sample_noise(self.validation_seed, samples.ids_of(batch), tuple(latents.shape[1:])).to(device)
+            chosen = chosen_timesteps[torch.from_numpy(batch.indices)].to(device)
             losses = self.each(batch, latents, Draw(noise, noise, chosen))
-            quarter = chosen * QUANTILES // self.objective.schedule.timesteps
-            sums[0].index_add_(0, quarter, losses)
-            sums[1].index_add_(0, quarter, torch.ones_like(losses))
+            real = torch.ones_like(losses) if batch.real is None else batch.real
+            quarter = chosen * QUANTILES // timesteps
+            sums[0].index_add_(0, quarter, losses * real)
+            sums[1].index_add_(0, quarter, real)
             if self.alignment is not None:
                 generator.manual_seed(int(batch.indices[0]))
                 parts = self.aligned(batch, generator, with_gradient=False)
-                aligned += torch.stack([parts.token, parts.manifold]) * len(ids)
+                aligned += torch.stack([parts.token, parts.manifold]) * real.sum()
         batches.close()
         totals, counts = self.processes.sum(sums).tolist()
         every = max(sum(counts), 1.0)
@@ -209,20 +215,3 @@ class NetworkTask:
         if self.alignment is not None:
             of_heads = dict(zip(("token", "manifold"), (self.processes.sum(aligned) / every).tolist(), strict=True))
         return sum(totals) / every, [t / c if c else None for t, c in zip(totals, counts, strict=True)], of_heads
-
-
-def validation_requests(samples: NetworkSamples) -> Iterator[Request]:
-    """Every picture once, in order, in batches of one bucket and of the size that its data set asks for."""
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for index, one in enumerate(samples.images):
-        by_shape.setdefault((id(one.dataset), *one.fitted.bucket), []).append(index)
-    for indices in by_shape.values():
-        remaining = iter(indices)
-        while chunk := list(islice(remaining, samples.images[indices[0]].dataset.batch_size)):
-            chosen = np.array(chunk, np.int64)
-            yield Request(0, 0, MicroBatch(0, chosen, np.zeros_like(chosen), len(chunk)), 1.0)
-
-
-def equal_number(training: Sequence[str], count: int) -> list[int]:
-    """`count` places spread evenly over the training pictures, to be looked at beside as many held-out ones."""
-    return np.unique(np.linspace(0, len(training) - 1, min(count, len(training))).astype(int)).tolist()

@@ -77,6 +77,8 @@ class NoiseOptions:
 class NetworkObjectiveOptions:
     v_parameterization: bool = False
     """The base predicts velocities. Not needed where the base's own scheduler configuration says so."""
+    objective: Literal["auto", "epsilon", "v"] = "auto"
+    """What the loss compares: what the base predicts, or noise or velocities, to which its output is converted exactly."""
     loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = "l2"
     """Diffusion loss: absolute, squared, or squared near zero and absolute beyond (huber, smooth_l1)."""
     huber_schedule: Literal["constant", "exponential", "snr"] = "snr"

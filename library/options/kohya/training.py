@@ -8,7 +8,6 @@ from typing import Literal
 
 from library.options.checks import positive, require
 from library.options.model import ModelOptions, SpeedOptions
-from library.options.precision import Precision
 from library.options.training import OutputOptions, TrainingOptions
 
 
@@ -139,8 +138,6 @@ class NetworkOutputOptions(OutputOptions):
     """Stem of the adapter files."""
     save_model_as: Literal["safetensors", "ckpt", "pt"] = "safetensors"
     """Format of the adapter files: safetensors."""
-    save_precision: Precision | None = None
-    """Number format of the adapter files. Default: float32, as trained."""
     save_every_n_epochs: int | None = None
     """Epochs between saved adapters; there is always one at the end."""
     save_every_n_steps: int | None = None

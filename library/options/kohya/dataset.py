@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from library.options.checks import not_negative, positive, require, share
-from library.options.data import DEMO_DATA
-from library.options.kohya_values import OptionalSize, OptionalSpan
+from library.options.kohya.values import OptionalSize, OptionalSpan
+
+DEMO_DATA = "demo"
+"""Stands for the generated pictures."""
 
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"]
 

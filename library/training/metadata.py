@@ -1,4 +1,4 @@
-"""What an adapter file of train_network.py says of its training: kohya's ss_* entries, and ModelSpec's.
+"""What an adapter file says of its training: kohya's ss_* entries, and ModelSpec's.
 
 All values are str() of the value, or JSON where kohya writes JSON (sd-scripts, train_network.py).
 """
@@ -18,11 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from library.data.captions import is_static
+from library.data.collect import TrainingData
 from library.data.dataset_schema import Dataset, Subset
-from library.data.network_batches import TrainedImage, groups_of
-from library.data.network_data import NetworkData
+from library.data.samples import TrainedImage, groups_of
 from library.files import file_hash
-from library.options.network import TrainNetworkOptions
+from library.options.run import RunOptions
 from library.training.optimizers import optimizer_text
 from library.training.plan import Plan
 from networks.adapter_export import adapter_metadata
@@ -41,12 +41,12 @@ _NEEDED = (
 
 
 @dataclass
-class NetworkMetadata:
+class AdapterMetadata:
     """Everything that does not change from save to save, worked out once."""
 
-    options: TrainNetworkOptions
+    options: RunOptions
     plan: Plan
-    data: NetworkData
+    data: TrainingData
     family: Family
     spec: NetworkSpec
     prediction_type: str

@@ -1,37 +1,46 @@
-"""From options to caches that are complete and fit: what prepare_cache.py does, and train_repa.py first of all."""
+"""Caches of class pictures: a store of latents and one of teacher tokens for each set, and a file of the classes' prompts.
+
+The key of an entry is the sample id, of tokens with `_mid`; latents are float16 [C, h, w], scaled. The file of prompts has one
+row per class and the empty prompt last.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from library.caching.fill import Filling, dropped_of, list_dropped, nothing_usable
 from library.caching.geometry import SquareCrop
-from library.caching.picture_sets import Pictures, PictureSet
-from library.caching.producers import Wanted
+from library.caching.producers import Wanted, fingerprint
 from library.caching.survey import Survey, Target
-from library.caching.text import build_text_embeddings, prompts_of, up_to_date
+from library.data.class_pictures import Pictures, PictureSet
 from library.data.pixels import PIXELS_VERSION
 from library.data.sources import Sample
 from library.data.store import TensorStore, disk_bytes, shard_folders
 from library.data.text_embeddings import TextEmbeddings, read_text_embeddings
 from library.errors import UserError
-from library.files import human_bytes
+from library.files import human_bytes, whole_file
+from library.models.conditioning import TextConditioner, clip_skip
+from library.models.configs import configs_of
 from library.models.dinov2 import dinov2_width, load_dinov2
-from library.models.encoders import VAE_FACTOR, DinoEncoder, TextEncoder, VaeEncoder, weight_fingerprint
-from library.models.load import load_text_encoder, load_vae
-from library.models.locate import DINOV2, locate_base, locate_dino
-from library.options.data import CacheOptions, DataOptions
-from library.options.model import ModelOptions
+from library.models.encoders import PROMPTS_AT_ONCE, VAE_FACTOR, DinoEncoder, VaeEncoder
+from library.models.fingerprint import weight_fingerprint
+from library.models.load import load_text_encoders, load_vae
+from library.models.locate import DINOV2, BaseLocation, locate_base, locate_dino
+from library.options.alignment import AlignmentOptions
+from library.options.data import ClassCacheOptions, ClassPictureOptions
+from library.options.kohya.training import NetworkModelOptions, TextEncoderOptions
 from library.processes import Processes
+from networks.original_names import FAMILIES, Family
 
 KINDS = ("latents", "tokens")
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
-SD_LATENT_CHANNELS = 4
 
 
 @dataclass
@@ -56,17 +65,24 @@ class Preparation:
 
     def __init__(
         self,
-        model: ModelOptions,
-        data: DataOptions,
-        cache: CacheOptions,
+        model: NetworkModelOptions,
+        classes: ClassPictureOptions,
+        cache: ClassCacheOptions,
+        alignment: AlignmentOptions,
+        text: TextEncoderOptions,
+        family: Family,
         processes: Processes,
         *,
+        side: int,
         workers: int,
-        tokens: bool,
     ) -> None:
-        self.model, self.data, self.cache, self.processes, self.workers = model, data, cache, processes, workers
-        self.kinds = KINDS if tokens else KINDS[:1]
-        self.precision = model.mixed_precision if cache.encoder_precision == "auto" else cache.encoder_precision
+        """side: of the squares, in pixels. workers: processes that decode pictures."""
+        self.model, self.classes, self.cache, self.alignment = model, classes, cache, alignment
+        self.text, self.family, self.processes, self.side, self.workers = text, family, processes, side, workers
+        self.kinds = KINDS if alignment.alignment else KINDS[:1]
+        automatic = "bf16" if model.mixed_precision == "bf16" else "no"  # fp16 may overflow
+        self.precision = automatic if cache.encoder_precision == "auto" else cache.encoder_precision
+        self.vae = locate_base(model.vae or model.pretrained_model_name_or_path, ("vae",))
         self._encoders: dict[str, Any] = {}
 
     @property
@@ -95,53 +111,56 @@ class Preparation:
         if foreign:
             shape = self.made_elsewhere(kind)
             assert shape is not None
-            side = self.data.resolution // VAE_FACTOR
-            right = (SD_LATENT_CHANNELS, side, side) if kind == "latents" else (self.cache.token_grid**2, shape[1])
+            right = self._latent_shape if kind == "latents" else (self.alignment.token_grid**2, shape[1])
             return Wanted(kind, "float16", right, {})
         return self._wanted_latents() if kind == "latents" else self._wanted_tokens()
 
     def _wanted_latents(self) -> Wanted:
-        location = locate_base(self.model.pretrained_model_name_or_path, ("vae",))
-        side = self.data.resolution // VAE_FACTOR
         producer = self._pixels() | {
-            "model": self.model.pretrained_model_name_or_path,
-            "weights": weight_fingerprint(location, "vae", self.memory),
+            "model": self.model.vae or self.model.pretrained_model_name_or_path,
+            "weights": weight_fingerprint(self.vae, "vae", self.memory),
             "value": "posterior mode x scaling factor",
         }
-        return Wanted("latents", "float16", (SD_LATENT_CHANNELS, side, side), producer)
+        return Wanted("latents", "float16", self._latent_shape, producer)
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        side = self.side // VAE_FACTOR
+        return int(configs_of(self.family).vae["latent_channels"]), side, side
 
     def _wanted_tokens(self) -> Wanted:
         location = locate_dino(self.model.dino_model)
         producer = self._pixels() | {
             "model": self.model.dino_model,
             "weights": weight_fingerprint(location, DINOV2, self.memory),
-            "dino_resolution": self.cache.dino_resolution,
-            "token_grid": self.cache.token_grid,
+            "dino_resolution": self.alignment.dino_resolution,
+            "token_grid": self.alignment.token_grid,
         }
-        shape = (self.cache.token_grid**2, dinov2_width(location))
-        return Wanted("tokens", self.cache.token_dtype, shape, producer)
+        shape = (self.alignment.token_grid**2, dinov2_width(location))
+        return Wanted("tokens", self.alignment.token_dtype, shape, producer)
 
     def _pixels(self) -> dict[str, Any]:
         return {
-            "resolution": self.data.resolution,
+            "resolution": self.side,
             "crop": "centre",
             "pixels": PIXELS_VERSION,
             "precision": self.precision,
         }
 
     def encoder(self, kind: str) -> Any:
-        """VaeEncoder, DinoEncoder or TextEncoder, loaded on first use."""
+        """VaeEncoder, DinoEncoder or TextConditioner, loaded on first use."""
         if kind not in self._encoders:
             dtype, device = DTYPES[self.precision], self.processes.device
-            base = self.model.pretrained_model_name_or_path
             if kind == "latents":
-                self._encoders[kind] = VaeEncoder(load_vae(locate_base(base, ("vae",)), dtype=dtype, device=device))
+                families = tuple(FAMILIES.values()) if self.model.vae else (self.family,)
+                self._encoders[kind] = VaeEncoder(load_vae(self.vae, families=families, dtype=dtype, device=device))
             elif kind == "tokens":
                 teacher = load_dinov2(locate_dino(self.model.dino_model), dtype=dtype, device=device)
-                self._encoders[kind] = DinoEncoder(teacher, self.cache.dino_resolution, self.cache.token_grid)
+                self._encoders[kind] = DinoEncoder(teacher, self.alignment.dino_resolution, self.alignment.token_grid)
             else:
-                tokenizer, text_model = load_text_encoder(locate_base(base, ("text_encoder", "tokenizer")))
-                self._encoders[kind] = TextEncoder(tokenizer, text_model.to(device))
+                parts = load_text_encoders(self._text_location, families=(self.family,), device=device)
+                skip = clip_skip(self.text, self.family)
+                self._encoders[kind] = TextConditioner(self.family, parts, clip_skip=skip, chunks=self.text.chunks)
         return self._encoders[kind]
 
     def survey(self, pictures: PictureSet) -> dict[str, Survey]:
@@ -152,7 +171,7 @@ class Preparation:
         return Filling(
             pictures.name,
             pictures.source,
-            SquareCrop(self.data.resolution),
+            SquareCrop(self.side),
             self.processes,
             batch_size=self.cache.cache_batch_size,
             workers=self.workers,
@@ -178,7 +197,7 @@ class Preparation:
         a training run should not overwrite by a slip of an option what took days.
         """
         ready = {one.name: self._prepare_set(one, rebuild=rebuild, say=say) for one in pictures.sets}
-        text, text_path = self._prepare_text(pictures.class_names, say)
+        text, text_path = self._prepare_text(pictures, say)
         self._encoders.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -224,25 +243,60 @@ class Preparation:
                     f"(first: {', '.join(sample.path for sample in absent[:3])}). Correct the paths or give --image_root."
                 )
 
-    def _prepare_text(self, names: dict[int, str], say: Callable[..., None]) -> tuple[TextEmbeddings, Path]:
+    def _prepare_text(self, pictures: Pictures, say: Callable[..., None]) -> tuple[TextEmbeddings, Path]:
         path = self.cache.text_embeddings_path
         if path.suffix != ".safetensors":
             if not path.exists():
                 raise UserError(f"text_embeddings {path} does not exist. Give a .safetensors path to have it built.")
             return read_text_embeddings(path), path
-        class_ids, prompts = prompts_of(names, self.data.prompt_template)
-        producer = {
-            "model": self.model.pretrained_model_name_or_path,
-            "weights": weight_fingerprint(
-                locate_base(self.model.pretrained_model_name_or_path, ("text_encoder", "tokenizer")),
-                "text_encoder",
-                self.memory,
-            ),
-        }
-        if self.processes.is_main and not up_to_date(path, prompts, producer):
-            build_text_embeddings(path, class_ids, prompts, producer, self.encoder("text"))
-            say(f"text: {len(prompts)} prompts encoded to {path}")
-            if cut := self.encoder("text").overlong(prompts):
-                say(f"text: {len(cut)} prompts are longer than 77 tokens and were cut (first: {prompts[cut[0]]!r})")
+        prompts = pictures.prompts(self.classes.prompt_template)
+        class_ids = sorted(prompts)
+        texts = [*(prompts[class_id] for class_id in class_ids), ""]
+        producer = self._text_producer()
+        if self.processes.is_main and not _up_to_date(path, texts, producer):
+            conditioner = self.encoder("text")
+            _encode_prompts(path, class_ids, texts, producer, conditioner)
+            say(f"text: {len(texts)} prompts encoded to {path}")
+            if cut := conditioner.overlong(texts):
+                room = conditioner.length
+                say(f"text: {len(cut)} prompts are longer than {room} tokens and were cut (first: {texts[cut[0]]!r})")
         self.processes.wait()
         return read_text_embeddings(path), path
+
+    @property
+    def _text_location(self) -> BaseLocation:
+        encoders = self.family.text_encoders
+        tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+        return locate_base(self.model.pretrained_model_name_or_path, (*encoders, *tokenizers))
+
+    def _text_producer(self) -> dict[str, Any]:
+        hashes = [weight_fingerprint(self._text_location, name, self.memory) for name in self.family.text_encoders]
+        producer = {
+            "model": self.model.pretrained_model_name_or_path,
+            "weights": hashes[0] if len(hashes) == 1 else hashes,
+        }
+        more = {"clip_skip": clip_skip(self.text, self.family), "chunks": self.text.chunks}
+        return producer | {name: value for name, value in more.items() if value != 1}
+
+
+def _up_to_date(path: Path, prompts: list[str], producer: dict[str, Any]) -> bool:
+    """Whether the file at `path` holds just these prompts by just this encoder."""
+    if not path.exists():
+        return False
+    present = read_text_embeddings(path)
+    return present.prompts == prompts and fingerprint(present.producer) == fingerprint(producer)
+
+
+@torch.no_grad()
+def _encode_prompts(
+    path: Path, class_ids: Sequence[int], prompts: list[str], producer: dict[str, Any], conditioner: TextConditioner
+) -> None:
+    """Write embeddings [C+1, T, D] float16 and, of SDXL, pooled [C+1, P]."""
+    parts = [conditioner(prompts[i : i + PROMPTS_AT_ONCE]) for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
+    tensors = {"embeddings": torch.cat([part.states.to(torch.float16).cpu() for part in parts])}
+    pooled = [part.pooled.to(torch.float16).cpu() for part in parts if part.pooled is not None]
+    if pooled:
+        tensors["pooled"] = torch.cat(pooled)
+    metadata = {"class_ids": json.dumps(class_ids), "prompts": json.dumps(prompts), "producer": json.dumps(producer)}
+    with whole_file(path) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)

@@ -1,23 +1,46 @@
-"""The pictures of a LoRA training and what to say of them; no torch, so that --dry_run of anything is cheap."""
+"""The pictures of a training and what to say of them."""
 
 from __future__ import annotations
 
-from library.data.bucket_order import Group
+from library.data.class_pictures import open_pictures
+from library.data.collect import TrainingData, collect, collect_classes, read_datasets
 from library.data.dataset_schema import Dataset
-from library.data.network_batches import groups_of
-from library.data.network_data import NetworkData, collect, read_datasets
+from library.data.order import Group
+from library.data.samples import groups_of
 from library.errors import UserError
 from library.models.family import native_side
 from library.models.locate import BaseLocation
-from library.options.network import TrainNetworkOptions
+from library.options.run import RunOptions
 
 _FRESH_PIXELS = ("color_aug", "random_crop", "face_crop_aug_range")
 
 
-def collect_pictures(options: TrainNetworkOptions, base: BaseLocation) -> NetworkData:
+def collect_pictures(options: RunOptions, base: BaseLocation) -> TrainingData:
     """Every picture of the run, in its bucket. Raises UserError for all that is wrong with them."""
     if options.cache.cache_latents is False:
         raise UserError("--no_cache_latents is not offered: latents are always cached, on the disk. Leave it out.")
+    data = class_data(options) if options.class_pictures is not None else _captioned(options, base)
+    _check_effects(options, data)
+    if options.alignment.alignment:
+        _check_pairs(options, data)
+    return data
+
+
+def class_data(options: RunOptions) -> TrainingData:
+    assert options.class_pictures is not None and options.data.resolution is not None
+    return collect_classes(
+        open_pictures(options.class_pictures),
+        options.class_pictures,
+        side=options.data.resolution[0],
+        batch_size=options.training.train_batch_size,
+        validation_split=options.validation.validation_split,
+        seed=options.training.seed
+        if options.validation.validation_seed is None
+        else options.validation.validation_seed,
+    )
+
+
+def _captioned(options: RunOptions, base: BaseLocation) -> TrainingData:
 
     def refuse(dataset: Dataset) -> str | None:
         for subset in dataset.subsets:
@@ -31,20 +54,16 @@ def collect_pictures(options: TrainNetworkOptions, base: BaseLocation) -> Networ
                 return f"conditioning_data_dir has masks, which need --masked_loss ({subset.place})."
         return None
 
-    data = collect(
+    return collect(
         read_datasets(options, native_side(base)),
         missing_caption=options.data.missing_caption,
         prior_loss_weight=options.objective.prior_loss_weight,
         seed=options.training.seed,
         refuse=refuse,
     )
-    _check_effects(options, data)
-    if options.alignment.alignment:
-        _check_pairs(options, data)
-    return data
 
 
-def _check_pairs(options: TrainNetworkOptions, data: NetworkData) -> None:
+def _check_pairs(options: RunOptions, data: TrainingData) -> None:
     """Note how many batches give manifold_mode sample nothing to compare. Raises UserError where it is all of them."""
     alignment = options.alignment
     if alignment.manifold_mode != "sample" or alignment.manifold_weight == 0:
@@ -71,7 +90,7 @@ def batches_of_one(group: Group) -> int:
     return int(len(group.indices) % group.batch_size == 1)
 
 
-def _check_effects(options: TrainNetworkOptions, data: NetworkData) -> None:
+def _check_effects(options: RunOptions, data: TrainingData) -> None:
     """What would have no effect on these pictures. Raises UserError."""
     masked = any(one.has_mask for one in data.training)
     for name in ("masked_loss", "masked_loss_renormalize"):
@@ -85,14 +104,18 @@ def _check_effects(options: TrainNetworkOptions, data: NetworkData) -> None:
         return
     for group in (options.validation, options.output):
         for name in ("validate_every_n_epochs", "validate_every_n_steps", "max_validation_steps", "early_stop"):
-            if getattr(group, name, None) is not None:
+            if getattr(group, name, None) not in (None, getattr(type(group), name, None)):
                 raise UserError(
                     f"{name} has no effect: no picture is held out. Give validation_split, or more pictures."
                 )
 
 
-def print_data(data: NetworkData) -> None:
+def print_data(data: TrainingData) -> None:
     """Buckets of each dataset, what was left out and why, and what else a user should hear."""
+    if data.classes is not None:
+        for pictures in data.classes.sets:
+            print(f"{pictures.name}: {pictures.source.describe()}, {len(pictures.samples)} used")
+        return
     for dataset, table in zip(data.datasets, data.tables, strict=True):
         print(f"dataset {dataset.name}, batch size {dataset.batch_size}")
         print(table)

@@ -1,4 +1,4 @@
-"""The models of a LoRA training: loaded with base_weights folded in, and with the adapters that are trained."""
+"""The models of a training: loaded with base_weights folded in, and with the adapters that are trained."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from library.errors import UserError
 from library.files import read_json
 from library.merging.merge import fold_into_modules
 from library.merging.source import read_source
+from library.models.configs import configs_of
 from library.models.float8 import keep_in_float8
 from library.models.load import TextPart, load_text_encoders, load_unet, unet_config
 from library.models.locate import BaseLocation
 from library.models.single_file import file_text_config
-from library.options.network import TrainNetworkOptions
-from library.options.network_args import BlockCurve
+from library.options.kohya.network_args import BlockCurve
+from library.options.run import RunOptions
 from library.training.alignment import make_heads
 from library.training.optimizers import ParameterGroup
 from networks import AdapterError
 from networks.adapters import Adapter
 from networks.align_head import AlignHeads
 from networks.blocks import SECTIONS, block_weights
-from networks.network import Network, add_network
+from networks.lora_layers import LORA_DOWN
+from networks.names import Target
+from networks.network import Network, add_network, weight_name
 from networks.original_names import TEXT_ENCODER_2, UNET, Family
 from networks.spec import NetworkSpec
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
-def load_frozen_unet(
-    options: TrainNetworkOptions, base: BaseLocation, family: Family, device: torch.device
-) -> nn.Module:
+def load_frozen_unet(options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> nn.Module:
     """The U-Net with base_weights folded in, rounded to the compute dtype once."""
     dtype, folded = _dtypes(options)
     unet = load_unet(base, families=(family,), dtype=folded, device=device)
@@ -43,9 +44,7 @@ def load_frozen_unet(
     return nn.Module.to(unet, dtype)
 
 
-def load_frozen_text(
-    options: TrainNetworkOptions, base: BaseLocation, family: Family, device: torch.device
-) -> list[TextPart]:
+def load_frozen_text(options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> list[TextPart]:
     """The text encoders, likewise."""
     dtype, folded = _dtypes(options)
     parts = load_text_encoders(base, families=(family,), dtype=folded, device=device)
@@ -56,27 +55,29 @@ def load_frozen_text(
 class FrozenModels:
     """Where a run gets its frozen models from: loaded for it. Who trains again and again keeps them (`library.search.warm`)."""
 
-    def unet(self, options: TrainNetworkOptions, base: BaseLocation, family: Family, device: torch.device) -> nn.Module:
+    def unet(self, options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> nn.Module:
         return load_frozen_unet(options, base, family, device)
 
-    def text(
-        self, options: TrainNetworkOptions, base: BaseLocation, family: Family, device: torch.device
-    ) -> list[TextPart]:
+    def text(self, options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> list[TextPart]:
         return load_frozen_text(options, base, family, device)
 
 
 def meta_models(
-    options: TrainNetworkOptions, location: BaseLocation, family: Family, *, text: bool = True
+    options: RunOptions, location: BaseLocation | None, family: Family, *, text: bool = True
 ) -> dict[str, Any]:
-    """U-Net and text encoders of a base on the meta device, frozen, in the compute dtype."""
+    """U-Net and text encoders of a base on the meta device, frozen, in the compute dtype.
+
+    location: None for a published base that is not on this machine, whose U-Net is known; then without text encoders.
+    """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     dtype = COMPUTE_DTYPES[options.model.mixed_precision]
     models: dict[str, Any] = {}
+    base = options.model.pretrained_model_name_or_path if location is None else location
     with torch.device("meta"):
-        models[UNET] = nn.Module.to(UNet2DConditionModel.from_config(unet_config(location, families=(family,))), dtype)
-        for component in family.text_encoders if text else ():
+        models[UNET] = nn.Module.to(UNet2DConditionModel.from_config(unet_config(base, families=(family,))), dtype)
+        for component in family.text_encoders if text and location is not None else ():
             kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
             values = (
                 file_text_config(location.path, family, component)
@@ -89,7 +90,7 @@ def meta_models(
     return models
 
 
-def check_weights(options: TrainNetworkOptions, base: BaseLocation, family: Family) -> None:
+def check_weights(options: RunOptions, base: BaseLocation, family: Family) -> None:
     """See that network_weights and base_weights fit the base and the network. Raises UserError; nothing heavy is loaded."""
     if options.network.scale_weight_norms is not None and options.network.args.algo == "oft":
         raise UserError(
@@ -103,17 +104,18 @@ def check_weights(options: TrainNetworkOptions, base: BaseLocation, family: Fami
         build_network(meta_models(options, base, family, text=options.trains_text_encoders), options, family, start)
 
 
-def start_weights(options: TrainNetworkOptions) -> Adapter | None:
+def start_weights(options: RunOptions) -> Adapter | None:
     path = options.network.network_weights
     return None if path is None else read_source(path).adapter
 
 
 def build_network(
-    models: Mapping[str, nn.Module], options: TrainNetworkOptions, family: Family, start: Adapter | None
+    models: Mapping[str, nn.Module], options: RunOptions, family: Family, start: Adapter | None
 ) -> Network:
     """The adapters, in the models. Raises UserError where they do not fit, or the weights to start from do not."""
     try:
-        network = add_network(models, network_spec(options, family, start), options.training.seed)
+        drawn_by = _by_module if options.network.drawn_by_module else weight_name
+        network = add_network(models, network_spec(options, family, start), options.training.seed, drawn_by)
         if start is not None:
             network.load(start)
     except AdapterError as error:
@@ -124,7 +126,11 @@ def build_network(
     return network
 
 
-def build_heads(options: TrainNetworkOptions, unet_config: Mapping[str, Any], teacher_width: int) -> AlignHeads:
+def _by_module(target: Target, weight: str) -> str:
+    return target.path if weight == LORA_DOWN else weight_name(target, weight)
+
+
+def build_heads(options: RunOptions, unet_config: Mapping[str, Any], teacher_width: int) -> AlignHeads:
     """The AlignHeads of a run with alignment, on the CPU."""
     a = options.alignment
     heads = make_heads(
@@ -133,19 +139,19 @@ def build_heads(options: TrainNetworkOptions, unet_config: Mapping[str, Any], te
     return heads.to(torch.bfloat16) if options.model.full_bf16 else heads
 
 
-def round_frozen(models: Mapping[str, nn.Module], options: TrainNetworkOptions) -> None:
+def round_frozen(models: Mapping[str, nn.Module], options: RunOptions) -> None:
     """Keep what fp8_base or fp8_base_unet ask for in float8. The adapters are on already."""
     for component in float8_components(options, models):
         keep_in_float8(models[component])
 
 
-def float8_components(options: TrainNetworkOptions, components: Collection[str]) -> list[str]:
+def float8_components(options: RunOptions, components: Collection[str]) -> list[str]:
     if options.model.fp8_base:
         return list(components)
     return [UNET] if options.model.fp8_base_unet else []
 
 
-def network_spec(options: TrainNetworkOptions, family: Family, start: Adapter | None) -> NetworkSpec:
+def network_spec(options: RunOptions, family: Family, start: Adapter | None) -> NetworkSpec:
     """Which modules are trained, and how. start: --network_weights, whose sizes dim_from_weights takes."""
     network, args = options.network, options.network.args
     weights = None
@@ -163,6 +169,8 @@ def network_spec(options: TrainNetworkOptions, family: Family, start: Adapter | 
         alpha=network.alpha,
         conv_rank=args.conv_dim,
         conv_alpha=args.conv_alpha,
+        scope=network.scope,
+        targets=network.targets,
         unet=options.trains_unet,
         text_encoder=options.trains_text_encoders,
         dropout=network.network_dropout or 0.0,
@@ -181,7 +189,7 @@ def network_spec(options: TrainNetworkOptions, family: Family, start: Adapter | 
     )
 
 
-def parameter_groups(network: Network, options: TrainNetworkOptions, family: Family) -> list[ParameterGroup]:
+def parameter_groups(network: Network, options: RunOptions, family: Family) -> list[ParameterGroup]:
     """Parameters by learning rate; a part of the network whose rate is 0 is not trained and is left out."""
     args, optimizer = options.network.args, options.optimizer
     plus = {
@@ -203,13 +211,13 @@ def parameter_groups(network: Network, options: TrainNetworkOptions, family: Fam
     return groups
 
 
-def _dtypes(options: TrainNetworkOptions) -> tuple[torch.dtype, torch.dtype]:
+def _dtypes(options: RunOptions) -> tuple[torch.dtype, torch.dtype]:
     """To compute in, and to fold adapters in."""
     dtype = COMPUTE_DTYPES[options.model.mixed_precision]
     return dtype, torch.float32 if options.network.base_weights else dtype
 
 
-def _fold_base_weights(models: Mapping[str, nn.Module], options: TrainNetworkOptions, family: Family) -> None:
+def _fold_base_weights(models: Mapping[str, nn.Module], options: RunOptions, family: Family) -> None:
     for path, multiplier in options.network.base_weights_with_multipliers:
         adapter = read_source(path).adapter
         modules = {target: module for target, module in adapter.modules.items() if target.component in models}
@@ -220,3 +228,10 @@ def _fold_base_weights(models: Mapping[str, nn.Module], options: TrainNetworkOpt
 def _require_family(option: str, path: Path | None, adapter: Adapter, family: Family) -> None:
     if adapter.family.key != family.key:
         raise UserError(f"{option} {path} is for {adapter.family.title}, and the base model is {family.title}.")
+
+
+def scaling_factor(base: BaseLocation, family: Family) -> float:
+    """What latents are multiplied with, from the VAE's configuration."""
+    if base.is_file:
+        return float(configs_of(family).vae["scaling_factor"])
+    return float(read_json(base.path / "vae" / "config.json").get("scaling_factor", 0.18215))

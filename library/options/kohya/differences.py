@@ -1,6 +1,6 @@
 """Where train_network.py does something else than kohya's script would, and why: the one place where that is written.
 
-The table in docs/train_network.md is made of this (`python -m library.options.kohya_differences`), and tests hold every
+The table in docs/train_network.md is made of this (`python -m library.options.kohya.differences`), and tests hold every
 default that differs against it.
 """
 

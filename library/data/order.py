@@ -9,7 +9,10 @@ the last turn of an epoch has fewer than W batches, the others repeat one with n
 of a shape they know. Where batches remain for less than a whole optimizer step at the end of an epoch, that step
 accumulates fewer. A step with W processes holds the pictures that one process has with W times the accumulation.
 
-So batches differ in size. For a gradient that is the mean over a step's pictures:
+With `whole_steps` an epoch is full steps only, as class pictures are trained: what does not fill one is left out, another rest
+each time, and the batches of a single group come as its order has them.
+
+So batches may differ in size. For a gradient that is the mean over a step's pictures:
 
     loss = (loss_of_each_picture * micro_batch.weights).sum() * world_size / step.samples
 
@@ -58,12 +61,17 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """One forward and backward pass of one process. Entries from `real` on only fill the shape and count for nothing."""
+    """One forward and backward pass of one process. Entries from `real` on only fill the shape and count for nothing.
+
+    together: real pictures of all processes in the same turn. sharing: how many processes have any.
+    """
 
     group: int
     indices: Indices
     repeats: Indices
     real: int
+    together: int
+    sharing: int = 1
 
     @property
     def weights(self) -> npt.NDArray[np.float32]:
@@ -90,7 +98,7 @@ class _Epoch:
     batches: Indices
 
 
-class BucketOrder:
+class BatchOrder:
     """The batches of a whole run, reachable from any step, so that resuming needs nothing but the step.
 
     Args:
@@ -99,8 +107,9 @@ class BucketOrder:
         accumulation: micro-batches per optimizer step and process.
         pad_short: fill the last batch of each group to its batch size with pictures of weight 0, for models compiled
             for one shape per group.
+        whole_steps: leave out what does not fill a step of all processes at the end of an epoch; for a single group.
 
-    Raises UserError where there is no picture at all.
+    Raises UserError where there is no picture at all, or with whole_steps not enough for one step.
     """
 
     def __init__(
@@ -112,24 +121,33 @@ class BucketOrder:
         accumulation: int = 1,
         *,
         pad_short: bool = False,
+        whole_steps: bool = False,
     ) -> None:
         if not 0 <= rank < world_size or accumulation < 1:
             raise ValueError(f"rank {rank} of {world_size} processes, accumulation {accumulation}")
+        if whole_steps and len(groups) != 1:
+            raise ValueError(f"whole steps of {len(groups)} groups")
         self.groups, self.seed, self.rank = list(groups), seed, rank
         self.world_size, self.accumulation, self.pad_short = world_size, accumulation, pad_short
+        self.whole_steps = whole_steps
         if not self.samples_per_epoch:
             raise UserError("There is no image to train on.")
+        if not self.steps_per_epoch:
+            self._refuse_small()
         self._recent: _Epoch | None = None
 
     @property
     def samples_per_epoch(self) -> int:
-        """Pictures times their repeats."""
+        """Pictures times their repeats, whether or not each is in every epoch."""
         return sum(len(group.indices) for group in self.groups)
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches with pictures in them, of all processes."""
-        return sum(group.batches for group in self.groups)
+        if not self.whole_steps:
+            return sum(group.batches for group in self.groups)
+        per_step = self.world_size * self.accumulation
+        return len(self.groups[0].indices) // self.groups[0].batch_size // per_step * per_step
 
     @property
     def steps_per_epoch(self) -> int:
@@ -151,6 +169,14 @@ class BucketOrder:
     def epoch_of(self, step: int) -> int:
         """The epoch, from 0, that optimizer step `step`, from 0, belongs to."""
         return step // self.steps_per_epoch
+
+    def samples_seen(self, step: int) -> int:
+        """Pictures shown in the first `step` optimizer steps, by all processes."""
+        if self.whole_steps:
+            return step * self.groups[0].batch_size * self.accumulation * self.world_size
+        epoch = self.epoch_of(step)
+        begun = range(epoch * self.steps_per_epoch, step)
+        return epoch * self.samples_per_epoch + sum(self.step(number).samples for number in begun)
 
     def step(self, step: int) -> Step:
         """What this process does in optimizer step `step`, from 0."""
@@ -175,37 +201,39 @@ class BucketOrder:
         if self._recent is None or self._recent.number != number:
             random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, number])))
             orders = [random.permutation(len(group.indices)) for group in self.groups]
-            batches = np.concatenate([_slices(number, group) for number, group in enumerate(self.groups)])
-            self._recent = _Epoch(number, orders, random.permutation(batches))
+            slices = [_slices(number, group, full=self.whole_steps) for number, group in enumerate(self.groups)]
+            # The batches of a single group are in random order already.
+            batches = slices[0] if self.whole_steps else random.permutation(np.concatenate(slices))
+            self._recent = _Epoch(number, orders, batches[: self.batches_per_epoch])
         return self._recent
 
     def _micro_batch(self, plan: _Epoch, turn: int) -> MicroBatch:
-        number = turn * self.world_size + self.rank
-        idle = number >= len(plan.batches)
-        group_number, start, stop = plan.batches[turn * self.world_size if idle else number].tolist()
+        together = plan.batches[turn * self.world_size : (turn + 1) * self.world_size]
+        idle = self.rank >= len(together)
+        group_number, start, stop = together[0 if idle else self.rank].tolist()
         group = self.groups[group_number]
         shown = plan.orders[group_number][start:stop]
         real = 0 if idle else len(shown)
         if self.pad_short:
             shown = np.resize(shown, group.batch_size)  # from the beginning again
-        return MicroBatch(group_number, group.indices[shown], group.repeats[shown], real)
+        everyone = int((together[:, 2] - together[:, 1]).sum())
+        return MicroBatch(group_number, group.indices[shown], group.repeats[shown], real, everyone, len(together))
+
+    def _refuse_small(self) -> None:
+        batch_size, ways = self.groups[0].batch_size, self.accumulation * self.world_size
+        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        raise UserError(
+            f"train_batch_size {batch_size} x gradient_accumulation_steps {self.accumulation} x {processes} is "
+            f"{batch_size * ways} samples a step, but the training set has only {self.samples_per_epoch}. Lower train_batch_size "
+            f"to at most {max(1, self.samples_per_epoch // ways)}."
+        )
 
 
-def _slices(number: int, group: Group) -> Indices:
-    """int64 [batches, 3]: the group's number, and begin and end of each of its batches."""
-    starts = np.arange(0, len(group.indices), group.batch_size)
+def _slices(number: int, group: Group, *, full: bool) -> Indices:
+    """int64 [batches, 3]: the group's number, and begin and end of each of its batches. full: only of whole ones."""
+    starts = np.arange(0, len(group.indices) - (group.batch_size - 1) * full, group.batch_size)
     stops = np.minimum(starts + group.batch_size, len(group.indices))
     return np.stack([np.full_like(starts, number), starts, stops], axis=1)
-
-
-def group_by_bucket(
-    buckets: Sequence[tuple[int, int]], repeats: Sequence[int], batch_size: int, first_index: int = 0
-) -> dict[tuple[int, int], Group]:
-    """The groups of one dataset, by bucket, sorted. Its pictures are numbered from `first_index`; 0 repeats leave one out."""
-    members: dict[tuple[int, int], list[int]] = {}
-    for index, (bucket, times) in enumerate(zip(buckets, repeats, strict=True), first_index):
-        members.setdefault(bucket, []).extend([index] * times)
-    return {bucket: Group(np.array(found, np.int64), batch_size) for bucket, found in sorted(members.items()) if found}
 
 
 def balance_regularisation(repeats: Sequence[int], training_samples: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The pictures of a LoRA training: from options to datasets, pictures in buckets, and what was left out and why."""
+"""The pictures of a training: from options to datasets, pictures in buckets, and what was left out and why."""
 
 from __future__ import annotations
 
@@ -7,27 +7,35 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from library.data.bucket_order import balance_regularisation
-from library.data.buckets import Buckets, BucketTable, UnfitImage, bucket_table
+from library.data.buckets import Buckets, BucketTable, Fitted, UnfitImage, bucket_table
+from library.data.class_pictures import Pictures, PictureSet
 from library.data.dataset_config import (
     dataset_from_metadata,
     datasets_from_folders,
     read_dataset_config,
 )
-from library.data.dataset_schema import Dataset
+from library.data.dataset_schema import Dataset, Subset
 from library.data.demo_pictures import ensure_demo_pictures
-from library.data.network_batches import TrainedImage
-from library.data.training_images import MissingCaption, TrainingImage, collect_images, split_validation
+from library.data.order import balance_regularisation
+from library.data.samples import TrainedImage
+from library.data.training_images import (
+    MissingCaption,
+    TrainingImage,
+    collect_images,
+    is_held_out,
+    split_validation,
+)
 from library.errors import UserError
 from library.files import write_text
-from library.options.network import TrainNetworkOptions
+from library.options.data import ClassPictureOptions
+from library.options.run import RunOptions
 from library.options.toml_file import PROJECT_ROOT
 
 _MISSING: dict[str, MissingCaption] = {"class_tokens": "class_tokens", "drop": "skip", "stop": "error"}
 
 
 @dataclass
-class NetworkData:
+class TrainingData:
     datasets: list[Dataset]
     training: list[TrainedImage]
     validation: list[TrainedImage]
@@ -37,21 +45,23 @@ class NetworkData:
     """Path -> why it is not trained on."""
     without_caption: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    classes: Pictures | None = None
+    """Where the pictures are of classes: their source."""
 
     @property
     def every(self) -> list[TrainedImage]:
         return [*self.training, *self.validation]
 
 
-def read_datasets(options: TrainNetworkOptions, native_side: int) -> list[Dataset]:
+def read_datasets(options: RunOptions, native_side: int) -> list[Dataset]:
     """The datasets that the options name. native_side: resolution where nothing says one, that of the base."""
     given: Mapping[str, Any] = options.dataset_defaults()
     if given.get("resolution") is None:
         given = {**given, "resolution": native_side}
     if options.uses_demo:
         return read_dataset_config(_demo_config(), given)
-    if options.config.dataset_config is not None:
-        return read_dataset_config(options.config.dataset_config, given)
+    if (file := options.dataset_file) is not None:
+        return read_dataset_config(file, given, beside_options=options.options_beside_datasets)
     folder = options.data.train_data_dir
     assert folder is not None
     if options.data.in_json is not None:
@@ -66,12 +76,12 @@ def collect(
     prior_loss_weight: float,
     seed: int,
     refuse: Callable[[Dataset], str | None] = lambda dataset: None,
-) -> NetworkData:
+) -> TrainingData:
     """Every picture with its caption and its bucket, split into training and validation.
 
     refuse: why a dataset cannot be trained on, if it cannot. Raises UserError for that, and where nothing is left.
     """
-    data = NetworkData(list(datasets), [], [], [])
+    data = TrainingData(list(datasets), [], [], [])
     for dataset in datasets:
         if reason := refuse(dataset):
             raise UserError(reason)
@@ -100,6 +110,47 @@ def collect(
             "No picture is left to train on: all of them are held out for validation. Lower validation_split."
         )
     return data
+
+
+def collect_classes(
+    pictures: Pictures, options: ClassPictureOptions, *, side: int, batch_size: int, validation_split: float, seed: int
+) -> TrainingData:
+    """Class pictures as squares of `side` pixels, each captioned with its class's prompt; nothing is opened.
+
+    validation_split: share of the training pictures that is held out where there are no validation pictures.
+    """
+    prompts = pictures.prompts(options.prompt_template)
+
+    def trained(of: PictureSet) -> tuple[Dataset, list[TrainedImage]]:
+        subset = Subset(image_dir=Path(of.source.location), name=of.name)
+        dataset = Dataset((side, side), batch_size=batch_size, subsets=(subset,), name=of.name)
+        square = Fitted((side, side), (side, side), (side, side), (0, 0, side, side))
+        return dataset, [
+            TrainedImage(
+                TrainingImage(
+                    sample.sample_id,
+                    Path(sample.path),
+                    square.original,
+                    prompts[sample.class_id],
+                    "class",
+                    None,
+                    subset,
+                ),
+                dataset,
+                square,
+                class_id=sample.class_id,
+            )
+            for sample in of.samples
+        ]
+
+    dataset, training = trained(pictures.train)
+    validation = [] if pictures.val is None else trained(pictures.val)[1]
+    if pictures.val is None and validation_split > 0:
+        held_out = [is_held_out(picture.image.sample_id, validation_split, seed) for picture in training]
+        validation = [picture for picture, held in zip(training, held_out, strict=True) if held]
+        training = [picture for picture, held in zip(training, held_out, strict=True) if not held]
+    table = bucket_table([picture.fitted for picture in training], [picture.repeats for picture in training])
+    return TrainingData([dataset], training, validation, [table], classes=pictures)
 
 
 def _fitted(dataset: Dataset, images: Sequence[TrainingImage], dropped: dict[str, str]) -> list[TrainedImage]:
@@ -138,7 +189,7 @@ def _balanced(images: Sequence[TrainedImage], prior_loss_weight: float, notes: l
     return [*own, *kept]
 
 
-def _refuse_leaks(data: NetworkData) -> None:
+def _refuse_leaks(data: TrainingData) -> None:
     trained = {one.image.path.resolve() for one in data.training}
     if both := [one.image.path for one in data.validation if one.image.path.resolve() in trained]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Which pictures a run uses: opened, limited in number, checked against their class names."""
+"""Class pictures of a run: opened, limited in number, checked against their class names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from library.data.demo_pictures import ensure_demo_pictures
 from library.data.sources import ImageSource, Sample, check_class_names, load_class_names, open_source
 from library.errors import UserError
-from library.options.data import DEMO_DATA, DataOptions
+from library.options.data import ClassPictureOptions
+from library.options.kohya.dataset import DEMO_DATA
 from library.options.toml_file import PROJECT_ROOT
 
 
@@ -27,12 +28,16 @@ class Pictures:
     val: PictureSet | None
     class_names: dict[int, str]
 
+    def prompts(self, template: str) -> dict[int, str]:
+        """Class id -> prompt."""
+        return {class_id: template.replace("{name}", name) for class_id, name in self.class_names.items()}
+
     @property
     def sets(self) -> list[PictureSet]:
         return [self.train] if self.val is None else [self.train, self.val]
 
 
-def open_pictures(data: DataOptions) -> Pictures:
+def open_pictures(data: ClassPictureOptions) -> Pictures:
     """Open the training and validation pictures and their class names. Raises UserError for all that is wrong with them."""
     train_data, val_data, names_file = data.train_data, data.val_data, data.class_names
     if train_data == DEMO_DATA:

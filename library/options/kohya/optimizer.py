@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from library.options.checks import not_negative, require
-from library.options.kohya_values import StepsOrShare
+from library.options.kohya.values import StepsOrShare
 from library.options.training import OptimizerOptions, Schedule
 
 # Schedules that begin at the full rate whatever lr_warmup_steps says.
@@ -53,7 +53,7 @@ class NetworkOptimizerOptions(OptimizerOptions):
         warms_up = not self.lr_scheduler_type and schedule not in _WITHOUT_WARMUP
         instead = " Use constant_with_warmup." if schedule == "constant" else ""
         require(
-            warms_up or self.lr_warmup_steps == 0,
+            warms_up or self.lr_warmup_steps in (0, type(self).lr_warmup_steps),
             "lr_warmup_steps",
             f"has no effect with the schedule {schedule}.{instead}",
         )

@@ -1,0 +1,216 @@
+"""Caches of a training: latents, a teacher's tokens, and what text encoders make of prompts that do not change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from library.caching.by_bucket import BucketCaches, BucketedPicture
+from library.caching.class_pictures import Cached, Caches, Preparation
+from library.caching.latents import prepare_latents
+from library.caching.prompts import PromptCache, prepare_prompts
+from library.caching.tokens import Teacher, prepare_tokens
+from library.data.captions import cacheable_captions, variations
+from library.data.collect import TrainingData
+from library.data.text_embeddings import TextEmbeddings
+from library.errors import UserError
+from library.models.conditioning import TextConditioner, clip_skip
+from library.models.locate import BaseLocation, locate_base, locate_dino
+from library.options.data import ClassCacheOptions
+from library.options.run import RunOptions
+from library.processes import Processes
+from library.training.facts import base_weights_facts
+from library.training.models import FrozenModels, load_frozen_text
+from networks.original_names import Family
+
+
+class Stores(NamedTuple):
+    """Of one set of pictures. tokens: None without alignment."""
+
+    latents: BucketCaches
+    tokens: BucketCaches | None
+
+
+@dataclass
+class Prepared:
+    """What there is before models are loaded for training.
+
+    training, validation: caches of the pictures. text: embeddings of captions, or of the prompts of classes; None where text
+    encoders run in the step.
+    """
+
+    base: BaseLocation
+    family: Family
+    data: TrainingData
+    training: Stores
+    validation: Stores
+    text: PromptCache | TextEmbeddings | None
+    models: FrozenModels = field(default_factory=FrozenModels)
+
+    def close(self) -> None:
+        for caches in (*self.training, *self.validation):
+            if caches is not None:
+                caches.close()
+        if isinstance(self.text, PromptCache):
+            self.text.close()
+
+
+def prepare_caches(
+    options: RunOptions, processes: Processes, base: BaseLocation, family: Family, data: TrainingData
+) -> Prepared:
+    """Everything that can be encoded beforehand, complete. Pictures that turn out unreadable leave the data."""
+    if data.classes is not None:
+        return prepare_classes(options, processes, base, family, data)
+    pictures = [
+        BucketedPicture(
+            one.image.sample_id,
+            one.image.path,
+            one.fitted,
+            one.image.subset.resize_interpolation or one.dataset.resize_interpolation,
+            one.image.subset.flip_aug,
+        )
+        for one in data.every
+    ]
+    vae = None if options.model.vae is None else locate_base(options.model.vae, ("vae",))
+    latents = prepare_latents(
+        pictures,
+        base=base,
+        vae=vae,
+        family=family,
+        fit_facts={},
+        precision=options.model.vae_precision,
+        cache_dir=options.cache.cache_dir,
+        batch_size=options.cache.vae_batch_size,
+        workers=options.speed.max_data_loader_n_workers,
+        processes=processes,
+        say=processes.say,
+        kohya_caches=options.cache.cache_latents_to_disk,
+    )
+    data = _without(data, latents.dropped)
+    tokens = None
+    if options.alignment.alignment:
+        readable = [one for one in pictures if one.sample_id not in latents.dropped]
+        tokens = _tokens(options, processes, readable)
+        data = _without(data, tokens.dropped)
+    prompts = _prompts(options, processes, base, family, data) if options.cache.caches_text else None
+    stores = Stores(latents, tokens)
+    return Prepared(base, family, data, stores, stores, prompts)
+
+
+def prepare_classes(
+    options: RunOptions, processes: Processes, base: BaseLocation, family: Family, data: TrainingData
+) -> Prepared:
+    """The caches of class pictures: a store of latents and one of tokens for each set, and the prompts of all classes.
+
+    Raises UserError where a store was made with other options: a training should not overwrite by a slip of an option what
+    took days. prepare_cache.py does.
+    """
+    assert data.classes is not None
+    caches = class_preparation(options, processes, family).prepare(data.classes, rebuild=False, say=processes.say)
+    return prepared_classes(caches, base, family, data)
+
+
+def class_preparation(options: RunOptions, processes: Processes, family: Family) -> Preparation:
+    assert options.class_pictures is not None and isinstance(options.cache, ClassCacheOptions)
+    assert options.data.resolution is not None
+    return Preparation(
+        options.model,
+        options.class_pictures,
+        options.cache,
+        options.alignment,
+        options.text,
+        family,
+        processes,
+        side=options.data.resolution[0],
+        workers=options.speed.max_data_loader_n_workers,
+    )
+
+
+def prepared_classes(caches: Caches, base: BaseLocation, family: Family, data: TrainingData) -> Prepared:
+    side = data.datasets[0].resolution
+
+    def stores(cached: Cached) -> Stores:
+        by_kind = {kind: BucketCaches({side: store}, {}, cached.dropped) for kind, store in cached.stores.items()}
+        return Stores(by_kind["latents"], by_kind.get("tokens"))
+
+    held_out = caches.val or caches.train
+    dropped = caches.train.dropped | held_out.dropped
+    paths = {picture.image.sample_id: str(picture.image.path) for picture in data.every} if dropped else {}
+    data = replace(
+        data,
+        training=[one for one in data.training if one.image.sample_id not in caches.train.dropped],
+        validation=[one for one in data.validation if one.image.sample_id not in held_out.dropped],
+        dropped=data.dropped | {paths[name]: reason for name, reason in dropped.items()},
+    )
+    caches.text.rows_of([picture.class_id for picture in data.every if picture.class_id is not None], caches.text_path)
+    return Prepared(base, family, data, stores(caches.train), stores(held_out), caches.text)
+
+
+def _without(data: TrainingData, dropped: Mapping[str, str]) -> TrainingData:
+    """The data without the pictures of these sample ids, for the reasons beside them."""
+    if not dropped:
+        return data
+    paths = {one.image.sample_id: str(one.image.path) for one in data.every}
+    data = replace(
+        data,
+        training=[one for one in data.training if one.image.sample_id not in dropped],
+        validation=[one for one in data.validation if one.image.sample_id not in dropped],
+        dropped=data.dropped | {paths[name]: reason for name, reason in dropped.items()},
+    )
+    if not data.training:
+        raise UserError("No picture is left to train on: none could be read.")
+    return data
+
+
+def _tokens(options: RunOptions, processes: Processes, pictures: list[BucketedPicture]) -> BucketCaches:
+    alignment = options.alignment
+    with processes.main_first():
+        location = locate_dino(options.model.dino_model)
+    # Like the VAE, it computes in float32 where that is not bf16: fp16 may overflow.
+    precision = "bf16" if options.model.mixed_precision == "bf16" else "no"
+    teacher = Teacher(location, alignment.dino_resolution, alignment.token_grid, alignment.token_dtype, precision)
+    return prepare_tokens(
+        pictures,
+        teacher,
+        cache_dir=options.cache.cache_dir,
+        workers=options.speed.max_data_loader_n_workers,
+        processes=processes,
+        say=processes.say,
+    )
+
+
+def _prompts(
+    options: RunOptions, processes: Processes, base: BaseLocation, family: Family, data: TrainingData
+) -> PromptCache:
+    captions: set[str] = set()
+    for one in data.every:
+        found = cacheable_captions(one.image.caption, one.image.subset)
+        if found is None:
+            varying = ", ".join(variations(one.image.subset, one.image.caption))
+            raise UserError(
+                f"cache_text_encoder_outputs encodes each caption once, and {varying} changes captions each time "
+                f"({one.image.subset.place}). Leave one of them out."
+            )
+        captions.update(found)
+    facts: dict[str, Any] = {
+        "weights": base_weights_facts(
+            options, base, family.text_encoders, options.cache.cache_dir / "weight_hashes.json"
+        ),
+        "clip_skip": clip_skip(options.text, family),
+        "chunks": options.text.chunks,
+        "precision": options.model.mixed_precision,
+    }
+
+    def conditioner() -> TextConditioner:
+        parts = load_frozen_text(options, base, family, processes.device)
+        return TextConditioner(family, parts, clip_skip=clip_skip(options.text, family), chunks=options.text.chunks)
+
+    return prepare_prompts(
+        sorted(captions),
+        conditioner=conditioner,
+        facts=facts,
+        cache_dir=options.cache.cache_dir,
+        processes=processes,
+        say=processes.say,
+    )

@@ -1,0 +1,77 @@
+"""What a state says of the run it belongs to: a run that goes on from it has to share these."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.data.collect import TrainingData
+from library.data.dataset_schema import Dataset, Subset
+from library.diffusion.objective import Objective
+from library.files import file_hash
+from library.merging.source import read_source
+from library.models.fingerprint import weight_fingerprint
+from library.models.locate import BaseLocation
+from library.options.run import RunOptions
+from networks.original_names import UNET
+from networks.spec import NetworkSpec
+
+if TYPE_CHECKING:
+    from library.training.caches import Prepared
+
+# Where pictures and captions lie and how these are reported: it may change without another picture being shown.
+_NOT_SHOWN = frozenset(
+    """
+    image_dir conditioning_data_dir metadata_file name place notes subsets cache_info num_repeats validation_split
+    validation_seed
+    """.split()  # noqa: SIM905
+)
+
+
+def state_facts(options: RunOptions, prepared: Prepared, spec: NetworkSpec, objective: Objective) -> dict[str, Any]:
+    """What state.json says besides the counters: enough to rebuild the model around the saved weights."""
+    family, memory, stores = prepared.family, options.cache.cache_dir / "weight_hashes.json", prepared.training
+    tokens = {} if stores.tokens is None else stores.tokens.producers("tokens ")
+    # Prompts of classes are cached with a producer of their own.
+    encoders = () if prepared.data.classes is not None else family.text_encoders
+    return {
+        "base_model": options.model.pretrained_model_name_or_path,
+        "family": family.key,
+        "network": spec.to_json(),
+        "prediction_type": "v_prediction" if objective.kind == "raw_v" else objective.schedule.prediction_type,
+        "samples": samples_digest(prepared.data),
+        "base_weights": base_weights_facts(options, prepared.base, (UNET, *encoders), memory),
+        "caches": stores.latents.producers() | tokens,
+        "teacher_width": 0 if stores.tokens is None else stores.tokens.width,
+    }
+
+
+def base_weights_facts(
+    options: RunOptions, base: BaseLocation, components: Sequence[str], memory: Path
+) -> dict[str, Any]:
+    """Hashes of the frozen weights: those of the base, and of the adapters folded into it with their strengths."""
+    facts: dict[str, Any] = {component: weight_fingerprint(base, component, memory) for component in components}
+    folded = options.network.base_weights_with_multipliers
+    if folded:
+        facts["folded_in"] = [[file_hash(read_source(path).file), multiplier] for path, multiplier in folded]
+    return facts
+
+
+def samples_digest(data: TrainingData) -> str:
+    """Of everything that decides what is shown: pictures, cuts, captions, weights, and how each data set draws from them."""
+    digest = hashlib.sha256()
+    drawn: dict[tuple[int, int], str] = {}
+    for picture in data.training:
+        image = picture.image
+        key = id(picture.dataset), id(image.subset)
+        if key not in drawn:
+            drawn[key] = str(sorted((_shown(picture.dataset) | _shown(image.subset)).items()))
+        line = image.sample_id, picture.repeats, picture.loss_weight, picture.fitted, image.caption, drawn[key]
+        digest.update(f"{line}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _shown(settings: Dataset | Subset) -> dict[str, Any]:
+    return {name: value for name, value in vars(settings).items() if name not in _NOT_SHOWN}

@@ -1,0 +1,303 @@
+"""Puts a run together from its options, pictures and caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from library.caching.masks import alpha_channel, latent_mask
+from library.data.batches import Prefetcher
+from library.data.buckets import Fitted
+from library.data.order import BatchOrder
+from library.data.samples import CachedSamples, TrainedImage, requests
+from library.data.text_embeddings import TextEmbeddings
+from library.data.training_images import TrainingImage
+from library.diffusion.loss import PointwiseLoss
+from library.diffusion.objective import Objective
+from library.diffusion.schedule import NoiseSchedule
+from library.losses import Gather
+from library.models.conditioning import CHUNK, TextConditioner, clip_skip
+from library.models.load import TextPart, load_scheduler_config
+from library.models.locate import BaseLocation
+from library.options.parser import flatten
+from library.options.precision import TORCH_DTYPES
+from library.options.repa import RepaObjectiveOptions
+from library.options.run import RunOptions
+from library.processes import Processes
+from library.training.alignment import PART, Alignment, head_group, head_parameters
+from library.training.caches import Prepared, Stores
+from library.training.checkpoints import Checkpoints
+from library.training.ema import ExponentialAverage
+from library.training.facts import state_facts
+from library.training.loop import Run
+from library.training.metadata import AdapterMetadata
+from library.training.models import (
+    COMPUTE_DTYPES,
+    build_heads,
+    build_network,
+    parameter_groups,
+    round_frozen,
+    scaling_factor,
+    start_weights,
+)
+from library.training.optimizers import make_optimizer, optimizer_notes
+from library.training.patience import Patience, validation_due
+from library.training.plan import Plan
+from library.training.saving import saving_of
+from library.training.scaling import LossScaler
+from library.training.schedules import rate_multiplier
+from library.training.speed import set_up_determinism, set_up_speed
+from library.training.state import Trained
+from library.training.task import LoraTask
+from library.training.text import CachedText, EncodedText, PromptTable, Text
+from networks.adapter_file import NETWORK_SPEC_KEY
+from networks.original_names import SDXL, UNET
+
+MOST_BESIDE = 2048
+"""Training pictures that are validated beside the held-out ones: their mean loss is known to about 2 % then."""
+
+
+def make_objective(options: RunOptions, base: BaseLocation, processes: Processes) -> Objective:
+    o = options.objective
+    schedule = NoiseSchedule.from_config(load_scheduler_config(base), processes.device)
+    if options.noise.zero_terminal_snr:
+        schedule = schedule.with_zero_terminal_snr()
+    raw_v = isinstance(o, RepaObjectiveOptions) and o.raw_v_target
+    if raw_v and schedule.prediction_type == "epsilon":
+        processes.say(
+            "warning: --raw_v_target takes the output of an epsilon model for v. The documented run never got below the zero "
+            "predictor's loss that way; --objective v is the exact form."
+        )
+    return Objective(
+        schedule,
+        # kohya's option says what the base predicts.
+        "raw_v" if o.v_parameterization or raw_v else "v" if o.objective == "v" else "base",
+        min_snr_gamma=o.min_snr_gamma,
+        scale_v_pred_loss_like_noise_pred=o.scale_v_pred_loss_like_noise_pred,
+        v_pred_like_loss=o.v_pred_like_loss,
+        debiased_estimation_loss=o.debiased_estimation_loss,
+        pointwise=PointwiseLoss(o.loss_type, o.huber_schedule, o.huber_c, o.huber_scale),
+        masked_loss_renormalize=o.masked_loss_renormalize,
+    )
+
+
+def build_run(
+    options: RunOptions,
+    processes: Processes,
+    prepared: Prepared,
+    order: BatchOrder,
+    plan: Plan,
+    log_folder: Path,
+    context: ExitStack,
+) -> tuple[Run, LoraTask]:
+    """Models, adapters, data, optimizer and checkpoints of a run.
+
+    log_folder: where its metrics go, for its states to tell. context: holds the feature hooks.
+    """
+    set_up_determinism(options.speed, processes.device)
+    task = build_task(options, processes, prepared, plan, context)
+    trained = _trained(options, task)
+    with processes.main_first():
+        facts = state_facts(options, prepared, task.network.spec, task.objective)
+        describe = AdapterMetadata(
+            options,
+            plan,
+            prepared.data,
+            prepared.family,
+            task.network.spec,
+            facts["prediction_type"],
+            prepared.base.path,
+        )
+    dtype = getattr(torch, TORCH_DTYPES[options.output.save_precision or "float"])
+
+    def export(step: int, name: str, finished: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors = task.network.tensors(dtype)
+        date = datetime.now().isoformat(timespec="seconds")
+        return tensors, describe.at(step, tensors, name, date, finished=finished)
+
+    every_n_steps, every_n_epochs = options.output.validate_every_n_steps, options.validation.validate_every_n_epochs
+    patience = None if options.validation.early_stop is None else Patience(options.validation.early_stop, processes.say)
+    run = Run(
+        task=task,
+        plan=plan,
+        trained=trained,
+        batches=lambda step: Prefetcher(task.training, requests(order, step), processes.device, workers=task.workers),
+        multiplier=rate_multiplier(options.optimizer, plan),
+        max_grad_norm=options.optimizer.max_grad_norm,
+        seed=options.training.seed,
+        output=options.output,
+        processes=processes,
+        checkpoints=Checkpoints(
+            options.output,
+            flatten(options),
+            facts | {"log_folder": str(log_folder)},
+            plan,
+            trained,
+            processes,
+            order=order,
+            export=export,
+            patience=patience,
+        ),
+        validates=bool(task.validation),
+        micro_batches=lambda step: len(order.step(step).micro_batches),
+        validation_due=lambda step: validation_due(step, every_n_steps, every_n_epochs, plan.steps_per_epoch),
+        enough=patience,
+    )
+    if (limit := options.network.scale_weight_norms) is not None:
+        run.after_step = lambda: {f"norm/{name}": value for name, value in task.network.clamp_norms(limit).items()}
+    return run, task
+
+
+def build_task(
+    options: RunOptions, processes: Processes, prepared: Prepared, plan: Plan, context: ExitStack
+) -> LoraTask:
+    """Models with their adapters, and what they learn from."""
+    base, family, seed = prepared.base, prepared.family, options.training.seed
+    unet: Any = prepared.models.unet(options, base, family, processes.device)
+    parts = prepared.models.text(options, base, family, processes.device) if prepared.text is None else []
+    models: dict[str, Any] = {UNET: unet, **{part.component: part.model for part in parts}}
+    network = build_network(models, options, family, start_weights(options))
+    round_frozen(models, options)
+    groups = parameter_groups(network, options, family)
+    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
+    alignment = None
+    if (tokens := prepared.training.tokens) is not None:
+        heads = build_heads(options, unet.config, tokens.width).to(processes.device)
+        gather = _gather(processes, plan) if options.alignment.manifold_mode == "sample" else None
+        alignment = Alignment.attach(unet, heads, options.alignment, context, gather)
+        groups.append(head_group(heads, options.optimizer))
+    for group in groups:
+        processes.say(
+            f"training {sum(p.numel() for p in group.parameters):,} parameters of {group.name} at {group.learning_rate:g}"
+        )
+    for note in optimizer_notes(options.optimizer, groups):
+        processes.say(f"note: {note}")
+    for model in models.values():
+        model.train()
+    set_up_speed(unet, options.speed)
+    text = make_text(options, processes, prepared, parts, dtype)
+    training, validation = make_samples(options, prepared, text, plan)
+    return LoraTask(
+        models=models,
+        network=network,
+        groups=groups,
+        objective=make_objective(options, base, processes),
+        recipe=options.noise,
+        text=text,
+        is_sdxl=family == SDXL,
+        latent_channels=unet.config["in_channels"],
+        scaling_factor=scaling_factor(base, family),
+        compute_dtype=dtype,
+        processes=processes,
+        training=training,
+        validation=validation,
+        validation_batches=options.validation.max_validation_steps,
+        validation_seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
+        workers=options.speed.max_data_loader_n_workers,
+        channels_last=options.speed.channels_last,
+        alignment=alignment,
+    )
+
+
+def _gather(processes: Processes, plan: Plan) -> Gather | None:
+    """Joins rows of all processes; no batch is larger than the plan's."""
+    if processes.world_size == 1:
+        return None
+    return lambda rows, sharing: processes.gather_rows(rows, sharing, most=plan.batch_size)
+
+
+def make_text(
+    options: RunOptions, processes: Processes, prepared: Prepared, parts: list[TextPart], dtype: torch.dtype
+) -> Text:
+    """How captions condition the U-Net. parts: text encoders that run in the step, where there are any."""
+    if isinstance(prepared.text, TextEmbeddings):
+        assert options.class_pictures is not None
+        return PromptTable(prepared.text, options.class_pictures.class_dropout, device=processes.device, dtype=dtype)
+    if prepared.text is not None:
+        return CachedText(prepared.text)
+    if options.speed.gradient_checkpointing and options.trains_text_encoders:
+        for part in parts:
+            part.model.gradient_checkpointing_enable()
+    family, chunks = prepared.family, options.text.chunks
+    conditioner = TextConditioner(family, parts, clip_skip=clip_skip(options.text, family), chunks=chunks)
+    captions = list(dict.fromkeys(picture.image.caption for picture in prepared.data.every))
+    if cut := conditioner.overlong(captions):
+        processes.say(
+            f"{len(cut)} of {len(captions)} captions are longer than {chunks * CHUNK} tokens and are cut (first: "
+            f"{captions[cut[0]]!r}). --max_token_length gives them room, up to 225."
+        )
+    return EncodedText(conditioner, options.trains_text_encoders)
+
+
+def make_samples(
+    options: RunOptions, prepared: Prepared, text: Text, plan: Plan
+) -> tuple[CachedSamples, dict[str, CachedSamples]]:
+    """The training pictures; the held-out ones, and beside them as many of those that are trained, up to MOST_BESIDE."""
+    data, classes = prepared.data, prepared.data.classes is not None
+
+    def make(images: Sequence[TrainedImage], stores: Stores, *, frozen: bool, alike: bool) -> CachedSamples:
+        return CachedSamples(
+            images,
+            stores.latents,
+            stores.tokens,
+            text,
+            seed=options.training.seed,
+            last_step=plan.last_step,
+            read_mask=mask_of,
+            frozen_captions=frozen,
+            alike=alike,
+        )
+
+    # Of class pictures every step is full. A validation of several processes may end in a batch that not all have.
+    training = make(data.training, prepared.training, frozen=False, alike=classes)
+    if not data.validation:
+        return training, {}
+    own = [picture for picture in data.training if not picture.image.subset.is_reg]
+    beside = [own[i] for i in evenly_spread(len(own), min(len(data.validation), MOST_BESIDE))]
+    alike = classes and plan.world_size == 1
+    return training, {
+        "loss": make(data.validation, prepared.validation, frozen=True, alike=alike),
+        "train_loss": make(beside, prepared.training, frozen=True, alike=alike),
+    }
+
+
+def evenly_spread(count: int, most: int) -> list[int]:
+    """At most `most` places among `count`, at even distances."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist()
+
+
+def _trained(options: RunOptions, task: LoraTask) -> Trained:
+    """What a step changes. Parameters whose rate is 0 are in the adapter's file, and are not among it."""
+    learning = {id(parameter) for group in task.groups for parameter in group.parameters}
+    for parameter in task.network.parameters.values():
+        parameter.requires_grad_(id(parameter) in learning)
+    metadata = {
+        "format": "pt",
+        "base_model": options.model.pretrained_model_name_or_path,
+        NETWORK_SPEC_KEY: task.network.spec.to_json(),
+    }
+    part = saving_of(options.output).part
+    parts: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in task.network.parameters.items():
+        if id(parameter) in learning:
+            parts.setdefault(part(name.split(".", 1)[0]), {})[name] = parameter
+    if task.alignment is not None:
+        parts[PART] = head_parameters(task.alignment.heads)
+    trained = Trained(parts, make_optimizer(task.groups, options.optimizer), None, metadata)
+    if options.model.mixed_precision == "fp16":
+        trained.scaler = LossScaler(task.processes.device)
+    if options.optimizer.ema_decay > 0:
+        trained.average = ExponentialAverage(trained.parameters, options.optimizer.ema_decay)
+    return trained
+
+
+def mask_of(image: TrainingImage, fitted: Fitted, flipped: bool) -> np.ndarray:
+    """How much each latent of a masked picture counts, float32 [h, w]."""
+    return latent_mask(alpha_channel(image.path) if image.mask is None else image.mask, fitted, flipped)

@@ -1,0 +1,107 @@
+"""A training from its options to its files: what train_repa.py and train_network.py both do."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from library.data.collect import TrainingData
+from library.errors import UserError
+from library.models.locate import BaseLocation
+from library.options.parser import flatten
+from library.options.run import RunOptions
+from library.processes import Processes
+from library.training.caches import prepare_caches
+from library.training.checkpoints import is_early_end, state_to_resume
+from library.training.loop import Run, train
+from library.training.output import open_log, own_output
+from library.training.pictures import collect_pictures, print_data
+from library.training.plan import Plan, make_order, make_plan
+from library.training.preflight import preflight
+from library.training.run import build_run
+from library.training.samples import Sampler
+from library.training.speed import prepare_environment, with_usable_attention
+from library.training.start import check_start
+
+
+def run_training(options: RunOptions, context: ExitStack) -> None:
+    """Train to the end, from where a state left off. context: closes what was opened, whatever happens.
+
+    Raises UserError for what is wrong with options, machine or pictures before anything slow; Stopped, Diverged.
+    """
+    prepare_environment(options.speed)
+    processes = Processes(options.model.device)
+    options = replace(options, speed=with_usable_attention(options.speed, processes.say))
+    base, family = check_start(options, processes)
+    output = options.output
+    state, facts = state_to_resume(output, flatten(options), processes.world_size)
+    data = _collect(options, base, processes)
+    plan = make_plan(make_order(data, options, processes.rank, processes.world_size), options)
+    first = _first_step(options, plan)
+    ended = state is not None and (facts["step"] >= plan.last_step or is_early_end(facts, plan))
+    if ended and (output.output_dir / f"{output.output_name}.safetensors").exists():
+        processes.say(f"{state} is the end of this run (step {facts['step']}). Nothing is left to do.")
+        return
+    prepared = prepare_caches(options, processes, base, family, data)
+    context.callback(prepared.close)
+    order = make_order(prepared.data, options, processes.rank, processes.world_size)  # unreadable pictures have gone
+    plan = make_plan(order, options)
+    upper = "" if order.whole_steps else "up to "
+    processes.say(
+        f"{order.samples_per_epoch} samples, {plan.steps_per_epoch} steps per epoch, {plan.last_step} steps, {upper}batch "
+        f"{plan.batch_size} x {plan.accumulation} accumulated x {plan.world_size} processes on {processes.device}"
+    )
+    metrics = Path(facts["log_folder"]) if "log_folder" in facts else options.metrics_folder(datetime.now())
+    run, task = build_run(options, processes, prepared, order, plan, metrics, context)
+    if processes.is_main:
+        context.enter_context(own_output(output.output_dir))
+    step = first if state is None else run.checkpoints.resume(state)
+    if ended:
+        run.checkpoints.save(step, finished=True)  # the adapter was lost after the last state
+        return
+    if step:
+        processes.say(f"resuming from {state} at step {step}" if state else f"beginning with step {step}")
+    references = preflight(run, task, processes.say)
+    if processes.is_main:
+        run.log = open_log(output.output_dir, metrics, flatten(options), step, references)
+    if options.samples.sample_prompts is not None:
+        run.look = Sampler(options, prepared, run, task, step, resumed=state is not None)
+    train(run, step)
+    if processes.is_main:
+        _finish(run, options)
+
+
+def _collect(options: RunOptions, base: BaseLocation, processes: Processes) -> TrainingData:
+    """The pictures, in buckets, with a table of them and of what was left out."""
+    with processes.main_first():
+        data = collect_pictures(options, base)
+    if processes.is_main:
+        print_data(data)
+    return data
+
+
+def _first_step(options: RunOptions, plan: Plan) -> int:
+    """The step that a run without a state begins with. Raises UserError where none is left then."""
+    training = options.training
+    step = training.initial_step or 0
+    if training.initial_epoch is not None:
+        step = (training.initial_epoch - 1) * plan.steps_per_epoch
+    if step >= plan.last_step:
+        name, value = ("initial_step", step) if training.initial_step else ("initial_epoch", training.initial_epoch)
+        raise UserError(f"{name} {value} leaves nothing to train: the run has {plan.last_step} steps.")
+    return step
+
+
+def _finish(run: Run, options: RunOptions) -> None:
+    """Say what there is."""
+    if run.log is not None:
+        run.log.close()
+    output = options.output
+    print(f"adapter      {output.output_dir / output.output_name}.safetensors")
+    if run.trained.average is not None:
+        print(f"  averaged   {output.output_dir / output.output_name}-ema.safetensors")
+    if run.checkpoints.newest is not None:
+        print(f"states       {output.output_dir}")
+    print(f"metrics      {output.output_dir / 'metrics.jsonl'}; tensorboard --logdir {output.log_dir}")

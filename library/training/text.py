@@ -1,0 +1,104 @@
+"""How captions condition the U-Net: encoded in the step, cached one by one, or as a table of the prompts of all classes.
+
+Each kind puts what it needs into a batch (`library.data.samples.Captions`) and makes the conditioning of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from library.caching.prompts import PromptCache
+from library.data.samples import Batch, Captions, TrainedImage
+from library.data.text_embeddings import TextEmbeddings
+from library.models.conditioning import Conditioning, TextConditioner
+
+
+class Text(Captions, Protocol):
+    """Captions in batches, and what they say to the U-Net."""
+
+    def condition(self, batch: Batch, generator: torch.Generator | None) -> Conditioning:
+        """What the U-Net is told of the captions. generator: what prompts are dropped by; None drops none."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Text encoders that run in the step. trains: whether they learn."""
+
+    conditioner: TextConditioner
+    trains: bool
+
+    def allocate(self, batch: Batch, pin: bool) -> None:
+        pass
+
+    def label(self, batch: Batch, images: Sequence[TrainedImage]) -> None:
+        batch.ids = self.conditioner.tokenize(batch.captions).transpose(0, 1).contiguous()
+
+    def read(self, batch: Batch, part: slice) -> None:
+        pass
+
+    def condition(self, batch: Batch, generator: torch.Generator | None) -> Conditioning:
+        assert batch.ids is not None
+        with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
+            return self.conditioner.encode(batch.ids.transpose(0, 1))
+
+
+@dataclass(frozen=True)
+class CachedText:
+    """Embeddings of captions that do not change, from the cache."""
+
+    prompts: PromptCache
+
+    def allocate(self, batch: Batch, pin: bool) -> None:
+        def room(shape: tuple[int, ...]) -> Tensor:
+            return torch.empty((len(batch), *shape), dtype=torch.float16, pin_memory=pin)
+
+        batch.states = room(self.prompts.states.meta.shape)
+        if self.prompts.pooled is not None:
+            batch.pooled = room(self.prompts.pooled.meta.shape)
+
+    def label(self, batch: Batch, images: Sequence[TrainedImage]) -> None:
+        pass
+
+    def read(self, batch: Batch, part: slice) -> None:
+        assert batch.states is not None
+        captions = batch.captions[part]
+        if captions:
+            pooled = None if batch.pooled is None else batch.pooled.numpy()[part]
+            self.prompts.read_into(self.prompts.rows(captions), batch.states.numpy()[part], pooled)
+
+    def condition(self, batch: Batch, generator: torch.Generator | None) -> Conditioning:
+        assert batch.states is not None
+        return Conditioning(batch.states, batch.pooled)
+
+
+class PromptTable:
+    """The embeddings of all classes' prompts on the device; a batch has rows of it. dropout: share told the empty prompt."""
+
+    def __init__(self, text: TextEmbeddings, dropout: float, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.rows: Mapping[int, int] = text.rows
+        self.empty_row, self.dropout = text.empty_row, dropout
+        self.states = text.embeddings.to(device, dtype)
+        self.pooled = None if text.pooled is None else text.pooled.to(device, dtype)
+
+    def allocate(self, batch: Batch, pin: bool) -> None:
+        pass
+
+    def label(self, batch: Batch, images: Sequence[TrainedImage]) -> None:
+        batch.text_rows = torch.tensor([self.rows[image.class_id] for image in images if image.class_id is not None])
+
+    def read(self, batch: Batch, part: slice) -> None:
+        pass
+
+    def condition(self, batch: Batch, generator: torch.Generator | None) -> Conditioning:
+        rows = batch.text_rows
+        assert rows is not None
+        if generator is not None:
+            dropped = torch.rand(len(batch), generator=generator, device=rows.device) < self.dropout
+            rows = torch.where(dropped, self.empty_row, rows)
+        return Conditioning(self.states[rows], None if self.pooled is None else self.pooled[rows])
