@@ -13,7 +13,7 @@ import time
 from library.errors import EXIT_OK, script
 from library.launch import start_cpu_processes
 from library.options.parser import parse
-from library.options.repa import PrepareCacheOptions, TrainRepaOptions
+from library.options.repa import REPA, PrepareCacheOptions
 
 
 @script
@@ -24,41 +24,48 @@ def main(argv: list[str]) -> int:
         prog="prepare_cache.py",
         description=__doc__,
         default_config="demo.toml",
-        also_known=[TrainRepaOptions],
+        dialect=REPA,
     )
     start_cpu_processes(__file__, argv)
     return run(options)
 
 
 def run(options: PrepareCacheOptions) -> int:
-    from library.caching.prepare import Preparation
     from library.caching.verify import verify
-    from library.data.class_pictures import open_pictures
+    from library.models.family import family_of
+    from library.models.locate import locate_base
     from library.processes import Processes
+    from library.training.caches import class_preparation, prepare_caches
+    from library.training.pictures import collect_pictures, print_data
 
     start = time.perf_counter()
     processes = Processes(options.model.device)
     with processes.main_first():
-        pictures = open_pictures(options.data)
-    for one in pictures.sets:
-        processes.say(f"{one.name}: {one.source.describe()}, {len(one.samples)} used")
-    preparation = Preparation(
-        options.model,
-        options.data,
-        options.cache,
-        processes,
-        workers=options.max_data_loader_n_workers,
-        tokens=options.alignment,
-    )
-    if options.config.dry_run:
-        for one in pictures.sets:
-            for kind, state in preparation.survey(one).items():
-                processes.say(f"{one.name} {kind}: {state.present} present, {len(state.work)} to make in {state.path}")
+        base = locate_base(
+            options.model.pretrained_model_name_or_path, ("vae",) if options.class_pictures is not None else None
+        )
+        data = collect_pictures(options, base)
+    family = family_of(base)
+    if processes.is_main:
+        print_data(data)
+    if data.classes is None:
+        if options.config.dry_run:
+            return EXIT_OK
+        prepare_caches(options, processes, base, family, data).close()
+        processes.say(f"All caches are complete ({time.perf_counter() - start:.1f} s).")
         return EXIT_OK
-    caches = preparation.prepare(pictures, rebuild=True, say=processes.say)
+    preparation = class_preparation(options, processes, family)
+    if options.config.dry_run:
+        for pictures in data.classes.sets:
+            for kind, state in preparation.survey(pictures).items():
+                processes.say(
+                    f"{pictures.name} {kind}: {state.present} present, {len(state.work)} to make in {state.path}"
+                )
+        return EXIT_OK
+    caches = preparation.prepare(data.classes, rebuild=True, say=processes.say)
     processes.say(f"All caches are complete ({time.perf_counter() - start:.1f} s).")
     if options.verify and processes.is_main:
-        verify(preparation, pictures, caches, say=processes.say)
+        verify(preparation, data.classes, caches, say=processes.say)
     return EXIT_OK
 
 

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from common import save
 
+from library.caching.class_pictures import Preparation
 from library.caching.geometry import SquareCrop
-from library.data.class_pictures import open_pictures
 from library.caching.pictures import Job, picture_batches
-from library.caching.prepare import Preparation
+from library.data.class_pictures import open_pictures
 from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions
 from library.processes import Processes
+from library.training.caches import class_preparation
+from networks.original_names import SD15
 
 
 def main() -> None:
@@ -43,15 +45,13 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     argv = f"""--pretrained_model_name_or_path {arguments.base} --dino_model {arguments.dino} --train_data {arguments.pictures}
         --resolution {arguments.resolution} --dino_resolution {arguments.dino_resolution} --cache_dir {folder}
-        --mixed_precision {arguments.precision}"""
+        --mixed_precision {arguments.precision} --max_data_loader_n_workers {arguments.workers}"""
     if arguments.class_names:
         argv += f" --class_names {arguments.class_names}"
     options = parse(PrepareCacheOptions, argv.split(), prog="cache_build", description="")
-    pictures = open_pictures(options.data)
+    pictures = open_pictures(options.classes)
     processes = Processes()
-    preparation = Preparation(
-        options.model, options.data, options.cache, processes, workers=arguments.workers, tokens=True
-    )
+    preparation = class_preparation(options, processes, SD15)
     jobs = [Job(sample, {"latents": None, "tokens": None}) for sample in pictures.train.samples]
     batch = options.cache.cache_batch_size
 

@@ -20,19 +20,26 @@ import torch
 from common import save
 from diffusers import UNet2DConditionModel
 
-from library.caching.prepare import Cached, Caches
+from library.caching.class_pictures import Cached, Caches
+from library.data.class_pictures import numbered_pictures
+from library.data.collect import collect_classes
 from library.data.sources import Sample
 from library.data.store import StoreMeta, TensorStore
 from library.data.store_writer import StoreWriter
 from library.data.text_embeddings import TextEmbeddings
 from library.models.load import unet_config
-from library.options.parser import parse
-from library.options.repa import TrainRepaOptions
+from library.models.locate import BaseLocation
+from library.options.repa import parse_repa_options
+from library.options.run import RunOptions
 from library.processes import Processes
+from library.training.caches import prepared_classes
 from library.training.loop import train
-from library.training.plan import make_plan
-from library.training.repa_run import build_run
+from library.training.models import COMPUTE_DTYPES, FrozenModels
+from library.training.plan import make_order, make_plan
+from library.training.run import build_run
 from library.training.tracking import MetricLog
+from networks.original_names import SD15 as SD15_FAMILY
+from networks.original_names import Family
 
 # An H200 at the step's arithmetic: 182 TFLOP at 790 TFLOP/s are 0.23 s. The documented run took 1.9 s and 110 GB.
 TARGETS = {"step_seconds": 0.55, "peak_gb": 60.0, "data_wait_share": 0.02}
@@ -68,25 +75,26 @@ def measure(
         --train_batch_size {arguments.batch} --max_train_steps {arguments.steps} --log_every_n_steps 10
         --lora_scope {arguments.lora_scope} --compile {arguments.compile} --align_schedule constant
         --mixed_precision {"bf16" if full_size else "no"} {"--no_deterministic" if arguments.no_deterministic else ""}"""
-    options = parse(TrainRepaOptions, argv.split(), prog="repa_step", description="")
+    options = parse_repa_options(argv.split(), prog="repa_step", description="")
     processes = Processes()
     config = unet_config(base)
     caches = make_caches(folder, arguments.samples, resolution // 8, (grid**2, width), config["cross_attention_dim"])
-    plan = make_plan(arguments.samples, options.training, options.optimizer)
-
-    def random_unet(*_: object, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
-        with torch.device(device):
-            return UNet2DConditionModel.from_config(config).to(dtype).requires_grad_(False).eval()
-
-    where = "library.training.repa_run"
+    data = collect_classes(
+        numbered_pictures(arguments.samples, CLASSES), options.classes, side=resolution, batch_size=arguments.batch,
+        validation_split=0.0, seed=0,
+    )  # fmt: skip
+    prepared = prepared_classes(caches, BaseLocation(base, folder), SD15_FAMILY, data)
+    prepared.models = RandomModels(config)
+    order = make_order(data, options)
+    plan = make_plan(order, options.training, options.optimizer)
+    where = "library.training.run"
     with (
-        mock.patch(f"{where}.load_unet", random_unet),
         mock.patch(f"{where}.load_scheduler_config", lambda _: SCHEDULER),
-        mock.patch(f"{where}.locate_base", lambda *_: None),
-        mock.patch(f"{where}.weight_fingerprint", lambda *_: "random"),
+        mock.patch(f"{where}.scaling_factor", lambda *_: 0.18215),
+        mock.patch(f"{where}.state_facts", lambda *_: {"prediction_type": "epsilon"}),
         mock.patch("library.training.checkpoints.Checkpoints.save", lambda *_, **__: None),
     ):
-        run, task = build_run(options, processes, caches, plan, context)
+        run, _ = build_run(options, processes, prepared, order, plan, folder / "logs", context)
         run.log = MetricLog(folder / "metrics.jsonl", folder / "logs", 0)
         train(run, 0)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -104,6 +112,20 @@ def measure(
         "deterministic": options.speed.deterministic,
     }  # fmt: skip
     return settings, measured
+
+
+class RandomModels(FrozenModels):
+    """A U-Net of random weights in place of the base's."""
+
+    def __init__(self, config: dict[str, object]) -> None:
+        self.config = config
+
+    def unet(
+        self, options: RunOptions, base: BaseLocation, family: Family, device: torch.device
+    ) -> UNet2DConditionModel:
+        with torch.device(device):
+            unet = UNet2DConditionModel.from_config(self.config)
+        return unet.to(COMPUTE_DTYPES[options.model.mixed_precision]).requires_grad_(False).eval()
 
 
 def make_caches(folder: Path, count: int, side: int, token_shape: tuple[int, int], text_width: int) -> Caches:

@@ -14,14 +14,22 @@ import numpy as np
 import torch
 from common import save
 
-from library.data.batches import CachedSamples, Prefetcher
+from library.data.batches import Prefetcher
+from library.data.buckets import Fitted
+from library.data.dataset_schema import Dataset, Subset
+from library.data.order import MicroBatch
+from library.data.samples import CachedSamples, Request, TrainedImage
 from library.data.store import StoreMeta, TensorStore
 from library.data.store_writer import StoreWriter
+from library.data.text_embeddings import TextEmbeddings
+from library.data.training_images import TrainingImage
+from library.training.text import PromptTable
 
 BATCH = 128
 # Batches in flight (depth 3 and the one in use); the first ones touch fresh memory, which a long run does once.
 WARM_UP = 4
 SHAPES = {"latents": (4, 64, 64), "tokens": (256, 1024)}
+SQUARE = (512, 512)
 TARGETS = {"tokens_of_memcpy": 0.6, "latents_per_second": 15000}
 
 
@@ -57,15 +65,38 @@ def make_store(path: Path, kind: str, samples: int) -> TensorStore:
     return TensorStore(path, kind)
 
 
+class Stored:
+    def __init__(self, store: TensorStore) -> None:
+        self.stores, self.flipped = {SQUARE: store}, dict[tuple[int, int], TensorStore]()
+
+
+def samples_of(ids: list[str], store: TensorStore) -> CachedSamples:
+    """Class pictures as training reads them. Latents are read always; one kind at a time, that kind plays the latents."""
+    dataset, subset, fitted = Dataset(SQUARE), Subset(), Fitted(SQUARE, SQUARE, SQUARE, (0, 0, *SQUARE))
+    pictures = [
+        TrainedImage(TrainingImage(name, Path(name), SQUARE, "", "class", None, subset), dataset, fitted, class_id=0)
+        for name in ids
+    ]
+    text = TextEmbeddings(torch.zeros(2, 77, 1).half(), {0: 0})
+    table = PromptTable(text, 0.0, device=torch.device("cpu"), dtype=torch.float32)
+    return CachedSamples(pictures, Stored(store), None, table, seed=0, last_step=1, alike=True)
+
+
+def request(indices: np.ndarray) -> Request:
+    count = len(indices)
+    return Request(0, 0, MicroBatch(0, indices, np.zeros_like(indices), count, count), 1.0)
+
+
 def measure(kind: str, stores: dict[str, TensorStore], arguments: argparse.Namespace) -> dict[str, float]:
     generator = np.random.default_rng(1)
     order = [generator.permutation(arguments.samples)[:BATCH] for _ in range(arguments.batches)]
     ids = [f"n{i:08d}" for i in range(arguments.samples)]
-    # CachedSamples reads latents always; measuring one kind at a time, that kind plays the latents.
-    samples = CachedSamples(ids, torch.zeros(len(ids), dtype=torch.int64), stores[kind], None)
+    samples = samples_of(ids, stores[kind])
 
     def through_training_path() -> float:
-        ahead = Prefetcher(samples, iter([*order[:WARM_UP], *order]), torch.device("cpu"), workers=arguments.threads)
+        ahead = Prefetcher(
+            samples, map(request, [*order[:WARM_UP], *order]), torch.device("cpu"), workers=arguments.threads
+        )
         for _ in range(WARM_UP):
             next(ahead)
         start = time.perf_counter()

@@ -150,8 +150,8 @@ def add_network(
 
     models: component ("unet", "text_encoder", "text_encoder_2") -> model. Parameters are float32 whatever the dtype of the
     base and named `unet.X.lora_A.default.weight`, for text encoders with `text_model.` in X whatever transformers calls it.
-    First values depend on `seed` and the name that `drawn_by` gives a weight; the output is the base's to the bit. Raises AdapterError where nothing
-    matches, adapters are on already, or `spec.sizes` names modules that the models do not have.
+    First values depend on `seed` and the name that `drawn_by` gives a weight; the output is the base's to the bit.
+    Raises AdapterError where nothing matches, adapters are on already, or `spec.sizes` names modules that the models do not have.
     """
     layers: dict[Target, AdaptedLayer] = {}
     sizes_of = {

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from library.data.class_pictures import choose_samples, open_pictures
-from library.caching.prepare import Caches
+from library.caching.class_pictures import Caches
 from library.caching.verify import verify
+from library.data.class_pictures import choose_samples, open_pictures
 from library.data.sources import Sample
 from library.errors import RunFailed, UserError
 from library.models.encoders import dequantize_tokens

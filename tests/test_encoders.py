@@ -58,7 +58,7 @@ def test_latents_are_the_scaled_mode_of_pixels_mapped_once_to_minus_one_and_one(
     latents = vae_encoder.encode(pixels)
     assert latents.dtype == torch.float16 and latents.shape == (2, 4, 16, 16)
     assert torch.allclose(latents.float(), expected, atol=2e-3)
-    mean, logvar = vae_encoder.moments(pixels)
+    mean, logvar = vae_encoder.latents(pixels)
     assert torch.allclose(mean * 0.18215, expected, atol=1e-3) and logvar.shape == mean.shape
 
 
@@ -73,7 +73,7 @@ def test_the_vae_computes_in_the_dtype_it_was_loaded_in(
     tiny_sd15: Path, pixels: Tensor, vae_encoder: VaeEncoder
 ) -> None:
     half = VaeEncoder(load_vae(str(tiny_sd15), dtype=torch.bfloat16))
-    assert half.moments(pixels)[0].dtype == torch.bfloat16
+    assert half.latents(pixels)[0].dtype == torch.bfloat16
     assert (
         F.cosine_similarity(half.encode(pixels).float().flatten(), vae_encoder.encode(pixels).float().flatten(), 0)
         > 0.99

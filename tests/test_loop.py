@@ -22,6 +22,7 @@ from library.training.scaling import LossScaler
 from library.training.schedules import rate_multiplier
 from library.training.state import Trained
 from library.training.tracking import MetricLog
+from tests.tools.orders import whole_steps
 
 STEPS = 6
 
@@ -79,7 +80,8 @@ def run_of(
     options = OptimizerOptions(
         optimizer_type=name, learning_rate=1e-2, ema_decay=0.0, lr_scheduler="constant" if free else "cosine"
     )
-    plan = make_plan(60, TrainingOptions(train_batch_size=1, max_train_steps=STEPS), options)
+    order = whole_steps(60, 1)
+    plan = make_plan(order, TrainingOptions(max_train_steps=STEPS), options)
     output = OutputOptions(
         output_dir=folder, log_every_n_steps=1, validate_every_n_steps=3, save_every_n_steps=3, **changes
     )
@@ -88,6 +90,10 @@ def run_of(
         {"lora": dict(task.model.named_parameters())}, make_optimizer(task.groups, options), None, {}, scaler
     )
     folder.mkdir(exist_ok=True)
+
+    def export(step: int, name: str, finished: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        return {name: weight.detach() for name, weight in trained.parameters.items()}, {}
+
     return Run(
         task=task,
         plan=plan,
@@ -98,7 +104,7 @@ def run_of(
         seed=0,
         output=output,
         processes=processes,
-        checkpoints=Checkpoints(output, {}, {}, plan, trained, processes),
+        checkpoints=Checkpoints(output, {}, {}, plan, trained, processes, order, export),
         validates=True,
         log=MetricLog(folder / "metrics.jsonl", folder / "logs", 0),
     )

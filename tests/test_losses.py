@@ -215,16 +215,28 @@ def test_lambda_follows_its_schedules() -> None:
 
 def test_the_grid_ceiling_is_1_for_a_flat_image_and_falls_with_a_coarser_tap() -> None:
     flat = tokens(2, 1, 8).expand(2, 64, 8)
-    assert losses.grid_ceiling(flat, 4).item() == pytest.approx(1, abs=1e-5)
+    assert losses.grid_ceiling(flat, (8, 8), (4, 4)).item() == pytest.approx(1, abs=1e-5)
     varied = tokens(2, 64, 8)
-    assert losses.grid_ceiling(varied, 2) < losses.grid_ceiling(varied, 4) < losses.grid_ceiling(varied, 8)
-    assert losses.grid_ceiling(varied, 8).item() == pytest.approx(1, abs=1e-5)
+    coarse, fine, same = (losses.grid_ceiling(varied, (8, 8), tap).item() for tap in ((2, 2), (4, 4), (8, 8)))
+    assert coarse < fine < same == pytest.approx(1, abs=1e-5)
+    assert losses.grid_ceiling(varied, (4, 16), (4, 16)).item() == pytest.approx(1, abs=1e-5)
 
 
 def test_the_constant_baseline_is_the_best_of_all_constants() -> None:
-    target = tokens(4, 6, 5)
-    constant, positional = losses.constant_baselines(target)
+    """Over pictures on two grids, added one after another."""
+    square, wide = tokens(4, 6, 5), tokens(3, 8, 5, seed=1)
+    constants = losses.TokenConstants()
+    for part in (square[:1], square[1:]):
+        constants.add(part, (2, 3))
+    constants.add(wide, (2, 4))
+    constant, positional = constants.losses()
+    every = torch.cat([square.flatten(0, 1), wide.flatten(0, 1)])[None]
+    best = losses.normalize(losses.normalize(every).mean(dim=(0, 1))).expand_as(every)
+    assert losses.token_loss(best, every).item() == pytest.approx(constant, abs=1e-6)
     for seed in range(20):
-        tried = tokens(5, seed=seed).expand(4, 6, 5)
-        assert losses.token_loss(tried, target) >= constant - 1e-6
-    assert positional <= constant
+        assert losses.token_loss(tokens(5, seed=seed).expand_as(every), every) >= constant - 1e-6
+    by_position = [losses.normalize(losses.normalize(part).mean(dim=0)).expand_as(part) for part in (square, wide)]
+    slow = sum(
+        losses.token_loss(p, t) * t.shape[0] * t.shape[1] for p, t in zip(by_position, (square, wide), strict=True)
+    )
+    assert (slow / every.shape[1]).item() == pytest.approx(positional, abs=1e-6) and positional <= constant

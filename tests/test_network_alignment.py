@@ -63,7 +63,7 @@ def test_each_bucket_has_tokens_on_a_grid_of_its_aspect(built: Built) -> None:
         batch = built.batch(number)
         rows_, columns = batch.token_grid
         assert batch.tokens.shape[1] == rows_ * columns
-        seen[tuple(batch.moments.shape[-2:])] = batch.token_grid
+        seen[tuple(batch.latents.shape[-2:])] = batch.token_grid
         assert np.isfinite(parts_of(built, batch)["token"])
     assert seen == {(12, 12): (4, 4), (8, 16): (3, 6), (16, 8): (6, 3)}
 
@@ -78,7 +78,7 @@ def test_a_mirrored_picture_comes_with_the_tokens_of_its_mirror_image(built: Bui
         batch = samples.empty_batch(request._replace(epoch=epoch), pin=False)
         samples.fill(batch, slice(0, len(batch)))
         for row, index in enumerate(batch.indices):
-            tokens, one = built.prepared.tokens, samples.images[index]
+            tokens, one = built.prepared.training.tokens, samples.images[index]
             stores = tokens.flipped if batch.flipped[row] else tokens.stores
             expected = stores[one.fitted.bucket].read(one.image.sample_id)
             assert np.array_equal(batch.tokens[row].numpy(), expected)

@@ -16,12 +16,12 @@ from library.models.family import family_of
 from library.models.locate import locate_base
 from library.options.kohya.training import NetworkOutputOptions
 from library.options.network import parse_network_options
-from library.training.checkpoints import NetworkCheckpoints, validation_due
 from library.training.metadata import AdapterMetadata
 from library.training.models import network_spec
+from library.training.patience import validation_due
 from library.training.pictures import collect_pictures
-from library.training.run import make_order, make_plan
-from library.training.plan import Plan
+from library.training.plan import Plan, make_order, make_plan
+from library.training.saving import KohyaSaving
 from networks.adapter_file import NETWORK_SPEC_KEY
 from tests.tools.network_runs import NetworkSetting, draw_pictures, metadata, names
 from tests.tools.network_runs import adapter as tensors_of
@@ -203,17 +203,16 @@ def test_save_precision_is_that_of_the_file_and_training_stays_float32(
     assert {value.dtype for value in load_file(state).values()} == {torch.float32}
 
 
-def checkpoints(**options: Any) -> NetworkCheckpoints:
-    """Of a run of 10 epochs of 4 steps."""
-    plan = Plan(8, 2, 1, 1, steps_per_epoch=4, last_step=40, warmup_steps=0)
-    missing: Any = None
-    output = NetworkOutputOptions(output_name="mio", **options)
-    return NetworkCheckpoints(output, {}, {}, plan, missing, missing, order=missing, export=missing)
+PLAN = Plan(8, 2, 1, 1, steps_per_epoch=4, last_step=40, warmup_steps=0)
+
+
+def saving(**options: Any) -> KohyaSaving:
+    return KohyaSaving(NetworkOutputOptions(output_name="mio", **options))
 
 
 def test_adapters_are_due_by_epochs_steps_or_number() -> None:
     def due(**options: Any) -> list[int]:
-        return [step for step in range(1, 41) if checkpoints(**options).due(step, step == 40)]
+        return [step for step in range(1, 41) if saving(**options).adapters(step, step == 40, PLAN)]
 
     assert due() == [40]
     assert due(save_every_n_epochs=4) == [16, 32, 40]
@@ -229,9 +228,8 @@ def test_old_files_go_as_kohyas_do(tmp_path: Path) -> None:
     for name in there:
         (tmp_path / name).mkdir() if name.endswith("-state") else (tmp_path / name).write_text("")
     changes = {"save_every_n_epochs": 2, "save_last_n_epochs": 2, "save_every_n_steps": 6, "save_last_n_steps": 11}
-    kept = checkpoints(output_dir=tmp_path, save_state=True, save_last_n_epochs_state=1, **changes)
-    kept.newest = tmp_path / "mio-000002-state"
-    kept._prune(24)
+    kept = saving(output_dir=tmp_path, save_state=True, save_last_n_epochs_state=1, **changes)
+    kept.prune(24, False, tmp_path / "mio-000002-state", PLAN)
     assert set(there) - set(names(tmp_path)) == {
         "mio-000002.safetensors", "mio-000002-ema.safetensors", "mio-000004-state", "mio-step00000006.safetensors",
         "mio-step00000012.safetensors",

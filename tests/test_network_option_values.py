@@ -12,9 +12,9 @@ import pytest
 
 from library.data.dataset_config import read_dataset_config
 from library.errors import UserError
+from library.options.kohya.network_args import _READ, BlockCurve, NetworkArgs, parse_network_args
 from library.options.kohya.refused import REFUSED
 from library.options.network import parse_network_options, write_config
-from library.options.kohya.network_args import _READ, BlockCurve, NetworkArgs, parse_network_args
 from library.options.parser import flatten
 from library.options.toml_file import PROJECT_ROOT
 from tests.test_network_options import GUIDE_SDXL, config, in_a_shell, parsed
@@ -32,7 +32,7 @@ def test_sections_are_flattened_and_the_later_one_wins(tmp_path: Path) -> None:
 def test_a_flag_that_the_file_sets_can_be_taken_back(tmp_path: Path) -> None:
     file = config(tmp_path, "gradient_checkpointing = true\ncache_latents = true")
     options = parsed("--config_file", file, "--no_gradient_checkpointing", "--no_cache_latents")
-    assert not options.speed.gradient_checkpointing and not options.caches_latents
+    assert not options.speed.gradient_checkpointing and options.cache.cache_latents is False
     assert parsed("--config_file", file).cache.cache_latents is True
 
 
@@ -213,9 +213,9 @@ def test_a_wrong_command_is_one_clear_sentence(line: str, message: str) -> None:
 
 def test_sane_defaults_stand_where_kohyas_are_traps() -> None:
     options = parsed()
-    assert options.captions.caption_extensions == (".caption", ".txt")
+    assert options.captions.caption_extension is None
     assert [options.data.max_bucket_side(size) for size in ((512, 512), (1024, 1024))] == [1024, 2048]
-    assert options.uses_demo and options.caches_latents and not parsed("--random_crop").caches_latents
+    assert options.uses_demo
     assert (options.network.rank, options.network.alpha, options.optimizer.learning_rate) == (4, 1.0, 1e-4)
     assert options.training.seed == 42 and not options.alignment.alignment and options.optimizer.ema_decay == 0
 

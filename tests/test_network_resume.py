@@ -12,10 +12,10 @@ import torch
 
 from library.options.network import parse_network_options
 from library.training.plan import Plan
+from library.training.session import first_step
 from library.training.stop import SAVE, STOP
 from tests.tools.network_runs import EXACT, NetworkSetting, adapter, asked, losses, names
 from tests.tools.runs import assert_equal_states
-from train_network import begin
 
 
 def assert_same_end(a: Path, b: Path) -> None:
@@ -188,4 +188,4 @@ def test_a_run_may_begin_at_a_step_without_a_state(
     assert "initial_step 4 leaves nothing to train: the run has 4 steps." in capsys.readouterr().err
     plan = Plan(6, 2, 2, 1, steps_per_epoch=2, last_step=4, warmup_steps=0)
     for words, step in (([], 0), (["--initial_step", "3"], 3), (["--initial_epoch", "2"], 2)):
-        assert begin(parse_network_options(words, prog="", description=None), plan) == step
+        assert first_step(parse_network_options(words, prog="", description=None), plan) == step

@@ -100,7 +100,7 @@ def test_a_failing_sample_is_a_warning(
 def test_the_prompts_are_read_by_the_encoders_of_the_run(network_setting: NetworkSetting) -> None:
     """With clip_skip, and adapters at full strength whatever the last batch was trained at; long prompts in A1111's chunks."""
     built = network_setting.build(clip_skip=2, max_token_length=150).stir()
-    built.task.losses(replace(built.batch(), multipliers=0.0), torch.Generator(), 0)
+    built.task.losses(replace(built.batch(), multiplier=0.0), torch.Generator(), 0)
     told: list[Any] = []
 
     def spy(model: DrawingModel, request: Request, seeds: list[int]) -> list[Image.Image]:
@@ -147,9 +147,9 @@ def test_tags_of_other_adapters_are_left_out(
 def sampler_of(built: Built) -> samples.Sampler:
     from types import SimpleNamespace
 
-    from library.training.run import _trained
+    from library.training.run import make_trained
 
     run: Any = SimpleNamespace(
-        plan=built.plan, processes=built.task.processes, trained=_trained(built.options, built.task), log=None
+        plan=built.plan, processes=built.task.processes, trained=make_trained(built.options, built.task), log=None
     )
     return samples.Sampler(built.options, built.prepared, run, built.task, 0, resumed=False)

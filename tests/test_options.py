@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
+from library.options.network import TrainNetworkOptions
 from library.options.parser import fields_of, flatten, parse
-from library.options.repa import PrepareCacheOptions, TrainRepaOptions
+from library.options.repa import PrepareCacheOptions, TrainRepaOptions, parse_repa_options
 from library.options.toml_file import PROJECT_ROOT, find_config, read_options
 
 
 def parsed(*argv: str) -> TrainRepaOptions:
-    return parse(TrainRepaOptions, list(argv), prog="train_repa.py", description="x", default_config="demo.toml")
+    return parse_repa_options(list(argv), prog="train_repa.py", description="x")
 
 
 def config(tmp_path: Path, text: str) -> str:
@@ -35,9 +36,9 @@ def test_defaults_are_track_a_of_the_document() -> None:
     assert (o.max_grad_norm, o.ema_decay) == (1.0, 0.9995)
     a = options.alignment
     assert (a.align_coeff, a.align_warmup_steps, a.manifold_weight, a.manifold_mode) == (0.5, 3000, 3.0, "sample")
-    assert options.objective.class_dropout == 0.1 and options.model.mixed_precision == "bf16"
+    assert options.classes.class_dropout == 0.1 and options.model.mixed_precision == "bf16"
     assert (options.output.validate_every_n_steps, options.output.save_every_n_steps) == (3000, 6000)
-    assert options.speed.max_data_loader_n_workers == 8 and options.cache.dino_resolution == 518
+    assert options.speed.max_data_loader_n_workers == 8 and options.alignment.dino_resolution == 518
 
 
 def test_the_command_line_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) -> None:
@@ -102,7 +103,8 @@ def test_every_ablation_of_the_document_changes_what_it_says() -> None:
             [],
             r"Unknown keys: foo in my.toml, line 1; tap \(did you mean taps\?\) in my.toml, line 3\.",
         ),
-        ("[a]\nresolution = '512'", [], r"resolution is '512' in my.toml, line 2: input should be a valid integer\."),
+        ("[a]\nresolution = 'big'", [], r"resolution is 'big' in my.toml, line 2: invalid literal for int"),
+        ("[a]\nconv_dim = '2'", [], r"conv_dim is '2' in my.toml, line 2: input should be a valid integer\."),
         ("alignment = 1", [], r"alignment is 1 in my.toml, line 1: input should be a valid boolean\."),
         (
             "lora_scope = 'up'",
@@ -125,12 +127,28 @@ def test_every_ablation_of_the_document_changes_what_it_says() -> None:
         ("", ["--output_name", "a/b"], r"output_name .* must have no path separators, got 'a/b'"),
         ("", ["--align_schedule", "cutoff"], r"align_cutoff_step is missing, and align_schedule is cutoff"),
         ("", ["--align_cutoff_step", "5"], r"align_cutoff_step has no effect with align_schedule warmup"),
-        ("", ["--v_parameterization", "--raw_v_target"], r"raw_v_target and v_parameterization exclude each other"),
+        (
+            "",
+            ["--v_parameterization", "--raw_v_target"],
+            r"raw_v_target is the document's way, --objective v the exact one",
+        ),
         ("", ["--network_dropout", "1"], r"network_dropout must be at least 0 and below 1, got 1.0"),
         ("", ["--max_train_samples", "64"], r"train_batch_size 128 is larger than max_train_samples 64"),
         ("", ["--resolution", "500"], r"resolution must be a positive multiple of 64"),
         ("", ["--prompt_template", "a photo"], r"prompt_template must contain \{name\}"),
         ("", ["--taps", "mid", "mid"], r"taps names a tap twice"),
+        (
+            "",
+            ["--flip_aug"],
+            r"flip_aug is for captioned pictures \(\[\[datasets\]\], train_data_dir\), not for train_data",
+        ),
+        ("val_data = 'x'\n[[datasets]]", [], r"val_data is for class pictures, and the pictures have captions"),
+        ("", ["--no_network_train_unet_only"], r"network_train_unet_only cannot be off with class pictures"),
+        (
+            "",
+            ["--conv_dim", "4", "--network_args", "conv_dim=2"],
+            r"conv_dim and conv_dim in network_args say the same",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_clear_sentence(tmp_path: Path, text: str, argv: list[str], message: str) -> None:
@@ -158,7 +176,7 @@ def test_a_loop_of_extends_is_refused(tmp_path: Path) -> None:
 
 def test_every_option_has_a_sentence_of_help() -> None:
     documented = set()
-    for file in [*(PROJECT_ROOT / "library" / "options").glob("*.py"), *PROJECT_ROOT.glob("*.py")]:
+    for file in (PROJECT_ROOT / "library" / "options").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             body = node.body if isinstance(node, ast.ClassDef) else []
             for field, following in itertools.pairwise(body):
@@ -166,7 +184,7 @@ def test_every_option_has_a_sentence_of_help() -> None:
                     text = ast.literal_eval(following.value)
                     if isinstance(text, str) and len(text) > 15 and isinstance(field.target, ast.Name):
                         documented.add(field.target.id)
-    options = set(fields_of(TrainRepaOptions) | fields_of(PrepareCacheOptions))
+    options = set(fields_of(TrainNetworkOptions) | fields_of(PrepareCacheOptions))
     assert len(options) > 60 and not options - documented
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from library.data.batches import CachedSamples
 from library.errors import UserError
 from library.evaluation.dense import dense_pictures, diverging, pca_colours, sheet
+from library.evaluation.feature_model import FeatureModel, load_feature_model
 from library.evaluation.features import Tapped, load_folded_model, read_heads, tapped
 from library.evaluation.held_out import ProbedPictures, open_probed, pictures_of_state
 from library.evaluation.measures import meaning
@@ -24,7 +25,6 @@ from library.evaluation.representation import (
     evaluate_states,
 )
 from library.evaluation.similarity import token_cosine
-from library.inference.features import FeatureModel, load_feature_model
 from library.options.data import CacheOptions, DataOptions
 from library.training.state import list_states
 from networks.features import capture

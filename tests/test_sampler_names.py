@@ -17,8 +17,8 @@ from library.inference.sampler_names import (
     schedule_named,
 )
 from library.inference.sigmas import SCHEDULES
-from library.options import kohya_samples
 from library.options.generate import SamplingOptions
+from library.options.kohya import watching
 
 
 def request(sampler: str, schedule: str | None = None) -> Request:
@@ -36,7 +36,7 @@ def test_the_tables_hold_the_same_names() -> None:
     assert set(SCHEDULES) == set(SCHEDULE_NAMES) >= set(DEFAULT_SCHEDULES.values())
 
 
-@pytest.mark.parametrize("name", typing.get_args(kohya_samples.Sampler))
+@pytest.mark.parametrize("name", typing.get_args(watching.Sampler))
 def test_kohyas_names_are_known_with_their_schedules(name: str) -> None:
     sampler, schedule = request(name).sampler_and_schedule
     assert sampler in SAMPLER_NAMES and schedule == ("DDIM" if name in ("ddim", "pndm") else "Normal")

@@ -11,12 +11,13 @@ from library.errors import UserError
 from library.options.training import OptimizerOptions, TrainingOptions
 from library.training.plan import Plan, make_plan
 from library.training.schedules import rate_multiplier
+from tests.tools.orders import whole_steps
 
 STEPS, WARMUP = 100, 10
 
 
 def plan_of(options: OptimizerOptions) -> Plan:
-    return make_plan(1000, TrainingOptions(train_batch_size=10, max_train_steps=STEPS), options)
+    return make_plan(whole_steps(1000, 10), TrainingOptions(max_train_steps=STEPS), options)
 
 
 def rates(lr_scheduler: str = "cosine", **changes: object) -> list[float]:

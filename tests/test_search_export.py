@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import train_network
-from library.data.dataset_config import read_dataset_config
 from library.data.collect import TrainingData
+from library.data.dataset_config import read_dataset_config
 from library.errors import RunFailed, UserError
 from library.options.network import parse_network_options
 from library.options.parser import flatten

@@ -51,8 +51,7 @@ def test_every_choice_makes_options_that_the_script_takes(name: str, tmp_path: P
     import toml
 
     from library.options.network import parse_network_options
-    from library.options.parser import parse
-    from library.options.repa import TrainRepaOptions
+    from library.options.repa import parse_repa_options
 
     space = read_space(find_space(name))
     for one in space.parameters:
@@ -63,7 +62,7 @@ def test_every_choice_makes_options_that_the_script_takes(name: str, tmp_path: P
             if name == "default":
                 parse_network_options(["--config_file", str(file)], prog="x", description=None)
             else:
-                parse(TrainRepaOptions, ["--dataset_config", str(file)], prog="x", description=None)
+                parse_repa_options(["--dataset_config", str(file)], prog="x", description=None)
 
 
 def test_sdxl_multiplies_what_was_carried_over_and_turns_text_encoders_off() -> None:

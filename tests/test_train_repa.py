@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.data.store_writer import StoreWriter
-from library.inference.features import extract_features, load_feature_model
+from library.evaluation.feature_model import extract_features, load_feature_model
 from tests.test_dinov2 import meta_weights
 from tests.tools.ldm_layout import ldm_checkpoint
 from tests.tools.runs import RepaSetting, assert_equal_states, copy_until, metric_rows, state_tensors
@@ -83,7 +83,7 @@ def test_the_frozen_bases_loss_is_that_of_an_untrained_run_and_stays_while_weigh
         {"taps": "enc_last mid dec_first", "lora_scope": "down_mid"},
         {"align_head": "linear", "manifold_mode": "token", "manifold_margin": 0.1},
         {"align_head": "conv3x3", "manifold_mode": "random", "manifold_random_tokens": 8, "manifold_clip": 0.01},
-        {"v_parameterization": "", "min_snr_gamma": 5.0, "align_schedule": "cutoff", "align_cutoff_step": 1},
+        {"objective": "v", "min_snr_gamma": 5.0, "align_schedule": "cutoff", "align_cutoff_step": 1},
         {"raw_v_target": "", "align_schedule": "constant", "ema_decay": 0.0, "max_grad_norm": 0.0},
         {"conv_dim": 2, "lora_scope": "all", "gradient_checkpointing": "", "gradient_accumulation_steps": 2},
         {"mixed_precision": "bf16", "encoder_precision": "no", "lr_scheduler": "linear", "class_dropout": 1.0},
@@ -108,11 +108,11 @@ def test_validation_numbers_depend_on_the_weights_alone(repa_setting: RepaSettin
     assert len(rows) == 4 and all(row == rows[0] for row in rows)
     parts = rows[0]
     assert parts["val/total"] == pytest.approx(
-        parts["val/diffusion"] + 0.5 * (parts["val/token"] + 3 * parts["val/manifold"])
+        parts["val/loss"] + 0.5 * (parts["val/token"] + 3 * parts["val/manifold"])
     )
     # Four samples stand at timesteps 500, 118, 736 and 354: one, one and two in the quarters, none in the last.
-    q1, q2, q3 = (parts[f"val/diffusion_q{i}"] for i in (1, 2, 3))
-    assert (q1 + q2 + 2 * q3) / 4 == pytest.approx(parts["val/diffusion"], rel=1e-5) and "val/diffusion_q4" not in parts
+    q1, q2, q3 = (parts[f"val/loss_q{i}"] for i in (1, 2, 3))
+    assert (q1 + q2 + 2 * q3) / 4 == pytest.approx(parts["val/loss"], rel=1e-5) and "val/loss_q4" not in parts
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_state(
@@ -154,15 +154,6 @@ def test_data_smaller_than_a_batch_and_other_bad_input_are_one_sentence_with_cod
     assert not (tmp_path / "out").exists()
 
 
-def test_xformers_asked_for_and_unusable_names_sdpa(
-    repa_setting: RepaSetting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("xformers may work here")
-    assert repa_setting.train(tmp_path / "out", "--xformers") == 2
-    assert "--xformers was asked for" in (said := capsys.readouterr().err) and "--sdpa" in said
-
-
 def test_features_come_as_tokens_pooled_or_as_a_map(finished_run: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(3, 4, 16, 16, generator=generator)
@@ -186,7 +177,7 @@ def test_dry_run_of_track_a_prints_1562_and_62480(capsys: pytest.CaptureFixture[
     assert train_repa.main(["--dataset_config", "trackA.toml", "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert "steps per epoch  1562\n" in said and "steps            62480 (40 epochs)" in said
-    assert "155,648 lora + 2,360,320 align_heads" in said and "device memory    about" in said
+    assert "155,648 unet + 2,360,320 align_heads" in said and "device memory    about" in said
     assert "missing          " in said
 
 

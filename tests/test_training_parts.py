@@ -22,19 +22,21 @@ from library.training.randomness import StepRandomness, sample_noise, seed_of, s
 from library.training.schedules import rate_multiplier
 from library.training.stop import NOTHING, SAVE, STOP, Requests
 from library.training.tracking import AnomalyWatch, MetricLog, MetricWindow, clock_text, status_line
+from tests.tools.orders import whole_steps
 
 
 def test_track_a_is_1562_steps_per_epoch_and_62480_in_all() -> None:
-    plan = make_plan(200_000, TrainingOptions(), OptimizerOptions())
+    plan = make_plan(whole_steps(200_000, 128), TrainingOptions(), OptimizerOptions())
     assert (plan.steps_per_epoch, plan.last_step, plan.warmup_steps) == (1562, 62480, 6248)
 
 
 def test_track_b_is_10009_steps_per_epoch() -> None:
-    assert make_plan(1_281_167, TrainingOptions(), OptimizerOptions()).steps_per_epoch == 10009
+    assert whole_steps(1_281_167, 128).steps_per_epoch == 10009
 
 
 def test_processes_and_accumulation_divide_the_steps() -> None:
-    plan = make_plan(1000, TrainingOptions(train_batch_size=10, gradient_accumulation_steps=2), OptimizerOptions(), 3)
+    order = whole_steps(1000, 10, world_size=3, accumulation=2)
+    plan = make_plan(order, TrainingOptions(), OptimizerOptions())
     assert (plan.samples_per_step, plan.steps_per_epoch) == (60, 16)
 
 
@@ -42,19 +44,17 @@ def test_a_batch_larger_than_the_data_is_refused_with_the_largest_that_fits() ->
     with pytest.raises(
         UserError, match="is 128 samples a step, but the training set has only 100. Lower .* at most 100"
     ):
-        make_plan(100, TrainingOptions(), OptimizerOptions())
+        whole_steps(100, 128)
 
 
 def test_steps_beat_epochs_and_warm_up_is_a_share_or_a_count() -> None:
-    plan = make_plan(
-        1000, TrainingOptions(train_batch_size=10, max_train_steps=77), OptimizerOptions(lr_warmup_steps=5)
-    )
+    plan = make_plan(whole_steps(1000, 10), TrainingOptions(max_train_steps=77), OptimizerOptions(lr_warmup_steps=5))
     assert (plan.last_step, plan.warmup_steps) == (77, 5)
 
 
 def test_the_learning_rate_is_the_documents_warm_up_and_cosine() -> None:
     options = OptimizerOptions()
-    plan = make_plan(200_000, TrainingOptions(), options)
+    plan = make_plan(whole_steps(200_000, 128), TrainingOptions(), options)
     multiplier = rate_multiplier(options, plan)
 
     def reference(step: int) -> float:

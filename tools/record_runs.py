@@ -31,7 +31,8 @@ PROCESSES = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"
 REPA = {
     "mid_sample": "",
     "taps_token": "--lora_scope down_mid --taps enc_last mid dec_first --manifold_mode token --align_head linear",
-    "all_conv_random_bf16": "--lora_scope all --conv_dim 2 --manifold_mode random --min_snr_gamma 5 --mixed_precision bf16 --cache_dir CACHES/bf16",
+    "all_conv_random_bf16": "--lora_scope all --conv_dim 2 --manifold_mode random --min_snr_gamma 5 --mixed_precision bf16 "
+    "--cache_dir CACHES/bf16",
     "objective_v": "--objective v --manifold_margin 0.1 --manifold_clip 0.01",
     "raw_v": "--raw_v_target --align_schedule cutoff --align_cutoff_step 20",
     "no_alignment": "--no_alignment --ema_decay 0 --lora_scope down_mid",
@@ -143,7 +144,7 @@ def draw_pictures(folder: Path) -> Path:
     path = folder / "dataset.toml"
     path.write_text(
         "[general]\nresolution = 128\nbatch_size = 3\nenable_bucket = true\nbucket_reso_steps = 32\nmin_bucket_reso = 64\n"
-        f"validation_split = 0.2\nvalidation_seed = 3\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{images}'\n"
+        "validation_split = 0.2\nvalidation_seed = 3\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'pictures'\n"
         "caption_extension = '.txt'\nnum_repeats = 2\n"
     )
     return path

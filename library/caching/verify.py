@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from library.caching.prepare import Cached, Caches, Preparation
+from library.caching.class_pictures import Cached, Caches, Preparation
 from library.data.class_pictures import Pictures, PictureSet
 from library.data.pixels import UnreadableImage, decode_rgb, square_crop
 from library.data.store import TensorStore
@@ -75,7 +75,7 @@ def _encode_again(preparation: Preparation, one: PictureSet, cached: Cached, kin
         except UnreadableImage:
             gone += 1  # a picture may be deleted once it is cached
             continue
-        pixels = square_crop(picture, preparation.data.resolution)
+        pixels = square_crop(picture, preparation.side)
         batch = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].to(preparation.processes.device)
         with torch.no_grad():
             fresh = preparation.encoder(kind).encode(batch)[0].float().cpu()

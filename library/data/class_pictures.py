@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.data.demo_pictures import ensure_demo_pictures
-from library.data.sources import ImageSource, Sample, check_class_names, load_class_names, open_source
+from library.data.sources import FileSource, ImageSource, Sample, check_class_names, load_class_names, open_source
 from library.errors import UserError
 from library.options.data import ClassPictureOptions
 from library.options.kohya.dataset import DEMO_DATA
@@ -56,6 +57,15 @@ def open_pictures(data: ClassPictureOptions) -> Pictures:
         _check_ids(val)
         check_class_names(val.samples, names)
     return Pictures(train, val, names)
+
+
+def numbered_pictures(count: int, classes: int = 1) -> Pictures:
+    """As many pictures without files: for a plan of pictures that are not there yet, and for benchmarks."""
+    samples = [Sample(f"n{i}", f"n{i}.png", i % classes) for i in range(count)]
+    source = FileSource(Path("pictures"), samples)
+    return Pictures(
+        PictureSet("train", source, samples), None, {class_id: str(class_id) for class_id in range(classes)}
+    )
 
 
 def _check_ids(pictures: PictureSet) -> None:

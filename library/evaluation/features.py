@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from library.data.batches import CachedSamples
 from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
+from library.evaluation.feature_model import FeatureModel
+from library.evaluation.held_out import StoredPictures
 from library.evaluation.similarity import pool_tokens
-from library.inference.features import FeatureModel
 from library.merging.merge import fold_into_modules
 from library.merging.source import read_source
 from library.models.load import load_scheduler_config, load_unet
@@ -54,7 +53,7 @@ class Tapped:
 @torch.no_grad()
 def tapped(
     model: FeatureModel,
-    samples: CachedSamples,
+    samples: StoredPictures,
     empty_prompt: Tensor,
     *,
     tap: str,
@@ -69,8 +68,8 @@ def tapped(
     maps, tokens = [], []
     with capture(model.unet, [tap]) as features, _ended_after(model.unet, tap):
         for start in range(0, len(samples), batch_size):
-            indices = np.arange(start, min(start + batch_size, len(samples)))
-            latents = samples.read(indices).latents.float()
+            indices = range(start, min(start + batch_size, len(samples)))
+            latents = samples.read_latents(indices)
             ids = [f"{samples.sample_ids[i]}@{timestep}" for i in indices]
             noise = sample_noise(seed, ids, tuple(latents.shape[1:]))
             timesteps = torch.full((len(indices),), timestep, device=device)

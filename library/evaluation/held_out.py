@@ -13,23 +13,56 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from library.data.batches import CachedSamples
 from library.data.class_pictures import PictureSet, choose_samples, open_pictures
 from library.data.pixels import UnreadableImage, decode_rgb, square_crop
 from library.data.store import StoreMeta, TensorStore
 from library.data.text_embeddings import read_text_embeddings
 from library.errors import UserError
-from library.options.data import CacheOptions, DataOptions
+from library.models.encoders import dequantize_tokens
+from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.training.state import read_facts
 
-Group = TypeVar("Group", DataOptions, CacheOptions)
+Group = TypeVar("Group", ClassPictureOptions, ClassCacheOptions)
+
+
+@dataclass(frozen=True)
+class StoredPictures:
+    """Latents and teacher tokens of some pictures, in their stores."""
+
+    sample_ids: list[str]
+    latents: TensorStore
+    tokens: TensorStore
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def read_latents(self, places: range) -> Tensor:
+        """[n, C, h, w] float32, scaled."""
+        return torch.from_numpy(self._read(self.latents, places)).float()
+
+    def read_tokens(self, places: range) -> Tensor:
+        """[n, N, D] float32."""
+        tokens, meta = torch.from_numpy(self._read(self.tokens, places)), self.tokens.meta
+        if not meta.has_scale:
+            return tokens.float()
+        scales = np.empty((len(places), meta.shape[0]), np.float16)
+        self.tokens.read_scales_into(self._ids(places), scales)
+        return dequantize_tokens(tokens, torch.from_numpy(scales))
+
+    def _read(self, store: TensorStore, places: range) -> np.ndarray:
+        values = np.empty((len(places), *store.meta.shape), store.meta.dtype)
+        store.read_into(self._ids(places), values)
+        return values
+
+    def _ids(self, places: range) -> list[str]:
+        return [self.sample_ids[place] for place in places]
 
 
 @dataclass
 class ProbedSet:
     """Cached pictures with teacher tokens. labels: [n] int64 class ids. photo: the picture by its place, as it was encoded."""
 
-    samples: CachedSamples
+    samples: StoredPictures
     labels: Tensor
     photo: Callable[[int], Image.Image]
 
@@ -42,9 +75,8 @@ class ProbedSet:
 
     def teacher(self, batch_size: int = 64) -> Tensor:
         """Teacher tokens [n, N, D] float32, as cached."""
-        starts = range(0, len(self), batch_size)
-        indices = [np.arange(start, min(start + batch_size, len(self))) for start in starts]
-        return torch.cat([self.samples.read(one).target_tokens() for one in indices])
+        parts = [range(start, min(start + batch_size, len(self))) for start in range(0, len(self), batch_size)]
+        return torch.cat([self.samples.read_tokens(part) for part in parts])
 
 
 @dataclass
@@ -66,12 +98,11 @@ def pictures_of_state(state: Path, *, fit: int, test: int) -> ProbedPictures:
     """
     facts = read_facts(state)
     options = facts["options"]
-    pictures = open_probed(
-        _group(DataOptions, options, state), _group(CacheOptions, options, state), fit=fit, test=test
-    )
-    for kind, producer in facts.get("caches", {}).items():
-        store = pictures.fit.samples.latents if kind == "latents" else pictures.fit.samples.tokens
-        if store is not None and not store.foreign and store.meta.producer != producer:
+    classes, caches = _group(ClassPictureOptions, options, state), _group(ClassCacheOptions, options, state)
+    pictures = open_probed(classes, caches, side=options["resolution"][0], fit=fit, test=test)
+    for name, producer in facts.get("caches", {}).items():
+        store = pictures.fit.samples.tokens if name.startswith("tokens ") else pictures.fit.samples.latents
+        if not store.foreign and store.meta.producer != producer:
             raise UserError(
                 f"The store {store.path} is not the one that {state} was trained on: {_difference(producer, store.meta)}. "
                 "Train anew, or restore the caches."
@@ -79,12 +110,15 @@ def pictures_of_state(state: Path, *, fit: int, test: int) -> ProbedPictures:
     return pictures
 
 
-def open_probed(data: DataOptions, cache: CacheOptions, *, fit: int, test: int) -> ProbedPictures:
+def open_probed(
+    classes: ClassPictureOptions, cache: ClassCacheOptions, *, side: int, fit: int, test: int
+) -> ProbedPictures:
     """At most `fit` training and `test` validation pictures, chosen by a stable hash, of those that are cached.
 
-    Nothing is built: prepare_cache.py does that. Raises UserError where there is no validation set, no store, or nothing in it.
+    side: of the squares that they were encoded as. Nothing is built: prepare_cache.py does that.
+    Raises UserError where there is no validation set, no store, or nothing in it.
     """
-    pictures = open_pictures(data)
+    pictures = open_pictures(classes)
     if pictures.val is None:
         raise UserError(
             "Representations are measured on held-out pictures, and there are none: val_data was not given. Give val_data, "
@@ -93,8 +127,8 @@ def open_probed(data: DataOptions, cache: CacheOptions, *, fit: int, test: int) 
     text = read_text_embeddings(cache.text_embeddings_path)
     notes: list[str] = []
     sets = {
-        "train": _probed(pictures.train, data, cache, fit, text.empty_row, notes),
-        "val": _probed(pictures.val, data, cache, test, text.empty_row, notes),
+        "train": _probed(pictures.train, side, cache, fit, notes),
+        "val": _probed(pictures.val, side, cache, test, notes),
     }
     if shared := set(sets["train"].ids) & set(sets["val"].ids):
         notes.append(
@@ -104,9 +138,7 @@ def open_probed(data: DataOptions, cache: CacheOptions, *, fit: int, test: int) 
     return ProbedPictures(sets["train"], sets["val"], text.embeddings[text.empty_row], notes)
 
 
-def _probed(
-    pictures: PictureSet, data: DataOptions, cache: CacheOptions, limit: int, empty_row: int, notes: list[str]
-) -> ProbedSet:
+def _probed(pictures: PictureSet, side: int, cache: ClassCacheOptions, limit: int, notes: list[str]) -> ProbedSet:
     stores = {
         kind: TensorStore(
             cache.store_path(f"{pictures.name}_{kind}"), kind, made_elsewhere=shape and ("float16", shape)
@@ -122,8 +154,7 @@ def _probed(
             f"and {stores['tokens'].path}; two at least are needed. prepare_cache.py builds what is missing."
         )
     chosen = choose_samples(cached, limit)
-    rows = torch.full((len(chosen),), empty_row, dtype=torch.int64)
-    samples = CachedSamples([one.sample_id for one in chosen], rows, stores["latents"], stores["tokens"])
+    samples = StoredPictures([one.sample_id for one in chosen], stores["latents"], stores["tokens"])
 
     def photo(place: int) -> Image.Image:
         one = chosen[place]
@@ -131,7 +162,7 @@ def _probed(
             picture = decode_rgb(pictures.source.read(one), name=one.path)
         except UnreadableImage as error:
             raise UserError(f"{error}. It was readable when it was cached.") from None
-        return Image.fromarray(square_crop(picture, data.resolution))
+        return Image.fromarray(square_crop(picture, side))
 
     return ProbedSet(samples, torch.tensor([one.class_id for one in chosen]), photo)
 

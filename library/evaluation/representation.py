@@ -20,14 +20,15 @@ from torch import Tensor
 from library.errors import UserError
 from library.evaluation import baselines
 from library.evaluation.dense import DensePicture, dense_pictures
+from library.evaluation.feature_model import FeatureModel, load_feature_model
 from library.evaluation.features import Tapped, tapped
 from library.evaluation.held_out import ProbedPictures, pictures_of_state
 from library.evaluation.measures import Measures, meaning, of_each_token
 from library.evaluation.similarity import pool_tokens, sample_similarity_mae
 from library.evaluation.spread import Spread, transposed
-from library.inference.features import FeatureModel, load_feature_model
 from library.models.encoders import weight_fingerprint
 from library.models.locate import locate_base
+from library.training.saving import StepSaving
 from library.training.state import read_facts
 from networks.features import Tap
 from networks.lora import lora_disabled
@@ -201,13 +202,13 @@ def evaluate_representation(
 
 def _check_state(state: Path) -> None:
     facts = read_facts(state)
-    if "lora_spec" not in facts:
+    if not (state / f"{StepSaving.part(UNET)}.safetensors").is_file():
         raise UserError(
             f"{state} was not made by train_repa.py. Give the adapter file of that training, and pictures with cached tokens."
         )
     location = locate_base(facts["base_model"], (UNET, "scheduler"))
     now = weight_fingerprint(location, UNET, Path(facts["options"]["cache_dir"]) / "weight_hashes.json")
-    if facts.get("base_weights", now) != now:
+    if facts.get("base_weights", {}).get(UNET, now) != now:
         raise UserError(
             f"The U-Net of {facts['base_model']} is not the one that {state} was trained on: its weights are others. Train anew, "
             "or restore the base."

@@ -29,15 +29,18 @@ from library.evaluation.prompts import MOST_CAPTIONS, UNRELATED, UNRELATED_SHAPE
 from library.inference.model import DrawingModel, load_drawing_vae
 from library.inference.request import Request
 from library.inference.text_to_image import draw, native_size
+from library.models.conditioning import clip_skip
 from library.models.locate import SHAPES_CLIP, TINY_BASES, locate_base
-from library.options.network import TrainNetworkOptions
 from library.options.parser import flatten
+from library.options.run import RunOptions
 from library.search.constraints import ADHERENCE, PREFIX, clip_of
 from library.search.jobs import Job
 from library.search.objective import EVALUATION_SEED, MOST_PICTURES, Measured, by_hash, in_eval_mode
 from library.search.warm import Warm
-from library.training.run import Prepared, base_weights_facts, clip_skip
+from library.training.caches import Prepared
+from library.training.facts import base_weights_facts
 from library.training.task import LoraTask
+from library.training.text import EncodedText
 from networks.original_names import UNET
 
 STANDARD_ERRORS = 2.0
@@ -211,9 +214,7 @@ def save(folder: Path, name: str, pictures: Sequence[Image.Image]) -> None:
         picture.save(folder / f"{name}_{number:02d}.png")
 
 
-def network_image_judge(
-    job: Job, options: TrainNetworkOptions, prepared: Prepared, task: LoraTask, warm: Warm
-) -> ImageJudge:
+def network_image_judge(job: Job, options: RunOptions, prepared: Prepared, task: LoraTask, warm: Warm) -> ImageJudge:
     """Raises UserError for settings that cannot be, and models that are not there."""
     name = options.model.pretrained_model_name_or_path
     held_out = by_hash(prepared.data.validation, lambda one: one.image.sample_id, MOST_PICTURES)
@@ -236,8 +237,8 @@ def network_image_judge(
         if task.objective.kind == "raw_v":  # the network's output is taken for velocities
             schedule = replace(schedule, prediction_type="v_prediction")
         parts = (
-            task.conditioner.parts
-            if task.conditioner is not None
+            task.text.conditioner.parts
+            if isinstance(task.text, EncodedText)
             else warm.text(options, prepared.base, prepared.family, device)
         )
         return DrawingModel(prepared.family, task.models[UNET], parts, eyes.vae, schedule, task.compute_dtype)

@@ -1,4 +1,4 @@
-"""A trial of train_network.py: its options, pictures and caches as the script has them, with some pictures held out."""
+"""A trial's run: options, pictures and caches as its script has them, with some pictures held out."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from library.data.collect import TrainingData
 from library.data.order import MicroBatch
 from library.data.samples import CachedSamples, Request
 from library.errors import UserError
 from library.models.conditioning import Conditioning
 from library.models.locate import BaseLocation
-from library.options.network import TrainNetworkOptions, parse_network_options
+from library.options.network import parse_network_options
 from library.options.parser import flatten
+from library.options.repa import parse_repa_options
+from library.options.run import RunOptions
 from library.processes import Processes
 from library.search.jobs import Job
 from library.search.objective import (
@@ -27,15 +30,17 @@ from library.search.objective import (
     Judge,
     LossJudge,
     by_hash,
+    held_out_count,
 )
 from library.search.trial import Training
 from library.search.warm import Warm, file_facts, one_at_a_time
-from library.training.caches import prepare_caches
-from library.training.checkpoints import NetworkCheckpoints
+from library.training.caches import Prepared, prepare_caches
+from library.training.facts import base_weights_facts
 from library.training.pictures import collect_pictures, print_data
-from library.training.run import Prepared, base_weights_facts, build_run, make_order, make_plan
-from library.training.speed import with_usable_attention
-from library.training.start import check_network_start
+from library.training.plan import make_order, make_plan
+from library.training.run import build_run
+from library.training.speed import prepare_environment, with_usable_attention
+from library.training.start import check_start
 from library.training.task import LoraTask
 from networks.original_names import UNET, Family
 
@@ -54,32 +59,45 @@ _NOT_OF_DATA = (
 )
 
 
-def network_training(job: Job, config: Path, warm: Warm, context: ExitStack) -> Training:
-    """Raises UserError for what train_network.py refuses."""
-    options = parse_network_options(["--config_file", str(config)], prog="train_network.py", description=None)
+def script_training(job: Job, config: Path, warm: Warm, context: ExitStack) -> Training:
+    """Raises UserError for what the script refuses, and for pictures as the objective where they have no captions."""
+    if job.script == "train_repa":
+        options: RunOptions = parse_repa_options(
+            ["--dataset_config", str(config)], prog="train_repa.py", description=None
+        )
+    else:
+        options = parse_network_options(["--config_file", str(config)], prog="train_network.py", description=None)
+    if job.objective == "image" and options.class_pictures is not None:
+        raise UserError(
+            "The objective image draws with captions, and class pictures have none. Use the objective loss."
+        )
+    prepare_environment(options.speed)
     processes = Processes(options.model.device)
     options = replace(options, speed=with_usable_attention(options.speed, processes.say))
-    base, family = check_network_start(options, processes)
+    base, family = check_start(options, processes)
     prepared = warm.caches.get(_data_facts(options, base, family), lambda: _prepare(options, processes, base, family))
     prepared.models = warm
     order = make_order(prepared.data, options)
-    plan = make_plan(prepared.data, order, options)
+    plan = make_plan(order, options.training, options.optimizer)
     processes.say(f"{order.samples_per_epoch} samples an epoch, {plan.last_step} steps on {processes.device}")
     run, task = build_run(options, processes, prepared, order, plan, Path(job.folder) / "logs", context)
     judge = _judge(job, options, prepared, task, warm)
-    checkpoints = run.checkpoints
-    assert isinstance(checkpoints, NetworkCheckpoints)
 
     def export(step: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return checkpoints.export(step, options.output.output_name, True)
+        return run.checkpoints.export(step, options.output.output_name, True)
 
     return Training(run, judge, export, flatten(options))
 
 
-def _prepare(options: TrainNetworkOptions, processes: Processes, base: BaseLocation, family: Family) -> Prepared:
+def _prepare(options: RunOptions, processes: Processes, base: BaseLocation, family: Family) -> Prepared:
     # What is held out must not depend on the seed of the training.
     fixed = replace(options, training=replace(options.training, seed=EVALUATION_SEED))
     data = collect_pictures(fixed, base)
+    if data.classes is not None and not data.validation:
+        data = with_held_out(data)
+        processes.say(
+            f"{len(data.validation)} of {len(data.every)} pictures are held out to judge trials by, as there is no val_data"
+        )
     print_data(data)
     with one_at_a_time(options.cache.cache_dir):
         prepared = prepare_caches(options, processes, base, family, data)
@@ -89,16 +107,32 @@ def _prepare(options: TrainNetworkOptions, processes: Processes, base: BaseLocat
     return prepared
 
 
-def _data_facts(options: TrainNetworkOptions, base: BaseLocation, family: Family) -> list[Any]:
+def with_held_out(data: TrainingData) -> TrainingData:
+    """A tenth of the class pictures held out, two at least, chosen by a hash. Raises UserError for fewer than three."""
+    if len(data.training) < 3:
+        raise UserError(
+            "A study judges its trials by pictures that they do not see: two at least, and there are "
+            f"{len(data.training)} in all. Add pictures, or give val_data."
+        )
+    chosen = by_hash(data.training, lambda picture: picture.image.sample_id, held_out_count(len(data.training)))
+    names = {picture.image.sample_id for picture in chosen}
+    return replace(
+        data, training=[one for one in data.training if one.image.sample_id not in names], validation=list(chosen)
+    )
+
+
+def _data_facts(options: RunOptions, base: BaseLocation, family: Family) -> list[Any]:
     """All that decides what pictures there are and what their caches hold."""
     groups = {name: flatten(group) for name, group in vars(options).items() if name not in _NOT_OF_DATA}
-    files = [file_facts(options.config.dataset_config), file_facts(options.data.in_json)]
+    files = [file_facts(options.dataset_file), file_facts(options.data.in_json)]
+    if (classes := options.class_pictures) is not None:
+        files += [file_facts(path) for path in (classes.train_data, classes.val_data, classes.class_names)]
     memory = options.cache.cache_dir / "weight_hashes.json"
     weights = base_weights_facts(options, base, (UNET, *family.text_encoders), memory)
-    return ["train_network", groups, files, weights, options.training.train_batch_size]
+    return [groups, files, weights, options.training.train_batch_size]
 
 
-def _judge(job: Job, options: TrainNetworkOptions, prepared: Prepared, task: LoraTask, warm: Warm) -> Judge:
+def _judge(job: Job, options: RunOptions, prepared: Prepared, task: LoraTask, warm: Warm) -> Judge:
     if job.objective == "image":
         from library.search.image_objective import network_image_judge
 
@@ -108,7 +142,7 @@ def _judge(job: Job, options: TrainNetworkOptions, prepared: Prepared, task: Lor
     return LossJudge(pictures, task.objective, task.models, task.network.disabled, known)
 
 
-def _base_key(options: TrainNetworkOptions, prepared: Prepared, task: LoraTask, pictures: list[HeldOut]) -> str:
+def _base_key(options: RunOptions, prepared: Prepared, task: LoraTask, pictures: list[HeldOut]) -> str:
     """Of all that decides the base's own losses, to the bit."""
     memory, family = options.cache.cache_dir / "weight_hashes.json", prepared.family
     speed, captions = options.speed, {one.image.sample_id: one.image.caption for one in prepared.data.validation}
@@ -120,7 +154,7 @@ def _base_key(options: TrainNetworkOptions, prepared: Prepared, task: LoraTask, 
         [options.cache.caches_text, options.objective.masked_loss, options.noise.zero_terminal_snr],
         [task.objective.kind, task.objective.schedule.prediction_type, str(task.processes.device)],
         [[one.ids, tuple(one.latents.shape), [captions[name] for name in one.ids]] for one in pictures],
-        prepared.latents.producers(),
+        prepared.validation.latents.producers(),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -148,10 +182,8 @@ class _Text:
 
 
 def _of_bucket(task: LoraTask, samples: CachedSamples, places: np.ndarray) -> HeldOut:
-    request = Request(0, 0, MicroBatch(0, places, np.zeros_like(places), len(places)), 1.0)
-    batch = samples.empty_batch(request, pin=False)
-    samples.fill(batch, slice(0, len(batch)))
-    batch = batch.to(task.processes.device)
+    request = Request(0, 0, MicroBatch(0, places, np.zeros_like(places), len(places), len(places)), 1.0)
+    batch = samples.read(request).to(task.processes.device)
 
     def text() -> _Text:
         task.network.set_multiplier(1.0)  # as it is going to be used, whatever a data set's network_multiplier is

@@ -196,8 +196,7 @@ def _fixed_of_file(
     """What is said about the script's options, checked together with its own parser, under its own names."""
     given = {"dataset_config": dataset_config, BASE: base}
     if script == "train_repa":
-        from library.options.parser import parse
-        from library.options.repa import TrainRepaOptions
+        from library.options.repa import parse_repa_options
 
         if config_file is not None and dataset_config is not None:
             raise UserError("For train_repa, --dataset-config is the file of options too. Leave --config_file out.")
@@ -205,7 +204,7 @@ def _fixed_of_file(
         if file is None:
             return {BASE: base} if base is not None else {}
         words = ["--dataset_config", file, *([f"--{BASE}", base] if base is not None else [])]
-        parse(TrainRepaOptions, words, prog="train_repa.py", description=None)
+        parse_repa_options(words, prog="train_repa.py", description=None)
         values = {name: one.value for name, one in read_options(find_config(file)).items()}
         return {**values, **({BASE: base} if base is not None else {})}
     from library.options.network import KOHYA, parse_network_options
@@ -274,13 +273,12 @@ def _checked(script: Script, space: Space, fixed: Mapping[str, Any]) -> TrainNet
         return options_of(options, None, "The default configuration of the search")
     import toml
 
-    from library.options.parser import parse
-    from library.options.repa import TrainRepaOptions
+    from library.options.repa import parse_repa_options
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "search.toml"
         write_text(path, toml.dumps({name: value for name, value in options.items() if name != "dataset_config"}))
-        return parse(TrainRepaOptions, ["--dataset_config", str(path)], prog="train_repa.py", description=None)
+        return parse_repa_options(["--dataset_config", str(path)], prog="train_repa.py", description=None)
 
 
 def _data(first: TrainNetworkOptions | TrainRepaOptions, start: _Start) -> StudyData:

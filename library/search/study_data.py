@@ -134,7 +134,7 @@ def repa_data(options: TrainRepaOptions) -> StudyData:
     """Of a study of train_repa.py. Raises UserError for pictures that are not there or too few."""
     from library.data.class_pictures import open_pictures
 
-    pictures = open_pictures(options.data)
+    pictures = open_pictures(options.classes)
     digest = hashlib.sha256()
     for part in pictures.sets:
         for sample in sorted(part.samples, key=lambda one: one.sample_id):

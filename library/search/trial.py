@@ -113,7 +113,7 @@ class Trial:
             return opened[-1]
 
         kept = run.checkpoints
-        run.checkpoints = NoStates(kept.output, kept.options, kept.facts, kept.plan, kept.trained, kept.processes)
+        run.checkpoints = NoStates(**{field.name: getattr(kept, field.name) for field in dataclasses.fields(kept)})
         run.batches, run.look, run.validates, run.enough = watched, self, False, None
         logs = self.folder / LOGS
         run.log = open_log(logs, logs / "tensorboard", self.training.options, 0, {})
@@ -230,10 +230,6 @@ def write_files(job: Job, say: Callable[[str], None]) -> Path:
 
 def make_training(job: Job, config: Path, warm: Any, context: ExitStack) -> Training:
     """The run of a job, up to its first step. context: closes what the run opened for itself."""
-    if job.script == "train_network":
-        from library.search.network_trial import network_training
+    from library.search.network_trial import script_training
 
-        return network_training(job, config, warm, context)
-    from library.search.repa_trial import repa_training
-
-    return repa_training(job, config, warm, context)
+    return script_training(job, config, warm, context)

@@ -21,9 +21,9 @@ from torch import nn
 
 from library.models.load import TextPart
 from library.models.locate import BaseLocation
-from library.options.network import TrainNetworkOptions
+from library.options.run import RunOptions
+from library.training.facts import base_weights_facts
 from library.training.models import FrozenModels, float8_components
-from library.training.run import base_weights_facts
 from networks.original_names import UNET, Family
 
 Value = TypeVar("Value")
@@ -81,27 +81,21 @@ class Warm(FrozenModels):
         self.judging: Kept[Any] = Kept()
         """Models that only the objective needs."""
 
-    def unet(self, options: TrainNetworkOptions, base: BaseLocation, family: Family, device: torch.device) -> nn.Module:
+    def unet(self, options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> nn.Module:
         if float8_components(options, [UNET]):  # asked for to save memory; a second copy of the weights would cost it
             return super().unet(options, base, family, device)
-        load = super().unet
-        key = [*self._facts(options, base, [UNET], device), options.speed.channels_last]
-        return self.kept_unet(key, lambda: load(options, base, family, device), options.speed.channels_last)
-
-    def kept_unet(self, key: Any, load: Callable[[], Module], channels_last: bool) -> Module:
-        """A copy of the U-Net for `key`. channels_last: keep the weights in that order, as a run is going to want them."""
+        load, channels_last = super().unet, options.speed.channels_last
 
         def loaded() -> Frozen:
-            unet = load()
-            if channels_last:
+            unet = load(options, base, family, device)
+            if channels_last:  # as a run is going to want the weights
                 unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             return Frozen({UNET: unet})
 
-        return sharing_copy(self._unet.get(key, loaded).models[UNET])  # type: ignore[return-value]
+        key = [*self._facts(options, base, [UNET], device), channels_last]
+        return sharing_copy(self._unet.get(key, loaded).models[UNET])
 
-    def text(
-        self, options: TrainNetworkOptions, base: BaseLocation, family: Family, device: torch.device
-    ) -> list[TextPart]:
+    def text(self, options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> list[TextPart]:
         load = super().text
         if options.model.fp8_base:
             return load(options, base, family, device)
@@ -114,10 +108,10 @@ class Warm(FrozenModels):
         return [part._replace(model=sharing_copy(part.model)) for part in kept.parts]
 
     @staticmethod
-    def _facts(options: TrainNetworkOptions, base: BaseLocation, components: Any, device: torch.device) -> list[Any]:
+    def _facts(options: RunOptions, base: BaseLocation, components: Any, device: torch.device) -> list[Any]:
         memory = options.cache.cache_dir / "weight_hashes.json"
         facts = base_weights_facts(options, base, components, memory)
-        return ["train_network", str(base.path), facts, options.model.mixed_precision, str(device)]
+        return [str(base.path), facts, options.model.mixed_precision, str(device)]
 
     def intact(self) -> bool:
         """Whether the weights are, to the bit, what was loaded; what is not is dropped."""

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from library.data.class_pictures import Pictures, PictureSet
+from library.data.class_pictures import numbered_pictures
 from library.data.collect import TrainingData, collect_classes
 from library.data.demo_pictures import DEFAULT_TRAINING_IMAGES
-from library.data.sources import FileSource, Sample
 from library.data.store import StoreMeta, disk_bytes, shard_folders
 from library.errors import UserError
 from library.files import free_bytes, human_bytes
@@ -71,7 +70,7 @@ def print_plan(options: RunOptions) -> None:
         if data.classes is None:
             print_data(data)
         order = make_order(data, options, 0, int(os.environ.get("WORLD_SIZE", "1")))
-        plan = make_plan(order, options)
+        plan = make_plan(order, options.training, options.optimizer)
         print(f"base             {name}{f', {family.title}' if family else ''}")
         print(f"samples          {order.samples_per_epoch} an epoch, of {len(data.training)} pictures")
         upper = "" if order.whole_steps else "up to "
@@ -109,12 +108,8 @@ def _data(options: RunOptions, location: BaseLocation | None, missing: list[str]
 
 def _planned(options: RunOptions, count: int) -> TrainingData:
     assert options.class_pictures is not None and options.data.resolution is not None
-    from pathlib import Path
-
-    source = FileSource(Path(options.class_pictures.train_data), [Sample(str(i), str(i), 0) for i in range(count)])
-    pictures = Pictures(PictureSet("train", source, source.samples), None, {0: ""})
     return collect_classes(
-        pictures,
+        numbered_pictures(count),
         options.class_pictures,
         side=options.data.resolution[0],
         batch_size=options.training.train_batch_size,

@@ -77,14 +77,15 @@ def meta_models(
     base = options.model.pretrained_model_name_or_path if location is None else location
     with torch.device("meta"):
         models[UNET] = nn.Module.to(UNet2DConditionModel.from_config(unet_config(base, families=(family,))), dtype)
-        for component in family.text_encoders if text and location is not None else ():
-            kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
-            values = (
-                file_text_config(location.path, family, component)
-                if location.is_file
-                else read_json(location.path / component / "config.json")
-            )
-            models[component] = kind(CLIPTextConfig.from_dict(values)).to(dtype)
+        if text and location is not None:
+            for component in family.text_encoders:
+                kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
+                values = (
+                    file_text_config(location.path, family, component)
+                    if location.is_file
+                    else read_json(location.path / component / "config.json")
+                )
+                models[component] = kind(CLIPTextConfig.from_dict(values)).to(dtype)
     for model in models.values():
         model.requires_grad_(False)
     return models

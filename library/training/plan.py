@@ -8,6 +8,7 @@ from library.data.collect import TrainingData
 from library.data.order import BatchOrder
 from library.data.samples import groups_of
 from library.options.run import RunOptions
+from library.options.training import OptimizerOptions, TrainingOptions
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,18 @@ def make_order(data: TrainingData, options: RunOptions, rank: int = 0, world_siz
     )
 
 
-def make_plan(order: BatchOrder, options: RunOptions) -> Plan:
+def make_plan(order: BatchOrder, training: TrainingOptions, optimizer: OptimizerOptions) -> Plan:
     """Steps of the run. A step has batch_size x accumulation x processes pictures, and may have fewer at the end of an epoch."""
-    training = options.training
-    if training.max_train_epochs is not None:
-        last_step = training.max_train_epochs * order.steps_per_epoch
-    else:
-        assert training.max_train_steps is not None
+    if training.max_train_steps is not None:
         last_step = training.max_train_steps
-    share = options.optimizer.lr_warmup_steps
+    else:
+        assert training.max_train_epochs is not None
+        last_step = training.max_train_epochs * order.steps_per_epoch
+    share = optimizer.lr_warmup_steps
     return Plan(
         samples=order.samples_per_epoch,
         batch_size=max(group.batch_size for group in order.groups),
-        accumulation=training.gradient_accumulation_steps,
+        accumulation=order.accumulation,
         world_size=order.world_size,
         steps_per_epoch=order.steps_per_epoch,
         last_step=last_step,

@@ -22,10 +22,12 @@ from library.data.training_images import TrainingImage
 from library.diffusion.loss import PointwiseLoss
 from library.diffusion.objective import Objective
 from library.diffusion.schedule import NoiseSchedule
+from library.errors import UserError
 from library.losses import Gather
 from library.models.conditioning import CHUNK, TextConditioner, clip_skip
 from library.models.load import TextPart, load_scheduler_config
 from library.models.locate import BaseLocation
+from library.options.data import ClassCacheOptions
 from library.options.parser import flatten
 from library.options.precision import TORCH_DTYPES
 from library.options.repa import RepaObjectiveOptions
@@ -58,7 +60,7 @@ from library.training.state import Trained
 from library.training.task import LoraTask
 from library.training.text import CachedText, EncodedText, PromptTable, Text
 from networks.adapter_file import NETWORK_SPEC_KEY
-from networks.original_names import SDXL, UNET
+from networks.original_names import SDXL, UNET, Family
 
 MOST_BESIDE = 2048
 """Training pictures that are validated beside the held-out ones: their mean loss is known to about 2 % then."""
@@ -103,7 +105,7 @@ def build_run(
     """
     set_up_determinism(options.speed, processes.device)
     task = build_task(options, processes, prepared, plan, context)
-    trained = _trained(options, task)
+    trained = make_trained(options, task)
     with processes.main_first():
         facts = state_facts(options, prepared, task.network.spec, task.objective)
         describe = AdapterMetadata(
@@ -182,7 +184,7 @@ def build_task(
     for model in models.values():
         model.train()
     set_up_speed(unet, options.speed)
-    text = make_text(options, processes, prepared, parts, dtype)
+    text = make_text(options, processes, prepared, unet, parts, dtype)
     training, validation = make_samples(options, prepared, text, plan)
     return LoraTask(
         models=models,
@@ -214,11 +216,12 @@ def _gather(processes: Processes, plan: Plan) -> Gather | None:
 
 
 def make_text(
-    options: RunOptions, processes: Processes, prepared: Prepared, parts: list[TextPart], dtype: torch.dtype
+    options: RunOptions, processes: Processes, prepared: Prepared, unet: Any, parts: list[TextPart], dtype: torch.dtype
 ) -> Text:
     """How captions condition the U-Net. parts: text encoders that run in the step, where there are any."""
     if isinstance(prepared.text, TextEmbeddings):
         assert options.class_pictures is not None
+        _check_prompts(prepared.text, options, unet, prepared.family)
         return PromptTable(prepared.text, options.class_pictures.class_dropout, device=processes.device, dtype=dtype)
     if prepared.text is not None:
         return CachedText(prepared.text)
@@ -234,6 +237,18 @@ def make_text(
             f"{captions[cut[0]]!r}). --max_token_length gives them room, up to 225."
         )
     return EncodedText(conditioner, options.trains_text_encoders)
+
+
+def _check_prompts(text: TextEmbeddings, options: RunOptions, unet: Any, family: Family) -> None:
+    """Raise UserError where the prompts are not of this base's text encoders."""
+    assert isinstance(options.cache, ClassCacheOptions)
+    shape, width = tuple(text.embeddings.shape[1:]), unet.config["cross_attention_dim"]
+    lacks = "" if family != SDXL or text.pooled is not None else " and the pooled ones of the second encoder"
+    if shape[-1] != width or lacks:
+        raise UserError(
+            f"{options.cache.text_embeddings_path} holds prompt embeddings {shape}, and the U-Net wants {width} wide "
+            f"ones{lacks}: they are another text encoder's. Name another file, or leave text_embeddings out to have them built."
+        )
 
 
 def make_samples(
@@ -273,7 +288,7 @@ def evenly_spread(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist()
 
 
-def _trained(options: RunOptions, task: LoraTask) -> Trained:
+def make_trained(options: RunOptions, task: LoraTask) -> Trained:
     """What a step changes. Parameters whose rate is 0 are in the adapter's file, and are not among it."""
     learning = {id(parameter) for group in task.groups for parameter in group.parameters}
     for parameter in task.network.parameters.values():

@@ -28,7 +28,8 @@ class Saving(Protocol):
         """(step, folder) of every whole state of this run, oldest first."""
         ...
 
-    def part(self, component: str) -> str:
+    @staticmethod
+    def part(component: str) -> str:
         """Stem of the file of a state that holds the adapters of a component."""
         ...
 
@@ -58,7 +59,8 @@ class StepSaving:
     def states_there(self) -> list[tuple[int, Path]]:
         return list_states(self.output.output_dir)
 
-    def part(self, component: str) -> str:
+    @staticmethod
+    def part(component: str) -> str:
         return "lora"
 
     def adapters(self, step: int, finished: bool, plan: Plan) -> list[str]:
@@ -87,7 +89,8 @@ class KohyaSaving:
                 found.append((int(read_json(path / "state.json").get("step", 0)), path))
         return sorted(found)
 
-    def part(self, component: str) -> str:
+    @staticmethod
+    def part(component: str) -> str:
         return f"lora_{component}"
 
     def adapters(self, step: int, finished: bool, plan: Plan) -> list[str]:

@@ -38,8 +38,10 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     output = options.output
     state, facts = state_to_resume(output, flatten(options), processes.world_size)
     data = _collect(options, base, processes)
-    plan = make_plan(make_order(data, options, processes.rank, processes.world_size), options)
-    first = _first_step(options, plan)
+    plan = make_plan(
+        make_order(data, options, processes.rank, processes.world_size), options.training, options.optimizer
+    )
+    first = first_step(options, plan)
     ended = state is not None and (facts["step"] >= plan.last_step or is_early_end(facts, plan))
     if ended and (output.output_dir / f"{output.output_name}.safetensors").exists():
         processes.say(f"{state} is the end of this run (step {facts['step']}). Nothing is left to do.")
@@ -47,7 +49,7 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     prepared = prepare_caches(options, processes, base, family, data)
     context.callback(prepared.close)
     order = make_order(prepared.data, options, processes.rank, processes.world_size)  # unreadable pictures have gone
-    plan = make_plan(order, options)
+    plan = make_plan(order, options.training, options.optimizer)
     upper = "" if order.whole_steps else "up to "
     processes.say(
         f"{order.samples_per_epoch} samples, {plan.steps_per_epoch} steps per epoch, {plan.last_step} steps, {upper}batch "
@@ -82,7 +84,7 @@ def _collect(options: RunOptions, base: BaseLocation, processes: Processes) -> T
     return data
 
 
-def _first_step(options: RunOptions, plan: Plan) -> int:
+def first_step(options: RunOptions, plan: Plan) -> int:
     """The step that a run without a state begins with. Raises UserError where none is left then."""
     training = options.training
     step = training.initial_step or 0

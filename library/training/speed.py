@@ -19,12 +19,6 @@ from library.options.model import SpeedOptions
 REPEATED_BLOCKS = frozenset({"ResnetBlock2D", "BasicTransformerBlock"})
 
 
-def check_attention(options: SpeedOptions) -> None:
-    """Raise UserError where xformers was asked for and cannot be used."""
-    if problem := xformers_problem(options):
-        raise UserError(f"--xformers was asked for, but {problem} Use --sdpa.")
-
-
 def with_usable_attention(options: SpeedOptions, say: Callable[[str], None]) -> Any:
     """The options with torch's own attention, which computes the same as fast, where xformers cannot be used; says so."""
     problem = xformers_problem(options)

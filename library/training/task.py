@@ -180,6 +180,9 @@ class LoraTask:
                         f"val/loss_q{i}": value for i, value in enumerate(quarters, start=1) if value is not None
                     }
                     results |= {f"val/{part}": value for part, value in aligned.items()}
+                    if self.alignment is not None:
+                        weighed = aligned["token"] + self.alignment.options.manifold_weight * aligned["manifold"]
+                        results["val/total"] = mean + self.alignment.coefficient(step) * weighed
             if "train_loss" in self.validation:
                 results["val/gap"] = results["val/loss"] - results["val/train_loss"]
             return results

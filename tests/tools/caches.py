@@ -7,11 +7,13 @@ import json
 import re
 from pathlib import Path
 
+from library.caching.class_pictures import Caches, Preparation
 from library.data.class_pictures import open_pictures
-from library.caching.prepare import Caches, Preparation
 from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions
 from library.processes import Processes
+from library.training.caches import class_preparation
+from networks.original_names import SD15
 from tests.tools.pictures import draw_picture
 
 
@@ -47,11 +49,7 @@ class CacheSetting:
 
     def preparation(self, **changes: object) -> tuple[Preparation, PrepareCacheOptions]:
         options = parse(PrepareCacheOptions, self.arguments(**changes), prog="x", description="")
-        preparation = Preparation(
-            options.model, options.data, options.cache, Processes("cpu"), workers=options.max_data_loader_n_workers,
-            tokens=options.alignment,
-        )  # fmt: skip
-        return preparation, options
+        return class_preparation(options, Processes("cpu"), SD15), options
 
     def build(self, *, rebuild: bool = True, **changes: object) -> Caches:
         self.said.clear()
@@ -60,7 +58,7 @@ class CacheSetting:
             for store in cached.stores.values() if cached is not None else ():
                 store.close()
         preparation, options = self.preparation(**changes)
-        self.last = preparation.prepare(open_pictures(options.data), rebuild=rebuild, say=self.said.append)
+        self.last = preparation.prepare(open_pictures(options.classes), rebuild=rebuild, say=self.said.append)
         return self.last
 
     @property

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from library.data.order import BatchOrder
     from library.data.samples import Batch, CachedSamples
     from library.options.network import TrainNetworkOptions
-    from library.training.task import LoraTask
-    from library.training.run import Prepared
+    from library.training.caches import Prepared
     from library.training.plan import Plan
+    from library.training.task import LoraTask
 
 SIZES = ((96, 96), (96, 96), (96, 96), (128, 64), (128, 64), (64, 128))
 """Of the pictures: with resolution 96 and steps of 32 each is a bucket of its own."""
@@ -109,16 +109,17 @@ class NetworkSetting:
         from library.models.locate import locate_base
         from library.options.network import parse_network_options
         from library.processes import Processes
-        from library.training.pictures import collect_pictures
         from library.training.caches import prepare_caches
-        from library.training.run import build_task, make_order, make_plan
+        from library.training.pictures import collect_pictures
+        from library.training.plan import make_order, make_plan
+        from library.training.run import build_task
 
         argv = self.argv(self.folder / "unused", *extra, **changes)
         options = parse_network_options(argv, prog="train_network.py", description=None)
         processes, base = Processes("cpu"), locate_base(str(options.model.pretrained_model_name_or_path))
         prepared = prepare_caches(options, processes, base, family_of(base), collect_pictures(options, base))
         order = make_order(prepared.data, options)
-        plan = make_plan(prepared.data, order, options)
+        plan = make_plan(order, options.training, options.optimizer)
         context = ExitStack()
         task = build_task(options, processes, prepared, plan, context)
         return Built(options, prepared, order, plan, task, context)
@@ -141,10 +142,10 @@ class Built:
 
     def batch(self, number: int = 0, samples: CachedSamples | None = None) -> Batch:
         """The `number`-th batch of the training pictures in their order, as they are in the first epoch."""
-        from library.training.task import validation_requests
+        from library.data.samples import requests_in_order
 
         samples = samples or self.task.training
-        request = list(validation_requests(samples))[number]
+        request = list(requests_in_order(samples))[number]
         batch = samples.empty_batch(request, pin=False)
         samples.fill(batch, slice(0, len(batch)))
         return batch

@@ -19,6 +19,7 @@ from library.evaluation.baselines import RidgeHead
 from library.evaluation.denoising import QUARTERS, denoising_losses, encode_photos, log_ratios
 from library.evaluation.drawn import Worn, draw_task, pixels_of, save_pictures, wear
 from library.evaluation.estimates import jackknife, mean_of, of_all
+from library.evaluation.feature_model import FeatureModel, load_feature_model
 from library.evaluation.features import load_folded_model, tapped
 from library.evaluation.held_out import ProbedPictures, open_probed
 from library.evaluation.measures import Measures
@@ -27,11 +28,10 @@ from library.evaluation.prompts import Task
 from library.evaluation.representation import TIMESTEPS
 from library.evaluation.similarity import pool_tokens
 from library.files import read_json, write_json
-from library.inference.features import FeatureModel, load_feature_model
 from library.inference.model import DrawingModel, load_model
 from library.merging.source import read_source
 from library.models.locate import locate_base
-from library.options.data import CacheOptions, DataOptions
+from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.training.state import list_states
 from tools.alignment_study.reader import Reader, share_right
 from tools.alignment_study.settings import CLASSES, SIDE, Folders, Run, Settings, adapter_file
@@ -78,9 +78,9 @@ def load_drawing_model(settings: Settings) -> DrawingModel:
 
 
 def validation_curve(metrics: Path) -> list[dict[str, float]]:
-    """The rows of a training's own validations: {"step", "val/diffusion", ...}."""
+    """The rows of a training's own validations: {"step", "val/loss", ...}."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if "val/diffusion" in row]
+    return [row for row in rows if "val/loss" in row]
 
 
 def _features(run: Run | None, settings: Settings, folders: Folders) -> list[dict[str, float]]:
@@ -91,10 +91,9 @@ def _features(run: Run | None, settings: Settings, folders: Folders) -> list[dic
     else:
         model = load_feature_model(list_states(folders.run(run))[-1][1], device=device)
     own = folders.pictures(CLASSES)
-    data = DataOptions(
-        str(own / "train.csv"), str(own / "val.csv"), class_names=own / "class_names.json", resolution=SIDE
-    )
-    pictures = open_probed(data, CacheOptions(cache_dir=folders.caches(CLASSES)), fit=MOST_PROBED, test=MOST_PROBED)
+    classes = ClassPictureOptions(str(own / "train.csv"), str(own / "val.csv"), class_names=own / "class_names.json")
+    caches = ClassCacheOptions(cache_dir=folders.caches(CLASSES))
+    pictures = open_probed(classes, caches, side=SIDE, fit=MOST_PROBED, test=MOST_PROBED)
     return [{"timestep": timestep, **_features_at(model, pictures, timestep)} for timestep in TIMESTEPS]
 
 

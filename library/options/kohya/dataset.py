@@ -14,9 +14,6 @@ DEMO_DATA = "demo"
 
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"]
 
-# kohya reads .caption alone unless told otherwise; most data sets carry .txt.
-CAPTION_EXTENSIONS = (".caption", ".txt")
-
 
 @dataclass(frozen=True)
 class DatasetOptions:
@@ -123,11 +120,6 @@ class DatasetOptions:
         """max_bucket_reso, or what takes its place at this (width, height)."""
         return 2 * max(resolution) if self.max_bucket_reso is None else self.max_bucket_reso
 
-    @property
-    def needs_fresh_pixels(self) -> bool:
-        """Whether these options (a dataset TOML may have its own) rule cached latents out."""
-        return self.color_aug or self.random_crop or self.face_crop_aug_range is not None
-
 
 @dataclass(frozen=True)
 class CaptionOptions:
@@ -177,13 +169,6 @@ class CaptionOptions:
             "caption_extension",
             f"must be an ending such as .txt, got {self.caption_extension!r}.",
         )
-
-    @property
-    def caption_extensions(self) -> tuple[str, ...]:
-        """Endings to look for, each with its point, the first one found counts."""
-        if self.caption_extension is None:
-            return CAPTION_EXTENSIONS
-        return ("." + self.caption_extension.lstrip("."),)
 
     @property
     def changes_captions(self) -> str | None:

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.order import BatchOrder, Group, MicroBatch, balance_regularisation, group_by_bucket
+from library.data.order import BatchOrder, Group, MicroBatch, balance_regularisation
 from library.errors import UserError
+from tests.tools.orders import whole_steps
 
 
 def groups_of(*sizes: tuple[int, int]) -> list[Group]:
@@ -24,9 +25,7 @@ def groups_of(*sizes: tuple[int, int]) -> list[Group]:
     ]
 
 
-def orders_of(
-    groups: list[Group], world_size: int, accumulation: int, seed: int = 0, **more: bool
-) -> list[BatchOrder]:
+def orders_of(groups: list[Group], world_size: int, accumulation: int, seed: int = 0, **more: bool) -> list[BatchOrder]:
     return [BatchOrder(groups, seed, rank, world_size, accumulation, **more) for rank in range(world_size)]
 
 
@@ -186,14 +185,6 @@ def test_repeats_are_numbered() -> None:
     assert Group(np.array([], np.int64), 1).repeats.tolist() == []
 
 
-def test_pictures_are_grouped_by_bucket() -> None:
-    tall, wide = (448, 576), (576, 448)
-    found = group_by_bucket([wide, tall, wide, (512, 512)], [2, 1, 3, 0], batch_size=4, first_index=10)
-    assert list(found) == [tall, wide]
-    assert found[wide].indices.tolist() == [10, 10, 12, 12, 12] and found[tall].indices.tolist() == [11]
-    assert found[wide].batch_size == 4
-
-
 def slow_balance(repeats: list[int], training: int) -> list[int]:
     """One picture after the other, as kohya counts them."""
     used, count = [0] * len(repeats), 0
@@ -238,3 +229,48 @@ def test_a_large_data_set_is_ordered_quickly() -> None:
     order = BatchOrder(groups_of(*[(20_000, 8)] * 20), 0, 1, 4, 2)
     assert order.step(order.steps_per_epoch).samples == 64
     assert order.step(3 * order.steps_per_epoch - 1).epoch == 2
+
+
+@given(
+    samples=st.integers(1, 200),
+    batch_size=st.integers(1, 8),
+    world_size=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_whole_steps_show_each_picture_at_most_once_and_miss_less_than_a_step(
+    samples: int, batch_size: int, world_size: int, accumulation: int, seed: int
+) -> None:
+    per_step = batch_size * world_size * accumulation
+    if samples < per_step:
+        with pytest.raises(UserError, match=f"{per_step} samples a step"):
+            whole_steps(samples, batch_size, seed, 0, world_size, accumulation)
+        return
+    orders = [whole_steps(samples, batch_size, seed, rank, world_size, accumulation) for rank in range(world_size)]
+    for number in range(2):
+        batches = epoch(orders, number)
+        seen = np.concatenate([micro.indices for micro in batches])
+        assert len(seen) == len(set(seen.tolist())) == samples // per_step * per_step
+        assert {(micro.real, micro.together, micro.sharing) for micro in batches} == {
+            (batch_size, batch_size * world_size, world_size)
+        }
+    assert orders[0].samples_seen(3) == 3 * per_step
+
+
+def test_whole_steps_follow_the_epochs_permutation_whatever_the_number_of_processes() -> None:
+    """As pictures were ordered from the first version on: slices of PCG64's permutation by (seed, epoch)."""
+    for number in (0, 2):
+        expected = np.random.Generator(np.random.PCG64(np.random.SeedSequence([3, number]))).permutation(50)
+        one = np.concatenate([micro.indices for micro in epoch([whole_steps(50, 6, 3)], number)])
+        assert one.tolist() == expected[:48].tolist()
+        turns = zip(*(epoch([whole_steps(50, 3, 3, rank, 2)], number) for rank in (0, 1)), strict=True)
+        assert np.concatenate([micro.indices for turn in turns for micro in turn]).tolist() == one.tolist()
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4), world_size=st.integers(1, 4))
+def test_processes_know_how_many_pictures_a_turn_has_together(sizes: list[int], world_size: int) -> None:
+    orders = [BatchOrder(groups_of(*((size, 2) for size in sizes)), 0, rank, world_size) for rank in range(world_size)]
+    for turn in zip(*(order.step(0).micro_batches for order in orders), strict=True):
+        assert {micro.together for micro in turn} == {sum(micro.real for micro in turn)}
+        assert {micro.sharing for micro in turn} == {sum(micro.real > 0 for micro in turn)}

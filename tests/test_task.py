@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from library.models.float8 import Float8Conv2d, Float8Linear
 from library.models.load import load_unet
 from library.models.locate import locate_base
+from library.processes import Processes
+from library.training.facts import base_weights_facts
 from library.training.models import (
     build_network,
     float8_components,
@@ -20,7 +22,8 @@ from library.training.models import (
     meta_models,
     parameter_groups,
 )
-from library.training.run import base_weights_facts, make_objective
+from library.training.run import make_objective
+from library.training.text import CachedText, EncodedText
 from networks.original_names import FAMILIES, UNET
 from tests.tools.adapters import write_lora
 from tests.tools.network_runs import Built, NetworkSetting
@@ -50,9 +53,9 @@ def test_network_multiplier_is_the_strength_of_the_adapters(stirred: Built) -> N
     batch = stirred.batch()
     with stirred.task.network.disabled():
         base = stirred.loss(batch)
-    losses = [stirred.loss(replace(batch, multipliers=strength)) for strength in (0.0, 0.5, 1.0)]
+    losses = [stirred.loss(replace(batch, multiplier=strength)) for strength in (0.0, 0.5, 1.0)]
     assert losses[0] == base and len(set(losses)) == 3
-    assert stirred.loss(replace(batch, multipliers=1.0)) == losses[2]
+    assert stirred.loss(replace(batch, multiplier=1.0)) == losses[2]
 
 
 def test_preserved_outputs_are_what_the_base_says(network_setting: NetworkSetting, stirred: Built) -> None:
@@ -79,7 +82,7 @@ def drawn(built: Built, batch):  # type: ignore[no-untyped-def]
 def test_a_mask_takes_its_pixels_out_of_the_loss(stirred: Built) -> None:
     batch = stirred.batch()
     whole = stirred.task.each(batch, *drawn(stirred, batch))
-    ones = torch.ones(len(batch), 1, *batch.moments.shape[-2:])
+    ones = torch.ones(len(batch), 1, *batch.latents.shape[-2:])
     assert torch.equal(stirred.task.each(replace(batch, mask=ones), *drawn(stirred, batch)), whole)
     left, right = ones.clone(), ones.clone()
     left[..., : ones.shape[-1] // 2] = 0
@@ -115,7 +118,7 @@ def test_cached_captions_give_the_losses_of_live_ones(setting: str, request: pyt
     skip = {} if setting == "sdxl_setting" else {"clip_skip": 2}
     live = owner.build(**UNET_ONLY, **skip, max_token_length=150).stir()
     kept = owner.build(**UNET_ONLY, **skip, max_token_length=150, cache_text_encoder_outputs="").stir()
-    assert kept.task.conditioner is None and live.task.conditioner is not None
+    assert isinstance(kept.task.text, CachedText) and isinstance(live.task.text, EncodedText)
     assert live.batch().captions == kept.batch().captions
     assert kept.loss() == pytest.approx(live.loss(), rel=1e-4)
     if skip:
@@ -129,7 +132,7 @@ def test_options_reach_the_objective_and_the_noise(network_setting: NetworkSetti
         options = parse_network_options(
             [*network_setting.argv(network_setting.folder / "o"), *words.split()], prog="", description=None
         )
-        return make_objective(options, locate_base(str(network_setting.base)), torch.device("cpu"))
+        return make_objective(options, locate_base(str(network_setting.base)), Processes("cpu"))
 
     plain = objective("")
     assert (plain.kind, plain.schedule.prediction_type, plain.min_snr_gamma) == ("base", "epsilon", None)
@@ -197,10 +200,10 @@ def test_ranks_by_block(network_setting: NetworkSetting) -> None:
 
 
 def test_a_rate_of_zero_trains_and_keeps_nothing(sdxl_setting: NetworkSetting) -> None:
-    from library.training.run import _trained
+    from library.training.run import make_trained
 
     built = sdxl_setting.build(text_encoder_lr="1e-3 0")
-    trained = _trained(built.options, built.task)
+    trained = make_trained(built.options, built.task)
     assert sorted(trained.parts) == ["lora_text_encoder", "lora_unet"]
     built.task.losses(built.batch(), torch.Generator(), 0)["loss"].backward()
     learnt = {name.split(".")[0] for name, p in built.task.network.parameters.items() if p.grad is not None}
@@ -221,7 +224,7 @@ def test_base_weights_are_folded_in_with_their_strengths(
     )
     assert kept.loss() == pytest.approx(with_adapter, rel=1e-3)
     weaker = network_setting.build(base_weights=tmp_path / "start.safetensors", base_weights_multiplier=0.5)
-    assert weaker.loss() == pytest.approx(whole.loss(replace(whole.batch(), multipliers=0.5)), rel=1e-4)
+    assert weaker.loss() == pytest.approx(whole.loss(replace(whole.batch(), multiplier=0.5)), rel=1e-4)
     facts = [
         base_weights_facts(built.options, built.prepared.base, (UNET,), tmp_path / "hashes.json")
         for built in (whole, folded, weaker)

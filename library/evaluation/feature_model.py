@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +13,13 @@ from library.errors import UserError
 from library.models.load import load_scheduler_config, load_unet
 from library.models.locate import locate_base
 from library.training.randomness import seed_of
+from library.training.saving import StepSaving
 from library.training.state import read_facts, read_tensors
 from networks.align_head import AlignHeads
 from networks.features import capture, tap_channels
-from networks.lora import LoraSpec, add_lora
+from networks.network import add_network
+from networks.original_names import UNET
+from networks.spec import NetworkSpec
 
 What = Literal["tokens", "pooled", "map"]
 
@@ -65,9 +68,10 @@ def load_feature_model(
     state = Path(state)
     facts = read_facts(state)
     options = facts["options"]
-    base = locate_base(facts["base_model"], ("unet", "scheduler"))
+    base = locate_base(facts["base_model"], (UNET, "scheduler"))
     unet = load_unet(base, dtype=dtype, device=device)
-    lora = add_lora(unet, LoraSpec.from_json(facts["lora_spec"]), seed=0)
+    spec = replace(NetworkSpec.from_json(facts["network"]), text_encoder=False)
+    network = add_network({UNET: unet}, spec, seed=0)
     taps = options["taps"] if options["alignment"] else []
     heads = AlignHeads(
         {tap: shape.channels for tap, shape in tap_channels(unet.config, taps).items()},
@@ -78,10 +82,10 @@ def load_feature_model(
     if use_ema and (state / "ema.safetensors").is_file():
         saved = read_tensors(state / "ema.safetensors")
     else:
-        saved = read_tensors(state / "lora.safetensors")
+        saved = read_tensors(state / f"{StepSaving.part(UNET)}.safetensors")
         if taps:
             saved |= read_tensors(state / "align_heads.safetensors")
-    targets = {**lora, **{f"align_heads.{name}": p for name, p in heads.named_parameters()}}
+    targets = {**network.parameters, **{f"align_heads.{name}": p for name, p in heads.named_parameters()}}
     with torch.no_grad():
         for name, parameter in targets.items():
             parameter.copy_(saved[name])

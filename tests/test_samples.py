@@ -14,7 +14,7 @@ from PIL import Image
 
 from library.data.batches import Prefetcher
 from library.data.samples import Batch, CachedSamples, requests
-from library.training.run import make_order
+from library.training.plan import make_order
 from tests.tools.network_runs import Built, NetworkSetting, draw_pictures
 
 
@@ -36,7 +36,7 @@ def epoch(built: Built, number: int, rank: int = 0, world: int = 1, workers: int
     count = sum(len(order.step(first + step).micro_batches) for step in range(order.steps_per_epoch))
     batches = Prefetcher(built.task.training, requests(order, first), torch.device("cpu"), workers=workers)
     found = [
-        replace(batch, moments=batch.moments.clone(), mask=None if batch.mask is None else batch.mask.clone())
+        replace(batch, latents=batch.latents.clone(), mask=None if batch.mask is None else batch.mask.clone())
         for batch in islice(batches, count)
     ]
     batches.close()
@@ -78,12 +78,16 @@ def test_a_batch_is_of_one_bucket_and_holds_the_latents_of_its_pictures(built: B
         images = [built.task.training.images[i] for i in batch.indices]
         (bucket,) = {one.fitted.bucket for one in images}
         assert len({id(one.dataset) for one in images}) == 1
-        assert batch.moments.shape[1:] == (8, bucket[1] // 8, bucket[0] // 8)
+        assert batch.latents.shape[1:] == (8, bucket[1] // 8, bucket[0] // 8)
         for row, one in enumerate(images):
-            stores = built.prepared.latents.flipped if batch.flipped[row] else built.prepared.latents.stores
-            alone = np.empty((1, *batch.moments.shape[1:]), np.float16)
+            stores = (
+                built.prepared.training.latents.flipped
+                if batch.flipped[row]
+                else built.prepared.training.latents.stores
+            )
+            alone = np.empty((1, *batch.latents.shape[1:]), np.float16)
             stores[bucket].read_into([one.image.sample_id], alone)
-            assert torch.equal(batch.moments[row], torch.from_numpy(alone[0]))
+            assert torch.equal(batch.latents[row], torch.from_numpy(alone[0]))
 
 
 def test_captions_and_mirroring_are_drawn_by_seed_epoch_picture_and_repeat(built: Built) -> None:
@@ -188,5 +192,5 @@ def test_memory_that_is_used_again_keeps_nothing_of_the_batch_before(built: Buil
     batch = samples.empty_batch(first, pin=False)
     samples.fill(batch, slice(0, len(batch)))
     again = next(r for r in (samples.relabel(batch, other) for other in others) if r is not None)
-    assert again.moments.data_ptr() == batch.moments.data_ptr() and again.captions != batch.captions
+    assert again.latents.data_ptr() == batch.latents.data_ptr() and again.captions != batch.captions
     assert again.share is not None and not np.array_equal(again.indices, batch.indices)

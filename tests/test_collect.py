@@ -11,8 +11,9 @@ from library.data.collect import TrainingData
 from library.models.family import native_side
 from library.models.locate import locate_base
 from library.options.network import parse_network_options
+from library.training.facts import samples_digest
 from library.training.pictures import collect_pictures, print_data
-from library.training.run import make_order, make_plan, samples_digest
+from library.training.plan import make_order, make_plan
 from tests.tools.dataset_files import picture, refusal, text
 from tests.tools.network_runs import NetworkSetting, draw_pictures
 
@@ -89,9 +90,9 @@ def test_steps_count_the_short_batches_of_each_bucket(network_setting: NetworkSe
     argv = network_setting.argv(network_setting.folder / "o", gradient_accumulation_steps=3, lr_warmup_steps="10%")
     options = parse_network_options([*argv, "--lr_scheduler", "cosine"], prog="", description=None)
     data = collect_pictures(options, locate_base(str(network_setting.base)))
-    plan = make_plan(data, make_order(data, options), options)
+    plan = make_plan(make_order(data, options), options.training, options.optimizer)
     assert (plan.samples, plan.steps_per_epoch, plan.last_step, plan.warmup_steps) == (6, 2, 4, 0)
-    two = make_plan(data, make_order(data, options, 0, 2), options)
+    two = make_plan(make_order(data, options, 0, 2), options.training, options.optimizer)
     assert (two.steps_per_epoch, two.last_step) == (1, 2)
 
 
