@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from library.errors import EXIT_OK, script
 from library.launch import start_cpu_processes
 from library.options.network import parse_network_options, write_config
+from library.training.start import check_inputs
 
 
 @script
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> int:
 
         print_plan(options)
         return EXIT_OK
+    check_inputs(options)
     start_cpu_processes(__file__, argv)
     from library.training.session import run_training
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from library.errors import EXIT_OK, script
 from library.launch import start_cpu_processes
 from library.options.repa import parse_repa_options
+from library.training.start import check_inputs
 
 
 @script
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> int:
 
         print_plan(options)
         return EXIT_OK
+    check_inputs(options)
     start_cpu_processes(__file__, argv)
     from library.training.session import run_training
 

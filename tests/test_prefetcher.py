@@ -13,10 +13,11 @@ from library.data.batches import Prefetcher
 from library.data.buckets import Fitted
 from library.data.dataset_schema import Dataset, Subset
 from library.data.order import MicroBatch
-from library.data.samples import Batch, CachedSamples, Request, TrainedImage
+from library.data.samples import Batch, CachedSamples, Request
 from library.data.store import StoreMeta, TensorStore
 from library.data.store_writer import StoreWriter
 from library.data.text_embeddings import TextEmbeddings
+from library.data.trained_image import TrainedImage
 from library.data.training_images import TrainingImage
 from library.training.text import PromptTable
 

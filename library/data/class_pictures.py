@@ -59,6 +59,14 @@ def open_pictures(data: ClassPictureOptions) -> Pictures:
     return Pictures(train, val, names)
 
 
+def check_pictures(data: ClassPictureOptions) -> None:
+    """Raise UserError where pictures or class names are not where they should be; what is in them is read later."""
+    for option in ("train_data", "val_data", "class_names"):
+        value = getattr(data, option)
+        if value not in (None, DEMO_DATA) and not Path(value).exists():
+            raise UserError(f"{option} {value} does not exist.")
+
+
 def numbered_pictures(count: int, classes: int = 1) -> Pictures:
     """As many pictures without files: for a plan of pictures that are not there yet, and for benchmarks."""
     samples = [Sample(f"n{i}", f"n{i}.png", i % classes) for i in range(count)]

@@ -17,7 +17,7 @@ from library.data.dataset_config import (
 from library.data.dataset_schema import Dataset, Subset
 from library.data.demo_pictures import ensure_demo_pictures
 from library.data.order import balance_regularisation
-from library.data.samples import TrainedImage
+from library.data.trained_image import TrainedImage
 from library.data.training_images import (
     MissingCaption,
     TrainingImage,

@@ -14,34 +14,16 @@ import torch
 from library.data.batches import DTYPES, AlignedBatch
 from library.data.buckets import Fitted, Size
 from library.data.captions import make_caption, sample_random
-from library.data.dataset_schema import Dataset, Subset
-from library.data.order import BatchOrder, Group, MicroBatch
+from library.data.dataset_schema import Subset
+from library.data.order import BatchOrder, MicroBatch
 from library.data.store import TensorStore
+from library.data.trained_image import TrainedImage
 from library.data.training_images import TrainingImage
 
 FLIP_CHANCE = 0.5
 
 MaskReader = Callable[[TrainingImage, Fitted, bool], np.ndarray]
 """(image, where it was cut, mirrored or not) -> mask float32 [h, w] of its latents."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedImage:
-    """A picture, where it was cut for its bucket, and how much its loss counts."""
-
-    image: TrainingImage
-    dataset: Dataset
-    fitted: Fitted
-    repeats: int = 1
-    """Showings in an epoch."""
-    loss_weight: float = 1.0
-    """prior_loss_weight for regularisation pictures."""
-    class_id: int | None = None
-    """Of class pictures, whose caption is their class's prompt."""
-
-    @property
-    def has_mask(self) -> bool:
-        return self.image.mask is not None or self.image.subset.alpha_mask
 
 
 class Request(NamedTuple):
@@ -277,19 +259,6 @@ def _as_written(subset: Subset) -> Subset:
         caption_tag_dropout_rate=0.0,
         token_warmup_step=0.0,
     )
-
-
-def groups_of(images: Sequence[TrainedImage]) -> list[Group]:
-    """Pictures that may stand in one batch: of one data set and one bucket, each as often as it is shown."""
-    members: dict[tuple[int, Size], list[int]] = {}
-    datasets: dict[int, Dataset] = {}
-    for index, one in enumerate(images):
-        key = (id(one.dataset), one.fitted.bucket)
-        datasets[id(one.dataset)] = one.dataset
-        members.setdefault(key, []).extend([index] * one.repeats)
-    return [
-        Group(np.array(indices, np.int64), datasets[dataset].batch_size) for (dataset, _), indices in members.items()
-    ]
 
 
 def requests_in_order(

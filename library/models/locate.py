@@ -97,6 +97,18 @@ def base_status(name: str, components: Sequence[str] | None = None) -> str | Non
     return None if there else _absent(name, SHAPES)
 
 
+def check_base(name: str, components: Sequence[str] | None = None) -> None:
+    """Raise UserError where `locate_base` would, as far as that can be told without fetching or building anything."""
+    if name not in TINY_BASES and _local_base(name, components) is None and not _is_hub_id(name):
+        raise UserError(_absent(name, SHAPES))
+
+
+def check_dino(name: str) -> None:
+    """The same for `locate_dino`."""
+    if name not in TINY_TEACHERS and _local_dino(name) is None and not _is_hub_id(name):
+        raise UserError(_absent(name, SHAPES_DINOV2))
+
+
 def refiner_status(name: str) -> str | None:
     """`base_status` for what can be a refiner: a base, or SDXL's refiner."""
     missing = base_status(name)

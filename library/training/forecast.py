@@ -36,6 +36,7 @@ from library.training.models import (
 )
 from library.training.pictures import class_data, collect_pictures, print_data
 from library.training.plan import make_order, make_plan
+from library.training.start import base_components
 from networks.align_head import AlignHeads
 from networks.features import capture
 from networks.original_names import SDXL, TEXT_ENCODER_2, UNET, Family
@@ -59,7 +60,7 @@ def print_plan(options: RunOptions) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     name = options.model.pretrained_model_name_or_path
-    components = (UNET, "scheduler") if options.class_pictures is not None else None
+    components = base_components(options)
     missing = [sentence for sentence in [base_status(name, components)] if sentence]
     location = None if missing else locate_base(name, components)
     family = published_family(name) if location is None else family_of(location)

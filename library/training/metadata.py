@@ -20,7 +20,7 @@ from torch import Tensor
 from library.data.captions import is_static
 from library.data.collect import TrainingData
 from library.data.dataset_schema import Dataset, Subset
-from library.data.samples import TrainedImage, groups_of
+from library.data.trained_image import TrainedImage, groups_of
 from library.files import file_hash
 from library.options.run import RunOptions
 from library.training.optimizers import optimizer_text

@@ -6,7 +6,7 @@ from library.data.class_pictures import open_pictures
 from library.data.collect import TrainingData, collect, collect_classes, read_datasets
 from library.data.dataset_schema import Dataset
 from library.data.order import Group
-from library.data.samples import groups_of
+from library.data.trained_image import groups_of
 from library.errors import UserError
 from library.models.family import native_side
 from library.models.locate import BaseLocation

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from library.data.collect import TrainingData
 from library.data.order import BatchOrder
-from library.data.samples import groups_of
+from library.data.trained_image import groups_of
 from library.options.run import RunOptions
 from library.options.training import OptimizerOptions, TrainingOptions
 

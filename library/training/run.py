@@ -16,8 +16,9 @@ from library.caching.masks import alpha_channel, latent_mask
 from library.data.batches import Prefetcher
 from library.data.buckets import Fitted
 from library.data.order import BatchOrder
-from library.data.samples import CachedSamples, TrainedImage, requests
+from library.data.samples import CachedSamples, requests
 from library.data.text_embeddings import TextEmbeddings
+from library.data.trained_image import TrainedImage
 from library.data.training_images import TrainingImage
 from library.diffusion.loss import PointwiseLoss
 from library.diffusion.objective import Objective

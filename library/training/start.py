@@ -13,6 +13,28 @@ if TYPE_CHECKING:
     from networks.original_names import Family
 
 
+def check_inputs(options: RunOptions) -> None:
+    """Look at base, teacher and pictures as far as files and folders tell, which takes no second. Raises UserError."""
+    from library.data.class_pictures import check_pictures
+    from library.data.collect import read_datasets
+    from library.models.locate import check_base, check_dino
+    from library.options.kohya.dataset import DEMO_DATA
+
+    name, classes = options.model.pretrained_model_name_or_path, options.class_pictures
+    check_base(name, base_components(options))
+    if options.alignment.alignment:
+        check_dino(options.model.dino_model)
+    if classes is None and not options.uses_demo:
+        read_datasets(options, native_side=512)
+    elif classes is not None and classes.train_data != DEMO_DATA:
+        check_pictures(classes)
+
+
+def base_components(options: RunOptions) -> tuple[str, ...] | None:
+    """Parts of the base that a run needs; None is all. Of class pictures the encoders' outputs can come from elsewhere."""
+    return ("unet", "scheduler") if options.class_pictures is not None else None
+
+
 def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation, Family]:
     """Find the base, and see that optimizer, prompts and output will work. Raises UserError for what will not."""
     from library.files import require_writable
@@ -29,9 +51,7 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
     require_writable(options.cache.cache_dir)
     check_optimizer(options.optimizer, processes.device)
     with processes.main_first():
-        # Of a base for class pictures the encoders may be absent: their outputs can come from elsewhere.
-        components = ("unet", "scheduler") if options.class_pictures is not None else None
-        base = locate_base(options.model.pretrained_model_name_or_path, components)
+        base = locate_base(options.model.pretrained_model_name_or_path, base_components(options))
         if options.alignment.alignment:
             locate_dino(options.model.dino_model)
     if base.note:

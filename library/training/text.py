@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from library.caching.prompts import PromptCache
-from library.data.samples import Batch, Captions, TrainedImage
+from library.data.samples import Batch, Captions
 from library.data.text_embeddings import TextEmbeddings
+from library.data.trained_image import TrainedImage
 from library.models.conditioning import Conditioning, TextConditioner
 
 
