@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from library.diffusion.alignment import normalize
 from library.errors import UserError
 from library.evaluation.probes import split_by_hash
 from library.evaluation.similarity import token_cosine
-from library.losses import normalize
 from networks.align_head import resize_bilinear
 
 RIDGE_GRID = (1.0, 0.1, 1e-2, 1e-3, 1e-4)

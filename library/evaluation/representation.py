@@ -217,7 +217,7 @@ def _check_state(state: Path) -> None:
 def _check(settings: RepresentationSettings, model: FeatureModel, pictures: ProbedPictures) -> None:
     if settings.tap is not None and settings.tap not in get_args(Tap):
         raise UserError(f"tap must be one of {', '.join(get_args(Tap))}, got {settings.tap!r}.")
-    last = model.schedule.timesteps - 1
+    last = model.parametrisation.timesteps - 1
     if wrong := [t for t in settings.timesteps if not 0 <= t <= last]:
         raise UserError(f"timesteps must lie in 0..{last}, got {', '.join(map(str, wrong))}.")
     for what, there, least in (("training", pictures.fit, 5), ("held-out", pictures.test, 4)):

@@ -71,7 +71,7 @@ def repa_training(job: Job, config: Path, warm: Warm, context: ExitStack) -> Tra
 
     def export(step: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         date = datetime.now().isoformat(timespec="seconds")
-        prediction_type = task.objective.schedule.prediction_type
+        prediction_type = task.objective.parametrisation.output.name.scheduler
         return adapter_file(parameters, options.output.output_name, options, plan, prediction_type, date)
 
     return Training(run, judge, export, flatten(options))
@@ -134,7 +134,7 @@ def _base_key(options: TrainRepaOptions, task: RepaTask, pictures: HeldOut, cach
         weight_fingerprint(base, UNET, options.cache.cache_dir / "weight_hashes.json"),
         flatten(options.model),
         [speed.sdpa, speed.xformers, speed.compile, speed.channels_last, speed.deterministic],
-        [task.objective.kind, task.objective.schedule.prediction_type, str(task.processes.device)],
+        [task.objective.compared.name, task.objective.parametrisation.output.name, str(task.processes.device)],
         [pictures.ids, tuple(pictures.latents.shape), [one.class_id for one in val.samples]],
         [val.stores["latents"].meta.producer, file_facts(caches.text_path)],
     ]

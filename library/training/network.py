@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from library.data.batches import Prefetcher
 from library.data.bucket_order import MicroBatch
 from library.data.network_batches import NetworkBatch, NetworkSamples, Request
+from library.diffusion.alignment import Weights
 from library.diffusion.loss import SMALLEST_MASK_AREA
 from library.diffusion.noise import Draw, draw
 from library.diffusion.objective import Objective
-from library.losses import Weights
 from library.models.conditioning import Conditioning, TextConditioner
 from library.options.kohya_objective import NoiseOptions
 from library.processes import Processes
@@ -66,7 +66,7 @@ class NetworkTask:
         Where lambda is 0 the loss is that of a run without heads, to the bit.
         """
         latents = self.latents(batch)
-        drawn = draw(latents, generator, self.recipe, self.objective.schedule.timesteps)
+        drawn = draw(latents, generator, self.recipe, self.objective.parametrisation)
         losses = self.each(batch, latents, drawn)
         real = batch.real.sum().clamp(min=1.0)
         parts = {
@@ -87,7 +87,7 @@ class NetworkTask:
 
     def each(self, batch: NetworkBatch, latents: Tensor, drawn: Draw) -> Tensor:
         """Loss of each picture, [B] float32, weighted by timestep and mask but not by picture."""
-        noisy = self.objective.schedule.add_noise(latents, drawn.added_noise, drawn.timesteps)
+        noisy = self.objective.parametrisation.add_noise(latents, drawn.added_noise, drawn.timesteps)
         self.network.set_multiplier(batch.multipliers)
         preserved = None
         if batch.preserve is not None:
@@ -183,7 +183,7 @@ class NetworkTask:
     def _mean_loss(self, samples: NetworkSamples) -> tuple[float, list[float | None], dict[str, float]]:
         """Over all, per quarter of the timesteps, and of the heads by name."""
         device = self.processes.device
-        timesteps = stratified_timesteps(len(samples), self.objective.schedule.timesteps)
+        timesteps = stratified_timesteps(len(samples), self.objective.parametrisation.timesteps)
         order = list(validation_requests(samples))
         order = order[: self.validation_batches][self.processes.rank :: self.processes.world_size]
         generator = torch.Generator(device)
@@ -195,7 +195,7 @@ class NetworkTask:
             noise = sample_noise(self.validation_seed, ids, tuple(latents.shape[1:])).to(device)
             chosen = timesteps[torch.from_numpy(batch.indices)].to(device)
             losses = self.each(batch, latents, Draw(noise, noise, chosen))
-            quarter = chosen * QUANTILES // self.objective.schedule.timesteps
+            quarter = chosen * QUANTILES // self.objective.parametrisation.timesteps
             sums[0].index_add_(0, quarter, losses)
             sums[1].index_add_(0, quarter, torch.ones_like(losses))
             if self.alignment is not None:

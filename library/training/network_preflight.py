@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from library.losses import constant_baselines
+from library.diffusion.alignment import constant_baselines
 from library.training.loop import Run
 from library.training.network import NetworkTask, validation_requests
 from library.training.randomness import StepRandomness

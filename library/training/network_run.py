@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from library.data.network_data import NetworkData
 from library.data.training_images import TrainingImage
 from library.diffusion.loss import PointwiseLoss
 from library.diffusion.objective import Objective
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.predictions import VELOCITY
+from library.diffusion.scheduler_config import parametrisation_of
 from library.files import file_hash, read_json
 from library.merging.source import read_source
 from library.models.conditioning import CHUNK, TextConditioner
@@ -92,13 +93,13 @@ class Prepared:
 
 def make_objective(options: TrainNetworkOptions, base: BaseLocation, device: torch.device) -> Objective:
     o = options.objective
-    schedule = NoiseSchedule.from_config(load_scheduler_config(base), device)
+    parametrisation = parametrisation_of(load_scheduler_config(base), device)
+    if o.v_parameterization:  # kohya's option says what the base predicts
+        parametrisation = replace(parametrisation, output=VELOCITY)
     if options.noise.zero_terminal_snr:
-        schedule = schedule.with_zero_terminal_snr()
+        parametrisation = parametrisation.with_zero_terminal_snr()
     return Objective(
-        schedule,
-        # kohya's option says what the base predicts.
-        "raw_v" if o.v_parameterization else "base",
+        parametrisation,
         min_snr_gamma=o.min_snr_gamma,
         scale_v_pred_loss_like_noise_pred=o.scale_v_pred_loss_like_noise_pred,
         v_pred_like_loss=o.v_pred_like_loss,
@@ -362,9 +363,7 @@ def _facts(options: TrainNetworkOptions, prepared: Prepared, task: NetworkTask) 
         "base_model": options.model.pretrained_model_name_or_path,
         "family": family.key,
         "network": task.network.spec.to_json(),
-        "prediction_type": "v_prediction"
-        if options.objective.v_parameterization
-        else task.objective.schedule.prediction_type,
+        "prediction_type": task.objective.parametrisation.output.name.scheduler,
         "samples": samples_digest(prepared.data),
         "base_weights": base_weights_facts(options, prepared.base, (UNET, *family.text_encoders), memory),
         "caches": prepared.latents.producers() | tokens,

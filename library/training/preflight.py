@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from library import losses
 from library.data.batches import Batch
+from library.diffusion import alignment as losses
 from library.training.checkpoints import Checkpoints
 from library.training.loop import Run
 from library.training.randomness import StepRandomness, sample_noise, stratified_timesteps
@@ -86,9 +86,9 @@ def _try_validation(task: RepaTask) -> None:
 
 def _frozen_terms(task: RepaTask, batch: Batch, ids: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Diffusion loss of each sample and mean square of each target, [B] both."""
-    device, schedule = batch.latents.device, task.objective.schedule
+    device, known = batch.latents.device, task.objective.parametrisation.timesteps
     noise = sample_noise(task.seed, [ids[i] for i in batch.indices], tuple(batch.latents.shape[1:])).to(device)
-    timesteps = stratified_timesteps(len(batch.indices), schedule.timesteps).to(device)
+    timesteps = stratified_timesteps(len(batch.indices), known).to(device)
     generator = torch.Generator(device).manual_seed(0)
     terms = task.terms(batch, noise, timesteps, batch.text_rows, generator, with_gradient=False)
     zero = task.objective.target(batch.latents.float(), noise, timesteps).square().mean(dim=(1, 2, 3))

@@ -58,7 +58,7 @@ class RepaTask:
         """Loss parts of a training batch with noise, timesteps and dropped prompts drawn from `generator`."""
         device, count = batch.latents.device, batch.latents.shape[0]
         noise = torch.randn(batch.latents.shape, generator=generator, device=device)
-        timesteps = torch.randint(0, self.objective.schedule.timesteps, (count,), generator=generator, device=device)
+        timesteps = self.objective.parametrisation.draw_timesteps(count, generator)
         dropped = torch.rand(count, generator=generator, device=device) < self.class_dropout
         text_rows = torch.where(dropped, self.text.empty_row, batch.text_rows)
         coefficient = 0.0 if self.alignment is None else self.alignment.coefficient(step)
@@ -86,7 +86,7 @@ class RepaTask:
         with_gradient: whether the alignment losses stand in the graph.
         """
         latents = batch.latents.float()
-        noisy = self.objective.schedule.add_noise(latents, noise, timesteps)
+        noisy = self.objective.parametrisation.add_noise(latents, noise, timesteps)
         output = self.predict(noisy, timesteps, self.embeddings[text_rows])
         terms = Terms(self.objective.losses(output, latents, noise, noisy, timesteps))
         if self.alignment is not None:
@@ -115,7 +115,7 @@ class RepaTask:
 
     def _validate(self, samples: CachedSamples, step: int) -> dict[str, float]:
         device, count = self.processes.device, len(samples)
-        all_timesteps = stratified_timesteps(count, self.objective.schedule.timesteps)
+        all_timesteps = stratified_timesteps(count, self.objective.parametrisation.timesteps)
         generator = torch.Generator(device)
         # sums: diffusion, token, manifold (weighted by samples); quarters: diffusion sum and count of each.
         sums = torch.zeros(3, device=device)
@@ -131,7 +131,7 @@ class RepaTask:
             sums[0] += terms.diffusion.sum()
             if terms.aligned is not None:
                 sums[1:] += torch.stack([terms.aligned.token, terms.aligned.manifold]) * len(ids)
-            quarter = timesteps * QUANTILES // self.objective.schedule.timesteps
+            quarter = timesteps * QUANTILES // self.objective.parametrisation.timesteps
             quarters[0].index_add_(0, quarter, terms.diffusion)
             quarters[1].index_add_(0, quarter, torch.ones_like(terms.diffusion))
         batches.close()

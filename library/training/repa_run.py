@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 from library.caching.prepare import Cached, Caches
 from library.data.batches import BatchOrder, CachedSamples, Prefetcher
 from library.diffusion.objective import Objective
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.predictions import VELOCITY
+from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.models.encoders import weight_fingerprint
 from library.models.load import load_scheduler_config, load_unet
@@ -80,14 +82,14 @@ def parameter_groups(
 
 
 def make_objective(options: TrainRepaOptions, base: BaseLocation, processes: Processes) -> Objective:
-    kind = "raw_v" if options.objective.raw_v_target else "v" if options.objective.v_parameterization else "base"
-    schedule = NoiseSchedule.from_config(load_scheduler_config(base), processes.device)
-    if kind == "raw_v" and schedule.prediction_type == "epsilon":
+    parametrisation, o = parametrisation_of(load_scheduler_config(base), processes.device), options.objective
+    if o.raw_v_target and parametrisation.output is not VELOCITY:
+        parametrisation = replace(parametrisation, output=VELOCITY)
         processes.say(
             "warning: --raw_v_target takes the output of an epsilon model for v. The documented run never got below the zero "
             "predictor's loss that way; --v_parameterization is the exact form."
         )
-    return Objective(schedule, kind, options.objective.min_snr_gamma)
+    return Objective(parametrisation, VELOCITY if o.v_parameterization else None, o.min_snr_gamma)
 
 
 def open_samples(cached: Cached, caches: Caches) -> CachedSamples:
@@ -149,7 +151,7 @@ def build_run(
         channels_last=options.speed.channels_last,
     )
     with processes.main_first():
-        facts = _facts(options, caches, base, task.objective.schedule.prediction_type)
+        facts = _facts(options, caches, base, task.objective.parametrisation.output.name.scheduler)
     order = BatchOrder(plan.samples, plan.batch_size, seed, processes.rank, plan.world_size, plan.accumulation)
     run = Run(
         task=task,
