@@ -159,7 +159,7 @@ def grid_ceiling(target: torch.Tensor, tap_side: int) -> torch.Tensor:
     """The highest mean token cosine that a map of tap_side x tap_side can reach by bilinear upsampling, roughly.
 
     target [B, N, D]: teacher tokens, row-major on a square grid. They are area-pooled to the tap's grid, upsampled
-    bilinearly and compared with themselves: a trunk of that grid cannot say more of U-REPA's teacher (arXiv 2503.18414).
+    bilinearly, as what an AlignHead predicts is (U-REPA, arXiv 2503.18414), and compared with themselves.
     """
     batch, count, width = target.shape
     side = int(count**0.5)

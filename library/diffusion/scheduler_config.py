@@ -13,8 +13,8 @@ from library.diffusion.variance_preserving import VariancePreserving
 from library.errors import UserError
 
 PARAMETRISATIONS: dict[str, tuple[type[Parametrisation], Prediction]] = {
-    prediction.name.scheduler: (process, prediction)
-    for process, prediction in (
+    output.name.scheduler: (process, output)
+    for process, output in (
         (VariancePreserving, EPSILON),
         (VariancePreserving, VELOCITY),
     )
@@ -23,8 +23,8 @@ PARAMETRISATIONS: dict[str, tuple[type[Parametrisation], Prediction]] = {
 
 
 def parametrisation_of(config: Mapping[str, Any], device: torch.device | str = "cpu") -> Parametrisation:
-    """Of a diffusers scheduler_config.json, which may leave out an epsilon. Raises UserError for an unknown prediction_type."""
-    prediction_type = config.get("prediction_type", EPSILON.name.scheduler)
+    """Of a diffusers scheduler_config.json. Raises UserError for a prediction_type that is not known."""
+    prediction_type = config.get("prediction_type", _unsaid(config))
     if prediction_type not in PARAMETRISATIONS:
         *others, last = PARAMETRISATIONS
         raise UserError(
@@ -32,3 +32,9 @@ def parametrisation_of(config: Mapping[str, Any], device: torch.device | str = "
         )
     process, output = PARAMETRISATIONS[prediction_type]
     return process.from_config(config, output, device)
+
+
+def _unsaid(config: Mapping[str, Any]) -> str:
+    """What a file without prediction_type means: epsilon, but of flow matching what diffusers calls it where it is said."""
+    is_flow = str(config.get("_class_name", "")).startswith("FlowMatch")
+    return "flow_prediction" if is_flow else EPSILON.name.scheduler

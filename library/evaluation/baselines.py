@@ -36,7 +36,11 @@ def position_mean(fit: Tensor, count: int) -> Tensor:
 
 
 def pooled_to_grid(target: Tensor, side: int) -> Tensor:
-    """Teacher tokens pooled to a map of side x side and back: about what a trunk of that grid can say (repa.md 1.3)."""
+    """Teacher tokens pooled to a map of side x side and back: about what a trunk of that grid can say.
+
+    An AlignHead's map is upsampled to the teacher's grid behind the head (U-REPA, arXiv 2503.18414), so a map of fewer places
+    than the teacher has tokens cannot reach each of them.
+    """
     grid = _as_map(normalize(target))
     back = resize_bilinear(F.adaptive_avg_pool2d(grid, side), *grid.shape[-2:])
     return normalize(back.flatten(2).transpose(1, 2))

@@ -34,7 +34,7 @@ from networks.lora import lora_disabled
 from networks.original_names import UNET
 
 TIMESTEPS = (1, 50, 100, 261, 400, 500, 750)
-"""261 is DIFT's, near 100 segmentation is best (CleanDIFT); the rest show the ends (repa.md, section 6)."""
+"""261 is DIFT's (arXiv 2306.03881), near 100 segmentation is best (CleanDIFT, arXiv 2412.03439); the rest show the ends."""
 BEST_GRID_PICTURES = 64
 RANDOM_TRUNK_SEED = 0
 
