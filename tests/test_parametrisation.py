@@ -50,7 +50,7 @@ def test_a_perfect_output_means_the_noise_and_the_latents_that_it_was_made_of(pr
     noisy, output = process.add_noise(latents, noise, timesteps), process.target(latents, noise, timesteps)
     alpha, sigma = process.at(timesteps)
     torch.testing.assert_close(process.output.noise(output, noisy, alpha, sigma), noise)
-    torch.testing.assert_close(process.output.of_noise(noise, noisy, alpha, sigma), output, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(process.output.of_noise(noise, noisy, alpha, sigma), output, rtol=1e-3, atol=1e-3)
     levels = (sigma / alpha).flatten().tolist()
     assert [process.levels.timestep(level) for level in levels] == pytest.approx(timesteps.tolist(), rel=1e-3, abs=1e-2)
     for i, level in enumerate(levels):
@@ -74,7 +74,7 @@ def test_any_output_is_converted_exactly(said: Prediction, asked: Prediction) ->
 
 
 def test_the_schedule_is_scaled_linear_and_not_linear() -> None:
-    found = parametrisation().alphas_cumprod  # type: ignore[attr-defined]
+    found = parametrisation().alphas_cumprod
     assert found.tolist() == pytest.approx(alpha_bars(), rel=2e-4)
     assert found.mean().item() == pytest.approx(0.3734, abs=1e-4) and found[-1].item() == pytest.approx(
         0.00466, abs=1e-5
@@ -87,7 +87,7 @@ def test_the_process_is_the_one_that_diffusers_samples_with() -> None:
     process = parametrisation("v_prediction")
     theirs = DDPMScheduler.from_config({k: v for k, v in SD15_SCHEDULER.items() if k != "skip_prk_steps"})
     latents, noise, _, timesteps = batch()
-    assert torch.equal(process.alphas_cumprod, theirs.alphas_cumprod)  # type: ignore[attr-defined]
+    assert torch.equal(process.alphas_cumprod, theirs.alphas_cumprod)
     torch.testing.assert_close(
         process.add_noise(latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps)
     )
@@ -109,15 +109,15 @@ def test_what_is_not_known_is_refused(config: dict[str, object]) -> None:
 
 def test_zero_terminal_snr_ends_at_0_keeps_the_beginning_and_its_snr_follows() -> None:
     plain, zero = parametrisation(), parametrisation(zero=True)
-    alphas = zero.alphas_cumprod  # type: ignore[attr-defined]
+    alphas = zero.alphas_cumprod
     assert alphas[-1].item() == 0 and zero.snr(torch.tensor([999])).item() == 0
     assert alphas[0].item() == pytest.approx(alpha_bars()[0], rel=1e-4)
     assert alphas.tolist() == pytest.approx(alpha_bars(True), rel=1e-3, abs=1e-7)
     assert zero.snr(torch.tensor([900])).item() < 0.7 * plain.snr(torch.tensor([900])).item()
     assert zero.ends_in_noise and not plain.ends_in_noise
-    torch.testing.assert_close(zero.with_zero_terminal_snr().alphas_cumprod, alphas)  # type: ignore[attr-defined]
+    torch.testing.assert_close(zero.with_zero_terminal_snr().alphas_cumprod, alphas)
     rescaled = parametrisation_of(SD15_SCHEDULER | {"rescale_betas_zero_snr": True})
-    torch.testing.assert_close(rescaled.alphas_cumprod, alphas, rtol=1e-3, atol=1e-6)  # type: ignore[attr-defined]
+    torch.testing.assert_close(rescaled.alphas_cumprod, alphas, rtol=1e-3, atol=1e-6)
 
 
 def test_out_of_pure_noise_noise_follows_and_a_velocity_does_not() -> None:

@@ -40,11 +40,6 @@ class Parametrisation(ABC):
     def timesteps(self) -> int:
         """How many there are: from 0 to below this."""
 
-    @property
-    @abstractmethod
-    def ends_in_noise(self) -> bool:
-        """Whether nothing is left of the latents at the last timestep."""
-
     @abstractmethod
     def draw_timesteps(self, count: int, generator: torch.Generator, first: int = 0, end: int | None = None) -> Tensor:
         """[count] on the generator's device, uniform from `first` to below `end`; by default all there are."""

@@ -59,7 +59,7 @@ class VariancePreserving(Parametrisation):
 
     @cached_property
     def ends_in_noise(self) -> bool:
-        """Read from the device once."""
+        """Whether nothing is left of the latents at the last timestep. Read from the device once."""
         return self.alphas_cumprod[-1].item() == 0
 
     def draw_timesteps(self, count: int, generator: torch.Generator, first: int = 0, end: int | None = None) -> Tensor:
