@@ -26,6 +26,7 @@ from networks.lora import LoraSpec, rank_and_alpha
 from networks.lycoris_modules import NO_BOUND, LohaModule, LokrModule, OftModule
 from networks.names import Target, peft_key, split_peft_key
 from networks.original_names import SD15, SDXL, UNET, Family
+from networks.prediction_names import BY_SCHEDULER, EPSILON_NAME, PredictionName, name_by_metadata
 from networks.spec import KINDS, NetworkSpec
 
 Form = Literal["kohya", "diffusers", "peft"]
@@ -195,7 +196,7 @@ def adapter_metadata(
     resolution: tuple[int, int],
     family: Family = SD15,
     base_model: str | None = None,
-    prediction_type: str = "epsilon",
+    prediction_type: str = EPSILON_NAME.scheduler,
     title: str | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
@@ -205,9 +206,10 @@ def adapter_metadata(
     which merge_lora.py finds the base again. prediction_type: as a scheduler says it. extra: further entries, which win
     over these. Of kinds that not every program reads modelspec.usage_hint says which do.
     """
-    velocity = prediction_type == "v_prediction"
     metadata = {
-        **_identity(family, velocity=velocity, output_name=output_name, title=title or output_name, date=date),
+        **_identity(
+            family, BY_SCHEDULER[prediction_type], output_name=output_name, title=title or output_name, date=date
+        ),
         "modelspec.resolution": f"{resolution[0]}x{resolution[1]}",
         "ss_network_dropout": str(spec.dropout) if spec.dropout > 0 else "None",
         **(_network_facts(spec) if isinstance(spec, NetworkSpec) else _lora_facts(spec)),
@@ -263,11 +265,10 @@ def form_metadata(
     adapter = _exportable(adapter, form, keep_dora)
     before = {key: value for key, value in adapter.metadata.items() if key not in _OF_THE_WEIGHTS}
     family = adapter.family
-    velocity = before.get("ss_base_model_version", "").endswith("_v") or before.get("modelspec.prediction_type") == "v"
     metadata = {
         "modelspec.resolution": _RESOLUTIONS[family.key],  # where nothing is known; kohya's scripts write the same
         **before,
-        **_identity(family, velocity=velocity, output_name=output_name, title=output_name, date=date),
+        **_identity(family, name_by_metadata(before), output_name=output_name, title=output_name, date=date),
         **_sizes(adapter.modules.values()),
     }
     for kind in sorted({module.kind for module in adapter.modules.values()}):
@@ -307,12 +308,12 @@ def _lora_config(adapter: Adapter, component: str) -> dict[str, Any]:
     }
 
 
-def _identity(family: Family, *, velocity: bool, output_name: str, title: str, date: str) -> dict[str, str]:
+def _identity(family: Family, prediction: PredictionName, *, output_name: str, title: str, date: str) -> dict[str, str]:
     """What makes the file known to the programs that list it; A1111 hides a file of the wrong base."""
     version = BASE_VERSIONS[family.key]
     return {
         "ss_network_module": "networks.lora",
-        "ss_base_model_version": f"{version}_v" if velocity and family is SD15 else version,
+        "ss_base_model_version": f"{version}{prediction.version_ending if family is SD15 else ''}",
         "ss_v2": "False",
         "ss_output_name": output_name,
         "modelspec.sai_model_spec": "1.0.1",
@@ -320,7 +321,7 @@ def _identity(family: Family, *, velocity: bool, output_name: str, title: str, d
         "modelspec.implementation": _IMPLEMENTATIONS[family.key],
         "modelspec.title": title,
         "modelspec.date": date,
-        "modelspec.prediction_type": "v" if velocity else "epsilon",
+        "modelspec.prediction_type": prediction.modelspec,
     }
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from library.errors import UserError
-from library.models.checkpoint import V_PRED, ZTSNR, Checkpoint
+from library.models.checkpoint import MARKS, Checkpoint
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
 from networks.original_names import SD15, SDXL
 from tests.tools.merging import EMA, FILES, assert_same_tensors, opened, single_file
@@ -81,10 +81,10 @@ def test_what_a_single_file_also_carries_is_told_apart(tiny_sdxl: Path, tmp_path
         "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
         "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6),
     }
-    marks = {V_PRED: torch.zeros(0), ZTSNR: torch.zeros(0)}
+    marks = {mark: torch.zeros(0) for mark in MARKS}
     checkpoint = opened(single_file(tiny_sdxl, tmp_path / "a.safetensors", extra={**extra, **marks}))
     assert sorted(checkpoint.others) == sorted(extra)
-    assert checkpoint.marks == (V_PRED, ZTSNR)
+    assert checkpoint.marks == MARKS == ("v_pred", "ztsnr")
     assert_same_tensors(everything(checkpoint), loaded(tiny_sdxl))
 
 
@@ -92,7 +92,7 @@ def test_a_folders_schedule_says_what_marks_a_file(tiny_sd15: Path, tmp_path: Pa
     shutil.copytree(tiny_sd15, tmp_path / "v")
     file = tmp_path / "v" / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
-    assert opened(tmp_path / "v").marks == (V_PRED,)
+    assert opened(tmp_path / "v").marks == ("v_pred",)
 
 
 def test_a_text_encoder_without_its_prefix_gets_it(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.scheduler_config import parametrisation_of
 from library.inference.denoiser import GuidedDenoiser
 from library.inference.prompt_encoding import EncodedPart, PromptEncoder
 from library.inference.prompt_syntax import parse_negative, parse_prompt
@@ -32,7 +32,7 @@ class Drawn:
         self.pipeline.scheduler = EulerDiscreteScheduler.from_config(
             config, use_karras_sigmas=True, timestep_spacing="linspace"
         )
-        self.schedule = NoiseSchedule.from_config(config)
+        self.parametrisation = parametrisation_of(config)
         self.encoder = PromptEncoder(family, load_text_encoders(str(folder)))
         self.noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -50,7 +50,7 @@ class Drawn:
 
     def ours(self, prompt: str, negative: str, cfg_scale: float, noise: torch.Tensor | None = None) -> torch.Tensor:
         denoiser = self.denoiser(prompt, negative, cfg_scale)
-        sigmas = noise_levels("Karras", STEPS, denoiser.levels, self.family)
+        sigmas = noise_levels("Karras", STEPS, self.parametrisation.levels, self.family)
         begin = (self.noise if noise is None else noise) * float(sigmas[0])
         return euler(denoiser, begin, sigmas, no_noise)
 
@@ -60,7 +60,7 @@ class Drawn:
         sizes = [128, 128, 0, 0, 128, 128] if self.family == SDXL else None
         return GuidedDenoiser(
             self.pipeline.unet,
-            self.schedule,
+            self.parametrisation,
             self.encoder,
             encoded,
             plain,

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import library.training.samples as samples
+from library.diffusion.predictions import EPSILON, VELOCITY
 from library.inference.model import DrawingModel
 from library.inference.prompt_syntax import parse_prompt
 from library.inference.request import Request
@@ -125,13 +126,12 @@ def test_the_prompts_are_read_by_the_encoders_of_the_run(network_setting: Networ
 
 
 def test_what_is_drawn_is_what_is_trained(network_setting: NetworkSetting) -> None:
-    """The run's schedule, and velocities where kohya's option says that the network predicts them."""
+    """The run's process, and velocities where kohya's option says that the network predicts them."""
     for words, velocities in (({}, False), ({"v_parameterization": "", "zero_terminal_snr": ""}, True)):
         built = network_setting.build(**words)
-        schedule = sampler_of(built)._model().schedule
-        assert torch.equal(schedule.alphas_cumprod, built.task.objective.schedule.alphas_cumprod)
-        assert (schedule.prediction_type == "v_prediction") is velocities
-        assert schedule.ends_in_noise is velocities
+        drawn = sampler_of(built)._model().parametrisation
+        assert drawn is built.task.objective.parametrisation
+        assert drawn.output is (VELOCITY if velocities else EPSILON) and drawn.ends_in_noise is velocities
         built.close()
 
 

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from library.diffusion.noise import draw
+from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
+from library.models.sd15_configs import SD15_SCHEDULER
 from library.options.kohya.objective import NoiseOptions
 
 SHAPE = (3, 4, 6, 10)
+PROCESS = parametrisation_of(SD15_SCHEDULER)
 
 
 def seeded() -> torch.Generator:
@@ -26,7 +29,7 @@ def latents() -> torch.Tensor:
 
 
 def test_without_options_it_draws_randn_and_randint_and_nothing_else() -> None:
-    drawn = draw(latents(), seeded(), NoiseOptions(), 1000)
+    drawn = draw(latents(), seeded(), NoiseOptions(), PROCESS)
     generator = seeded()
     assert torch.equal(drawn.noise, torch.randn(SHAPE, generator=generator))
     assert torch.equal(drawn.timesteps, torch.randint(0, 1000, (3,), generator=generator))
@@ -39,7 +42,7 @@ def test_the_noise_offset_is_the_slow_one(random_strength: bool, adaptive: float
     options = NoiseOptions(
         noise_offset=0.1, noise_offset_random_strength=random_strength, adaptive_noise_scale=adaptive
     )
-    drawn = draw(latents(), seeded(), options)
+    drawn = draw(latents(), seeded(), options, PROCESS)
     generator, x = seeded(), latents().double().numpy()
     expected = torch.randn(SHAPE, generator=generator).double().numpy()
     strength = 0.1 * (torch.rand(1, generator=generator).item() if random_strength else 1.0)
@@ -69,7 +72,9 @@ def slow_bilinear(small: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("iterations", [1, 2, 8])
 def test_pyramid_noise_is_the_slow_one(iterations: int) -> None:
-    drawn = draw(latents(), seeded(), NoiseOptions(multires_noise_iterations=iterations, multires_noise_discount=0.6))
+    drawn = draw(
+        latents(), seeded(), NoiseOptions(multires_noise_iterations=iterations, multires_noise_discount=0.6), PROCESS
+    )
     generator, host = seeded(), random.Random("pyramid noise 7")
     expected = torch.randn(SHAPE, generator=generator).double().numpy()
     levels = 0
@@ -92,14 +97,16 @@ def test_pyramid_noise_is_the_slow_one(iterations: int) -> None:
 
 def test_the_sizes_of_a_pyramid_follow_from_the_seed_of_the_step() -> None:
     options = NoiseOptions(multires_noise_iterations=3)
-    first, again = (draw(latents(), seeded(), options).noise for _ in range(2))
-    other = draw(latents(), torch.Generator().manual_seed(8), options).noise
+    first, again = (draw(latents(), seeded(), options, PROCESS).noise for _ in range(2))
+    other = draw(latents(), torch.Generator().manual_seed(8), options, PROCESS).noise
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("random_strength", [False, True])
 def test_input_perturbation_changes_what_is_added_and_not_the_target(random_strength: bool) -> None:
-    drawn = draw(latents(), seeded(), NoiseOptions(ip_noise_gamma=0.2, ip_noise_gamma_random_strength=random_strength))
+    drawn = draw(
+        latents(), seeded(), NoiseOptions(ip_noise_gamma=0.2, ip_noise_gamma_random_strength=random_strength), PROCESS
+    )
     generator = seeded()
     noise = torch.randn(SHAPE, generator=generator)
     torch.randint(0, 1000, (3,), generator=generator)
@@ -110,7 +117,7 @@ def test_input_perturbation_changes_what_is_added_and_not_the_target(random_stre
 
 
 def test_timesteps_stay_between_the_bounds_and_reach_both_ends() -> None:
-    drawn = draw(torch.zeros(4000, 1, 1, 1), seeded(), NoiseOptions(min_timestep=3, max_timestep=7))
+    drawn = draw(torch.zeros(4000, 1, 1, 1), seeded(), NoiseOptions(min_timestep=3, max_timestep=7), PROCESS)
     assert set(drawn.timesteps.tolist()) == {3, 4, 5, 6}
 
 
@@ -118,7 +125,7 @@ def test_all_at_once_follow_kohyas_order() -> None:
     options = NoiseOptions(
         noise_offset=0.1, multires_noise_iterations=1, multires_noise_discount=0.5, ip_noise_gamma=0.1
     )
-    drawn = draw(latents(), seeded(), options)
+    drawn = draw(latents(), seeded(), options, PROCESS)
     generator = seeded()
     noise = torch.randn(SHAPE, generator=generator)
     noise = noise + 0.1 * torch.randn((3, 4, 1, 1), generator=generator)
@@ -138,12 +145,13 @@ def test_all_at_once_follow_kohyas_order() -> None:
     ],
 )
 def test_timesteps_outside_the_schedule_are_refused(bounds: tuple[int | None, int | None], sentence: str) -> None:
+    shorter = parametrisation_of(SD15_SCHEDULER | {"num_train_timesteps": 500})
     with pytest.raises(UserError) as error:
-        draw(latents(), seeded(), NoiseOptions(min_timestep=bounds[0], max_timestep=bounds[1]), timesteps=500)
+        draw(latents(), seeded(), NoiseOptions(min_timestep=bounds[0], max_timestep=bounds[1]), shorter)
     assert str(error.value) == sentence
 
 
 def test_the_offset_of_a_sample_is_the_same_for_all_its_pixels() -> None:
     plain = torch.randn(SHAPE, generator=seeded())
-    shift = draw(latents(), seeded(), NoiseOptions(noise_offset=0.5)).noise - plain
+    shift = draw(latents(), seeded(), NoiseOptions(noise_offset=0.5), PROCESS).noise - plain
     assert (shift.std(dim=(2, 3)) < 1e-6).all() and not math.isclose(shift[0, 0, 0, 0].item(), shift[0, 1, 0, 0].item())

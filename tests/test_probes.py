@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from library.diffusion.alignment import grid_ceiling, normalize
 from library.errors import UserError
 from library.evaluation import probes
 from library.evaluation.baselines import (
@@ -22,7 +23,6 @@ from library.evaluation.baselines import (
 )
 from library.evaluation.probes import L2_GRID, chance_accuracy, knn_accuracy, linear_probe, split_by_hash
 from library.evaluation.similarity import token_cosine
-from library.losses import grid_ceiling, normalize
 from networks.align_head import AlignHead
 from tests.tools.unets import small_unet
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from library import losses
+from library.diffusion import alignment as losses
 from tests.tools.runs import RepaSetting, assert_equal_states, copy_until, metric_rows
 
 WORLD = 2

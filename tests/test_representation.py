@@ -152,7 +152,7 @@ def test_features_are_those_of_a_whole_pass(model: FeatureModel, pictures: Probe
     torch.testing.assert_close(seen.maps, features["mid"])
     assert seen.tokens is not None
     torch.testing.assert_close(seen.tokens, model.heads["mid"](features["mid"]))
-    alpha, sigma = model.schedule.at(timesteps)
+    alpha, sigma = model.parametrisation.at(timesteps)
     noise = (inputs[0] - alpha * latents) / sigma
     assert abs(noise.mean().item()) < 0.1 and noise.std().item() == pytest.approx(1, abs=0.1)
 

@@ -25,7 +25,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.scheduler_config import parametrisation_of
 from library.inference.noise import BrownianNoise, NoiseSource, StepNoise
 from library.inference.samplers import (
     SAMPLERS,
@@ -39,13 +39,13 @@ from library.inference.samplers import (
     plms,
     unipc,
 )
-from library.inference.sigmas import SCHEDULES, NoiseLevels, noise_levels
+from library.inference.sigmas import SCHEDULES, noise_levels
 from library.models.sd15_configs import SD15_SCHEDULER
 from networks.original_names import SD15
 from tests.tools.sampling import denoise, start, wavy_noise
 
 REFERENCES = json.loads((Path(__file__).parent / "data" / "sampler_references.json").read_text(encoding="utf-8"))
-LEVELS = NoiseLevels.of(NoiseSchedule.from_config(SD15_SCHEDULER))
+LEVELS = parametrisation_of(SD15_SCHEDULER).levels
 BETAS = {key: SD15_SCHEDULER[key] for key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")}
 SHAPE = (4, 8, 8)
 

@@ -197,7 +197,8 @@ def test_picture_objective_is_0_for_the_base_and_keeps_its_pictures(
     parts = task.conditioner.parts
 
     def drawing() -> DrawingModel:
-        return DrawingModel(prepared.family, task.models[UNET], parts, vae, task.objective.schedule, torch.float32)
+        parametrisation = task.objective.parametrisation
+        return DrawingModel(prepared.family, task.models[UNET], parts, vae, parametrisation, torch.float32)
 
     photos = [Image.open(one.image.path).convert("RGB") for one in prepared.data.training]
     judging = Judging(("a red cat",), ("a blue box",), seeds=2, steps=2, size=64)

@@ -9,14 +9,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.noise_levels import NoiseLevels
+from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
-from library.inference.sigmas import SCHEDULES, NoiseLevels, noise_levels, part_of, scaled_model_input
+from library.inference.sigmas import SCHEDULES, noise_levels, part_of
 from library.models.sd15_configs import SD15_SCHEDULER
 from networks.original_names import SD15, SDXL
 
-SCHEDULE = NoiseSchedule.from_config(SD15_SCHEDULER)
-LEVELS = NoiseLevels.of(SCHEDULE)
+PROCESS = parametrisation_of(SD15_SCHEDULER)
+LEVELS = PROCESS.levels
 BETAS = {key: SD15_SCHEDULER[key] for key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")}
 
 
@@ -92,7 +93,7 @@ def test_timesteps_and_levels_are_inverse() -> None:
 
 
 def test_a_schedule_that_ends_in_noise_has_finite_levels() -> None:
-    levels = NoiseLevels.of(SCHEDULE.with_zero_terminal_snr())
+    levels = PROCESS.with_zero_terminal_snr().levels
     assert levels.high == pytest.approx(4518.76, rel=1e-4)
     for name in SCHEDULES:
         assert torch.isfinite(noise_levels(name, 20, levels, SD15)).all()
@@ -113,7 +114,7 @@ def test_a_strength_takes_the_end_of_the_levels() -> None:
 
 
 def test_inputs_of_the_unet_have_unit_variance() -> None:
-    assert scaled_model_input(0) == 1 and scaled_model_input(math.sqrt(3)) == pytest.approx(0.5)
+    assert PROCESS.inverse_alpha(0) == 1 and PROCESS.inverse_alpha(math.sqrt(3)) == pytest.approx(2)
 
 
 def test_bad_input_is_named() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from library.diffusion.predictions import EPSILON, VELOCITY
 from library.models.float8 import Float8Conv2d, Float8Linear
 from library.models.load import load_unet
 from library.models.locate import locate_base
@@ -135,11 +136,12 @@ def test_options_reach_the_objective_and_the_noise(network_setting: NetworkSetti
         return make_objective(options, locate_base(str(network_setting.base)), Processes("cpu"))
 
     plain = objective("")
-    assert (plain.kind, plain.schedule.prediction_type, plain.min_snr_gamma) == ("base", "epsilon", None)
+    assert (plain.parametrisation.output, plain.compared, plain.min_snr_gamma) == (EPSILON, EPSILON, None)
     velocity = objective("--v_parameterization --scale_v_pred_loss_like_noise_pred --zero_terminal_snr")
-    assert velocity.kind == "raw_v" and velocity.scale_v_pred_loss_like_noise_pred
+    assert velocity.parametrisation.output is velocity.compared is VELOCITY
+    assert velocity.scale_v_pred_loss_like_noise_pred
     last = torch.tensor([999])
-    assert plain.schedule.snr(last) > 0 and velocity.schedule.snr(last) == 0
+    assert plain.parametrisation.snr(last) > 0 and velocity.parametrisation.snr(last) == 0
     weighted = objective("--min_snr_gamma 5 --debiased_estimation_loss --v_pred_like_loss 0.5")
     assert (weighted.min_snr_gamma, weighted.debiased_estimation_loss, weighted.v_pred_like_loss) == (5, True, 0.5)
     huber = objective("--loss_type smooth_l1 --huber_schedule exponential --huber_c 0.2 --huber_scale 2").pointwise

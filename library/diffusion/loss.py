@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.parametrisation import Parametrisation
+from library.diffusion.predictions import Prediction
 
 LossType = Literal["l2", "l1", "huber", "smooth_l1"]
 HuberSchedule = Literal["constant", "exponential", "snr"]
@@ -36,7 +37,7 @@ class PointwiseLoss:
     """Factor on the bend's place, in every schedule (in kohya, schedule snr ignores it)."""
 
     def __call__(
-        self, prediction: torch.Tensor, target: torch.Tensor, schedule: NoiseSchedule, timesteps: torch.Tensor
+        self, prediction: torch.Tensor, target: torch.Tensor, parametrisation: Parametrisation, timesteps: torch.Tensor
     ) -> torch.Tensor:
         """Loss of each element, [B, C, h, w] float32.
 
@@ -48,20 +49,20 @@ class PointwiseLoss:
             return difference.square()
         if self.loss_type == "l1":
             return difference.abs()
-        bend = self.bend(schedule, timesteps)
+        bend = self.bend(parametrisation, timesteps)
         loss = 2.0 * ((difference.square() + bend.square()).sqrt() - bend)
         return bend * loss if self.loss_type == "huber" else loss
 
-    def bend(self, schedule: NoiseSchedule, timesteps: torch.Tensor) -> torch.Tensor:
+    def bend(self, parametrisation: Parametrisation, timesteps: torch.Tensor) -> torch.Tensor:
         """c of each sample, [B, 1, 1, 1].
 
         constant: huber_c. exponential: huber_c^(t / T). snr: (1 - huber_c) / (1 + sigma/alpha)^2 + huber_c, written so
         that alpha = 0 gives huber_c. All times huber_scale.
         """
         if self.huber_schedule == "exponential":
-            bend = torch.exp(timesteps.view(-1, 1, 1, 1).float() * (math.log(self.huber_c) / schedule.timesteps))
+            bend = torch.exp(timesteps.view(-1, 1, 1, 1).float() * (math.log(self.huber_c) / parametrisation.timesteps))
         elif self.huber_schedule == "snr":
-            alpha, sigma = schedule.at(timesteps)
+            alpha, sigma = parametrisation.at(timesteps)
             bend = (1.0 - self.huber_c) * (alpha / (alpha + sigma)).square() + self.huber_c
         else:
             bend = torch.full((timesteps.shape[0], 1, 1, 1), self.huber_c, device=timesteps.device)
@@ -83,8 +84,8 @@ def masked_mean(losses: torch.Tensor, mask: torch.Tensor | None, *, renormalize:
 
 def timestep_weights(
     snr: torch.Tensor,
+    compared: Prediction,
     *,
-    velocities: bool,
     min_snr_gamma: float | None = None,
     scale_v_pred_loss_like_noise_pred: bool = False,
     v_pred_like_loss: float | None = None,
@@ -92,23 +93,19 @@ def timestep_weights(
 ) -> torch.Tensor:
     """Weight of each sample's loss, [B], from its signal-to-noise ratio [B], in kohya's order; finite at an SNR of 0.
 
-    velocities: what is compared; else noise. min_snr_gamma: min(snr, gamma) / snr, on velocities / (snr + 1)
-    (arXiv 2303.09556). scale_v_pred_loss_like_noise_pred: times s = snr / (snr + 1), which is |d eps|^2 / |d v|^2.
-    v_pred_like_loss w: times 1 + w / s. debiased_estimation_loss: over sqrt(snr) (arXiv 2310.08442), on velocities over
-    snr + 1.
+    min_snr_gamma: min(snr, gamma) / snr on noise, / (snr + 1) on velocities (arXiv 2303.09556).
+    scale_v_pred_loss_like_noise_pred: times s = snr / (snr + 1), which is |d eps|^2 / |d v|^2. v_pred_like_loss w: times
+    1 + w / s. debiased_estimation_loss: over sqrt(snr) (arXiv 2310.08442), on velocities over snr + 1.
     """
     weights = torch.ones_like(snr)
     bounded = snr.clamp(SMALLEST_SNR, LARGEST_SNR)
     noise_like = bounded / (bounded + 1.0)
     if min_snr_gamma is not None:
-        # gamma / max(snr, gamma) is min(snr, gamma) / snr, also at 0.
-        weights = (
-            snr.clamp(max=min_snr_gamma) / (snr + 1.0) if velocities else min_snr_gamma / snr.clamp(min=min_snr_gamma)
-        )
+        weights = compared.min_snr_weight(snr, min_snr_gamma)
     if scale_v_pred_loss_like_noise_pred:
         weights = weights * noise_like
     if v_pred_like_loss is not None:
         weights = weights + weights / noise_like * v_pred_like_loss
     if debiased_estimation_loss:
-        weights = weights / (bounded + 1.0 if velocities else bounded.sqrt())
+        weights = weights / compared.debiasing(bounded)
     return weights

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from library.diffusion.parametrisation import Parametrisation
 from library.options.checks import require
 from library.options.kohya.objective import NoiseOptions
 
@@ -17,25 +18,27 @@ SMALLEST_SHRINK, SHRINK_RANGE = 2.0, 2.0
 
 @dataclass(frozen=True)
 class Draw:
-    """noise: what the target is made of. added_noise: what the latents get. Both [B, C, h, w]; timesteps [B] int64."""
+    """noise: what the target is made of. added_noise: what the latents get. Both [B, C, h, w]; timesteps [B]."""
 
     noise: torch.Tensor
     added_noise: torch.Tensor
     timesteps: torch.Tensor
 
 
-def draw(latents: torch.Tensor, generator: torch.Generator, recipe: NoiseOptions, timesteps: int = 1000) -> Draw:
+def draw(
+    latents: torch.Tensor, generator: torch.Generator, recipe: NoiseOptions, parametrisation: Parametrisation
+) -> Draw:
     """Noise and timesteps for `latents` [B, C, h, w] float32, in kohya's order: noise, offset, pyramid, timesteps, ip.
 
-    generator: on the latents' device, seeded for this step. timesteps: length of the schedule. With the defaults
-    the draws are torch.randn and torch.randint of the generator and nothing else.
+    generator: on the latents' device, seeded for this step. With the defaults it draws torch.randn and the timesteps
+    of the parametrisation and nothing else. Raises OptionError where the recipe's timesteps lie outside of them.
     """
     noise = torch.randn(latents.shape, generator=generator, device=latents.device)
     if recipe.noise_offset or recipe.adaptive_noise_scale:
         noise = noise + offset(latents, generator, recipe)
     if recipe.multires_noise_iterations:
         noise = pyramid(noise, generator, recipe.multires_noise_iterations, recipe.multires_noise_discount)
-    chosen = draw_timesteps(latents.shape[0], generator, recipe, timesteps)
+    chosen = _draw_timesteps(latents.shape[0], generator, recipe, parametrisation)
     added_noise = noise
     if recipe.ip_noise_gamma:
         strength = _strength(recipe.ip_noise_gamma, recipe.ip_noise_gamma_random_strength, generator)
@@ -72,16 +75,15 @@ def pyramid(noise: torch.Tensor, generator: torch.Generator, iterations: int, di
     return noise / noise.std()
 
 
-def draw_timesteps(count: int, generator: torch.Generator, recipe: NoiseOptions, timesteps: int) -> torch.Tensor:
-    """Timesteps [count] int64, uniform from min_timestep to below max_timestep; by default all of the schedule.
-
-    Raises OptionError where they lie outside the schedule.
-    """
-    lowest = recipe.min_timestep or 0
-    end = timesteps if recipe.max_timestep is None else recipe.max_timestep
-    require(lowest < timesteps, "min_timestep", f"is {lowest}, and the schedule's last timestep is {timesteps - 1}.")
-    require(end <= timesteps, "max_timestep", f"is {end}, and the schedule has {timesteps} timesteps.")
-    return torch.randint(lowest, end, (count,), generator=generator, device=generator.device)
+def _draw_timesteps(
+    count: int, generator: torch.Generator, recipe: NoiseOptions, parametrisation: Parametrisation
+) -> torch.Tensor:
+    """Uniform from min_timestep to below max_timestep, [count]."""
+    first, known = recipe.min_timestep or 0, parametrisation.timesteps
+    end = known if recipe.max_timestep is None else recipe.max_timestep
+    require(first < known, "min_timestep", f"is {first}, and the schedule's last timestep is {known - 1}.")
+    require(end <= known, "max_timestep", f"is {end}, and the schedule has {known} timesteps.")
+    return parametrisation.draw_timesteps(count, generator, first, end)
 
 
 def _strength(strength: float, random_strength: bool, generator: torch.Generator) -> torch.Tensor | float:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from library.diffusion.loss import PointwiseLoss, masked_mean, timestep_weights
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.parametrisation import Parametrisation
+from library.diffusion.predictions import EPSILON, VELOCITY, Prediction
 from library.options.checks import positive, require
 
 
@@ -15,16 +16,16 @@ from library.options.checks import positive, require
 class Objective:
     """The diffusion loss of a run. With the defaults, the mean squared error.
 
-    kind "base": the base's own prediction type. "v": velocities, to which an epsilon base is converted exactly, so the
-    loss is |eps' - eps|^2 / alphas_cumprod. "raw_v": the network's output taken for v whatever the base predicts; that
-    is kohya's v_parameterization.
+    compares: what the loss compares, by default what the network's output is; another kind is an exact conversion of the
+    output: an epsilon compared as a velocity has the loss |eps' - eps|^2 / alphas_cumprod. kohya's v_parameterization is no
+    conversion but a parametrisation whose output is VELOCITY whatever the base's files say.
 
     min_snr_gamma and the three after it: weights by timestep, see `timestep_weights`. masked_loss_renormalize: masked
     samples count as much as others whatever the mask's area; kohya's lose what is masked away.
     """
 
-    schedule: NoiseSchedule
-    kind: str = "base"
+    parametrisation: Parametrisation
+    compares: Prediction | None = None
     min_snr_gamma: float | None = None
     scale_v_pred_loss_like_noise_pred: bool = False
     v_pred_like_loss: float | None = None
@@ -36,34 +37,27 @@ class Objective:
         positive("min_snr_gamma", self.min_snr_gamma)
         positive("v_pred_like_loss", self.v_pred_like_loss)
         require(
-            self.compares_velocities or not self.scale_v_pred_loss_like_noise_pred,
+            self.compared is VELOCITY or not self.scale_v_pred_loss_like_noise_pred,
             "scale_v_pred_loss_like_noise_pred",
-            "weights a loss on velocities, and this run compares noise. Leave it out, or use v_parameterization.",
+            f"weights a loss on velocities, and this run compares {self.compared.noun}. Leave it out, or use v_parameterization.",
         )
         require(
-            not self.compares_velocities or self.v_pred_like_loss is None,
+            self.compared is EPSILON or self.v_pred_like_loss is None,
             "v_pred_like_loss",
-            "adds to a loss on noise, and this run compares velocities. Leave it out.",
+            f"adds to a loss on noise, and this run compares {self.compared.noun}. Leave it out.",
         )
-        if self.converts:
-            self.schedule.require_signal()
+        self.parametrisation.require_conversion(self.compared)
 
     @property
-    def compares_velocities(self) -> bool:
-        return self.kind != "base" or self.schedule.prediction_type == "v_prediction"
-
-    @property
-    def converts(self) -> bool:
-        """Whether the network predicts noise and velocities are compared."""
-        return self.kind == "v" and self.schedule.prediction_type == "epsilon"
+    def compared(self) -> Prediction:
+        return self.parametrisation.output if self.compares is None else self.compares
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return self.schedule.velocity(latents, noise, timesteps) if self.compares_velocities else noise
+        return self.parametrisation.target(latents, noise, timesteps, self.compared)
 
     def prediction(self, output: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The network's output, float32, in the form that the target has."""
-        output = output.float()
-        return self.schedule.velocity_from_epsilon(output, noisy, timesteps) if self.converts else output
+        return self.parametrisation.convert(output.float(), noisy, timesteps, self.compared)
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
         """Weight of each sample by its timestep, [B]; None where all are 1."""
@@ -75,7 +69,7 @@ class Objective:
         }
         if not any(options.values()):
             return None
-        return timestep_weights(self.schedule.snr(timesteps), velocities=self.compares_velocities, **options)  # type: ignore[arg-type]
+        return timestep_weights(self.parametrisation.snr(timesteps), self.compared, **options)  # type: ignore[arg-type]
 
     def losses(
         self,
@@ -102,7 +96,9 @@ class Objective:
             target = kept if preserve_mask is None else torch.where(preserve_mask.view(-1, 1, 1, 1), kept, target)
         prediction = self.prediction(output, noisy, timesteps)
         losses = masked_mean(
-            self.pointwise(prediction, target, self.schedule, timesteps), mask, renormalize=self.masked_loss_renormalize
+            self.pointwise(prediction, target, self.parametrisation, timesteps),
+            mask,
+            renormalize=self.masked_loss_renormalize,
         )
         if sample_weights is not None:
             losses = losses * sample_weights

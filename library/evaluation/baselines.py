@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from library.diffusion.alignment import normalize
 from library.errors import UserError
 from library.evaluation.probes import split_by_hash
 from library.evaluation.similarity import token_cosine
-from library.losses import normalize
 from networks.align_head import resize_bilinear
 
 RIDGE_GRID = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
@@ -36,7 +36,11 @@ def position_mean(fit: Tensor, count: int) -> Tensor:
 
 
 def pooled_to_grid(target: Tensor, side: int) -> Tensor:
-    """Teacher tokens pooled to a map of side x side and back: about what a trunk of that grid can say (repa.md 1.3)."""
+    """Teacher tokens pooled to a map of side x side and back: about what a trunk of that grid can say.
+
+    An AlignHead's map is upsampled to the teacher's grid behind the head (U-REPA, arXiv 2503.18414), so a map of fewer places
+    than the teacher has tokens cannot reach each of them.
+    """
     grid = _as_map(normalize(target))
     back = resize_bilinear(F.adaptive_avg_pool2d(grid, side), *grid.shape[-2:])
     return normalize(back.flatten(2).transpose(1, 2))

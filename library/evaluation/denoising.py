@@ -54,16 +54,16 @@ def timesteps_of(count: int) -> Tensor:
 @torch.no_grad()
 def denoising_losses(model: DrawingModel, photos: NoisedPhotos, seed: int, clip_skip: int = 1) -> Tensor:
     """Mean squared error of what the base predicts (noise or velocity), [photos, timesteps] float64 on the CPU."""
-    objective = Objective(model.schedule)
+    objective = Objective(model.parametrisation)
     conditioner = TextConditioner(model.family, model.parts, clip_skip=clip_skip)
-    timesteps = timesteps_of(model.schedule.timesteps)
+    timesteps = timesteps_of(model.parametrisation.timesteps)
     shape = tuple(photos.latents.shape[1:])
     losses = torch.zeros(len(photos.ids), len(timesteps), dtype=torch.float64)
     for row, (latents, prompt, name) in enumerate(zip(photos.latents, photos.prompts, photos.ids, strict=True)):
         told = conditioner([prompt])
         noise = sample_noise(seed, [f"{name}/{int(t)}" for t in timesteps], shape)
         clean = latents.cpu()[None].expand(len(timesteps), -1, -1, -1)
-        noisy = objective.schedule.add_noise(clean, noise, timesteps)
+        noisy = model.parametrisation.add_noise(clean, noise, timesteps)
         target = objective.target(clean, noise, timesteps)
         for start in range(0, len(timesteps), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.parametrisation import Parametrisation
+from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.models.load import load_scheduler_config, load_unet
 from library.models.locate import locate_base
@@ -30,7 +31,7 @@ class FeatureModel:
 
     unet: Any
     heads: AlignHeads
-    schedule: NoiseSchedule
+    parametrisation: Parametrisation
     dtype: torch.dtype
 
     @torch.no_grad()
@@ -38,8 +39,8 @@ class FeatureModel:
         self, latents: torch.Tensor, text: torch.Tensor, *, timestep: int, what: What, tap: str, seed: int
     ) -> torch.Tensor:
         """See `extract_features`."""
-        if not 0 <= timestep < self.schedule.timesteps:
-            raise UserError(f"timestep must lie in 0..{self.schedule.timesteps - 1}, got {timestep}.")
+        if not 0 <= timestep < self.parametrisation.timesteps:
+            raise UserError(f"timestep must lie in 0..{self.parametrisation.timesteps - 1}, got {timestep}.")
         if what != "map" and tap not in self.heads:
             trained = ", ".join(self.heads) or "none"
             raise UserError(
@@ -49,7 +50,7 @@ class FeatureModel:
         generator = torch.Generator(device).manual_seed(seed_of(seed, "features"))
         noise = torch.randn(latents.shape, generator=generator, device=device)
         timesteps = torch.full((latents.shape[0],), timestep, device=device)
-        noisy = self.schedule.add_noise(latents.float(), noise, timesteps)
+        noisy = self.parametrisation.add_noise(latents.float(), noise, timesteps)
         with capture(self.unet, [tap]) as features:
             self.unet(noisy.to(self.dtype), timesteps, text.to(device, self.dtype), return_dict=False)
         if what == "map":
@@ -90,7 +91,7 @@ def load_feature_model(
         for name, parameter in targets.items():
             parameter.copy_(saved[name])
     unet.requires_grad_(False).eval()
-    return FeatureModel(unet, heads, NoiseSchedule.from_config(load_scheduler_config(base), device), dtype)
+    return FeatureModel(unet, heads, parametrisation_of(load_scheduler_config(base), device), dtype)
 
 
 def extract_features(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.evaluation.feature_model import FeatureModel
 from library.evaluation.held_out import StoredPictures
@@ -73,7 +73,7 @@ def tapped(
             ids = [f"{samples.sample_ids[i]}@{timestep}" for i in indices]
             noise = sample_noise(seed, ids, tuple(latents.shape[1:]))
             timesteps = torch.full((len(indices),), timestep, device=device)
-            noisy = model.schedule.add_noise(latents.to(device), noise.to(device), timesteps)
+            noisy = model.parametrisation.add_noise(latents.to(device), noise.to(device), timesteps)
             with suppress(_Ended):
                 model.unet(noisy.to(model.dtype), timesteps, text.expand(len(indices), -1, -1), return_dict=False)
             maps.append(features[tap].float().cpu())
@@ -130,8 +130,8 @@ def load_folded_model(
         with torch.no_grad():
             fold_into_modules({UNET: unet}, SD15, replace(read, modules=modules), weight)
     nn.Module.to(unet, device, dtype)  # diffusers' own warns of nothing
-    schedule = NoiseSchedule.from_config(load_scheduler_config(base), device)
-    return FeatureModel(unet, (heads or AlignHeads({}, 0)).to(device), schedule, dtype)
+    parametrisation = parametrisation_of(load_scheduler_config(base), device)
+    return FeatureModel(unet, (heads or AlignHeads({}, 0)).to(device), parametrisation, dtype)
 
 
 class _Ended(Exception):

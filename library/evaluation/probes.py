@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from library.diffusion.alignment import normalize
 from library.errors import UserError
-from library.losses import normalize
 
 L2_GRID = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
 """Penalties tried, the strongest first: each starts where the one before ended."""

@@ -35,7 +35,7 @@ from networks.lora import lora_disabled
 from networks.original_names import UNET
 
 TIMESTEPS = (1, 50, 100, 261, 400, 500, 750)
-"""261 is DIFT's, near 100 segmentation is best (CleanDIFT); the rest show the ends (repa.md, section 6)."""
+"""261 is DIFT's (arXiv 2306.03881), near 100 segmentation is best (CleanDIFT, arXiv 2412.03439); the rest show the ends."""
 BEST_GRID_PICTURES = 64
 RANDOM_TRUNK_SEED = 0
 
@@ -218,7 +218,7 @@ def _check_state(state: Path) -> None:
 def _check(settings: RepresentationSettings, model: FeatureModel, pictures: ProbedPictures) -> None:
     if settings.tap is not None and settings.tap not in get_args(Tap):
         raise UserError(f"tap must be one of {', '.join(get_args(Tap))}, got {settings.tap!r}.")
-    last = model.schedule.timesteps - 1
+    last = model.parametrisation.timesteps - 1
     if wrong := [t for t in settings.timesteps if not 0 <= t <= last]:
         raise UserError(f"timesteps must lie in 0..{last}, got {', '.join(map(str, wrong))}.")
     for what, there, least in (("training", pictures.fit, 5), ("held-out", pictures.test, 4)):

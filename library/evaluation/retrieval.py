@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from library.diffusion.alignment import normalize
 from library.errors import UserError
 from library.evaluation.similarity import cosines, paired, unbiased_hsic
-from library.losses import normalize
 
 
 def nearest(features: Tensor, k: int) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from library.diffusion.alignment import normalize
 from library.errors import UserError
-from library.losses import normalize
 
 Mean = Literal["set", "position", "image"]
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.parametrisation import Parametrisation
 from library.inference.prompt_encoding import EncodedPart, PromptEncoder, same_length
-from library.inference.sigmas import NoiseLevels, scaled_model_input
 from library.models.conditioning import Conditioning
 
 
@@ -28,7 +27,7 @@ class GuidedDenoiser:
     def __init__(
         self,
         unet: nn.Module,
-        schedule: NoiseSchedule,
+        parametrisation: Parametrisation,
         encoder: PromptEncoder,
         positive: Sequence[EncodedPart],
         negative: EncodedPart,
@@ -41,8 +40,8 @@ class GuidedDenoiser:
         dtype: torch.dtype | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
-        self.unet, self.encoder, self.positive, self.negative = unet, encoder, list(positive), negative
-        self.levels, self.predicts_velocity = NoiseLevels.of(schedule), schedule.prediction_type == "v_prediction"
+        self.unet, self.parametrisation, self.encoder = unet, parametrisation, encoder
+        self.positive, self.negative = list(positive), negative
         self.size_ids, self.negative_size_ids = size_ids, negative_size_ids or size_ids
         self.calls_per_step, self.extra_calls, self.on_step = calls_per_step, extra_calls, on_step
         self.dtype = dtype or next(unet.parameters()).dtype
@@ -68,16 +67,14 @@ class GuidedDenoiser:
         if self.guided:
             *parts, base = output.chunk(len(told))
             output = base + sum(weight * (part - base) for weight, part in zip(self.weights, parts, strict=True))
-        scale = scaled_model_input(sigma)
-        if self.predicts_velocity:
-            return x * scale**2 - (sigma * scale) * output
-        return x - sigma * output
+        return self.parametrisation.clean(output, x, sigma)
 
     def _predicted(self, x: Tensor, sigma: float, told: Sequence[Conditioning]) -> Tensor:
         """The U-Net's own words [parts * B, 4, h, w], all parts in one batch."""
         count, dtype = len(x), self.dtype
-        inputs = (x * scaled_model_input(sigma)).to(dtype).repeat(len(told), 1, 1, 1)
-        timestep = torch.full((len(inputs),), self.levels.timestep(sigma), dtype=torch.float32, device=x.device)
+        inputs = (x * (1 / self.parametrisation.inverse_alpha(sigma))).to(dtype).repeat(len(told), 1, 1, 1)
+        timestep = self.parametrisation.levels.timestep(sigma)
+        timesteps = torch.full((len(inputs),), timestep, dtype=torch.float32, device=x.device)
         states = torch.cat([one.states.expand(count, -1, -1) for one in told]).to(x.device, dtype)
         more: dict[str, Any] = {}
         if self.size_ids is not None and self.negative_size_ids is not None:
@@ -85,7 +82,7 @@ class GuidedDenoiser:
             rows = [list(self.size_ids)] * len(self.positive) + [list(self.negative_size_ids)] * self.guided
             sizes = torch.tensor(rows, device=x.device, dtype=dtype).repeat_interleave(count, dim=0)
             more["added_cond_kwargs"] = {"text_embeds": pooled.to(x.device, dtype), "time_ids": sizes}
-        return self.unet(inputs, timestep, encoder_hidden_states=states, **more).sample
+        return self.unet(inputs, timesteps, encoder_hidden_states=states, **more).sample
 
 
 class HandOver:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.parametrisation import Parametrisation
+from library.diffusion.scheduler_config import parametrisation_of
 from library.inference.prompt_encoding import PromptEncoder
 from library.inference.request import Emphasis
 from library.merging.merge import fold, place
@@ -31,7 +32,7 @@ class DrawingModel:
     parts: list[TextPart]
     vae: Any
     """AutoencoderKL"""
-    schedule: NoiseSchedule
+    parametrisation: Parametrisation
     dtype: torch.dtype
     """Of what the U-Net is given."""
     folded: FoldedAdapters = field(init=False)
@@ -78,17 +79,16 @@ def load_model(
     Raises UserError where something cannot be loaded.
     """
     family = family_of(base)
-    schedule = NoiseSchedule.from_config(load_scheduler_config(base))
-    if prediction_type is not None:
-        schedule = replace(schedule, prediction_type=prediction_type)
+    said = {} if prediction_type is None else {"prediction_type": prediction_type}
+    parametrisation = parametrisation_of(load_scheduler_config(base) | said)
     if zero_terminal_snr:
-        schedule = schedule.with_zero_terminal_snr()
+        parametrisation = parametrisation.with_zero_terminal_snr()
     return DrawingModel(
         family,
         load_unet(base, families=(family,), dtype=dtype, device=device),
         load_text_encoders(base, families=(family,), dtype=dtype, device=device),
         load_drawing_vae(base if vae is None else vae, family, dtype=dtype, device=device),
-        schedule,
+        parametrisation,
         dtype,
     )
 

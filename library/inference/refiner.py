@@ -12,7 +12,7 @@ from diffusers.models import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.files import read_json
 from library.inference.model import DrawingModel, load_model
@@ -114,5 +114,5 @@ def _load_sdxl_refiner(
         device=device,
     )
     tokenizer = CLIPTokenizer.from_pretrained(location.path / "tokenizer_2", local_files_only=True)
-    schedule = NoiseSchedule.from_config(load_scheduler_config(location))
-    return SdxlRefiner(SDXL, unet, [TextPart(TEXT_ENCODER_2, tokenizer, text)], vae, schedule, dtype)
+    parametrisation = parametrisation_of(load_scheduler_config(location))
+    return SdxlRefiner(SDXL, unet, [TextPart(TEXT_ENCODER_2, tokenizer, text)], vae, parametrisation, dtype)

@@ -1,28 +1,23 @@
-"""Noise levels of a picture's steps, highest first, and which training timestep a noise level is.
+"""Noise levels of a picture's steps, highest first.
 
-A level is sigma = sqrt((1 - a) / a) of a = alphas_cumprod, the noise beside latents of unit variance (k-diffusion's
-convention, arXiv 2206.00364). Names are A1111's. All of this is computed in float64 on the CPU.
+What a level is, `library.diffusion.noise_levels` says. Names are A1111's. All of this is computed in float64 on the CPU.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.noise_levels import NoiseLevels
 from library.errors import UserError
 from library.inference.sampler_names import schedule_named
 from networks.original_names import SDXL, Family
 
 _RHO = 7.0  # Karras et al. 2022, table 1
-# What A1111 and ComfyUI put in place of alphas_cumprod = 0, where sigma would be infinite: sigma 4518.8.
-_LEAST_ALPHA_CUMPROD = 4.8973451890853435e-08
-
 _ALL = 0.999  # A1111's largest denoising strength
 
 # Align Your Steps (arXiv 2404.14507) as reForge has them: 11 levels from NVIDIA's how-to, and 32.
@@ -130,39 +125,6 @@ _AYS: dict[int, dict[str, tuple[float, ...]]] = {
 }
 
 
-@dataclass(frozen=True)
-class NoiseLevels:
-    """Sigma of every training timestep of a base, and the way back; in between, linear in log sigma."""
-
-    sigmas: Tensor
-    """[T] float64, ascending, finite"""
-
-    @staticmethod
-    def of(schedule: NoiseSchedule) -> NoiseLevels:
-        """A schedule that ends in pure noise ends at sigma 4518.8 instead of infinity, as in A1111."""
-        alphas = schedule.alphas_cumprod.detach().cpu().double().clamp(min=_LEAST_ALPHA_CUMPROD)
-        return NoiseLevels(((1 - alphas) / alphas).sqrt())
-
-    @property
-    def low(self) -> float:
-        return float(self.sigmas[0])
-
-    @property
-    def high(self) -> float:
-        return float(self.sigmas[-1])
-
-    def sigma(self, timestep: float) -> float:
-        """Of a timestep, fractions too; those outside of the training's are its ends."""
-        positions = np.arange(len(self.sigmas))
-        return math.exp(np.interp(timestep, positions, self.sigmas.log().numpy()))
-
-    def timestep(self, sigma: float) -> float:
-        """Inverse of `sigma`: what the U-Net is told. A1111 and ComfyUI hand such fractions over as they are."""
-        if sigma <= 0:
-            return 0.0
-        return float(np.interp(math.log(sigma), self.sigmas.log().numpy(), np.arange(len(self.sigmas))))
-
-
 def noise_levels(
     name: str,
     steps: int,
@@ -183,11 +145,6 @@ def noise_levels(
         return make(steps, levels, family)
     found = make(steps + 1, levels, family)
     return torch.cat([found[:-2], found[-1:]])
-
-
-def scaled_model_input(sigma: float) -> float:
-    """What latents with noise of level sigma are multiplied by to be what the U-Net saw in training (unit variance)."""
-    return 1 / math.sqrt(sigma**2 + 1)
 
 
 def part_of(sigmas: Tensor, strength: float) -> Tensor:

@@ -24,7 +24,7 @@ from library.inference.prompt_networks import StepWeights
 from library.inference.prompt_syntax import Prompt, parse_negative, parse_prompt, weighted_spans
 from library.inference.request import Hires, LoraUse, Request, base_steps
 from library.inference.samplers import SAMPLERS, Sampler, no_noise
-from library.inference.sigmas import NoiseLevels, last_steps, noise_levels, part_of
+from library.inference.sigmas import last_steps, noise_levels, part_of
 from library.inference.upscaling import LatentUpscaler, find_upscaler
 from library.models.conditioning import Conditioning
 from networks.adapters import Adapter
@@ -83,7 +83,7 @@ class Artist:
         self.model, self.request, self.seeds, self.adapters, self.refiner = model, request, seeds, adapters, refiner
         name, self.schedule = request.sampler_and_schedule
         self.sampler: Sampler = SAMPLERS[name]
-        self.levels = NoiseLevels.of(model.schedule)
+        self.levels = model.parametrisation.levels
 
     def draw(self) -> list[Image.Image]:
         request = self.request
@@ -131,7 +131,7 @@ class Artist:
         x = noise * first if begin is None else begin.float() + noise * first
         denoiser = self._denoiser(one)
         x = self.sampler.function(denoiser, x, one.sigmas, self._noise(one, shape))
-        return x / (1 + last**2) ** 0.5  # DDIM's levels end above 0
+        return x / self.model.parametrisation.inverse_alpha(last)  # DDIM's levels end above 0
 
     def _noise(self, one: _Pass, shape: Sequence[int]) -> NoiseSource:
         if self.sampler.noise == "none":
@@ -157,7 +157,7 @@ class Artist:
 
         return GuidedDenoiser(
             model.unet,
-            model.schedule,
+            model.parametrisation,
             model.encoder(self.request.clip_skip, self.request.emphasis),
             positive,
             negative,

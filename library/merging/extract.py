@@ -17,10 +17,11 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.merging.algebra import from_svd
-from library.models.checkpoint import V_PRED, Checkpoint
+from library.models.checkpoint import Checkpoint
 from networks.adapters import Adapter, LoraModule
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Target
 from networks.original_names import SDXL
+from networks.prediction_names import name_by_marks
 
 Shapes = Mapping[str, Mapping[str, Sequence[int]]]
 """Component -> key -> shape."""
@@ -248,7 +249,7 @@ def _change(base: Checkpoint, tuned: Checkpoint, component: str, key: str, devic
 def _metadata(tuned: Checkpoint) -> dict[str, str]:
     """What modules alone do not tell: of an SDXL LoRA on one text encoder, of a model that predicts velocity."""
     said = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"} if tuned.family is SDXL else {}
-    return {**said, "modelspec.prediction_type": "v"} if V_PRED in tuned.marks else said
+    return {**said, "modelspec.prediction_type": name_by_marks(tuned.marks).modelspec}
 
 
 def _norm(change: Tensor) -> float:

@@ -19,10 +19,11 @@ from library.merging.layouts import Merging, component_tensors, single_file_tens
 from library.merging.report import Component, Ingredient, MergeReport
 from library.merging.source import PROVENANCE_KEY
 from library.merging.verify import Check, verify
-from library.models.checkpoint import V_PRED, Checkpoint, open_checkpoint
+from library.models.checkpoint import Checkpoint, open_checkpoint
 from library.models.locate import BaseLocation
 from library.models.tensor_files import NewTensor, TensorFile, file_bytes, write_tensor_file
 from networks.original_names import SDXL, Family
+from networks.prediction_names import PredictionName, name_by_marks
 
 SINGLE_FILE = "model.safetensors"
 REPORT = "merge_report"
@@ -231,7 +232,7 @@ class _Plan:
         names = [one.source.file.stem for one in self._ingredients]
         return {
             "format": "pt",
-            **_modelspec(self._base.family, self._output.path.stem, self._date, V_PRED in self._base.marks),
+            **_modelspec(self._base.family, self._output.path.stem, self._date, name_by_marks(self._base.marks)),
             "modelspec.merged_from": ", ".join([public_name(self._base.location.name), *names]),
             PROVENANCE_KEY: json.dumps(record),
         }
@@ -244,7 +245,7 @@ def _read_back(path: Path) -> Checkpoint:
         raise RunFailed(f"What was written cannot be read again, so it was removed: {error}") from error
 
 
-def _modelspec(family: Family, title: str, date: str, is_velocity: bool) -> dict[str, str]:
+def _modelspec(family: Family, title: str, date: str, prediction: PredictionName) -> dict[str, str]:
     """ModelSpec 1.0.1 of a checkpoint, as sd-scripts and Stability-AI write it."""
     is_sdxl = family is SDXL
     return {
@@ -256,5 +257,5 @@ def _modelspec(family: Family, title: str, date: str, is_velocity: bool) -> dict
         "modelspec.title": title,
         "modelspec.date": date,
         "modelspec.resolution": "1024x1024" if is_sdxl else "512x512",
-        "modelspec.prediction_type": "v" if is_velocity else "epsilon",
+        "modelspec.prediction_type": prediction.modelspec,
     }

@@ -21,6 +21,7 @@ from library.models.tensor_files import Range, TensorFile, open_pickled
 from library.models.weights import read_tensors
 from networks.names import VAE, current_key
 from networks.original_names import Family, Form, diffusers_keys, original_place
+from networks.prediction_names import BY_SCHEDULER, EPSILON_NAME, PREDICTION_NAMES
 
 
 class StoredTensor(NamedTuple):
@@ -40,8 +41,9 @@ class StoredTensor(NamedTuple):
         return self.range.dtype
 
 
-V_PRED, ZTSNR = "v_pred", "ztsnr"
-"""Empty tensors that mark a single file whose model predicts velocity, or was trained down to pure noise (as ComfyUI reads)."""
+ZTSNR = "ztsnr"
+"""The empty tensor that marks a single file whose model was trained down to pure noise (as ComfyUI reads)."""
+MARKS = (*(name.mark for name in PREDICTION_NAMES if name.mark is not None), ZTSNR)
 
 
 LEFTOVERS = (".base_layer.", "lora_", "align_heads", "base_model.model.")
@@ -59,7 +61,7 @@ class Checkpoint:
     others: tuple[str, ...] = ()
     """Tensors of a single file that are no part of these models: EMA copies, the schedule's buffers."""
     marks: tuple[str, ...] = ()
-    """`V_PRED` and `ZTSNR` where the model was trained that way."""
+    """Those of MARKS that are true of the model."""
 
     @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -106,11 +108,9 @@ def open_checkpoint(location: BaseLocation, *, without: Collection[str] = ()) ->
 
 def _marks_of_folder(folder: Path) -> tuple[str, ...]:
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    found = {
-        V_PRED: config.get("prediction_type") == "v_prediction",
-        ZTSNR: bool(config.get("rescale_betas_zero_snr")),
-    }
-    return tuple(mark for mark, is_set in found.items() if is_set)
+    name = BY_SCHEDULER.get(config.get("prediction_type", EPSILON_NAME.scheduler), EPSILON_NAME)
+    found = {name.mark, ZTSNR if config.get("rescale_betas_zero_snr") else None}
+    return tuple(mark for mark in MARKS if mark in found)
 
 
 def _open(path: Path) -> TensorFile:
@@ -137,7 +137,7 @@ def _open_single_file(location: BaseLocation, family: Family, without: Collectio
         if keys:
             counts[keys[0][0]] += 1
             continue
-        if name in (V_PRED, ZTSNR):
+        if name in MARKS:
             continue
         harmless = name.endswith(("position_ids", "logit_scale")) or not name.startswith(
             tuple(family.original.values())
@@ -150,7 +150,7 @@ def _open_single_file(location: BaseLocation, family: Family, without: Collectio
                 f"{location.path} has no {component}: none of its {len(file.tensors)} tensors begins with "
                 f"{family.original[component]}. A complete {family.title} checkpoint or a diffusers folder is needed."
             )
-    marks = tuple(mark for mark in (V_PRED, ZTSNR) if mark in file.tensors)
+    marks = tuple(mark for mark in MARKS if mark in file.tensors)
     return Checkpoint(location, family, tensors, counts, tuple(others), marks)
 
 

@@ -27,6 +27,7 @@ from networks.original_names import (
     diffusers_keys,
     original_place,
 )
+from networks.prediction_names import name_by_marks
 
 
 def file_unet_config(path: Path, family: Family) -> dict[str, Any]:
@@ -90,11 +91,9 @@ def file_text_config(path: Path, family: Family, component: str) -> dict[str, An
 
 
 def file_scheduler_config(path: Path, family: Family) -> dict[str, Any]:
-    """The family's schedule. A tensor called `v_pred`, as ComfyUI reads it, marks a model that predicts velocity."""
+    """The family's schedule, and what the file's marks say."""
     shapes = read_shapes(path)
-    config = dict(configs_of(family).scheduler)
-    if "v_pred" in shapes:
-        config["prediction_type"] = "v_prediction"
+    config = {**configs_of(family).scheduler, "prediction_type": name_by_marks(shapes).scheduler}
     if "ztsnr" in shapes:
         config["rescale_betas_zero_snr"] = True
     return config

@@ -233,22 +233,24 @@ def network_image_judge(job: Job, options: RunOptions, prepared: Prepared, task:
     eyes = warm.judging.get(key, load)
 
     def drawing() -> DrawingModel:
-        schedule = task.objective.schedule
-        if task.objective.kind == "raw_v":  # the network's output is taken for velocities
-            schedule = replace(schedule, prediction_type="v_prediction")
         parts = (
             task.text.conditioner.parts
             if isinstance(task.text, EncodedText)
             else warm.text(options, prepared.base, prepared.family, device)
         )
-        return DrawingModel(prepared.family, task.models[UNET], parts, eyes.vae, schedule, task.compute_dtype)
+        parametrisation = task.objective.parametrisation
+        return DrawingModel(prepared.family, task.models[UNET], parts, eyes.vae, parametrisation, task.compute_dtype)
 
     photos = [decode_rgb(one.image.path, name=str(one.image.path)) for one in held_out]
     memory = options.cache.cache_dir / "weight_hashes.json"
     components = (UNET, *prepared.family.text_encoders)
     facts: list[Any] = [base_weights_facts(options, prepared.base, components, memory), flatten(options.model)]
     facts += [repr(judging), key]
-    facts += [flatten(options.speed), clip_skip(options.text, prepared.family), task.objective.kind]
+    facts += [
+        flatten(options.speed),
+        clip_skip(options.text, prepared.family),
+        task.objective.parametrisation.output.name,
+    ]
     known = warm.base_scores.setdefault(f"image {hashlib.sha256(repr(facts).encode()).hexdigest()}", {})
     folder = Path(job.folder) / "realtime_evaluations"
     skip = clip_skip(options.text, prepared.family)

@@ -152,7 +152,7 @@ def _base_key(options: RunOptions, prepared: Prepared, task: LoraTask, pictures:
         flatten(options.text),
         [speed.sdpa, speed.xformers, speed.compile, speed.channels_last, speed.deterministic],
         [options.cache.caches_text, options.objective.masked_loss, options.noise.zero_terminal_snr],
-        [task.objective.kind, task.objective.schedule.prediction_type, str(task.processes.device)],
+        [task.objective.compared.name, task.objective.parametrisation.output.name, str(task.processes.device)],
         [[one.ids, tuple(one.latents.shape), [captions[name] for name in one.ids]] for one in pictures],
         prepared.validation.latents.producers(),
     ]

@@ -88,7 +88,7 @@ class LossJudge:
     """Mean over pictures and timesteps of log(loss / the base's loss). An adapter at zero gives exactly 0.
 
     Args:
-        diffusion: of which schedule and kind of target; the loss is the mean squared error whatever the run minimises,
+        diffusion: of which parametrisation and what is compared; the loss is the mean squared error whatever the run minimises,
             and a run's weights by timestep are the same on both sides of a ratio anyway.
         disabled: a context in which the models compute as the base.
         known: the base's losses of an earlier trial with the same base, pictures and arithmetic; they are put there.
@@ -107,7 +107,7 @@ class LossJudge:
         known: Losses | None = None,
     ) -> None:
         self.pictures, self.models, self.disabled = pictures, models, disabled
-        self.diffusion = DiffusionObjective(diffusion.schedule, diffusion.kind)
+        self.diffusion = DiffusionObjective(diffusion.parametrisation, diffusion.compares)
         count = sum(len(one.ids) for one in pictures)
         self.noises = NOISES_OF_FEW if count <= FEW_PICTURES else NOISES
         self.base: Losses = {} if known is None else known
@@ -131,7 +131,7 @@ class LossJudge:
 
     def _of_shape(self, one: HeldOut) -> Losses:
         device, shape = one.latents.device, tuple(one.latents.shape[1:])
-        steps = torch.stack([timesteps_of(name, self.diffusion.schedule.timesteps) for name in one.ids])
+        steps = torch.stack([timesteps_of(name, self.diffusion.parametrisation.timesteps) for name in one.ids])
         text = one.text()
         # Row = (picture, timestep, noise), the last the fastest.
         places = torch.cartesian_prod(*map(torch.arange, (len(one.ids), TIMESTEPS, self.noises)))
@@ -142,7 +142,7 @@ class LossJudge:
             noise = sample_noise(EVALUATION_SEED, names, shape).to(device)
             rows, timesteps = chunk[:, 0].to(device), steps[chunk[:, 0], chunk[:, 1]].to(device)
             latents = one.latents[rows]
-            noisy = self.diffusion.schedule.add_noise(latents, noise, timesteps)
+            noisy = self.diffusion.parametrisation.add_noise(latents, noise, timesteps)
             output = one.predict(noisy, timesteps, text, rows)
             mask = None if one.mask is None else one.mask[rows]
             parts.append(self.diffusion.losses(output, latents, noise, noisy, timesteps, mask=mask))

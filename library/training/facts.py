@@ -40,7 +40,7 @@ def state_facts(options: RunOptions, prepared: Prepared, spec: NetworkSpec, obje
         "base_model": options.model.pretrained_model_name_or_path,
         "family": family.key,
         "network": spec.to_json(),
-        "prediction_type": "v_prediction" if objective.kind == "raw_v" else objective.schedule.prediction_type,
+        "prediction_type": objective.parametrisation.output.name.scheduler,
         "samples": samples_digest(prepared.data),
         "base_weights": base_weights_facts(options, prepared.base, (UNET, *encoders), memory),
         "caches": stores.latents.producers() | tokens,

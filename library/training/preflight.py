@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library import losses
 from library.data.samples import Batch, CachedSamples, Request, requests_in_order
+from library.diffusion import alignment as losses
 from library.diffusion.loss import masked_mean
 from library.diffusion.noise import Draw
 from library.training.checkpoints import Checkpoints
@@ -169,7 +169,7 @@ def _frozen_losses(
     batch = samples.read(request).to(device)
     latents = task.latents(batch)
     noise = sample_noise(task.validation_seed, samples.ids_of(batch), tuple(latents.shape[1:])).to(device)
-    timesteps = stratified_timesteps(count, objective.schedule.timesteps)[place : place + len(batch)].to(device)
+    timesteps = stratified_timesteps(count, objective.parametrisation.timesteps)[place : place + len(batch)].to(device)
     own = task.each(batch, latents, Draw(noise, noise, timesteps))
     zero = masked_mean(
         objective.target(latents, noise, timesteps).square(), batch.mask, renormalize=objective.masked_loss_renormalize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from library.data.samples import CachedSamples, requests
 from library.data.text_embeddings import TextEmbeddings
 from library.data.trained_image import TrainedImage
 from library.data.training_images import TrainingImage
+from library.diffusion.alignment import Gather
 from library.diffusion.loss import PointwiseLoss
 from library.diffusion.objective import Objective
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.predictions import EPSILON, VELOCITY, Prediction
+from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
-from library.losses import Gather
 from library.models.conditioning import CHUNK, TextConditioner, clip_skip
 from library.models.load import TextPart, load_scheduler_config
 from library.models.locate import BaseLocation
@@ -63,25 +65,29 @@ from library.training.text import CachedText, EncodedText, PromptTable, Text
 from networks.adapter_file import NETWORK_SPEC_KEY
 from networks.original_names import SDXL, UNET, Family
 
+COMPARED: dict[str, Prediction | None] = {"auto": None, "epsilon": EPSILON, "v": VELOCITY}
+"""What the loss compares, by the values of --objective."""
+
 MOST_BESIDE = 2048
 """Training pictures that are validated beside the held-out ones: their mean loss is known to about 2 % then."""
 
 
 def make_objective(options: RunOptions, base: BaseLocation, processes: Processes) -> Objective:
     o = options.objective
-    schedule = NoiseSchedule.from_config(load_scheduler_config(base), processes.device)
-    if options.noise.zero_terminal_snr:
-        schedule = schedule.with_zero_terminal_snr()
+    parametrisation = parametrisation_of(load_scheduler_config(base), processes.device)
     raw_v = isinstance(o, RepaObjectiveOptions) and o.raw_v_target
-    if raw_v and schedule.prediction_type == "epsilon":
+    if raw_v and parametrisation.output is EPSILON:
         processes.say(
             "warning: --raw_v_target takes the output of an epsilon model for v. The documented run never got below the zero "
             "predictor's loss that way; --objective v is the exact form."
         )
+    if o.v_parameterization or raw_v:  # kohya's option says what the base predicts
+        parametrisation = replace(parametrisation, output=VELOCITY)
+    if options.noise.zero_terminal_snr:
+        parametrisation = parametrisation.with_zero_terminal_snr()
     return Objective(
-        schedule,
-        # kohya's option says what the base predicts.
-        "raw_v" if o.v_parameterization or raw_v else "v" if o.objective == "v" else "base",
+        parametrisation,
+        COMPARED[o.objective],
         min_snr_gamma=o.min_snr_gamma,
         scale_v_pred_loss_like_noise_pred=o.scale_v_pred_loss_like_noise_pred,
         v_pred_like_loss=o.v_pred_like_loss,

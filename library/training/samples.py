@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
 from library.inference.infotext import save_png
 from library.inference.model import DrawingModel, load_drawing_vae
@@ -106,7 +105,7 @@ class Sampler:
             task.models[UNET],
             self._text_parts(),
             load_drawing_vae(base, self.prepared.family, dtype=task.compute_dtype, device=device),
-            _as_trained(task),
+            task.objective.parametrisation,
             task.compute_dtype,
         )
 
@@ -154,9 +153,3 @@ def check_prompts(options: SampleOptions, say: Callable[[str], None]) -> None:
             sampler_named(line.sample_sampler or options.sample_sampler or DEFAULT_SAMPLER)
         except UserError as error:
             raise UserError(f"{options.sample_prompts}: {error}") from None
-
-
-def _as_trained(task: LoraTask) -> NoiseSchedule:
-    """The schedule of the run, and what the network is trained to predict: with kohya's v_parameterization velocities."""
-    schedule = task.objective.schedule
-    return replace(schedule, prediction_type="v_prediction") if task.objective.kind == "raw_v" else schedule

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from library.data.batches import Prefetcher
 from library.data.samples import Batch, CachedSamples, requests_in_order
+from library.diffusion.alignment import Weights
 from library.diffusion.loss import SMALLEST_MASK_AREA
 from library.diffusion.noise import Draw, draw
 from library.diffusion.objective import Objective
-from library.losses import Weights
 from library.models.conditioning import Conditioning
 from library.options.kohya.objective import NoiseOptions
 from library.processes import Processes
@@ -68,7 +68,7 @@ class LoraTask:
         Where lambda is 0 the loss is that of a run without heads, to the bit.
         """
         latents = self.latents(batch)
-        drawn = draw(latents, generator, self.recipe, self.objective.schedule.timesteps)
+        drawn = draw(latents, generator, self.recipe, self.objective.parametrisation)
         losses = self.each(batch, latents, drawn, generator)
         if batch.weights is None or batch.real is None:
             mean = losses.mean()
@@ -99,7 +99,7 @@ class LoraTask:
 
         generator: what prompts of classes are dropped by; None drops none.
         """
-        noisy = self.objective.schedule.add_noise(latents, drawn.added_noise, drawn.timesteps)
+        noisy = self.objective.parametrisation.add_noise(latents, drawn.added_noise, drawn.timesteps)
         self.network.set_multiplier(batch.multiplier)
         preserved = None
         if batch.preserve is not None:
@@ -192,7 +192,7 @@ class LoraTask:
 
     def _mean_loss(self, samples: CachedSamples) -> tuple[float, list[float | None], dict[str, float]]:
         """Over all, per quarter of the timesteps, and of the heads by name."""
-        device, timesteps = self.processes.device, self.objective.schedule.timesteps
+        device, timesteps = self.processes.device, self.objective.parametrisation.timesteps
         chosen_timesteps = stratified_timesteps(len(samples), timesteps)
         order = requests_in_order(samples, self.processes.rank, self.processes.world_size, self.validation_batches)
         generator = torch.Generator(device)

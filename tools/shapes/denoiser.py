@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from library.diffusion.objective import Objective
-from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.scheduler_config import parametrisation_of
 from library.models.clip_tokenizer import tiny_tokenizer
 from library.models.encoders import TextEncoder, VaeEncoder
 from library.models.sd15_configs import SD15_SCHEDULER, SD15_UNET
@@ -44,7 +44,7 @@ def train_denoiser(
     name, seed, rate = ("denoiser", 4, RATE) if unet is None else ("denoiser, second part", 7, SECOND_RATE)
     unet = new_unet() if unet is None else unet
     unet = unet.to(memory_format=torch.channels_last).train()
-    objective = Objective(NoiseSchedule.from_config(SD15_SCHEDULER), min_snr_gamma=MIN_SNR_GAMMA)
+    objective = Objective(parametrisation_of(SD15_SCHEDULER), min_snr_gamma=MIN_SNR_GAMMA)
     latents = encode(vae, pictures.pixels)
     embeddings = _Embeddings(TextEncoder(tiny_tokenizer(), text_model))
 
@@ -58,8 +58,8 @@ def train_denoiser(
         noise = torch.randn(chosen.shape, generator=generator)
         # One timestep in each of as many equal parts as the batch has samples: a quieter loss than independent draws.
         shares = (torch.arange(len(chosen)) + torch.rand(len(chosen), generator=generator)) / len(chosen)
-        timesteps = (shares * objective.schedule.timesteps).long()
-        noisy = objective.schedule.add_noise(chosen, noise, timesteps)
+        timesteps = (shares * objective.parametrisation.timesteps).long()
+        noisy = objective.parametrisation.add_noise(chosen, noise, timesteps)
         output = unet(noisy.to(memory_format=torch.channels_last), timesteps, embeddings(prompts)).sample
         return objective.losses(output, chosen, noise, noisy, timesteps).mean()
 

@@ -168,7 +168,7 @@ def grid_ceiling(target: torch.Tensor, grid: tuple[int, int], tap: tuple[int, in
     """The highest mean token cosine that a map of `tap` (rows, columns) can reach by bilinear upsampling, roughly.
 
     target [B, N, D]: teacher tokens, row by row on `grid` (rows, columns). They are area-pooled to the tap's grid, upsampled
-    bilinearly and compared with themselves.
+    bilinearly, as what an AlignHead predicts is (U-REPA, arXiv 2503.18414), and compared with themselves.
     """
     batch, _, width = target.shape
     places = normalize(target).transpose(1, 2).reshape(batch, width, *grid)
