@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from tests.tools.caches import CacheSetting
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 # Tiny tensors: threads cost more than they bring, above all where several processes share two cores.
 torch.set_num_threads(1)
+
+# No test depends on how fast the machine is.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 LONGEST = (
     "test_real_photos",

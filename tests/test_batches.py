@@ -23,7 +23,7 @@ from library.data.store_writer import StoreWriter
     accumulation=st.integers(1, 3),
     seed=st.integers(0, 5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_epoch_shows_each_sample_at_most_once_and_misses_less_than_a_step(
     samples: int, batch_size: int, world_size: int, accumulation: int, seed: int
 ) -> None:

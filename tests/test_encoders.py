@@ -123,7 +123,7 @@ def test_tokens_stay_upright_at_518(tiny_dinov2: Path) -> None:
 
 
 @given(side=st.integers(1, 40), width=st.integers(8, 300), height=st.integers(8, 300))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_grid_has_the_area_of_the_square_and_the_aspect_of_the_picture(side: int, width: int, height: int) -> None:
     rows, columns = grid_in_aspect(side, width, height)
     assert (columns, rows) == grid_in_aspect(side, height, width)

@@ -141,7 +141,7 @@ def test_sigterm_saves_a_resumable_state(repa_setting: RepaSetting, tmp_path: Pa
     while not (rows.exists() and rows.read_text().count("train/loss") > 2) and child.poll() is None:
         time.sleep(0.05)
     child.send_signal(signal.SIGTERM)
-    output, _ = child.communicate(timeout=60)
+    output, _ = child.communicate(timeout=240)
     assert child.returncode == 75 and "by SIGTERM. Run the same command again to continue." in output
     assert len(list(tmp_path.glob("step_*"))) == 1 and "Traceback" not in output
 
