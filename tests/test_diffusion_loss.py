@@ -167,6 +167,7 @@ def test_zero_terminal_snr_ends_at_0_keeps_the_beginning_and_its_snr_follows() -
     torch.testing.assert_close(zero.alphas_cumprod, rescaled.alphas_cumprod, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.bits
 def test_at_the_last_timestep_of_zero_terminal_snr_nothing_is_infinite_and_gradients_are_finite() -> None:
     latents, noise, output, _ = batch()
     timesteps = torch.full((6,), 999)
@@ -232,6 +233,7 @@ def test_preserved_samples_are_compared_with_the_frozen_output_and_the_others_ar
     assert losses(objective, preserved=output) == [0.0] * 6
 
 
+@pytest.mark.bits
 def test_defaults_change_nothing_to_the_bit() -> None:
     latents, noise, output, timesteps = batch()
     for prediction_type in ("epsilon", "v_prediction"):

@@ -14,6 +14,8 @@ from library.diffusion.noise import draw
 from library.errors import UserError
 from library.options.kohya_objective import NoiseOptions
 
+pytestmark = pytest.mark.bits
+
 SHAPE = (3, 4, 6, 10)
 
 

@@ -51,6 +51,7 @@ def test_the_schedule_is_scaled_linear_and_not_linear(schedule: NoiseSchedule) -
     assert schedule.alphas_cumprod[-1].item() == pytest.approx(0.00466, abs=1e-5)
 
 
+@pytest.mark.bits
 def test_the_schedule_is_the_one_that_diffusers_samples_with(schedule: NoiseSchedule) -> None:
     from diffusers import DDPMScheduler
 

@@ -143,7 +143,7 @@ def test_trainer_that_is_killed_fails_the_trial_and_is_replaced(
     network_setting: NetworkSetting, tmp_path: Path
 ) -> None:
     options = network_options(network_setting)
-    with TrainerProcess({"OMP_NUM_THREADS": "1"}, tmp_path / "trainer.log") as process:
+    with TrainerProcess({}, tmp_path / "trainer.log") as process:
         first = process.run(job(tmp_path / "1", options), lambda slot: True)
         assert first.ending == "done", (first.message, (tmp_path / "trainer.log").read_text())
         assert process.process is not None
@@ -165,7 +165,7 @@ PARENT = """
 import json, sys
 from tests.tools.trials import job
 from library.search.trainer_process import TrainerProcess
-process = TrainerProcess({"OMP_NUM_THREADS": "1"}, sys.argv[1] + "/trainer.log")
+process = TrainerProcess({}, sys.argv[1] + "/trainer.log")
 process.run(job(sys.argv[1], json.loads(sys.argv[2])), lambda slot: True,
             on_begun=lambda begun: print(process.process.pid, flush=True))
 """
