@@ -1,15 +1,27 @@
 # make demo: install, then the main job from pictures to a picture. make test: install, then all checks.
+# make test-portable: the tests that compare bits, with the kernels of other processors and with several threads.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+CAPS := \
+	"OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2" \
+	"OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2" \
+	"OMP_NUM_THREADS=3"
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-portable lint clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python tools/demo.py
 
 test: $(STAMP) lint
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST) --durations=10
+
+test-portable: $(STAMP)
+	@failed=; for cap in $(CAPS); do \
+		echo "$$cap"; env $$cap $(PYTEST) -m bits || failed="$$failed\n  $$cap"; \
+	done; \
+	test -z "$$failed" || { printf "Failed with:$$failed\n"; exit 1; }
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

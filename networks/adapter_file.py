@@ -89,12 +89,11 @@ def read_adapter(path: Path | str, *, alpha: float | None = None, rank: int | No
                     f"{path} has no {' and no '.join(missing)} weight for {entry.name}: it is incomplete."
                 )
         alphas = _Alphas(path, metadata, alpha)
-        modules = {
-            target: _module(
-                path, target, entry, {part: file.get_tensor(key) for part, key in entry.keys.items()}, alphas
-            )
-            for target, entry in found.modules.items()
-        }
+        modules = {}
+        for target, entry in found.modules.items():
+            # Copied out of the file's memory map: tensors lie there on odd addresses, and kernels for those round otherwise.
+            tensors = {part: file.get_tensor(key).clone() for part, key in entry.keys.items()}
+            modules[target] = _module(path, target, entry, tensors, alphas)
     if rank is not None and (ranks := {module.rank for module in modules.values() if module.kernel == 1} - {rank}):
         raise AdapterError(f"{path} has adapters of rank {', '.join(map(str, sorted(ranks)))}, not of {rank}.")
     return Adapter(modules, metadata, tuple(found.left_out), tuple(found.frozen))

@@ -91,6 +91,7 @@ def test_a_name_that_is_no_lora_weight_is_refused(name: str) -> None:
         to_kohya({name: torch.zeros(1)}, SPEC)
 
 
+@pytest.mark.bits
 def test_what_training_writes_is_read_back(params: dict[str, Tensor], tmp_path: Path) -> None:
     tensors = to_kohya(params, SPEC)
     metadata = adapter_metadata(SPEC, tensors, output_name="a", date=DATE, resolution=(512, 512))

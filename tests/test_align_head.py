@@ -79,6 +79,7 @@ def test_tokens_are_unit_vectors_on_the_grid(kind: HeadKind) -> None:
     torch.testing.assert_close(tokens.norm(dim=-1), torch.ones(2, 256))
 
 
+@pytest.mark.bits
 def test_tokens_of_a_map_of_another_aspect_come_on_a_grid_of_its_own() -> None:
     """A map that varies by row alone gives equal tokens along the rows of any grid, row by row."""
     head = AlignHead(8, 12, grid=16)
@@ -112,6 +113,7 @@ def test_a_zero_feature_map_has_finite_tokens_and_gradients() -> None:
     assert features.grad is not None and torch.isfinite(features.grad).all()
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("kind", KINDS)
 def test_initial_weights_follow_from_seed_and_tap_alone(kind: HeadKind) -> None:
     torch.manual_seed(1)

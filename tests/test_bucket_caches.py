@@ -104,6 +104,7 @@ def read(caches: BucketCaches, picture: BucketedPicture, *, flipped: bool = Fals
     return (caches.flipped if flipped else caches.stores)[picture.fitted.bucket].read(picture.sample_id)
 
 
+@pytest.mark.bits
 def test_every_entry_equals_a_fresh_encoding_of_its_crop_and_of_its_mirror_image(
     setting: LatentSetting, tiny_sd15: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_every_entry_equals_a_fresh_encoding_of_its_crop_and_of_its_mirror_image
     assert not setting.built and not setting.tells("missing")
 
 
+@pytest.mark.bits
 def test_latents_of_an_entry_are_those_of_the_posterior(setting: LatentSetting) -> None:
     moments = torch.from_numpy(read(setting.build(), setting.pictures()[0]))[None]
     posterior = DiagonalGaussianDistribution(moments.float())
@@ -334,7 +336,7 @@ def script(tmp_path: Path) -> Path:
 
 def test_sigkill_in_the_middle_keeps_what_was_committed(setting: LatentSetting, script: Path, tiny_sd15: Path) -> None:
     command = [sys.executable, str(script), str(setting.images.parent), str(tiny_sd15), "5"]
-    child = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    child = subprocess.run(command, capture_output=True)
     assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
     pictures = setting.pictures(flip=True)
     caches = setting.build(pictures)

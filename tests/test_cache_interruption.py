@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -38,19 +37,19 @@ def test_sigkill_in_the_middle_loses_and_doubles_nothing(cache_setting: CacheSet
             file.write(f"q{i},images/q{i}.png,0\n")
     # Small commits, so that the kill falls between them; forked workers, which inherit the locks.
     code = (
-        "import sys, library.data.store_writer as s; s.COMMIT_BYTES = 2000\n"
+        "import os, signal, sys, library.data.store_writer as s; s.COMMIT_BYTES = 2000\n"
+        "put, left = s.StoreWriter.put, [60]\n"
+        "def counted(writer, *entry, **scale):\n"
+        "    left[0] -= writer.suffix == '_mid'\n"
+        "    if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    put(writer, *entry, **scale)\n"
+        "s.StoreWriter.put = counted\n"
         "import prepare_cache; prepare_cache.main(sys.argv[1:])"
     )
     arguments = cache_setting.arguments(cache_batch_size=1, max_data_loader_n_workers=2)
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], cwd=PROJECT_ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    folder = Path(cache_setting.argv["cache_dir"]) / "train_tokens"
-    while child.poll() is None and not committed(folder) > 20:
-        time.sleep(0.02)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    present = committed(folder)
+    killed = subprocess.run([sys.executable, "-c", code, *arguments], cwd=PROJECT_ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    present = committed(Path(cache_setting.argv["cache_dir"]) / "train_tokens")
     assert 20 < present < 208
     time.sleep(0.3)  # the workers' copies of the locks are gone long before the workers are
     caches = cache_setting.build(cache_batch_size=16)

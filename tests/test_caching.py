@@ -23,6 +23,7 @@ from tests.tools.caches import CacheSetting
 from tests.tools.pictures import draw_picture
 
 
+@pytest.mark.bits
 def test_a_cached_entry_equals_a_fresh_encoding(cache_setting: CacheSetting, photos: Path) -> None:
     caches = cache_setting.build()
     assert cache_setting.counts == [(8, 0, 0), (4, 0, 0)]
@@ -213,6 +214,7 @@ def test_a_disk_too_small_is_found_before_the_first_write(
     assert not list(Path(cache_setting.argv["cache_dir"]).rglob("data.mdb"))
 
 
+@pytest.mark.bits
 def test_prompts_are_encoded_again_when_names_change(cache_setting: CacheSetting, photos: Path) -> None:
     first = cache_setting.build().text
     assert first.prompts == ["a photo of a cat", "a photo of a dog", ""] and first.embeddings.shape == (3, 77, 64)

@@ -23,6 +23,7 @@ def sd15(tiny_sd15: Path) -> TextConditioner:
     return TextConditioner(SD15, load_text_encoders(str(tiny_sd15)))
 
 
+@pytest.mark.bits
 @torch.no_grad()
 def test_short_prompts_of_sd15_are_the_pipelines(sd15: TextConditioner, tiny_sd15: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd15)
@@ -33,6 +34,7 @@ def test_short_prompts_of_sd15_are_the_pipelines(sd15: TextConditioner, tiny_sd1
         assert conditioner(PROMPTS).pooled is None
 
 
+@pytest.mark.bits
 @torch.no_grad()
 def test_short_prompts_of_sd15_are_those_of_the_caches(sd15: TextConditioner, tiny_sd15: Path) -> None:
     expected = TextEncoder(*load_text_encoder(str(tiny_sd15))).encode(PROMPTS, clip_skip=2)
@@ -40,6 +42,7 @@ def test_short_prompts_of_sd15_are_those_of_the_caches(sd15: TextConditioner, ti
     assert torch.equal(found.half(), expected)
 
 
+@pytest.mark.bits
 @torch.no_grad()
 def test_short_prompts_of_sdxl_are_the_pipelines(tiny_sdxl: Path) -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)

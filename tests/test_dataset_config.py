@@ -113,7 +113,7 @@ INHERITED = {
 LEVELS = ["subset", "dataset", "general", "given"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(st.fixed_dictionaries({level: st.fixed_dictionaries({}, optional=INHERITED) for level in LEVELS}))
 def test_the_innermost_level_that_has_a_key_decides(levels: dict[str, dict[str, Any]]) -> None:
     subset = {key: value for key, value in levels["subset"].items() if key in SUBSET_KEYS}

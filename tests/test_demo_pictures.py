@@ -62,9 +62,13 @@ def test_a_picture_does_not_depend_on_how_many_there_are(demo: Path, tmp_path: P
 
 
 def test_all_of_it_is_drawn_in_seconds(tmp_path: Path) -> None:
+    """A tenth of it in less than Pillow takes for noise on half as many pictures of the size that it is drawn at."""
     start = time.process_time()
     make_demo_pictures(tmp_path / "demo", images=48, validation=8)
-    assert time.process_time() - start < 1.0  # a tenth of the set in a tenth of ten seconds
+    drawn = time.process_time()
+    for _ in range(24):
+        Image.effect_noise((512, 512), 50)
+    assert drawn - start < time.process_time() - drawn
 
 
 def test_both_parts_hold_as_many_of_each_class(demo: Path) -> None:

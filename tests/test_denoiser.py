@@ -116,6 +116,7 @@ def test_a_negative_prompt_of_other_length_is_filled(sd15: Drawn) -> None:
     assert torch.isfinite(sd15.ours("a red circle", "blue BREAK green", 5.0)).all()
 
 
+@pytest.mark.bits
 def test_prompts_change_at_their_steps(sd15: Drawn) -> None:
     switched = sd15.denoiser("[red:blue:2]", "", 5.0)
     fixed = {name: sd15.denoiser(name, "", 5.0) for name in ("red", "blue")}

@@ -62,6 +62,7 @@ def test_latents_are_the_scaled_mode_of_pixels_mapped_once_to_minus_one_and_one(
     assert torch.allclose(mean * 0.18215, expected, atol=1e-3) and logvar.shape == mean.shape
 
 
+@pytest.mark.bits
 def test_latents_are_the_same_twice_and_take_any_multiple_of_eight(vae_encoder: VaeEncoder, pixels: Tensor) -> None:
     assert torch.equal(vae_encoder.encode(pixels), vae_encoder.encode(pixels))
     assert vae_encoder.encode(pixels[..., :64, :96]).shape == (2, 4, 8, 12)
@@ -123,7 +124,7 @@ def test_tokens_stay_upright_at_518(tiny_dinov2: Path) -> None:
 
 
 @given(side=st.integers(1, 40), width=st.integers(8, 300), height=st.integers(8, 300))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_grid_has_the_area_of_the_square_and_the_aspect_of_the_picture(side: int, width: int, height: int) -> None:
     rows, columns = grid_in_aspect(side, width, height)
     assert (columns, rows) == grid_in_aspect(side, height, width)
@@ -193,6 +194,7 @@ def test_a_model_that_gives_another_number_of_tokens_is_an_error_with_both_numbe
 # Text
 
 
+@pytest.mark.bits
 def test_text_is_the_final_hidden_state_of_77_padded_ids_without_a_mask(text_encoder: TextEncoder) -> None:
     prompts = ["a red circle", "", "blue"]
     embedded = text_encoder.encode(prompts)
@@ -202,6 +204,7 @@ def test_text_is_the_final_hidden_state_of_77_padded_ids_without_a_mask(text_enc
     assert torch.equal(embedded, text_encoder.model(padded).last_hidden_state.half())
 
 
+@pytest.mark.bits
 def test_clip_skip_counts_from_the_last_layer_and_keeps_the_final_norm(text_encoder: TextEncoder) -> None:
     assert torch.equal(text_encoder.encode(["x"], clip_skip=1), text_encoder.encode(["x"]))
     ids = text_encoder.tokenizer(["x"], padding="max_length", return_tensors="pt").input_ids

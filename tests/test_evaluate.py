@@ -97,6 +97,7 @@ def test_everything_is_there(evaluated: tuple[Path, dict[str, Any]]) -> None:
     assert metrics["options"]["steps"] == 1 and metrics["facts"]["device"] == "cpu"
 
 
+@pytest.mark.bits
 def test_an_adapter_that_does_nothing_is_the_base_to_the_bit(evaluated: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = evaluated
     for kind in ("subject_00_42", "unrelated_00_43"):

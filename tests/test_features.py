@@ -39,6 +39,7 @@ def test_captured_maps_have_the_announced_shapes(unet: nn.Module) -> None:
         assert features[tap].shape == (2, shape.channels, size // shape.stride, size // shape.stride)
 
 
+@pytest.mark.bits
 def test_captured_maps_are_what_the_blocks_return(unet: nn.Module) -> None:
     seen: dict[str, torch.Tensor] = {}
     inner = unet.mid_block.register_forward_hook(
@@ -79,6 +80,7 @@ def test_hooks_are_gone_after_an_exception(unet: nn.Module) -> None:
     assert hooks(unet) == 0
 
 
+@pytest.mark.bits
 def test_capturing_leaves_the_output_as_it_is(unet: nn.Module) -> None:
     with torch.no_grad():
         expected = unet(**unet_inputs()).sample

@@ -6,7 +6,6 @@ import os
 import signal
 import stat
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -194,7 +193,7 @@ def test_a_forked_child_lets_go_of_inherited_locks(tmp_path: Path) -> None:
     if child == 0:
         files.close_inherited_locks()
         os.write(write, b"x")
-        time.sleep(5)
+        signal.pause()
         os._exit(0)
     os.read(read, 1)
     parent.close()

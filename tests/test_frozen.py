@@ -22,6 +22,7 @@ def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
     return total
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     "options", [{}, {"stride": 2}, {"padding": 1}, {"groups": 2}, {"bias": False, "kernel_size": 1}]

@@ -105,6 +105,7 @@ def test_a_picture_says_what_draws_it_again(base: list[str], adapter_file: Path,
         assert picture.size == (96, 96)
 
 
+@pytest.mark.bits
 def test_a_tag_is_as_good_as_an_option(base: list[str], adapter_file: Path, tmp_path: Path) -> None:
     words = [*base, "--images", 1]
     assert run(*words, "--lora", f"{adapter_file}:0.5", "--output", tmp_path / "a.png") == EXIT_OK
@@ -117,6 +118,7 @@ def test_a_tag_is_as_good_as_an_option(base: list[str], adapter_file: Path, tmp_
     assert read_png(tmp_path / "a.png") == read_png(tmp_path / "b.png")
 
 
+@pytest.mark.bits
 def test_a_file_of_prompts_is_drawn_with_one_load(
     base: list[str], adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +151,7 @@ def test_a_file_of_prompts_is_drawn_with_one_load(
     )
 
 
+@pytest.mark.bits
 def test_axes_make_a_sheet_of_pictures(base: list[str], adapter_file: Path, tmp_path: Path) -> None:
     axes = ["--x_axis", "weight: 0, 0.5, 1", "--y_axis", "sampler: Euler, DPM++ 2M Karras"]
     assert run(*base, *axes, "--lora", adapter_file, "--output", tmp_path / "x.png") == EXIT_OK
@@ -162,6 +165,7 @@ def test_axes_make_a_sheet_of_pictures(base: list[str], adapter_file: Path, tmp_
     assert np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "x_x1_y2.png"))
 
 
+@pytest.mark.bits
 def test_an_axis_of_checkpoints_loads_each_once(base: list[str], tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.symlink_to(base[1], target_is_directory=True)

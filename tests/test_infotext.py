@@ -143,7 +143,7 @@ _infos = st.builds(
 
 
 @given(_infos)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_settings_come_back_as_they_were(info: Infotext) -> None:
     text = parameters(info)
     assert parse_parameters(text) == info
@@ -151,7 +151,7 @@ def test_any_settings_come_back_as_they_were(info: Infotext) -> None:
 
 
 @given(_texts | st.text('Steps: 1,aCFG scale\nSeed"{[]}', max_size=80))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_text_makes_reading_fail_and_what_was_read_can_be_written(text: str) -> None:
     parameters(parse_parameters(text))
 

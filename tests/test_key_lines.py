@@ -70,7 +70,7 @@ def inline(value: Any) -> str:
     return f"[\n{', '.join(map(inline, value))} ,]" if isinstance(value, list) and value else json.dumps(value)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TREES)
 def test_every_key_of_any_json_or_toml_has_a_line(content: dict[str, Any]) -> None:
     toml = "".join(f"\n{json.dumps(key)} = {inline(value)} # = [\n" for key, value in content.items())

@@ -74,6 +74,7 @@ def test_models_come_frozen_in_eval_mode_and_in_the_asked_dtype(tiny_sd15: Path)
     assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.bits
 def test_folder_and_single_file_give_the_same_models_to_the_bit(tiny_sd15: Path, single: Path) -> None:
     assert same_tensors(load_unet(str(tiny_sd15)), load_unet(str(single)))
     assert same_tensors(load_vae(str(tiny_sd15)), load_vae(str(single)))
@@ -83,6 +84,7 @@ def test_folder_and_single_file_give_the_same_models_to_the_bit(tiny_sd15: Path,
     assert tokenizer("a red circle, odd words").input_ids == file_tokenizer("a red circle, odd words").input_ids
 
 
+@pytest.mark.bits
 def test_folder_and_single_file_compute_the_same_to_the_bit(tiny_sd15: Path, single: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     latents, words = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 77, 64, generator=generator)
@@ -102,6 +104,7 @@ def test_folder_and_single_file_compute_the_same_to_the_bit(tiny_sd15: Path, sin
     assert all(torch.equal(from_folder, from_file) for from_folder, from_file in zip(*outputs, strict=True))
 
 
+@pytest.mark.bits
 def test_a_text_encoder_without_its_prefix_is_understood(
     checkpoint: dict[str, Tensor], folder: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +117,7 @@ def test_a_text_encoder_without_its_prefix_is_understood(
     assert same_tensors(load_text_encoder(str(folder))[1], expected)
 
 
+@pytest.mark.bits
 def test_attention_names_of_old_diffusers_are_understood(folder: Path) -> None:
     expected = load_vae(str(folder))
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -125,6 +129,7 @@ def test_attention_names_of_old_diffusers_are_understood(folder: Path) -> None:
     assert same_tensors(load_vae(str(folder)), expected)
 
 
+@pytest.mark.bits
 def test_a_folder_with_fp16_files_only_loads(folder: Path) -> None:
     expected = load_unet(str(folder), dtype=torch.float16)
     halves = {name: value.half() for name, value in load_file(folder / UNET_FILE).items()}
@@ -134,6 +139,7 @@ def test_a_folder_with_fp16_files_only_loads(folder: Path) -> None:
     assert same_tensors(load_unet(str(folder), dtype=torch.float16), expected)
 
 
+@pytest.mark.bits
 def test_shards_are_put_together(folder: Path) -> None:
     expected = load_unet(str(folder))
     tensors = list(load_file(folder / UNET_FILE).items())
@@ -144,6 +150,7 @@ def test_shards_are_put_together(folder: Path) -> None:
     assert same_tensors(load_unet(str(folder)), expected)
 
 
+@pytest.mark.bits
 def test_a_folder_with_tensor_only_pickles_loads(folder: Path) -> None:
     expected = load_text_encoder(str(folder))[1]
     torch.save(load_file(folder / TEXT_FILE), folder / "text_encoder" / "pytorch_model.bin")

@@ -117,6 +117,7 @@ def rows(run: Run) -> list[dict[str, float]]:
     return [row for row in map(json.loads, lines) if "train/loss" in row]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ["AdamW", "AdamWScheduleFree", "Prodigy", "AdamW8bit"])
 def test_a_resumed_loop_gives_the_bits_of_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
     whole = run_of(Regression(), tmp_path / "whole", name)
@@ -129,6 +130,7 @@ def test_a_resumed_loop_gives_the_bits_of_the_uninterrupted_one(name: str, tmp_p
     assert [r["train/loss"] for r in rows(whole)][3:] == [r["train/loss"] for r in rows(resumed)]
 
 
+@pytest.mark.bits
 def test_validation_sees_the_weights_that_a_schedule_free_state_keeps(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -47,6 +47,7 @@ def test_sd15_gets_the_documented_numbers_of_modules_and_parameters(
     assert sum(parameter.numel() for parameter in params.values()) == parameters
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", [LoraSpec(), EVERYTHING])
 def test_a_new_adapter_leaves_the_output_to_the_bit(dtype: torch.dtype, spec: LoraSpec) -> None:
@@ -118,6 +119,7 @@ def test_an_adapter_adds_scaled_up_down_to_each_layer(spec: LoraSpec) -> None:
             torch.testing.assert_close(unet.get_submodule(path)(x), expected.float(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.bits
 def test_initial_weights_follow_from_seed_and_name_alone() -> None:
     torch.manual_seed(1)
     one = add_lora(small_unet(), LoraSpec(scope="mid"), seed=5)
@@ -135,6 +137,7 @@ def test_initial_weights_follow_from_seed_and_name_alone() -> None:
             assert not parameter.any()
 
 
+@pytest.mark.bits
 def test_adapters_train_from_the_same_names_after_saving_and_loading() -> None:
     unet, again = small_unet(), small_unet()
     params = add_lora(unet, EVERYTHING, seed=0)
@@ -145,6 +148,7 @@ def test_adapters_train_from_the_same_names_after_saving_and_loading() -> None:
     assert torch.equal(run(again), run(unet))
 
 
+@pytest.mark.bits
 def test_removing_gives_the_base_back() -> None:
     unet = small_unet()
     base, names = run(unet), list(unet.state_dict())
@@ -156,6 +160,7 @@ def test_removing_gives_the_base_back() -> None:
     add_lora(unet, LoraSpec(), seed=0)  # and adapters can be put on again
 
 
+@pytest.mark.bits
 def test_a_disabled_adapter_is_the_base_and_stays_trained() -> None:
     unet = small_unet()
     base = run(unet)
@@ -172,6 +177,7 @@ def test_a_disabled_adapter_is_the_base_and_stays_trained() -> None:
     ]
 
 
+@pytest.mark.bits
 def test_a_model_that_is_not_in_training_drops_nothing() -> None:
     unet, plain = small_unet(), small_unet()
     fill(add_lora(unet, LoraSpec(dropout=0.5), seed=0))
@@ -180,6 +186,7 @@ def test_a_model_that_is_not_in_training_drops_nothing() -> None:
     assert not torch.equal(run(unet.train()), run(plain.train()))
 
 
+@pytest.mark.bits
 def test_scale_zero_is_the_base_and_scale_one_is_as_trained() -> None:
     unet = small_unet()
     base = run(unet)

@@ -87,6 +87,7 @@ def test_an_adapter_and_its_negative_cancel() -> None:
     assert float(whole(concatenate([(adapter, 1.0), (adapter, -1.0)]).modules[LINEAR]).abs().max()) < 1e-14
 
 
+@pytest.mark.bits
 def test_one_adapter_of_scale_one_is_its_own_sum_to_the_bit() -> None:
     plain = module(12, 20, rank=4, alpha=4.0)
     found = concatenate([(Adapter({LINEAR: plain}), 1.0)]).modules[LINEAR]

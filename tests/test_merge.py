@@ -107,6 +107,7 @@ def test_a_merged_weight_is_the_formula(kind: str, ratio: float) -> None:
     np.testing.assert_allclose(fold(weight, [(module, ratio)]).numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("kinds", [("convolution_3x3", "cp", "dora_3x3"), ("linear", "dora", "linear")])
 def test_several_adapters_add_up_each_with_its_ratio_in_any_order(kinds: tuple[str, ...]) -> None:
     parts = [(MODULES[kind], ratio) for kind, ratio in zip(kinds, (0.7, 0.3, -0.5), strict=True)]
@@ -118,6 +119,7 @@ def test_several_adapters_add_up_each_with_its_ratio_in_any_order(kinds: tuple[s
     assert torch.equal(fold(weight, parts[:2]), fold(weight, parts[1::-1]))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("kind", MODULES)
 def test_twice_is_twice_the_ratio_and_minus_one_undoes_it(kind: str) -> None:
     module = MODULES[kind]
@@ -137,6 +139,7 @@ def test_a_second_merge_adds_to_the_first_and_minus_one_takes_it_away(shape: tup
     torch.testing.assert_close(twice, fold(weight, [(module, 2.0)]), rtol=0, atol=4e-7 * float(twice.abs().max()))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("kind", MODULES)
 def test_ratio_zero_is_the_base_to_the_bit(kind: str) -> None:
     module = MODULES[kind]
@@ -147,6 +150,7 @@ def test_ratio_zero_is_the_base_to_the_bit(kind: str) -> None:
     assert folds == {UNET: {"x.weight": [(module, 1.0)], "y.weight": [(module, 1.0)]}}
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_untrained_adapter_changes_nothing(shape: tuple[int, ...]) -> None:
     weight, module = weight_of(*shape), random_module(*shape)
@@ -156,6 +160,7 @@ def test_an_untrained_adapter_changes_nothing(shape: tuple[int, ...]) -> None:
     assert torch.equal(merged, weight) and change.relative == 0.0
 
 
+@pytest.mark.bits
 def test_a_weight_is_rounded_once() -> None:
     """From bfloat16 through float32 to float16, not through bfloat16 again."""
     weight, module = weight_of(5, 7).bfloat16(), random_module(5, 7).product()
@@ -206,6 +211,7 @@ FC1, FC1_2 = (Target(te, "text_model.encoder.layers.0.mlp.fc1") for te in (TEXT_
 NEW = [Target(UNET, f"mid_block.resnets.{i}.conv1") for i in range(7, 11)]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     ("modules", "family", "sentence"),
     [
@@ -258,6 +264,7 @@ def test_a_module_that_its_own_family_does_not_have_is_named_by_its_path() -> No
         place([(adapter, Strength())], shapes_of(small_unet()), SD15)
 
 
+@pytest.mark.bits
 def test_an_adapter_that_does_not_fit_is_refused_even_at_ratio_zero_and_changes_nothing() -> None:
     unet = small_unet()
     before = {name: value.clone() for name, value in unet.state_dict().items()}
@@ -274,6 +281,7 @@ def test_a_matrix_fits_a_1x1_convolution() -> None:
     assert folds[UNET].keys() == {f"{PROJ_IN.path}.weight"}
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     ("weight", "dtype", "sentence"),
     [

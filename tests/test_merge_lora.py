@@ -167,6 +167,7 @@ def test_a_bare_command_without_training_output_says_what_to_do(
 # ------------------------------------------------------------------------------------------------ where it writes
 
 
+@pytest.mark.bits
 def test_the_script_merges_reports_and_replaces(
     adapter_file: Path, tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

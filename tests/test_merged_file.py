@@ -69,6 +69,7 @@ def sd15(settings: Callable[[str], Setting]) -> Setting:
     return settings("sd15")
 
 
+@pytest.mark.bits
 def test_names_and_values_are_those_of_the_original_code(setting: Setting) -> None:
     """By a table that was written from that code. SD1.5's file has the 686 + 248 + 196 tensors of the real one."""
     assert_same_tensors(load_file(setting.file), {key: value.contiguous() for key, value in setting.expected.items()})
@@ -82,10 +83,12 @@ def test_the_vaes_attention_is_made_of_convolutions(setting: Setting) -> None:
     assert {tuple(v.shape) for k, v in weights.items() if ".norm." not in k} == {(48, 48, 1, 1)} and len(weights) == 10
 
 
+@pytest.mark.bits
 def test_the_file_alone_is_the_file_beside_a_folder(setting: Setting, tmp_path: Path) -> None:
     assert_same_tensors(setting.merge(tmp_path / "a.safetensors"), setting.file)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_single_file_base_gives_the_same_and_keeps_its_precision(
     setting: Setting, precision: str, tmp_path: Path
@@ -106,6 +109,7 @@ def test_a_single_file_base_gives_the_same_and_keeps_its_precision(
     assert_same_tensors({name: value.to(dtype) for name, value in load_file(wide).items()}, file)
 
 
+@pytest.mark.bits
 def test_the_save_precision_rounds_once(setting: Setting, tmp_path: Path) -> None:
     file = setting.merge(tmp_path / "a.safetensors", "--save_precision", "bf16")
     dtype = torch.bfloat16
@@ -157,6 +161,7 @@ def test_tensors_that_are_not_touched_keep_their_bytes_in_whatever_format(
     assert found["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (48, 48, 1, 1)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_ratio_zero_is_the_base_to_the_bit(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = request.getfixturevalue(f"tiny_{kind}")
@@ -186,6 +191,7 @@ def test_merging_twice_is_twice_the_ratio_and_minus_one_undoes_it(sd15: Setting,
 # ------------------------------------------------------------------------------------------------ what others read
 
 
+@pytest.mark.bits
 def test_diffusers_draws_from_the_file_what_it_draws_from_the_folder(
     setting: Setting, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -81,6 +81,7 @@ def test_diffusers_loads_it_without_a_complaint_and_draws_what_it_draws_with_the
     assert np.abs(found - plain).max() > 0.01
 
 
+@pytest.mark.bits
 def test_every_module_of_the_adapter_and_nothing_else_has_changed(whole: tuple[Any, Path, Path, Path]) -> None:
     _, base, adapter, output = whole
     changed = set()
@@ -118,6 +119,7 @@ def test_every_file_can_be_read_by_whoever_the_umask_allows(adapter_file: Path, 
 # ------------------------------------------------------------------------------------------------ number formats
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
 def test_the_save_precision_is_that_of_every_tensor(
     name: str, dtype: torch.dtype, adapter_file: Path, merged: Path, tmp_path: Path
@@ -128,6 +130,7 @@ def test_the_save_precision_is_that_of_every_tensor(
         assert_same_tensors(load_file(narrow / file), expected)
 
 
+@pytest.mark.bits
 def test_a_base_in_half_precision_stays_so_and_can_be_widened(
     adapter_file: Path, tiny_sd15: Path, tmp_path: Path
 ) -> None:
@@ -180,6 +183,7 @@ def test_both_text_encoders_of_sdxl_carry_text_model(whole: tuple[Any, Path, Pat
 # ------------------------------------------------------------------------------------------------ other bases
 
 
+@pytest.mark.bits
 def test_a_single_file_merges_into_the_same_folder(
     whole: tuple[Any, Path, Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -227,6 +231,7 @@ def with_old_names(folder: Path) -> None:
     save(tensors, folder / FILES[VAE])
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("change", [sharded, pickled, variant, with_old_names])
 def test_every_way_to_save_a_base_merges_into_the_same_folder(
     change: Callable[[Path], None], adapter_file: Path, merged: Path, tiny_sd15: Path, tmp_path: Path

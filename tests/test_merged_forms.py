@@ -115,6 +115,7 @@ FORMS: list[Form] = [
 ]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_every_form_gives_the_same_file_to_the_bit(
     form: Form, params: Params, expected: Path, tiny_sd15: Path, tmp_path: Path
@@ -190,6 +191,7 @@ def test_two_checkpoints_of_whole_models_are_refused(
 # ------------------------------------------------------------------------------------------------ several
 
 
+@pytest.mark.bits
 def test_several_adapters_add_up_whatever_their_order(
     params: Params, adapter_file: Path, tiny_sd15: Path, tmp_path: Path
 ) -> None:
@@ -206,6 +208,7 @@ def test_several_adapters_add_up_whatever_their_order(
     torch.testing.assert_close(load_file(one)[name].double(), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.bits
 def test_one_adapter_twice_is_twice_its_ratio(params: Params, tiny_sd15: Path, tmp_path: Path) -> None:
     (file,) = kohya(params, tmp_path, tiny_sd15)[1:]
     twice = load_file(merge(tmp_path / "1.safetensors", tiny_sd15, "--models", file, file))

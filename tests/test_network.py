@@ -67,6 +67,7 @@ def test_only_the_wanted_models_are_adapted_and_all_are_frozen(changes: dict[str
     assert trained == {id(parameter) for parameter in network.parameters.values()}
 
 
+@pytest.mark.bits
 def test_first_values_follow_from_seed_and_name_alone() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -174,6 +175,7 @@ def test_loraplus_lets_up_matrices_learn_faster() -> None:
 # ------------------------------------------------------------------------------------------------ switching
 
 
+@pytest.mark.bits
 def test_a_disabled_network_is_the_base_and_comes_back() -> None:
     base = run_models(small_models())
     models, network = trained_network(few())
@@ -187,6 +189,7 @@ def test_a_disabled_network_is_the_base_and_comes_back() -> None:
     assert all(parameter.requires_grad for parameter in network.parameters.values())
 
 
+@pytest.mark.bits
 def test_the_multiplier_scales_what_is_added() -> None:
     base = run_models(small_models())
     models, network = trained_network(few())
@@ -208,6 +211,7 @@ def test_models_with_adapters_are_refused() -> None:
 # ------------------------------------------------------------------------------------------------ gradients
 
 
+@pytest.mark.bits
 def test_text_encoders_learn_alike_with_and_without_checkpointing() -> None:
     gradients: list[dict[str, Tensor]] = []
     for checkpointing in (False, True):
@@ -249,6 +253,7 @@ def dropped(**spec: float) -> Any:
     return layer
 
 
+@pytest.mark.bits
 def test_ranks_are_dropped_by_sample_and_the_rest_makes_up_for_it() -> None:
     layer, x = dropped(rank_dropout=0.25), torch.full((200, 4, 16), 0.5)
     torch.manual_seed(0)
@@ -260,6 +265,7 @@ def test_ranks_are_dropped_by_sample_and_the_rest_makes_up_for_it() -> None:
     assert torch.equal(layer.eval()(x)[..., :8], torch.full((200, 4, 8), 8.0))
 
 
+@pytest.mark.bits
 def test_dropout_drops_single_values_of_the_down_matrix() -> None:
     layer, x = dropped(dropout=0.25), torch.full((200, 4, 16), 0.5)
     torch.manual_seed(0)
@@ -278,6 +284,7 @@ def test_a_module_is_left_out_of_whole_passes() -> None:
     assert layer.eval()(x)[0, 0, 0] == 8.0
 
 
+@pytest.mark.bits
 def test_ranks_of_convolutions_are_dropped_by_channel() -> None:
     network = add_network(small_models(), few(conv_rank=4, rank_dropout=0.5), seed=0)
     layer: Any = network.layers[Target(UNET, "mid_block.resnets.0.conv1")]

@@ -115,6 +115,7 @@ def drawn(built: Built, batch):  # type: ignore[no-untyped-def]
     return latents, Draw(noise, noise, torch.full((len(batch),), 400))
 
 
+@pytest.mark.bits
 def test_a_mask_counts_for_tokens_as_for_latents(built: Built) -> None:
     batch = built.batch()
     mask = torch.zeros(len(batch), 1, 12, 12)
@@ -130,6 +131,7 @@ def test_a_mask_counts_for_tokens_as_for_latents(built: Built) -> None:
     assert torch.equal(again.tokens, 2 * weights.tokens)
 
 
+@pytest.mark.bits
 def test_lambda_0_trains_the_adapter_of_a_run_without_heads_to_the_bit(
     finished_network: Path, network_setting: NetworkSetting, aligned: dict[str, object], tmp_path: Path
 ) -> None:
@@ -151,6 +153,7 @@ def finished(
     return output
 
 
+@pytest.mark.bits
 def test_heads_are_trained_and_kept_in_the_state_and_not_in_the_adapter(finished: Path, finished_network: Path) -> None:
     first, last = (load_file(finished / name / "align_heads.safetensors") for name in ("mio-000001-state", "mio-state"))
     assert set(last) == {f"align_heads.mid.proj.{name}" for name in ("0.weight", "0.bias", "2.weight")}
@@ -168,6 +171,7 @@ def test_heads_are_trained_and_kept_in_the_state_and_not_in_the_adapter(finished
     assert rows(finished, "lr/align_heads")
 
 
+@pytest.mark.bits
 def test_stopped_and_resumed_is_the_uninterrupted_run(
     finished: Path, network_setting: NetworkSetting, aligned: dict[str, object], tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def written(network: Network, folder: Path, dtype: torch.dtype | None = None) ->
 # ------------------------------------------------------------------------------------------------ start, file, fold
 
 
+@pytest.mark.bits
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_new_network_leaves_the_outputs_to_the_bit(spec: NetworkSpec, dtype: torch.dtype) -> None:
@@ -68,6 +69,7 @@ def test_a_new_network_leaves_the_outputs_to_the_bit(spec: NetworkSpec, dtype: t
     assert all(torch.equal(output, base[component]) for component, output in run_models(models, dtype).items())
 
 
+@pytest.mark.bits
 @each_kind
 def test_a_written_file_folded_into_the_base_is_the_trained_model(spec: NetworkSpec, tmp_path: Path) -> None:
     models, network = trained_network(spec)
@@ -80,6 +82,7 @@ def test_a_written_file_folded_into_the_base_is_the_trained_model(spec: NetworkS
     assert_same_outputs(folded, models)
 
 
+@pytest.mark.bits
 @each_kind
 def test_training_goes_on_from_a_file(spec: NetworkSpec, tmp_path: Path) -> None:
     models, network = trained_network(spec)
@@ -124,6 +127,7 @@ def test_every_weight_learns_once_it_is_off_its_start(spec: NetworkSpec) -> None
     )
 
 
+@pytest.mark.bits
 @each_kind
 def test_switching_off_and_the_multiplier_work(spec: NetworkSpec) -> None:
     base = run_models(small_models())
@@ -148,6 +152,7 @@ def test_half_the_multiplier_is_half_the_change_of_the_weights(algo: Algorithm) 
         torch.testing.assert_close(layer(x), (whole + base) / 2, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_what_is_dropped_is_dropped_in_training_only_and_compiles(algo: Algorithm) -> None:
     rank_dropout = 0.0 if algo == "oft" else 0.3
@@ -234,6 +239,7 @@ def test_keys_of_each_kind() -> None:
     }
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_file_can_be_of_half_precision(algo: Algorithm, tmp_path: Path) -> None:
     models, network = trained_network(few(algo), size=0.2)
@@ -277,6 +283,7 @@ def test_dora_is_still_refused_where_it_is_not_asked_for() -> None:
         adapter_tensors(network.adapter(), "kohya")
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("algo", ["lora", "dora"])
 def test_a_state_of_lora_or_dora_can_be_read_as_an_adapter(algo: Algorithm, tmp_path: Path) -> None:
     spec = few(algo, alpha=3.0, conv_alpha=0.5)

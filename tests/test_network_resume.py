@@ -33,6 +33,7 @@ def assert_same_end(a: Path, b: Path) -> None:
     assert losses(a) == losses(b)
 
 
+@pytest.mark.bits
 def test_stopped_twice_in_either_epoch_and_resumed_is_the_uninterrupted_run(
     finished_network: Path, network_setting: NetworkSetting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +49,7 @@ def test_stopped_twice_in_either_epoch_and_resumed_is_the_uninterrupted_run(
     assert len(logs) == 1 and len(list((logs[0] / "network_train").iterdir())) == 3, "one folder, a file for each start"
 
 
+@pytest.mark.bits
 def test_killed_in_the_middle_and_started_again_is_the_uninterrupted_run(
     finished_network: Path, network_setting: NetworkSetting, tmp_path: Path
 ) -> None:
@@ -68,6 +70,7 @@ def test_killed_in_the_middle_and_started_again_is_the_uninterrupted_run(
     assert_same_end(finished_network, output)
 
 
+@pytest.mark.bits
 def test_an_adapter_lost_after_the_last_state_is_written_by_the_same_command(
     finished_network: Path, network_setting: NetworkSetting, tmp_path: Path
 ) -> None:
@@ -79,6 +82,7 @@ def test_an_adapter_lost_after_the_last_state_is_written_by_the_same_command(
     assert_same_end(finished_network, output)
 
 
+@pytest.mark.bits
 def test_the_same_command_after_the_end_has_nothing_to_do(
     finished_network: Path, network_setting: NetworkSetting, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +98,7 @@ SHORT = {
 }  # fmt: skip
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     ("base", "changes"),
     [

@@ -33,6 +33,7 @@ def pictures(output: Path) -> list[str]:
     return sorted(re.sub(r"_\d{14}", "", path.name) for path in (output / "sample").glob("*.png"))
 
 
+@pytest.mark.bits
 def test_prompts_are_drawn_when_it_is_their_turn_and_change_no_bit(
     network_setting: NetworkSetting, tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_the_prompts_are_read_by_the_encoders_of_the_run(network_setting: Networ
     assert all(model.training for model in built.task.models.values())
 
 
+@pytest.mark.bits
 def test_what_is_drawn_is_what_is_trained(network_setting: NetworkSetting) -> None:
     """The run's process, and velocities where kohya's option says that the network predicts them."""
     for words, velocities in (({}, False), ({"v_parameterization": "", "zero_terminal_snr": ""}, True)):

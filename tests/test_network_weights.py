@@ -67,6 +67,7 @@ def test_weights_of_another_family_or_width_are_refused() -> None:
         network.load(Adapter(modules, wide.metadata))
 
 
+@pytest.mark.bits
 def test_another_alpha_is_made_up_for() -> None:
     models, source = trained_network(few(alpha=8.0))
     again = small_models()

@@ -16,6 +16,8 @@ from library.errors import UserError
 from library.models.sd15_configs import SD15_SCHEDULER
 from library.options.kohya.objective import NoiseOptions
 
+pytestmark = pytest.mark.bits
+
 SHAPE = (3, 4, 6, 10)
 PROCESS = parametrisation_of(SD15_SCHEDULER)
 

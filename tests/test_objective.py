@@ -14,7 +14,7 @@ from library.diffusion.noise import draw
 from library.diffusion.objective import Objective
 from library.diffusion.predictions import EPSILON, VELOCITY, Prediction
 from library.errors import UserError
-from library.options.kohya_objective import NoiseOptions
+from library.options.kohya.objective import NoiseOptions
 from tests.test_parametrisation import TIMESTEPS, alpha_bars, batch, parametrisation
 from tests.tools.no_reads import NoReads
 

@@ -73,6 +73,7 @@ class Tiny:
             self.trained.optimizer.zero_grad()
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", [*NAMES, *OTHERS])
 def test_training_on_from_a_saved_state_gives_the_bits_of_the_uninterrupted_run(name: str, tmp_path: Path) -> None:
     options = options_of(name)
@@ -109,6 +110,7 @@ def test_eight_bit_moments_are_saved_as_bytes(name: str, tmp_path: Path) -> None
     assert loaded["state1"].dtype == torch.uint8
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"])
 def test_a_schedule_free_state_holds_the_averaged_weights_and_trains_on_from_the_others(
     name: str, tmp_path: Path
@@ -130,6 +132,7 @@ def test_a_schedule_free_state_holds_the_averaged_weights_and_trains_on_from_the
     assert all(torch.equal(p, trained_on[n]) for n, p in again.trained.parameters.items())
 
 
+@pytest.mark.bits
 def test_what_is_judged_is_the_average_where_there_is_one_and_else_the_weights() -> None:
     tiny = Tiny(options_of("AdamW"))
     plain = tiny.trained.parameters["a"].detach().clone()
@@ -290,9 +293,13 @@ class Keeper(torch.optim.SGD):
                 state["pair"] = (state.get("pair", (0, None))[0] + 1, torch.ones(2, dtype=torch.int64))
                 state["table"] = {"mask": torch.tensor([True, False]), 3: [0.1, None, "x"]}
                 state["half"] = p.detach().to(torch.float16)
+                # Laid out as their weight is not; a file keeps no layout.
+                state["turned"] = p.detach().t().contiguous().t()
+                state["basis"] = [torch.arange(6.0).reshape(2, 3).t()]
                 p.data.add_(0.1)
 
 
+@pytest.mark.bits
 def test_memory_in_containers_and_other_dtypes_comes_back_as_it_was(tmp_path: Path) -> None:
     def trained() -> Trained:
         weight = torch.nn.Parameter(torch.ones(2, 3))
@@ -303,10 +310,12 @@ def test_memory_in_containers_and_other_dtypes_comes_back_as_it_was(tmp_path: Pa
         saved.optimizer.step()
     save_state(tmp_path / "state", saved, {"step": 3})
     load_state(tmp_path / "state", loaded)
-    (state,) = loaded.optimizer.state.values()
+    (kept,), (state,) = saved.optimizer.state.values(), loaded.optimizer.state.values()
     assert state["pair"][0] == 3 and state["pair"][1].dtype == torch.int64 and type(state["pair"]) is tuple
     assert state["table"]["mask"].dtype == torch.bool and state["table"][3] == [0.1, None, "x"]
     assert state["half"].dtype == torch.float16
+    for before, after in ((kept["turned"], state["turned"]), (kept["basis"][0], state["basis"][0])):
+        assert torch.equal(before, after) and before.stride() == after.stride() and not after.is_contiguous()
     assert [h.item() for h in loaded.optimizer.param_groups[0]["history"]] == [0.0, 1.0, 2.0]
 
 

@@ -88,7 +88,7 @@ def test_a_figure_is_as_wide_as_the_page_and_the_given_one_is_left_as_it_was():
     assert '"responsive": true' in page.html()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.text(max_size=60))
 def test_no_text_becomes_markup(text):
     plain = Outline(marked("words").html())

@@ -204,6 +204,7 @@ def test_tokens_that_lie_on_the_grid_are_reached() -> None:
     assert token_cosine(best_on_grid(up, 2), up) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.bits
 def test_a_random_trunk_is_its_seeds_alone() -> None:
     unet = small_unet()
     before = torch.get_rng_state()

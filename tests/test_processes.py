@@ -62,6 +62,7 @@ def test_the_sample_loss_and_its_gradient_are_those_of_one_process_on_the_same_g
         torch.testing.assert_close(gradient, weight.grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.bits
 def test_two_processes_train_validate_save_and_resume_exactly(
     tmp_path: Path, tiny_sd15: Path, tiny_dinov2: Path
 ) -> None:

@@ -54,6 +54,7 @@ def setting(tmp_path: Path, sd15: TextConditioner) -> PromptSetting:
     return PromptSetting(tmp_path, lambda: sd15)
 
 
+@pytest.mark.bits
 @torch.no_grad()
 def test_cached_states_are_those_of_the_conditioner(setting: PromptSetting, sd15: TextConditioner) -> None:
     cache = setting.build(CAPTIONS)
@@ -66,6 +67,7 @@ def test_cached_states_are_those_of_the_conditioner(setting: PromptSetting, sd15
     assert torch.equal(found.states, expected[torch.from_numpy(rows)]) and found.pooled is None
 
 
+@pytest.mark.bits
 @torch.no_grad()
 def test_sdxl_has_the_states_of_both_encoders_and_the_pooled_one(tmp_path: Path, tiny_sdxl: Path) -> None:
     conditioner = TextConditioner(SDXL, load_text_encoders(str(tiny_sdxl)), chunks=2)
@@ -82,6 +84,7 @@ def test_sdxl_has_the_states_of_both_encoders_and_the_pooled_one(tmp_path: Path,
     assert torch.equal(setting.build(CAPTIONS[:2]).read([2]).pooled, expected.pooled[2:].half()) and setting.loads == 2
 
 
+@pytest.mark.bits
 def test_only_what_is_missing_is_encoded_and_else_no_encoder_is_loaded(setting: PromptSetting) -> None:
     old = setting.build(CAPTIONS).read([0]).states
     setting.build(CAPTIONS)

@@ -59,6 +59,7 @@ def one(encoder: PromptEncoder, text: str, **more: Any) -> torch.Tensor:
     return encoder.encode_texts([weighted_spans(text)], **more).states[0]
 
 
+@pytest.mark.bits
 @torch.no_grad()
 def test_plain_prompts_of_sd15_are_the_pipelines(sd15: PromptEncoder, tiny_sd15: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd15)
@@ -69,6 +70,7 @@ def test_plain_prompts_of_sd15_are_the_pipelines(sd15: PromptEncoder, tiny_sd15:
         assert torch.equal(found.states, expected) and found.pooled is None
 
 
+@pytest.mark.bits
 @torch.no_grad()
 def test_plain_prompts_of_sdxl_are_the_pipelines(sdxl: PromptEncoder, tiny_sdxl: Path) -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
@@ -140,6 +142,7 @@ def test_weights_multiply_states_and_the_mean_is_restored(shifted: PromptEncoder
     assert weights.count(1.5) == 1 and plain.shape == (77, model.config.hidden_size)
 
 
+@pytest.mark.bits
 def test_states_without_a_mean_are_not_scaled_by_noise(sd15: PromptEncoder) -> None:
     """The tiny encoder's final norm is untrained: its means are rounding errors."""
     bare = PromptEncoder(SD15, sd15.parts, emphasis="no norm")
@@ -188,6 +191,7 @@ def test_shorter_prompts_get_empty_chunks(sd15: PromptEncoder) -> None:
     assert same_length([short, short], sd15)[0] is short
 
 
+@pytest.mark.bits
 def test_parts_of_an_and_are_encoded_apart(sd15: PromptEncoder) -> None:
     parts = sd15.encode(parse_prompt("a red circle AND blue :0.5", 20))
     assert [part.weight for part in parts] == [1.0, 0.5]

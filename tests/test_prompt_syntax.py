@@ -252,7 +252,7 @@ def test_a_number_behind_an_open_bracket_is_noted_as_what_it_is() -> None:
     assert "1 '(' of one side of an AND stays open" in (unbalanced_brackets("(a AND b)") or ""), "which split first"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ANY_PROMPT, st.integers(1, 30), st.sampled_from(["a1111", "reforge"]), st.one_of(st.none(), st.integers(1, 30)))
 def test_any_text_is_a_prompt(text: str, steps: int, dialect: Dialect, hires_after: int | None) -> None:
     for prompt in (

@@ -178,6 +178,7 @@ def test_nothing_behind_the_tap_is_computed_and_no_hook_stays(
     assert not any(module._forward_hooks for module in model.unet.modules())
 
 
+@pytest.mark.bits
 def test_a_state_without_its_adapters_is_the_base(
     model: FeatureModel, pictures: ProbedPictures, tiny_sd15: Path
 ) -> None:
@@ -187,6 +188,7 @@ def test_a_state_without_its_adapters_is_the_base(
     assert not torch.equal(look(model, pictures).maps, look(base, pictures).maps)
 
 
+@pytest.mark.bits
 def test_an_adapter_file_with_its_heads_is_the_state(state: Path, pictures: ProbedPictures, tiny_sd15: Path) -> None:
     adapter = next(path for path in state.parent.glob("*.safetensors") if not path.stem.endswith("-ema"))
     folded = load_folded_model(str(tiny_sd15), adapter, heads=read_heads(state, use_ema=False))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.tools.runs import RepaSetting, assert_equal_states, copy_until, metric_rows
 
 
+@pytest.mark.bits
 def test_resuming_gives_the_bits_of_the_uninterrupted_run(
     finished_run: Path, repa_setting: RepaSetting, tmp_path: Path
 ) -> None:
@@ -28,6 +29,7 @@ def test_resuming_gives_the_bits_of_the_uninterrupted_run(
     assert [r["val/total"] for r in whole] == [r["val/total"] for r in resumed]
 
 
+@pytest.mark.bits
 def test_sigkill_and_the_same_command_again_give_the_bits_of_the_uninterrupted_run(
     repa_setting: RepaSetting, tmp_path: Path
 ) -> None:
@@ -50,6 +52,7 @@ def test_sigkill_and_the_same_command_again_give_the_bits_of_the_uninterrupted_r
     assert [p.name for p in (tmp_path / "killed").glob(".*")] == [".lock"]
 
 
+@pytest.mark.bits
 def test_the_same_command_after_the_end_has_nothing_to_do(
     finished_run: Path, repa_setting: RepaSetting, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,6 +62,7 @@ def test_the_same_command_after_the_end_has_nothing_to_do(
     assert (finished_run / "repa.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.bits
 def test_adapters_lost_after_the_last_state_are_written_by_the_same_command(
     finished_run: Path, repa_setting: RepaSetting, tmp_path: Path
 ) -> None:
@@ -86,6 +90,7 @@ def test_a_state_of_other_samples_or_base_weights_is_not_continued_silently(
     assert "other versions may compute other bits: torch 1.0 then" in capsys.readouterr().out
 
 
+@pytest.mark.bits
 def test_moments_come_back_in_the_layout_of_their_weights(repa_setting: RepaSetting, tmp_path: Path) -> None:
     from library.training.ema import ExponentialAverage
     from library.training.state import Trained, load_state, save_state
@@ -107,6 +112,7 @@ def test_moments_come_back_in_the_layout_of_their_weights(repa_setting: RepaSett
         assert moment.stride() == weight.stride() and torch.equal(moment, saved.optimizer.state[original][key])
 
 
+@pytest.mark.bits
 def test_a_stop_file_saves_a_state_and_the_run_goes_on_later(
     finished_run: Path,
     repa_setting: RepaSetting,
@@ -141,7 +147,7 @@ def test_sigterm_saves_a_resumable_state(repa_setting: RepaSetting, tmp_path: Pa
     while not (rows.exists() and rows.read_text().count("train/loss") > 2) and child.poll() is None:
         time.sleep(0.05)
     child.send_signal(signal.SIGTERM)
-    output, _ = child.communicate(timeout=60)
+    output, _ = child.communicate(timeout=240)
     assert child.returncode == 75 and "by SIGTERM. Run the same command again to continue." in output
     assert len(list(tmp_path.glob("step_*"))) == 1 and "Traceback" not in output
 

@@ -225,6 +225,7 @@ def test_many_steps_come_to_the_data(name: str) -> None:
     torch.testing.assert_close(found.std(), torch.tensor(math.sqrt(0.8**2 + 0.3**2)), rtol=0, atol=0.03)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_picture_does_not_depend_on_its_batch(name: str) -> None:
     together = pictures(name, [5, 6, 7])
@@ -249,6 +250,7 @@ def test_half_precision_latents_stay_half() -> None:
         assert SAMPLERS[name].function(denoise, begin, sigmas, noise).dtype == torch.bfloat16
 
 
+@pytest.mark.bits
 def test_step_noise_is_its_seeds_and_its_number() -> None:
     one, other = StepNoise([3], SHAPE), StepNoise([9, 3], SHAPE)
     for _ in range(3):
@@ -256,6 +258,7 @@ def test_step_noise_is_its_seeds_and_its_number() -> None:
     assert not torch.equal(one(2.0, 1.0), one(2.0, 1.0))
 
 
+@pytest.mark.bits
 def test_brownian_increments_add_up() -> None:
     noise = BrownianNoise([1, 2], SHAPE)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from library.options.training import OptimizerOptions
@@ -44,6 +45,7 @@ class HalfPrecision:
         return [weight.detach().clone() for weight in self.model.parameters()]
 
 
+@pytest.mark.bits
 def test_an_overflowed_step_is_left_out_and_halves_the_scale() -> None:
     run = HalfPrecision(init_scale=1024.0)
     run.train(0, 2)
@@ -62,6 +64,7 @@ def test_the_scale_does_not_change_what_is_learnt() -> None:
     torch.testing.assert_close(small.weights(), large.weights(), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.bits
 def test_the_loss_scale_resumes_with_the_state(tmp_path: Path) -> None:
     whole, part, resumed = (HalfPrecision(init_scale=64.0, growth_interval=3) for _ in range(3))
     whole.train(0, 8, overflow_at=4)
@@ -73,6 +76,7 @@ def test_the_loss_scale_resumes_with_the_state(tmp_path: Path) -> None:
     assert all(map(torch.equal, whole.weights(), resumed.weights()))
 
 
+@pytest.mark.bits
 def test_a_fused_step_is_scaled_without_reading_the_device() -> None:
     weight = torch.nn.Parameter(torch.ones(4, 4))
     optimizer = make_optimizer([ParameterGroup("x", [weight], 1e-2)], OptimizerOptions(optimizer_args=("fused=True",)))

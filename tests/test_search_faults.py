@@ -24,6 +24,7 @@ from library.options.toml_file import PROJECT_ROOT
 from library.search.jobs import Job, Outcome, Slot
 from library.search.outcomes import read_outcome
 from tests.tools.search import FakeTrainer, in_a_process, ledger, plan, run, said, settled
+from tests.tools.waiting import wait_until
 
 KILLS = int(os.environ.get("SEARCH_KILLS", "20"))
 
@@ -143,12 +144,18 @@ def test_a_suspended_parent_survives_the_loss_of_its_trial(tmp_path: Path) -> No
     storage, quick = f"sqlite:///{tmp_path}/study.db", {"stale_after": 0.6, "renew_after": 0.1}
     ledger(tmp_path, 3, storage)
     settings = {"storage": storage, "prunes": False, **quick}
-    parent = in_a_process(lambda: run(plan(tmp_path, 3, **settings), lambda: FakeTrainer(seconds=1.5)) and None)
-    while not (tmp_path / "out" / "trial_0001" / "trial.json").exists():
-        time.sleep(0.01)
+    resumed = tmp_path / "resumed"
+
+    def ending(job: Job) -> str:
+        wait_until(resumed.exists)
+        return "done"
+
+    parent = in_a_process(lambda: run(plan(tmp_path, 3, **settings), lambda: FakeTrainer(ending, seconds=1.0)) and None)
+    wait_until((tmp_path / "out" / "trial_0001" / "trial.json").exists)
     suspend(parent, tmp_path / "study.db")
     time.sleep(0.8)
     run(plan(tmp_path, 2, **settings))  # its budget leaves something to the other
+    resumed.touch()
     os.kill(parent, signal.SIGCONT)
     assert os.waitpid(parent, 0)[1] == 0
     trials = settled(tmp_path, 3, storage)

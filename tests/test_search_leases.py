@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -13,11 +12,15 @@ from optuna.trial import TrialState, create_trial
 from library.search import ledger as ledger_module
 from library.search.leases import LEASE, Heartbeat, this_process, why_dead
 from tests.tools.search import SPACE, dead_lease, ledger
+from tests.tools.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+NOW = 2e9
 
 
 @pytest.mark.parametrize(
@@ -27,15 +30,15 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"host": "elsewhere"}, 900, False),
         ({"boot_id": "before"}, 900, False),
         ({"pid_ns": "pid:[1]"}, 900, False),  # a container of the same name
-        ({"host": "elsewhere", "at": time.time() - 1000}, 900, True),
-        ({"host": "elsewhere", "at": time.time() - 1000}, 2000, False),
+        ({"host": "elsewhere", "at": NOW - 1000}, 900, True),
+        ({"host": "elsewhere", "at": NOW - 1000}, 2000, False),
         ({"pid": this_process().pid}, 900, False),
         ({"pid": this_process().pid, "pid_start": "1"}, 900, True),  # the number was used again
-        ({"pid": this_process().pid, "at": time.time() - 1000}, 900, True),  # suspended, or hung
+        ({"pid": this_process().pid, "at": NOW - 1000}, 900, True),  # suspended, or hung
     ],
 )
 def test_who_counts_as_dead(changes: dict[str, object], stale: float, dead: bool) -> None:
-    assert (why_dead(dead_lease(**changes), stale) is not None) == dead
+    assert (why_dead(dead_lease(**{"at": NOW, **changes}), stale, now=NOW) is not None) == dead
 
 
 def test_a_renewal_that_fails_without_a_word_is_tried_again_at_the_next_beat(
@@ -56,11 +59,8 @@ def test_a_renewal_that_fails_without_a_word_is_tried_again_at_the_next_beat(
     monkeypatch.setattr(mine, "_set", lambda *_: (_ for _ in ()).throw(broken.pop(0)))
     heart = Heartbeat(renew, 0.01)
     heart.add(running.trial._trial_id)
-    until = time.monotonic() + 5
-    while mine.trials()[0].user_attrs[LEASE]["at"] == before and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: mine.trials()[0].user_attrs[LEASE]["at"] > before)
     heart.close()
-    assert mine.trials()[0].user_attrs[LEASE]["at"] > before
     assert said == [f"trial 1: its lease could not be renewed: {name}." for name in ("TimeoutError", "RuntimeError")]
 
 

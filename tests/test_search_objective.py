@@ -50,6 +50,7 @@ def few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objective, "NOISES_OF_FEW", 1)
 
 
+@pytest.mark.bits
 @pytest.mark.usefixtures("few_passes")
 def test_adapter_at_zero_has_exactly_the_value_0_and_any_other_has_not(built: Built) -> None:
     judge = judge_of(built)
@@ -69,6 +70,7 @@ def test_adapter_at_zero_has_exactly_the_value_0_and_any_other_has_not(built: Bu
                 parameter.copy_(before[name])
 
 
+@pytest.mark.bits
 @pytest.mark.usefixtures("few_passes")
 def test_measuring_leaves_no_trace(built: Built) -> None:
     judge, task = judge_of(built), built.task
@@ -94,6 +96,7 @@ def test_losses_of_the_base_are_measured_once(built: Built) -> None:
     LossJudge(pictures, task.objective, task.models, refuse, known)  # type: ignore[arg-type]
 
 
+@pytest.mark.bits
 def test_sdxl_at_zero_has_exactly_the_value_0(sdxl_setting: NetworkSetting, few_passes: None) -> None:
     built = sdxl_setting.build(**sdxl_setting.quick)
     try:
@@ -184,6 +187,7 @@ def test_eval_mode_ends_as_it_began() -> None:
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
+@pytest.mark.bits
 def test_picture_objective_is_0_for_the_base_and_keeps_its_pictures(
     built: Built, tiny_dinov2: Path, tmp_path: Path
 ) -> None:

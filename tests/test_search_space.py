@@ -79,7 +79,7 @@ def test_sdxl_multiplies_what_was_carried_over_and_turns_text_encoders_off() -> 
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_options_go_back_to_the_params_they_came_from(data: st.DataObject) -> None:
     space = read_space(find_space("default"))
     params = {

@@ -46,6 +46,7 @@ def base_weights(warm: Any) -> dict[str, torch.Tensor]:
 # --------------------------------------------------------------------------------------------------- train_network.py
 
 
+@pytest.mark.bits
 def test_warm_trial_equals_a_cold_one_and_leaves_the_base_as_it_was(
     network_setting: NetworkSetting, warm: Any, tmp_path: Path
 ) -> None:
@@ -71,6 +72,7 @@ def test_warm_trial_equals_a_cold_one_and_leaves_the_base_as_it_was(
     assert all(torch.equal(files[0][name], file[name]) for file in files for name in files[0])
 
 
+@pytest.mark.bits
 def test_trial_trains_what_the_script_trains_to_the_bit_and_measuring_changes_nothing(
     network_setting: NetworkSetting, warm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +175,7 @@ def test_trial_judged_by_pictures(
 # ------------------------------------------------------------------------------------------------------ train_repa.py
 
 
+@pytest.mark.bits
 def test_trial_of_train_repa(
     repa_setting: RepaSetting, warm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +190,7 @@ def test_trial_of_train_repa(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.bits
 def test_adapter_of_train_repa_at_zero_has_exactly_the_value_0(
     repa_setting: RepaSetting, warm: Any, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_batches_show_every_picture_once_before_any_comes_again() -> None:
     assert drawn.tolist() == torch.cat(list(batches(30, 5, 12, seed=0))).tolist() != sorted(drawn.tolist())
 
 
+@pytest.mark.bits
 def test_training_lowers_the_loss_and_leaves_averaged_weights(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     model, target = nn.Linear(4, 1), torch.tensor([[1.0, -2.0, 3.0, 0.5]])
@@ -92,6 +93,7 @@ def test_scaled_latents_have_unit_variance_and_draw_the_same_picture() -> None:
         assert torch.allclose(vae.decode(after.mean).sample, decoded, atol=1e-3)
 
 
+@pytest.mark.bits
 def test_every_other_picture_is_recoloured_and_the_rest_kept() -> None:
     pixels = torch.rand(6, 3, 8, 8) * 2 - 1
     changed = recoloured(pixels, torch.Generator().manual_seed(0))
@@ -99,6 +101,7 @@ def test_every_other_picture_is_recoloured_and_the_rest_kept() -> None:
     assert changed.abs().max() <= 1.0
 
 
+@pytest.mark.bits
 def test_an_interrupted_part_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.shapes.fit.KEEP_EVERY", 4)
     monkeypatch.setattr("tools.shapes.fit.LOG_EVERY", 2)

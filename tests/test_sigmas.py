@@ -105,6 +105,7 @@ def test_the_next_to_last_level_can_be_left_out() -> None:
     assert found.tolist() == [*longer[:-2].tolist(), 0.0]
 
 
+@pytest.mark.bits
 def test_a_strength_takes_the_end_of_the_levels() -> None:
     sigmas = noise_levels("Karras", 20, LEVELS, SD15)
     assert torch.equal(part_of(sigmas, 0.5), sigmas[9:])

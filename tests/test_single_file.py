@@ -122,6 +122,7 @@ def test_configurations_of_a_file_are_the_folders(model: Setting) -> None:
         assert {k: v for k, v in config.items() if theirs.get(k, v) != v and k != "sample_size"} == {}, component
 
 
+@pytest.mark.bits
 def test_every_tensor_is_the_folders_to_the_bit(model: Setting) -> None:
     for component in model.family.original:
         (file,) = (model.folder / component).glob("*.safetensors")
@@ -130,6 +131,7 @@ def test_every_tensor_is_the_folders_to_the_bit(model: Setting) -> None:
         assert all(torch.equal(found[name], expected[name]) for name in expected), component
 
 
+@pytest.mark.bits
 def test_diffusers_converters_agree(model: Setting) -> None:
     family, tensors = model.family, model.tensors
     config = {"class_embed_type": None, "addition_embed_type": None} | single_file.file_unet_config(model.file, family)
@@ -149,6 +151,7 @@ def test_diffusers_converters_agree(model: Setting) -> None:
         assert all(torch.equal(found[name], expected[name]) for name in expected), component
 
 
+@pytest.mark.bits
 def test_folder_and_file_of_sdxl_compute_the_same_to_the_bit(sdxl: Setting) -> None:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 8, 8, generator=generator)
@@ -179,6 +182,7 @@ def test_text_encoders_of_sdxl_come_in_order_with_tokenizers_that_pad_differentl
     assert ids[0] == ids[1]
 
 
+@pytest.mark.bits
 def test_text_encoders_without_their_prefix_are_understood(sdxl: Setting, tmp_path: Path) -> None:
     bare = {name.replace("transformer.text_model.", "transformer."): value for name, value in sdxl.tensors.items()}
     found = load_text_encoders(str(save(bare, tmp_path / "bare.safetensors")))
@@ -187,6 +191,7 @@ def test_text_encoders_without_their_prefix_are_understood(sdxl: Setting, tmp_pa
         assert all(torch.equal(value, state[name]) for name, value in part.model.state_dict().items())
 
 
+@pytest.mark.bits
 def test_a_second_text_encoder_without_its_prefix_in_a_folder_is_understood(sdxl: Setting, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sdxl.folder, tmp_path / "base"))
     file = folder / TEXT_ENCODER_2 / "model.safetensors"
@@ -202,6 +207,7 @@ def test_a_folder_whose_encoders_changed_places_is_refused(sdxl: Setting, tmp_pa
         load_text_encoders(str(folder))
 
 
+@pytest.mark.bits
 def test_a_vae_with_its_attention_as_matrices_is_understood(model: Setting, tmp_path: Path) -> None:
     flat = {name: value.flatten(1) for name, value in model.tensors.items() if "mid.attn_1" in name and value.ndim == 4}
     assert len(flat) == 8
@@ -211,6 +217,7 @@ def test_a_vae_with_its_attention_as_matrices_is_understood(model: Setting, tmp_
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_files_of_half_precision_load(sdxl: Setting, tmp_path: Path, dtype: torch.dtype) -> None:
     path = save({name: value.to(dtype) for name, value in sdxl.tensors.items()}, tmp_path / "half.safetensors")

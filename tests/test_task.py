@@ -59,6 +59,7 @@ def test_network_multiplier_is_the_strength_of_the_adapters(stirred: Built) -> N
     assert stirred.loss(replace(batch, multiplier=1.0)) == losses[2]
 
 
+@pytest.mark.bits
 def test_preserved_outputs_are_what_the_base_says(network_setting: NetworkSetting, stirred: Built) -> None:
     """Adapters that do nothing have nothing to learn from such pictures."""
     config = network_setting.dataset("kept", subset="custom_attributes = { diff_output_preservation = true }")
@@ -80,6 +81,7 @@ def drawn(built: Built, batch):  # type: ignore[no-untyped-def]
     return latents, Draw(noise, noise, torch.arange(len(batch)) * 200 + 100)
 
 
+@pytest.mark.bits
 def test_a_mask_takes_its_pixels_out_of_the_loss(stirred: Built) -> None:
     batch = stirred.batch()
     whole = stirred.task.each(batch, *drawn(stirred, batch))
@@ -252,6 +254,7 @@ def test_training_goes_on_from_network_weights(
     assert ranks == {target: module.rank for target, module in modules.items()}
 
 
+@pytest.mark.bits
 def test_float8_weights_compute_what_weights_rounded_to_float8_do(network_setting: NetworkSetting) -> None:
     """Losses and gradients of adapters, against a base whose weights were rounded to float8 and back beforehand."""
     plain = network_setting.build(mixed_precision="bf16").stir()
@@ -280,6 +283,7 @@ def test_float8_weights_compute_what_weights_rounded_to_float8_do(network_settin
     assert chosen == [["unet", "text_encoder"], ["unet"], []]
 
 
+@pytest.mark.bits
 def test_the_frozen_unet_is_the_bases(network_setting: NetworkSetting) -> None:
     built = network_setting.build(**UNET_ONLY)
     base, family, device = built.prepared.base, built.prepared.family, torch.device("cpu")

@@ -23,6 +23,7 @@ from library.models.tensor_files import (
     Range,
     TensorFile,
     file_bytes,
+    in_library_order,
     open_pickled,
     write_tensor_file,
 )
@@ -89,8 +90,22 @@ def test_tensors_lie_in_the_order_given_and_begin_on_a_multiple_of_8(source: Ten
     assert list(written) == names and written["kernel"].start % 8 == 0
 
 
+def test_tensors_are_laid_out_as_the_library_does(source: TensorFile) -> None:
+    shuffled = [copied(name, source.tensors[name]) for name in sorted(source.tensors, reverse=True)]
+    assert [tensor.name for tensor in in_library_order(shuffled)] == list(source.tensors)
+
+
+@pytest.mark.parametrize("dtypes", zip(DTYPES.values(), list(DTYPES.values())[1:], strict=False))
+def test_number_formats_are_in_the_order_of_the_library(
+    dtypes: tuple[torch.dtype, torch.dtype], tmp_path: Path
+) -> None:
+    first, second = dtypes
+    save_file({"a": torch.zeros(1).to(second), "b": torch.zeros(1).to(first)}, tmp_path / "a.safetensors")
+    assert list(TensorFile(tmp_path / "a.safetensors").tensors) == ["b", "a"]
+
+
 def test_a_tensor_may_begin_anywhere(tmp_path: Path) -> None:
-    """The library's own writer puts wide formats first; here the order is the base's."""
+    """The library's own writer puts wide formats first; here the order is the one given."""
     tensors = {"flags": torch.tensor([True, False, True]), "matrix": TENSORS["matrix"]}
     write_tensor_file(tmp_path / "a.safetensors", [made(name, value) for name, value in tensors.items()], {})
     assert_same_tensors(tmp_path / "a.safetensors", tensors)

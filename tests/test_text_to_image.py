@@ -91,6 +91,7 @@ class Asked:
         self._hook.remove()
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("sampler", ["DPM++ 2M", "Euler a", "DPM++ 3M SDE"])
 def test_a_picture_does_not_depend_on_its_batch(model: DrawingModel, sampler: str) -> None:
     request = replace(SMALL, sampler=sampler)
@@ -100,6 +101,7 @@ def test_a_picture_does_not_depend_on_its_batch(model: DrawingModel, sampler: st
     assert difference(together[0], together[1]) > 10
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
 def test_the_same_seed_gives_the_same_picture_with_every_sampler(model: DrawingModel, sampler: str) -> None:
     request = replace(SMALL, sampler=sampler)
@@ -142,6 +144,7 @@ def test_clip_skip_counts_for_sd15_alone(model: DrawingModel, sdxl: DrawingModel
         one(model, replace(SMALL, clip_skip=99))
 
 
+@pytest.mark.bits
 def test_an_empty_negative_prompt_of_sdxl_is_zeros(sdxl: DrawingModel) -> None:
     encoder = sdxl.encoder(1, "original")
     positive = parse_prompt("a red square BREAK blue", 2)
@@ -151,6 +154,7 @@ def test_an_empty_negative_prompt_of_sdxl_is_zeros(sdxl: DrawingModel) -> None:
         assert mine is not None and zeros is not None and torch.equal(mine, zeros)
 
 
+@pytest.mark.bits
 def test_texts_are_filled_to_one_length_once(model: DrawingModel) -> None:
     encoder = model.encoder(1, "original")
     encoded = encode_together(encoder, parse_prompt("[a:b BREAK c:1] AND d", 2), parse_negative("e", 2))
@@ -269,6 +273,7 @@ def test_a_lora_folded_in_draws_as_the_merged_folder(
     assert difference(folded, one(model)) > 10, "and it is taken out again for a picture without"
 
 
+@pytest.mark.bits
 def test_going_back_leaves_no_trace(base: BaseLocation, adapter: Adapter) -> None:
     changed = load_model(base, dtype=torch.bfloat16, device=CPU)
     before = {key: value.clone() for key, value in changed.unet.state_dict().items()}

@@ -70,6 +70,7 @@ def test_a_pipeline_loads_the_folder_and_makes_a_picture(tiny_sd15: Path) -> Non
     assert image.std() > 0.05
 
 
+@pytest.mark.bits
 def test_same_seed_gives_the_same_bytes_and_leaves_the_global_generator_alone(tiny_sd15: Path, tmp_path: Path) -> None:
     torch.manual_seed(99)
     before = torch.get_rng_state()

@@ -69,6 +69,7 @@ def draw(load: Callable[[], StableDiffusionXLPipeline], caplog: pytest.LogCaptur
     return pipeline(prompt, height=64, width=64, num_inference_steps=2, generator=generator, output_type="np").images
 
 
+@pytest.mark.bits
 def test_pipelines_from_the_folder_and_from_a_single_file_draw_the_same_picture(
     tiny_sdxl: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -128,6 +129,7 @@ def test_the_unet_predicts_noise_and_listens_to_every_condition(tiny_sdxl: Path)
         assert (changed - usual).std() > 1e-3 * usual.std()
 
 
+@pytest.mark.bits
 def test_the_reserved_name_is_built_and_the_same_seed_gives_the_same_bytes(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

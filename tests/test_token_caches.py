@@ -52,6 +52,7 @@ def fresh(dino: Path, pixels: list[np.ndarray]) -> np.ndarray:
     return DinoEncoder(load_dinov2(str(dino)), 56, 4).encode(batch).numpy()
 
 
+@pytest.mark.bits
 def test_every_entry_is_what_the_teacher_says_of_the_buckets_crop_and_of_its_mirror_image(
     setting: TokenSetting, tiny_dinov2: Path
 ) -> None:
@@ -77,6 +78,7 @@ def test_every_entry_is_what_the_teacher_says_of_the_buckets_crop_and_of_its_mir
     assert not setting.built and not setting.tells("missing")
 
 
+@pytest.mark.bits
 def test_an_edited_or_recropped_picture_is_encoded_again_and_said(setting: TokenSetting) -> None:
     pictures = setting.pictures()
     old = read(setting.build(), pictures[0])

@@ -175,6 +175,7 @@ def test_every_mode_trains(network_setting: NetworkSetting, tmp_path: Path, chan
         assert found[-1]["train/norm/max_norm"] == pytest.approx(0.01) and found[-1]["train/norm/keys_scaled"] > 0
 
 
+@pytest.mark.bits
 def test_gradient_checkpointing_changes_no_bit(network_setting: NetworkSetting, tmp_path: Path) -> None:
     """Text encoders included."""
     options = {

@@ -42,6 +42,7 @@ def test_training_changes_every_trained_weight_and_lowers_the_token_loss(
     assert np.mean(token[-4:]) < 0.8 * token[0]
 
 
+@pytest.mark.bits
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
     finished_run: Path, repa_setting: RepaSetting, tmp_path: Path
 ) -> None:
@@ -52,6 +53,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
     assert not any(torch.equal(a[n], b[n]) for n in a if n.startswith("lora/"))
 
 
+@pytest.mark.bits
 def test_lambda_0_trains_the_lora_of_a_run_without_heads_to_the_bit(repa_setting: RepaSetting, tmp_path: Path) -> None:
     assert repa_setting.train(tmp_path / "zero", align_coeff=0.0, lora_scope="all") == 0
     assert repa_setting.train(tmp_path / "none", "--no_alignment", lora_scope="all") == 0
@@ -96,6 +98,7 @@ def test_every_mode_trains(repa_setting: RepaSetting, tmp_path: Path, changes: d
     assert len(rows) == 2 and all(np.isfinite(list(row.values())).all() for row in rows)
 
 
+@pytest.mark.bits
 def test_gradient_checkpointing_changes_no_bit(finished_run: Path, repa_setting: RepaSetting, tmp_path: Path) -> None:
     assert repa_setting.train(tmp_path, "--gradient_checkpointing") == 0
     assert_equal_states(finished_run / "step_000004", tmp_path / "step_000004")
@@ -200,6 +203,7 @@ def test_dry_run_of_the_demo_misses_nothing_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.bits
 def test_one_safetensors_file_as_base_and_metas_file_as_teacher_train_as_folders_do(
     repa_setting: RepaSetting, tmp_path: Path, tiny_sd15: Path
 ) -> None:

@@ -95,6 +95,7 @@ def test_gradients_are_scaled_to_the_global_norm() -> None:
     assert parameters[0].grad.tolist() == pytest.approx([0.6, 0]) and parameters[1].grad.item() == pytest.approx(0.8)
 
 
+@pytest.mark.bits
 def test_the_average_is_the_recursion_and_swaps_in_and_out_to_the_bit() -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     average = ExponentialAverage({"w": weight}, 0.9)
@@ -122,6 +123,7 @@ def test_the_randomness_of_a_step_depends_on_seed_rank_step_and_micro_batch_alon
     assert seed_of(1, 23) != seed_of(12, 3)
 
 
+@pytest.mark.bits
 def test_validation_noise_belongs_to_the_sample_and_not_to_the_batch() -> None:
     together = sample_noise(0, ["a", "b", "c"], (4, 2, 2))
     assert torch.equal(sample_noise(0, ["c"], (4, 2, 2))[0], together[2])

@@ -13,7 +13,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.merging.merge import Change, Folds, cast_finite, fold_and_cast
 from library.models.checkpoint import Checkpoint, StoredTensor
-from library.models.tensor_files import NewTensor
+from library.models.tensor_files import NewTensor, in_library_order
 from networks.original_names import Form, Place, original_place
 
 
@@ -53,7 +53,10 @@ class Merging:
 
 
 def component_tensors(merging: Merging, component: str) -> list[NewTensor]:
-    """One component's file in a diffusers folder."""
+    """One component's file in a diffusers folder, whose bytes do not depend on how the base's files are laid out.
+
+    Who reads it maps it into memory, and kernels round by the address at which a tensor lies.
+    """
     tensors = []
     for key, stored in merging.base.tensors[component].items():
         if merging.is_kept(component, key) and not stored.transposed:
@@ -62,7 +65,7 @@ def component_tensors(merging: Merging, component: str) -> list[NewTensor]:
             tensors.append(
                 NewTensor(key, merging.dtype_of(component, key), stored.shape, make=_maker(merging, component, key))
             )
-    return tensors
+    return in_library_order(tensors)
 
 
 def single_file_tensors(merging: Merging) -> list[NewTensor]:

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +24,17 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.header import with_safetensors
 
-# The format's names of number formats, as far as checkpoints use them.
+# The format's names of number formats, as far as checkpoints use them, in the order in which the library writes them.
 DTYPES: dict[str, torch.dtype] = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -181,6 +181,12 @@ class NewTensor:
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def in_library_order(tensors: Iterable[NewTensor]) -> list[NewTensor]:
+    """As the library's own writer lays them out: by number format, then by name."""
+    formats = list(DTYPES.values())
+    return sorted(tensors, key=lambda tensor: (formats.index(tensor.dtype), tensor.name))
 
 
 def write_tensor_file(

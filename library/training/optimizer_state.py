@@ -26,10 +26,11 @@ def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 def pack(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], initial: list[dict[str, Any]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors, as {moment}.{weight}, and the facts for state.json: scalars by weight, and changed values of groups.
+    """Tensors, as {moment}.{weight}, and the facts for state.json: scalars by weight, changed values of groups, and strides.
 
     Some optimizers remember things per group (Prodigy's d, the weight sums of schedule-free ones). Saved is what differs
-    from `initial`; the rest are options, and a resumed run has its own.
+    from `initial`; the rest are options, and a resumed run has its own. A file keeps no layout, and kernels for another one
+    round otherwise, so the strides of a tensor are said where they are not the usual ones (`_usual_strides`).
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     tensors: dict[str, torch.Tensor] = {}
@@ -50,7 +51,15 @@ def pack(
     for index, (before, now) in enumerate(zip(initial, group_values(optimizer), strict=True)):
         changed = {key: value for key, value in now.items() if key not in before or not _same(before[key], value)}
         groups.append({key: _encode(value, f"group {index}.{key}", tensors) for key, value in changed.items()})
-    facts = {"optimizer": _path(optimizer), "optimizer_scalars": scalars, "optimizer_groups": groups}
+    # Strides as a copy has them: of a tensor with gaps or overlaps, those of a dense one.
+    strides = {place: list(torch.empty_like(tensor, device="meta").stride()) for place, tensor in tensors.items()}
+    unusual = {place: s for place, s in strides.items() if s != _usual_strides(place, tensors[place], parameters)}
+    facts = {
+        "optimizer": _path(optimizer),
+        "optimizer_scalars": scalars,
+        "optimizer_groups": groups,
+        "optimizer_strides": unusual,
+    }
     return tensors, facts
 
 
@@ -74,6 +83,11 @@ def unpack(
         )
     order = [p for group in optimizer.param_groups for p in group["params"]]
     device = order[0].device
+    # Copied out of the file's memory map: tensors lie there on odd addresses, and kernels for those round otherwise.
+    strides = facts.get("optimizer_strides", {})
+    for place, tensor in tensors.items():
+        laid_out = strides.get(place) or _usual_strides(place, tensor, parameters)
+        tensors[place] = torch.empty_strided(tensor.shape, laid_out, dtype=tensor.dtype).copy_(tensor)
     scalars = {key: _decode(value, tensors, device) for key, value in facts.get("optimizer_scalars", {}).items()}
     groups = [
         {key: _decode(value, tensors, device) for key, value in group.items()}
@@ -99,21 +113,24 @@ def unpack(
 
 
 def _put_back(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, key: str, saved: Any) -> None:
-    """Undo what loading does to a value: it casts every tensor to the weight's dtype and forgets its layout."""
+    """Undo what loading does to a value: it casts every tensor to the weight's dtype."""
     loaded = optimizer.state[parameter]
     if not isinstance(saved, torch.Tensor):
         if isinstance(saved, (list, tuple, dict)):
             loaded[key] = saved
         return
     value = saved.to(device=loaded[key].device)
-    if value.shape == parameter.shape:
-        if getattr(optimizer, "is_paged", False):
-            buffer = optimizer.get_state_buffer(parameter, dtype=value.dtype)  # type: ignore[attr-defined]
-        else:
-            # Fused kernels want moments laid out as their weights (channels-last), which a file does not keep.
-            buffer = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
-        value = buffer.copy_(value)
+    if value.shape == parameter.shape and getattr(optimizer, "is_paged", False):
+        value = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # type: ignore[attr-defined]
     loaded[key] = value
+
+
+def _usual_strides(place: str, tensor: torch.Tensor, parameters: Mapping[str, torch.nn.Parameter]) -> list[int]:
+    """Of its weight (channels-last, say) where the tensor at `place` is of that shape, else those of a contiguous tensor."""
+    parameter = parameters.get(place.partition(".")[2])
+    if parameter is not None and parameter.shape == tensor.shape:
+        return list(torch.empty_like(parameter, device="meta").stride())
+    return list(torch.empty(tensor.shape, device="meta").stride())
 
 
 def _path(optimizer: torch.optim.Optimizer) -> str:

@@ -4,7 +4,7 @@
         lora.safetensors, align_heads.safetensors    trained weights, one file per part
         ema.safetensors                              their moving average, all parts
         optimizer.safetensors                        moments, as {name of the moment}.{name of the weight}
-        state.json                                   step, samples seen, options, versions, hashes, scalars of the optimizer
+        state.json                                   step, samples seen, options, versions, hashes, optimizer's scalars and strides
 
 The weights in their files are those to use. A schedule-free optimizer trains on others, which are among its moments.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +35,6 @@ def launch(script: str, argv: list[str], processes: int = 1) -> subprocess.Popen
     return subprocess.Popen(
         [*launcher, script, *argv],
         cwd=PROJECT_ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

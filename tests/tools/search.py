@@ -7,7 +7,6 @@ import math
 import os
 import random
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -55,10 +54,10 @@ class FakeTrainer:
         self.ending, self.seconds = ending, seconds
         self.jobs: list[Job] = []
         self.closed = False
-        self._stopped = False
+        self._stopped = threading.Event()
 
     def run(self, job: Job, on_slot: Callable[[Slot], bool], **more: Callable[..., None]) -> Outcome:
-        if self._stopped:
+        if self._stopped.is_set():
             return Outcome(job.trial, "stopped", "Stopped before it began.")
         self.jobs.append(job)
         more["on_begun"](Begun(job.trial, 10 * SLOTS))
@@ -67,18 +66,18 @@ class FakeTrainer:
             return Outcome(job.trial, ending, f"it is {ending}.")  # type: ignore[arg-type]
         values = []
         for slot in range(1, SLOTS + 1):
-            time.sleep(self.seconds / SLOTS)
+            self._stopped.wait(self.seconds / SLOTS)
             more["on_tick"]()
             values.append(value_at(job.options, job.seed, slot))
             goes_on = on_slot(Slot(job.trial, slot, 10 * slot, values[-1], {"low": values[-1]}, 5.0))
-            if self._stopped or not goes_on:
+            if self._stopped.is_set() or not goes_on:
                 return Outcome(job.trial, "stopped", value=min(values))
         outcome = Outcome(job.trial, "done", "", min(values), values.index(min(values)) + 1, {"low": 1.0}, seconds=0.1)
         write_outcome(job.folder, outcome)
         return outcome
 
     def stop(self) -> None:
-        self._stopped = True
+        self._stopped.set()
 
     def close(self) -> None:
         self.closed = True
