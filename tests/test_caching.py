@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from library.caching.class_pictures import Caches
 from library.caching.verify import verify
 from library.data.class_pictures import choose_samples, open_pictures
 from library.data.sources import Sample
@@ -172,15 +171,6 @@ def test_a_store_cut_off_while_copying_is_refused_and_not_read(cache_setting: Ca
         cache_setting.build()
 
 
-def test_prompt_embeddings_of_another_width_are_refused(tmp_path: Path) -> None:
-    from library.data.text_embeddings import TextEmbeddings
-    from library.training.repa_run import _check_text
-
-    text = TextEmbeddings(torch.zeros(3, 77, 768).half(), {0: 0, 1: 1})
-    with pytest.raises(UserError, match=r"holds prompt embeddings \(77, 768\), and the U-Net wants 64 wide ones"):
-        _check_text(Caches(None, None, text, tmp_path / "clip.pt"), 64)
-
-
 def test_no_usable_picture_says_how_many_were_seen_and_why(cache_setting: CacheSetting, photos: Path) -> None:
     for i in range(8):
         (photos / "images" / f"p{i}.png").write_bytes(b"no picture")
@@ -249,7 +239,7 @@ def test_verify_passes_what_was_built_and_finds_what_was_changed(cache_setting: 
     caches = cache_setting.build()
     preparation, options = cache_setting.preparation()
     said: list[str] = []
-    pictures = open_pictures(options.data)
+    pictures = open_pictures(options.classes)
     verify(preparation, pictures, caches, say=said.append)
     assert any("8 entries of (4, 8, 8) float16, all finite" in line for line in said)
     assert any("8 encoded again: least cosine 1.0000" in line for line in said)

@@ -89,7 +89,7 @@ def test_a_mirrored_picture_comes_with_the_tokens_of_its_mirror_image(built: Bui
 def test_fillers_and_pictures_that_are_preserved_count_nothing_and_others_their_weight(built: Built) -> None:
     batch = built.batch()
     rest = replace(
-        batch, **{name: getattr(batch, name)[:1] for name in ("moments", "sizes", "real", "weights", "ids", "tokens")},
+        batch, **{name: getattr(batch, name)[:1] for name in ("latents", "sizes", "real", "weights", "ids", "tokens")},
         indices=batch.indices[:1],
     )  # fmt: skip
 

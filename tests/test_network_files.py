@@ -53,7 +53,7 @@ def said(setting: NetworkSetting, *words: str, tensors: Any = None, **changes: o
     options = parse_network_options(argv, prog="train_network.py", description=None)
     base = locate_base(str(options.model.pretrained_model_name_or_path))
     family, data = family_of(base), collect_pictures(options, base)
-    plan = make_plan(data, make_order(data, options), options)
+    plan = make_plan(make_order(data, options), options.training, options.optimizer)
     described = AdapterMetadata(options, plan, data, family, network_spec(options, family, None), "epsilon", base.path)
     return described.at(2, {"x": torch.zeros(2)} if tensors is None else tensors, "mio", "2026-01-02T03:04:05")
 

@@ -174,7 +174,7 @@ def test_other_frozen_weights_are_not_continued_silently(
     facts = json.loads(file.read_text())
     file.write_text(json.dumps(facts | {"base_weights": facts["base_weights"] | {"text_encoder": "other"}}))
     assert network_setting.train(output, **EXACT) == 2
-    assert "the weights of the base model's U-Net changed since it was saved" in capsys.readouterr().err
+    assert "the weights of the base model changed since it was saved" in capsys.readouterr().err
 
 
 def test_a_run_may_begin_at_a_step_without_a_state(

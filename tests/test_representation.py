@@ -6,17 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from library.data.batches import CachedSamples
 from library.errors import UserError
 from library.evaluation.dense import dense_pictures, diverging, pca_colours, sheet
 from library.evaluation.feature_model import FeatureModel, load_feature_model
 from library.evaluation.features import Tapped, load_folded_model, read_heads, tapped
-from library.evaluation.held_out import ProbedPictures, open_probed, pictures_of_state
+from library.evaluation.held_out import ProbedPictures, StoredPictures, open_probed, pictures_of_state
 from library.evaluation.measures import meaning
 from library.evaluation.representation import (
     RepresentationResult,
@@ -25,10 +23,9 @@ from library.evaluation.representation import (
     evaluate_states,
 )
 from library.evaluation.similarity import token_cosine
-from library.options.data import CacheOptions, DataOptions
+from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.training.state import list_states
 from networks.features import capture
-from networks.lora import lora_disabled
 from tests.tools.runs import RepaSetting
 
 SETTINGS = RepresentationSettings(
@@ -118,7 +115,7 @@ def test_absent_caches_are_refused(state: Path, tmp_path: Path, repa_setting: Re
 
 def test_caches_of_another_teacher_than_the_trained_one_are_refused(state: Path, tmp_path: Path) -> None:
     caches = json.loads((state / "state.json").read_text())["caches"]
-    caches["tokens"]["weights"] = "0123"
+    caches["tokens 128x128"]["weights"] = "0123"
     changed = with_facts(state, tmp_path / "s", caches=caches)
     with pytest.raises(UserError, match="is not the one that .* was trained on: weights was 0123, is "):
         pictures_of_state(changed, fit=9, test=9)
@@ -130,8 +127,8 @@ def test_held_out_pictures_that_were_trained_on_are_noted(repa_setting: RepaSett
         shutil.rmtree(tmp_path / f"val_{kind}")
         shutil.copytree(tmp_path / f"train_{kind}", tmp_path / f"val_{kind}")
     train, names = str(repa_setting.folder / "train.csv"), repa_setting.folder / "names.json"
-    data = DataOptions(train_data=train, val_data=train, class_names=names, resolution=128)
-    found = open_probed(data, CacheOptions(cache_dir=tmp_path), fit=9, test=9)
+    classes = ClassPictureOptions(train_data=train, val_data=train, class_names=names)
+    found = open_probed(classes, ClassCacheOptions(cache_dir=tmp_path), side=128, fit=9, test=9)
     assert len(found.notes) == 1 and found.notes[0].startswith("8 of 8 held-out pictures have ids")
 
 
@@ -141,7 +138,7 @@ def test_held_out_pictures_that_were_trained_on_are_noted(repa_setting: RepaSett
 def test_features_are_those_of_a_whole_pass(model: FeatureModel, pictures: ProbedPictures) -> None:
     seen = look(model, pictures)
     samples = pictures.test.samples
-    latents = samples.read(np.arange(len(samples))).latents.float()
+    latents = samples.read_latents(range(len(samples)))
     inputs: list[torch.Tensor] = []
     hook = model.unet.conv_in.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     look(model, pictures)
@@ -164,7 +161,7 @@ def test_noise_belongs_to_picture_and_timestep_whatever_the_batch(
     torch.testing.assert_close(together.maps, alone.maps, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(together.maps, look(model, pictures, seed=1).maps, atol=1e-2)
     turned = pictures.test.samples
-    turned = CachedSamples(turned.sample_ids[::-1], turned.text_rows, turned.latents, turned.tokens)
+    turned = StoredPictures(turned.sample_ids[::-1], turned.latents, turned.tokens)
     again = tapped(model, turned, pictures.empty_prompt, tap="mid", timestep=261, seed=0, batch_size=4)
     torch.testing.assert_close(again.maps.flip(0), together.maps, atol=1e-4, rtol=1e-4)
 
@@ -183,7 +180,8 @@ def test_a_state_without_its_adapters_is_the_base(
     model: FeatureModel, pictures: ProbedPictures, tiny_sd15: Path
 ) -> None:
     base = load_folded_model(str(tiny_sd15))
-    with lora_disabled(model.unet):
+    assert model.network is not None
+    with model.network.disabled():
         assert torch.equal(look(model, pictures).maps, look(base, pictures).maps)
     assert not torch.equal(look(model, pictures).maps, look(base, pictures).maps)
 

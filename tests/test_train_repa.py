@@ -219,3 +219,13 @@ def test_one_safetensors_file_as_base_and_metas_file_as_teacher_train_as_folders
         == 0
     )
     assert_equal_states(tmp_path / "file" / "step_000004", tmp_path / "folder" / "step_000004")
+
+
+def test_prompt_embeddings_of_another_width_are_refused(
+    repa_setting: RepaSetting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(torch.zeros(3, 77, 768), tmp_path / "clip.pt")
+    assert repa_setting.train(tmp_path / "out", text_embeddings=tmp_path / "clip.pt") == 2
+    assert (
+        "clip.pt holds prompt embeddings (77, 768), and the U-Net wants 64 wide ones: they" in capsys.readouterr().err
+    )

@@ -18,7 +18,7 @@ from library.training.saving import StepSaving
 from library.training.state import read_facts, read_tensors
 from networks.align_head import AlignHeads
 from networks.features import capture, tap_channels
-from networks.network import add_network
+from networks.network import Network, add_network
 from networks.original_names import UNET
 from networks.spec import NetworkSpec
 
@@ -33,6 +33,8 @@ class FeatureModel:
     heads: AlignHeads
     parametrisation: Parametrisation
     dtype: torch.dtype
+    network: Network | None = None
+    """The adapters in the U-Net, where they can be switched off."""
 
     @torch.no_grad()
     def extract(
@@ -91,7 +93,7 @@ def load_feature_model(
         for name, parameter in targets.items():
             parameter.copy_(saved[name])
     unet.requires_grad_(False).eval()
-    return FeatureModel(unet, heads, parametrisation_of(load_scheduler_config(base), device), dtype)
+    return FeatureModel(unet, heads, parametrisation_of(load_scheduler_config(base), device), dtype, network)
 
 
 def extract_features(

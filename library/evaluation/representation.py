@@ -31,7 +31,6 @@ from library.models.locate import locate_base
 from library.training.saving import StepSaving
 from library.training.state import read_facts
 from networks.features import Tap
-from networks.lora import lora_disabled
 from networks.original_names import UNET
 
 TIMESTEPS = (1, 50, 100, 261, 400, 500, 750)
@@ -278,8 +277,8 @@ class _Evaluation:
         if not self.settings.baselines:
             return
         headless = replace(self.model, heads=type(self.model.heads)({}, 0))
-        if any(".lora_" in name for name, _ in self.model.unet.named_parameters()):
-            yield _Trunk("base", headless, lambda: lora_disabled(self.model.unet))
+        if self.model.network is not None:
+            yield _Trunk("base", headless, self.model.network.disabled)
         elif self.base is not None:
             yield _Trunk("base", self.base)
         else:

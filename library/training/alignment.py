@@ -92,6 +92,12 @@ class Alignment:
                 manifold.append(self.manifold(predicted, target, generator, weights))
             return AlignmentLosses(torch.stack(token).mean(), torch.stack(manifold).mean())
 
+    @torch.no_grad()
+    def token_loss(self, target: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
+        """The mean over the heads, every token counting alike."""
+        found = [losses.token_loss(head(self.features[tap], grid), target) for tap, head in self.heads.items()]
+        return torch.stack(found).mean()
+
     def manifold(
         self,
         predicted: torch.Tensor,

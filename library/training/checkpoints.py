@@ -81,14 +81,15 @@ class Checkpoints:
 
         finished: the run ends with this step. asked: somebody wants a state, whether or not one is due.
         """
+        if self.processes.is_main:
+            for name in self.saving.adapters(step, finished, self.plan):
+                self._save_adapter(name, step, finished)
         for name in self.saving.states(step, finished, asked, self.plan):
             folder = self.output.output_dir / name
             if self.processes.is_main:
                 self._save_state(folder, step, finished)
             self.newest = folder
         if self.processes.is_main:
-            for name in self.saving.adapters(step, finished, self.plan):
-                self._save_adapter(name, step, finished)
             self.saving.prune(step, finished, self.newest, self.plan)
         self.processes.wait()
 

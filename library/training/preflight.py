@@ -52,7 +52,8 @@ def preflight(run: Run, task: LoraTask, say: Callable[..., None]) -> dict[str, f
             if name.startswith("grid_ceiling")
         )
         say(
-            f"token loss of the best constant {facts['constant_token_loss']:.4f}, of the best per position "
+            f"token loss of the heads as they are {facts['token_loss']:.4f}, of the best constant "
+            f"{facts['constant_token_loss']:.4f}, of the best per position "
             f"{facts['positional_token_loss']:.4f}; grid ceiling of the token cosine: {ceilings}"
         )
     return {f"reference/{name}": value for name, value in facts.items() if math.isfinite(value)}
@@ -124,12 +125,13 @@ def _evaluating(task: LoraTask) -> Iterator[None]:
 def reference_values(task: LoraTask, chosen: Sequence[Request]) -> dict[str, float]:
     """Losses of the frozen base and of predictors that know nothing, over the training pictures of these batches.
 
-    Of runs with heads also the token losses of the two best predictors that never look at a picture, and for each tap the
-    highest token cosine that a map of its size can reach.
+    Of runs with heads also their token loss on the base's features and those of the two best predictors that never look at a
+    picture, and for each tap the highest token cosine that a map of its size can reach.
     """
     count = sum(len(request.micro.indices) for request in chosen)
     own, zero, sums, tokens, place = [], [], torch.zeros(3, dtype=torch.float64), losses.TokenConstants(), 0
     ceilings: dict[str, float] = {}
+    head_losses: list[float] = []
     with _evaluating(task), task.network.disabled():
         for request in chosen:
             batch, of_base, of_zero = _frozen_losses(task, task.training, request, place, count)
@@ -141,6 +143,7 @@ def reference_values(task: LoraTask, chosen: Sequence[Request]) -> dict[str, flo
             if task.alignment is not None and batch.token_grid is not None:
                 target = batch.target_tokens()
                 tokens.add(target, batch.token_grid)
+                head_losses.append(task.token_loss(batch).item() * len(batch) / count)
                 for tap, shape in tap_channels(task.unet.config, list(task.alignment.heads)).items():  # type: ignore[arg-type]
                     rows, columns = (-(-side // shape.stride) for side in latents.shape[-2:])
                     ceiling = losses.grid_ceiling(target, batch.token_grid, (rows, columns)).item()
@@ -153,6 +156,7 @@ def reference_values(task: LoraTask, chosen: Sequence[Request]) -> dict[str, flo
         "latent_std": math.sqrt(max(squares / number - (total / number) ** 2, 0.0) * number / max(number - 1, 1)),
     }
     if task.alignment is not None:
+        facts["token_loss"] = sum(head_losses)
         facts["constant_token_loss"], facts["positional_token_loss"] = tokens.losses()
         facts |= {f"grid_ceiling_{tap}": value for tap, value in ceilings.items()}
     return facts

@@ -129,6 +129,11 @@ class LoraTask:
             with_gradient=with_gradient,
         )
 
+    def token_loss(self, batch: Batch) -> Tensor:
+        """Of the pictures that `each` has just been through, without the manifold loss: no process waits for another."""
+        assert self.alignment is not None
+        return self.alignment.token_loss(batch.target_tokens(), batch.token_grid)
+
     def token_weights(self, batch: Batch, grid: tuple[int, int]) -> Weights | None:
         """How much pictures and tokens count: as much as in the diffusion loss, whose mask is pooled to the tokens.
 
