@@ -308,10 +308,11 @@ def test_bad_settings_are_named(state: Path, changes: dict[str, object], text: s
 
 
 def test_what_cannot_be_measured_is_refused(state: Path, model: FeatureModel, tmp_path: Path) -> None:
-    other_script = with_facts(state, tmp_path / "network", lora_spec=None)
+    other_script = with_facts(state, tmp_path / "network")
+    (other_script / "lora.safetensors").rename(other_script / "lora_unet.safetensors")
     with pytest.raises(UserError, match="was not made by train_repa.py. Give the adapter file"):
         evaluate_representation(other_script)
-    other_base = with_facts(state, tmp_path / "base", base_weights="0123")
+    other_base = with_facts(state, tmp_path / "base", base_weights={"unet": "0123"})
     with pytest.raises(UserError, match="U-Net of .* is not the one that .* was trained on"):
         evaluate_representation(other_base)
     with pytest.raises(UserError, match="Give pictures"):
