@@ -23,7 +23,8 @@ from networks.adapter_export import (
     with_uniform_alphas,
 )
 from networks.adapter_file import read_adapter
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter
+from networks.kinds.lora import LoraModule
 from networks.lora import LoraSpec, add_lora
 from networks.names import Target
 from networks.original_names import SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter
+from networks.kinds.lora import LoraModule
 from networks.names import Target
 from networks.original_names import SD15, SDXL
 from tests.tools.adapters import random_module

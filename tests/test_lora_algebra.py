@@ -14,10 +14,10 @@ from library.merging.algebra import (
     DynamicRank,
     concatenate,
     factor_svd,
-    frobenius_norm,
     reduce_rank,
 )
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter
+from networks.kinds.lora import LoraModule
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target
 
 LINEAR = Target(UNET, "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
@@ -232,7 +232,7 @@ def test_ranks_that_cannot_be_are_refused() -> None:
 @pytest.mark.parametrize("of", [module(24, 40, rank=4), module(6, 5, rank=12), module(8, 6, 3, 3), cp_module()])
 def test_norms_and_singular_values_come_from_the_factors(of: LoraModule) -> None:
     product = whole(of).flatten(1)
-    assert frobenius_norm(of) == pytest.approx(float(product.norm()), rel=1e-6)
+    assert of.norm() == pytest.approx(float(product.norm()), rel=1e-6)
     u, s, vh = factor_svd(of)
     torch.testing.assert_close(s, torch.linalg.svdvals(product)[: len(s)], rtol=1e-6, atol=1e-6)
     close(u @ torch.diag(s) @ vh, product)

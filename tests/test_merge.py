@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.merging.merge import Part, all_finite, fold, fold_and_cast, fold_into_modules, not_finite_as, place
 from library.merging.strength import Strength
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter
+from networks.kinds.lora import LoraModule
 from networks.lora import target_modules
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target, split_peft_key
 from networks.original_names import SD15, SDXL, Family

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from networks import AdapterError
 from networks.blocks import block_count, block_of, block_weights
-from networks.lora import lora_disabled, set_lora_scale
+from networks.lora import ADAPTER, lora_disabled
 from networks.names import Target
 from networks.network import Network, add_network
 from networks.original_names import FAMILIES, SD15, SDXL, TEXT_ENCODER, UNET
@@ -195,7 +195,8 @@ def test_the_multiplier_scales_what_is_added() -> None:
     assert torch.equal(run_models(models)[UNET], base[UNET])
     network.set_multiplier(1.0)
     assert torch.equal(run_models(models)[UNET], adapted[UNET])
-    set_lora_scale(models[UNET], 0.0)
+    for layer in network.layers.values():
+        layer.set_scale(ADAPTER, 0.0)  # PEFT's and diffusers' way
     assert torch.equal(run_models(models)[UNET], base[UNET])
 
 

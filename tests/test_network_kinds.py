@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from networks import AdapterError
 from networks.adapter_export import adapter_metadata, adapter_tensors, form_metadata
 from networks.adapter_file import NETWORK_SPEC_KEY, read_adapter
 from networks.adapters import Adapter
-from networks.loading import spec_of
-from networks.lycoris_modules import LohaModule, LokrModule, OftModule
+from networks.kinds import KINDS
+from networks.kinds.loha import LohaModule
+from networks.kinds.lokr import LokrModule
+from networks.kinds.oft import OftModule
 from networks.names import Target
 from networks.network import Network, add_network
 from networks.original_names import TEXT_ENCODER_2, UNET
-from networks.spec import Algorithm, NetworkSpec
+from networks.spec import NetworkSpec
 from tests.tools.networks import (
     assert_same_outputs,
     few,
@@ -32,7 +35,7 @@ from tests.tools.networks import (
     trained_network,
 )
 
-KINDS: dict[str, NetworkSpec] = {
+SPECS: dict[str, NetworkSpec] = {
     "lora": few(),
     "dora": few("dora"),
     "loha": few("loha"),
@@ -42,8 +45,7 @@ KINDS: dict[str, NetworkSpec] = {
     "oft": few("oft", rank=4),
     "oft with a bound": few("oft", rank=4, constraint=0.05),
 }
-each_kind = pytest.mark.parametrize("spec", KINDS.values(), ids=KINDS)
-ALGORITHMS: tuple[Algorithm, ...] = ("lora", "dora", "loha", "lokr", "oft")
+each_kind = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 PROJ_IN = Target(UNET, "mid_block.attentions.0.proj_in")
 DATE = "2026-01-02T03:04:05"
 
@@ -87,15 +89,15 @@ def test_training_goes_on_from_a_file(spec: NetworkSpec, tmp_path: Path) -> None
     again = small_models()
     add_network(again, spec, seed=1).load(adapter)
     assert_same_outputs(again, models)
+    # As --dim_from_weights takes them.
+    sizes = {".".join(target): (module.rank, module.alpha) for target, module in adapter.modules.items()}
     from_sizes = small_models()
-    add_network(
-        from_sizes, spec_of(adapter, NetworkSpec(factor=spec.factor, decompose_both=spec.decompose_both)), 1
-    ).load(adapter)
+    add_network(from_sizes, replace(spec, sizes=sizes), seed=1).load(adapter)
     assert_same_outputs(from_sizes, models)
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_text_encoders_of_sdxl_are_folded_alike(algo: Algorithm, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algo", KINDS)
+def test_text_encoders_of_sdxl_are_folded_alike(algo: str, tmp_path: Path) -> None:
     models = small_text_encoders()
     network = add_network(models, NetworkSpec(family="sdxl", algo=algo, rank=2, unet=False), seed=0)
     train(network)
@@ -137,8 +139,8 @@ def test_switching_off_and_the_multiplier_work(spec: NetworkSpec) -> None:
     assert torch.equal(run_models(models)[UNET], adapted[UNET])
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_half_the_multiplier_is_half_the_change_of_the_weights(algo: Algorithm) -> None:
+@pytest.mark.parametrize("algo", KINDS)
+def test_half_the_multiplier_is_half_the_change_of_the_weights(algo: str) -> None:
     _, network = trained_network(few(algo))
     layer: Any = network.layers[PROJ_IN]
     x = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -148,8 +150,8 @@ def test_half_the_multiplier_is_half_the_change_of_the_weights(algo: Algorithm) 
         torch.testing.assert_close(layer(x), (whole + base) / 2, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_what_is_dropped_is_dropped_in_training_only_and_compiles(algo: Algorithm) -> None:
+@pytest.mark.parametrize("algo", KINDS)
+def test_what_is_dropped_is_dropped_in_training_only_and_compiles(algo: str) -> None:
     rank_dropout = 0.0 if algo == "oft" else 0.3
     models, network = trained_network(few(algo, module_dropout=0.4, rank_dropout=rank_dropout))
     plain, _ = trained_network(few(algo))
@@ -219,7 +221,7 @@ def test_a_live_layer_is_what_comfyui_and_a1111_make_of_the_file(spec: NetworkSp
 
 def test_keys_of_each_kind() -> None:
     suffixes = {}
-    for name, spec in KINDS.items():
+    for name, spec in SPECS.items():
         network = add_network(small_models(), spec, seed=0)
         suffixes[name] = {key.partition(".")[2] for key in network.tensors()}
     assert suffixes == {
@@ -234,8 +236,8 @@ def test_keys_of_each_kind() -> None:
     }
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_a_file_can_be_of_half_precision(algo: Algorithm, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algo", KINDS)
+def test_a_file_can_be_of_half_precision(algo: str, tmp_path: Path) -> None:
     models, network = trained_network(few(algo), size=0.2)
     tensors = network.tensors(torch.bfloat16)
     norms = {value.dtype for key, value in tensors.items() if key.endswith("dora_scale")}
@@ -252,16 +254,16 @@ def test_metadata_says_what_the_file_is_and_who_reads_it() -> None:
     assert (plain["ss_network_dim"], plain["ss_network_alpha"]) == ("3", "2.0")
     assert plain["ss_network_args"] == '{"conv_dim": "2", "conv_alpha": "1.0"}'
     assert plain["ss_network_module"] == "networks.lora" and "modelspec.usage_hint" not in plain
-    loha = adapter_metadata(KINDS["loha"], {}, **facts)
+    loha = adapter_metadata(SPECS["loha"], {}, **facts)
     assert loha["ss_network_module"] == "lycoris.kohya" and '"algo": "loha"' in loha["ss_network_args"]
     assert "not for diffusers" in loha["modelspec.usage_hint"]
-    dora = adapter_metadata(KINDS["dora"], {}, **facts)
+    dora = adapter_metadata(SPECS["dora"], {}, **facts)
     assert dora["ss_network_module"] == "networks.lora"
     assert dora["modelspec.usage_hint"].startswith("DoRA with magnitudes of the inputs")
 
 
 def test_a_file_converted_keeps_its_kind_and_other_forms_are_refused() -> None:
-    _, network = trained_network(KINDS["loha"])
+    _, network = trained_network(SPECS["loha"])
     adapter = network.adapter()
     metadata = form_metadata(adapter, "kohya", adapter_tensors(adapter, "kohya"), output_name="b", date=DATE)
     assert metadata["ss_network_module"] == "lycoris.kohya"
@@ -272,13 +274,13 @@ def test_a_file_converted_keeps_its_kind_and_other_forms_are_refused() -> None:
 
 
 def test_dora_is_still_refused_where_it_is_not_asked_for() -> None:
-    _, network = trained_network(KINDS["dora"])
+    _, network = trained_network(SPECS["dora"])
     with pytest.raises(AdapterError, match="modules are DoRA"):
         adapter_tensors(network.adapter(), "kohya")
 
 
 @pytest.mark.parametrize("algo", ["lora", "dora"])
-def test_a_state_of_lora_or_dora_can_be_read_as_an_adapter(algo: Algorithm, tmp_path: Path) -> None:
+def test_a_state_of_lora_or_dora_can_be_read_as_an_adapter(algo: str, tmp_path: Path) -> None:
     spec = few(algo, alpha=3.0, conv_alpha=0.5)
     models, network = trained_network(spec)
     weights = {name: parameter.detach() for name, parameter in network.parameters.items()}
@@ -303,7 +305,7 @@ def test_names_and_scales_of_other_trainers_are_understood(tmp_path: Path) -> No
     save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "a.safetensors")
     modules = read_adapter(tmp_path / "a.safetensors").modules
     oft, loha, lokr = (modules[Target(UNET, path)] for path in (PROJ_IN.path, "conv_in", "conv_out"))
-    assert (oft.kind, oft.rank, oft.alpha) == ("OFT", 4, pytest.approx(0.001))
+    assert (oft.kind.title, oft.rank, oft.alpha) == ("OFT", 4, pytest.approx(0.001))
     assert torch.equal(loha.delta(torch.zeros(8, 4)), torch.full((8, 4), 4.0))
     assert torch.equal(lokr.delta(torch.zeros(4, 8, 3, 3)), torch.ones(4, 8, 3, 3))
 
@@ -313,7 +315,7 @@ def test_names_and_scales_of_other_trainers_are_understood(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["loha", "lokr", "lokr of factor 2, both decomposed", "lokr not decomposed"])
 def test_norms_of_products_are_clamped(name: str) -> None:
-    _, network = trained_network(KINDS[name])
+    _, network = trained_network(SPECS[name])
     shapes = {target: layer.base_layer.weight.shape for target, layer in network.layers.items()}
 
     def deltas() -> dict[Target, Tensor]:
@@ -329,8 +331,8 @@ def test_norms_of_products_are_clamped(name: str) -> None:
 
 
 def test_oft_has_no_norm_to_clamp() -> None:
-    _, network = trained_network(KINDS["oft"])
-    with pytest.raises(AdapterError, match="OFT turns weights and adds nothing whose norm could be bound."):
+    _, network = trained_network(SPECS["oft"])
+    with pytest.raises(AdapterError, match="OFT adds nothing to a weight whose norm could be bound."):
         network.clamp_norms(1.0)
 
 

@@ -174,7 +174,7 @@ def test_a_wrong_value_in_a_file_is_one_clear_sentence(tmp_path: Path, text: str
         ("--save_last_n_epochs 2", r"save_last_n_epochs has no effect without save_every_n_epochs"),
         (
             "--network_module lycoris.kohya",
-            r"lycoris.kohya is not here. Use networks.lora with --network_args algo=loha",
+            r"lycoris.kohya is not here. Use networks.lora with --network_args algo=dora, loha, lokr or oft, or conv_dim",
         ),
         ("--network_module networks.oft", r"Use networks.lora with --network_args algo=oft"),
         ("--dim_from_weights", r"dim_from_weights needs network_weights"),

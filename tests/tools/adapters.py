@@ -17,7 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from library.models.configs import configs_of
 from library.models.load import load_unet
 from networks.adapter_export import Form, adapter_metadata, adapter_tensors, form_metadata, peft_config, to_kohya
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter
+from networks.kinds.lora import LoraModule
 from networks.lora import LoraSpec, add_lora, target_modules
 from networks.names import Target, with_text_model
 from networks.original_names import FAMILIES, TEXT_ENCODER_2, UNET, VAE
