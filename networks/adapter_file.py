@@ -62,14 +62,14 @@ _OTHER_MODELS = {
 _RUN_CONFIGS = ("config.json", "config.toml", "args.json")
 
 
-def read_adapter(path: Path | str, *, alpha: float | None = None, rank: int | None = None) -> Adapter:
+def read_adapter(path: Path | str, *, alpha: float | None = None) -> Adapter:
     """Read a safetensors file of a kohya, PEFT or diffusers LoRA, DoRA or LoCon, or of a whole model wrapped by PEFT.
 
     In kohya's form LoHa, LoKr and OFT as well. Kohya files without alpha mean alpha = rank. PEFT files carry no alpha: it
     comes from their metadata (`lora_spec`, `network_spec`, diffusers' `lora_adapter_metadata`, `ss_network_alpha`), from an
     adapter_config.json beside them, else from `alpha`, else from the run's config.json, config.toml or args.json in their
-    folder or the one above. rank: what it should be, to be checked. Raises AdapterError for other files and other kinds
-    of adapters, missing halves, missing alphas, shapes that cannot be, values not finite.
+    folder or the one above. Raises AdapterError for other files and other kinds of adapters, missing halves, missing alphas,
+    shapes that cannot be, values not finite.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -89,8 +89,6 @@ def read_adapter(path: Path | str, *, alpha: float | None = None, rank: int | No
             )
             for target, entry in found.modules.items()
         }
-    if rank is not None and (ranks := {module.rank for module in modules.values() if module.kernel == 1} - {rank}):
-        raise AdapterError(f"{path} has adapters of rank {', '.join(map(str, sorted(ranks)))}, not of {rank}.")
     return Adapter(modules, metadata, tuple(found.left_out), tuple(found.frozen))
 
 

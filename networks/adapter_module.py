@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
@@ -60,9 +61,10 @@ class AdapterModule(ABC):
     def shape(self) -> tuple[int, ...]:
         """Of the weight it is for, as far as the tensors tell."""
 
-    @abstractmethod
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether it is for a weight of this shape."""
+        """Whether it is for a weight of this shape; where the tensors do not tell a kernel from inputs, their product counts."""
+        same_size = math.prod(self.shape[1:]) == math.prod(shape[1:])
+        return len(shape) >= 2 and self.shape[0] == shape[0] and same_size
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:

@@ -12,10 +12,9 @@ import torch
 from library.merging.inspect import WIDTH, describe, inspect
 from networks.adapter_module import AdapterModule
 from networks.adapters import Adapter
-from networks.kinds.loha import LohaModule
-from networks.kinds.lokr import LokrModule
 from networks.kinds.lora import LoraModule
 from networks.kinds.oft import OftModule
+from networks.kinds.products import LohaModule, LokrModule
 from networks.names import TEXT_ENCODER, UNET, Target
 from tests.tools.adapters import random_module
 

@@ -17,9 +17,8 @@ from networks.adapter_export import adapter_metadata, adapter_tensors, form_meta
 from networks.adapter_file import NETWORK_SPEC_KEY, read_adapter
 from networks.adapters import Adapter
 from networks.kinds import KINDS
-from networks.kinds.loha import LohaModule
-from networks.kinds.lokr import LokrModule
 from networks.kinds.oft import OftModule
+from networks.kinds.products import LohaModule, LokrModule
 from networks.names import Target
 from networks.network import Network, add_network
 from networks.original_names import TEXT_ENCODER_2, UNET

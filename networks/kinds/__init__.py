@@ -67,8 +67,8 @@ KINDS = {
         Kind(
             "loha",
             "LoHa",
-            data="networks.kinds.loha:LohaModule",
-            layer="networks.kinds.loha:LohaLayer",
+            data="networks.kinds.products:LohaModule",
+            layer="networks.kinds.products:LohaLayer",
             formula="alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), entry by entry",
             options=("rank_dropout",),
             readers="LoHa in LyCORIS' form: for ComfyUI, A1111 and LyCORIS, not for diffusers.",
@@ -78,8 +78,8 @@ KINDS = {
         Kind(
             "lokr",
             "LoKr",
-            data="networks.kinds.lokr:LokrModule",
-            layer="networks.kinds.lokr:LokrLayer",
+            data="networks.kinds.products:LokrModule",
+            layer="networks.kinds.products:LokrLayer",
             formula="alpha / rank * kron(w1, w2)",
             options=("rank_dropout", "factor", "decompose_both"),
             readers="LoKr in LyCORIS' form: for ComfyUI, A1111 and LyCORIS, not for diffusers.",

@@ -16,7 +16,7 @@ from networks import AdapterError
 from networks.adapted_layer import Draw, copy_weights
 from networks.adapter_module import AdapterModule, require_fit
 from networks.injection import OwnLayer
-from networks.kinds import KINDS, Kind
+from networks.kinds import KINDS
 from networks.spec import NetworkSpec
 
 NO_BOUND = 1000.0
@@ -27,6 +27,7 @@ NO_BOUND = 1000.0
 class OftModule(AdapterModule):
     """W' = W + ratio * (R^T - 1) W by blocks of output rows, R = (1 + Q)(1 - Q)^-1 with Q = blocks - blocks^T."""
 
+    kind = KINDS["oft"]
     parts = {"oft_blocks": "oft_blocks", "rescale": "rescale"}
     prefixes = ("lora_", "oft_")
 
@@ -50,10 +51,6 @@ class OftModule(AdapterModule):
         if rescale is not None:
             require_fit(name, rescale.numel() == module.shape[0], rescale=rescale)
         return module
-
-    @property
-    def kind(self) -> Kind:
-        return KINDS["oft"]
 
     @property
     def rank(self) -> int:

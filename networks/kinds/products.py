@@ -1,33 +1,131 @@
-"""What LoHa and LoKr share: weights made of factors, and a layer that adds such a product to its base's weight.
+"""LoHa and LoKr: a matrix made of factors is added to the weight.
 
-Format of the factors: LyCORIS (arXiv 2309.14859). Weights are multiplied out in float32 and used in the dtype of the input, and
-what is dropped is drawn on the device. They start from PEFT's values, one factor zero, not from LyCORIS' (standard normal ones),
-so that learning rates of LoRA do for them.
+Sources: FedPara (arXiv 2108.06098), LyCORIS (arXiv 2309.14859); files are read that way by ComfyUI and A1111.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import LoHaConfig, LoKrConfig
+from peft.tuners.loha.layer import make_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks import AdapterError
-from networks.adapted_layer import AdaptedLayer, Draw
-from networks.adapter_module import require_fit
+from networks.adapted_layer import AdaptedLayer, Draw, copy_weights
+from networks.adapter_module import AdapterModule, require_fit
 from networks.dropouts import kept
 from networks.injection import PeftLayer
+from networks.kinds import KINDS
 from networks.lora import ADAPTER
 from networks.spec import NetworkSpec
 
 Factor = tuple[Tensor, ...]
 """A matrix whole, as (a, b) of which it is the product, or as (a, b, t) of a CP-decomposed convolution."""
 
+_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
-def read_factor(name: str, parts: dict[str, Tensor], part: str, core: str | None) -> Factor:
+
+@dataclass(frozen=True)
+class LohaModule(AdapterModule):
+    """W' = W + ratio * alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), entry by entry."""
+
+    kind = KINDS["loha"]
+    parts = {name: name for name in (*_LOHA, "hada_t1", "hada_t2")}
+
+    w1: Factor
+    """(w1_a [out, rank], w1_b [rank, in * kh * kw]), or with t1 [rank, rank, kh, kw] ([rank, out], [rank, in])"""
+    w2: Factor
+    alpha: float
+
+    @classmethod
+    def read(cls, name: str, parts: dict[str, Tensor], alpha: float | None) -> LohaModule:
+        """Without alpha the scale is 1."""
+        w1, w2 = (_read_factor(name, parts, f"hada_w{i}", f"hada_t{i}") for i in (1, 2))
+        if _shape_of(w1) != _shape_of(w2):
+            raise AdapterError(
+                f"{name} has w1 {list(_shape_of(w1))} and w2 {list(_shape_of(w2))}, which do not fit together."
+            )
+        module = cls(w1, w2, 0.0)
+        return replace(module, alpha=float(module.rank) if alpha is None else alpha)
+
+    @property
+    def rank(self) -> int:
+        return self.w1[1].shape[0]
+
+    @property
+    def kernel(self) -> int:
+        return _kernel_of(self.w1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return _shape_of(self.w1)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        w1, w2 = (_whole(factor, weight.device).reshape(weight.shape) for factor in (self.w1, self.w2))
+        return self.alpha / self.rank * w1 * w2
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**_named("hada_w1", "hada_t1", self.w1), **_named("hada_w2", "hada_t2", self.w2)}
+
+
+@dataclass(frozen=True)
+class LokrModule(AdapterModule):
+    """W' = W + ratio * alpha / rank * kron(w1, w2); where neither is decomposed, alpha counts for nothing."""
+
+    kind = KINDS["lokr"]
+    parts = {name: name for name in (*_LOKR, "lokr_t2")}
+
+    w1: Factor
+    """Whole [a, c], or ([a, rank], [rank, c]); the weight is [a * b, c * d, kh, kw]"""
+    w2: Factor
+    """Whole [b, d] or [b, d, kh, kw], ([b, rank], [rank, d * kh * kw]), or ([rank, b], [rank, d], [rank, rank, kh, kw])"""
+    alpha: float
+
+    @classmethod
+    def read(cls, name: str, parts: dict[str, Tensor], alpha: float | None) -> LokrModule:
+        """Without alpha the scale is 1."""
+        w1, w2 = _read_factor(name, parts, "lokr_w1", None), _read_factor(name, parts, "lokr_w2", "lokr_t2")
+        require_fit(name, w1[0].ndim == 2, lokr_w1=w1[0])
+        module = cls(w1, w2, 0.0)
+        return replace(module, alpha=float(module.rank) if alpha is None or module.is_whole else alpha)
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.w1) == len(self.w2) == 1
+
+    @property
+    def rank(self) -> int:
+        """Of w2 where it is decomposed, else of w1, as ComfyUI and A1111 take it; else one that decomposes nothing."""
+        if len(self.w2) > 1:
+            return self.w2[1].shape[0]
+        return self.w1[1].shape[0] if len(self.w1) > 1 else max(self.w2[0].shape[:2])
+
+    @property
+    def kernel(self) -> int:
+        return _kernel_of(self.w2)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        (a, c), (b, d, *kernel) = _shape_of(self.w1), _shape_of(self.w2)
+        return (a * b, c * d, *kernel)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        w1, w2 = _whole(self.w1, weight.device), _whole(self.w2, weight.device).flatten(1)
+        scale = 1.0 if self.is_whole else self.alpha / self.rank
+        return scale * torch.kron(w1, w2).reshape(weight.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**_named("lokr_w1", "lokr_t1", self.w1), **_named("lokr_w2", "lokr_t2", self.w2)}
+
+
+def _read_factor(name: str, parts: dict[str, Tensor], part: str, core: str | None) -> Factor:
     """A factor out of a file's parts: `part`, or `part`_a and `part`_b with or without `core`. Errors as AdapterModule.read."""
     if part in parts:
         whole = parts.pop(part)
@@ -46,13 +144,13 @@ def read_factor(name: str, parts: dict[str, Tensor], part: str, core: str | None
     return a, b, t
 
 
-def named(name: str, core: str, factor: Factor) -> dict[str, Tensor]:
-    """What `read_factor` reads."""
+def _named(name: str, core: str, factor: Factor) -> dict[str, Tensor]:
+    """What `_read_factor` reads."""
     names = (name,) if len(factor) == 1 else (f"{name}_a", f"{name}_b", core)
     return dict(zip(names, factor, strict=False))
 
 
-def whole(factor: Factor, device: torch.device | str = "cpu") -> Tensor:
+def _whole(factor: Factor, device: torch.device | str = "cpu") -> Tensor:
     """The matrix of a factor, float32."""
     parts = [part.to(device, torch.float32) for part in factor]
     if len(parts) == 1:
@@ -62,7 +160,7 @@ def whole(factor: Factor, device: torch.device | str = "cpu") -> Tensor:
     return torch.einsum("ijhw,ip,jr->prhw", parts[2], parts[0], parts[1])
 
 
-def shape_of(factor: Factor) -> tuple[int, ...]:
+def _shape_of(factor: Factor) -> tuple[int, ...]:
     """As far as the tensors tell: a kernel without t is one with the inputs."""
     if len(factor) == 1:
         return tuple(factor[0].shape)
@@ -71,16 +169,19 @@ def shape_of(factor: Factor) -> tuple[int, ...]:
     return (factor[0].shape[1], factor[1].shape[1], *factor[2].shape[2:])
 
 
-def kernel_of(factor: Factor) -> int:
+def _kernel_of(factor: Factor) -> int:
     return factor[-1].shape[-1] if factor[-1].ndim == 4 else 1
 
 
-def same_size(found: Sequence[int], shape: Sequence[int]) -> bool:
-    return len(shape) >= 2 and found[0] == shape[0] and math.prod(found[1:]) == math.prod(shape[1:])
+# ------------------------------------------------------------------------------------------------ as they are trained
 
 
 class ProductLayer(PeftLayer):
-    """An adapter that adds to the weight: PEFT's layer, of which only the forward pass is another."""
+    """PEFT's layer, of which only the forward pass is another: weights are multiplied out in float32 and used in the dtype of the
+    input, and what is dropped is drawn on the device.
+
+    They start from PEFT's values, one factor zero, not from LyCORIS' (standard normal ones), so that learning rates of LoRA do.
+    """
 
     names: tuple[str, ...]
     """Weights that there may be."""
@@ -140,3 +241,79 @@ class ProductLayer(PeftLayer):
     def _weight(self, name: str) -> nn.Parameter:
         weight: nn.Parameter = getattr(self, name)[ADAPTER]
         return weight
+
+
+class LohaLayer(ProductLayer):
+    names = _LOHA
+    starts_at_zero = ("hada_w2_b",)
+
+    @classmethod
+    def configuration(cls, spec: NetworkSpec, alpha: float, **common: Any) -> LoHaConfig:
+        return LoHaConfig(alpha=alpha, **common)  # type: ignore[arg-type]  # annotated int, used as a number
+
+    def delta(self) -> Tensor:
+        w1_a, w1_b, w2_a, w2_b = self.factors()
+        # PEFT's function keeps only the small factors for the backward pass.
+        product: Tensor = make_weight(w1_a, w1_b, w2_a, w2_b, torch.tensor(self.strength))
+        return product
+
+    def norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.delta().detach())
+
+    def to_module(self) -> AdapterModule:
+        w1_a, w1_b, w2_a, w2_b = (factor.detach() for factor in self.factors())
+        return LohaModule((w1_a, w1_b), (w2_a, w2_b), self.adapter_alpha)
+
+    def load_module(self, module: AdapterModule) -> None:
+        values = {f"{name}.{ADAPTER}": value for name, value in module.tensors().items()}
+        first = f"hada_w1_a.{ADAPTER}"
+        copy_weights(self.weights, {**values, first: values[first].float() * (module.alpha / self.adapter_alpha)})
+
+
+class LokrLayer(ProductLayer):
+    names = _LOKR
+    starts_at_zero = ("lokr_w1", "lokr_w1_a")
+
+    @classmethod
+    def configuration(cls, spec: NetworkSpec, alpha: float, **common: Any) -> LoKrConfig:
+        return LoKrConfig(
+            alpha=alpha,  # type: ignore[arg-type]  # annotated int, used as a number
+            decompose_both=spec.decompose_both,
+            decompose_factor=spec.factor,
+            **common,
+        )
+
+    def delta(self) -> Tensor:
+        w1, w2 = self._matrices()
+        return torch.kron(w1, w2.flatten(1)) * self.strength
+
+    def norm(self) -> Tensor:
+        w1, w2 = (torch.linalg.vector_norm(matrix.detach()) for matrix in self._matrices())
+        return self.strength * w1 * w2
+
+    def to_module(self) -> AdapterModule:
+        w1, w2 = (tuple(part.detach() for part in self._parts(name)) for name in ("lokr_w1", "lokr_w2"))
+        module = LokrModule(w1, w2, self.adapter_alpha)
+        if module.is_whole:  # without a rank in the file there is no scale either
+            return LokrModule((w1[0] * self.strength,), w2, float(module.rank))
+        return module
+
+    def load_module(self, module: AdapterModule) -> None:
+        assert isinstance(module, LokrModule)
+        values = {f"{name}.{ADAPTER}": value for name, value in module.tensors().items()}
+        if values.keys() != self.weights.keys():
+            raise AdapterError(
+                f"A LoKr module has {', '.join(module.tensors())} where {', '.join(self.weights)} are to be trained. "
+                "Give the factor and decompose_both that it was trained with in --network_args."
+            )
+        first = next(iter(self.weights))
+        theirs = 1.0 if module.is_whole else module.alpha / module.rank
+        copy_weights(self.weights, {**values, first: values[first].float() * (theirs / self.strength)})
+
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        w1, w2 = (self._parts(name) for name in ("lokr_w1", "lokr_w2"))
+        return (w1[0] if len(w1) == 1 else w1[0] @ w1[1]), (w2[0] if len(w2) == 1 else w2[0] @ w2[1])
+
+    def _parts(self, name: str) -> list[nn.Parameter]:
+        names = (name,) if self._has(name) else (f"{name}_a", f"{name}_b")
+        return [self._weight(part) for part in names]
