@@ -221,8 +221,10 @@ def test_a_live_layer_is_what_comfyui_and_a1111_make_of_the_file(spec: NetworkSp
 def test_keys_of_each_kind() -> None:
     suffixes = {}
     for name, spec in SPECS.items():
-        network = add_network(small_models(), spec, seed=0)
-        suffixes[name] = {key.partition(".")[2] for key in network.tensors()}
+        tensors = add_network(small_models(), spec, seed=0).tensors()
+        suffixes[name] = {key.partition(".")[2] for key in tensors}
+        alphas = [value.shape for key, value in tensors.items() if key.endswith(".alpha")]
+        assert alphas == [()] * len({key.partition(".")[0] for key in tensors})
     assert suffixes == {
         "lora": {"lora_down.weight", "lora_up.weight", "alpha"},
         "dora": {"lora_down.weight", "lora_up.weight", "alpha", "dora_scale"},

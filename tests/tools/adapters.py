@@ -51,6 +51,16 @@ def random_module(*shape: int, rank: int = 3, alpha: float = 2.0) -> LoraModule:
     return LoraModule(down, up, alpha)
 
 
+def cp_module(
+    out: int, inner: int, *, rank: int = 3, alpha: float = 1.5, kernel: tuple[int, int] = (3, 3)
+) -> LoraModule:
+    """Of a convolution, decomposed as LyCORIS does."""
+    generator = torch.Generator().manual_seed(9)
+    sizes = ((rank, inner, 1, 1), (out, rank, 1, 1), (rank, rank, *kernel))
+    down, up, mid = (torch.randn(size, generator=generator) for size in sizes)
+    return LoraModule(down, up, alpha, mid)
+
+
 @cache
 def model_without_weights(family: str, component: str) -> nn.Module:
     """A published model of FAMILIES[family] on the meta device."""
