@@ -65,7 +65,7 @@ _RUN_CONFIGS = ("config.json", "config.toml", "args.json")
 def read_adapter(path: Path | str, *, alpha: float | None = None) -> Adapter:
     """Read a safetensors file of a kohya, PEFT or diffusers LoRA, DoRA or LoCon, or of a whole model wrapped by PEFT.
 
-    In kohya's form LoHa, LoKr and OFT as well. Kohya files without alpha mean alpha = rank. PEFT files carry no alpha: it
+    In kohya's form every kind of networks.kinds. Kohya files without alpha mean alpha = rank. PEFT files carry no alpha: it
     comes from their metadata (`lora_spec`, `network_spec`, diffusers' `lora_adapter_metadata`, `ss_network_alpha`), from an
     adapter_config.json beside them, else from `alpha`, else from the run's config.json, config.toml or args.json in their
     folder or the one above. Raises AdapterError for other files and other kinds of adapters, missing halves, missing alphas,
