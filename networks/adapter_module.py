@@ -21,9 +21,9 @@ class AdapterModule(ABC):
     parts: ClassVar[Mapping[str, str]]
     """What follows a module's name in a file of kohya's form, but for alpha -> the part's name within `read`."""
     needed: ClassVar[tuple[str, ...]] = ()
-    """Parts without which no tensor need be read."""
+    """Parts that every module has: where one is missing, no tensor is read."""
     prefixes: ClassVar[tuple[str, ...]] = ("lora_",)
-    """What names of modules begin with in files of its own."""
+    """What the names of modules begin with in its files."""
     in_float32: ClassVar[tuple[str, ...]] = ()
     """Of `tensors`, those that half precision would leave little of."""
 
@@ -44,7 +44,7 @@ class AdapterModule(ABC):
 
     @property
     def label(self) -> str:
-        """Its kind more closely, for tables."""
+        """Its kind in more detail, for tables."""
         return self.kind.title
 
     @property
@@ -85,6 +85,7 @@ class AdapterModule(ABC):
 
     @property
     def alpha_in_file(self) -> float:
+        """To be written beside `tensors`."""
         return float(self.alpha)
 
 

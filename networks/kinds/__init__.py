@@ -32,7 +32,7 @@ class Kind:
     is_lycoris: bool = False
     """Whether programs know its files as LyCORIS'."""
     adds: bool = True
-    """Whether it adds a matrix whatever W is, so that there is a norm to bound and to show."""
+    """Whether it adds a matrix that does not depend on W (of DoRA: before the magnitude), so that there is a norm to bound."""
     note: str = ""
     """What a table of its ranks, alphas and norms leaves out."""
 
