@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from networks import AdapterError
-from networks.adapters import AdapterModule
+from networks.adapter_module import AdapterModule
 from networks.dropouts import kept
+from networks.spec import NetworkSpec
 from networks.trained_weights import draw_uniform
 
+Sizes = Mapping[str, tuple[int, float]]
+"""Path in a model -> rank and alpha."""
 Draw = Callable[[str], torch.Generator]
 """Name of a weight within its layer -> the generator that its first values come from."""
 
@@ -35,9 +38,15 @@ class AdaptedLayer:
     _disable_adapters: bool
     """PEFT's name, so that what is PEFT's works too."""
 
-    def set_up(self, rank: int, alpha: float, skip_rate: float) -> None:
+    @classmethod
+    def put_into(cls, model: nn.Module, sizes: Sizes, spec: NetworkSpec) -> dict[str, AdaptedLayer]:
+        """Put one of these on the module of `model` at each path, in place. Weights are still to be made."""
+        raise NotImplementedError
+
+    def set_up(self, rank: int, alpha: float, spec: NetworkSpec) -> None:
+        """Called once, when `base_layer` is there."""
         self.adapter_rank, self.adapter_alpha = rank, alpha
-        self.skip_rate = skip_rate
+        self.skip_rate = spec.module_dropout
         self.enabled, self.multiplier = True, 1.0
 
     @property
@@ -83,12 +92,12 @@ class AdaptedLayer:
         return False
 
     def factors(self) -> list[nn.Parameter]:
-        """Weights whose product the adapter's effect is; scaling each scales it."""
+        """Weights whose product the adapter's effect is; scaling each scales it. Of kinds that add."""
         raise NotImplementedError
 
     @staticmethod
     def norms(layers: Sequence[AdaptedLayer]) -> Tensor:
-        """Frobenius norms of what the adapters of layers of this kind add to the weights as trained, [layers]."""
+        """Frobenius norms of what layers of this kind add to their weights as trained, [layers]. Of kinds that add."""
         raise NotImplementedError
 
     def keeps_module(self, like: Tensor) -> Tensor | None:

@@ -21,13 +21,15 @@ from torch import Tensor
 
 from networks import AdapterError
 from networks.adapter_file import BASE_MODEL_KEY, DIFFUSERS_CONFIG_KEY, NETWORK_SPEC_KEY, SPEC_KEY
-from networks.adapters import Adapter, AdapterModule, LoraModule
+from networks.adapter_module import AdapterModule
+from networks.adapters import Adapter
+from networks.kinds import Kind
+from networks.kinds.lora import LoraModule
 from networks.lora import LoraSpec, rank_and_alpha
-from networks.lycoris_modules import NO_BOUND, LohaModule, LokrModule, OftModule
 from networks.names import Target, peft_key, split_peft_key
 from networks.original_names import SD15, SDXL, UNET, Family
 from networks.prediction_names import BY_SCHEDULER, EPSILON_NAME, PredictionName, name_by_metadata
-from networks.spec import KINDS, NetworkSpec
+from networks.spec import NetworkSpec
 
 Form = Literal["kohya", "diffusers", "peft"]
 
@@ -36,12 +38,6 @@ _ARCHITECTURES = {SD15.key: "stable-diffusion-v1/lora", SDXL.key: "stable-diffus
 # As kohya's scripts say; SDXL's U-Net has the names of the original code.
 _IMPLEMENTATIONS = {SD15.key: "diffusers", SDXL.key: "https://github.com/Stability-AI/generative-models"}
 _RESOLUTIONS = {SD15.key: "512x512", SDXL.key: "1024x1024"}
-_READERS = {
-    "DoRA": "DoRA with magnitudes of the inputs, as ComfyUI, A1111 (1.9 and later) and LyCORIS compute it, diffusers does not.",
-    "LoHa": "LoHa in LyCORIS' form: for ComfyUI, A1111 and LyCORIS, not for diffusers.",
-    "LoKr": "LoKr in LyCORIS' form: for ComfyUI, A1111 and LyCORIS, not for diffusers.",
-    "OFT": "OFT in the form of LyCORIS' diag-oft: for ComfyUI, A1111 (1.7 and later) and LyCORIS, not for diffusers.",
-}
 # What describes the weights of the file it was read from, not of the one to be written.
 _OF_THE_WEIGHTS = (
     *(
@@ -101,23 +97,19 @@ def adapter_tensors(
     tensors: dict[str, Tensor] = {}
     for target, module in adapter.lora_modules(f"the {form} form").items():
         prefix = "base_model.model." if form == "peft" else f"{target.component}."
-        for part, value in (("down", module.down), ("up", module.up)):
+        plain = module.without_mid()
+        for part, value in (("down", plain.down), ("up", plain.up)):
             tensors[prefix + peft_key(target, part).removeprefix(f"{target.component}.")] = _on_host(value, dtype)
     return tensors
 
 
 def _kohya_parts(module: AdapterModule, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Suffix of the key -> tensor. Not in `dtype`: alpha, for half precision would round rsLoRA's alpha * sqrt(rank)."""
-    alpha, parts = float(module.alpha), {}
-    if isinstance(module, LoraModule):
-        parts = {"lora_down.weight": _on_host(module.down, dtype), "lora_up.weight": _on_host(module.up, dtype)}
-        if module.magnitude is not None:  # nor this: what it differs by from the norms is small
-            parts["dora_scale"] = _on_host(module.magnitude, torch.float32)
-    elif isinstance(module, LohaModule | LokrModule | OftModule):
-        parts = {suffix: _on_host(value, dtype) for suffix, value in module.tensors().items()}
-        # A bound of 0 would be no rotation at all to kohya's networks.oft and A1111 1.7, and none is an error there.
-        alpha = alpha if not isinstance(module, OftModule) else NO_BOUND
-    return {**parts, "alpha": torch.tensor(alpha, dtype=torch.float32)}
+    parts = {
+        suffix: _on_host(value, torch.float32 if suffix in module.in_float32 else dtype)
+        for suffix, value in module.tensors().items()
+    }
+    return {**parts, "alpha": torch.tensor(module.alpha_in_file, dtype=torch.float32)}
 
 
 def _on_host(value: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -139,7 +131,7 @@ def with_uniform_alphas(adapter: Adapter) -> Adapter:
     The commonest alpha stays; where another was, `up` takes alpha / commonest over, in float32. Diffusers (0.42) reads
     alphas of single modules under names that match nothing, and lets the commonest of all hold: so where larger kernels
     are the more, there is but one alpha for all. An adapter that is so already comes back as it is, and modules that
-    diffusers does not read at all (LoHa, LoKr, OFT) stay.
+    diffusers does not read at all stay.
     """
     lora = {target: module for target, module in adapter.modules.items() if isinstance(module, LoraModule)}
     kinds: dict[tuple[str, bool], list[float]] = {}
@@ -165,11 +157,8 @@ def _commonest(alphas: Iterable[float]) -> float:
 
 
 def _exportable(adapter: Adapter, form: Form, keep_dora: bool = False) -> Adapter:
-    modules = {
-        target: module.without_mid() if isinstance(module, LoraModule) else module
-        for target, module in adapter.modules.items()
-    }
-    dora = [target for target, module in modules.items() if module.kind == "DoRA"]
+    modules = adapter.modules
+    dora = [target for target, module in modules.items() if module.kind.algo == "dora"]
     if dora and not (keep_dora and form == "kohya"):
         raise AdapterError(
             f"{len(dora)} of {len(modules)} modules are DoRA (first: {dora[0].path}), which every program computes "
@@ -180,8 +169,7 @@ def _exportable(adapter: Adapter, form: Form, keep_dora: bool = False) -> Adapte
             f"PEFT's format holds an adapter of one model, and this one is of the {' and the '.join(others)} as well. "
             "Write it in kohya's or diffusers' format."
         )
-    whole = replace(adapter, modules=modules)
-    return with_uniform_alphas(whole) if form == "kohya" else whole
+    return with_uniform_alphas(adapter) if form == "kohya" else adapter
 
 
 # ------------------------------------------------------------------------------------------------ metadata
@@ -233,19 +221,17 @@ def _network_facts(spec: NetworkSpec) -> dict[str, str]:
     facts = {
         "ss_network_dim": str(spec.rank) if is_uniform else "Dynamic",
         "ss_network_alpha": str(spec.alpha) if is_uniform else "Dynamic",
-        **_kind_facts(KINDS[spec.algo]),
+        **_kind_facts(spec.kind),
     }
     if arguments := spec.arguments():
         facts["ss_network_args"] = json.dumps(arguments)
     return facts
 
 
-def _kind_facts(kind: str) -> dict[str, str]:
+def _kind_facts(kind: Kind) -> dict[str, str]:
     """What tells readers of an adapter that is no plain LoRA."""
-    if kind == "LoRA":
-        return {}
-    facts = {"modelspec.usage_hint": _READERS[kind]}
-    return facts if kind == "DoRA" else {**facts, "ss_network_module": "lycoris.kohya"}
+    hint = {"modelspec.usage_hint": kind.readers} if kind.readers else {}
+    return {**hint, "ss_network_module": "lycoris.kohya"} if kind.is_lycoris else hint
 
 
 def form_metadata(
@@ -271,7 +257,7 @@ def form_metadata(
         **_identity(family, name_by_metadata(before), output_name=output_name, title=output_name, date=date),
         **_sizes(adapter.modules.values()),
     }
-    for kind in sorted({module.kind for module in adapter.modules.values()}):
+    for kind in sorted({module.kind for module in adapter.modules.values()}, key=lambda kind: kind.title):
         metadata |= _kind_facts(kind)
     if form == "kohya":
         return _with_hashes(metadata, tensors)

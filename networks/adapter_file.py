@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from networks import AdapterError
-from networks.adapters import Adapter, AdapterModule, LoraModule
+from networks.adapter_module import AdapterModule, data_forms
+from networks.adapters import Adapter
+from networks.kinds import KINDS
 from networks.lora import LoraSpec, rank_and_alpha
-from networks.lycoris_file import LYCORIS_PARTS, lycoris_module
 from networks.names import Target, is_wrapped, parse_kohya_name, split_peft_key, split_wrapped_key
 from networks.spec import NetworkSpec
 
@@ -38,19 +39,12 @@ NETWORK_SPEC_KEY = "network_spec"  # the same of train_network.py: NetworkSpec a
 BASE_MODEL_KEY = "repa_base_model"  # metadata of an adapter file: the base as its user named it
 DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"  # metadata of diffusers' files: LoraConfigs as flat JSON, "unet.r": 8
 
-_KOHYA_PARTS = {
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_mid.weight": "mid",
-    "dora_scale": "magnitude",
-    "alpha": "alpha",
-    **{part: part for part in LYCORIS_PARTS},
-}
+_FORMS = data_forms()
+_KOHYA_PARTS = {suffix: part for form in _FORMS for suffix, part in form.parts.items()} | {"alpha": "alpha"}
+_KOHYA_PREFIX = re.compile("|".join(sorted({prefix for form in _FORMS for prefix in form.prefixes})))
 _OTHER_KINDS = {
-    r"\.hada_": "LoHa in another form than kohya's",
-    r"\.lokr_": "LoKr in another form than kohya's",
+    **{kind.other_form: f"{kind.title} in another form than kohya's" for kind in KINDS.values() if kind.other_form},
     r"\.boft_": "BOFT",
-    r"\.oft_": "OFT in another form than kohya's",
     r"\.ia3_|\.on_input$": "IA3",
     r"\.vera_": "VeRA",
     r"\.[ab][12]\.weight$": "GLoRA",
@@ -68,14 +62,14 @@ _OTHER_MODELS = {
 _RUN_CONFIGS = ("config.json", "config.toml", "args.json")
 
 
-def read_adapter(path: Path | str, *, alpha: float | None = None, rank: int | None = None) -> Adapter:
+def read_adapter(path: Path | str, *, alpha: float | None = None) -> Adapter:
     """Read a safetensors file of a kohya, PEFT or diffusers LoRA, DoRA or LoCon, or of a whole model wrapped by PEFT.
 
-    In kohya's form LoHa, LoKr and OFT as well. Kohya files without alpha mean alpha = rank. PEFT files carry no alpha: it
+    In kohya's form every kind of networks.kinds. Kohya files without alpha mean alpha = rank. PEFT files carry no alpha: it
     comes from their metadata (`lora_spec`, `network_spec`, diffusers' `lora_adapter_metadata`, `ss_network_alpha`), from an
     adapter_config.json beside them, else from `alpha`, else from the run's config.json, config.toml or args.json in their
-    folder or the one above. rank: what it should be, to be checked. Raises AdapterError for other files and other kinds
-    of adapters, missing halves, missing alphas, shapes that cannot be, values not finite.
+    folder or the one above. Raises AdapterError for other files and other kinds of adapters, missing halves, missing alphas,
+    shapes that cannot be, values not finite.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -84,7 +78,7 @@ def read_adapter(path: Path | str, *, alpha: float | None = None, rank: int | No
         if found.foreign or not found.modules:
             raise AdapterError(_not_lora(path, found.foreign, len(keys)))
         for entry in found.modules.values():
-            if not entry.is_lycoris and (missing := [part for part in ("down", "up") if part not in entry.keys]):
+            if missing := [part for part in entry.form.needed if part not in entry.keys]:
                 raise AdapterError(
                     f"{path} has no {' and no '.join(missing)} weight for {entry.name}: it is incomplete."
                 )
@@ -94,8 +88,6 @@ def read_adapter(path: Path | str, *, alpha: float | None = None, rank: int | No
             # Copied out of the file's memory map: tensors lie there on odd addresses, and kernels for those round otherwise.
             tensors = {part: file.get_tensor(key).clone() for part, key in entry.keys.items()}
             modules[target] = _module(path, target, entry, tensors, alphas)
-    if rank is not None and (ranks := {module.rank for module in modules.values() if module.kernel == 1} - {rank}):
-        raise AdapterError(f"{path} has adapters of rank {', '.join(map(str, sorted(ranks)))}, not of {rank}.")
     return Adapter(modules, metadata, tuple(found.left_out), tuple(found.frozen))
 
 
@@ -124,11 +116,12 @@ class _Entry:
     name: str
     is_kohya: bool
     keys: dict[str, str] = field(default_factory=dict)
-    """Part ("down", "up", "mid", "magnitude", "alpha", or one of LYCORIS_PARTS) -> key."""
+    """Part ("alpha", or one of a form's) -> key."""
 
     @property
-    def is_lycoris(self) -> bool:
-        return any(part in self.keys for part in LYCORIS_PARTS)
+    def form(self) -> type[AdapterModule]:
+        """That of which most parts are here."""
+        return max(_FORMS, key=lambda form: sum(part in self.keys for part in form.parts.values()))
 
 
 @dataclass
@@ -161,12 +154,16 @@ def _sort_keys(path: Path, keys: list[str]) -> _Found:
 def _place(key: str) -> tuple[Target, str, str, bool] | None:
     """(module, part, the module's name in this file, whether it is kohya's) of an adapter's tensor, else None."""
     name, _, suffix = key.partition(".")
-    if name.startswith(("lora_", "oft_")) and suffix in _KOHYA_PARTS:
-        target = parse_kohya_name(re.sub("^oft_", "lora_", name))
+    if _KOHYA_PREFIX.match(name) and suffix in _KOHYA_PARTS:
+        target = parse_kohya_name(_KOHYA_PREFIX.sub("lora_", name, count=1))
         return None if target is None else (target, _KOHYA_PARTS[suffix], name, True)
-    # A training state's magnitude has kohya's name and shape.
+    # A training state's magnitude has kohya's name and shape; PEFT's is another part.
     split = split_peft_key(re.sub(r"\.dora_scale$", ".lora_magnitude_vector", key))
-    return None if split is None else (split.target, split.part, re.split(r"\.lora[_.]|\.dora_scale$", key)[0], False)
+    if split is None:
+        return None
+    is_pefts = split.part == "magnitude" and not key.endswith(".dora_scale")
+    name = re.split(r"\.lora[_.]|\.dora_scale$", key)[0]
+    return split.target, "vector" if is_pefts else split.part, name, False
 
 
 def _kinds(keys: Iterable[str]) -> list[str]:
@@ -206,50 +203,18 @@ def _module(path: Path, target: Target, entry: _Entry, tensors: dict[str, Tensor
         raise AdapterError(
             f"{path}: alpha of {entry.name} has the shape {list(tensors['alpha'].shape)}, not one value."
         )
-    if entry.is_lycoris:
-        return lycoris_module(f"{path}: {entry.name}", tensors)
-    _check_shapes(path, entry.name, tensors)
-    down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
-    module = LoraModule(down, up, float(down.shape[0]), mid)
-    if "magnitude" in tensors:
-        magnitude = _magnitude(path, entry, tensors["magnitude"], module.shape)
-        module = LoraModule(down, up, module.alpha, mid, magnitude)
-    if "alpha" in tensors:
-        alpha = float(tensors["alpha"])
-    else:
-        alpha = module.alpha if entry.is_kohya else alphas.of(target, module)
-    return LoraModule(down, up, alpha, mid, module.magnitude)
-
-
-def _check_shapes(path: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
-    shapes = f"down {list(down.shape)} and up {list(up.shape)}"
-    if down.ndim not in (2, 4) or up.ndim not in (2, 4) or down.numel() == 0 or any(side != 1 for side in up.shape[2:]):
-        raise AdapterError(f"{path}: {name} has {shapes}, which are of no Linear layer and of no convolution.")
-    if up.shape[1] != down.shape[0]:
-        raise AdapterError(f"{path}: {name} has {shapes}, whose ranks differ.")
-    if mid is not None:
-        kernel = list(down.shape[2:])
-        if mid.ndim != 4 or list(mid.shape[:2]) != [down.shape[0]] * 2 or any(side != 1 for side in kernel):
-            raise AdapterError(f"{path}: {name} has {shapes}, to which mid {list(mid.shape)} does not belong.")
-
-
-def _magnitude(path: Path, entry: _Entry, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """As [out, 1, ...] or [1, in, ...]. PEFT keeps [out], of convolutions [1, out, 1, 1]; LyCORIS either of the two forms."""
-    out, inner = shape[:2]
-    ones = [1] * (len(shape) - 2)
-    found = list(value.shape)
-    if entry.keys["magnitude"].endswith(".dora_scale"):
-        fits = len(found) in (2, 4) and found[:2] in ([out, 1], [1, inner]) and all(side == 1 for side in found[2:])
-        wanted = [*found[:2], *ones]
-    else:
-        fits = found in ([out], [1, out, 1, 1])
-        wanted = [out, 1, *ones]
-    if not fits:
-        raise AdapterError(
-            f"{path}: the DoRA magnitude of {entry.name} has the shape {found}, which is of no weight {list(shape)}."
-        )
-    return value.reshape(wanted)
+    parts = dict(tensors)
+    alpha = float(parts.pop("alpha")) if "alpha" in parts else None
+    try:
+        module = entry.form.read(entry.name, parts, alpha)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from None
+    if parts:
+        left = " and ".join(parts)
+        raise AdapterError(f"{path}: {entry.name} has {left} beside {module.kind.title}, which do not go together.")
+    if entry.is_kohya or alpha is not None:
+        return module
+    return replace(module, alpha=alphas.of(target, module))  # type: ignore[type-var]  # each kind is a dataclass
 
 
 # ------------------------------------------------------------------------------------------------ alphas
@@ -263,13 +228,13 @@ class _Alphas:
         self._metadata = metadata
         self._given = given
 
-    def of(self, target: Target, module: LoraModule) -> float:
+    def of(self, target: Target, module: AdapterModule) -> float:
         if self._spec is not None:
             return rank_and_alpha(self._spec, kernel=module.kernel)[1]
         if self._network_spec is not None and (size := self._network_spec.size_of(target, module.kernel)) is not None:
             return size[1]
         config = self._configs.get(target.component, self._configs.get("", {}))
-        if config.get("use_dora") and module.magnitude is None:
+        if config.get("use_dora") and module.kind.algo != "dora":
             raise AdapterError(f"{self._path} says it is a DoRA, but {target.path} has no lora_magnitude_vector.")
         for source in self._sources(config):
             if (value := self._alpha_in(source, target, module)) is not None:
@@ -288,7 +253,7 @@ class _Alphas:
         yield {"lora_alpha": self._given}
         yield self._run_config
 
-    def _alpha_in(self, config: Mapping[str, Any], target: Target, module: LoraModule) -> float | None:
+    def _alpha_in(self, config: Mapping[str, Any], target: Target, module: AdapterModule) -> float | None:
         patterns = config.get("alpha_pattern") or {}
         try:
             value = patterns.get(get_pattern_key(list(patterns), target.path))

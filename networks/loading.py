@@ -1,9 +1,8 @@
-"""Whether an adapter can be what a network starts from, and what a network for an adapter is like."""
+"""Whether an adapter can be what a network starts from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from networks import AdapterError
@@ -11,27 +10,7 @@ from networks.adapted_layer import AdaptedLayer
 from networks.adapters import Adapter
 from networks.names import Target
 from networks.original_names import FAMILIES, UNET
-from networks.spec import KINDS, NetworkSpec
-
-
-def spec_of(adapter: Adapter, like: NetworkSpec) -> NetworkSpec:
-    """The specification of a network of exactly the modules, ranks and alphas of `adapter`; the rest is of `like`."""
-    kinds = {module.kind for module in adapter.modules.values()}
-    algos = [algo for algo, kind in KINDS.items() if kind in kinds]
-    if len(kinds) != 1:
-        raise AdapterError(f"The adapter has modules of several kinds ({', '.join(sorted(kinds))}).")
-    sizes = {f"{t.component}.{t.path}": (module.rank, float(module.alpha)) for t, module in adapter.modules.items()}
-    return replace(
-        like,
-        algo=algos[0],
-        sizes=sizes,
-        conv_rank=None,
-        conv_alpha=None,
-        block_dims=None,
-        block_alphas=None,
-        conv_block_dims=None,
-        conv_block_alphas=None,
-    )
+from networks.spec import NetworkSpec
 
 
 def check_fits(adapter: Adapter, layers: Mapping[Target, AdaptedLayer], spec: NetworkSpec) -> None:
@@ -42,9 +21,9 @@ def check_fits(adapter: Adapter, layers: Mapping[Target, AdaptedLayer], spec: Ne
     )
     missing = [target for target in layers if target not in adapter.modules]
     _refuse(missing, len(layers), "modules to train are not in the adapter", _guess_missing(missing, adapter))
-    wanted = KINDS[spec.algo]
+    wanted = spec.kind.title
     pairs: list[tuple[Target, Any, AdaptedLayer]] = [(t, adapter.modules[t], layer) for t, layer in layers.items()]
-    others = [(t, module.kind) for t, module, _ in pairs if module.kind != wanted]
+    others = [(t, module.kind.title) for t, module, _ in pairs if module.kind != spec.kind]
     kinds = ", ".join(sorted({kind for _, kind in others}))
     _refuse(
         [t for t, _ in others], len(pairs), f"modules are {kinds}, not {wanted}", "Give its algo in --network_args."

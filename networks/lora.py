@@ -159,12 +159,6 @@ def remove_lora(unet: nn.Module) -> None:
         del unet.peft_config
 
 
-def set_lora_scale(unet: nn.Module, scale: float) -> None:
-    """Let adapters act `scale` times as strongly as trained; 1 is as trained."""
-    for _, layer in _adapted(unet):
-        layer.set_scale(ADAPTER, scale)
-
-
 @contextmanager
 def lora_disabled(unet: nn.Module) -> Iterator[None]:
     """Within the context `unet` computes as its base does; which parameters are trained stays as it is."""

@@ -2,7 +2,7 @@
 
 Which modules get one is what kohya's networks.lora decides: every Linear and 1x1 convolution of the U-Net's transformers, with
 convolutions asked for those of residual blocks and resamplers too, and the Linear layers of the text encoders' attention and
-MLP. PEFT puts the layers in; what they compute is in networks.lora_layers and its neighbours.
+MLP. What is trained there is in networks.kinds.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from networks import AdapterError
-from networks.adapted_layer import AdaptedLayer
+from networks.adapted_layer import AdaptedLayer, Sizes
 from networks.adapter_export import BASE_VERSIONS, adapter_tensors
 from networks.adapters import Adapter
-from networks.injection import Sizes, inject
+from networks.injection import inject
 from networks.loading import check_fits
 from networks.lora import CONV_PARENTS, TRANSFORMER_PARENTS, kernel_of, layers_inside
 from networks.names import Target, with_text_model
@@ -105,8 +105,11 @@ class Network:
         """Scale down adapters that add a matrix of a Frobenius norm above `max_norm`, each weight by as much as the others.
 
         Nothing is read back to the host. Returns 0-dim tensors: keys_scaled, the number of adapters scaled down, and
-        mean_norm and max_norm after it. Source: kohya's apply_max_norm_regularization.
+        mean_norm and max_norm after it. Raises AdapterError for kinds that add nothing. Source: kohya's
+        apply_max_norm_regularization.
         """
+        if not self.spec.kind.adds:
+            raise AdapterError(f"{self.spec.kind.title} adds nothing to a weight whose norm could be bound.")
         layers = list(self.layers.values())
         norms = layers[0].norms(layers)
         ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1.0)

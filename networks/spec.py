@@ -6,17 +6,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from networks import AdapterError
 from networks.blocks import SECTIONS, block_count, block_of
+from networks.kinds import KINDS, Kind, without_effect
 from networks.names import Target
 from networks.original_names import FAMILIES, SD15, UNET, Family
-
-Algorithm = Literal["lora", "dora", "loha", "lokr", "oft"]
-
-KINDS: dict[Algorithm, str] = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT"}
-"""What users call each, and the `kind` of its modules."""
 
 # Options of --network_args that are called otherwise here.
 _ARGUMENTS = {"conv_rank": "conv_dim"}
@@ -32,8 +28,8 @@ class NetworkSpec:
 
     family: str = SD15.key
     """Key of the base's family in FAMILIES."""
-    algo: Algorithm = "lora"
-    """What each adapter is."""
+    algo: str = "lora"
+    """What each adapter is, a key of networks.kinds.KINDS."""
     rank: int = 4
     """Inner dimension on Linear layers and 1x1 convolutions; of OFT the number of blocks."""
     alpha: float = 1.0
@@ -78,10 +74,7 @@ class NetworkSpec:
 
     def __post_init__(self) -> None:
         _require(self.family in FAMILIES, f"family must be one of {', '.join(FAMILIES)}, got {self.family!r}.")
-        _require(
-            self.algo in get_args(Algorithm),
-            f"algo must be one of {', '.join(get_args(Algorithm))}, got {self.algo!r}.",
-        )
+        _require(self.algo in KINDS, f"algo must be one of {', '.join(KINDS)}, got {self.algo!r}.")
         for name, choices in (("scope", ("mid", "down_mid", "all")), ("targets", ("attention", "kohya"))):
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}.")
@@ -91,8 +84,8 @@ class NetworkSpec:
         for name in ("dropout", "rank_dropout", "module_dropout"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} must be at least 0 and below 1, got {value}.")
-        _require(self.dropout == 0 or self.algo in ("lora", "dora"), f"dropout has no effect with algo={self.algo}.")
-        _require(self.rank_dropout == 0 or self.algo != "oft", "rank_dropout has no effect with algo=oft.")
+        for name in without_effect(self):
+            raise AdapterError(f"Network {name} has no effect with algo={self.algo}.")
         _require(self.unet or self.text_encoder, "is of neither the U-Net nor the text encoders.")
         for name in _PER_BLOCK:
             values = getattr(self, name)
@@ -105,6 +98,10 @@ class NetworkSpec:
                 f"{', one before and one after' if count > down + mid + up else ''}), got {len(values)}.",
             )
             _require(all(0 <= value < math.inf for value in values), f"{name} must not have negative numbers.")
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.algo]
 
     @property
     def _family(self) -> Family:

@@ -250,13 +250,6 @@ def test_what_the_file_says_of_its_alpha_wins_and_then_the_argument(tmp_path: Pa
     assert read_adapter(write_tensors(tmp_path, one_module()), alpha=3.0).modules[CONV_IN].alpha == 3.0
 
 
-def test_the_rank_is_checked_where_it_is_said(tmp_path: Path) -> None:
-    path = write_tensors(tmp_path, kohya_module())
-    assert read_adapter(path, rank=2).modules[CONV_IN].rank == 2
-    with pytest.raises(AdapterError, match=re.escape("a.safetensors has adapters of rank 2, not of 8.")):
-        read_adapter(path, rank=8)
-
-
 def test_a_spec_says_the_alphas_of_both_kinds_of_layers(tmp_path: Path) -> None:
     conv = random_module(4, 4, 3, 3)
     tensors = {

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from library.merging.inspect import WIDTH, describe, inspect
-from networks.adapters import Adapter, AdapterModule, LoraModule
-from networks.lycoris_modules import LohaModule, LokrModule, OftModule
+from networks.adapter_module import AdapterModule
+from networks.adapters import Adapter
+from networks.kinds.lora import LoraModule
+from networks.kinds.oft import OftModule
+from networks.kinds.products import LohaModule, LokrModule
 from networks.names import TEXT_ENCODER, UNET, Target
-from tests.tools.adapters import random_module
+from tests.tools.adapters import cp_module, random_module
 
 IN = Target(UNET, "down_blocks.0.attentions.0.proj_in")
 MID = Target(UNET, "mid_block.attentions.0.proj_in")
@@ -25,14 +28,11 @@ TEXT = Target(TEXT_ENCODER, "text_model.encoder.layers.3.mlp.fc1")
 
 @pytest.fixture
 def adapter() -> Adapter:
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((3, 8, 1, 1), (8, 3, 1, 1), (3, 3, 3, 3))
-    down, up, mid = (torch.randn(size, generator=generator) for size in sizes)
     modules = {
         TEXT: random_module(16, 12, rank=2, alpha=2.0),
         MID: random_module(8, 8, 1, 1, rank=4, alpha=1.0),
         OUT: replace(random_module(8, 6, rank=4, alpha=2.0), magnitude=torch.ones(8, 1)),
-        CONV: LoraModule(down, up, 1.0, mid),
+        CONV: cp_module(8, 8, alpha=1.0),
         IN: LoraModule(torch.zeros(4, 6).half(), torch.zeros(8, 4).half(), 4.0),
         TIME: random_module(8, 8, rank=4, alpha=4.0),
     }

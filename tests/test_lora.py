@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from networks import AdapterError
-from networks.lora import LoraSpec, add_lora, lora_disabled, remove_lora, set_lora_scale, target_modules
+from networks.lora import LoraSpec, add_lora, lora_disabled, remove_lora, target_modules
 from tests.tools.unets import sd15_unet_without_weights, small_unet, unet_inputs
 
 EVERYTHING = LoraSpec(rank=4, alpha=2.0, scope="all", targets="kohya", conv_rank=2, conv_alpha=1.0)
@@ -184,18 +184,6 @@ def test_a_model_that_is_not_in_training_drops_nothing() -> None:
     fill(add_lora(plain, LoraSpec(), seed=0))
     assert torch.equal(run(unet), run(plain))
     assert not torch.equal(run(unet.train()), run(plain.train()))
-
-
-@pytest.mark.bits
-def test_scale_zero_is_the_base_and_scale_one_is_as_trained() -> None:
-    unet = small_unet()
-    base = run(unet)
-    fill(add_lora(unet, EVERYTHING, seed=0))
-    adapted = run(unet)
-    set_lora_scale(unet, 0.0)
-    assert torch.equal(run(unet), base)
-    set_lora_scale(unet, 1.0)
-    assert torch.equal(run(unet), adapted)
 
 
 def test_a_specification_survives_json() -> None:

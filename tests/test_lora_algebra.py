@@ -14,11 +14,12 @@ from library.merging.algebra import (
     DynamicRank,
     concatenate,
     factor_svd,
-    frobenius_norm,
     reduce_rank,
 )
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter
+from networks.kinds.lora import LoraModule
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target
+from tests.tools.adapters import cp_module
 
 LINEAR = Target(UNET, "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
 WIDE = Target(UNET, "down_blocks.0.resnets.0.conv1")
@@ -34,13 +35,6 @@ def module(
     down = torch.randn(rank, *shape[1:], generator=generator).to(dtype)
     up = torch.randn(shape[0], rank, *(1 for _ in shape[2:]), generator=generator).to(dtype)
     return LoraModule(down, up, alpha)
-
-
-def cp_module(seed: int = 0) -> LoraModule:
-    generator = torch.Generator().manual_seed(seed)
-    sizes = ((3, 7, 1, 1), (9, 3, 1, 1), (3, 3, 3, 3))
-    down, up, mid = (torch.randn(size, generator=generator) for size in sizes)
-    return LoraModule(down, up, 1.5, mid)
 
 
 def dora(plain: LoraModule) -> LoraModule:
@@ -72,7 +66,7 @@ def test_a_sum_is_the_sum_of_the_products(shape: tuple[int, ...], ratios: tuple[
 
 def test_a_sum_takes_modules_that_only_some_have_and_strengths_of_their_own() -> None:
     first = Adapter({LINEAR: module(12, 20, seed=1), TEXT: module(16, 8, seed=2)})
-    second = Adapter({LINEAR: module(12, 20, seed=3, dtype=torch.float16), WIDE: cp_module()})
+    second = Adapter({LINEAR: module(12, 20, seed=3, dtype=torch.float16), WIDE: cp_module(9, 7)})
     found = concatenate([(first, lambda target: 0.0 if target == TEXT else 2.0), (second, -0.5), (first, 0.25)]).modules
     assert list(found) == [LINEAR, WIDE, TEXT]
     assert [found[target].rank for target in found] == [12, 3, 4]
@@ -173,7 +167,7 @@ def test_a_rank_above_the_weight_is_cut_without_loss() -> None:
 
 
 def test_a_cp_convolution_is_reduced_as_the_product_it_is() -> None:
-    before = cp_module()
+    before = cp_module(9, 7)
     after = reduce_rank(Adapter({WIDE: before}), 8)[0].modules[WIDE]
     assert after.mid is None and after.shape == before.shape == (9, 7, 3, 3)
     close(whole(after), whole(before))
@@ -230,10 +224,10 @@ def test_ranks_that_cannot_be_are_refused() -> None:
             call()
 
 
-@pytest.mark.parametrize("of", [module(24, 40, rank=4), module(6, 5, rank=12), module(8, 6, 3, 3), cp_module()])
+@pytest.mark.parametrize("of", [module(24, 40, rank=4), module(6, 5, rank=12), module(8, 6, 3, 3), cp_module(9, 7)])
 def test_norms_and_singular_values_come_from_the_factors(of: LoraModule) -> None:
     product = whole(of).flatten(1)
-    assert frobenius_norm(of) == pytest.approx(float(product.norm()), rel=1e-6)
+    assert of.norm() == pytest.approx(float(product.norm()), rel=1e-6)
     u, s, vh = factor_svd(of)
     torch.testing.assert_close(s, torch.linalg.svdvals(product)[: len(s)], rtol=1e-6, atol=1e-6)
     close(u @ torch.diag(s) @ vh, product)

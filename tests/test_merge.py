@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.merging.merge import Part, all_finite, fold, fold_and_cast, fold_into_modules, not_finite_as, place
 from library.merging.strength import Strength
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter
+from networks.kinds.lora import LoraModule
 from networks.lora import target_modules
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target, split_peft_key
 from networks.original_names import SD15, SDXL, Family
-from tests.tools.adapters import SPEC, random_module, train_lora
+from tests.tools.adapters import SPEC, cp_module, random_module, train_lora
 from tests.tools.unets import small_unet, unet_inputs
 
 SHAPES = [(5, 7), (5, 7, 1, 1), (5, 7, 3, 3)]
@@ -37,15 +38,6 @@ def adapter_of(params: Mapping[str, Tensor]) -> Adapter:
 
 def weight_of(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def cp_module(rank: int = 3) -> LoraModule:
-    """Of a convolution [5, 7, 3, 3], decomposed as LyCORIS does."""
-    generator = torch.Generator().manual_seed(9)
-    down, up, mid = (
-        torch.randn(shape, generator=generator) for shape in ((rank, 7, 1, 1), (5, rank, 1, 1), (rank, rank, 3, 3))
-    )
-    return LoraModule(down, up, 1.5, mid)
 
 
 def dora(module: LoraModule, *, of_inputs: bool = False) -> LoraModule:
@@ -90,11 +82,12 @@ MODULES = {
     "linear": random_module(5, 7),
     "convolution_1x1": random_module(5, 7, 1, 1),
     "convolution_3x3": random_module(5, 7, 3, 3),
-    "cp": cp_module(),
+    "cp": cp_module(5, 7),
     "dora": dora(random_module(5, 7)),
     "dora_of_inputs": dora(random_module(5, 7), of_inputs=True),
     "dora_3x3": dora(random_module(5, 7, 3, 3)),
-    "dora_cp": dora(cp_module()),
+    "dora_of_inputs_3x3": dora(random_module(5, 7, 3, 3), of_inputs=True),
+    "dora_cp": dora(cp_module(5, 7)),
 }
 
 

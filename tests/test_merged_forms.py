@@ -15,7 +15,8 @@ from library.files import read_json
 from library.models.load import load_unet
 from networks.adapter_export import to_kohya
 from networks.adapter_file import read_adapter
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter
+from networks.kinds.lora import LoraModule
 from networks.lora import LoraSpec
 from networks.names import Target, peft_key
 from networks.original_names import UNET

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from networks import AdapterError
 from networks.adapter_export import adapter_metadata, adapter_tensors, form_metadata
 from networks.adapter_file import NETWORK_SPEC_KEY, read_adapter
 from networks.adapters import Adapter
-from networks.loading import spec_of
-from networks.lycoris_modules import LohaModule, LokrModule, OftModule
+from networks.kinds import KINDS
+from networks.kinds.oft import OftModule
+from networks.kinds.products import LohaModule, LokrModule
 from networks.names import Target
 from networks.network import Network, add_network
 from networks.original_names import TEXT_ENCODER_2, UNET
-from networks.spec import Algorithm, NetworkSpec
+from networks.spec import NetworkSpec
 from tests.tools.networks import (
     assert_same_outputs,
     few,
@@ -32,18 +34,15 @@ from tests.tools.networks import (
     trained_network,
 )
 
-KINDS: dict[str, NetworkSpec] = {
-    "lora": few(),
-    "dora": few("dora"),
-    "loha": few("loha"),
+SPECS: dict[str, NetworkSpec] = {
+    **{algo: few(algo) for algo in KINDS},
     "lokr": few("lokr", rank=1),
     "lokr of factor 2, both decomposed": few("lokr", rank=1, alpha=0.5, decompose_both=True, factor=2),
     "lokr not decomposed": few("lokr", rank=100, alpha=50.0, conv_rank=100),
     "oft": few("oft", rank=4),
     "oft with a bound": few("oft", rank=4, constraint=0.05),
 }
-each_kind = pytest.mark.parametrize("spec", KINDS.values(), ids=KINDS)
-ALGORITHMS: tuple[Algorithm, ...] = ("lora", "dora", "loha", "lokr", "oft")
+each_kind = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 PROJ_IN = Target(UNET, "mid_block.attentions.0.proj_in")
 DATE = "2026-01-02T03:04:05"
 
@@ -90,15 +89,15 @@ def test_training_goes_on_from_a_file(spec: NetworkSpec, tmp_path: Path) -> None
     again = small_models()
     add_network(again, spec, seed=1).load(adapter)
     assert_same_outputs(again, models)
+    # As --dim_from_weights takes them.
+    sizes = {".".join(target): (module.rank, module.alpha) for target, module in adapter.modules.items()}
     from_sizes = small_models()
-    add_network(
-        from_sizes, spec_of(adapter, NetworkSpec(factor=spec.factor, decompose_both=spec.decompose_both)), 1
-    ).load(adapter)
+    add_network(from_sizes, replace(spec, sizes=sizes), seed=1).load(adapter)
     assert_same_outputs(from_sizes, models)
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_text_encoders_of_sdxl_are_folded_alike(algo: Algorithm, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algo", KINDS)
+def test_text_encoders_of_sdxl_are_folded_alike(algo: str, tmp_path: Path) -> None:
     models = small_text_encoders()
     network = add_network(models, NetworkSpec(family="sdxl", algo=algo, rank=2, unet=False), seed=0)
     train(network)
@@ -133,16 +132,18 @@ def test_switching_off_and_the_multiplier_work(spec: NetworkSpec) -> None:
     base = run_models(small_models())
     models, network = trained_network(spec)
     adapted = run_models(models)
-    with network.disabled():
-        assert torch.equal(run_models(models)[UNET], base[UNET])
+    with pytest.raises(RuntimeError, match="interrupted"), network.disabled():
+        assert all(torch.equal(output, base[component]) for component, output in run_models(models).items())
+        raise RuntimeError("interrupted")
+    assert all(torch.equal(output, adapted[component]) for component, output in run_models(models).items())
     network.set_multiplier(0.0)
-    torch.testing.assert_close(run_models(models)[UNET], base[UNET])
+    torch.testing.assert_close(run_models(models), base)
     network.set_multiplier(1.0)
-    assert torch.equal(run_models(models)[UNET], adapted[UNET])
+    assert all(torch.equal(output, adapted[component]) for component, output in run_models(models).items())
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_half_the_multiplier_is_half_the_change_of_the_weights(algo: Algorithm) -> None:
+@pytest.mark.parametrize("algo", KINDS)
+def test_half_the_multiplier_is_half_the_change_of_the_weights(algo: str) -> None:
     _, network = trained_network(few(algo))
     layer: Any = network.layers[PROJ_IN]
     x = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -153,9 +154,9 @@ def test_half_the_multiplier_is_half_the_change_of_the_weights(algo: Algorithm) 
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_what_is_dropped_is_dropped_in_training_only_and_compiles(algo: Algorithm) -> None:
-    rank_dropout = 0.0 if algo == "oft" else 0.3
+@pytest.mark.parametrize("algo", KINDS)
+def test_what_is_dropped_is_dropped_in_training_only_and_compiles(algo: str) -> None:
+    rank_dropout = 0.3 if "rank_dropout" in KINDS[algo].options else 0.0
     models, network = trained_network(few(algo, module_dropout=0.4, rank_dropout=rank_dropout))
     plain, _ = trained_network(few(algo))
     assert torch.equal(run_models(models)[UNET], run_models(plain)[UNET])
@@ -224,9 +225,11 @@ def test_a_live_layer_is_what_comfyui_and_a1111_make_of_the_file(spec: NetworkSp
 
 def test_keys_of_each_kind() -> None:
     suffixes = {}
-    for name, spec in KINDS.items():
-        network = add_network(small_models(), spec, seed=0)
-        suffixes[name] = {key.partition(".")[2] for key in network.tensors()}
+    for name, spec in SPECS.items():
+        tensors = add_network(small_models(), spec, seed=0).tensors()
+        suffixes[name] = {key.partition(".")[2] for key in tensors}
+        alphas = [value.shape for key, value in tensors.items() if key.endswith(".alpha")]
+        assert alphas == [()] * len({key.partition(".")[0] for key in tensors})
     assert suffixes == {
         "lora": {"lora_down.weight", "lora_up.weight", "alpha"},
         "dora": {"lora_down.weight", "lora_up.weight", "alpha", "dora_scale"},
@@ -240,8 +243,8 @@ def test_keys_of_each_kind() -> None:
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_a_file_can_be_of_half_precision(algo: Algorithm, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algo", KINDS)
+def test_a_file_can_be_of_half_precision(algo: str, tmp_path: Path) -> None:
     models, network = trained_network(few(algo), size=0.2)
     tensors = network.tensors(torch.bfloat16)
     norms = {value.dtype for key, value in tensors.items() if key.endswith("dora_scale")}
@@ -258,16 +261,16 @@ def test_metadata_says_what_the_file_is_and_who_reads_it() -> None:
     assert (plain["ss_network_dim"], plain["ss_network_alpha"]) == ("3", "2.0")
     assert plain["ss_network_args"] == '{"conv_dim": "2", "conv_alpha": "1.0"}'
     assert plain["ss_network_module"] == "networks.lora" and "modelspec.usage_hint" not in plain
-    loha = adapter_metadata(KINDS["loha"], {}, **facts)
+    loha = adapter_metadata(SPECS["loha"], {}, **facts)
     assert loha["ss_network_module"] == "lycoris.kohya" and '"algo": "loha"' in loha["ss_network_args"]
     assert "not for diffusers" in loha["modelspec.usage_hint"]
-    dora = adapter_metadata(KINDS["dora"], {}, **facts)
+    dora = adapter_metadata(SPECS["dora"], {}, **facts)
     assert dora["ss_network_module"] == "networks.lora"
     assert dora["modelspec.usage_hint"].startswith("DoRA with magnitudes of the inputs")
 
 
 def test_a_file_converted_keeps_its_kind_and_other_forms_are_refused() -> None:
-    _, network = trained_network(KINDS["loha"])
+    _, network = trained_network(SPECS["loha"])
     adapter = network.adapter()
     metadata = form_metadata(adapter, "kohya", adapter_tensors(adapter, "kohya"), output_name="b", date=DATE)
     assert metadata["ss_network_module"] == "lycoris.kohya"
@@ -277,15 +280,9 @@ def test_a_file_converted_keeps_its_kind_and_other_forms_are_refused() -> None:
         adapter_tensors(adapter, "diffusers")
 
 
-def test_dora_is_still_refused_where_it_is_not_asked_for() -> None:
-    _, network = trained_network(KINDS["dora"])
-    with pytest.raises(AdapterError, match="modules are DoRA"):
-        adapter_tensors(network.adapter(), "kohya")
-
-
 @pytest.mark.bits
 @pytest.mark.parametrize("algo", ["lora", "dora"])
-def test_a_state_of_lora_or_dora_can_be_read_as_an_adapter(algo: Algorithm, tmp_path: Path) -> None:
+def test_a_state_of_lora_or_dora_can_be_read_as_an_adapter(algo: str, tmp_path: Path) -> None:
     spec = few(algo, alpha=3.0, conv_alpha=0.5)
     models, network = trained_network(spec)
     weights = {name: parameter.detach() for name, parameter in network.parameters.items()}
@@ -310,7 +307,7 @@ def test_names_and_scales_of_other_trainers_are_understood(tmp_path: Path) -> No
     save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "a.safetensors")
     modules = read_adapter(tmp_path / "a.safetensors").modules
     oft, loha, lokr = (modules[Target(UNET, path)] for path in (PROJ_IN.path, "conv_in", "conv_out"))
-    assert (oft.kind, oft.rank, oft.alpha) == ("OFT", 4, pytest.approx(0.001))
+    assert (oft.kind.title, oft.rank, oft.alpha) == ("OFT", 4, pytest.approx(0.001))
     assert torch.equal(loha.delta(torch.zeros(8, 4)), torch.full((8, 4), 4.0))
     assert torch.equal(lokr.delta(torch.zeros(4, 8, 3, 3)), torch.ones(4, 8, 3, 3))
 
@@ -318,26 +315,31 @@ def test_names_and_scales_of_other_trainers_are_understood(tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------------ norms
 
 
-@pytest.mark.parametrize("name", ["loha", "lokr", "lokr of factor 2, both decomposed", "lokr not decomposed"])
-def test_norms_of_products_are_clamped(name: str) -> None:
-    _, network = trained_network(KINDS[name])
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.kind.adds and spec.algo != "dora"])
+def test_norms_are_clamped_as_the_plain_products_say(name: str) -> None:
+    _, network = trained_network(SPECS[name])
     shapes = {target: layer.base_layer.weight.shape for target, layer in network.layers.items()}
 
     def deltas() -> dict[Target, Tensor]:
         return {t: m.delta(torch.zeros(shapes[t])).clone() for t, m in network.adapter().modules.items()}
 
     before = deltas()
-    bound = float(torch.stack([delta.norm() for delta in before.values()]).median())
+    norms = {target: float(delta.norm()) for target, delta in before.items()}
+    bound = float(torch.tensor(list(norms.values())).median())
     found = network.clamp_norms(bound)
-    assert float(found["max_norm"]) == pytest.approx(bound, rel=1e-4)
+    assert all(value.shape == () for value in found.values())
     for target, delta in deltas().items():
-        ratio = min(1.0, bound / float(before[target].norm()))
-        torch.testing.assert_close(delta, before[target] * ratio, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(delta, before[target] * min(1.0, bound / norms[target]), atol=1e-5, rtol=1e-4)
+    assert found["keys_scaled"] == sum(norm > bound for norm in norms.values())
+    clamped = [min(norm, bound) for norm in norms.values()]
+    assert float(found["mean_norm"]) == pytest.approx(sum(clamped) / len(clamped), rel=1e-5)
+    assert float(found["max_norm"]) == pytest.approx(max(clamped), rel=1e-5)
+    assert network.clamp_norms(bound)["keys_scaled"] == 0
 
 
 def test_oft_has_no_norm_to_clamp() -> None:
-    _, network = trained_network(KINDS["oft"])
-    with pytest.raises(AdapterError, match="OFT turns weights and adds nothing whose norm could be bound."):
+    _, network = trained_network(SPECS["oft"])
+    with pytest.raises(AdapterError, match="OFT adds nothing to a weight whose norm could be bound."):
         network.clamp_norms(1.0)
 
 

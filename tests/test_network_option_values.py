@@ -174,9 +174,13 @@ def test_a_wrong_value_in_a_file_is_one_clear_sentence(tmp_path: Path, text: str
         ("--save_last_n_epochs 2", r"save_last_n_epochs has no effect without save_every_n_epochs"),
         (
             "--network_module lycoris.kohya",
-            r"lycoris.kohya is not here. Use networks.lora with --network_args algo=loha",
+            r"lycoris.kohya is not here. Use networks.lora with --network_args algo=dora, .* or \w+, or conv_dim=N for LoCon",
         ),
         ("--network_module networks.oft", r"Use networks.lora with --network_args algo=oft"),
+        (
+            "--network_args algo=oft --scale_weight_norms 1",
+            r"scale_weight_norms has no effect with algo=oft, which adds nothing to a weight. Use constraint.",
+        ),
         ("--dim_from_weights", r"dim_from_weights needs network_weights"),
         ("--base_weights_multiplier 1", r"has 1 numbers, and base_weights names 0 files"),
         ("--full_bf16", r"full_bf16 needs mixed_precision bf16, and it is no"),

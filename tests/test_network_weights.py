@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from networks import AdapterError
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter
+from networks.kinds.lora import LoraModule
 from networks.names import Target
 from networks.network import add_network
 from networks.original_names import UNET

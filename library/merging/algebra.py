@@ -16,7 +16,8 @@ from torch import Tensor
 from library.errors import UserError
 from library.options.checks import require
 from networks.adapter_file import BASE_MODEL_KEY
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter
+from networks.kinds.lora import LoraModule
 from networks.names import Target
 
 Ratio: TypeAlias = float | Callable[[Target], float]
@@ -104,7 +105,7 @@ def factor_svd(module: LoraModule) -> tuple[Tensor, Tensor, Tensor]:
 
     QR of both factors leaves a core of rank x rank, whose SVD is that of the product.
     """
-    up, down = _matrices(module)
+    up, down = module.matrices()
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.T)
     u, s, vh = torch.linalg.svd(module.alpha / module.rank * r_up @ r_down.T, full_matrices=False)
@@ -119,19 +120,6 @@ def from_svd(u: Tensor, s: Tensor, vh: Tensor, shape: Sequence[int]) -> LoraModu
     down = (root[:, None] * vh).reshape(rank, *shape[1:])
     down, up = (part.to("cpu", torch.float32).contiguous() for part in (down, up))
     return LoraModule(down, up, alpha=float(rank))
-
-
-def frobenius_norm(module: LoraModule) -> float:
-    """Of alpha / rank * up @ down (of DoRA: before the magnitude): sqrt(trace((up^T up) (down down^T)))."""
-    up, down = _matrices(module)
-    squared = float(((up.T @ up) * (down @ down.T)).sum())
-    return abs(module.alpha / module.rank) * max(squared, 0.0) ** 0.5
-
-
-def _matrices(module: LoraModule) -> tuple[Tensor, Tensor]:
-    """up [out, rank] and down [rank, in * kh * kw], float64."""
-    plain = module.without_mid()
-    return plain.up.flatten(1).double(), plain.down.flatten(1).double()
 
 
 def _at_scale_one(module: LoraModule, ratio: float) -> LoraModule:
@@ -178,7 +166,7 @@ def _plain(adapter: Adapter) -> dict[Target, LoraModule]:
     plain = {target: module for target, module in adapter.modules.items() if isinstance(module, LoraModule)}
     others = [target for target in adapter.modules if target not in plain or plain[target].magnitude is not None]
     if others:
-        kinds = sorted({adapter.modules[target].kind for target in others})
+        kinds = sorted({adapter.modules[target].kind.title for target in others})
         raise UserError(
             f"{len(others)} of {len(adapter.modules)} modules are {' or '.join(kinds)} (first: {others[0].component} "
             f"{others[0].path}), which can be neither added up nor cut to a rank. Merge into a base instead."

@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from library.merging.algebra import frobenius_norm
 from library.merging.strength import BASE, BLOCKS, block_of
-from networks.adapters import Adapter, AdapterModule, LoraModule
+from networks.adapter_module import AdapterModule
+from networks.adapters import Adapter
 from networks.names import COMPONENTS, UNET, Target
 
 WIDTH = 100
 """Columns of the table."""
 LARGEST = 5
 """Modules that the table names."""
-
-_TURNING = "OFT"  # what it adds depends on the weight
 
 # Entries of kohya's and ModelSpec's metadata that a reader asks for first, in this order; any others are counted.
 _KNOWN = (
@@ -44,24 +41,22 @@ class ModuleFacts:
     block: str
     """IN00 to IN11, MID, OUT00 to OUT11; BASE for text encoders and what lies outside the lists of blocks."""
     kind: str
-    """LoRA (Linear or 1x1 convolution), LoCon (3x3 convolution), CP (3x3 convolution in three factors), with DoRA before;
-    LoHa, LoKr, OFT."""
+    """As AdapterModule.label says."""
     rank: int
     alpha: float
+    scale: float | None
+    """alpha / rank; None for kinds of which these are something else."""
     dtype: str
     norm: float | None
-    """Frobenius norm of what it adds, of DoRA before its magnitude; None for OFT, which adds what depends on the weight."""
-
-    @property
-    def scale(self) -> float | None:
-        """None for OFT: its alpha is a bound, its rank the number of blocks."""
-        return None if self.kind == _TURNING else self.alpha / self.rank
+    """Frobenius norm of what it adds, of DoRA before its magnitude; None where that depends on the weight."""
 
 
 @dataclass(frozen=True)
 class Inspection:
     family: str
     modules: tuple[ModuleFacts, ...]
+    notes: tuple[str, ...]
+    """What the numbers leave out, by kind."""
     left_out: tuple[str, ...]
     metadata: dict[str, str]
 
@@ -107,15 +102,18 @@ def inspect(adapter: Adapter) -> Inspection:
         ModuleFacts(
             target,
             block_of(target),
-            _kind(module),
+            module.label,
             module.rank,
             module.alpha,
+            module.scale,
             _dtype(module),
-            _norm(module),
+            module.norm(),
         )
         for target, module in adapter.modules.items()
     ]
-    return Inspection(adapter.family.title, tuple(modules), adapter.left_out, dict(adapter.metadata))
+    kinds = {module.kind for module in adapter.modules.values()}
+    notes = sorted(f"{kind.title}: {kind.note}" for kind in kinds if kind.note)
+    return Inspection(adapter.family.title, tuple(modules), tuple(notes), adapter.left_out, dict(adapter.metadata))
 
 
 def describe(adapter: Adapter, path: Path) -> str:
@@ -142,23 +140,10 @@ def norm_of(modules: Iterable[ModuleFacts]) -> float | None:
     return None if None in norms else math.hypot(*(norm or 0 for norm in norms))
 
 
-def _kind(module: AdapterModule) -> str:
-    if not isinstance(module, LoraModule):
-        return module.kind
-    plain = "CP" if module.mid is not None else "LoCon" if module.kernel > 1 else "LoRA"
-    return plain if module.magnitude is None else f"DoRA {plain}"
-
-
 def _dtype(module: AdapterModule) -> str:
     first = next(iter(vars(module).values()))  # a tensor, or the factors of one
     tensor: Tensor = first[0] if isinstance(first, tuple) else first
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _norm(module: AdapterModule) -> float | None:
-    if isinstance(module, LoraModule):
-        return frobenius_norm(module)
-    return None if module.kind == _TURNING else float(module.delta(torch.zeros(module.shape)).norm())
 
 
 def _blocks(found: Inspection) -> list[str]:
@@ -192,13 +177,9 @@ def _cells(modules: Sequence[ModuleFacts]) -> tuple[str, ...]:
 
 
 def _warnings(found: Inspection) -> list[str]:
-    lines = []
-    if any(module.kind.startswith("DoRA") for module in found.modules):
-        lines.append("DoRA: the norm leaves out what its magnitudes do, which only the base would tell.")
+    lines = list(found.notes)
     if found.modules and all(module.norm == 0 for module in found.modules):
         lines.append("Every module is zero: the adapter does nothing.")
-    if any(module.kind == _TURNING for module in found.modules):
-        lines.append("OFT: rank is the number of blocks, alpha a bound; what it adds only the base would tell.")
     if found.left_out:
         lines.append(_cut(f"Keys that are no part of the adapter: {len(found.left_out)} (first: {found.left_out[0]})."))
     return lines

@@ -24,7 +24,8 @@ from library.merging.source import PROVENANCE_KEY
 from networks import AdapterError
 from networks.adapter_export import Form, adapter_tensors, form_metadata, peft_config
 from networks.adapter_file import read_adapter
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter
+from networks.kinds.lora import LoraModule
 from networks.names import Target
 
 PEFT_CONFIG = "adapter_config.json"

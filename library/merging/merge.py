@@ -1,6 +1,6 @@
 """W' = W + sum of ratio * what each adapter adds, for every module of the adapters, and not one module less.
 
-What an adapter adds to a weight is `networks.adapters.AdapterModule.delta`. The sum is taken in float32 and cast once. Each
+What an adapter adds to a weight is `networks.adapter_module.AdapterModule.delta`. The sum is taken in float32 and cast once. Each
 part is worked out against the base's weight, so that the order of adapters does not matter, DoRA included.
 """
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.merging.strength import Strength
-from networks.adapters import Adapter, AdapterModule
+from networks.adapter_module import AdapterModule
+from networks.adapters import Adapter
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target, kohya_name
 from networks.original_names import SD15, SDXL, Family
 

@@ -15,13 +15,6 @@ from library.merging.verify import Check
 from library.models.header import read_shapes
 
 _LARGEST = 10  # changes that the report lists
-_DELTAS = {
-    "LoRA": "delta = alpha / rank * up @ down",
-    "DoRA": "delta = m * V / norm of V - W with V = W + alpha / rank * up @ down",
-    "LoHa": "delta = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), entry by entry",
-    "LoKr": "delta = alpha / rank * kron(w1, w2)",
-    "OFT": "delta = (R^T - 1) W, R by blocks of output rows",
-}
 
 
 @dataclass(frozen=True)
@@ -164,8 +157,8 @@ class MergeReport:
 
     def _deltas(self) -> str:
         """How each kind of module that was merged makes its delta, and what the dropped keys are."""
-        kinds = sorted({module.kind for one in self.ingredients for module in one.source.adapter.modules.values()})
-        said = "; ".join(f"{kind}: {_DELTAS[kind]}" for kind in kinds)
+        kinds = {module.kind for one in self.ingredients for module in one.source.adapter.modules.values()}
+        said = "; ".join(sorted(f"{kind.title}: delta = {kind.formula}" for kind in kinds))
         dropped = any(one.keys["dropped"] for one in self.ingredients)
         return f"{said}.{' Dropped keys are heads that only training needs.' if dropped else ''}"
 

@@ -49,7 +49,7 @@ class Source:
         modules = self.adapter.modules.values()
         sizes = [f"{what} {_span(values)}" for what, values in
                  (("rank", {m.rank for m in modules}), ("alpha", {m.alpha for m in modules}))]  # fmt: skip
-        kinds = sorted({m.kind for m in modules} - {"LoRA"})
+        kinds = sorted({m.kind.title for m in modules} - {"LoRA"})
         return f"{self.file}: {', '.join([f'{len(modules)} modules', *sizes, *kinds])}"
 
 

@@ -44,12 +44,12 @@ _BASE_BOUND = (
 
 
 def rank(found: Found, recipe: Recipe, wishes: SdxlOptions) -> Recipe:
-    algorithm = found.options.network.args.algo
+    kind = found.options.network.args.kind
     if wishes.sdxl_dim is not None:
         return recipe.with_options(network_dim=wishes.sdxl_dim)
-    if algorithm not in ("lora", "dora"):
+    if not kind.is_lora:
         return recipe.with_options(network_dim=found.dim).warn(
-            f"network_dim {found.dim} was kept: the ranks of SDXL are known for LoRA, and this is {algorithm}."
+            f"network_dim {found.dim} was kept: the ranks of SDXL are known for LoRA, and this is {kind.algo}."
         )
     dim = snapped(found.dim, wishes.dims)
     recipe = recipe.with_options(network_dim=dim)

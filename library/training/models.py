@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from networks import AdapterError
 from networks.adapters import Adapter
 from networks.align_head import AlignHeads
 from networks.blocks import SECTIONS, block_weights
-from networks.lora_layers import LORA_DOWN
+from networks.kinds.lora import LORA_DOWN
 from networks.names import Target
 from networks.network import Network, add_network, weight_name
 from networks.original_names import TEXT_ENCODER_2, UNET, Family
@@ -93,10 +93,6 @@ def meta_models(
 
 def check_weights(options: RunOptions, base: BaseLocation, family: Family) -> None:
     """See that network_weights and base_weights fit the base and the network. Raises UserError; nothing heavy is loaded."""
-    if options.network.scale_weight_norms is not None and options.network.args.algo == "oft":
-        raise UserError(
-            "scale_weight_norms has no effect with algo=oft, which adds nothing to a weight. Use constraint."
-        )
     for path in options.network.base_weights:
         _require_family("base_weights", path, read_source(path).adapter, family)
     start = start_weights(options)
@@ -163,30 +159,20 @@ def network_spec(options: RunOptions, family: Family, start: Adapter | None) -> 
     sizes = None
     if network.dim_from_weights and start is not None:
         sizes = {f"{target.component}.{target.path}": (m.rank, m.alpha) for target, m in start.modules.items()}
+    shared = {field.name for field in fields(NetworkSpec)} & {field.name for field in fields(args)}
     return NetworkSpec(
         family=family.key,
-        algo=args.algo,
         rank=network.rank,
         alpha=network.alpha,
         conv_rank=args.conv_dim,
-        conv_alpha=args.conv_alpha,
         scope=network.scope,
         targets=network.targets,
         unet=options.trains_unet,
         text_encoder=options.trains_text_encoders,
         dropout=network.network_dropout or 0.0,
-        rank_dropout=args.rank_dropout or 0.0,
-        module_dropout=args.module_dropout or 0.0,
-        block_dims=args.block_dims,
-        block_alphas=args.block_alphas,
-        conv_block_dims=args.conv_block_dims,
-        conv_block_alphas=args.conv_block_alphas,
         block_lr_weights=weights,
-        block_lr_zero_threshold=args.block_lr_zero_threshold,
-        factor=args.factor,
-        decompose_both=args.decompose_both,
-        constraint=args.constraint,
         sizes=sizes,
+        **{name: value for name in shared if (value := getattr(args, name)) is not None},
     )
 
 

@@ -17,7 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from library.models.configs import configs_of
 from library.models.load import load_unet
 from networks.adapter_export import Form, adapter_metadata, adapter_tensors, form_metadata, peft_config, to_kohya
-from networks.adapters import Adapter, LoraModule
+from networks.adapters import Adapter
+from networks.kinds.lora import LoraModule
 from networks.lora import LoraSpec, add_lora, target_modules
 from networks.names import Target, with_text_model
 from networks.original_names import FAMILIES, TEXT_ENCODER_2, UNET, VAE
@@ -48,6 +49,16 @@ def random_module(*shape: int, rank: int = 3, alpha: float = 2.0) -> LoraModule:
     down = torch.randn(rank, *shape[1:], generator=generator)
     up = torch.randn(shape[0], rank, *(1 for _ in shape[2:]), generator=generator)
     return LoraModule(down, up, alpha)
+
+
+def cp_module(
+    out: int, inner: int, *, rank: int = 3, alpha: float = 1.5, kernel: tuple[int, int] = (3, 3)
+) -> LoraModule:
+    """Of a convolution, decomposed as LyCORIS does."""
+    generator = torch.Generator().manual_seed(9)
+    sizes = ((rank, inner, 1, 1), (out, rank, 1, 1), (rank, rank, *kernel))
+    down, up, mid = (torch.randn(size, generator=generator) for size in sizes)
+    return LoraModule(down, up, alpha, mid)
 
 
 @cache

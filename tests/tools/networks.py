@@ -12,13 +12,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from networks.adapters import Adapter
 from networks.network import Network, add_network
 from networks.original_names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
-from networks.spec import Algorithm, NetworkSpec
+from networks.spec import NetworkSpec
 from tests.tools.unets import small_unet, unet_inputs
 
 TEXT_WIDTH = 12
 
 
-def few(algo: Algorithm = "lora", rank: int = 3, alpha: float = 2.0, conv_rank: int = 2, **options: Any) -> NetworkSpec:
+def few(algo: str = "lora", rank: int = 3, alpha: float = 2.0, conv_rank: int = 2, **options: Any) -> NetworkSpec:
     """Adapters in the text encoder and three blocks of the U-Net: enough for every kind of layer, and quick."""
     dims, conv_dims = ([size if block in (4, 12, 16) else 0 for block in range(25)] for size in (rank, conv_rank))
     sizes = {"block_dims": tuple(dims), "conv_block_dims": tuple(conv_dims), "conv_alpha": 1.0}

@@ -10,16 +10,16 @@ from typing import Literal
 from library.options.alignment import AlignmentOptions
 from library.options.checks import not_negative, positive, require
 from library.options.kohya.network_args import NetworkArgs, parse_network_args
+from networks.kinds import KINDS
 
 # kohya's networks.lora takes this where --network_dim is not given.
 DEFAULT_DIM = 4
 
 _LORA = "networks.lora"
+*_OTHERS, _LAST = (algo for algo in KINDS if algo != "lora")
 _INSTEAD = {
-    "lycoris.kohya": "Use networks.lora with --network_args algo=loha, lokr, oft or dora, or conv_dim=N for LoCon",
-    "networks.oft": "Use networks.lora with --network_args algo=oft",
-    "networks.loha": "Use networks.lora with --network_args algo=loha",
-    "networks.lokr": "Use networks.lora with --network_args algo=lokr",
+    **{f"networks.{algo}": f"Use networks.lora with --network_args algo={algo}" for algo in (*_OTHERS, _LAST)},
+    "lycoris.kohya": f"Use networks.lora with --network_args algo={', '.join(_OTHERS)} or {_LAST}, or conv_dim=N for LoCon",
     "networks.dylora": "Use networks.lora, and merge_lora.py --lora_only --new_rank for smaller ranks afterwards",
     "networks.lora_fa": "Use networks.lora; frozen down matrices save next to nothing beside a frozen base",
 }
@@ -28,7 +28,7 @@ _INSTEAD = {
 @dataclass(frozen=True)
 class NetworkOptions:
     network_module: str = _LORA
-    """Kind of network, networks.lora; other kinds are network_args algo=dora, loha, lokr or oft."""
+    """Kind of network: networks.lora, the only one. Other kinds of adapter than LoRA are algo=... of network_args."""
     network_dim: int | None = None
     """LoRA rank: inner dimension of each adapter. Size and capacity grow linearly. Default: 4, or with dim_from_weights theirs."""
     network_alpha: float = 1.0
@@ -70,7 +70,12 @@ class NetworkOptions:
             "and network_train_text_encoder_only exclude each other: nothing would be trained.",
         )
         self._check_files()
-        parse_network_args(self.network_args)
+        hint = " Use constraint." if "constraint" in self.args.kind.options else ""
+        require(
+            self.scale_weight_norms is None or self.args.kind.adds,
+            "scale_weight_norms",
+            f"has no effect with algo={self.args.algo}, which adds nothing to a weight.{hint}",
+        )
 
     def _check_files(self) -> None:
         for name, paths in (("network_weights", [self.network_weights]), ("base_weights", self.base_weights)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from library.options.checks import require
+from networks.kinds import KINDS, LORAPLUS, Kind, without_effect
 
-Algorithm = Literal["lora", "dora", "loha", "lokr", "oft"]
 CurveShape = Literal["sine", "cosine", "linear", "reverse_linear", "zeros"]
 
 
@@ -41,8 +40,8 @@ BlockWeights = BlockCurve | tuple[float, ...]
 class NetworkArgs:
     """Lengths of block lists (SD1.5: 25 = 12 + 1 + 12, SDXL: 23 = 1 + 9 + 3 + 9 + 1) are checked once the base is known."""
 
-    algo: Algorithm = "lora"
-    """What each adapter is: LoRA, DoRA, LoHa, LoKr or OFT."""
+    algo: str = "lora"
+    """What each adapter is, a key of networks.kinds.KINDS."""
     conv_dim: int | None = None
     """Rank of adapters on 3x3 convolutions. Default: none there."""
     conv_alpha: float | None = None
@@ -81,7 +80,7 @@ class NetworkArgs:
     """OFT: bound on how far a block may turn, relative to its size (COFT, arXiv 2306.07280). Default: none."""
 
     def __post_init__(self) -> None:
-        for name in ("conv_dim", "conv_alpha", "constraint", *_LORAPLUS):
+        for name in ("conv_dim", "conv_alpha", "constraint", *LORAPLUS):
             value = getattr(self, name)
             _require(value is None or value > 0, name, f"must be positive, got {value}.")
         for name in ("rank_dropout", "module_dropout"):
@@ -112,29 +111,19 @@ class NetworkArgs:
             "block_lr_zero_threshold",
             "has no effect without down_lr_weight, mid_lr_weight or up_lr_weight.",
         )
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name, algorithms in _ONLY_FOR.items():
-            given = getattr(self, name) != defaults[name]
-            _require(
-                not given or self.algo in algorithms,
-                name,
-                f"has no effect with algo={self.algo}; it belongs to {' and '.join(algorithms)}.",
-            )
+        for name, algos in without_effect(self).items():
+            _require(False, name, f"has no effect with algo={self.algo}; it belongs to {' and '.join(algos)}.")
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.algo]
 
     @property
     def has_block_learning_rates(self) -> bool:
         return any(getattr(self, name) is not None for name in _LR_WEIGHTS)
 
 
-_LORAPLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
 _LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
-_ONLY_FOR: dict[str, tuple[Algorithm, ...]] = {
-    **dict.fromkeys(_LORAPLUS, ("lora", "dora")),
-    "rank_dropout": ("lora", "dora", "loha", "lokr"),
-    "factor": ("lokr",),
-    "decompose_both": ("lokr",),
-    "constraint": ("oft",),
-}
 
 
 def _require(holds: bool, name: str, message: str) -> None:
@@ -189,13 +178,12 @@ def _switch(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def _algorithm(text: str) -> Algorithm:
+def _algorithm(text: str) -> str:
     if text in ("locon", "lycoris"):
         raise ValueError("LoCon is algo=lora with conv_dim")
-    for algorithm in get_args(Algorithm):
-        if text.lower() == algorithm:
-            return algorithm
-    raise ValueError(f"expected {', '.join(get_args(Algorithm))}")
+    if text.lower() not in KINDS:
+        raise ValueError(f"expected {', '.join(KINDS)}")
+    return text.lower()
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
@@ -223,7 +211,7 @@ _READ: Mapping[str, Callable[[str], Any]] = {
     "conv_alpha": _number,
     "rank_dropout": _optional_number,
     "module_dropout": _optional_number,
-    **dict.fromkeys(_LORAPLUS, _number),
+    **dict.fromkeys(LORAPLUS, _number),
     **dict.fromkeys(_LR_WEIGHTS, _block_weights),
     "block_lr_zero_threshold": _number,
     "block_dims": _whole_numbers,
