@@ -31,9 +31,9 @@ from library.options.search import (
 )
 
 if TYPE_CHECKING:
-    from library.search.recipe import SdxlOptions
-    from library.search.setup import Setup
-    from library.search.status import Look
+    from library.search.results.status import Look
+    from library.search.run.setup import Setup
+    from library.search.to_sdxl.trainings import SdxlOptions
 
 
 TINY_SHEET_STEPS = 8
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     options = parse(OptimizeOptions, argv, prog="optimize.py", description=__doc__, dialect=DIALECT)
     if options.search.pick is not None:
         return picked(options.place, options.search.pick)
-    from library.search.setup import set_up
+    from library.search.run.setup import set_up
 
     setup = set_up(options)
     print_plan(options, setup)
@@ -57,9 +57,9 @@ def main(argv: list[str]) -> int:
 
 
 def print_plan(options: OptimizeOptions, setup: Setup) -> None:
-    from library.search.samplers import choose_sampler
-    from library.search.setup import batch_of
-    from library.search.storage import without_password
+    from library.search.run.setup import batch_of
+    from library.search.study.proposals import choose_sampler
+    from library.search.study.storage import without_password
 
     plan, terms = setup.plan, setup.plan.terms
     sampler, why = choose_sampler(plan.sampler, plan.workers, plan.n_trials)
@@ -78,11 +78,11 @@ def print_plan(options: OptimizeOptions, setup: Setup) -> None:
 
 
 def run(options: OptimizeOptions, setup: Setup) -> int:
-    from library.search.devices import assign
-    from library.search.driver import Driver
-    from library.search.status import Look
-    from library.search.study import open_study
-    from library.search.trainer_process import TrainerProcess
+    from library.search.results.status import Look
+    from library.search.run.driver import Driver
+    from library.search.run.gpus import assign
+    from library.search.study.study import open_study
+    from library.search.trainer.parent_side import TrainerProcess
 
     plan = setup.plan
     open_study(plan.name, plan.storage, plan.terms)  # another study's terms are refused before anything else
@@ -111,13 +111,13 @@ def attempt(what: str, work: Callable[[], None]) -> None:
 
 
 def draw_sheet(look: Look, folder: Path, setup: Setup) -> None:
-    from library.search.sheet import STEPS, draw_best
+    from library.search.results.contact_sheet import STEPS, draw_best
 
     draw_best(look, folder, setup.base.path, steps=TINY_SHEET_STEPS if setup.is_tiny else STEPS)
 
 
 def write_report(look: Look, folder: Path) -> None:
-    from library.search.report import build_report
+    from library.search.results.study_report import build_report
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
@@ -129,9 +129,9 @@ def export_best(
     folder: Path, sdxl_base: str | None, dataset_config: str | None = None, wishes: SdxlOptions | None = None
 ) -> None:
     from library.search.best_params import read_best_params
-    from library.search.carried import default_sdxl_base
-    from library.search.export import export
-    from library.search.record import BEST_FILE
+    from library.search.results.best_trial import BEST_FILE
+    from library.search.run.sdxl_study import default_sdxl_base
+    from library.search.to_sdxl.export import export
 
     best = read_best_params(folder / BEST_FILE)
     base = sdxl_base or default_sdxl_base(best.base_model.path)
@@ -140,7 +140,7 @@ def export_best(
 
 def export_again(folder: Path, sdxl_base: str | None) -> None:
     """Export anew what the study has come to, with the wishes of the export that lies in `folder`, if one does."""
-    from library.search.export import last_request
+    from library.search.to_sdxl.export import last_request
 
     last = last_request(folder)
     if last is None:
@@ -154,7 +154,7 @@ def export_again(folder: Path, sdxl_base: str | None) -> None:
 
 def status(argv: list[str]) -> int:
     options = parse(StatusOptions, argv, prog="optimize.py status", description=__doc__, dialect=DIALECT)
-    from library.search.status import Look, status_text
+    from library.search.results.status import Look, status_text
 
     while True:
         look = Look(options.place.study_name, options.place.url)
@@ -170,7 +170,7 @@ def status(argv: list[str]) -> int:
 
 def report(argv: list[str]) -> int:
     options = parse(ReportOptions, argv, prog="optimize.py report", description=__doc__, dialect=DIALECT)
-    from library.search.status import Look
+    from library.search.results.status import Look
 
     write_report(Look(options.place.study_name, options.place.url), options.place.folder)
     return EXIT_OK
@@ -199,7 +199,7 @@ def picked(place: PlaceOptions, trial: int) -> int:
     """Make `trial` the study's choice, and everything that tells of it anew."""
     from library.search.best_params import read_best_params
     from library.search.pick import pick_trial
-    from library.search.status import Look
+    from library.search.results.status import Look
 
     pick_trial(Look(place.study_name, place.url), trial, place.folder)
     look = Look(place.study_name, place.url)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import optimize
-from library.search import trainer_process
+from library.search.trainer import parent_side
 from tests.tools.search import FakeTrainer
 
 WORDS = ["--no_sheet", "--no_export", "--sampler", "random", "--confirm", "0"]
@@ -24,7 +24,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     def trainer(env: Any, log: Any) -> FakeTrainer:
         return FakeTrainer()
 
-    monkeypatch.setattr(trainer_process, "TrainerProcess", trainer)
+    monkeypatch.setattr(parent_side, "TrainerProcess", trainer)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ KOHYA = {
 def plan_of(folder: Path, content: dict[str, Any], *more: str) -> Any:
     from library.options.parser import parse
     from library.options.search import DIALECT, OptimizeOptions
-    from library.search.setup import set_up
+    from library.search.run.setup import set_up
 
     (folder / "guide.json").write_text(json.dumps(content))
     words = arguments(folder, "--base-model", "tiny-sdxl", "--init-params", str(folder / "guide.json"), *more)

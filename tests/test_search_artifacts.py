@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 import optimize
 from library.errors import RunFailed, UserError
 from library.options.toml_file import PROJECT_ROOT
-from library.search import sheet
-from library.search.driver import Driver
-from library.search.jobs import Job, Outcome
-from library.search.sheet import draw_best, sheet_pictures
-from library.search.status import Look
+from library.search.messages import Job, Outcome
+from library.search.results import contact_sheet as sheet
+from library.search.results.contact_sheet import draw_best, sheet_pictures
+from library.search.results.status import Look
+from library.search.run.driver import Driver
 from tests.tools.search import FakeTrainer, ledger, plan, run, said
 
 

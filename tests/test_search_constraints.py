@@ -15,19 +15,19 @@ import torch
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from library.errors import Diverged
-from library.search.adapters import adapter_file, keep_best_adapters
 from library.search.best_params import BaseModel, read_best_params
 from library.search.constraints import constraints_measured
-from library.search.driver import Driver
-from library.search.image_objective import ImageJudge, Judging, Seen, allowed_fall
-from library.search.jobs import Job, Outcome
-from library.search.noise import judge, top
-from library.search.objective import Measured
-from library.search.record import Facts
-from library.search.report import build_report
-from library.search.status import Look, status_text
-from library.search.study import Terms
-from library.search.values import best_of, predicted
+from library.search.messages import Job, Outcome
+from library.search.results.best_trial import Facts
+from library.search.results.kept_adapters import adapter_file, keep_best_adapters
+from library.search.results.status import Look, status_text
+from library.search.results.study_report import build_report
+from library.search.run.driver import Driver
+from library.search.study.study import Terms
+from library.search.study.trial_values import best_of, predicted
+from library.search.study.verdict import judge, top
+from library.search.trainer.judge_by_loss import Measured
+from library.search.trainer.judge_by_pictures import ImageJudge, Judging, Seen, allowed_fall
 from tests.tools.search import SPACE, TERMS, FakeTrainer, ledger, plan, said
 
 IMAGE = replace(TERMS, objective="image", judging={"clip_model": "somewhere"})

@@ -9,7 +9,7 @@ import pytest
 
 from library.errors import UserError
 from library.options.toml_file import PROJECT_ROOT
-from library.search import devices
+from library.search.run import gpus as devices
 
 
 @pytest.fixture(autouse=True)
@@ -50,5 +50,5 @@ def test_what_the_environment_hides_is_not_used(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_parent_of_a_study_never_loads_torch() -> None:
-    code = "import sys, library.search.driver, library.search.space_file; sys.exit('torch' in sys.modules)"
+    code = "import sys, library.search.run.driver, library.search.space_file; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0

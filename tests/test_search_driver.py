@@ -16,13 +16,13 @@ from optuna.trial import TrialState
 
 from library.errors import RunFailed, UserError
 from library.search.best_params import BaseModel, read_best_params
-from library.search.driver import Driver, Result
-from library.search.jobs import Job
-from library.search.memory import with_half_batch
-from library.search.record import Facts, rate_reference
+from library.search.half_batch import with_half_batch
+from library.search.messages import Job
+from library.search.results.best_trial import Facts, rate_reference
+from library.search.results.status import Look
+from library.search.run.driver import Driver, Result
 from library.search.space import Parameter, Space
-from library.search.status import Look
-from library.search.study import Terms, compare_with_stored
+from library.search.study.study import Terms, compare_with_stored
 from tests.tools.search import SPACE, TERMS, FakeTrainer, ledger, plan, run, said
 
 FACTS = Facts(BaseModel("sd15", "tiny-sd15"))

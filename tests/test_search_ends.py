@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from library.search.best_params import BaseModel
-from library.search.driver import Driver
-from library.search.jobs import Job
-from library.search.record import Facts
-from library.search.status import Look, status_text
+from library.search.messages import Job
+from library.search.results.best_trial import Facts
+from library.search.results.status import Look, status_text
+from library.search.run.driver import Driver
 from tests.tools.search import FakeTrainer, ledger, plan, run, said
 
 FACTS = Facts(BaseModel("sd15", "tiny-sd15"))
@@ -32,7 +32,7 @@ def look(folder: Path) -> Look:
 def test_convergence_stops_a_study_only_when_asked_to(tmp_path: Path) -> None:
     class Flat(FakeTrainer):
         def run(self, job: Job, on_slot: Any, **more: Any) -> Any:
-            from library.search.jobs import Outcome
+            from library.search.messages import Outcome
 
             return Outcome(job.trial, "done", value=float(job.trial), best_slot=10)
 
@@ -52,7 +52,7 @@ def test_a_trial_under_way_when_a_study_comes_to_rest_may_be_better_and_then_it_
 
     class Late(FakeTrainer):
         def run(self, job: Job, on_slot: Any, **more: Any) -> Any:
-            from library.search.jobs import Outcome
+            from library.search.messages import Outcome
 
             if job.trial == 5:  # ends when all others are at rest
                 begun.set()

@@ -21,13 +21,13 @@ from library.errors import RunFailed, UserError
 from library.options.network import parse_network_options
 from library.options.parser import flatten
 from library.options.toml_file import PROJECT_ROOT
-from library.search import best_adapter
 from library.search.best_params import BaseModel, BestParams, read_best_params, write_best_params
-from library.search.export import Exported, export, find
-from library.search.held_out import EVALUATION_SEED
-from library.search.recipe import SdxlOptions
-from library.search.rules import written_options
-from library.search.study_data import network_data
+from library.search.held_out_pictures import EVALUATION_SEED
+from library.search.run.study_data import network_data
+from library.search.to_sdxl.export import Exported, export, find
+from library.search.to_sdxl.rules import written_options
+from library.search.to_sdxl.trainings import SdxlOptions
+from library.training import best_adapter
 from tests.tools.sdxl_export import best_params
 
 # Of three subsets, with values on every level.
@@ -230,7 +230,7 @@ def test_few_pictures_are_held_out_with_a_larger_share(data: Path) -> None:
 @pytest.mark.parametrize("given", ["file", "split", "folder", "beside"])
 def test_the_same_pictures_are_held_out_as_in_the_study(data: Path, given: str) -> None:
     from library.models.locate import locate_base
-    from library.search.exported_files import options_of
+    from library.search.to_sdxl.exported_files import options_of
     from library.training.network_plan import collect_pictures
 
     draw(data / "train" / "2_mio", 20)

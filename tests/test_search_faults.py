@@ -21,7 +21,7 @@ import pytest
 from optuna.trial import TrialState
 
 from library.options.toml_file import PROJECT_ROOT
-from library.search.jobs import Job, Outcome, Slot
+from library.search.messages import Job, Outcome, Slot
 from library.search.outcomes import read_outcome
 from tests.tools.search import FakeTrainer, in_a_process, ledger, plan, run, said, settled
 
@@ -170,7 +170,7 @@ def test_a_study_works_through_a_grpc_server(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     code = (
-        "from optuna.storages import run_grpc_proxy_server\nfrom library.search.storage import open_storage\n"
+        "from optuna.storages import run_grpc_proxy_server\nfrom library.search.study.storage import open_storage\n"
         f"run_grpc_proxy_server(open_storage('sqlite:///{tmp_path}/study.db'), host='127.0.0.1', port={port})"
     )
     server = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT, stderr=subprocess.DEVNULL)

@@ -11,11 +11,11 @@ import pytest
 
 from library.errors import UserError
 from library.search.best_params import BestParams, Params, write_best_params
-from library.search.init_params import read_init_params, sdxl_first_trials, sdxl_fixed_options
-from library.search.recipe import SdxlOptions
-from library.search.rules import carry, written_options
+from library.search.run.init_params import read_init_params, sdxl_first_trials, sdxl_fixed_options
 from library.search.space import Parameter, Space
 from library.search.space_file import find_space, read_space
+from library.search.to_sdxl.rules import carry, written_options
+from library.search.to_sdxl.trainings import SdxlOptions
 from tests.tools.sdxl_export import best_params, found_training
 
 SPACE = read_space(find_space("default"))

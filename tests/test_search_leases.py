@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from library.search import ledger as ledger_module
-from library.search.leases import LEASE, Heartbeat, this_process, why_dead
+from library.search.study import ledger as ledger_module
+from library.search.study.leases import LEASE, Heartbeat, this_process, why_dead
 from tests.tools.search import SPACE, dead_lease, ledger
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from library.search.jobs import Outcome, Slot
-from library.search.leases import LEASE
-from library.search.ledger import RETRIES, Ledger, Running
+from library.search.messages import Outcome, Slot
 from library.search.outcomes import write_outcome
-from library.search.values import best_of, is_real
+from library.search.study.leases import LEASE
+from library.search.study.ledger import RETRIES, Ledger, Running
+from library.search.study.trial_values import best_of, is_real
 from tests.tools.search import SPACE, dead_lease, ledger, params_key
 
 
@@ -298,7 +298,7 @@ def test_a_pruned_trial_is_told_as_its_sampler_can_use_it(tmp_path: Path, sample
 
 
 def test_a_predicted_value_moves_by_what_others_gained_and_is_never_the_best(tmp_path: Path) -> None:
-    from library.search.values import EPSILON, predicted
+    from library.search.study.trial_values import EPSILON, predicted
 
     mine = ledger(tmp_path, 20)
     for number in range(3):
@@ -368,7 +368,7 @@ def test_the_gaussian_process_proposes_and_sees_predicted_values(tmp_path: Path)
 
 def test_the_sampler_follows_from_the_workers_and_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     from library.errors import UserError
-    from library.search import samplers
+    from library.search.study import proposals as samplers
 
     there: set[str] = {"scipy", "torch"}
     monkeypatch.setattr(samplers, "find_spec", lambda name: object() if name in there else None)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from library.search.convergence import ALERTS, alerts, announce, has_converged, since_best
-from library.search.noise import (
+from library.search.study.convergence import ALERTS, alerts, announce, has_converged, since_best
+from library.search.study.progress import progress
+from library.search.study.verdict import (
     enqueue_baselines,
     enqueue_confirmations,
     enqueue_initial,
@@ -20,7 +21,6 @@ from library.search.noise import (
     sigma_of,
     top,
 )
-from library.search.progress import progress
 from tests.tools.search import SPACE, ledger
 
 
@@ -161,7 +161,7 @@ def test_the_default_comes_first_three_times_with_three_seeds(tmp_path: Path) ->
 
 
 def test_a_baseline_that_was_given_up_is_enqueued_when_the_study_goes_on(tmp_path: Path) -> None:
-    from library.search.jobs import Outcome
+    from library.search.messages import Outcome
 
     mine = ledger(tmp_path)
     enqueue_baselines(mine)

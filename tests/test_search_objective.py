@@ -14,10 +14,9 @@ from PIL import Image
 from torch import nn
 
 from library.errors import Diverged, UserError
-from library.search import objective
-from library.search.image_objective import Eyes, ImageJudge, Judging, read_judging, settled
-from library.search.network_trial import held_out_pictures
-from library.search.objective import (
+from library.search.trainer import judge_by_loss as objective
+from library.search.trainer.build_network import held_out_pictures
+from library.search.trainer.judge_by_loss import (
     BANDS,
     TIMESTEPS,
     LossJudge,
@@ -27,7 +26,8 @@ from library.search.objective import (
     in_eval_mode,
     timesteps_of,
 )
-from library.search.warm import Kept, fingerprint, sharing_copy
+from library.search.trainer.judge_by_pictures import Eyes, ImageJudge, Judging, read_judging, settled
+from library.search.trainer.kept_models import Kept, fingerprint, sharing_copy
 from tests.tools.network_runs import Built, NetworkSetting
 
 

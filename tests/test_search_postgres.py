@@ -15,9 +15,9 @@ import pytest
 from optuna.trial import TrialState
 
 from library.errors import RunFailed, UserError
-from library.search import storage
-from library.search.jobs import Job
-from library.search.storage import open_storage
+from library.search.messages import Job
+from library.search.study import storage
+from library.search.study.storage import open_storage
 from tests.tools.postgresql import PASSWORD, USER, NoServer, Server, postgresql_server
 from tests.tools.search import FakeTrainer, claims_of_two, in_a_process, ledger, plan, run, said, settled
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.search.charts import importances
 from library.search.pick import pick_trial
-from library.search.progress import set_budget
-from library.search.report import build_report
-from library.search.status import Look, status_text
-from library.search.values import is_real
+from library.search.results.charts import importances
+from library.search.results.status import Look, status_text
+from library.search.results.study_report import build_report
+from library.search.study.progress import set_budget
+from library.search.study.trial_values import is_real
 from tests.tools.search import FakeTrainer, dead_lease, ledger, plan, run
 
 

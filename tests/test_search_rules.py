@@ -14,10 +14,10 @@ from library.data.buckets import Buckets
 from library.data.dataset_schema import Dataset, Subset
 from library.errors import UserError
 from library.options.toml_file import PROJECT_ROOT
-from library.search.recipe import Recipe, SdxlOptions
-from library.search.rules import RULES, carry, rules_table, written_options
-from library.search.sdxl_network import TEXT_BAND
-from library.search.sdxl_sizes import split_batches
+from library.search.to_sdxl.network_rules import TEXT_BAND
+from library.search.to_sdxl.rules import RULES, carry, rules_table, written_options
+from library.search.to_sdxl.size_rules import split_batches
+from library.search.to_sdxl.trainings import Recipe, SdxlOptions
 from tests.tools.sdxl_export import GUIDE_DATASET, found_training
 
 ADAM_LIKE = st.sampled_from(["AdamW", "AdamW8bit", "Lion"])
@@ -39,7 +39,7 @@ def text(recipe: Recipe) -> str:
 def test_the_page_shows_the_table_of_rules() -> None:
     page = (PROJECT_ROOT / "docs" / "optimize.md").read_text(encoding="utf-8")
     section = page.split("## From SD1.5 to SDXL\n")[1].split("\n## ")[0]
-    assert rules_table() in section, "run python -m library.search.rules"
+    assert rules_table() in section, "run python -m library.search.to_sdxl.rules"
 
 
 def test_every_rule_has_a_reason_and_a_source() -> None:

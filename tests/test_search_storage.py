@@ -18,10 +18,10 @@ from optuna.trial import TrialState
 
 from library.errors import RunFailed, UserError
 from library.options.toml_file import PROJECT_ROOT
-from library.search import storage
-from library.search.jobs import Outcome
-from library.search.storage import cut_torn_line, open_storage, without_password
-from library.search.study import load_study, open_study
+from library.search.messages import Outcome
+from library.search.study import storage
+from library.search.study.storage import cut_torn_line, open_storage, without_password
+from library.search.study.study import load_study, open_study
 from tests.tools.search import TERMS, claims_of_two, in_a_process, ledger, plan, run
 
 DOCS = PROJECT_ROOT / "docs" / "optimize.md"

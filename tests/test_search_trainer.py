@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from library.errors import Diverged, RunFailed, Stopped, UserError
-from library.search import objective
-from library.search.jobs import Slot
 from library.search.lines import from_line, to_line
-from library.search.objective import LossJudge, Measured
+from library.search.messages import Slot
 from library.search.outcomes import read_outcome
-from library.search.trainer import ending_of
-from library.search.trial import horizon_note, slots_after
+from library.search.trainer import judge_by_loss as objective
+from library.search.trainer.child import ending_of
+from library.search.trainer.judge_by_loss import LossJudge, Measured
+from library.search.trainer.trial import horizon_note, slots_after
 from tests.tools.network_runs import NetworkSetting
 from tests.tools.runs import RepaSetting
 from tests.tools.trials import Listener, job, network_options, repa_options, train_here
@@ -32,7 +32,7 @@ def few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def warm() -> Iterator[Any]:
     """Kept from trial to trial, as a trainer keeps it."""
-    from library.search.warm import Warm
+    from library.search.trainer.kept_models import Warm
 
     warm = Warm()
     yield warm
@@ -49,7 +49,7 @@ def base_weights(warm: Any) -> dict[str, torch.Tensor]:
 def test_warm_trial_equals_a_cold_one_and_leaves_the_base_as_it_was(
     network_setting: NetworkSetting, warm: Any, tmp_path: Path
 ) -> None:
-    from library.search.warm import Warm
+    from library.search.trainer.kept_models import Warm
 
     options = network_options(network_setting)
     first = train_here(job(tmp_path / "1", options), warm)

@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 from library.options.toml_file import PROJECT_ROOT
-from library.search import trainer_process
-from library.search.jobs import Outcome, Slot
 from library.search.lines import from_line
-from library.search.trainer_process import TrainerProcess, memory_kills
+from library.search.messages import Outcome, Slot
+from library.search.trainer import parent_side
+from library.search.trainer.parent_side import TrainerProcess, memory_kills
 from tests.tools.network_runs import NetworkSetting
 from tests.tools.trials import job, network_options
 
@@ -64,21 +64,21 @@ def run_stand_in(code: str, folder: Path, *, silent: float = 30.0, on_slot: Any 
 def test_whatever_becomes_of_a_trainer_there_is_an_outcome(
     code: str, ending: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_process, "memory_kills", lambda: 0)
+    monkeypatch.setattr(parent_side, "memory_kills", lambda: 0)
     outcome = run_stand_in(code, tmp_path, silent=1.0)
     assert outcome.ending == ending and said in outcome.message
 
 
 def test_kill_that_the_kernel_counts_is_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = iter(range(100))
-    monkeypatch.setattr(trainer_process, "memory_kills", lambda: next(counted))
+    monkeypatch.setattr(parent_side, "memory_kills", lambda: next(counted))
     assert run_stand_in("os.kill(os.getpid(), signal.SIGKILL)", tmp_path).ending == "memory"
 
 
 def test_kills_are_read_from_the_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "memory.events"
     file.write_text("low 0\noom 4\noom_kill 3\noom_group_kill 0\n")
-    monkeypatch.setattr(trainer_process, "_memory_counters", lambda: [tmp_path / "absent", file])
+    monkeypatch.setattr(parent_side, "_memory_counters", lambda: [tmp_path / "absent", file])
     assert memory_kills() == 3
 
 
@@ -165,7 +165,7 @@ def test_trainer_that_is_killed_fails_the_trial_and_is_replaced(
 PARENT = """
 import json, sys
 from tests.tools.trials import job
-from library.search.trainer_process import TrainerProcess
+from library.search.trainer.parent_side import TrainerProcess
 process = TrainerProcess({"OMP_NUM_THREADS": "1"}, sys.argv[1] + "/trainer.log")
 process.run(job(sys.argv[1], json.loads(sys.argv[2])), lambda slot: True,
             on_begun=lambda begun: print(process.process.pid, flush=True))
@@ -187,9 +187,9 @@ def test_trainer_does_not_outlive_its_parent(network_setting: NetworkSetting, tm
 
 WATCHED = """
 import os, sys, time
-from library.search import trainer
-os.environ[trainer.PARENT_VARIABLE] = str(os.getppid())
-wire = trainer.Wire(*trainer.private_descriptors())
+from library.search.trainer import child
+os.environ[child.PARENT_VARIABLE] = str(os.getppid())
+wire = child.Wire(*child.private_descriptors())
 print("to the log, not to the parent")
 wire.send("ready")
 time.sleep(60)

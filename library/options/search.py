@@ -9,11 +9,11 @@ from typing import Literal
 
 from library.options.checks import positive, require
 from library.options.dialect import Alias, Dialect
-from library.search.jobs import ObjectiveName, Script
-from library.search.recipe import SdxlOptions
-from library.search.samplers import SamplerName
-from library.search.storage import require_form
-from library.search.study import CONFIRMING
+from library.search.messages import ObjectiveName, Script
+from library.search.study.proposals import SamplerName
+from library.search.study.storage import require_form
+from library.search.study.study import CONFIRMING
+from library.search.to_sdxl.trainings import SdxlOptions
 
 DIALECT = Dialect(config_option="study_config", aliases={"pretrained_model_name_or_path": Alias("base_model")})
 

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from library.errors import UserError
 from library.files import read_json, write_json
 from library.options.parser import nearest
-from library.search.jobs import Script
+from library.search.messages import Script
 
 SCHEMA_VERSION = 1
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from library.models.locate import SHAPES, SHAPES_CLIP
 
 if TYPE_CHECKING:
-    from library.search.study import Terms
+    from library.search.study.study import Terms
 
 PREFIX = "constraint_"
 ADHERENCE = "adherence"

@@ -1,4 +1,4 @@
-"""Messages of `library.search.jobs` as lines of JSON. No torch: the parent of a study reads them too."""
+"""Messages of `library.search.messages` as lines of JSON. No torch: the parent of a study reads them too."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from library.files import write_json
-from library.search.jobs import Outcome
+from library.search.messages import Outcome
 
 OUTCOME_FILE = "outcome.json"
 

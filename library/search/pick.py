@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.search.best_params import read_best_params, write_best_params
-from library.search.noise import PICKED, judge
-from library.search.record import BEST_FILE, Facts, Header, record_of
-from library.search.values import is_real
+from library.search.results.best_trial import BEST_FILE, Facts, Header, record_of
+from library.search.study.trial_values import is_real
+from library.search.study.verdict import PICKED, judge
 
 if TYPE_CHECKING:
-    from library.search.status import Look
+    from library.search.results.status import Look
 
 
 def pick_trial(look: Look, number: int, folder: Path) -> None:

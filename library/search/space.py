@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.options.parser import nearest
-from library.search.jobs import Script
+from library.search.messages import Script
 
 if TYPE_CHECKING:
     import optuna

@@ -11,7 +11,7 @@ from pydantic import Field as PydanticField
 from library.errors import UserError
 from library.options.parser import fields_of, nearest
 from library.options.toml_file import PROJECT_ROOT, read_toml
-from library.search.jobs import Script
+from library.search.messages import Script
 from library.search.space import Parameter, Space, _written
 
 SPACES_FOLDER = "search_spaces"

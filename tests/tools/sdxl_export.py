@@ -18,7 +18,7 @@ from library.search.best_params import (
     Params,
     RateReference,
 )
-from library.search.recipe import Found, Pictures
+from library.search.to_sdxl.trainings import Found, Pictures
 
 # The guide's: the values of dataset_configs/character.toml, as a study on SD1.5 would have found them.
 GUIDE: dict[str, Any] = {

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from library.search.driver import Driver, StudyPlan, Trainer
-from library.search.jobs import SLOTS, Begun, Job, Outcome, Slot
-from library.search.ledger import Ledger
+from library.search.messages import SLOTS, Begun, Job, Outcome, Slot
 from library.search.outcomes import read_outcome, write_outcome
+from library.search.run.driver import Driver, StudyPlan, Trainer
 from library.search.space import Parameter, Space
-from library.search.storage import open_storage
-from library.search.study import Terms, open_study
+from library.search.study.ledger import Ledger
+from library.search.study.storage import open_storage
+from library.search.study.study import Terms, open_study
 
 if TYPE_CHECKING:
     import pytest
@@ -118,7 +118,7 @@ def said(folder: Path) -> str:
 
 def dead_lease(**changes: Any) -> dict[str, Any]:
     """Of a process of this machine that is no more."""
-    from library.search.leases import this_process
+    from library.search.study.leases import this_process
 
     return {**this_process().lease(0), "pid": 2**22 + 1, **changes}
 
