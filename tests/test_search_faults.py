@@ -21,8 +21,7 @@ import pytest
 from optuna.trial import TrialState
 
 from library.options.toml_file import PROJECT_ROOT
-from library.search.messages import Job, Outcome, Slot
-from library.search.outcomes import read_outcome
+from library.search.messages import Job, Outcome, Slot, read_outcome
 from tests.tools.search import FakeTrainer, in_a_process, ledger, plan, run, said, settled
 
 KILLS = int(os.environ.get("SEARCH_KILLS", "20"))
@@ -152,7 +151,7 @@ def test_a_suspended_parent_survives_the_loss_of_its_trial(tmp_path: Path) -> No
     os.kill(parent, signal.SIGCONT)
     assert os.waitpid(parent, 0)[1] == 0
     trials = settled(tmp_path, 3, storage)
-    assert trials[0].state == TrialState.FAIL and "has not been heard of for" in trials[0].user_attrs["message"]
+    assert trials[0].state == TrialState.FAIL and "has not renewed its lease for" in trials[0].user_attrs["message"]
     assert "trial 1: its lease was lost" in said(tmp_path)
 
 

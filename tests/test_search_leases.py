@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,10 +13,7 @@ from library.search.study import ledger as ledger_module
 from library.search.study.leases import LEASE, Heartbeat, this_process, why_dead
 from tests.tools.search import SPACE, dead_lease, ledger
 
-
-@pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @pytest.mark.parametrize(

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
-from library.search.messages import Outcome, Slot
-from library.search.outcomes import write_outcome
+from library.search.messages import Outcome, Slot, write_outcome
 from library.search.study.leases import LEASE
 from library.search.study.ledger import RETRIES, Ledger, Running
 from library.search.study.trial_values import best_of, is_real
 from tests.tools.search import SPACE, dead_lease, ledger, params_key
 
-
-@pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about losing power."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def report(mine: Ledger, running: Running, values: list[float]) -> int:
@@ -91,8 +85,6 @@ def test_one_too_many_withdraws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_imported_trials_are_outside_the_budget(tmp_path: Path) -> None:
-    from optuna.trial import create_trial
-
     mine = ledger(tmp_path, 1)
     distributions = SPACE.distributions()
     for _ in range(3):
@@ -186,8 +178,6 @@ def test_a_suspended_parent_that_comes_back_has_lost_its_trial_and_survives(tmp_
 
 
 def test_a_trial_whose_parameters_were_not_all_there_has_not_begun(tmp_path: Path) -> None:
-    from optuna.trial import create_trial
-
     mine = ledger(tmp_path, 1)
     half = create_trial(
         state=TrialState.RUNNING,
@@ -240,7 +230,7 @@ def test_a_trial_stopped_through_no_fault_of_its_own_loses_no_attempt(tmp_path: 
     running = mine.ask()
     assert running is not None
     for _ in range(RETRIES + 2):
-        mine.give_back(running, "interrupted")
+        mine.settle(running, Outcome(running.number, "stopped", "interrupted"))
         again = mine.ask()
         assert again is not None and again.params == running.params and again.attrs["attempt"] == 0
         running = again
@@ -368,14 +358,14 @@ def test_the_gaussian_process_proposes_and_sees_predicted_values(tmp_path: Path)
 
 def test_the_sampler_follows_from_the_workers_and_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     from library.errors import UserError
-    from library.search.study import proposals as samplers
+    from library.search.study import proposals
 
     there: set[str] = {"scipy", "torch"}
-    monkeypatch.setattr(samplers, "find_spec", lambda name: object() if name in there else None)
-    assert samplers.choose_sampler("auto", 4, 200)[0] == "gp"
-    assert samplers.choose_sampler("auto", 5, 50)[0] == samplers.choose_sampler("auto", 1, 201)[0] == "tpe"
+    monkeypatch.setattr(proposals, "find_spec", lambda name: object() if name in there else None)
+    assert proposals.choose_sampler("auto", 4, 200)[0] == "gp"
+    assert proposals.choose_sampler("auto", 5, 50)[0] == proposals.choose_sampler("auto", 1, 201)[0] == "tpe"
     there.remove("scipy")
-    name, why = samplers.choose_sampler("auto", 1, 50)
+    name, why = proposals.choose_sampler("auto", 1, 50)
     assert name == "tpe" and "needs scipy, not installed" in why
     with pytest.raises(UserError, match="pip install scipy"):
-        samplers.choose_sampler("gp", 1, 50)
+        proposals.choose_sampler("gp", 1, 50)

@@ -121,7 +121,7 @@ def test_a_server_that_goes_away_ends_the_study_in_a_sentence_and_it_goes_on_whe
         server.start()
     said_at_the_end = sentence.read_text()
     assert said_at_the_end.startswith("The study's storage postgresql+psycopg://search:***@127.0.0.1:")
-    assert said_at_the_end.endswith("run the same command again to go on.") and "\n" not in said_at_the_end
+    assert said_at_the_end.endswith("run the same command again to continue.") and "\n" not in said_at_the_end
     run(plan(tmp_path, 4, storage=url))
     trials = settled(tmp_path, 4, url)
     assert any(one.user_attrs.get("retry_of") == 2 for one in trials)

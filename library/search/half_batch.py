@@ -1,4 +1,4 @@
-"""What to train instead where a trial did not fit into memory: half the batch, twice the accumulation."""
+"""How a trial that did not fit into memory is trained again: half the batch, twice the gradient accumulation."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from library.files import read_json, write_json, write_text
+from library.options.scripts import option_default
+from library.options.search import Script
 from library.options.toml_file import find_config, read_toml
-from library.search.messages import Script
 
 BATCH, ACCUMULATION = "train_batch_size", "gradient_accumulation_steps"
 _PATHS = ("image_dir", "metadata_file", "conditioning_data_dir")
 
 
 def with_half_batch(options: Mapping[str, Any], script: Script, folder: Path) -> dict[str, Any] | None:
-    """`options` with each batch halved and the accumulation doubled; None where the batch is one sample already.
+    """`options` with the batch halved and the accumulation doubled; None where the batch is one sample already.
 
-    The product stays, but for an odd batch, which is rounded up. Where a dataset TOML says how large batches are, it has the
-    last word, so a copy of it with half of that is written into `folder`.
+    Pictures per step stay the same, except that half of an odd batch is rounded up. A batch size in a dataset TOML overrides
+    the option, so then a copy of that file with halved batch sizes is written into `folder` and named in the options.
     """
     halved = dict(options)
-    largest = int(options.get(BATCH) or _default_batch(script))
+    largest = _batch(options, script)
     halved[BATCH] = math.ceil(largest / 2)
-    halved[ACCUMULATION] = 2 * int(options.get(ACCUMULATION) or 1)
+    halved[ACCUMULATION] = 2 * _accumulation(options)
     config = options.get("dataset_config")
     if config is not None and script == "train_network":
         copy, batches = _half_dataset(Path(str(config)), folder)
@@ -35,27 +36,28 @@ def with_half_batch(options: Mapping[str, Any], script: Script, folder: Path) ->
 
 
 def halving_in_words(options: Mapping[str, Any], script: Script) -> str:
-    """What `with_half_batch` does, and where it changes the pictures of a step."""
-    batch, steps = int(options.get(BATCH) or _default_batch(script)), int(options.get(ACCUMULATION) or 1)
+    """What `with_half_batch` does, with the numbers where it changes how many pictures a step has."""
+    batch, steps = _batch(options, script), _accumulation(options)
     words = "half the batch and twice the accumulation"
     if batch % 2 == 0:
         return words
-    half = math.ceil(batch / 2)
-    return f"{words}: of an odd batch, {half} x {2 * steps} pictures a step instead of {batch} x {steps}"
+    return f"{words}; the batch is odd, so a step has {math.ceil(batch / 2)} x {2 * steps} pictures instead of {batch} x {steps}"
 
 
-def _default_batch(script: Script) -> int:
-    from library.search.space_file import option_default
+def _batch(options: Mapping[str, Any], script: Script) -> int:
+    return int(options.get(BATCH) or option_default(script, BATCH))
 
-    return int(option_default(script, BATCH))
+
+def _accumulation(options: Mapping[str, Any]) -> int:
+    return int(options.get(ACCUMULATION) or 1)
 
 
 def _half_dataset(file: Path, folder: Path) -> tuple[Path | None, list[int]]:
-    """The copy, if the file has batch sizes, and what they were."""
+    """A copy of the dataset file with halved batch sizes, and what these were; None where the file gives none."""
     file = find_config(str(file)) if not file.is_file() else file
     is_json = file.suffix == ".json"
     content = read_json(file) if is_json else read_toml(file)
-    datasets = [one for one in content.get("datasets", []) if isinstance(one, dict)]
+    datasets = [dataset for dataset in content.get("datasets", []) if isinstance(dataset, dict)]
     batches = []
     for level in [content.get("general", {}), *datasets]:
         if isinstance(level.get("batch_size"), int):
@@ -63,9 +65,9 @@ def _half_dataset(file: Path, folder: Path) -> tuple[Path | None, list[int]]:
             level["batch_size"] = math.ceil(level["batch_size"] / 2)
     if not batches:
         return None, []
-    for subset in [subset for one in datasets for subset in one.get("subsets", [])]:
+    for subset in [subset for dataset in datasets for subset in dataset.get("subsets", [])]:
         for name in _PATHS:
-            # Relative to the working folder, which stays, or else to the file's own, which the copy leaves.
+            # Paths relative to the working folder still hold; those relative to the file would be lost with the copy.
             path = subset.get(name)
             if isinstance(path, str) and not Path(path).exists() and (file.parent / path).exists():
                 subset[name] = str((file.parent / path).resolve())

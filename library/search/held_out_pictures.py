@@ -1,6 +1,6 @@
-"""Which pictures a study judges its trials by, where nobody has said: a share of them, held out as train_network.py does.
+"""Which pictures a study judges its trials by where nobody has chosen: the share that train_network.py would hold out.
 
-So a configuration with the same validation_split and validation_seed holds out the same pictures. No torch.
+A configuration with the same validation_split and validation_seed holds out the same pictures. No torch.
 """
 
 from __future__ import annotations
@@ -10,29 +10,36 @@ from collections.abc import Iterable
 
 from library.data.training_images import TrainingImage, split_place
 from library.errors import UserError
+from library.words import plural
 
 EVALUATION_SEED = 1234
-"""Of noise, timesteps and the choice of pictures, whatever seed a trial is trained with."""
+"""Seed of the evaluation's noise and timesteps and of the choice of pictures, whatever seed a trial is trained with."""
 
 FEWEST = 3
+"""Pictures that a study needs: one to train on, two to judge its trials by."""
 
 
 def held_out_count(pictures: int) -> int:
-    """How many of so many pictures are held out where nobody said: a tenth, and two at least."""
+    """How many of so many pictures are held out where nobody has chosen: a tenth, and at least two."""
     return max(2, math.ceil(pictures / 10))
 
 
-def share_to_hold_out(images: Iterable[TrainingImage], seed: int = EVALUATION_SEED) -> float:
-    """The validation_split that holds out just `held_out_count` of the images, with as few digits as tell them apart.
+def require_enough_pictures(count: int, advice: str = "Add pictures.") -> None:
+    """Raises UserError where so few pictures leave none to judge trials by."""
+    if count < FEWEST:
+        raise UserError(
+            f"A study needs at least {plural(FEWEST, 'picture')}, because it judges trials by two that they are not trained on; "
+            f"found {count}. {advice}"
+        )
 
-    Raises UserError for fewer than three; regularisation images do not count.
+
+def share_to_hold_out(images: Iterable[TrainingImage], seed: int = EVALUATION_SEED) -> float:
+    """The validation_split that holds out exactly `held_out_count` of the images, with as few digits as possible.
+
+    Regularisation images do not count. Raises UserError for fewer than three images.
     """
     names = {image.identity for image in images if not image.subset.is_reg}
-    if len(names) < FEWEST:
-        raise UserError(
-            f"A study judges its trials by pictures that they do not see: two at least, and there are {len(names)} pictures in "
-            "all. Add pictures."
-        )
+    require_enough_pictures(len(names))
     places = sorted(split_place(name, seed) for name in names)
     count = held_out_count(len(names))
     last, first_kept = places[count - 1], places[count]

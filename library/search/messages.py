@@ -1,37 +1,36 @@
-"""What the parent of a study and the process that trains say to each other: one JSON object a line, both ways.
+"""Messages between the parent of a study and the process that trains: one JSON object a line, in both directions.
 
     parent -> trainer   {"kind": "job", ...Job}    {"kind": "stop", "trial": 7}    end of input: end at once
     trainer -> parent   {"kind": "ready"}    {"kind": "begun", ...Begun}    {"kind": "slot", ...Slot}
                         {"kind": "alive", ...Progress}    {"kind": "ended", ...Outcome}
 
-A slot is answered, with {"kind": "go", "trial": 7} or with a stop, before the training goes on: whether a trial is pruned
-there must not depend on who is faster. The last slot is not. A trainer that is at work says that it is alive.
+The parent answers each slot but the last with {"kind": "go", "trial": 7} or with a stop, and the trainer waits for that:
+whether a trial is pruned must not depend on which of the two is faster. While it works, a trainer sends "alive" every few seconds.
+The last message of a trial, its Outcome, also lies in the trial's folder, for the case that the parent dies before it reads it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from library.files import write_json
+from library.options.search import ObjectiveName, Script
 
 SLOTS = 10
-"""A trial's own progress in tenths: steps of different trials cannot be compared, tenths of their budgets can."""
+"""A trial is judged at each tenth of its steps: steps of trials of different lengths cannot be compared, their tenths can."""
 
-Script = Literal["train_network", "train_repa"]
-ObjectiveName = Literal["loss", "image"]
 Ending = Literal["done", "stopped", "diverged", "memory", "refused", "failed"]
-"""How a trial ended: `stopped` was asked to, `refused` is a wrong configuration, `failed` the machine's fault."""
+"""How a trial ended. stopped: the study asked for it. refused: its configuration is wrong. failed: the machine's fault."""
 
+OUTCOME_FILE = "outcome.json"
 
-# What a trial decides itself, and what it has no use for: it leaves no states, and its slots are its validations.
-OWN = frozenset(
-    """
-    output_dir output_name logging_dir log_prefix log_tracker_name seed resume allow_changed_options dry_run config_file
-    output_config save_every_n_epochs save_n_epoch_ratio save_every_n_steps save_last_n_epochs save_last_n_steps
-    save_last_n_epochs_state save_last_n_steps_state save_last_n_states save_state save_state_on_train_end
-    sample_prompts sample_every_n_steps sample_every_n_epochs sample_at_first sample_sampler validate_every_n_epochs
-    validate_every_n_steps max_validation_steps early_stop initial_step initial_epoch skip_until_initial_step
-    """.split()  # noqa: SIM905
-)
+Message = TypeVar("Message")
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class Job:
 
     Attributes:
         trial: number of the trial, from 1.
-        folder: where everything of the trial goes, absolute.
+        folder: where all files of the trial go, absolute.
         options: flat names of the script's options and their values, as in a --config_file.
-        seed: of the training; the evaluation's seeds are fixed.
-        judging: settings of the objective, see `library.search.trainer.judge_by_pictures`; that of the loss has none.
+        seed: of the training. The evaluation has fixed seeds.
+        judging: settings of the objective image, see `library.search.judging`; the objective loss has none.
     """
 
     trial: int
@@ -57,13 +56,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Begun:
+    """A trial starts to train. steps: optimizer steps of the whole trial."""
+
     trial: int
     steps: int
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a trial is. step: 0 while it prepares."""
+    """How far a trial is. step: 0 while it prepares."""
 
     trial: int
     step: int
@@ -72,12 +73,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Slot:
-    """A value at the end of a tenth of a trial; lower is better.
+    """A value measured at the end of a tenth of a trial; lower is better.
 
     Attributes:
         slot: 1 to SLOTS.
         value: of the objective.
-        components: what the value was made of, such as the log-ratio in each band of timesteps.
+        components: the terms of the value, such as the log-ratio in each band of timesteps.
     """
 
     trial: int
@@ -94,9 +95,9 @@ class Outcome:
 
     Attributes:
         message: one sentence where it did not end well.
-        value: the best slot's; None where there is none.
+        value: of the best slot; None where no slot was reached.
         file: the adapter of the best slot, absolute; None where none was written.
-        seconds: the whole trial took.
+        seconds: time of the whole trial.
     """
 
     trial: int
@@ -107,3 +108,41 @@ class Outcome:
     components: dict[str, float] = field(default_factory=dict)
     file: str | None = None
     seconds: float = 0.0
+
+
+_OUTCOME = TypeAdapter(Outcome)
+
+
+def to_line(kind: str, message: Any = None, **values: Any) -> bytes:
+    """A message as a line of JSON. message: a dataclass. Raises ValueError for NaN and infinity, which JSON does not have."""
+    content = {} if message is None else dataclasses.asdict(message)
+    return json.dumps({"kind": kind, **content, **values}, allow_nan=False).encode() + b"\n"
+
+
+def from_line(line: bytes) -> dict[str, Any] | None:
+    """The message in a line; None where there is none, such as in a line that a kill cut off."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and isinstance(content.get("kind"), str) else None
+
+
+def read_as(kind: type[Message], content: dict[str, Any]) -> Message:
+    """A message as its dataclass. Unknown fields are left out. Raises TypeError where fields are missing."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in content.items() if name in names})
+
+
+def write_outcome(folder: Path | str, outcome: Outcome) -> None:
+    """Write the outcome into the trial's folder, before it is sent. Raises RunFailed where the disk refuses."""
+    write_json(Path(folder) / OUTCOME_FILE, dataclasses.asdict(outcome))
+
+
+def read_outcome(folder: Path | str, trial: int) -> Outcome | None:
+    """The outcome of that trial in its folder; None where there is none, or it is damaged or of another trial."""
+    try:
+        outcome = _OUTCOME.validate_json((Path(folder) / OUTCOME_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValidationError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return outcome if outcome.trial == trial else None

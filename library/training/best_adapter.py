@@ -1,4 +1,4 @@
-"""Which of the adapters that a training of train_network.py saved had the best validation loss.
+"""Finds the adapter with the best validation loss among those that a training saved.
 
 python -m library.training.best_adapter outputs/mine
 """
@@ -15,7 +15,7 @@ from library.errors import EXIT_OK, UserError, script
 
 @dataclass(frozen=True)
 class Judged:
-    """An adapter and the validation loss at the step in which it was saved."""
+    """An adapter and the validation loss of the step in which it was saved."""
 
     file: Path
     step: int
@@ -23,10 +23,10 @@ class Judged:
 
 
 def judged_adapters(folder: Path) -> list[Judged]:
-    """Every saved adapter of a run whose step was validated, the best first.
+    """The saved adapters of a run whose step was validated, the best first. folder: its output_dir.
 
-    Where weights are averaged, validation judges the average, so NAME-ema.safetensors stands for its step. Raises
-    UserError where nothing was validated, or no adapter of a validated step is left.
+    Where weights are averaged, validation judges the average, so NAME-ema.safetensors is taken for its step. Raises UserError
+    where nothing was validated, or no adapter of a validated step is left.
     """
     from safetensors import safe_open
 
@@ -36,7 +36,7 @@ def judged_adapters(folder: Path) -> list[Judged]:
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     losses = {row["step"]: row["val/loss"] for row in rows if row.get("val/loss") is not None}
     if not losses:
-        raise UserError(f"{metrics} has no val/loss: nothing was held out. Train with validation_split.")
+        raise UserError(f"{metrics} has no val/loss: no pictures were held out. Train with validation_split.")
     found: dict[int, Judged] = {}
     for path in sorted(folder.glob("*.safetensors"), key=lambda path: path.stem.endswith("-ema")):
         with safe_open(path, "numpy") as file:
@@ -45,7 +45,7 @@ def judged_adapters(folder: Path) -> list[Judged]:
             found[step] = Judged(path, step, losses[step])
     if not found:
         raise UserError(f"None of the adapters in {folder} was saved in a validated step ({_some(sorted(losses))}).")
-    return sorted(found.values(), key=lambda one: one.loss)
+    return sorted(found.values(), key=lambda adapter: adapter.loss)
 
 
 def _some(steps: list[int]) -> str:
@@ -59,8 +59,8 @@ def main(argv: list[str]) -> int:
             "Name one folder, the output_dir of a training: python -m library.training.best_adapter outputs/mine"
         )
     adapters = judged_adapters(Path(argv[0]))
-    for one in adapters:
-        print(f"{one.loss:.5f}  step {one.step:6}  {one.file}")
+    for adapter in adapters:
+        print(f"{adapter.loss:.5f}  step {adapter.step:6}  {adapter.file}")
     print(f"best: {adapters[0].file}")
     return EXIT_OK
 

@@ -10,18 +10,22 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from library.search.messages import SLOTS, Begun, Job, Outcome, Slot
-from library.search.outcomes import read_outcome, write_outcome
+from library.search.best_params import BaseModel
+from library.search.messages import SLOTS, Begun, Job, Outcome, Slot, read_outcome, write_outcome
+from library.search.results.best_trial import Facts
+from library.search.results.status import StudyView
 from library.search.run.driver import Driver, StudyPlan, Trainer
 from library.search.space import Parameter, Space
 from library.search.study.ledger import Ledger
 from library.search.study.storage import open_storage
-from library.search.study.study import Terms, open_study
+from library.search.study.study import open_study
+from library.search.terms import Terms
 
 if TYPE_CHECKING:
     import pytest
@@ -35,6 +39,7 @@ SPACE = Space(
     ),
 )
 TERMS = Terms("train_network", "loss", SPACE, {"train_batch_size": 4}, seed=7)
+FACTS = Facts(BaseModel("sd15", "tiny-sd15"))
 
 
 def value_at(options: dict[str, Any], seed: int, slot: int = SLOTS, sigma: float = 0.01) -> float:
@@ -112,6 +117,11 @@ def ledger(folder: Path, n_trials: int = 12, storage: str | None = None, **chang
     return Ledger(study, SPACE, n_trials, folder=lambda n: folder / "out" / f"trial_{n:04d}", **settings | changes)
 
 
+def view(folder: Path, name: str = "test") -> StudyView:
+    """The study that `plan` names, as `optimize.py status` sees it."""
+    return StudyView(name, f"journal:{folder / 'study.log'}")
+
+
 def said(folder: Path) -> str:
     return (folder / "out" / "optimization.log").read_text()
 
@@ -125,6 +135,23 @@ def dead_lease(**changes: Any) -> dict[str, Any]:
 
 def params_key(params: dict[str, Any]) -> str:
     return json.dumps(params, sort_keys=True)
+
+
+def trial(number: int, value: float | None, state: str = "COMPLETE", rate: float = 1e-4, **attrs: Any) -> FrozenTrial:
+    """Trial `number`, from 1, which took a minute. params: others than learning_rate `rate`, a little more for each number."""
+    params = {**SPACE.defaults, "learning_rate": rate * (1 + number / 1000), **attrs.pop("params", {})}
+    found = create_trial(
+        state=TrialState[state],
+        value=value,
+        params=params,
+        distributions=SPACE.distributions(),
+        user_attrs=attrs,
+    )
+    found.number = number - 1
+    found.datetime_start = datetime(2026, 1, 1) + timedelta(minutes=number)
+    if found.state.is_finished():
+        found.datetime_complete = found.datetime_start + timedelta(minutes=1)
+    return found
 
 
 def in_a_process(work: Callable[[], None]) -> int:

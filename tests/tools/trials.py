@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import Stopped
-from library.search.messages import Job, ObjectiveName, Outcome, Script, Slot
+from library.options.search import ObjectiveName, Script
+from library.search.messages import Job, Outcome, Slot
 from library.search.run.study_data import network_data
 
 if TYPE_CHECKING:
-    from library.search.trainer.kept_models import Warm
+    from library.search.trainer.kept_models import KeptModels
     from tests.tools.network_runs import NetworkSetting
     from tests.tools.runs import RepaSetting
 
@@ -79,7 +80,7 @@ def job(
 
 
 def train_here(
-    job: Job, warm: Warm, listener: Listener | None = None, *, after: Callable[[], None] = lambda: None
+    job: Job, warm: KeptModels, listener: Listener | None = None, *, after: Callable[[], None] = lambda: None
 ) -> Outcome:
     """The trial, in this process."""
     from library.search.trainer.child import work

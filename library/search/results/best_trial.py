@@ -1,4 +1,4 @@
-"""What a study found, as best_params.json."""
+"""Writes best_params.json: of the verdict's best trial, or of the trial that a person picked (`optimize.py pick 7`)."""
 
 from __future__ import annotations
 
@@ -10,36 +10,43 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.errors import UserError
+from library.files import read_json
 from library.options.kohya_network import DEFAULT_DIM
+from library.options.scripts import option_default
+from library.options.search import Script
 from library.search.best_params import (
     BaseModel,
     BestParams,
     Confirmed,
     ObjectiveFacts,
     RateReference,
+    TopTrial,
+    read_best_params,
     write_best_params,
 )
-from library.search.best_params import Candidate as BestCandidate
 from library.search.half_batch import ACCUMULATION, BATCH, with_half_batch
-from library.search.messages import Script
-from library.search.space_file import option_default
-from library.search.study.study import Terms
-from library.search.study.verdict import Candidate, Verdict
+from library.search.study.trial_values import is_real
+from library.search.study.verdict import PICKED, Candidate, Verdict, judge
+from library.search.terms import Terms
+from library.search.trial_files import DETAILS_FILE, trial_folder
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
+
+    from library.search.results.status import StudyView
 
 BEST_FILE = "best_params.json"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a study knows of its base and data beyond options.
+    """What is known of a study's base and data beyond its options.
 
     Attributes:
         dataset: fingerprint of pictures and captions.
-        batch: samples per step and process, where a dataset file says it; None where the option does.
-        scales: of each component that the value is a sum of.
+        batch: samples per step and process, where a dataset file gives it; None where the option does.
+        scales: weight of each component in the value.
     """
 
     base: BaseModel
@@ -49,12 +56,8 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Header:
-    """What all trials of a study have in common, for `record_of`.
-
-    Attributes:
-        search_space: its hash.
-    """
+class StudyHeader:
+    """What all trials of a study have in common. search_space: its hash."""
 
     study: str
     script: Script
@@ -65,49 +68,72 @@ class Header:
 
 def write_best(
     folder: Path, study: str, terms: Terms, facts: Facts, verdict: Verdict, trials: list[FrozenTrial]
-) -> Path | None:
-    """Write best_params.json anew; None where no trial has a value yet.
+) -> None:
+    """Write best_params.json of the best trial, whether it is a winner or not, which the file says. folder: of the study.
 
-    It has the best trial's parameters whether it is a winner or not, and says which. What it had of one that turned out to
-    break a constraint goes.
+    Where no trial may be the best because all broke a constraint, an earlier file is deleted.
     """
     best = verdict.best
     if best is None:
         if verdict.broke:
             (folder / BEST_FILE).unlink(missing_ok=True)
-        return None
-    trial = next(one for one in trials if one.number + 1 == best.trial)
-    header = Header(study, terms.script, terms.objective, terms.space.hash, facts)
+        return
+    trial = next(trial for trial in trials if trial.number + 1 == best.trial)
+    header = StudyHeader(study, terms.script, terms.objective, terms.space.hash, facts)
     options = terms.space.resolve(best.params, terms.options)
-    write_best_params(folder / BEST_FILE, record_of(trial, options, header, verdict, folder))
-    return folder / BEST_FILE
+    write_best_params(folder / BEST_FILE, best_params_of(trial, options, header, verdict, folder))
 
 
-def record_of(
-    trial: FrozenTrial, options: Mapping[str, Any], header: Header, verdict: Verdict, folder: Path
+def pick_trial(view: StudyView, number: int, folder: Path) -> None:
+    """Store a person's choice of a trial, and write best_params.json of it. folder: of the study.
+
+    Raises UserError for a trial without a value of its own, and where the folder does not have the trial's files.
+    """
+    pickable = [trial.number + 1 for trial in view.trials if is_real(trial)]
+    if number not in pickable:
+        numbers = ", ".join(map(str, pickable)) or "none"
+        raise UserError(
+            f"Trial {number} cannot be picked, because it has no value of its own. Trials that have: {numbers}."
+        )
+    trial = next(trial for trial in view.trials if trial.number + 1 == number)
+    details = trial_folder(folder, number) / DETAILS_FILE
+    if not (folder / BEST_FILE).is_file() or not details.is_file():
+        raise UserError(f"{folder} does not have trial {number} and {BEST_FILE}. Name the study's --output-dir.")
+    old = read_best_params(folder / BEST_FILE)
+    facts = Facts(old.base_model, old.dataset, old.lr_reference.batch, old.objective.scales)
+    header = StudyHeader(old.study, old.script, old.objective.name, old.search_space, facts)
+    verdict = judge(view.trials, view.confirmed, number)
+    new = best_params_of(trial, read_json(details)["options"], header, verdict, folder)
+    view.study.set_user_attr(PICKED, number)
+    write_best_params(folder / BEST_FILE, new)
+
+
+def best_params_of(
+    trial: FrozenTrial, options: Mapping[str, Any], header: StudyHeader, verdict: Verdict, folder: Path
 ) -> BestParams:
-    """What best_params.json says of `trial`, which is the verdict's best.
+    """The content of best_params.json for `trial`, which is the verdict's best. folder: of the study.
 
-    options: that it was begun with; where these did not fit into memory, the record has those that were trained.
-    folder: of the study.
+    options: those that the trial started with. If they did not fit into memory, the file has those that were trained.
     """
     best, facts = verdict.best, header.facts
     assert best is not None and best.trial == trial.number + 1
     config, batch = dict(options), facts.batch
     if trial.user_attrs.get("half_batch"):
-        config = with_half_batch(options, header.script, folder / f"trial_{best.trial:04d}") or config
+        config = with_half_batch(options, header.script, trial_folder(folder, best.trial)) or config
         batch = None if batch is None else math.ceil(batch / 2)
     config["seed"] = trial.user_attrs["seed"]
     reference = rate_reference(header.script, config, int(trial.user_attrs.get("steps", 0)), batch)
-    components = {
-        name: value for name, value in (trial.user_attrs.get("components") or {}).items() if value is not None
-    }
+    components = trial.user_attrs.get("components") or {}
     return BestParams(
         created=datetime.now().isoformat(timespec="seconds"),
         study=header.study,
         base_model=facts.base,
         dataset=facts.dataset,
-        objective=ObjectiveFacts(header.objective, components, dict(facts.scales)),
+        objective=ObjectiveFacts(
+            header.objective,
+            {name: value for name, value in components.items() if value is not None},
+            dict(facts.scales),
+        ),
         value=best.value,
         trial=best.trial,
         params=dict(best.params),
@@ -117,7 +143,8 @@ def record_of(
         script=header.script,
         confirmed=_confirmed(best),
         top5=tuple(
-            BestCandidate(one.trial, one.value, dict(one.params), _confirmed(one)) for one in verdict.candidates[:5]
+            TopTrial(candidate.trial, candidate.value, dict(candidate.params), _confirmed(candidate))
+            for candidate in verdict.candidates[:5]
         ),
         versions=_versions(),
         is_winner=verdict.is_winner,
@@ -141,12 +168,14 @@ def rate_reference(script: Script, config: Mapping[str, Any], steps: int, batch:
     )
 
 
-def _confirmed(one: Candidate) -> Confirmed | None:
-    return Confirmed(one.mean, one.spread, tuple(sorted(one.again))) if one.again else None
+def _confirmed(candidate: Candidate) -> Confirmed | None:
+    if not candidate.again:
+        return None
+    return Confirmed(candidate.mean, candidate.spread, tuple(sorted(candidate.again)))
 
 
 def _versions() -> dict[str, str]:
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for package in ("optuna", "torch", "diffusers"):
         try:
             found[package] = version(package)

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from library.quiet import let_scikit_learn_in
 from library.report.template import COLOURS
 from library.search.messages import SLOTS
+from library.search.results.status import shown_params
 from library.search.study.trial_values import FAILURE, IMPUTED, breaks, is_real, may_win, value_of
 from library.search.study.verdict import SIGMAS, Verdict
 
@@ -22,31 +23,33 @@ STABLE_IMPORTANCE = 30
 
 
 def history(trials: Sequence[FrozenTrial], verdict: Verdict) -> go.Figure:
-    """Values over trials, the best so far, and the band of the default configuration's noise."""
+    """Value of each trial, the best value so far, and the band of the default configuration's noise."""
     figure = go.Figure()
     kinds: tuple[tuple[str, Any, str, str], ...] = (
-        ("to the end", may_win, BLUE, "circle"),
-        ("follows prompts less", lambda one: is_real(one) and breaks(one), PINK, "diamond-open"),
-        ("pruned (predicted)", lambda one: IMPUTED in one.user_attrs, GREY, "circle-open"),
-        ("diverged (penalty)", lambda one: FAILURE in one.user_attrs, RED, "x"),
+        ("complete", may_win, BLUE, "circle"),
+        ("follows prompts less", lambda trial: is_real(trial) and breaks(trial), PINK, "diamond-open"),
+        ("pruned (predicted)", lambda trial: IMPUTED in trial.user_attrs, GREY, "circle-open"),
+        ("diverged (penalty)", lambda trial: FAILURE in trial.user_attrs, RED, "x"),
     )
-    ended = [one for one in trials if one.state in (TrialState.COMPLETE, TrialState.PRUNED) and one.value is not None]
+    ended = [
+        trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and trial.value is not None
+    ]
     for name, belongs, colour, symbol in kinds:
-        some = [one for one in ended if belongs(one)]
+        some = [trial for trial in ended if belongs(trial)]
         if some:
             figure.add_scatter(
-                x=[one.number + 1 for one in some],
-                y=[one.user_attrs.get(IMPUTED, one.value) for one in some],
+                x=[trial.number + 1 for trial in some],
+                y=[trial.user_attrs.get(IMPUTED, trial.value) for trial in some],
                 mode="markers",
                 name=name,
                 marker={"color": colour, "symbol": symbol, "size": 9},
-                text=[_hover(one) for one in some],
+                text=[shown_params(trial.params, "<br>") for trial in some],
                 hovertemplate="trial %{x}: %{y:.4f}<br>%{text}<extra></extra>",
             )
-    real = sorted(filter(may_win, ended), key=lambda one: one.number)
-    best = [min(value_of(one) for one in real[: place + 1]) for place in range(len(real))]
+    real = sorted(filter(may_win, ended), key=lambda trial: trial.number)
+    best = [min(value_of(trial) for trial in real[: place + 1]) for place in range(len(real))]
     figure.add_scatter(
-        x=[one.number + 1 for one in real],
+        x=[trial.number + 1 for trial in real],
         y=best,
         mode="lines",
         name="best so far",
@@ -62,10 +65,10 @@ def history(trials: Sequence[FrozenTrial], verdict: Verdict) -> go.Figure:
 
 
 def curves(trials: Iterable[FrozenTrial], best: Sequence[int]) -> go.Figure:
-    """Value over each trial's own slots; `best`: numbers of trials in colour, the rest is grey."""
+    """Value at each slot of each trial. best: numbers of the trials in colour; the others are grey."""
     figure = go.Figure()
-    shown = [one for one in trials if one.intermediate_values]
-    for trial in sorted(shown, key=lambda one: one.number + 1 in best):
+    shown = [trial for trial in trials if trial.intermediate_values]
+    for trial in sorted(shown, key=lambda trial: trial.number + 1 in best):
         number, points = trial.number + 1, sorted(trial.intermediate_values.items())
         place = best.index(number) if number in best else None
         figure.add_scatter(
@@ -83,7 +86,7 @@ def curves(trials: Iterable[FrozenTrial], best: Sequence[int]) -> go.Figure:
 
 
 def filtered(trials: Iterable[FrozenTrial]) -> optuna.Study:
-    """The real trials alone, in memory: predictions and penalties tell of the sampler, not of the parameters."""
+    """A study in memory with the real trials alone: predictions and penalties say nothing about the parameters."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="minimize", pruner=optuna.pruners.NopPruner())
     study.add_trials(list(filter(is_real, trials)))
@@ -91,8 +94,9 @@ def filtered(trials: Iterable[FrozenTrial]) -> optuna.Study:
 
 
 def importances(trials: Iterable[FrozenTrial]) -> dict[str, float] | None:
-    """Share of the values' variance that each parameter explains by itself, the largest first; None for too few trials, or where
-    parameters or values do not differ.
+    """Share of the values' variance that each parameter explains by itself, the largest first.
+
+    None for too few trials, or where parameters or values do not differ.
 
     Functional ANOVA of a random forest: Hutter, Hoos and Leyton-Brown, ICML 2014.
     """
@@ -102,7 +106,7 @@ def importances(trials: Iterable[FrozenTrial]) -> dict[str, float] | None:
     let_scikit_learn_in()
     try:
         found = optuna.importance.FanovaImportanceEvaluator(seed=0).evaluate(study)
-    except RuntimeError:  # no tree of its forest has a branch
+    except RuntimeError:  # no tree of the forest has a branch
         return None
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -116,9 +120,9 @@ def importance(found: dict[str, float]) -> go.Figure:
 
 
 def slices(trials: Iterable[FrozenTrial], space: dict[str, dict[str, Any]], order: Sequence[str]) -> list[go.Figure]:
-    """Value over each parameter by itself; all over one range of values."""
+    """A figure for each parameter with the values of all trials, on the same value axis."""
     real = list(filter(is_real, trials))
-    values = [value_of(one) for one in real]
+    values = [value_of(trial) for trial in real]
     margin = 0.08 * (max(values) - min(values)) or 0.01
     return [_slice(real, name, space[name], (min(values) - margin, max(values) + margin)) for name in order]
 
@@ -132,7 +136,7 @@ def _slice(real: Sequence[FrozenTrial], name: str, what: dict[str, Any], span: t
         y=[value_of(trial) for _, trial in points],
         mode="markers",
         marker={"color": [trial.number + 1 for _, trial in points], "colorscale": "Cividis", "size": 7},
-        text=[_hover(trial) for _, trial in points],
+        text=[shown_params(trial.params, "<br>") for _, trial in points],
         hovertemplate="%{x}: %{y:.4f}<br>%{text}<extra></extra>",
     )
     axis: dict[str, Any] = {"nticks": 5}
@@ -147,13 +151,13 @@ def _slice(real: Sequence[FrozenTrial], name: str, what: dict[str, Any], span: t
 
 
 def parallel(trials: Iterable[FrozenTrial], space: dict[str, dict[str, Any]], order: Sequence[str]) -> go.Figure:
-    """A line through the value and the parameters of each trial, the better the more orange."""
-    real = [one for one in trials if is_real(one) and set(order) <= one.params.keys()]
-    ranks = {one.number: rank for rank, one in enumerate(sorted(real, key=value_of))}
-    dimensions = [{"label": "value", "values": [value_of(one) for one in real]}]
-    dimensions += [_dimension(name, space[name], [one.params[name] for one in real]) for name in order]
+    """For each trial a line through its value and its parameters; better trials are more orange."""
+    real = [trial for trial in trials if is_real(trial) and set(order) <= trial.params.keys()]
+    ranks = {trial.number: rank for rank, trial in enumerate(sorted(real, key=value_of))}
+    dimensions = [{"label": "value", "values": [value_of(trial) for trial in real]}]
+    dimensions += [_dimension(name, space[name], [trial.params[name] for trial in real]) for name in order]
     colours = [[0, ORANGE], [0.4, GREY], [1, GREY]]
-    line = {"color": [ranks[one.number] for one in real], "colorscale": colours, "cmin": 0, "cmax": len(real)}
+    line = {"color": [ranks[trial.number] for trial in real], "colorscale": colours, "cmin": 0, "cmax": len(real)}
     fonts: dict[str, Any] = {"labelfont": {"size": 12}, "tickfont": {"size": 12}}
     figure = go.Figure(go.Parcoords(dimensions=dimensions, line=line, labelangle=-20, labelside="bottom", **fonts))
     figure.update_layout(height=440, margin={"l": 60, "r": 100, "t": 20, "b": 90})
@@ -174,13 +178,13 @@ def _dimension(name: str, what: dict[str, Any], values: Sequence[Any]) -> dict[s
 
 
 def timeline(trials: Iterable[FrozenTrial]) -> go.Figure:
-    """Seconds of each trial."""
-    ended = [one for one in trials if one.datetime_start and one.datetime_complete]
+    """Duration of each trial in seconds."""
+    ended = [trial for trial in trials if trial.datetime_start and trial.datetime_complete]
     figure = go.Figure(
         go.Bar(
-            x=[one.number + 1 for one in ended],
-            y=[seconds_of(one) for one in ended],
-            marker={"color": [_colour(one) for one in ended]},
+            x=[trial.number + 1 for trial in ended],
+            y=[seconds_of(trial) for trial in ended],
+            marker={"color": [_colour(trial) for trial in ended]},
             hovertemplate="trial %{x}: %{y:.0f} s<extra></extra>",
         )
     )
@@ -198,9 +202,3 @@ def _colour(trial: FrozenTrial) -> str:
     if trial.state == TrialState.FAIL or FAILURE in trial.user_attrs:
         return RED
     return BLUE if is_real(trial) else GREY
-
-
-def _hover(trial: FrozenTrial) -> str:
-    return "<br>".join(
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items()
-    )

@@ -1,7 +1,7 @@
-"""What optuna-dashboard shows beside the numbers: pictures, stored by optuna.artifacts in output_dir/artifacts.
+"""Pictures for optuna-dashboard, stored with optuna.artifacts in output_dir/artifacts.
 
-A trial that was judged by pictures takes those with it before it is told, as afterwards it takes nothing more. The rows of the
-contact sheet, which is drawn when all is done, belong to the study.
+A trial that was judged by pictures gets its pictures before it is finished, because Optuna lets nothing be added afterwards.
+The rows of the contact sheet, which is drawn after all trials, belong to the study.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from PIL import Image
 
 from library.errors import UserError
 from library.files import whole_file
+from library.search.trial_files import EVALUATIONS, slot_folder
 
 if TYPE_CHECKING:
     from optuna.artifacts import FileSystemArtifactStore
@@ -26,25 +27,23 @@ if TYPE_CHECKING:
     from library.search.study.ledger import Running
 
 ARTIFACTS, SHEET = "artifacts", "contact_sheet.png"
-EVALUATIONS = "realtime_evaluations"
-"""As in `library.search.trainer.trial`, which needs torch."""
 SIDE = 256
-"""Of a picture on a sheet, pixels."""
+"""Longest side of a picture on a sheet, in pixels."""
 
 Say = Callable[[str], None]
 
 
 def attach_pictures(running: Running, outcome: Outcome, trial_folder: Path, folder: Path, say: Say) -> None:
-    """Give a trial that is about to be told what it drew at its best slot. folder: of the study."""
-    slot = trial_folder / EVALUATIONS / f"slot_{outcome.best_slot or 0:02d}"
+    """Attach the pictures of its best slot to a trial, before its result is stored. folder: of the study."""
+    slot = slot_folder(trial_folder, outcome.best_slot or 0)
     if running.lost or not slot.is_dir():
         return
-    with _said(f"trial {running.number}: its pictures are not in the dashboard", say):
+    with _failure_is_a_message(f"trial {running.number}: its pictures are not in the dashboard", say):
         from optuna.artifacts import upload_artifact
 
         # Named subject_00.png, subject_01.png, ..., unrelated_00.png.
         files = sorted(slot.glob("*_[0-9][0-9].png"))
-        rows = [list(of) for _, of in groupby(files, lambda file: file.stem.rpartition("_")[0])]
+        rows = [list(row) for _, row in groupby(files, lambda file: file.stem.rpartition("_")[0])]
         if rows:
             sheet = _write_sheet(rows, trial_folder / EVALUATIONS / SHEET, say)
             upload_artifact(
@@ -53,8 +52,8 @@ def attach_pictures(running: Running, outcome: Outcome, trial_folder: Path, fold
 
 
 def attach_rows(study: Study, rows: Mapping[str, Sequence[Path]], folder: Path, say: Say) -> None:
-    """Give the study a sheet of each row of pictures, by its name; what is there already stays. folder: of the study."""
-    with _said("The contact sheet is not in the dashboard", say):
+    """Attach a sheet of each row of pictures, given by name, to the study, unless it has that sheet. folder: of the study."""
+    with _failure_is_a_message("The contact sheet is not in the dashboard", say):
         from optuna.artifacts import upload_artifact
 
         store = _store(folder)
@@ -73,7 +72,7 @@ def _store(folder: Path) -> FileSystemArtifactStore:
 
 
 def _known(study: Study, store: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a study's artifacts that are here; one removed in the dashboard leaves a null."""
+    """Names and contents of a study's artifacts on this machine. One that was removed in the dashboard left a null."""
     from optuna.artifacts._upload import ARTIFACTS_ATTR_PREFIX
 
     for key, content in study._storage.get_study_system_attrs(study._study_id).items():
@@ -103,8 +102,8 @@ def _small(file: Path) -> Image.Image:
 
 
 @contextmanager
-def _said(words: str, say: Say) -> Iterator[None]:
-    """A picture in the dashboard is worth no trial: whatever goes wrong with it is one line in the log."""
+def _failure_is_a_message(words: str, say: Say) -> Iterator[None]:
+    """Any error within the context becomes a line in the log: a missing picture must not end a study."""
     try:
         yield
     except Exception as error:

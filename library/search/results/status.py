@@ -1,26 +1,27 @@
-"""What a study is doing, for the terminal: progress, the best, who is at work on what, convergence."""
+"""A study as it is now, and its text for the terminal: progress, running trials, the best, alerts, the verdict."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 
 from library.errors import UserError
+from library.options.search import CONFIRMING, without_password
 from library.search.messages import SLOTS
 from library.search.study.convergence import ALERTS, since_best
 from library.search.study.leases import LEASE, STALE_AFTER, why_dead
-from library.search.study.ledger import SEED
+from library.search.study.ledger import OF_TRIAL, WITHDRAWN
 from library.search.study.progress import BUDGET, Progress, progress
-from library.search.study.storage import storage_file, without_password
-from library.search.study.study import CONFIRMING, TERMS, load_study
+from library.search.study.storage import storage_file
+from library.search.study.study import TERMS, load_study
 from library.search.study.trial_values import FAILURE, by_end, counts
-from library.search.study.verdict import PICKED, Verdict, judge
+from library.search.study.verdict import PICKED, Candidate, Verdict, judge
+from library.words import plural
 
 if TYPE_CHECKING:
     import optuna
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
 SHOWN = 5
 
 
-class Look:
+class StudyView:
     """A study as it is now, read only.
 
     Attributes:
-        confirmed: trials of the best with new seeds.
-        more: trainings of the best that are still to come or under way; until they are enqueued, at most so many.
-        has_ended: whether it ended by itself since it was last begun, be it before n_trials.
+        confirmed: trainings of the best with new seeds.
+        more: trainings of the best that are waiting or running; until they are enqueued, how many there may be at most.
+        has_ended: whether it has ended since its last start, perhaps before n_trials.
     """
 
     def __init__(self, name: str, url: str) -> None:
@@ -44,7 +45,7 @@ class Look:
         if file is not None and not file.exists():
             raise UserError(
                 f"There is no study {name}: {file} does not exist. Give the --study-name, --output-dir and --storage that it was "
-                "begun with."
+                "started with."
             )
         self.name, self.url = name, without_password(url)
         self.study = load_study(name, url)
@@ -75,7 +76,7 @@ class Look:
 
     @property
     def running(self) -> list[FrozenTrial]:
-        return [one for one in (*self.trials, *self.confirmed) if one.state == TrialState.RUNNING]
+        return [trial for trial in (*self.trials, *self.confirmed) if trial.state == TrialState.RUNNING]
 
     @property
     def is_done(self) -> bool:
@@ -86,69 +87,75 @@ def _confirmations(study: optuna.Study, name: str) -> list[FrozenTrial]:
     import optuna
 
     try:
-        again = optuna.load_study(study_name=f"{name}{CONFIRMING}", storage=study._storage)
+        confirming = optuna.load_study(study_name=f"{name}{CONFIRMING}", storage=study._storage)
     except KeyError:
         return []
-    return again.get_trials(deepcopy=False)
+    return confirming.get_trials(deepcopy=False)
 
 
-def status_text(look: Look, now: float | None = None) -> str:
-    """Everything worth a line."""
+def status_text(view: StudyView, now: float | None = None) -> str:
+    """The lines of `optimize.py status`. now: seconds since the epoch, the clock's by default."""
     now = time.time() if now is None else now
-    terms, progressed = look.terms, look.progress
+    terms, progressed = view.terms, view.progress
     lines = [
-        f"study      {look.name}: {terms['script']}, objective {terms['objective']}, space {terms['space_hash']}",
-        f"storage    {look.url}",
-        f"progress   {bar(progressed.done, progressed.n_trials)} {progressed.line(speed(look, now))}"
-        f"{'  ended' if look.is_done else ''}",
+        f"study      {view.name}: {terms['script']}, objective {terms['objective']}, space {terms['space_hash']}",
+        f"storage    {view.url}",
+        f"progress   {_bar(progressed.done, progressed.n_trials)} {progressed.line(_speed(view, now))}"
+        f"{'  ended' if view.is_done else ''}",
     ]
-    if look.confirmed or look.more:
-        ended = sum(trial.state.is_finished() and counts(trial) for trial in look.confirmed)
-        lines.append(f"again      {ended} of {ended + look.more} trainings of the best with new seeds")
-    lines += [f"{'running' if not place else '':10} {line}" for place, line in enumerate(running_lines(look, now))]
-    verdict = look.verdict
-    lines += [
-        f"{'best' if not place else '':10} trial {one.trial}  {one.mean:+.4f}"
-        f"{f' over {len(one.again) + 1} seeds' if one.again else ''}  {shown_params(one.params)}"
-        for place, one in enumerate(verdict.candidates[:SHOWN])
-    ]
+    if view.confirmed or view.more:
+        ended = sum(trial.state.is_finished() and counts(trial) for trial in view.confirmed)
+        lines.append(f"confirming {ended} of {ended + view.more} trainings of the best with new seeds")
+    lines += _headed("running", _running_lines(view, now))
+    verdict = view.verdict
+    lines += _headed("best", map(_candidate_line, verdict.candidates[:SHOWN]))
     if verdict.broke:
         lines.append(f"left out   {broke_words(verdict.broke)}")
-    failed = [trial for trial in look.trials if trial.state == TrialState.FAIL or FAILURE in trial.user_attrs]
+    failed = [trial for trial in view.trials if trial.state == TrialState.FAIL or FAILURE in trial.user_attrs]
     if failed:
-        reasons = ", ".join(f"{one.number + 1} ({_reason(one)})" for one in failed[-SHOWN:])
-        lines.append(f"failed     {len(failed)}, the last: trial {reasons}")
-    lines += [f"{'told' if not n else '':10} {line}" for n, line in enumerate(convergence_lines(look))]
+        reasons = ", ".join(f"trial {trial.number + 1} ({_reason(trial)})" for trial in failed[-SHOWN:])
+        lines.append(
+            f"failed     {len(failed)}, the last: {reasons}" if len(failed) > SHOWN else f"failed     {reasons}"
+        )
+    lines += _headed("alerts", _alert_lines(view))
     lines.append(f"verdict    {verdict.words}")
     return "\n".join(lines)
 
 
 def broke_words(broke: Sequence[int]) -> str:
-    """Which trials broke the constraint, in a sentence."""
-    numbers = ", ".join(map(str, broke))
-    if len(broke) == 1:
-        return f"1 trial follows prompts less than the base does and cannot be the best: {numbers}"
-    return f"{len(broke)} trials follow prompts less than the base does and cannot be the best: {numbers}"
+    """Which trials broke the constraint, as a sentence without its full stop."""
+    trials = plural(len(broke), "trial follows", "trials follow")
+    return f"{trials} prompts less than the base does and cannot be the best: {', '.join(map(str, broke))}"
 
 
-def bar(done: int, total: int, width: int = 20) -> str:
+def _headed(heading: str, lines: Iterable[str]) -> list[str]:
+    return [f"{heading if not place else '':10} {line}" for place, line in enumerate(lines)]
+
+
+def _candidate_line(candidate: Candidate) -> str:
+    seeds = f" over {len(candidate.again) + 1} seeds" if candidate.again else ""
+    return f"trial {candidate.trial}  {candidate.mean:+.4f}{seeds}  {shown_params(candidate.params)}"
+
+
+def _bar(done: int, total: int, width: int = 20) -> str:
     full = min(width, round(width * done / max(1, total)))
     return f"[{'#' * full}{'.' * (width - full)}]"
 
 
-def speed(look: Look, now: float) -> float:
+def _speed(view: StudyView, now: float) -> float:
     """Pictures per second of all running trials whose holder lives."""
-    leases = [trial.user_attrs.get(LEASE) for trial in look.running]
-    return sum(float(one.get("images_per_second", 0)) for one in leases if one and not why_dead(one, STALE_AFTER, now))
+    leases = [trial.user_attrs.get(LEASE) for trial in view.running]
+    living = [lease for lease in leases if lease and not why_dead(lease, STALE_AFTER, now)]
+    return sum(float(lease.get("images_per_second", 0)) for lease in living)
 
 
-def running_lines(look: Look, now: float) -> list[str]:
-    """Each running trial: how far, on which machine, when its holder was last heard of, and when it will end."""
+def _running_lines(view: StudyView, now: float) -> list[str]:
+    """For each running trial how far it is, its process, the age of its lease, and the time left."""
     lines = []
-    for trial in look.running:
+    for trial in view.running:
         lease = trial.user_attrs.get(LEASE)
         slot = max(trial.intermediate_values, default=0)
-        what = "again, " if trial in look.confirmed else ""
+        what = f"confirms trial {trial.user_attrs[OF_TRIAL]}, " if OF_TRIAL in trial.user_attrs else ""
         words = [f"trial {trial.number + 1}  {what}{slot * 100 // SLOTS} %"]
         if lease is None:
             words.append("being claimed")
@@ -165,27 +172,19 @@ def running_lines(look: Look, now: float) -> list[str]:
     return lines
 
 
-def convergence_lines(look: Look) -> list[str]:
-    done = by_end(trial for trial in look.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED))
-    lines = [f"{level}: {one['words']} ({one['at']})" for level, one in look.alerts.items()]
-    return lines or [f"nothing yet; the best came {since_best(done)} trials ago"] if done else []
+def _alert_lines(view: StudyView) -> list[str]:
+    done = by_end(trial for trial in view.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED))
+    lines = [f"{level}: {alert['words']} ({alert['at']})" for level, alert in view.alerts.items()]
+    since = plural(since_best(done), "trial")
+    return lines or [f"none yet; the best trial ended {since} ago"] if done else []
 
 
-def shown_params(params: Mapping[str, Any]) -> str:
-    return "  ".join(
+def shown_params(params: Mapping[str, Any], separator: str = "  ") -> str:
+    return separator.join(
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
     )
 
 
 def _reason(trial: FrozenTrial) -> str:
     attrs = trial.user_attrs
-    return str(attrs.get(FAILURE) or attrs.get("message") or attrs.get("withdrawn") or "stopped").split(".")[0]
-
-
-def folder_of(trial: FrozenTrial, look: Look, output_dir: Path) -> Path:
-    kind = "confirm" if trial in look.confirmed else "trial"
-    return output_dir / f"{kind}_{trial.number + 1:04d}"
-
-
-def seed_of(trial: FrozenTrial) -> int | None:
-    return trial.user_attrs.get(SEED)
+    return str(attrs.get(FAILURE) or attrs.get("message") or attrs.get(WITHDRAWN) or "stopped").split(".")[0]

@@ -1,4 +1,4 @@
-"""Runs a study: workers that ask for trials, have them trained and tell what came of it, until the budget is spent."""
+"""Runs a study: its workers ask for trials, have them trained and store the results, until the budget is spent."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from library.errors import RunFailed, UserError
 from library.files import write_json
 from library.options.checks import positive, require
+from library.options.search import CONFIRMING, SamplerName
 from library.search.constraints import constraints_measured
 from library.search.half_batch import halving_in_words, with_half_batch
-from library.search.messages import Begun, Job, Outcome, Slot
+from library.search.messages import OUTCOME_FILE, Begun, Job, Outcome, Slot
 from library.search.messages import Progress as JobProgress
-from library.search.outcomes import OUTCOME_FILE
 from library.search.results.best_trial import Facts, write_best
 from library.search.results.dashboard import attach_pictures
 from library.search.results.kept_adapters import keep_best_adapters
@@ -25,11 +25,11 @@ from library.search.run.interrupts import Interrupts
 from library.search.space import Value
 from library.search.study.convergence import announce, has_converged
 from library.search.study.leases import RENEW_AFTER, STALE_AFTER, Heartbeat
-from library.search.study.ledger import RETRY_OF, Ledger, Running
+from library.search.study.ledger import OF_TRIAL, RETRY_OF, Ledger, Running
 from library.search.study.progress import StudyLog, change_budget, progress, set_budget
-from library.search.study.proposals import SamplerName, choose_sampler
+from library.search.study.proposals import choose_sampler
 from library.search.study.storage import is_storage_failure, storage_failed
-from library.search.study.study import CONFIRMING, Terms, open_study
+from library.search.study.study import open_study
 from library.search.study.trial_values import counts
 from library.search.study.verdict import (
     CONFIRMED,
@@ -43,6 +43,9 @@ from library.search.study.verdict import (
     most_confirmations,
     top,
 )
+from library.search.terms import Terms
+from library.search.trial_files import DETAILS_FILE, PARAMS_FILE, trial_folder
+from library.words import plural
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -52,7 +55,7 @@ STATUS_EVERY = 30.0
 
 
 class Trainer(Protocol):
-    """What trains: a process that may stay warm from one job to the next, such as `TrainerProcess`."""
+    """Trains one job after the other, such as `TrainerProcess`, which keeps models loaded between them."""
 
     def run(
         self,
@@ -63,10 +66,10 @@ class Trainer(Protocol):
         on_progress: Callable[[JobProgress], None],
         on_tick: Callable[[], None],
     ) -> Outcome:
-        """Train to the end, or to the slot where `on_slot` says no. All are called from this thread, on_tick often."""
+        """Train to the end, or to the slot where `on_slot` returns False. Callbacks run in this thread, on_tick often."""
 
     def stop(self) -> None:
-        """Have the job under way end, as "stopped", and begin no other; from any thread."""
+        """Stop the running job, which ends as "stopped", and accept no other; from any thread."""
 
     def close(self) -> None:
         """End the process."""
@@ -74,12 +77,13 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """
+    """Everything that a driver needs to know of its study.
+
     Attributes:
-        n_trials: of the whole study, with those of earlier and other parents.
+        n_trials: of the whole study, including those of earlier and other parents.
         initial: points of the space to try right after the default configuration.
-        confirm: so many of the best are trained again with `new_seeds` seeds each; 0 for none.
-        keep: adapters of so many of the best trials stay on the disk; until the end also those that are trained again.
+        confirm: how many of the best are trained again, with `new_seeds` seeds each; 0 for none.
+        keep: how many of the best keep their adapters on the disk. While the study runs, at least `confirm` keep them.
     """
 
     name: str
@@ -99,7 +103,7 @@ class StudyPlan:
     stale_after: float = STALE_AFTER
     renew_after: float = RENEW_AFTER
     poll: float = 2.0
-    """Seconds between looks at what other parents do, when there is nothing to begin."""
+    """Seconds until a worker asks again, when it can start no trial now."""
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -117,7 +121,10 @@ class Result:
 
 
 class Driver:
-    """make_trainer: called with a worker's number, from 0, when it has its first job, and after a failure again."""
+    """Runs the study of a plan.
+
+    make_trainer: called with a worker's number, from 0, when it has its first job, and again after a failure.
+    """
 
     def __init__(self, plan: StudyPlan, make_trainer: Callable[[int], Trainer]) -> None:
         self.plan = plan
@@ -130,15 +137,15 @@ class Driver:
         self._failures = FailuresInARow()
         self._more = most_confirmations(plan.n_trials, plan.confirm, plan.new_seeds)
         self._after = threading.Lock()
-        """Held by the worker that sees to what follows a trial: one file, one writer."""
+        """Held by the worker that writes the study's files after a trial."""
         self._rest = threading.Event()
-        """Set where no worker is to begin anything: something is beyond repair."""
+        """Set after a fatal error: no worker starts another trial."""
 
     def run(self) -> Result:
         """Run the study to its end, or until it is interrupted. To resume, run it again.
 
-        Raises UserError: other terms than the study's, a configuration the script refuses. RunFailed: the storage or one
-        training after the other failed.
+        Raises UserError: the study has other terms, or the script refuses the configuration. RunFailed: the storage failed, or
+        several trainings in a row.
         """
         plan = self.plan
         try:
@@ -155,27 +162,27 @@ class Driver:
                 raise
             raise storage_failed(plan.storage, error) from error
 
-    # The study and what is left of it.
+    # The study.
 
     def _open(self, name: str, *, confirming: bool = False) -> Ledger:
         plan = self.plan
-        folders = any(plan.output_dir.glob("trial_[0-9]*"))
+        has_folders = any(plan.output_dir.glob("trial_[0-9]*"))
         study = open_study(name, plan.storage, plan.terms, self.say)
-        if folders and not confirming and not study.get_trials(deepcopy=False):
+        if has_folders and not confirming and not study.get_trials(deepcopy=False):
             raise UserError(
-                f"{plan.output_dir} holds trials, and the study {name} has none yet: they are another study's. Choose another "
-                "--output-dir."
+                f"{plan.output_dir} has trials of another study: {name} has no trials yet. Choose another --output-dir."
             )
         sampler, why = choose_sampler(plan.sampler, plan.workers, plan.n_trials)
         if not confirming:
-            self.say(f"study {name}: {plan.n_trials} trials, sampler {sampler} ({why}), space {plan.terms.space.hash}")
+            trials = plural(plan.n_trials, "trial")
+            self.say(f"study {name}: {trials}, sampler {sampler} ({why}), space {plan.terms.space.hash}")
         return Ledger(
             study,
             plan.terms.space,
             n_trials=10**6 if confirming else plan.n_trials,
             sampler=sampler,
             seed=plan.terms.seed,
-            folder=lambda number: plan.output_dir / f"{'confirm' if confirming else 'trial'}_{number:04d}",
+            folder=lambda number: trial_folder(plan.output_dir, number, confirms=confirming),
             prunes=plan.prunes and not confirming,
             creates=not confirming,
             stale_after=plan.stale_after,
@@ -184,17 +191,18 @@ class Driver:
         )
 
     def _confirm(self, ledger: Ledger) -> list[FrozenTrial]:
-        """Train the best again with new seeds, together with all other parents; their trials."""
+        """Train the best again with new seeds, together with all other parents; returns these trials."""
         plan = self.plan
         if plan.confirm == 0 or self.interrupts.is_asked:
             return []
-        again = self._open(f"{plan.name}{CONFIRMING}", confirming=True)
-        count = enqueue_confirmations(again, top(ledger.trials(), plan.confirm), plan.new_seeds)
-        self.say(f"the best are trained again with {plan.new_seeds} new seeds: {count} trainings")
+        confirming = self._open(f"{plan.name}{CONFIRMING}", confirming=True)
+        count = enqueue_confirmations(confirming, top(ledger.trials(), plan.confirm), plan.new_seeds)
+        seeds, trainings = plural(plan.new_seeds, "new seed"), plural(count, "training")
+        self.say(f"the best are trained again with {seeds} each: {trainings}")
         self._more = 0
-        change_budget(ledger.study, plan.n_trials, more=0)  # they can be counted from now on
-        self._work(again)
-        return again.trials()
+        change_budget(ledger.study, plan.n_trials, more=0)  # from now on they are counted as trials
+        self._work(confirming)
+        return confirming.trials()
 
     def _conclude(self, ledger: Ledger, confirmed: list[FrozenTrial]) -> Result:
         trials = ledger.trials()
@@ -210,7 +218,7 @@ class Driver:
         verdict = judge(trials, confirmed, ledger.study.user_attrs.get(PICKED))
         if plan.facts is not None:
             write_best(plan.output_dir, plan.name, plan.terms, plan.facts, verdict, trials)
-        # Before the verdict is known any of those that are trained again may win.
+        # Any of those that are trained again may still win.
         is_final = plan.confirm == 0 or bool(confirmed and not self.interrupts.is_asked)
         keep = plan.keep if is_final else max(plan.keep, plan.confirm)
         keep_best_adapters(plan.output_dir, trials, verdict, keep, confirmed, is_final=is_final)
@@ -219,7 +227,7 @@ class Driver:
     # Workers.
 
     def _work(self, ledger: Ledger) -> None:
-        """Let all workers work until there is nothing left to do."""
+        """Run all workers until no trial is left."""
         self._failures = FailuresInARow()
         heartbeat = Heartbeat(ledger.renew, self.plan.renew_after)
         threads = [
@@ -247,10 +255,10 @@ class Driver:
     def _worker(self, ledger: Ledger, heartbeat: Heartbeat, number: int) -> None:
         try:
             while not (self.interrupts.is_asked or self._rest.is_set()):
-                at_rest = self._is_at_rest(ledger)
-                running = None if at_rest else ledger.ask(number)
+                converged = self._stops_here(ledger)
+                running = None if converged else ledger.ask(number)
                 if running is None:
-                    if ledger.is_done() or (at_rest and not ledger.is_anyone_at_work()):
+                    if ledger.is_done() or (converged and not ledger.is_training()):
                         return
                     self._rest.wait(self.plan.poll)
                     continue
@@ -265,12 +273,12 @@ class Driver:
         finally:
             self._replace(number)
 
-    def _is_at_rest(self, ledger: Ledger) -> bool:
-        """Whether to begin nothing more; a trial under way may yet be better, and then it goes on."""
+    def _stops_here(self, ledger: Ledger) -> bool:
+        """Whether to start no trial because the study has converged. A running trial may be better, and then it goes on."""
         return self.plan.stop_on_convergence and ledger.creates and has_converged(ledger)
 
     def _train(self, ledger: Ledger, running: Running, number: int) -> Outcome:
-        """Train one trial, with half the batch where it does not fit; whatever goes wrong becomes an Outcome."""
+        """Train one trial, again with half the batch where it does not fit. Any error becomes an Outcome."""
         folder = ledger.folder(running.number)
         try:
             options = self._write_job(ledger, running, folder)
@@ -278,7 +286,7 @@ class Driver:
             smaller = with_half_batch(options, self.plan.terms.script, folder) if outcome.ending == "memory" else None
             if smaller is not None and not self.interrupts.is_asked:
                 words = halving_in_words(options, self.plan.terms.script)
-                self.say(f"trial {running.number}: out of memory; again with {words}")
+                self.say(f"trial {running.number}: out of memory; trained again with {words}")
                 ledger.study._storage.set_trial_user_attr(running.trial._trial_id, "half_batch", True)
                 outcome = self._run(ledger, running, number, smaller)
             return outcome
@@ -291,17 +299,17 @@ class Driver:
                 raise
             self.say.keep(traceback.format_exc())
             self._replace(number)
-            return Outcome(running.number, "failed", f"{type(error).__name__}: {error}")
+            return Outcome(running.number, "failed", f"{type(error).__name__}: {str(error).rstrip('.')}.")
 
     def _write_job(self, ledger: Ledger, running: Running, folder: Path) -> dict[str, Any]:
-        """The trial's folder with params.json and trial.json; returns the script's options."""
+        """Write params.json and trial.json into the trial's folder; returns the script's options."""
         terms = self.plan.terms
         options = terms.space.resolve(running.params, terms.options)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "params.json", terms.space.searched(running.params, terms.options))
+        write_json(folder / PARAMS_FILE, terms.space.searched(running.params, terms.options))
         details = {"trial": running.number, "study": self.plan.name, "script": terms.script, "seed": running.seed}
-        details |= {name: running.attrs[name] for name in ("retry_of", "of_trial") if name in running.attrs}
-        write_json(folder / "trial.json", {**details, "suggested": running.params, "options": options})
+        details |= {name: running.attrs[name] for name in (RETRY_OF, OF_TRIAL) if name in running.attrs}
+        write_json(folder / DETAILS_FILE, {**details, "suggested": running.params, "options": options})
         return options
 
     def _run(self, ledger: Ledger, running: Running, number: int, options: dict[str, Any]) -> Outcome:
@@ -323,7 +331,7 @@ class Driver:
             if running.lost:
                 trainer.stop()
 
-        (folder / OUTCOME_FILE).unlink(missing_ok=True)  # of an attempt before
+        (folder / OUTCOME_FILE).unlink(missing_ok=True)  # of an earlier attempt
         outcome = trainer.run(
             job,
             lambda slot: ledger.report(running, slot) and not self.interrupts.is_now,
@@ -336,7 +344,7 @@ class Driver:
             self._replace(number)
         asked = pruned or running.lost or self.interrupts.is_now or self._rest.is_set()
         if outcome.ending == "stopped" and not asked:
-            return Outcome(running.number, "failed", f"somebody else stopped it. {outcome.message}".strip())
+            return Outcome(running.number, "failed", f"Its trainer was stopped from outside. {outcome.message}".strip())
         return outcome
 
     def _settle(self, ledger: Ledger, running: Running, outcome: Outcome) -> None:
@@ -344,22 +352,22 @@ class Driver:
         trial = ledger.settle(running, outcome)
         if trial is None:
             self.say(
-                f"trial {running.number}: its lease was lost, others go on with it; what came of it here is left out"
+                f"trial {running.number}: its lease was lost and another process trains it; the result here is not used"
             )
             return
         self.say(f"trial {running.number}: {ending_words(trial, outcome)}")
         if outcome.ending == "refused":
-            self._end(UserError(f"Trial {running.number} cannot be trained, and no other would be: {outcome.message}"))
+            self._end(UserError(f"Trial {running.number} cannot be trained, nor can any other: {outcome.message}"))
         with self._after:
             self._failures.add(running.number, outcome, running.attrs.get(RETRY_OF))
             if self._failures.count >= FAILURES_IN_A_ROW:
                 logs = f"{ledger.folder(running.number)}/logs and {self.plan.output_dir}/optimization.log"
-                self._end(RunFailed(f"{self._failures.words()} See {logs}. Run the same command again to go on."))
+                self._end(RunFailed(f"{self._failures.words()} See {logs}. Run the same command again to continue."))
             if ledger.creates:
-                self._look(ledger)
+                self._report(ledger)
 
-    def _look(self, ledger: Ledger) -> None:
-        """What the study's owner should see after each trial."""
+    def _report(self, ledger: Ledger) -> None:
+        """After each trial: alerts, best_params.json, the progress."""
         for alert in announce(ledger, self.plan.output_dir):
             self.say(f"{alert.level}: {alert.words}")
         self._record(ledger, [])
@@ -371,10 +379,10 @@ class Driver:
         total = ledger.n_trials if ledger.creates else sum(map(counts, trials))
         self.say(progress(trials, total, self.plan.workers, self._more).line(rate))
 
-    # Ends.
+    # The end.
 
     def _end(self, error: BaseException) -> None:
-        """Nothing more is begun, what runs is stopped, and `run` raises the first such error."""
+        """Stop running trials and start no other; `run` raises the first such error."""
         self._fatal = self._fatal or error
         self._rest.set()
         self._halt()

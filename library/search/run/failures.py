@@ -1,12 +1,13 @@
-"""What the endings of trials come to: words for the log, and failures in a row that speak against the machine."""
+"""How trials ended, in words for the log; and failures in a row, which are probably the machine's fault."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from library.search.messages import Outcome
-from library.search.study.trial_values import breaks
+from library.search.messages import SLOTS, Outcome
+from library.search.study.ledger import AGAIN, PRUNED_AT
+from library.search.study.trial_values import FAILURE, breaks
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -14,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class FailuresInARow:
-    """Failed trainings with none between them that ended otherwise.
+    """Trainings that failed one after the other.
 
     Attributes:
-        count: without retries; what cannot be trained with its own parameters says nothing of the next ones.
+        count: without further attempts at the same parameters, which may be what fails.
     """
 
     count: int = 0
@@ -25,31 +26,31 @@ class FailuresInARow:
     _last: str = ""
 
     def add(self, number: int, outcome: Outcome, retry_of: int | None) -> None:
-        """Trial `number` has ended; retry_of: the trial that had its parameters before and failed, if there is one."""
+        """Trial `number` has ended. retry_of: the failed trial that had the same parameters before; None for new parameters."""
         if outcome.ending != "failed":
             self.count, self._numbers = 0, []
             return
         self.count += retry_of not in self._numbers
         self._numbers.append(number)
-        self._last = outcome.message or "no reason was given."
+        self._last = outcome.message or "there is no message."
 
     def words(self) -> str:
         numbers = ", ".join(map(str, self._numbers))
         return (
-            f"{self.count} trainings in a row failed, besides retries (trials {numbers}), so it is hardly their parameters; "
-            f"the last one: {self._last}"
+            f"{self.count} trainings in a row failed, not counting retries (trials {numbers}), so the cause is probably not their "
+            f"parameters. The last one: {self._last}"
         )
 
 
 def ending_words(trial: FrozenTrial, outcome: Outcome) -> str:
-    """How a trial was told, which may be otherwise than it ended."""
+    """How a trial ended, and the value that was stored for it."""
     attrs, value = trial.user_attrs, trial.value
-    if "failure" in attrs:
-        return f"{attrs['failure']}, told as {value:.4f}. {outcome.message}".strip()
-    if "pruned_at" in attrs and outcome.ending == "stopped":
-        return f"pruned after slot {attrs['pruned_at']} of 10 at {attrs['observed']:.4f}"
+    if FAILURE in attrs:
+        return f"{attrs[FAILURE]}; it counts as {value:.4f}. {outcome.message}".strip()
+    if PRUNED_AT in attrs and outcome.ending == "stopped":
+        return f"pruned after slot {attrs[PRUNED_AT]} of {SLOTS} at {attrs['observed']:.4f}"
     if value is None:
-        again = " It is going to be tried again." if "again" in attrs else " It is given up."
-        return f"{outcome.ending}. {outcome.message}{again}"
+        again = "Its parameters are enqueued again." if AGAIN in attrs else "It is given up."
+        return " ".join(filter(None, [f"{outcome.ending}.", outcome.message, again]))
     broke = "; it follows prompts less than the base does and cannot be the best" if breaks(trial) else ""
-    return f"value {value:.4f} at slot {attrs.get('best_slot')} of 10, {outcome.seconds:.0f} s{broke}"
+    return f"value {value:.4f} at slot {attrs.get('best_slot')} of {SLOTS}, {outcome.seconds:.0f} s{broke}"

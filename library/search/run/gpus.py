@@ -1,4 +1,4 @@
-"""Which GPU each worker of a study has to itself."""
+"""Which GPU each worker of a study uses; no two share one."""
 
 from __future__ import annotations
 
@@ -10,50 +10,55 @@ from pathlib import Path
 from typing import IO
 
 from library.errors import UserError
+from library.words import plural
 
 _held: list[IO[bytes]] = []
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may be set to for one GPU each, without loading torch: its own items, else nvidia-smi's UUIDs."""
+    """GPUs as CUDA_VISIBLE_DEVICES names them, without loading torch: its own items, else the UUIDs that nvidia-smi lists."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
-        return [one.strip() for one in given.split(",") if one.strip() and one.strip() != "-1"]
+        return [item.strip() for item in given.split(",") if item.strip() not in ("", "-1")]
     try:
-        said = subprocess.run(
+        listed = subprocess.run(
             ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
         )
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return said.stdout.split() if said.returncode == 0 else []
+    return listed.stdout.split() if listed.returncode == 0 else []
 
 
 def assign(workers: int, device: str | None, say: Callable[[str], None] = print) -> list[dict[str, str]]:
-    """Environment of each worker's trainer.
+    """What is added to the environment of each worker's trainer.
 
-    Raises UserError where more workers than GPUs are asked for. A GPU that another study here is at work on is warned of: a
-    trial that runs out of memory on a shared GPU is blamed for what its neighbour took.
+    Warns of a GPU that another study on this machine uses: a trial that runs out of memory there counts as one that does not
+    fit. Raises UserError for more workers than GPUs.
     """
     if device is not None and not device.startswith("cuda"):
         return [{} for _ in range(workers)]
     gpus = visible_gpus()
     if device is not None and ":" in device:
         if workers > 1:
-            raise UserError(f"--device {device} is one GPU, and --workers asks for {workers}. Give --device cuda.")
+            raise UserError(
+                f"--device {device} is one GPU, but --workers {workers} needs {workers}. Give --device cuda."
+            )
         return [{}]
     if workers > 1 and gpus and workers > len(gpus):
-        raise UserError(f"--workers {workers} needs as many GPUs, and {len(gpus)} can be seen. Lower --workers.")
+        raise UserError(
+            f"--workers {workers} needs as many GPUs, but {plural(len(gpus), 'is', 'are')} visible. Lower --workers."
+        )
     if not gpus:
         return [{} for _ in range(workers)]
     chosen = gpus[:workers]
     for gpu in chosen:
         if not _lock(gpu):
-            say(f"warning: another study on this machine is at work on GPU {gpu}. Trials may run out of memory.")
+            say(f"warning: another study on this machine uses GPU {gpu}. Trials may run out of memory.")
     return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in chosen]
 
 
 def _lock(gpu: str) -> bool:
-    """Hold the GPU's lock as long as this process lives; whether nobody else has it."""
+    """Take the GPU's lock for as long as this process lives; False where another process has it."""
     try:
         import fcntl
     except ImportError:
@@ -65,6 +70,6 @@ def _lock(gpu: str) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        return True  # another user's file; not worth stopping for
+        return True  # another user's lock file: the warning is not worth an error
     _held.append(file)
     return True

@@ -1,4 +1,4 @@
-"""Ctrl-C once: no trial begins any more, those running end. Twice, or SIGTERM: they are stopped and go back to the queue."""
+"""Ctrl-C once: no new trial starts, and running ones end. Twice, or SIGTERM: running ones are stopped and enqueued again."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from library.signals import caught
 
 
 class Interrupts:
+    """Counts the signals of a study. say: prints a message. stop_now: stops running trials."""
+
     def __init__(self, say: Callable[[str], None], stop_now: Callable[[], None]) -> None:
         self._say = say
         self._stop_now = stop_now
         self._count = 0
         self.is_now = False
-        """Whether running trials are to stop."""
+        """Whether running trials must stop."""
 
     @property
     def is_asked(self) -> bool:
-        """Whether nothing is to begin any more."""
+        """Whether no new trial may start."""
         return self._count > 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch signals within the context; outside the main thread there are none to catch."""
+        """Catch signals within the context. Only the main thread gets signals; in another one this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -35,15 +37,17 @@ class Interrupts:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._count >= 2:
-            raise KeyboardInterrupt  # trainers end with this process
+            raise KeyboardInterrupt  # a third time: end this process, and the trainers with it
         self._count += 1 if number == signal.SIGINT else 2
-        # A handler runs in the main thread between any two of its instructions; what takes locks is another thread's work.
+        # A handler may interrupt the main thread while it holds a lock, so another thread does what needs locks.
         threading.Thread(target=self._act, args=(self._count,), daemon=True).start()
 
     def _act(self, count: int) -> None:
         if count == 1:
-            self._say("Interrupted: running trials end, none begins. Once more to stop them too.")
+            self._say(
+                "Interrupted: no new trials are started; running trials finish. Press Ctrl-C again to stop them too."
+            )
             return
         self.is_now = True
-        self._say("Interrupted: running trials are stopped; they begin anew when the study goes on.")
+        self._say("Interrupted: running trials are stopped. They start again when the study is continued.")
         self._stop_now()

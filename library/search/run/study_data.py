@@ -1,4 +1,4 @@
-"""What a study knows of its pictures and its base: fingerprints, batches, and which pictures its trials are judged by."""
+"""What a study records of its pictures and its base: fingerprints, the batch size, and which pictures are held out."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.models.locate import locate_base
-from library.search.held_out_pictures import EVALUATION_SEED, FEWEST, held_out_count, share_to_hold_out
-from library.search.messages import OWN
+from library.models.locate import BaseLocation, locate_base
+from library.options.scripts import options_of
+from library.search.held_out_pictures import (
+    EVALUATION_SEED,
+    held_out_count,
+    require_enough_pictures,
+    share_to_hold_out,
+)
+from library.search.terms import DECIDED_BY_TRIALS
+from library.words import plural
 
 if TYPE_CHECKING:
     from library.data.dataset_schema import Dataset
@@ -27,13 +34,14 @@ SPLIT, SPLIT_SEED = "validation_split", "validation_seed"
 
 @dataclass(frozen=True)
 class StudyData:
-    """
+    """The pictures of a study.
+
     Attributes:
-        pictures: fingerprint of names, sizes of files and captions, so that it is the same on another machine.
-        settings: fingerprint of everything else that dataset files say, and of the pictures' ids, by which they are held out.
-        batch: samples of a micro-batch, where a dataset file says it; None where the option does.
-        split: options that hold pictures out, where nothing else does.
-        notes: what a user should hear of.
+        pictures: fingerprint of names, file sizes and captions, which is the same on another machine.
+        settings: fingerprint of everything else in dataset files, and of the pictures' ids, by which they are held out.
+        batch: samples of a micro-batch, where a dataset file gives it; None where the option does.
+        split: options that hold pictures out, where the configuration does not.
+        notes: messages for the user.
     """
 
     pictures: str
@@ -44,22 +52,19 @@ class StudyData:
 
 
 def network_data(options: Mapping[str, Any]) -> StudyData:
-    """Of a study of train_network.py with these options, which are complete and have been checked.
+    """The data of a study of train_network.py. options: complete and checked.
 
-    Raises UserError for pictures that cannot be trained on, too few of them, and datasets that hold none out and say so.
+    Raises UserError for pictures that cannot be trained on, too few pictures, and dataset files that forbid to hold any out.
     """
     from library.data.training_images import collect_images
 
     datasets, data = _read(options)
-    images = [sorted(collect_images(one).images, key=lambda image: image.sample_id) for one in datasets]
-    digest, count = hashlib.sha256(), sum(map(len, images))
+    images = [sorted(collect_images(dataset).images, key=lambda image: image.sample_id) for dataset in datasets]
+    digest = hashlib.sha256()
     for image in chain.from_iterable(images):
         facts = [image.path.parent.name, image.path.name, image.path.stat().st_size, str(image.caption)]
         digest.update(repr(facts).encode())
-    if count < FEWEST:
-        raise UserError(
-            f"A study needs at least three pictures, two of them to judge its trials by, and there are {count}. Add pictures."
-        )
+    require_enough_pictures(sum(map(len, images)))
     split: dict[str, Any] = {}
     notes: tuple[str, ...] = ()
     if not data.validation:
@@ -70,87 +75,83 @@ def network_data(options: Mapping[str, Any]) -> StudyData:
 
 def _read(options: Mapping[str, Any]) -> tuple[list[Dataset], NetworkData]:
     """The datasets, and their pictures as a trial splits them."""
-    from library.search.to_sdxl.exported_files import options_of
     from library.training.network_plan import collect_pictures
 
-    base = locate_base(str(options["pretrained_model_name_or_path"]))
-    parsed = _seeded(options_of({name: value for name, value in options.items() if name not in OWN}, None, "The study"))
-    data = collect_pictures(parsed, base)
+    parsed = _checked(options)
+    # Which pictures are held out must not depend on the seed of the training.
+    seeded = dataclasses.replace(parsed, training=dataclasses.replace(parsed.training, seed=EVALUATION_SEED))
+    data = collect_pictures(seeded, _base(options))
     return data.datasets, data
 
 
-def _seeded(options: TrainNetworkOptions) -> TrainNetworkOptions:
-    # What is held out must not depend on the seed of the training.
-    return dataclasses.replace(options, training=dataclasses.replace(options.training, seed=EVALUATION_SEED))
+def _checked(options: Mapping[str, Any]) -> TrainNetworkOptions:
+    kept = {name: value for name, value in options.items() if name not in DECIDED_BY_TRIALS}
+    return options_of("train_network", kept, "The study")
+
+
+def _base(options: Mapping[str, Any]) -> BaseLocation:
+    return locate_base(str(options["pretrained_model_name_or_path"]))
 
 
 def _split(options: Mapping[str, Any], data: NetworkData) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Options that hold some of the pictures out."""
-    images: list[TrainingImage] = [one.image for one in data.training]
+    """Options that hold some of the pictures out, and a message about them."""
+    images: list[TrainingImage] = [picture.image for picture in data.training]
     given = options.get(SPLIT_SEED)
     seed = EVALUATION_SEED if given is None else int(given)
     share = share_to_hold_out(images, seed)
     split = {SPLIT: share, SPLIT_SEED: seed}
-    _, again = _read({**options, **split})
+    _, with_split = _read({**options, **split})
     total = len({image.identity for image in images if not image.subset.is_reg})
-    if not again.validation:
+    count = held_out_count(total)
+    if not with_split.validation:
         raise UserError(
-            f"The dataset file holds none of {total} pictures out (validation_split in it), and a study judges its trials by "
-            f"pictures that they do not see. Take validation_split out of the file; {share:g} would hold {held_out_count(total)} "
-            "out."
+            f"The validation_split in the dataset file holds out none of {plural(total, 'picture')}, but a study judges its trials "
+            f"by pictures that they are not trained on. Remove it from the file; {share:g} would hold out {count}."
         )
-    return split, (
-        f"{held_out_count(total)} of {total} pictures are held out to judge trials by: validation_split {share:g}, "
-        f"validation_seed {seed}",
-    )
+    words = f"{count} of {plural(total, 'picture')} are held out to judge trials by"
+    return split, (f"{words}: validation_split {share:g}, validation_seed {seed}",)
 
 
 def _settings(datasets: list[Dataset], images: list[list[TrainingImage]]) -> str:
-    """Of all that datasets say but where their pictures lie; ids tell that pictures are held out alike."""
+    """Fingerprint of the datasets without the places of their pictures, and of the pictures' ids, by which they are held out."""
     digest = hashlib.sha256()
     places = {"image_dir", "metadata_file", "conditioning_data_dir", "place", "cache_info"}
     for dataset, of_dataset in zip(datasets, images, strict=True):
         own = {name: value for name, value in vars(dataset).items() if name not in ("subsets", "notes")}
-        subsets = [{k: v for k, v in vars(one).items() if k not in places} for one in dataset.subsets]
+        subsets = [{k: v for k, v in vars(subset).items() if k not in places} for subset in dataset.subsets]
         digest.update(repr([own, subsets, [image.identity for image in of_dataset]]).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]
 
 
 def _batch_of_files(options: Mapping[str, Any], datasets: list[Dataset]) -> int | None:
-    """The largest batch that a dataset file gives: one that does not follow the option."""
+    """The largest batch size that a dataset file gives; these do not change with the option."""
     from library.data.network_data import read_datasets
     from library.models.family import native_side
-    from library.search.to_sdxl.exported_files import options_of
 
-    parsed = options_of({name: value for name, value in options.items() if name not in OWN}, None, "The study")
+    parsed = _checked(options)
     training = dataclasses.replace(parsed.training, train_batch_size=parsed.training.train_batch_size + 1)
-    base = locate_base(str(options["pretrained_model_name_or_path"]))
-    others = read_datasets(dataclasses.replace(parsed, training=training), native_side(base))
-    given = [one.batch_size for one, other in zip(datasets, others, strict=True) if one.batch_size == other.batch_size]
-    return max(given, default=None)
+    others = read_datasets(dataclasses.replace(parsed, training=training), native_side(_base(options)))
+    pairs = zip(datasets, others, strict=True)
+    return max((dataset.batch_size for dataset, other in pairs if dataset.batch_size == other.batch_size), default=None)
 
 
 def repa_data(options: TrainRepaOptions) -> StudyData:
-    """Of a study of train_repa.py. Raises UserError for pictures that are not there or too few."""
+    """The data of a study of train_repa.py. Raises UserError for missing pictures, or too few."""
     from library.caching.picture_sets import open_pictures
 
     pictures = open_pictures(options.data)
     digest = hashlib.sha256()
     for part in pictures.sets:
-        for sample in sorted(part.samples, key=lambda one: one.sample_id):
+        for sample in sorted(part.samples, key=lambda sample: sample.sample_id):
             digest.update(repr([part.name, sample.sample_id, sample.class_id]).encode("utf-8", "surrogatepass"))
     digest.update(repr(pictures.class_names).encode("utf-8", "surrogatepass"))
-    count = len(pictures.train.samples)
-    if pictures.val is None and count < FEWEST:
-        raise UserError(
-            f"A study judges its trials by pictures that they do not see: two at least, and there are {count} in all. Add "
-            "pictures, or give val_data."
-        )
+    if pictures.val is None:
+        require_enough_pictures(len(pictures.train.samples), "Add pictures, or give val_data.")
     return StudyData(digest.hexdigest()[:32])
 
 
 def base_hash(base: str, cache_dir: Path) -> str:
-    """SHA-256 of the base's U-Net; gigabytes take seconds once, and are remembered where the caches are."""
+    """SHA-256 of the base's U-Net. It takes seconds for gigabytes, and is remembered in `cache_dir`."""
     from library.models.fingerprint import weight_fingerprint
     from networks.original_names import UNET
 

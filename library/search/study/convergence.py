@@ -1,7 +1,7 @@
-"""When a study has come to rest, and what else its owner should hear of: CONVERGENCE_ALERT.txt, each alert once.
+"""Whether a study has converged, and other alerts for its owner, each written once to CONVERGENCE_ALERT.txt.
 
-Levels as measured on simulated studies of 50 trials: after 10 trials without a better one a third of the remaining gain is
-still ahead, so that is worth a word; after 15 and at least 20 finished nearly all of it is had.
+The thresholds were measured on simulated studies of 50 trials: after 10 trials without a better one, a third of the remaining
+gain is still to come, which is worth an alert; after 15, with at least 20 finished, nearly all of it has been found.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from library.search.space import Space
 from library.search.study.ledger import WITHDRAWN, Ledger
 from library.search.study.storage import insisting
 from library.search.study.trial_values import FAILURE, IMPORTED, best_of, by_end, may_win, value_of
+from library.words import plural
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -31,6 +32,7 @@ ALERTS = "alerts"
 PLATEAU, CONVERGED = "PLATEAU", "CONVERGED"
 PLATEAU_AFTER, CONVERGED_AFTER, CONVERGED_SHARE, CONVERGED_LEAST = 10, 15, 0.3, 20
 STREAK, WINDOW = 5, 10
+"""Failures in a row, and trials of which half have failed, that are worth an alert."""
 
 
 @dataclass(frozen=True)
@@ -40,36 +42,35 @@ class Alert:
 
 
 def alerts(trials: Iterable[FrozenTrial], space: Space, n_trials: int) -> list[Alert]:
-    """All that holds of a study now."""
+    """All alerts that hold for a study now."""
     ended = by_end(
         trial for trial in trials if trial.state.is_finished() and not trial.user_attrs.keys() & {IMPORTED, WITHDRAWN}
     )
     done = [trial for trial in ended if trial.state != TrialState.FAIL]
-    found = [*_rest(done, n_trials), *_failures(ended)]
+    found = [*_without_better(done, n_trials), *_failures(ended)]
     best = best_of(done)
     if best is not None and len(done) >= PLATEAU_AFTER:
         for words in space.borders(best.params):
-            found.append(
-                Alert(f"BORDER {words.split()[0]}", f"in the best trial {words}: the range may be too narrow.")
-            )
+            level = f"BORDER {words.split()[0]}"
+            found.append(Alert(level, f"in the best trial {words}: the range may be too narrow."))
     if len(done) >= n_trials:
-        found.append(Alert("BUDGET", f"all {n_trials} trials are done."))
+        found.append(Alert("BUDGET", f"{plural(n_trials, 'trial is', 'trials are')} done, the whole budget."))
     found += _agreement(done, space)
     return found
 
 
 def since_best(done: list[FrozenTrial]) -> int:
-    """Trials that ended after the best one did."""
+    """How many trials ended after the best one."""
     best = best_of(done)
     return 0 if best is None else len(done) - 1 - done.index(best)
 
 
-def _rest(done: list[FrozenTrial], n_trials: int) -> list[Alert]:
+def _without_better(done: list[FrozenTrial], n_trials: int) -> list[Alert]:
     best, since = best_of(done), since_best(done)
     if best is None:
         return []
     found = []
-    words = f"no better trial in {since}, after {len(done)}; the best is trial {best.number + 1}, {value_of(best):.4f}."
+    words = f"no better trial in the last {since} of {len(done)}; the best is trial {best.number + 1}, {value_of(best):.4f}."
     if since >= PLATEAU_AFTER:
         found.append(Alert(PLATEAU, words))
     if since >= max(CONVERGED_AFTER, math.ceil(CONVERGED_SHARE * n_trials)) and len(done) >= CONVERGED_LEAST:
@@ -92,22 +93,23 @@ def _agreement(done: list[FrozenTrial], space: Space) -> list[Alert]:
     if len(best) < 5 or len(done) < CONVERGED_LEAST:
         return []
     found = []
-    for one in space.parameters:
-        values = {str(trial.params.get(one.name)) for trial in best}
-        if one.choices and len(values) == 1:
-            found.append(Alert(f"AGREED {one.name}", f"the best five trials all have {one.name} {values.pop()}."))
+    for parameter in space.parameters:
+        values = {str(trial.params.get(parameter.name)) for trial in best}
+        if parameter.choices and len(values) == 1:
+            words = f"the best five trials all have {parameter.name} {values.pop()}."
+            found.append(Alert(f"AGREED {parameter.name}", words))
     return found
 
 
 def announce(ledger: Ledger, folder: Path) -> list[Alert]:
-    """Write what is new into CONVERGENCE_ALERT.txt and the study; returns it. A level is announced once in a study's life.
+    """Write new alerts into CONVERGENCE_ALERT.txt and the study, and return them. Each level is announced once per study.
 
-    Of two parents that announce at the same moment one may undo what the other did, and the next look makes it good.
+    Where two parents announce at the same moment, one may overwrite the other's alert; the next call writes it again.
     """
     known: dict[str, Any] = dict(ledger.study.user_attrs.get(ALERTS, {}))
-    new = [one for one in alerts(ledger.trials(), ledger.space, ledger.n_trials) if one.level not in known]
-    for one in new:
-        known[one.level] = {"at": datetime.now().isoformat(sep=" ", timespec="seconds"), "words": one.words}
+    new = [alert for alert in alerts(ledger.trials(), ledger.space, ledger.n_trials) if alert.level not in known]
+    for alert in new:
+        known[alert.level] = {"at": datetime.now().isoformat(sep=" ", timespec="seconds"), "words": alert.words}
     file = folder / ALERT_FILE
     if known and (not file.is_file() or file.read_text(encoding="utf-8") != alert_text(known)):
         write_text(file, alert_text(known))
@@ -117,9 +119,9 @@ def announce(ledger: Ledger, folder: Path) -> list[Alert]:
 
 
 def alert_text(known: dict[str, Any]) -> str:
-    return "".join(f"[{one['at']}] {level}: {one['words']}\n" for level, one in known.items())
+    return "".join(f"[{alert['at']}] {level}: {alert['words']}\n" for level, alert in known.items())
 
 
 def has_converged(ledger: Ledger) -> bool:
-    """Whether a study is at rest now, whatever was said of it before a better trial or with a smaller budget."""
-    return any(one.level == CONVERGED for one in alerts(ledger.trials(), ledger.space, ledger.n_trials))
+    """Whether a study has converged now: an earlier alert may have been before a better trial, or for a smaller budget."""
+    return any(alert.level == CONVERGED for alert in alerts(ledger.trials(), ledger.space, ledger.n_trials))

@@ -1,7 +1,7 @@
-"""Who is at work on a trial: a lease in its user attributes, renewed while its holder lives, on any storage.
+"""Which process trains a trial: a lease in the trial's user attributes, which its holder renews while it lives.
 
-Optuna's own heartbeat works neither with ask and tell nor on journals and gRPC, and sees a dead worker only after its
-grace period. A lease names its process, so that a restart on the same machine sees a dead one at once.
+It works on any storage. Optuna's own heartbeat works neither with ask and tell nor on journals and gRPC, and notices a
+dead worker only after its grace period. A lease names its process, so a restart on the same machine notices at once.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 LEASE = "lease"
 RENEW_AFTER = 60.0
-"""Seconds."""
+"""Seconds between renewals."""
 STALE_AFTER = 900.0
-"""Seconds without a renewal, after which a holder on another machine counts as dead."""
+"""Seconds without a renewal after which a holder counts as dead, also on another machine."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process, so named that no other one is taken for it: containers share host names, systems reuse numbers."""
+    """A process, identified beyond its number: containers share host names, and systems reuse process numbers."""
 
     host: str
     boot_id: str
@@ -42,16 +42,16 @@ def this_process() -> Holder:
 
 
 def why_dead(lease: Mapping[str, Any] | None, stale_after: float, now: float | None = None) -> str | None:
-    """Why the holder of a lease is dead, in words; None while it may live. No lease: died before it could write one."""
+    """Why the holder of a lease counts as dead, in words; None while it may live. None as lease: it died before it wrote one."""
     if lease is None:
-        return "its worker died before it began"
+        return "its worker died before it started"
     age = (time.time() if now is None else now) - float(lease["at"])
     if (lease["host"], lease["boot_id"], lease["pid_ns"]) == _place():
         start = _start_of(int(lease["pid"]))
         if start is None or start != lease["pid_start"]:
-            return f"process {lease['pid']} is gone"
+            return f"process {lease['pid']} has ended"
     if age > stale_after:
-        return f"process {lease['pid']} on {lease['host']} has not been heard of for {age:.0f} s"
+        return f"process {lease['pid']} on {lease['host']} has not renewed its lease for {age:.0f} s"
     return None
 
 
@@ -74,10 +74,10 @@ def _link(path: str) -> str:
 
 
 def _start_of(process: int) -> str | None:
-    """When the process started, in the system's own words; None where it is dead or only waits to be buried."""
+    """When the process started, as the system writes it; None where it has ended (a zombie has)."""
     status = _read(f"/proc/{process}/stat")
     if status:
-        # The name, in parentheses, may have spaces in it (proc(5): state is the 3rd field, starttime the 22nd).
+        # The name, in parentheses, may contain spaces (proc(5): state is the 3rd field, starttime the 22nd).
         fields = status.rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
     import psutil
@@ -89,7 +89,7 @@ def _start_of(process: int) -> str | None:
 
 
 class Heartbeat:
-    """Renews the leases of this process's trials from a thread of its own. `renew(key)` says whether it still holds it."""
+    """Renews the leases of this process's trials, by `renew(key)` from its own thread."""
 
     def __init__(self, renew: Callable[[int], None], every: float = RENEW_AFTER) -> None:
         self._renew = renew

@@ -1,15 +1,15 @@
-"""One study as a parent of trainings sees it: which trial comes next, who is at work on it, and what it came to.
+"""A study as a parent process uses it: it asks for the next trial, holds a lease on it and stores its result.
 
-Any number of parents share a study, on one machine or several, with no lock between them and no one in charge. What keeps
-them from losing or doubling a trial:
+Any number of parents share a study, on one machine or several, with no lock between them and none in charge. No trial is lost
+or trained twice, because:
 
-- A trial is created with its lease in it, in one transaction; a waiting one is claimed by an atomic change of state.
-- A trial may run if fewer than n_trials that count have smaller numbers. Numbers only grow, so that holds for at most
-  n_trials whoever asks at once; one too many withdraws.
-- What is enqueued carries a ticket that follows from what it is for; of two with the same ticket the later withdraws.
-- A dead trial's intent to be tried again is written before it is told as failed; whoever sees a failed trial with that
-  intent and no successor enqueues one.
-- How a training ended is written into its folder before it is told, and read there by whoever finds its parent dead.
+- A new trial is created together with its lease, in one transaction; a waiting trial is claimed by an atomic change of state.
+- A trial may run if fewer than n_trials trials that count have smaller numbers. Numbers only grow, so at most n_trials may
+  run, however many parents ask at once; a trial beyond them is withdrawn.
+- An enqueued trial has a ticket that names its purpose; of two with the same ticket the later is withdrawn.
+- Before a dead trial is stored as failed, its parameters are stored for another attempt; any parent that sees a failed trial
+  with such parameters and without a successor enqueues it.
+- The outcome of a training is written into its folder before it is stored; a parent that finds another one dead reads it there.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from uuid import uuid4
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from library.options.search import SamplerName
 from library.search.constraints import constraints_of
-from library.search.messages import SLOTS, Outcome, Slot
-from library.search.outcomes import read_outcome
+from library.search.messages import SLOTS, Outcome, Slot, read_outcome
 from library.search.space import Space, Value
 from library.search.study.leases import LEASE, STALE_AFTER, this_process, why_dead
-from library.search.study.proposals import PROTECTED, SamplerName, make_pruner, make_sampler
+from library.search.study.proposals import PROTECTED, make_pruner, make_sampler
 from library.search.study.storage import first_line, insisting
 from library.search.study.trial_values import ENDED, FAILURE, IMPUTED, counts, is_real, penalty, predicted
 
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 TICKET, ATTEMPT, RETRY_OF, AGAIN, WITHDRAWN = "ticket", "attempt", "retry_of", "again", "withdrawn"
 SEED, PRUNED_AT, BASELINE, INITIAL, OF_TRIAL = "seed", "pruned_at", "baseline", "initial", "of_trial"
 KEPT = (BASELINE, INITIAL, OF_TRIAL, SEED)
-"""User attributes that a trial's next attempt inherits."""
+"""User attributes that the next attempt at a trial inherits."""
 RETRIES = 2
 CLAIMING = 10.0
-"""Seconds after which nobody is taken to be claiming a trial any more."""
+"""Seconds after which a running trial without a lease is no longer taken to be just being claimed."""
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -53,10 +53,9 @@ class Running:
     """A trial that this process holds the lease of.
 
     Attributes:
-        number: from 1, of the trial and its folder.
         seed: of the training.
-        lost: others took the trial over while this process was suspended.
-        prune_at: slot after which it was found not worth going on.
+        lost: whether another process took the trial over while this one was suspended.
+        prune_at: the slot after which it was pruned; None while it is not.
         began: when it was claimed, in seconds since the epoch by this machine's clock.
     """
 
@@ -75,22 +74,24 @@ class Running:
 
     @property
     def number(self) -> int:
+        """Of the trial and its folder, from 1."""
         return self.trial.number + 1
 
     @property
     def is_protected(self) -> bool:
-        """Baselines and initial parameters are not pruned: the study is to end no worse than them."""
+        """Baselines and initial parameters are never pruned: the study must not end worse than they are."""
         return bool({BASELINE, INITIAL, OF_TRIAL} & self.attrs.keys())
 
 
 @dataclass
 class Ledger:
-    """
+    """A parent's access to one study; any number of threads may use it.
+
     Attributes:
-        n_trials: of the whole study, with those of earlier and other parents.
-        creates: whether new trials are proposed; otherwise there are only those enqueued.
-        folder: of trial N, which may not exist here.
-        constraints: names of those that each trial is measured by.
+        n_trials: of the whole study, including those of earlier and other parents.
+        creates: whether new trials are proposed; otherwise only enqueued ones are trained.
+        folder: trial number -> its folder, which may be on another machine.
+        constraints: names of the constraints that each trial is measured by.
     """
 
     study: optuna.Study
@@ -108,11 +109,11 @@ class Ledger:
     def __post_init__(self) -> None:
         self.holder = this_process()
         self.token = uuid4().hex
-        """Of this ledger; a process may have several."""
+        """Identifies this ledger in leases: a process may have several ledgers."""
         self.active: dict[int, Running] = {}
-        """By the storage's id."""
+        """By the id in the storage."""
         self._unleased: dict[int, float] = {}
-        """When a running trial was first seen without a lease, by this machine's clock alone: others' may be off by hours."""
+        """When a running trial was first seen without a lease, by this machine's clock: others may be wrong by hours."""
         self._lock = threading.RLock()
         self.study.pruner = make_pruner(self.prunes)
 
@@ -123,53 +124,53 @@ class Ledger:
     def trials(self) -> list[FrozenTrial]:
         return insisting(lambda: self.study.get_trials(deepcopy=False))
 
-    # What comes next.
+    # The next trial.
 
     def enqueue(self, params: Mapping[str, Value], ticket: str, **attrs: Any) -> None:
-        """Have `params` tried before anything is proposed, once for each ticket. They must be in the space."""
+        """Have `params`, a point of the space, trained before new ones are proposed; once for each ticket."""
         if reason := self.space.objection(params):
             raise ValueError(f"{ticket} {reason}")
         if all(trial.user_attrs.get(TICKET) != ticket for trial in self.trials()):
             insisting(lambda: self.study.enqueue_trial(dict(params), user_attrs={TICKET: ticket, **attrs}))
 
     def ask(self, worker: int = 0) -> Running | None:
-        """The next trial, with this process's lease on it; None where there is none to begin now (see `is_done`)."""
+        """The next trial, with this process's lease on it; None where none can start now (see `is_done`)."""
         with self._lock:
             self.reap()
             try:
                 while (running := self._claim(worker)) is None:
-                    if not self._has_waiting():
+                    if not self._waiting(self.trials()):
                         return self._create(worker) if self.creates else None
                 return running
-            except UpdateFinishedTrialError:  # others took it for dead while this process was suspended
+            except UpdateFinishedTrialError:  # another parent took it for dead while this process was suspended
                 return None
 
     def is_done(self) -> bool:
-        """Whether all trials of the study are done, here and elsewhere."""
+        """Whether all trials of the study are done, also those of other parents."""
         trials = self.trials()
         done = sum(trial.state in DONE and counts(trial) for trial in trials)
         open_ = any(trial.state in (TrialState.RUNNING, TrialState.WAITING) for trial in trials)
         return done >= self.n_trials or (not self.creates and not open_)
 
-    def is_anyone_at_work(self) -> bool:
-        """Whether a trial is under way, here or elsewhere, whose holder lives."""
+    def is_training(self) -> bool:
+        """Whether a trial is running, here or elsewhere, whose holder lives."""
         self.reap()
         return any(trial.state == TrialState.RUNNING for trial in self.trials())
 
     def _may_run(self, number: int, trials: list[FrozenTrial]) -> bool:
         return sum(counts(trial) for trial in trials if trial.number < number) < self.n_trials
 
-    def _has_waiting(self) -> bool:
-        trials = self.trials()
-        return any(trial.state == TrialState.WAITING and self._may_run(trial.number, trials) for trial in trials)
+    def _waiting(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """The waiting trials that may run."""
+        return [trial for trial in trials if trial.state == TrialState.WAITING and self._may_run(trial.number, trials)]
 
     def _claim(self, worker: int) -> Running | None:
-        """The first waiting trial that may run; None where another parent was faster or it had to be withdrawn."""
+        """The first waiting trial that may run; None where another parent was faster or the trial was withdrawn."""
         trials = self.trials()
-        waiting = [one for one in trials if one.state == TrialState.WAITING and self._may_run(one.number, trials)]
+        waiting = self._waiting(trials)
         if not waiting:
             return None
-        first = min(waiting, key=lambda one: one.number)
+        first = min(waiting, key=lambda trial: trial.number)
         try:
             if not self.storage.set_trial_state_values(first._trial_id, TrialState.RUNNING):
                 return None
@@ -178,14 +179,12 @@ class Ledger:
             return None
         fixed = dict(first.system_attrs.get("fixed_params", {}))
         ticket = first.user_attrs.get(TICKET)
-        earlier = [one for one in trials if one.number < first.number and TICKET in one.user_attrs]
-        if ticket is not None and any(one.user_attrs[TICKET] == ticket for one in earlier):
+        earlier = [trial for trial in trials if trial.number < first.number]
+        if ticket is not None and any(trial.user_attrs.get(TICKET) == ticket for trial in earlier):
             self._withdraw(first._trial_id, f"enqueued twice ({ticket})")
             return None
         if reason := self.space.objection(fixed):
-            self.say(
-                f"trial {first.number + 1} was enqueued with what is outside the search space and is left out: {reason}"
-            )
+            self.say(f"trial {first.number + 1} was enqueued outside the search space and is left out: {reason}")
             self._withdraw(first._trial_id, reason)
             return None
         return self._begin(first._trial_id, worker)
@@ -197,7 +196,7 @@ class Ledger:
         empty = create_trial(state=TrialState.RUNNING, user_attrs={LEASE: self._lease(worker)})
         trial_id = self.storage.create_new_trial(self.study._study_id, template_trial=empty)
         if not self._may_run(self.storage.get_trial(trial_id).number, self.trials()):
-            self._withdraw(trial_id, "one more than n_trials: others asked at the same moment")
+            self._withdraw(trial_id, "one more than n_trials: another parent asked at the same moment")
             return None
         return self._begin(trial_id, worker)
 
@@ -210,7 +209,7 @@ class Ledger:
         self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
     def _begin(self, trial_id: int, worker: int) -> Running:
-        # Samplers look at a copy of all trials that is kept for each thread; Study.ask forgets it likewise.
+        # Samplers read a copy of all trials that Optuna keeps for each thread. Study.ask drops it in the same way.
         self.study._thread_local.cached_all_trials = None
         self.study.sampler = make_sampler(self.sampler, self.seed, self.storage.get_trial(trial_id).number)
         trial = Trial(self.study, trial_id)
@@ -221,16 +220,16 @@ class Ledger:
         self.active[trial_id] = running
         return running
 
-    # The dead.
+    # Trials of dead parents.
 
     def reap(self) -> None:
-        """Settle what dead parents left: tell what ended, give up the rest, and enqueue again what is to be tried again."""
+        """Settle trials of dead parents: store those that ended, give up the others and enqueue them for another attempt."""
         with self._lock:
             for trial in self.trials():
                 if trial.state != TrialState.RUNNING or trial._trial_id in self.active:
                     continue
                 lease = trial.user_attrs.get(LEASE)
-                own = "asking for it failed half-way" if (lease or {}).get("ledger") == self.token else None
+                own = "it could not be started" if (lease or {}).get("ledger") == self.token else None
                 if lease is None and self._may_be_claimed(trial):
                     continue
                 if reason := own or why_dead(lease, self.stale_after):
@@ -238,7 +237,7 @@ class Ledger:
             self._requeue()
 
     def _may_be_claimed(self, trial: FrozenTrial) -> bool:
-        """A claimed trial is without a lease for a moment."""
+        """Whether a trial may be just being claimed: it has no lease for a moment then."""
         seen = self._unleased.setdefault(trial._trial_id, time.monotonic())
         return time.monotonic() - seen < min(CLAIMING, self.stale_after)
 
@@ -247,21 +246,21 @@ class Ledger:
         try:
             left = read_outcome(self.folder(number), number)
             if left is not None and left.ending in ("done", "diverged"):
-                self.say(f"trial {number}: {reason}, but it had ended; its outcome is taken")
+                self.say(f"trial {number}: {reason}, but its training had ended; its outcome is used")
                 self._conclude(trial, left)
             elif PRUNED_AT in trial.user_attrs:
                 self._conclude(trial, Outcome(number, "stopped"))
             else:
-                # Dying before all parameters were there is no attempt.
+                # Without all of its parameters it had not started, which is not an attempt.
                 began = len(trial.params) == len(self.space.parameters)
                 again = self._give_up(trial, reason, is_attempt=began)
-                fate = "given up" if began else "it had not begun"
-                self.say(f"trial {number}: {reason}; {'its parameters wait to be tried again' if again else fate}")
+                fate = "it is given up" if began else "it had not started"
+                self.say(f"trial {number}: {reason}; {'its parameters are enqueued again' if again else fate}")
         except (UpdateFinishedTrialError, ValueError):
             pass  # another parent was faster
 
     def _give_up(self, trial: FrozenTrial, reason: str, *, is_attempt: bool) -> bool:
-        """Tell a trial as failed; returns whether its parameters are going to be tried again."""
+        """Store a trial as failed; returns whether its parameters get another attempt."""
         attempt = int(trial.user_attrs.get(ATTEMPT, 0)) + is_attempt
         params = dict(trial.params)
         if len(params) < len(self.space.parameters):
@@ -275,7 +274,7 @@ class Ledger:
         return again
 
     def _requeue(self) -> None:
-        """Enqueue what failed, is to be tried again, and has no successor."""
+        """Enqueue failed trials that get another attempt and have no successor yet."""
         trials = self.trials()
         succeeded = {trial.user_attrs.get(RETRY_OF) for trial in trials}
         for trial in trials:
@@ -286,10 +285,10 @@ class Ledger:
                 attrs[TICKET] = f"retry-{trial.number + 1}"
                 insisting(lambda p=again["params"], a=attrs: self.study.enqueue_trial(p, user_attrs=a))  # type: ignore[misc]
 
-    # A trial's life.
+    # A trial of this process.
 
     def renew(self, trial_id: int) -> None:
-        """Renew the lease on a running trial; finds out here too that it was lost."""
+        """Renew the lease on a running trial, or notice that it was lost."""
         running = self.active.get(trial_id)
         if running is None:
             return
@@ -298,17 +297,17 @@ class Ledger:
             self._set(trial_id, LEASE, {**self._lease(running.worker, running.began), **now})
         except UpdateFinishedTrialError:
             running.lost = True
-        except Exception as error:  # the storage may be back at the next beat
+        except Exception as error:  # the storage may work again at the next renewal
             self.say(f"trial {running.number}: its lease could not be renewed: {first_line(error)}")
 
     def report(self, running: Running, slot: Slot) -> bool:
-        """Record a slot's value; returns whether the trial is worth going on."""
+        """Store a slot's value; returns whether the trial goes on."""
         running.step, running.images_per_second = slot.step, slot.images_per_second
         if running.lost or running.prune_at is not None:
             return False
         if not math.isfinite(slot.value):
             return True
-        first_time = slot.slot not in running.slots  # not so where a trial runs again with a smaller batch
+        first_time = slot.slot not in running.slots  # else the trial is trained again with a smaller batch
         running.slots[slot.slot] = slot.value
         try:
             if first_time:
@@ -324,7 +323,7 @@ class Ledger:
         return False
 
     def settle(self, running: Running, outcome: Outcome) -> FrozenTrial | None:
-        """Tell how a trial ended; None where it was lost to another parent. A failure is tried again, twice at most."""
+        """Store how a trial ended; None where it was lost to another parent. A failed trial gets at most two more attempts."""
         trial_id = running.trial._trial_id
         try:
             trial = self.storage.get_trial(trial_id)
@@ -342,12 +341,8 @@ class Ledger:
         finally:
             self.active.pop(trial_id, None)
 
-    def give_back(self, running: Running, reason: str) -> None:
-        """Return a trial that was stopped through no fault of its own; somebody will begin it anew."""
-        self.settle(running, Outcome(running.number, "stopped", reason))
-
     def _conclude(self, trial: FrozenTrial, outcome: Outcome) -> None:
-        """Tell a trial that ended by itself or was pruned, its facts first: afterwards it cannot be changed."""
+        """Store a trial that ended or was pruned: its attributes before its state, after which Optuna lets nothing change."""
         trials = self.trials()
         attrs: dict[str, Any] = {"outcome": {k: v for k, v in asdict(outcome).items() if k != "components"}}
         attrs |= {"components": outcome.components, "seconds": outcome.seconds, ENDED: time.time()}
@@ -358,7 +353,7 @@ class Ledger:
             observed = trial.intermediate_values[slot]
             value = predicted(trials, slot, observed)
             attrs |= {"observed": observed, IMPUTED: value}
-            if self.sampler != "gp":  # TPE ranks pruned trials by itself, a Gaussian process does not see them
+            if self.sampler != "gp":  # TPE ranks pruned trials itself; a Gaussian process ignores them
                 state, value = TrialState.PRUNED, observed
         elif outcome.ending != "done" or value is None or not math.isfinite(value):
             value = penalty(trials)
@@ -369,14 +364,16 @@ class Ledger:
         insisting(lambda: self.storage.set_trial_state_values(trial._trial_id, state, [value]))
 
     def _constrain(self, trial_id: int, outcome: Outcome, trials: list[FrozenTrial]) -> None:
-        """Tell samplers how a trial kept its constraints; without a measurement as badly as the worst did, as with its value."""
+        """Store the trial's constraints for samplers; without a measurement those of the worst trial, as with its value."""
         measured = constraints_of(outcome.components)
         others = [trial.constraints for trial in trials if trial.state == TrialState.COMPLETE]
         for name in self.constraints:
-            if any(name not in other for other in others):  # begun before there were any: GPSampler takes all or none
+            if any(
+                name not in other for other in others
+            ):  # an older study: GPSampler needs them of all trials or of none
                 continue
             value = measured.get(name, max((other[name] for other in others), default=0.0))
-            # A Trial would ask the sampler once more before it took it.
+            # Setting it on a Trial would call the sampler again.
             attrs = create_trial(state=TrialState.RUNNING, constraints={name: value}).system_attrs
             for key, content in attrs.items():
                 insisting(lambda k=key, c=content: self.storage.set_trial_system_attr(trial_id, k, c))  # type: ignore[misc]
@@ -386,7 +383,7 @@ class Ledger:
 
 
 def _finite(content: Any) -> Any:
-    """JSON of databases has no NaN."""
+    """`content` with None in place of NaN and infinity, which JSON in databases does not have."""
     if isinstance(content, dict):
         return {name: _finite(value) for name, value in content.items()}
     return None if isinstance(content, float) and not math.isfinite(content) else content

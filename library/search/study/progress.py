@@ -1,4 +1,4 @@
-"""How far a study is and when it will end, in a line; and optimization.log."""
+"""How far a study is and when it will end, in a line; its budget; and optimization.log."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 LOG_FILE = "optimization.log"
 BUDGET = "budget"
-"""User attribute of a study: n_trials and workers of its last start, trainings that are enqueued when these are done, and
-whether it has ended."""
+"""User attribute of a study: n_trials and workers of its last start, how many trainings of the best follow, and whether it
+has ended."""
 
 
 class StudyLog:
-    """Says a line and keeps it with its time, from any thread. A log that cannot be written stops no study."""
+    """Prints a line and writes it with its time to the log, from any thread. A study goes on without a log that fails."""
 
     def __init__(self, folder: Path, *, quiet: bool = False) -> None:
         self._file = folder / LOG_FILE
@@ -51,13 +51,13 @@ class StudyLog:
 
 
 def set_budget(study: optuna.Study, n_trials: int, workers: int, more: int) -> None:
-    """Of a study that begins or goes on. more: trainings of the best with new seeds, at most."""
+    """Store the budget of a study that starts or continues. more: trainings of the best with new seeds, at most."""
     budget = {"n_trials": n_trials, "workers": workers, "more": more, "ended": False}
     insisting(lambda: study.set_user_attr(BUDGET, budget))
 
 
 def change_budget(study: optuna.Study, n_trials: int, **changes: int) -> None:
-    """Say what has come of the budget, unless somebody has begun anew with another one."""
+    """Store what remains of the budget, unless somebody has started the study again with another n_trials."""
     budget = study.user_attrs.get(BUDGET, {})
     if budget.get("n_trials") == n_trials:
         insisting(lambda: study.set_user_attr(BUDGET, {**budget, **changes}))
@@ -65,10 +65,10 @@ def change_budget(study: optuna.Study, n_trials: int, **changes: int) -> None:
 
 @dataclass(frozen=True)
 class Progress:
-    """Of the whole study, with what other parents do.
+    """Progress of the whole study, including trials of other parents.
 
     Attributes:
-        share: of the running trials, done, added up.
+        share: sum over running trials of the share that is done.
         seconds_left: None before the first trial is done.
     """
 
@@ -92,12 +92,13 @@ class Progress:
 
 
 def progress(trials: Iterable[FrozenTrial], n_trials: int, workers: int = 1, more: int = 0) -> Progress:
-    """more: trainings that follow the search, those of the best with new seeds, each as long as a trial to its end."""
+    """The progress of a study with these trials. more: trainings of the best that follow, each as long as a whole trial."""
     trials = [trial for trial in trials if counts(trial)]
     done = [trial for trial in trials if trial.state.is_finished()]
     running = [trial for trial in trials if trial.state == TrialState.RUNNING]
     share = sum(max(trial.intermediate_values, default=0) / SLOTS for trial in running)
-    mean, whole = _mean_seconds(done), _mean_seconds(t for t in done if t.state == TrialState.COMPLETE)
+    mean = _mean_seconds(done)
+    whole = _mean_seconds(trial for trial in done if trial.state == TrialState.COMPLETE)
     left = None
     if mean is not None:
         at_once = max(workers, len(running))
@@ -120,7 +121,7 @@ def _mean_seconds(trials: Iterable[FrozenTrial]) -> float | None:
 
 
 def _seconds(trial: FrozenTrial) -> float | None:
-    """What the training itself took; else between Optuna's times, which may be of machines in different time zones."""
+    """Seconds that the trainer measured; else between Optuna's times, which may come from machines in different time zones."""
     if seconds := trial.user_attrs.get("seconds"):
         return float(seconds)
     if trial.datetime_complete is None or trial.datetime_start is None:

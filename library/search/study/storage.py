@@ -1,4 +1,4 @@
-"""Where a study is kept: a SQLite file, a journal file, PostgreSQL, or another machine's storage over gRPC."""
+"""Where a study is stored: a SQLite file, a journal file, PostgreSQL, or the storage of another machine over gRPC."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.errors import RunFailed, UserError
+from library.options.search import require_storage_form, without_password
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 
 Result = TypeVar("Result")
 
-FORMS = "sqlite:///study.db, journal:study.log, postgresql+psycopg://user:password@host/name, grpc://host:port"
 ATTEMPTS = 10
 FINAL = re.compile(
     "is full|readonly|unable to open|No space|malformed|not a data"
@@ -40,34 +40,23 @@ NETWORK_FILE_SYSTEMS = (
 )
 
 
-def require_form(url: str) -> None:
-    """Raises UserError where `url` is of none of FORMS, before anything is opened."""
-    if not re.match(r"(sqlite:///|journal:|postgresql(\+psycopg)?://|grpc://).", url):
-        raise UserError(f"--storage {without_password(url)} is no storage. It may be {FORMS}.")
-
-
 def storage_file(url: str) -> Path | None:
-    """The file of a SQLite or journal storage; None where there is none."""
+    """The file of a SQLite or journal storage; None for a server."""
     for prefix in ("sqlite:///", "journal:"):
         if url.startswith(prefix):
             return Path(url.removeprefix(prefix)).expanduser()
     return None
 
 
-def without_password(url: str) -> str:
-    url = re.sub(r"(://[^:/@]+):[^/]*@", r"\1:***@", url)
-    return re.sub(r"([?&]password=)[^&]*", r"\1***", url)
-
-
 def open_storage(url: str, say: Callable[[str], None] = print) -> BaseStorage:
-    """Open the storage at `url` and create what is not there yet.
+    """Open the storage at `url`, and create its file or tables where they do not exist yet.
 
-    Raises UserError: a form that is none of FORMS, a driver that is not installed, a server that does not answer, a file
-    that is damaged or written by another version of Optuna.
+    Raises UserError: an address that is not one of STORAGE_FORMS, a driver that is not installed, a server that does not
+    answer, a file that is damaged or was written by another version of Optuna.
     """
     import optuna
 
-    require_form(url)
+    require_storage_form(url)
     file = storage_file(url)
     if file is not None:
         _check_file(file, say)
@@ -77,20 +66,20 @@ def open_storage(url: str, say: Callable[[str], None] = print) -> BaseStorage:
     if url.startswith("grpc://"):
         return _open_proxy(url)
     if url.startswith("sqlite:///"):
-        # Each worker's thread and process has a connection; writers wait for each other.
+        # Each thread and process of a worker has its own connection; writers wait for each other.
         url, settings = f"sqlite:///{file}", {"connect_args": {"timeout": 60}}
     else:
         url = re.sub(r"^postgresql://", "postgresql+psycopg://", url)
         settings = {"pool_pre_ping": True, "pool_size": 2}  # type: ignore[dict-item]
     try:
-        # Several that create the tables of one empty database at once get in each other's way: 8 of 24 died of it.
+        # Processes that create the tables of one empty database at once disturb each other: 8 of 24 failed.
         storage = insisting(lambda: optuna.storages.RDBStorage(url, engine_kwargs=settings), ATTEMPTS)
     except ImportError:
         raise UserError('PostgreSQL needs its driver, which is not installed: pip install "psycopg[binary]".') from None
     except RuntimeError as error:
         raise UserError(
             f"{without_password(url)} was written by another version of Optuna: {first_line(error)} "
-            f"optuna storage upgrade --storage {without_password(url)} brings it up to this one."
+            f"To upgrade it, run: optuna storage upgrade --storage {without_password(url)}"
         ) from None
     except Exception as error:
         if not is_storage_failure(error):
@@ -102,25 +91,25 @@ def open_storage(url: str, say: Callable[[str], None] = print) -> BaseStorage:
 
 
 def _lock_from_the_beginning(storage: RDBStorage) -> None:
-    """Have each transaction on a SQLite file exclude all others from its first read on, and not from its first write.
+    """Let each transaction on a SQLite file exclude all others from its first read on, not only from its first write.
 
-    SQLite has no SELECT FOR UPDATE: two parents could both read that a trial waits, and both claim it.
+    SQLite has no SELECT FOR UPDATE: without this, two parents could both read that a trial waits and both claim it.
     """
     from sqlalchemy import event
 
     def connect(connection: Any, record: Any) -> None:
-        connection.isolation_level = None  # of the driver, which would begin a transaction with the first write
+        connection.isolation_level = None  # else the driver would begin the transaction at the first write
 
     def begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     event.listen(storage.engine, "connect", connect)
     event.listen(storage.engine, "begin", begin)
-    storage.engine.dispose()  # what was connected before
+    storage.engine.dispose()  # connections that were opened before
 
 
 def insisting(call: Callable[[], Result], attempts: int = 5) -> Result:
-    """`call()`, again after a moment where others were in the way, at most `attempts` times in all."""
+    """The result of `call()`, repeated after a moment where the storage failed, at most `attempts` times in all."""
     for attempt in range(attempts):
         try:
             return call()
@@ -132,11 +121,11 @@ def insisting(call: Callable[[], Result], attempts: int = 5) -> Result:
 
 
 def is_storage_failure(error: BaseException) -> bool:
-    """Whether it is the storage that failed, and not this program."""
+    """Whether the storage failed, and not this program."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
-    # grpc is an optional part of Optuna, so its class is known by name only.
+    # grpc is an optional dependency of Optuna, so its class is recognised by name.
     is_remote = any(kind.__name__ == "RpcError" for kind in type(error).__mro__)
     return isinstance(error, StorageInternalError | SQLAlchemyError | OSError) or is_remote
 
@@ -144,17 +133,17 @@ def is_storage_failure(error: BaseException) -> bool:
 def storage_failed(url: str, error: BaseException) -> RunFailed:
     return RunFailed(
         f"The study's storage {without_password(url)} failed: {first_line(error)} Nothing that was stored is lost; run the "
-        "same command again to go on."
+        "same command again to continue."
     )
 
 
 def _is_final(error: BaseException) -> bool:
-    """Whether the storage would say the same again."""
+    """Whether another attempt would fail in the same way."""
     return FINAL.search(str(error)) is not None
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a storage says, in one line that ends with a dot; its kind where it says nothing."""
+    """The message of a storage's error, in one line that ends with a full stop; its class where there is no message."""
     cause = error.__cause__ if type(error).__name__ == "StorageInternalError" and error.__cause__ else error
     lines = str(getattr(cause, "orig", None) or cause).strip().splitlines()
     return f"{(lines or [type(error).__name__])[0].rstrip('.')}."
@@ -166,27 +155,27 @@ def _check_file(file: Path, say: Callable[[str], None]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The storage {file} cannot be made: {error.strerror}.") from None
+        raise UserError(f"The storage {file} cannot be created: {error.strerror}.") from None
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise UserError(f"The storage {file} cannot be written to.")
     kind = file_system(file)
     if kind in NETWORK_FILE_SYSTEMS:
         say(
-            f"warning: {file} lies on a network file system ({kind}), where locks of files cannot be relied on and a study "
-            "may be damaged. Use a local folder, or --storage postgresql+psycopg://... for several machines."
+            f"warning: {file} is on a network file system ({kind}), where file locks are unreliable and a study may be damaged. "
+            "Use a local folder, or --storage postgresql+psycopg://... for several machines."
         )
 
 
 def file_system(path: Path) -> str:
-    """Kind of the file system that `path` is or would be on, such as ext4; "" where that cannot be told."""
+    """Type of the file system that `path` is or would be on, such as ext4; "" where it is unknown."""
     import psutil
 
     path = path.resolve()
     try:
-        mounts = [one for one in psutil.disk_partitions(all=True) if path.is_relative_to(one.mountpoint)]
+        mounts = [mount for mount in psutil.disk_partitions(all=True) if path.is_relative_to(mount.mountpoint)]
     except OSError:
         return ""
-    return max(mounts, key=lambda one: len(one.mountpoint)).fstype.lower() if mounts else ""
+    return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype.lower() if mounts else ""
 
 
 def _open_proxy(url: str) -> BaseStorage:
@@ -197,7 +186,7 @@ def _open_proxy(url: str) -> BaseStorage:
         raise UserError(f"--storage {url} must be grpc://host:port.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "experimental", to each user at each start
+            warnings.simplefilter("ignore")  # Optuna warns at each start that it is experimental
             proxy = GrpcStorageProxy(host=match[1], port=int(match[2]))
         proxy.wait_server_ready(timeout=20)
         return proxy
@@ -205,8 +194,8 @@ def _open_proxy(url: str) -> BaseStorage:
         raise UserError("grpc:// needs packages that are not installed: pip install grpcio protobuf.") from None
     except Exception as error:
         raise UserError(
-            f"Nobody answers at {url} ({first_line(error).rstrip('.')}). Start the server there first: docs/optimize.md, "
-            "Many workers, says how."
+            f"No server answers at {url} ({first_line(error).rstrip('.')}). Start it first, as docs/optimize.md, Many workers, "
+            "describes."
         ) from None
 
 
@@ -215,13 +204,13 @@ def _open_journal(file: Path) -> JournalStorage:
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
 
     class WholeLines(JournalFileBackend):
-        """Cuts a line that was torn (a kill, a full disk) before it writes: appended to, it would spoil the file for good."""
+        """Removes an incomplete last line (of a kill, a full disk) before it appends, as the file would become unreadable."""
 
         def append_logs(self, logs: list[dict[str, Any]]) -> None:
             text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
             self._lock.acquire()
             try:
-                cut_torn_line(file)
+                remove_torn_line(file)
                 whole = file.stat().st_size
                 try:
                     with open(file, "ab") as journal:
@@ -243,8 +232,8 @@ def _open_journal(file: Path) -> JournalStorage:
         raise UserError(f"The journal {file} is damaged and cannot be read: {first_line(error)}") from None
 
 
-def cut_torn_line(file: Path) -> Path | None:
-    """Cut a last line without its end off a journal whose lock is held; returns the file it is kept in, if there was one."""
+def remove_torn_line(file: Path) -> Path | None:
+    """Move an incomplete last line of a journal, whose lock is held, to a file beside it; that file, or None without one."""
     with open(file, "rb+") as journal:
         size = journal.seek(0, os.SEEK_END)
         if size == 0:

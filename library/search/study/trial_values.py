@@ -1,4 +1,4 @@
-"""What a trial that did not simply end well is worth: predictions for pruned ones, penalties for those that diverged."""
+"""Values of trials: measured ones, predictions for pruned trials, penalties for diverged ones; and which of them count."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 FAILURE, IMPUTED, IMPORTED = "failure", "imputed", "imported"
-"""User attributes: what a penalty was told for (diverged, memory), a predicted value, and values of another study."""
+"""User attributes of a trial: why its value is a penalty (diverged, memory), its predicted value, and that its value comes
+from another study."""
 ENDED = "ended"
-"""User attribute: when a trial was told, in seconds since the epoch; Optuna's times are local and without a zone."""
+"""User attribute: when a trial ended, in seconds since the epoch. Optuna's own times are local and have no zone."""
 
 FIRST_PENALTY = 1.0
-"""Of a trial that diverges before any has a value; the objective is a log-ratio, so this is e times the base's loss."""
+"""Value of a trial that diverges before any other has a value. The objective is a log-ratio: this is e times the base's loss."""
 EPSILON = 1e-6
+"""A predicted value is at least this much worse than the best."""
 
 
 def is_real(trial: FrozenTrial) -> bool:
-    """Whether a trial's value was measured at its own end: neither predicted nor a penalty nor imported."""
+    """Whether a trial's value was measured in its own training: neither predicted nor a penalty nor imported."""
     attrs = trial.user_attrs
     return trial.state == TrialState.COMPLETE and not attrs.keys() & {FAILURE, IMPUTED, IMPORTED}
 
@@ -36,22 +38,22 @@ def breaks(trial: FrozenTrial) -> bool:
 
 
 def may_win(trial: FrozenTrial) -> bool:
-    """Whether a trial's value is real and it kept its constraints: what can be the best, and be exported."""
+    """Whether a trial can be the best: its value is real and it kept its constraints."""
     return is_real(trial) and not breaks(trial)
 
 
 def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial is one of the study's budget: done, under way or waiting."""
+    """Whether a trial counts towards the study's budget: it is done, running or waiting."""
     return trial.state != TrialState.FAIL and IMPORTED not in trial.user_attrs
 
 
 def by_end(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """In the order in which they ended, on whatever machines."""
+    """The trials in the order in which they ended, on any machine."""
     return sorted(trials, key=lambda trial: (_ended(trial), trial.number))
 
 
 def _ended(trial: FrozenTrial) -> float:
-    complete = trial.datetime_complete  # of trials that this program did not tell
+    complete = trial.datetime_complete  # where another program ended the trial
     return float(trial.user_attrs.get(ENDED) or (complete.timestamp() if complete is not None else 0.0))
 
 
@@ -61,15 +63,15 @@ def value_of(trial: FrozenTrial) -> float:
 
 
 def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
-    """The trial with the least value among those that may win; the earlier of equals."""
+    """The trial with the lowest value among those that may win; of equal ones the first."""
     found = filter(may_win, trials)
     return min(found, key=lambda trial: (value_of(trial), trial.number), default=None)
 
 
 def penalty(trials: Iterable[FrozenTrial]) -> float:
-    """What a diverged trial is told as: the worst finite value so far.
+    """The value that Optuna gets for a diverged trial: the worst finite value so far.
 
-    Failed trials are invisible to samplers, which would go on proposing where it fails; a huge value spoils the model.
+    Samplers ignore failed trials and would go on proposing parameters that diverge; a huge value would spoil their model.
     """
     finite = [
         trial.value
@@ -82,10 +84,10 @@ def penalty(trials: Iterable[FrozenTrial]) -> float:
 
 
 def predicted(trials: Iterable[FrozenTrial], slot: int, observed: float) -> float:
-    """The end value of a trial that was at `observed` when it was pruned at `slot`.
+    """The final value to expect of a trial that had the value `observed` when it was pruned at `slot`.
 
-    It is moved by the median of what finished trials went on to gain from that slot; and never better than the best, so
-    that no prediction is ever the best trial.
+    `observed` plus the median change of finished trials from that slot to their end, but worse than the best trial, so that no
+    prediction is ever the best.
     """
     real = [trial for trial in trials if is_real(trial)]
     gains = [value_of(trial) - trial.intermediate_values[slot] for trial in real if slot in trial.intermediate_values]

@@ -1,4 +1,4 @@
-"""Carries the best training of an SD1.5 study to SDXL: a dataset file, a configuration, and the line that runs them."""
+"""Exports the best training of an SD1.5 study to SDXL: a dataset file, a configuration, and the command that trains."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from library.errors import UserError
 from library.files import read_json, write_json, write_text
+from library.options.parser import flatten
+from library.options.scripts import options_of
+from library.options.search import SdxlOptions
 from library.options.toml_file import PROJECT_ROOT
 from library.search.best_params import BestParams
 from library.search.held_out_pictures import EVALUATION_SEED, share_to_hold_out
 from library.search.to_sdxl.exported_files import (
     config_text,
     dataset_text,
-    options_of,
     read_back,
     script_text,
     with_same_ids,
 )
-from library.search.to_sdxl.rules import carry, written_options
-from library.search.to_sdxl.trainings import Found, Pictures, Recipe, SdxlOptions
+from library.search.to_sdxl.rules import apply_rules, written_options
+from library.search.to_sdxl.trainings import PictureFacts, Sd15Training, SdxlTraining
 
 if TYPE_CHECKING:
     from library.data.dataset_schema import Dataset
@@ -35,14 +37,23 @@ if TYPE_CHECKING:
 CONFIG, DATASET, SCRIPT = "sdxl_config.toml", "sdxl_dataset.toml", "sdxl_train.sh"
 REQUEST = "sdxl_export.json"
 
-# With fewer pictures, none can be spared: a guess.
+# With fewer pictures none is held out: a guess.
 _FEW = 4
+_SHOWN_CHANGES = (
+    "resolution",
+    "min_bucket_reso",
+    "max_bucket_reso",
+    "bucket_reso_steps",
+    "batch_size",
+    "validation_split",
+    "validation_seed",
+)
 _NATIVE_SD15 = 512
 
 
 @dataclass(frozen=True)
 class Request:
-    """What an export was asked for, kept beside it so that the next one is asked for the same: sdxl_export.json."""
+    """What an export was asked for. It is kept in sdxl_export.json, so that the export can be repeated with the same wishes."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -52,32 +63,33 @@ class Request:
 
 
 def last_request(folder: Path) -> Request | None:
-    """Of the export in `folder`; None where there is none. Raises UserError for a file that is damaged."""
+    """The request of the export in `folder`; None where there is no export. Raises UserError for a damaged file."""
     if not (folder / REQUEST).is_file():
         return None
     try:
         return TypeAdapter(Request).validate_json(json.dumps(read_json(folder / REQUEST)))
     except ValidationError:
         raise UserError(
-            f"{folder / REQUEST} is damaged. Delete it, and export anew with the options that you want."
+            f"{folder / REQUEST} is damaged. Delete it, and export again with the options that you want."
         ) from None
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export left.
+    """A finished export.
 
     Attributes:
-        command: runs the training as it is, from the folder in which the export was made.
-        changes: `network_dim 32 -> 64`, of every option and dataset value that differs from the study's.
-        warnings: where a rule is weak, or meets something it does not suit.
+        command: starts the training, from the folder in which the export was made.
+        training: the training on SDXL.
+        changes: `network_dim 32 -> 64`, for each option and dataset value that differs from the study's.
+        warnings: about rules that are weak or do not suit this training.
     """
 
     config: Path
     dataset: Path
     script: Path
     command: str
-    recipe: Recipe
+    training: SdxlTraining
     changes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -99,37 +111,36 @@ def export(
     output_name: str = "sdxl_lora",
     wishes: SdxlOptions | None = None,
 ) -> Exported:
-    """Write sdxl_dataset.toml, sdxl_config.toml and sdxl_train.sh into `output_dir`, and return what to run.
+    """Write sdxl_dataset.toml, sdxl_config.toml, sdxl_train.sh and sdxl_export.json (see `Request`) into `output_dir`.
 
-    Files of an earlier export are replaced. Both TOML files are read back before they are written. What was asked for is
-    kept in sdxl_export.json (see `last_request`).
+    Files of an earlier export are replaced. Both TOML files are parsed and compared before they are written.
 
     Args:
         sdxl_base: a file, a folder, a hub id, or tiny-sdxl.
-        dataset_config: the study's dataset file, where it lies elsewhere now than when the study ran.
-        train_dir: output_dir of the training to come; sdxl_lora in `output_dir` by default.
+        dataset_config: the study's dataset file, if it has moved since.
+        train_dir: output_dir of the SDXL training; sdxl_lora in `output_dir` by default.
         output_name: of its adapters.
 
-    Raises UserError: a study that was not on SD1.5 or not of train_network.py, a base that is not there or no SDXL, data
-    that are not there, a wish that cannot be granted.
+    Raises UserError: a study that was not on SD1.5 or not of train_network.py, a base that does not exist or is not SDXL,
+    missing data, a wish that the training does not allow.
     """
     folder = Path(output_dir)
     train_dir = folder / "sdxl_lora" if train_dir is None else Path(train_dir)
     _require_transferable(best)
     _require_sdxl(sdxl_base)
-    found = find(best, dataset_config)
-    recipe = carry(found, wishes or SdxlOptions())
-    recipe = recipe.with_datasets(map(with_same_ids, recipe.datasets))
+    sd15 = find_training(best, dataset_config)
+    sdxl = apply_rules(sd15, wishes or SdxlOptions())
+    sdxl = sdxl.with_datasets(map(with_same_ids, sdxl.datasets))
     options = {
         "pretrained_model_name_or_path": sdxl_base,
         "dataset_config": str(folder / DATASET),
-        **written_options(recipe),
+        **written_options(sdxl),
         "output_dir": str(train_dir),
         "output_name": output_name,
     }
     title = f"exported from {best.origin}"
-    config, dataset = config_text(options, found, title, best.verdict), dataset_text(recipe.datasets, title)
-    read_back(config, dataset, options, recipe.datasets)
+    config, dataset = config_text(options, sd15, title, best.verdict), dataset_text(sdxl.datasets, title)
+    read_back(config, dataset, options, sdxl.datasets)
     command = shlex.join(_command(folder / CONFIG))
     write_text(folder / DATASET, dataset)
     write_text(folder / CONFIG, config)
@@ -137,35 +148,35 @@ def export(
     request = Request(sdxl_base, None if dataset_config is None else str(dataset_config), wishes or SdxlOptions())
     write_json(folder / REQUEST, asdict(request))
     return Exported(
-        folder / CONFIG, folder / DATASET, folder / SCRIPT, command, recipe, _changes(found, recipe), recipe.warnings
+        folder / CONFIG, folder / DATASET, folder / SCRIPT, command, sdxl, _changes(sd15, sdxl), sdxl.warnings
     )
 
 
-def find(best: BestParams, dataset_config: Path | str | None = None) -> Found:
-    """The best training as it was, with what the rules have to know of its pictures. Headers of all pictures are read.
+def find_training(best: BestParams, dataset_config: Path | str | None = None) -> Sd15Training:
+    """The best training of a study, with what the rules need to know of its pictures. Reads the headers of all pictures.
 
-    Raises UserError where its options or its data cannot be used any more.
+    Raises UserError where its options or its data can no longer be used.
     """
-    options = options_of(best.train_config, dataset_config, best.config_origin)
+    options = options_of("train_network", best.train_config, best.config_origin, dataset_config)
     from library.data.network_data import read_datasets
     from library.data.training_images import collect_images
 
     datasets = tuple(read_datasets(options, _native_side(options)))
-    images = [[one for one in collect_images(dataset).images if not one.subset.is_reg] for dataset in datasets]
-    areas = [[one.size[0] * one.size[1] for one in of_dataset] for of_dataset in images]
-    pictures = tuple(Pictures(len(one), float(median(one)) if one else 0.0) for one in areas)
-    return Found(options, datasets, pictures, best.lr_reference, _validation_share(datasets, images))
+    images = [[image for image in collect_images(dataset).images if not image.subset.is_reg] for dataset in datasets]
+    areas = [[image.size[0] * image.size[1] for image in of_dataset] for of_dataset in images]
+    pictures = tuple(PictureFacts(len(sizes), float(median(sizes)) if sizes else 0.0) for sizes in areas)
+    return Sd15Training(options, datasets, pictures, best.lr_reference, _validation_share(datasets, images))
 
 
 def _require_transferable(best: BestParams) -> None:
     if best.base_model.family != "sd15":
         raise UserError(
-            f"The study {best.study} ran on SDXL ({best.base_model.path}): its options need no export. Train with "
-            "the train_config of its best_params.json."
+            f"The study {best.study} ran on SDXL ({best.base_model.path}), so its options need no export. Train with the "
+            "train_config of its best_params.json."
         )
     if best.script != "train_network":
         raise UserError(
-            f"The study {best.study} tuned {best.script}.py, which trains SD1.5 alone. Only studies of train_network.py can be "
+            f"The study {best.study} tuned {best.script}.py, which trains SD1.5 only. Only studies of train_network.py can be "
             "exported to SDXL."
         )
 
@@ -186,7 +197,7 @@ def _require_sdxl(base: str) -> None:
 
 
 def _native_side(options: TrainNetworkOptions) -> int:
-    """Side in pixels that the study's base was trained at; SD1.5's where the base is not on this machine."""
+    """Side in pixels at which the study's base was trained; SD1.5's where the base is not on this machine."""
     from library.models.family import native_side
     from library.models.locate import base_status, locate_base
 
@@ -195,7 +206,7 @@ def _native_side(options: TrainNetworkOptions) -> int:
 
 
 def _validation_share(datasets: tuple[Dataset, ...], images: list[list[TrainingImage]]) -> float | None:
-    """See `Found.validation_share`. Pictures are held out by a hash of their names, so a share of few may be none."""
+    """See `Sd15Training.validation_share`. A hash of their names holds pictures out, so a share of few may hold out none."""
     from library.data.training_images import split_validation
 
     every = [image for of_dataset in images for image in of_dataset]
@@ -209,45 +220,23 @@ def _validation_share(datasets: tuple[Dataset, ...], images: list[list[TrainingI
 
 
 def _command(config: Path) -> list[str]:
-    """One process: with more, a step would have more pictures than in the study."""
-    script = PROJECT_ROOT / "train_network.py"
-    here = Path("train_network.py")
-    is_here = here.exists() and here.resolve() == script
-    return [
-        "accelerate",
-        "launch",
-        "--num_processes",
-        "1",
-        str(here if is_here else script),
-        "--config_file",
-        str(config),
-    ]
+    """With one process: with more, a step would have more pictures than in the study."""
+    script, here = PROJECT_ROOT / "train_network.py", Path("train_network.py")
+    path = str(here if here.exists() and here.resolve() == script else script)
+    return ["accelerate", "launch", "--num_processes", "1", path, "--config_file", str(config)]
 
 
-def _changes(found: Found, recipe: Recipe) -> tuple[str, ...]:
-    from library.options.parser import flatten
-
-    before = flatten(found.options)
-    after = written_options(recipe)
-    changes = [f"{name} {_said(before[name])} -> {_said(after[name])}" for name in after if before[name] != after[name]]
-    for old, new in zip(found.datasets, recipe.datasets, strict=True):
-        names = (
-            "resolution",
-            "min_bucket_reso",
-            "max_bucket_reso",
-            "bucket_reso_steps",
-            "batch_size",
-            "validation_split",
-            "validation_seed",
-        )
+def _changes(sd15: Sd15Training, sdxl: SdxlTraining) -> tuple[str, ...]:
+    before, after = flatten(sd15.options), written_options(sdxl)
+    changes = [f"{name} {_shown(before[name])} -> {_shown(new)}" for name, new in after.items() if before[name] != new]
+    for old, new in zip(sd15.datasets, sdxl.datasets, strict=True):
+        names = [name for name in _SHOWN_CHANGES if old.enable_bucket or "bucket" not in name]
         pairs = [(name, getattr(old, name), getattr(new, name)) for name in names]
-        if not old.enable_bucket:
-            pairs = [pair for pair in pairs if "bucket" not in pair[0]]
-        changes += [f"{name} {_said(a)} -> {_said(b)} ({old.name})" for name, a, b in pairs if a != b]
+        changes += [f"{name} {_shown(a)} -> {_shown(b)} ({old.name})" for name, a, b in pairs if a != b]
     return tuple(changes)
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return " ".join(_said(item) for item in value) or "none"
+        return " ".join(map(_shown, value)) or "none"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

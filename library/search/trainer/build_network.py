@@ -19,16 +19,16 @@ from library.models.locate import BaseLocation
 from library.options.network import TrainNetworkOptions, parse_network_options
 from library.options.parser import flatten
 from library.processes import Processes
+from library.search.held_out_pictures import EVALUATION_SEED
 from library.search.messages import Job
 from library.search.trainer.judge_by_loss import (
-    EVALUATION_SEED,
     MOST_PICTURES,
     HeldOut,
     Judge,
     LossJudge,
     by_hash,
 )
-from library.search.trainer.kept_models import Warm, file_facts, one_at_a_time
+from library.search.trainer.kept_models import KeptModels, file_facts, one_at_a_time
 from library.search.trainer.trial import Training
 from library.training.network import NetworkTask
 from library.training.network_checkpoints import NetworkCheckpoints
@@ -54,7 +54,7 @@ _NOT_OF_DATA = (
 )
 
 
-def network_training(job: Job, config: Path, warm: Warm, context: ExitStack) -> Training:
+def network_training(job: Job, config: Path, warm: KeptModels, context: ExitStack) -> Training:
     """Raises UserError for what train_network.py refuses."""
     options = parse_network_options(["--config_file", str(config)], prog="train_network.py", description=None)
     processes = Processes(options.model.device)
@@ -98,7 +98,7 @@ def _data_facts(options: TrainNetworkOptions, base: BaseLocation, family: Family
     return ["train_network", groups, files, weights, options.training.train_batch_size]
 
 
-def _judge(job: Job, options: TrainNetworkOptions, prepared: Prepared, task: NetworkTask, warm: Warm) -> Judge:
+def _judge(job: Job, options: TrainNetworkOptions, prepared: Prepared, task: NetworkTask, warm: KeptModels) -> Judge:
     if job.objective == "image":
         from library.search.trainer.judge_by_pictures import network_image_judge
 

@@ -23,9 +23,10 @@ from library.models.locate import locate_base
 from library.options.parser import flatten, parse
 from library.options.repa import TrainRepaOptions
 from library.processes import Processes
+from library.search.held_out_pictures import held_out_count
 from library.search.messages import Job
-from library.search.trainer.judge_by_loss import MOST_PICTURES, HeldOut, LossJudge, by_hash, held_out_count
-from library.search.trainer.kept_models import Warm, file_facts, one_at_a_time
+from library.search.trainer.judge_by_loss import MOST_PICTURES, HeldOut, LossJudge, by_hash
+from library.search.trainer.kept_models import KeptModels, file_facts, one_at_a_time
 from library.search.trainer.trial import Training
 from library.training.adapters import adapter_file
 from library.training.plan import make_plan
@@ -49,7 +50,7 @@ class _Opened:
                 store.close()
 
 
-def repa_training(job: Job, config: Path, warm: Warm, context: ExitStack) -> Training:
+def repa_training(job: Job, config: Path, warm: KeptModels, context: ExitStack) -> Training:
     """Raises UserError for what train_repa.py refuses."""
     options = parse(TrainRepaOptions, ["--dataset_config", str(config)], prog="train_repa.py", description=None)
     if job.objective == "image":
@@ -109,7 +110,7 @@ def with_held_out(caches: Caches, processes: Processes) -> Caches:
     return replace(caches, train=replace(caches.train, samples=rest), val=Cached(chosen, caches.train.stores))
 
 
-def _unet(options: TrainRepaOptions, processes: Processes, warm: Warm) -> UNet2DConditionModel:
+def _unet(options: TrainRepaOptions, processes: Processes, warm: KeptModels) -> UNet2DConditionModel:
     base = locate_base(options.model.pretrained_model_name_or_path, (UNET, "scheduler"))
     dtype, channels_last = COMPUTE_DTYPES[options.model.mixed_precision], options.speed.channels_last
     weights = weight_fingerprint(base, UNET, options.cache.cache_dir / "weight_hashes.json")

@@ -2,8 +2,8 @@
 
     python -m library.search.trainer.child        started by `library.search.trainer.parent_side`, not by people
 
-Jobs come on stdin and events go out on what was stdout; what libraries print goes to the log of the trial. It ends at once
-when its parent dies, and it ends by itself after anything that may have left it in disorder.
+It reads jobs from stdin and writes events to the descriptor that was stdout; what libraries print goes to the log of the trial.
+It ends at once when its parent dies, and after a trial that may have left it in a bad state.
 """
 
 from __future__ import annotations
@@ -35,22 +35,33 @@ from library.errors import (
     UserError,
 )
 from library.quiet import quiet_libraries
-from library.search.lines import from_line, read_as, to_line
-from library.search.messages import Begun, Ending, Job, Outcome, Progress, Slot
+from library.search.messages import (
+    Begun,
+    Ending,
+    Job,
+    Outcome,
+    Progress,
+    Slot,
+    from_line,
+    read_as,
+    to_line,
+    write_outcome,
+)
+from library.search.trial_files import LOGS, TRAINER_LOG
 
 PARENT_VARIABLE = "SEARCH_PARENT"
 """Environment variable with the process id of the parent."""
 BEAT_SECONDS = 2.0
 _KEEPS_WARM: tuple[Ending, ...] = ("done", "stopped", "diverged", "refused")
 _EXIT_CODES: dict[Ending, int] = {"memory": EXIT_OUT_OF_MEMORY, "failed": EXIT_FAILED, "stopped": EXIT_STOPPED}
-# What torch says where there is no memory left and the exception's class does not: the CPU's allocator, CUDA's libraries.
+# Messages of errors that are out of memory although their class does not say so: the CPU's allocator, CUDA's libraries.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory", "STATUS_ALLOC_FAILED")
-_SIGNALLED = "by SIGTERM."  # as the loop says it
+_SIGNALLED = "by SIGTERM."  # the end of the training loop's message
 _PR_SET_PDEATHSIG = 1
 
 
 class Wire:
-    """Both directions. Reads in a thread of its own, which sees the parent's end whatever the training is doing."""
+    """The connection to the parent. Its own thread reads, so that it notices the parent's end during a training too."""
 
     def __init__(self, jobs: BinaryIO, events: int) -> None:
         self._events = events
@@ -70,11 +81,11 @@ class Wire:
             with self._writing:
                 while line:
                     line = line[os.write(self._events, line) :]
-        except OSError:  # nobody is there to read
+        except OSError:  # the parent is gone
             end_with_group()
 
     def begin(self, trial: int) -> None:
-        """A trial is being prepared: until `begun`, this process says by itself that it is alive."""
+        """A trial is being prepared: until `begun`, a thread sends that this process is alive."""
         self._trial, self.place = trial, "preparing"
 
     def begun(self, steps: int) -> None:
@@ -82,7 +93,7 @@ class Wire:
         self.send("begun", Begun(self._trial, steps))
 
     def finishing(self) -> None:
-        """Nothing is computed any more; what there is of the trial is written."""
+        """The training has ended, and its results are being written."""
         self.place = "finishing"
 
     def ended(self, outcome: Outcome) -> None:
@@ -90,12 +101,12 @@ class Wire:
         self.send("ended", outcome)
 
     def on_sigterm(self, number: int, frame: Any) -> None:
-        """While no training listens for itself: end, or let what is being written be written first."""
+        """SIGTERM outside of a training, which handles it itself: end, but only after results are written."""
         self.signalled = True
         if self.place == "idle":
             os._exit(EXIT_STOPPED)
         if self.place == "preparing":
-            raise Stopped("Stopped by SIGTERM before it began.")
+            raise Stopped("Stopped by SIGTERM before it started.")
 
     def slot(self, slot: Slot, *, last: bool) -> bool:
         """See `library.search.trainer.trial.Parent`."""
@@ -109,7 +120,7 @@ class Wire:
     def alive(self, step: int, images_per_second: float) -> None:
         """See `library.search.trainer.trial.Parent`."""
         if self._stopped == self._trial or self.signalled:
-            raise Stopped(f"Stopped at step {step}, as the study asked.")
+            raise Stopped(f"Stopped at step {step} by the study.")
         if time.monotonic() - self._told >= BEAT_SECONDS:
             self._told = time.monotonic()
             self.send("alive", Progress(self._trial, step, images_per_second))
@@ -123,7 +134,7 @@ class Wire:
     def _take(self, message: dict[str, Any]) -> None:
         kind = message.get("kind")
         if kind == "job":
-            # What was said of an earlier attempt at the same trial is not about this one.
+            # Answers to an earlier attempt at the same trial are not for this one.
             self._stopped, self._answers = -1, queue.Queue()
             self.jobs.put(read_as(Job, message))
         elif kind == "go":
@@ -135,7 +146,7 @@ class Wire:
     def _beat(self) -> None:
         while True:
             time.sleep(BEAT_SECONDS)
-            # Where stdin is held open by another child of a parent that is gone.
+            # Another child of a dead parent may still hold stdin open.
             if not parent_lives():
                 end_with_group()
             if self.place == "preparing":
@@ -151,13 +162,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, wire.on_sigterm)
     faulthandler.enable()
     quiet_libraries()
-    # torch, diffusers and the rest: seconds, before the first job needs them.
+    # Imports torch, diffusers and the rest, which takes seconds, before the first job needs them.
     from library.search.trainer import build_network  # noqa: F401
-    from library.search.trainer.kept_models import Warm
+    from library.search.trainer.kept_models import KeptModels
 
     gc.collect()
-    gc.freeze()  # what was imported stays, and need not be looked through after every trial
-    warm = Warm()
+    gc.freeze()  # imported objects stay, so the collector need not visit them after every trial
+    warm = KeptModels()
     wire.send("ready")
     while True:
         job = wire.jobs.get()
@@ -167,15 +178,15 @@ def main() -> int:
         signalled = wire.signalled or outcome.message.endswith(_SIGNALLED)
         wire.ended(outcome)
         if not fit or signalled:
-            # Not by way of sys.exit: destructors of what failed may hang.
+            # Not sys.exit: after a failure, destructors may hang.
             sys.stderr.flush()
             os._exit(_EXIT_CODES.get(outcome.ending, EXIT_OK))
 
 
 def private_descriptors() -> tuple[BinaryIO, int]:
-    """What stdin and stdout are, under numbers that nobody else knows; in their places are nothing and stderr.
+    """Stdin and stdout under other descriptors, which no library uses; in their places are an empty file and stderr.
 
-    Not sys.stdin: a process that is forked while a thread reads from it would wait for that thread for ever.
+    Not sys.stdin: a process forked while a thread reads from it would wait for that thread for ever.
     """
     jobs = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     events = os.dup(sys.stdout.fileno())
@@ -187,21 +198,20 @@ def private_descriptors() -> tuple[BinaryIO, int]:
 
 
 def work(job: Job, warm: Any, wire: Wire) -> Outcome:
-    """Train a trial; whatever goes wrong becomes its outcome, which is written into its folder too."""
+    """Train a trial. Any error becomes its outcome, which is also written into its folder."""
     import torch
 
-    from library.search.outcomes import write_outcome
-    from library.search.trainer.trial import Trial, make_training, write_files
+    from library.search.trainer.trial import Trial, write_files
 
     started = time.perf_counter()
-    torch.use_deterministic_algorithms(False)  # a run that asks for them turns them on, and none turns them off
+    torch.use_deterministic_algorithms(False)  # a run with --deterministic turns them on, and no run turns them off
     trial: Trial | None = None
     ending: Ending = "done"
     message, file = "", None
     wire.begin(job.trial)
     try:
         with ExitStack() as context:
-            training = make_training(job, write_files(job, print), warm, context)
+            training = build(job, write_files(job, print), warm, context)
             trial = Trial(job, training, wire)
             wire.begun(trial.last_step)
             trial.train()
@@ -228,16 +238,27 @@ def work(job: Job, warm: Any, wire: Wire) -> Outcome:
         None if file is None else str(file.resolve()),
         time.perf_counter() - started,
     )
-    with contextlib.suppress(UserError):  # where the disk is full the parent is told all the same
+    with contextlib.suppress(UserError):  # the parent gets the outcome even where the disk is full
         write_outcome(job.folder, outcome)
     return outcome
+
+
+def build(job: Job, config: Path, warm: Any, context: ExitStack) -> Any:
+    """The run of a job, up to its first step. context: closes what the run opened for itself."""
+    if job.script == "train_network":
+        from library.search.trainer.build_network import network_training
+
+        return network_training(job, config, warm, context)
+    from library.search.trainer.build_repa import repa_training
+
+    return repa_training(job, config, warm, context)
 
 
 def ending_of(error: BaseException) -> tuple[Ending, str]:
     """How an exception ends a trial, and a sentence about it."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, Stopped | KeyboardInterrupt):
-        # The loop's own advice is about states, which a trial has not.
+        # The loop's advice is about resuming, which a trial cannot.
         return "stopped", text.partition(" Run the same command")[0]
     if isinstance(error, Diverged):
         return "diverged", text
@@ -254,22 +275,22 @@ def ending_of(error: BaseException) -> tuple[Ending, str]:
 
 
 def left_in_order(warm: Any) -> bool:
-    """Let go of what the trial used, and see that what the next one shares with it is unchanged."""
+    """Free what the trial used; whether the weights that the next trial shares with it are unchanged."""
     warm.tidy()
     if warm.intact():
         return True
-    print("warning: the frozen weights were changed by this trial; the next one loads them anew, in a new process.")
+    print("warning: this trial changed frozen weights; the next one loads them again, in a new process.")
     return False
 
 
 @contextmanager
 def logged(folder: Path) -> Iterator[None]:
-    """Within the context everything that is printed, by whomever, goes to the trial's log."""
+    """Within the context, everything that is printed goes to the trial's log."""
     kept = [(stream, os.dup(stream.fileno())) for stream in (sys.stdout, sys.stderr)]
     try:
         try:
-            (folder / "logs").mkdir(parents=True, exist_ok=True)
-            log = os.open(folder / "logs" / "trainer.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            (folder / LOGS).mkdir(parents=True, exist_ok=True)
+            log = os.open(folder / LOGS / TRAINER_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             print(f"warning: no log in {folder}: {error.strerror}", file=sys.stderr)
         else:
@@ -285,23 +306,23 @@ def logged(folder: Path) -> Iterator[None]:
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process with its parent, where it can, even in the middle of a call that hangs."""
+    """Ask the kernel, on Linux, to end this process with its parent, even while a call hangs."""
     if sys.platform == "linux":
         import ctypes
 
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if not parent_lives():  # it was gone before anybody could be asked
+    if not parent_lives():  # it died before the kernel was asked
         end_with_group()
 
 
 def parent_lives() -> bool:
-    """On Windows a dead parent's number stays the parent's; there the end of stdin has to do."""
+    """Whether the parent lives. On Windows that is not known from its number, and the end of stdin has to do."""
     return os.name != "posix" or str(os.getppid()) == os.environ[PARENT_VARIABLE]
 
 
 def end_with_group() -> None:
-    """Now, with every process that was started here."""
+    """End this process now, with every process that it started."""
     if os.name == "posix" and os.getpgrp() == os.getpid():
         os.killpg(os.getpgrp(), signal.SIGKILL)
     os._exit(EXIT_STOPPED)

@@ -1,8 +1,8 @@
-"""What a trial is judged by: the denoising loss on held-out pictures against the untouched base's, as a mean log-ratio.
+"""The objective loss: the mean log-ratio of the denoising loss on held-out pictures to the untouched base's.
 
-Timesteps and noise belong to the picture, so two measurements differ by the weights only. Losses are compared for each
-picture and timestep before they are averaged: over timesteps they differ by a factor of 500, and their ratios do not.
-Nothing is drawn from a global generator, and the models are left in the mode they were in.
+Timesteps and noise depend on the picture alone, so two measurements differ by the weights only. Losses are compared for each
+picture and timestep before they are averaged: between timesteps they differ by a factor of 500, but their ratios do not.
+No global random state is used, and the models are left in the mode in which they were.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from library.diffusion.objective import Objective as DiffusionObjective
 from library.errors import Diverged, UserError
 from library.search.constraints import is_broken
-from library.search.held_out_pictures import EVALUATION_SEED as EVALUATION_SEED
-from library.search.held_out_pictures import held_out_count as held_out_count
+from library.search.held_out_pictures import EVALUATION_SEED
 from library.training.randomness import sample_noise
 
 BANDS = ("low", "mid", "high")
@@ -56,10 +55,10 @@ class Measured:
 
 
 class Judge(Protocol):
-    """What a trial's slots are judged by, with the parameters as they are when it is asked."""
+    """Measures the value of a trial at a slot, with the parameters as they are then."""
 
     slots: frozenset[int]
-    """At which it can be asked."""
+    """Slots that it measures."""
 
     def __call__(self, slot: int) -> Measured: ...
 
@@ -116,7 +115,7 @@ class LossJudge:
                 self.base.update(_checked(self.losses()))
 
     def __call__(self, slot: int) -> Measured:
-        """Raises Diverged where a loss is no finite number."""
+        """Raises Diverged where a loss is not finite."""
         with in_eval_mode(self.models.values()):
             now = self.losses()
         return compare(now, self.base)
@@ -161,7 +160,7 @@ def _checked(base: Losses) -> Losses:
 
 
 def compare(now: Losses, base: Losses) -> Measured:
-    """Raises Diverged where a loss is no finite number."""
+    """The log-ratios of losses, averaged. Raises Diverged where a loss is not finite."""
     ratios = torch.stack([(now[name] / base[name]).log() for name in base])  # [pictures, TIMESTEPS]
     if not torch.isfinite(ratios).all():
         bad = next(name for name in base if not torch.isfinite(now[name]).all() or not torch.isfinite(base[name]).all())

@@ -1,7 +1,7 @@
-"""What a trainer keeps from one trial to the next: frozen models, opened caches, what the base itself scored.
+"""What a trainer keeps from one trial to the next: frozen models, open caches, and the base's own scores.
 
-A trial works on a copy of the modules that shares their weights: adapters, hooks and other classes go into the copy, which
-is thrown away. Nothing of a training writes into frozen weights, and `Warm.intact` sees that nothing has.
+A trial works on a copy of the modules that shares their weights: adapters, hooks and replaced layers go into the copy, which
+is thrown away. A training must not change frozen weights, and `KeptModels.intact` checks that it has not.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass
 class Kept(Generic[Value]):
-    """One value, as long as it is asked for by the same key."""
+    """One value, kept as long as it is requested by the same key."""
 
     close: Callable[[Value], None] = lambda value: None
     key: str | None = None
     value: Value | None = None
 
     def get(self, key: Any, make: Callable[[], Value]) -> Value:
-        """The value for `key`, JSON-like: the kept one, or a new one in its place, made when the old one has gone."""
+        """The value for `key` (of JSON's types): the kept one, or a new one, made after the old one is closed."""
         name = json.dumps(key, sort_keys=True, default=str)
         if self.value is None or self.key != name:
             self.drop()
@@ -56,7 +56,7 @@ class Kept(Generic[Value]):
 
 @dataclass
 class Frozen:
-    """Models as they were loaded, and what their weights came to then."""
+    """Models as they were loaded, and the fingerprint of their weights at that time."""
 
     models: dict[str, nn.Module]
     parts: list[TextPart] = field(default_factory=list)
@@ -69,15 +69,15 @@ class Frozen:
         return tuple(number for model in self.models.values() for number in fingerprint(model))
 
 
-class Warm(FrozenModels):
-    """All that is kept. As the FrozenModels of a run it gives copies of its models."""
+class KeptModels(FrozenModels):
+    """The frozen models of a run, given as copies that share the kept weights."""
 
     def __init__(self) -> None:
         self._unet: Kept[Frozen] = Kept()
         self._text: Kept[Frozen] = Kept()
         self.caches: Kept[Any] = Kept(close=lambda caches: caches.close())
         self.base_scores: dict[str, Any] = {}
-        """What the untouched base was found to be, by all that decides it."""
+        """Scores of the untouched base, by a hash of everything that they depend on."""
         self.judging: Kept[Any] = Kept()
         """Models that only the objective needs."""
 
@@ -120,7 +120,7 @@ class Warm(FrozenModels):
         return ["train_network", str(base.path), facts, options.model.mixed_precision, str(device)]
 
     def intact(self) -> bool:
-        """Whether the weights are, to the bit, what was loaded; what is not is dropped."""
+        """Whether all kept weights equal those that were loaded, to the bit; models that do not are dropped."""
         whole = True
         for kept in (self._unet, self._text):
             if kept.value is not None and kept.value.weigh() != kept.value.fingerprint:
@@ -129,7 +129,7 @@ class Warm(FrozenModels):
         return whole
 
     def tidy(self) -> None:
-        """Let go of what a trial left lying: its modules refer to each other in circles."""
+        """Free the memory of the last trial, whose modules refer to each other in circles."""
         gc.collect()
         if "torch._dynamo" in sys.modules:  # it counts what it compiled for modules that are gone, up to a limit
             torch._dynamo.reset()
@@ -142,7 +142,7 @@ class Warm(FrozenModels):
 
 
 def sharing_copy(model: Module) -> Module:
-    """Modules of their own around the very same frozen weights."""
+    """A copy of the modules that shares the frozen weights."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         shared = tensor.detach()
@@ -152,7 +152,7 @@ def sharing_copy(model: Module) -> Module:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> tuple[int, ...]:
-    """A number for each weight, of its bits: no single changed bit goes unseen. Read once, where the weights are."""
+    """For each weight the sum of its bits as integers, which changes with any single bit. Computed on the weights' device."""
     sums = [
         tensor.detach().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
         for tensor in [*model.parameters(), *model.buffers()]
@@ -163,7 +163,7 @@ def fingerprint(model: nn.Module) -> tuple[int, ...]:
 
 @contextmanager
 def one_at_a_time(cache_dir: Path) -> Iterator[None]:
-    """Within the context no other trainer of this machine prepares caches there: one builds them, the rest find them."""
+    """Within the context, no other trainer on this machine prepares these caches: one builds them, the others wait."""
     lock = None
     with suppress(ImportError, OSError):
         import fcntl
@@ -179,7 +179,7 @@ def one_at_a_time(cache_dir: Path) -> Iterator[None]:
 
 
 def file_facts(path: Path | str | None) -> Any:
-    """Of a file, what tells whether it has been changed; None where there is none."""
+    """Path, size and time of a file, to notice a change; None where there is no file."""
     try:
         status = Path(path).stat() if path is not None else None
     except OSError:

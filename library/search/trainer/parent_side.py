@@ -1,4 +1,4 @@
-"""The parent's side of a trainer: starts it, gives it trials, and makes an outcome of whatever becomes of it.
+"""The parent's side of a trainer: starts the process, gives it trials, and has an outcome for each, however it ends.
 
 Nothing here imports torch.
 """
@@ -20,14 +20,25 @@ from typing import IO, Any
 
 from library.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY, EXIT_STOPPED
 from library.options.toml_file import PROJECT_ROOT
-from library.search.lines import from_line, read_as, to_line
-from library.search.messages import Begun, Ending, Job, Outcome, Progress, Slot
-from library.search.outcomes import OUTCOME_FILE, read_outcome
+from library.search.messages import (
+    OUTCOME_FILE,
+    Begun,
+    Ending,
+    Job,
+    Outcome,
+    Progress,
+    Slot,
+    from_line,
+    read_as,
+    read_outcome,
+    to_line,
+)
 from library.search.trainer.child import PARENT_VARIABLE
+from library.search.trial_files import LOGS, TRAINER_LOG
 
 GRACE_SECONDS = 30.0
 SILENT_SECONDS = 1800.0
-"""A training says every few seconds that it is alive. One that says nothing for so long hangs."""
+"""A trainer sends every few seconds that it is alive. One that is silent for so long hangs."""
 TICK_SECONDS = 0.2
 _ENDINGS: dict[int, Ending] = {
     EXIT_BAD_INPUT: "refused",
@@ -39,12 +50,12 @@ _END = None
 
 
 class TrainerProcess:
-    """A trainer that is started when there is something to do, and anew after it has failed.
+    """A trainer: its process is started with the first trial, and again after it has failed.
 
     Args:
-        env: what its environment has beside this process's, such as CUDA_VISIBLE_DEVICES.
-        log: file that takes what it says between trials; during a trial that goes to the trial's own log.
-        silent: seconds without a sign of life after which it is ended.
+        env: added to this process's environment, such as CUDA_VISIBLE_DEVICES.
+        log: file for its output between trials; during a trial the output goes to the trial's own log.
+        silent: seconds without a message after which it is killed.
     """
 
     def __init__(self, env: Mapping[str, str], log: Path | str, *, silent: float = SILENT_SECONDS) -> None:
@@ -62,15 +73,17 @@ class TrainerProcess:
         on_progress: Callable[[Progress], None] = lambda progress: None,
         on_tick: Callable[[], None] = lambda: None,
     ) -> Outcome:
-        """Train a trial. Dead, silent or stopped: there is an outcome in any case; only what the callbacks raise comes out.
+        """Train a trial and return its outcome, also where the process dies, hangs or is stopped.
 
         Args:
-            on_slot: asked at each slot whether to go on; not any more when it has said no.
-            on_tick: called every TICK_SECONDS or so while there is nothing to hear, for leases and the like.
+            on_slot: called at each slot; returns whether to go on. Not called again after it returned False.
+            on_tick: called about every TICK_SECONDS while no message comes.
+
+        Raises only what the callbacks raise.
         """
         started = time.monotonic()
         if self._stop_at is not None:
-            return Outcome(job.trial, "stopped", "Stopped before it began.")
+            return Outcome(job.trial, "stopped", "Stopped before it started.")
         killed_before = memory_kills()
         with suppress(OSError):
             (Path(job.folder) / OUTCOME_FILE).unlink()  # of an earlier attempt
@@ -81,7 +94,7 @@ class TrainerProcess:
         except OSError as error:
             outcome = Outcome(job.trial, "failed", f"The trainer could not be started: {error.strerror or error}.")
         except BaseException:
-            self.kill()  # what it was doing has nobody to report to
+            self.kill()  # nobody waits for its trial any more
             raise
         if outcome is None:
             outcome = self._of_dead(job, killed_before, time.monotonic() - started)
@@ -90,17 +103,17 @@ class TrainerProcess:
         return outcome
 
     def stop(self, grace: float = GRACE_SECONDS) -> None:
-        """Have the trial end, for good: SIGTERM to all of its processes, SIGKILL when `grace` seconds have passed.
+        """Stop the trainer for good: SIGTERM to all of its processes, SIGKILL after `grace` seconds.
 
-        Returns at once, and may be called from a signal handler or another thread; `run` sees to the rest and returns. Any
-        later `run` is stopped before it begins.
+        Returns at once, and may be called from a signal handler or another thread; a `run` in progress does the rest and
+        returns. Any later `run` returns without training.
         """
         if self._stop_at is None:
             self._stop_at = time.monotonic() + grace
             self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it now, with every process it started."""
+        """Kill the process now, with every process that it started."""
         self._signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
         process = self.process
         if process is not None:
@@ -109,7 +122,7 @@ class TrainerProcess:
             self.process = None
 
     def close(self, grace: float = 5.0) -> None:
-        """Let it end, which an idle one does at once when its input ends."""
+        """End the process: an idle one ends at once when its input ends."""
         process = self.process
         if process is not None and process.stdin is not None:
             with suppress(OSError):
@@ -132,13 +145,13 @@ class TrainerProcess:
         self.kill()
         self._events = queue.Queue()
         begun: queue.Queue[subprocess.Popen[bytes] | OSError] = queue.Queue()
-        # The kernel ends the trainer with the thread that started it, so that is one that lives as long as the trainer.
+        # The kernel kills the trainer when the thread that started it ends, so that thread must live as long as the trainer.
         threading.Thread(target=self._start_and_read, args=(self._events, begun), name="trainer", daemon=True).start()
         found = begun.get()
         if isinstance(found, OSError):
             raise found
         self.process = found
-        if self._stop_at is not None:  # asked for while it was being started
+        if self._stop_at is not None:  # `stop` was called while it was being started
             self._signal(signal.SIGTERM)
 
     def _start_and_read(
@@ -180,7 +193,7 @@ class TrainerProcess:
             )
 
     def _signal(self, number: int) -> None:
-        """To the trainer and all it started; its group outlives it where something of it does."""
+        """Send a signal to the trainer and all that it started, whether or not the trainer itself still lives."""
         process = self.process
         if process is None:
             return
@@ -194,7 +207,7 @@ class TrainerProcess:
         process = self.process
         assert process is not None and process.stdin is not None
         stdin: IO[bytes] = process.stdin
-        with suppress(OSError, ValueError):  # it is dead, which the events tell
+        with suppress(OSError, ValueError):  # it is dead, which `_follow` notices
             stdin.write(line)
             stdin.flush()
 
@@ -208,7 +221,7 @@ class TrainerProcess:
         on_progress: Callable[[Progress], None],
         on_tick: Callable[[], None],
     ) -> Outcome | None:
-        """Until the trial ends; None where the trainer died of it."""
+        """Handle messages until the trial ends; None where the trainer died before."""
         goes_on, heard = True, time.monotonic()
         while True:
             try:
@@ -237,7 +250,7 @@ class TrainerProcess:
                 return read_as(Outcome, message)
 
     def _is_over(self, heard: float) -> bool:
-        """Whether nothing more is to be heard; ends what has been silent or in its grace for too long."""
+        """Whether no more messages can come. Kills a trainer that has been silent, or stopping, for too long."""
         now = time.monotonic()
         if self._stop_at is not None and now > self._stop_at:
             self.kill()
@@ -246,11 +259,11 @@ class TrainerProcess:
             self.kill()
             return True
         process = self.process
-        # Something that it started may keep the pipe open.
+        # The end of the pipe is not enough: a process that the trainer started may keep it open.
         return process is None or (process.poll() is not None and self._events.empty())
 
     def _of_dead(self, job: Job, killed_before: int, seconds: float) -> Outcome:
-        """The outcome of a trial whose trainer did not live to tell it, else what it wrote at the end."""
+        """The outcome of a trial whose trainer died: the one that it wrote, else one made from how it died."""
         process, was_stopped = self.process, self._stop_at is not None
         code = None if process is None else process.poll()
         self.kill()
@@ -258,22 +271,22 @@ class TrainerProcess:
         if written is not None:
             return written
         if was_stopped:
-            return Outcome(job.trial, "stopped", "Stopped; the trainer was ended with it.", seconds=seconds)
+            return Outcome(job.trial, "stopped", "Stopped, and the trainer with it.", seconds=seconds)
         if code is None:
-            message = f"The trainer said nothing for {self.silent:.0f} s and was ended."
+            message = f"The trainer sent no message for {self.silent:.0f} s and was killed."
             return Outcome(job.trial, "failed", message, seconds=seconds)
         if code == -signal.SIGKILL and memory_kills() > killed_before:
-            message = "The system ended the trainer because memory ran out (host memory, not the GPU's)."
+            message = "The system killed the trainer because memory ran out (host memory, not the GPU's)."
             return Outcome(job.trial, "memory", message, seconds=seconds)
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        message = f"The trainer ended {how} in the middle of the trial. {last_words(Path(job.folder))}".strip()
+        message = f"The trainer ended {how} during the trial. {last_log_line(Path(job.folder))}".strip()
         return Outcome(job.trial, _ENDINGS.get(code, "failed"), message, seconds=seconds)
 
 
-def last_words(folder: Path) -> str:
-    """The end of a trial's log, for a message; empty where there is none."""
+def last_log_line(folder: Path) -> str:
+    """The last line of a trial's log, as a sentence; empty where there is none."""
     try:
-        lines = (folder / "logs" / "trainer.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (folder / LOGS / TRAINER_LOG).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     said = next((line.strip() for line in reversed(lines) if line.strip()), "")
@@ -281,7 +294,7 @@ def last_words(folder: Path) -> str:
 
 
 def memory_kills() -> int:
-    """How many processes the kernel has ended for want of memory: in this process's cgroup, or else on this machine."""
+    """How many processes the kernel has killed for lack of memory: in this process's cgroup, or else on this machine."""
     for path in _memory_counters():
         with suppress(OSError, ValueError):
             if found := re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE):
@@ -290,7 +303,7 @@ def memory_kills() -> int:
 
 
 def _memory_counters() -> list[Path]:
-    """Files with an `oom_kill` line, the most particular first (cgroup v2, v1, the whole machine)."""
+    """Files with an `oom_kill` line, the most specific first (cgroup v2, v1, the whole machine)."""
     root, found = Path("/sys/fs/cgroup"), list[Path]()
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -299,5 +312,5 @@ def _memory_counters() -> list[Path]:
                 found.append(root / group.lstrip("/") / "memory.events")
             elif "memory" in controllers.split(","):
                 found.append(root / "memory" / group.lstrip("/") / "memory.oom_control")
-    # In a container the group's name may be the host's, while its files lie at the root.
+    # In a container the group may have the host's name for it, while its files are at the root.
     return [*found, root / "memory.events", root / "memory" / "memory.oom_control", Path("/proc/vmstat")]

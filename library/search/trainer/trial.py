@@ -1,4 +1,4 @@
-"""One trial: a training of the project's own engine that is judged ten times on its way and leaves the adapter of the best.
+"""One trial: a training of the project's own engine that is judged at each tenth and keeps the adapter of the best tenth.
 
 trial_0007/params.json                      options of the trial, under the script's names
            config.toml                      the same with what the trial adds: the script's --config_file
@@ -14,7 +14,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,27 +23,28 @@ from torch import Tensor
 
 from library.errors import Stopped
 from library.files import write_json, write_text
-from library.search.messages import OWN, SLOTS, Job, Slot
+from library.search.messages import SLOTS, Job, Slot
+from library.search.terms import DECIDED_BY_TRIALS
 from library.search.trainer.judge_by_loss import Judge, Measured
+from library.search.trial_files import EVALUATIONS, LOGS, PARAMS_FILE, adapter_file, adapter_name
 from library.training.checkpoints import Checkpoints
 from library.training.loop import Batches, Run, train
 
-EVALUATIONS, LOGS = "realtime_evaluations", "logs"
-PARAMS_FILE, CONFIG_FILE = "params.json", "config.toml"
+CONFIG_FILE = "config.toml"
 
 SEEDED = frozenset({"seed", "output_dir", "output_name", "logging_dir"})
-"""Of these nobody needs to be told that the trial has its own."""
+"""Options that every trial sets itself, without a word about it."""
 
 
 class Parent(Protocol):
-    """Whom a trial reports to."""
+    """The process that a trial reports to."""
 
     def slot(self, slot: Slot, *, last: bool) -> bool:
         """Report a value; whether to go on. The last slot is not answered."""
         ...
 
     def alive(self, step: int, images_per_second: float) -> None:
-        """Called often; says so as often as is useful. Raises Stopped where the trial was told to stop."""
+        """Called after each step; reports now and then. Raises Stopped where the trial was told to stop."""
         ...
 
 
@@ -62,7 +62,7 @@ class Training:
 
 
 class NoStates(Checkpoints):
-    """A trial keeps the adapter of its best slot; one that is interrupted is trained again."""
+    """Saves nothing: a trial keeps the adapter of its best slot, and is trained again where it was interrupted."""
 
     def due(self, step: int, finished: bool) -> bool:
         return False
@@ -102,7 +102,7 @@ class Trial:
         return self.training.run.plan.last_step
 
     def train(self) -> None:
-        """To the end. Raises Stopped, Diverged, and whatever goes wrong; `best` is what there is by then."""
+        """Train to the end. Raises Stopped, Diverged and any other error; `best` is then the best slot so far."""
         from library.training.output import open_log
 
         run, opened = self.training.run, list[Batches]()
@@ -156,7 +156,7 @@ class Trial:
             run.log.add(step, {"objective/value": measured.value, **parts})
         run.processes.say(f"slot {slot}: {measured.value:.5f}")
         if not self.parent.slot(found, last=finished) and not finished:
-            raise Stopped(f"Stopped at step {step} of {self.last_step}, slot {slot}, as the study asked.")
+            raise Stopped(f"Stopped at step {step} of {self.last_step}, slot {slot}, by the study.")
 
     def save_best(self) -> Path | None:
         """Write the best slot's adapter; None where no slot was reached."""
@@ -164,7 +164,7 @@ class Trial:
             return None
         from library.files import whole_file
 
-        path = self.folder / f"{adapter_name(self.job)}.safetensors"
+        path = adapter_file(self.folder, self.job.trial)
         with whole_file(path) as temporary:
             save_file(self.best.tensors, temporary, metadata=self.best.metadata)
         return path
@@ -196,44 +196,29 @@ def horizon_note(decay: float, steps: int) -> str | None:
     )
 
 
-def adapter_name(job: Job) -> str:
-    return f"lora_trial_{job.trial}"
-
-
 def write_files(job: Job, say: Callable[[str], None]) -> Path:
-    """params.json, where the parent has not put it there, and the file that the script's own parser reads; its path.
+    """Write the --config_file of the trial and return its path; write params.json where the parent has not.
 
-    Options that a trial decides itself are left out, and that is said.
+    Options that a trial decides itself are left out, with a message.
     """
     import toml
 
     folder = Path(job.folder)
     # Of an attempt that was interrupted.
     shutil.rmtree(folder / EVALUATIONS, ignore_errors=True)
-    (folder / f"{adapter_name(job)}.safetensors").unlink(missing_ok=True)
+    adapter_file(folder, job.trial).unlink(missing_ok=True)
     params = {name: value for name, value in job.options.items() if name not in SEEDED}
     if not (folder / PARAMS_FILE).exists():
         write_json(folder / PARAMS_FILE, params)
-    useless = [name for name, value in params.items() if name in OWN and value not in (None, False, "")]
+    useless = [name for name, value in params.items() if name in DECIDED_BY_TRIALS and value not in (None, False, "")]
     if useless:
-        say(f"{', '.join(useless)}: left out, a trial keeps the adapter of its best slot and nothing else.")
-    given = {name: value for name, value in job.options.items() if name not in OWN and value is not None}
+        say(f"{', '.join(useless)}: ignored, because a trial keeps the adapter of its best slot and nothing else.")
+    given = {name: value for name, value in job.options.items() if name not in DECIDED_BY_TRIALS and value is not None}
     own = {
         "seed": job.seed,
         "output_dir": str(folder),
-        "output_name": adapter_name(job),
+        "output_name": adapter_name(job.trial),
         "logging_dir": str(folder / LOGS / "tensorboard"),
     }
     write_text(folder / CONFIG_FILE, toml.dumps({**given, **own}))
     return folder / CONFIG_FILE
-
-
-def make_training(job: Job, config: Path, warm: Any, context: ExitStack) -> Training:
-    """The run of a job, up to its first step. context: closes what the run opened for itself."""
-    if job.script == "train_network":
-        from library.search.trainer.build_network import network_training
-
-        return network_training(job, config, warm, context)
-    from library.search.trainer.build_repa import repa_training
-
-    return repa_training(job, config, warm, context)

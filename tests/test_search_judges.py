@@ -14,7 +14,9 @@ from PIL import Image
 from torch import nn
 
 from library.errors import Diverged, UserError
-from library.search.trainer import judge_by_loss as objective
+from library.search.held_out_pictures import held_out_count
+from library.search.judging import Judging, read_judging
+from library.search.trainer import judge_by_loss
 from library.search.trainer.build_network import held_out_pictures
 from library.search.trainer.judge_by_loss import (
     BANDS,
@@ -22,11 +24,10 @@ from library.search.trainer.judge_by_loss import (
     LossJudge,
     by_hash,
     compare,
-    held_out_count,
     in_eval_mode,
     timesteps_of,
 )
-from library.search.trainer.judge_by_pictures import Eyes, ImageJudge, Judging, read_judging, settled
+from library.search.trainer.judge_by_pictures import ImageJudge, PictureModels, settled
 from library.search.trainer.kept_models import Kept, fingerprint, sharing_copy
 from tests.tools.network_runs import Built, NetworkSetting
 
@@ -47,7 +48,7 @@ def judge_of(built: Built) -> LossJudge:
 
 @pytest.fixture
 def few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "NOISES_OF_FEW", 1)
+    monkeypatch.setattr(judge_by_loss, "NOISES_OF_FEW", 1)
 
 
 @pytest.mark.usefixtures("few_passes")
@@ -202,12 +203,12 @@ def test_picture_objective_is_0_for_the_base_and_keeps_its_pictures(
     photos = [Image.open(one.image.path).convert("RGB") for one in prepared.data.training]
     judging = Judging(("a red cat",), ("a blue box",), seeds=2, steps=2, size=64)
     known: dict[str, object] = {}
-    eyes = Eyes(DinoPictures(str(tiny_dinov2)), None, vae)
-    judge = ImageJudge(judging, eyes, task, drawing, photos, tmp_path, known)  # type: ignore[arg-type]
+    models = PictureModels(DinoPictures(str(tiny_dinov2)), None, vae)
+    judge = ImageJudge(judging, models, task, drawing, photos, tmp_path, known)  # type: ignore[arg-type]
     state, measured = torch.get_rng_state(), judge(5)
     assert measured.value == 0.0 and measured.components["drift"] == 0.0
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(list((tmp_path / "slot_05").glob("subject_*.png"))) == 2
+    assert len(list((tmp_path / "realtime_evaluations" / "slot_05").glob("subject_*.png"))) == 2
     assert judge.slots == {5, 10}
     before = {name: p.detach().clone() for name, p in task.network.parameters.items()}
     try:

@@ -1,9 +1,8 @@
-"""Pictures for optuna-dashboard, and the contact sheet that they come from; what fails there ends no study."""
+"""PictureFacts for optuna-dashboard, and the contact sheet that they come from; what fails there ends no study."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +21,10 @@ from library.options.toml_file import PROJECT_ROOT
 from library.search.messages import Job, Outcome
 from library.search.results import contact_sheet as sheet
 from library.search.results.contact_sheet import draw_best, sheet_pictures
-from library.search.results.status import Look
 from library.search.run.driver import Driver
-from tests.tools.search import FakeTrainer, ledger, plan, run, said
+from tests.tools.search import FakeTrainer, ledger, plan, run, said, view
 
-
-@pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 class Drawing(FakeTrainer):
@@ -103,10 +98,6 @@ def finished(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def look(folder: Path) -> Look:
-    return Look("test", f"journal:{folder / 'study.log'}")
-
-
 def drawn(command: list[str], **more: Any) -> Any:
     """What generate.py leaves: a picture for each line."""
     prompts = Path(command[command.index("--prompt_file") + 1])
@@ -120,9 +111,9 @@ def test_the_study_has_a_row_for_each_of_the_best_and_each_once(
 ) -> None:
     monkeypatch.setattr(subprocess, "run", drawn)
     for _ in range(2):
-        draw_best(look(finished), finished / "out", "tiny-shapes")
-    wanted = {"base.png", *(f"trial_{one.trial}.png" for one in look(finished).verdict.candidates)}
-    rows = stored(finished, look(finished).study)
+        draw_best(view(finished), finished / "out", "tiny-shapes")
+    wanted = {"base.png", *(f"trial_{one.trial}.png" for one in view(finished).verdict.candidates)}
+    rows = stored(finished, view(finished).study)
     assert len(rows) == len(wanted) and {name for name, _ in rows} == wanted
     assert all(Image.open(file).format == "PNG" for _, file in rows)
     assert len(sheet_pictures(finished / "out")) == len(wanted)
@@ -132,9 +123,9 @@ def test_a_row_that_was_deleted_in_the_dashboard_is_no_hindrance(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "run", drawn)
-    study = look(finished).study
+    study = view(finished).study
     study._storage.set_study_system_attr(study._study_id, "artifacts:gone", "null")
-    draw_best(look(finished), finished / "out", "tiny-shapes")
+    draw_best(view(finished), finished / "out", "tiny-shapes")
     assert "not in the dashboard" not in said(finished) and len(list((finished / "out" / "artifacts").iterdir())) >= 2
 
 
@@ -148,9 +139,9 @@ def raising(error: Exception) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("run", "sentence"),
     [
-        (raising(subprocess.TimeoutExpired("generate.py", 1800)), "drew for more than 30 minutes and was stopped"),
+        (raising(subprocess.TimeoutExpired("generate.py", 1800)), "took more than 30 minutes and was stopped"),
         (raising(OSError(12, "Cannot allocate memory")), "could not be started: Cannot allocate memory"),
-        (lambda *_, **__: SimpleNamespace(returncode=1, stderr="\nerror: no\n"), "generate.py said: error: no"),
+        (lambda *_, **__: SimpleNamespace(returncode=1, stderr="\nerror: no\n"), "failed: no"),
     ],
 )
 def test_a_sheet_that_is_not_drawn_is_a_sentence_and_the_rest_goes_on(
@@ -162,13 +153,13 @@ def test_a_sheet_that_is_not_drawn_is_a_sentence_and_the_rest_goes_on(
 ) -> None:
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(RunFailed, match=sentence):
-        draw_best(look(finished), finished / "out", "tiny-shapes")
-    optimize.attempt("contact sheet", lambda: draw_best(look(finished), finished / "out", "tiny-shapes"))
-    assert f"No contact sheet: {'' if 'said' in sentence else 'generate.py '}{sentence}" in capsys.readouterr().err
+        draw_best(view(finished), finished / "out", "tiny-shapes")
+    optimize.attempt("contact sheet", lambda: draw_best(view(finished), finished / "out", "tiny-shapes"))
+    assert f"No contact sheet: generate.py {sentence}" in capsys.readouterr().err
 
 
 def test_a_damaged_adapter_is_a_sentence(finished: Path) -> None:
-    best = look(finished).verdict.candidates[0].trial
+    best = view(finished).verdict.candidates[0].trial
     (finished / "out" / f"trial_{best:04d}" / f"lora_trial_{best}.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match="cannot be read"):
-        draw_best(look(finished), finished / "out", "tiny-shapes")
+        draw_best(view(finished), finished / "out", "tiny-shapes")

@@ -1,0 +1,77 @@
+"""Options of the training script that a study tunes, by the script's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, overload
+
+from library.errors import UserError
+from library.options.network import TrainNetworkOptions, parse_network_options
+from library.options.parser import fields_of, flatten, parse
+from library.options.repa import TrainRepaOptions
+from library.options.search import Script
+from library.options.toml_file import toml_table
+
+# These belong to one run or to the file itself.
+_NOT_CHECKED = frozenset({"config_file", "output_config", "dry_run", "resume"})
+_DATA_OPTIONS = frozenset({"train_data_dir", "reg_data_dir", "in_json", "dataset_repeats"})
+
+
+def option_types(script: Script) -> dict[str, Any]:
+    """Name -> type of every option of the script."""
+    return fields_of(_options_class(script))
+
+
+def option_default(script: Script, name: str) -> Any:
+    """The value that the script takes for an option that is not given."""
+    return flatten(_options_class(script)())[name]
+
+
+def _options_class(script: Script) -> type[TrainNetworkOptions] | type[TrainRepaOptions]:
+    return TrainNetworkOptions if script == "train_network" else TrainRepaOptions
+
+
+@overload
+def options_of(
+    script: Literal["train_network"],
+    values: Mapping[str, Any],
+    where: str,
+    dataset_config: Path | str | None = None,
+) -> TrainNetworkOptions: ...
+
+
+@overload
+def options_of(
+    script: Script, values: Mapping[str, Any], where: str, dataset_config: Path | str | None = None
+) -> TrainNetworkOptions | TrainRepaOptions: ...
+
+
+def options_of(
+    script: Script, values: Mapping[str, Any], where: str, dataset_config: Path | str | None = None
+) -> TrainNetworkOptions | TrainRepaOptions:
+    """Flat values, as a study stores them, as checked options of the script.
+
+    Args:
+        where: what the values are, to begin the sentence of a UserError with.
+        dataset_config: of train_network, in place of the data that the values name.
+
+    Raises UserError for what the script refuses.
+    """
+    dropped = _NOT_CHECKED
+    if dataset_config is not None:
+        dropped |= _DATA_OPTIONS
+        values = {**values, "dataset_config": str(dataset_config)}
+    if script == "train_repa":
+        dropped |= {"dataset_config"}  # the file of options itself
+    kept = {name: value for name, value in values.items() if value is not None and name not in dropped}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "train_config.toml"
+        path.write_text("\n".join(toml_table("", kept)), encoding="utf-8")
+        try:
+            if script == "train_network":
+                return parse_network_options(["--config_file", str(path)], prog="train_network.py", description=None)
+            return parse(TrainRepaOptions, ["--dataset_config", str(path)], prog="train_repa.py", description=None)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
