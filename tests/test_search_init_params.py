@@ -170,11 +170,6 @@ def test_text_encoders_that_were_off_stay_off_in_the_first_trials() -> None:
     assert SDXL_SPACE.resolve(first, fixed)["text_encoder_lr"] == 0
 
 
-def test_wishes_hold_for_the_first_trials_too() -> None:
-    assert first_trials(best_params(), SdxlOptions(sdxl_dim=128))[0]["network_dim"] == 128
-    assert len(first_trials(best_params(), SdxlOptions(train_text_encoders=False))) == 2
-
-
 def test_a_study_of_the_text_encoders_alone_has_no_study_on_sdxl() -> None:
     with pytest.raises(UserError, match="trained the text encoders only"):
         first_trials(best_params({"network_train_text_encoder_only": True, "unet_lr": None}))

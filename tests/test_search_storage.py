@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.trial import TrialState
 
 from library.errors import RunFailed, UserError
 from library.options.search import without_password
 from library.options.toml_file import PROJECT_ROOT
-from library.search.messages import Outcome
 from library.search.study import storage
 from library.search.study.storage import open_storage, remove_torn_line
 from library.search.study.study import load_study, open_study
-from tests.tools.search import TERMS, claims_of_two, in_a_process, ledger, plan, run
+from tests.tools.search import TERMS, claims_of_two, in_a_process, ledger, plan, run, settled
 
 DOCS = PROJECT_ROOT / "docs" / "optimize.md"
 
@@ -80,14 +78,13 @@ def test_a_study_runs_over_the_documented_grpc_server(tmp_path: Path) -> None:
     try:
         while server.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
             time.sleep(0.1)  # gRPC itself would wait longer and longer
-        mine = ledger(tmp_path, 3, f"grpc://127.0.0.1:{port}")
-        running = mine.ask()
-        assert running is not None and mine.settle(running, Outcome(1, "done", value=-0.5)) is not None
+        storage = f"grpc://127.0.0.1:{port}"
+        run(plan(tmp_path, 3, storage=storage, workers=2, prunes=False))
+        settled(tmp_path, 3, storage)
     finally:
         server.kill()
         server.wait()
-    (trial,) = ledger(tmp_path, 3, f"sqlite:///{tmp_path}/study.db").trials()
-    assert trial.state == TrialState.COMPLETE and trial.value == -0.5
+    settled(tmp_path, 3, f"sqlite:///{tmp_path}/study.db")
 
 
 @pytest.mark.parametrize(

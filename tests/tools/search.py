@@ -168,6 +168,27 @@ def in_a_process(work: Callable[[], None]) -> int:
     return process
 
 
+def parent(folder: Path, n_trials: int, seconds: float = 0.05, **changes: Any) -> int:
+    """A process that works on the study and prunes nothing; its id."""
+    made = plan(folder, n_trials, **{"prunes": False, **changes})
+    return in_a_process(lambda: run(made, lambda: FakeTrainer(seconds=seconds)) and None)
+
+
+def statuses(parents: list[int]) -> list[int]:
+    """How processes ended, once they have."""
+    return [os.waitpid(process, 0)[1] for process in parents]
+
+
+def eight_parents_share_a_study(folder: Path, storage: str, n_trials: int = 12) -> None:
+    """Check that eight processes at once lose and double no trial."""
+    assert statuses([parent(folder, n_trials, storage=storage) for _ in range(8)]) == [0] * 8
+    trials = settled(folder, n_trials, storage)
+    counted = [one for one in trials if "withdrawn" not in one.user_attrs]
+    assert len(counted) == n_trials
+    assert [one.user_attrs.get("baseline") for one in counted].count(0) == 1
+    assert len({one.user_attrs["lease"]["pid"] for one in trials}) > 1
+
+
 def settled(folder: Path, n_trials: int, storage: str) -> list[FrozenTrial]:
     """Check that a study that was run to its end has what it must; its trials."""
     trials = ledger(folder, n_trials, storage).trials()

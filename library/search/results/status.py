@@ -59,7 +59,6 @@ class StudyView:
         self.workers = int(budget.get("workers", 1))
         self.more = int(budget.get("more", 0)) + sum(not trial.state.is_finished() for trial in self.confirmed)
         self.has_ended = bool(budget.get("ended"))
-        self.judging = dict(self.terms["judging"])
 
     @property
     def verdict(self) -> Verdict:

@@ -125,23 +125,22 @@ def _result(path: Path, base: str, data: Mapping[str, Any]) -> BestParams:
     return result_of_table(path, sd15_base=default_sd15_base(base), data=data)
 
 
-def first_trials(best: BestParams, wishes: SdxlOptions | None = None) -> list[Params]:
+def first_trials(best: BestParams) -> list[Params]:
     """Points of search_spaces/sdxl.toml for the first trials, where options are fixed to the export of `best`.
 
     The export; the export with 0.7 times its learning rate; the export without text encoders, if it trains them. Raises
     UserError as `export`.
     """
-    wishes = wishes or SdxlOptions()
     options = options_of("train_network", best.train_config, best.config_origin)
     sd15 = Sd15Training(options, (), (), best.lr_reference)
     if not options.trains_unet:
         raise UserError(f"{best.origin} trained the text encoders only, but a study on SDXL is about the U-Net.")
-    trains_text = options.trains_text_encoders and wishes.train_text_encoders
+    trains_text = options.trains_text_encoders
     exported: Params = {
         MULTIPLIER: 1.0,
-        DIM: rank(sd15, SdxlTraining({}, ()), wishes).options["network_dim"],
+        DIM: rank(sd15, SdxlTraining({}, ()), SdxlOptions()).options["network_dim"],
         # A point of the space needs a ratio even where text encoders are not trained.
-        TEXT_RATIO: text_ratio(sd15) if options.trains_text_encoders else sum(TEXT_BAND) / 2,
+        TEXT_RATIO: text_ratio(sd15) if trains_text else sum(TEXT_BAND) / 2,
         TRAIN_TEXT: trains_text,
     }
     trials: list[Params] = [exported, {**exported, MULTIPLIER: SMALLER_RATE}]

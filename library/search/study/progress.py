@@ -68,14 +68,12 @@ class Progress:
     """Progress of the whole study, including trials of other parents.
 
     Attributes:
-        share: sum over running trials of the share that is done.
         seconds_left: None before the first trial is done.
     """
 
     done: int
     n_trials: int
     running: int
-    share: float
     best: float | None
     best_trial: int | None
     seconds_left: float | None
@@ -104,15 +102,8 @@ def progress(trials: Iterable[FrozenTrial], n_trials: int, workers: int = 1, mor
         at_once = max(workers, len(running))
         left = (max(0.0, n_trials - len(done) - share) * mean + more * (whole or mean)) / at_once
     best = best_of(done)
-    return Progress(
-        len(done),
-        n_trials,
-        len(running),
-        share,
-        None if best is None else value_of(best),
-        None if best is None else best.number + 1,
-        left,
-    )
+    value, number = (None, None) if best is None else (value_of(best), best.number + 1)
+    return Progress(len(done), n_trials, len(running), value, number, left)
 
 
 def _mean_seconds(trials: Iterable[FrozenTrial]) -> float | None:

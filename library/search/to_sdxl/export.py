@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 CONFIG, DATASET, SCRIPT = "sdxl_config.toml", "sdxl_dataset.toml", "sdxl_train.sh"
 REQUEST = "sdxl_export.json"
+NAME = "sdxl_lora"
+"""Of the folder and the adapters of the SDXL training."""
 
 # With fewer pictures none is held out: a guess.
 _FEW = 4
@@ -107,8 +109,6 @@ def export(
     sdxl_base: str,
     output_dir: Path | str,
     dataset_config: Path | str | None = None,
-    train_dir: Path | str | None = None,
-    output_name: str = "sdxl_lora",
     wishes: SdxlOptions | None = None,
 ) -> Exported:
     """Write sdxl_dataset.toml, sdxl_config.toml, sdxl_train.sh and sdxl_export.json (see `Request`) into `output_dir`.
@@ -118,14 +118,11 @@ def export(
     Args:
         sdxl_base: a file, a folder, a hub id, or tiny-sdxl.
         dataset_config: the study's dataset file, if it has moved since.
-        train_dir: output_dir of the SDXL training; sdxl_lora in `output_dir` by default.
-        output_name: of its adapters.
 
     Raises UserError: a study that was not on SD1.5 or not of train_network.py, a base that does not exist or is not SDXL,
     missing data, a wish that the training does not allow.
     """
     folder = Path(output_dir)
-    train_dir = folder / "sdxl_lora" if train_dir is None else Path(train_dir)
     _require_transferable(best)
     _require_sdxl(sdxl_base)
     sd15 = find_training(best, dataset_config)
@@ -135,8 +132,8 @@ def export(
         "pretrained_model_name_or_path": sdxl_base,
         "dataset_config": str(folder / DATASET),
         **written_options(sdxl),
-        "output_dir": str(train_dir),
-        "output_name": output_name,
+        "output_dir": str(folder / NAME),
+        "output_name": NAME,
     }
     title = f"exported from {best.origin}"
     config, dataset = config_text(options, sd15, title, best.verdict), dataset_text(sdxl.datasets, title)
@@ -144,7 +141,7 @@ def export(
     command = shlex.join(_command(folder / CONFIG))
     write_text(folder / DATASET, dataset)
     write_text(folder / CONFIG, config)
-    write_text(folder / SCRIPT, script_text(command, title, train_dir))
+    write_text(folder / SCRIPT, script_text(command, title, folder / NAME))
     request = Request(sdxl_base, None if dataset_config is None else str(dataset_config), wishes or SdxlOptions())
     write_json(folder / REQUEST, asdict(request))
     return Exported(
