@@ -35,6 +35,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--base-model", "nowhere/at/all"], "nowhere/at/all does not exist"),
         (["--space", "nosuch"], "no search space nosuch"),
         (["--objective_args", "steps=3"], "objective_args are settings of the objective image"),
+        (
+            ["--objective", "image", "--objective_args", "stepz=3"],
+            "The setting stepz of the objective image is unknown (did",
+        ),
         (["--n-trails", "3"], "did you mean n_trials?"),
         (["--seed", "-1"], "seed must be a whole number from 0"),
         (["--device", "nonsense"], "device must be one of cpu, cuda"),

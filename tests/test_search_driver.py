@@ -96,12 +96,6 @@ def test_where_a_study_runs_may_change(tmp_path: Path) -> None:
     run(plan(tmp_path, 3, terms=Terms("train_network", "loss", SPACE, given, 7, base="a", dataset="a")))
 
 
-@pytest.mark.parametrize("n_trials", [0, -3])
-def test_a_budget_below_one_is_refused(tmp_path: Path, n_trials: int) -> None:
-    with pytest.raises(UserError, match=f"n_trials must be positive, got {n_trials}"):
-        plan(tmp_path, n_trials)
-
-
 def test_a_new_study_does_not_write_over_the_trials_of_another(tmp_path: Path) -> None:
     run(plan(tmp_path, 2))
     with pytest.raises(UserError, match="has trials of another study: other has no trials yet"):

@@ -227,7 +227,7 @@ def test_few_pictures_are_held_out_with_a_larger_share(data: Path) -> None:
 @pytest.mark.parametrize("given", ["file", "split", "folder", "beside"])
 def test_the_same_pictures_are_held_out_as_in_the_study(data: Path, given: str) -> None:
     from library.models.locate import locate_base
-    from library.options.scripts import options_of
+    from library.options.scripts import network_options_of
     from library.training.network_plan import collect_pictures
 
     draw(data / "train" / "2_mio", 20)
@@ -246,7 +246,7 @@ def test_the_same_pictures_are_held_out_as_in_the_study(data: Path, given: str) 
     assert bool(found.split) == (given != "split")
     options |= found.split
     # As a trial does, whose seed of the choice is the evaluation's.
-    trial = options_of("train_network", {**options, "seed": EVALUATION_SEED}, "test")
+    trial = network_options_of({**options, "seed": EVALUATION_SEED}, "test")
     chosen = collect_pictures(trial, locate_base("tiny-sd15"))
     result = exported(best_params(options))
     parsed = parse_network_options(["--config_file", str(result.config)], prog="", description=None)

@@ -14,7 +14,7 @@ from library.search.messages import Outcome, Slot, write_outcome
 from library.search.study.leases import LEASE
 from library.search.study.ledger import RETRIES, Ledger, Running
 from library.search.study.trial_values import best_of, is_real
-from tests.tools.search import SPACE, dead_lease, ledger, params_key
+from tests.tools.search import DISTRIBUTIONS, SPACE, dead_lease, ledger, params_key
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -86,11 +86,10 @@ def test_one_too_many_withdraws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_imported_trials_are_outside_the_budget(tmp_path: Path) -> None:
     mine = ledger(tmp_path, 1)
-    distributions = SPACE.distributions()
     for _ in range(3):
         mine.study.add_trial(
             create_trial(
-                params=SPACE.defaults, distributions=distributions, value=-9.0, user_attrs={"imported": "elsewhere"}
+                params=SPACE.defaults, distributions=DISTRIBUTIONS, value=-9.0, user_attrs={"imported": "elsewhere"}
             )
         )
     running = finish(mine, 1.0)
@@ -182,7 +181,7 @@ def test_a_trial_whose_parameters_were_not_all_there_has_not_begun(tmp_path: Pat
     half = create_trial(
         state=TrialState.RUNNING,
         params={"network_dim": 8},
-        distributions={"network_dim": SPACE.distributions()["network_dim"]},
+        distributions={"network_dim": DISTRIBUTIONS["network_dim"]},
         user_attrs={LEASE: dead_lease()},
     )
     mine.study.add_trial(half)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, overload
+from typing import Any, TypeVar
 
 from library.errors import UserError
 from library.options.network import TrainNetworkOptions, parse_network_options
@@ -13,6 +13,8 @@ from library.options.parser import fields_of, flatten, parse
 from library.options.repa import TrainRepaOptions
 from library.options.search import Script
 from library.options.toml_file import toml_table
+
+Options = TypeVar("Options")
 
 # These belong to one run or to the file itself.
 _NOT_CHECKED = frozenset({"config_file", "output_config", "dry_run", "resume"})
@@ -33,29 +35,14 @@ def _options_class(script: Script) -> type[TrainNetworkOptions] | type[TrainRepa
     return TrainNetworkOptions if script == "train_network" else TrainRepaOptions
 
 
-@overload
-def options_of(
-    script: Literal["train_network"],
-    values: Mapping[str, Any],
-    where: str,
-    dataset_config: Path | str | None = None,
-) -> TrainNetworkOptions: ...
-
-
-@overload
-def options_of(
-    script: Script, values: Mapping[str, Any], where: str, dataset_config: Path | str | None = None
-) -> TrainNetworkOptions | TrainRepaOptions: ...
-
-
-def options_of(
-    script: Script, values: Mapping[str, Any], where: str, dataset_config: Path | str | None = None
-) -> TrainNetworkOptions | TrainRepaOptions:
-    """Flat values, as a study stores them, as checked options of the script.
+def network_options_of(
+    values: Mapping[str, Any], where: str, dataset_config: Path | str | None = None
+) -> TrainNetworkOptions:
+    """Flat values, as a study stores them, as checked options of train_network.py.
 
     Args:
         where: what the values are, to begin the sentence of a UserError with.
-        dataset_config: of train_network, in place of the data that the values name.
+        dataset_config: used in place of the data that the values name.
 
     Raises UserError for what the script refuses.
     """
@@ -63,15 +50,28 @@ def options_of(
     if dataset_config is not None:
         dropped |= _DATA_OPTIONS
         values = {**values, "dataset_config": str(dataset_config)}
-    if script == "train_repa":
-        dropped |= {"dataset_config"}  # the file of options itself
-    kept = {name: value for name, value in values.items() if value is not None and name not in dropped}
+    return _checked(
+        lambda file: parse_network_options(["--config_file", file], prog="train_network.py", description=None),
+        {name: value for name, value in values.items() if name not in dropped},
+        where,
+    )
+
+
+def repa_options_of(values: Mapping[str, Any], where: str) -> TrainRepaOptions:
+    """Flat values as checked options of train_repa.py, whose dataset_config is the file of options itself. See above."""
+    return _checked(
+        lambda file: parse(TrainRepaOptions, ["--dataset_config", file], prog="train_repa.py", description=None),
+        {name: value for name, value in values.items() if name not in _NOT_CHECKED | {"dataset_config"}},
+        where,
+    )
+
+
+def _checked(parse_file: Callable[[str], Options], values: Mapping[str, Any], where: str) -> Options:
+    given = {name: value for name, value in values.items() if value is not None}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "train_config.toml"
-        path.write_text("\n".join(toml_table("", kept)), encoding="utf-8")
+        path.write_text("\n".join(toml_table("", given)), encoding="utf-8")
         try:
-            if script == "train_network":
-                return parse_network_options(["--config_file", str(path)], prog="train_network.py", description=None)
-            return parse(TrainRepaOptions, ["--dataset_config", str(path)], prog="train_repa.py", description=None)
+            return parse_file(str(path))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None

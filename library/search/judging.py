@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from library.errors import UserError
+from library.options.parser import nearest
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,10 @@ def read_judging(values: Mapping[str, Any]) -> Judging:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
-        reason = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
-        raise UserError(f"The setting {name} of the objective image: {reason}.") from None
+        where = f"The setting {name} of the objective image"
+        if first["type"] == "unexpected_keyword_argument":
+            raise UserError(f"{where} is unknown{nearest(name, Judging.__dataclass_fields__)}.") from None
+        raise UserError(f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}.") from None
     for name in ("seeds", "steps"):
         if getattr(judging, name) < 1:
             raise UserError(

@@ -6,7 +6,7 @@
 
 The parent answers each slot but the last with {"kind": "go", "trial": 7} or with a stop, and the trainer waits for that:
 whether a trial is pruned must not depend on which of the two is faster. While it works, a trainer sends "alive" every few seconds.
-The last message of a trial, its Outcome, also lies in the trial's folder, for the case that the parent dies before it reads it.
+A trial's Outcome is also written into its folder, where it is found if the parent dies before it reads the message.
 """
 
 from __future__ import annotations

@@ -57,16 +57,6 @@ class Parameter:
     def is_whole(self) -> bool:
         return isinstance(self.low, int)
 
-    def distribution(self) -> optuna.distributions.BaseDistribution:
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-        if self.choices:
-            return CategoricalDistribution(self.choices)
-        assert self.low is not None and self.high is not None
-        if self.is_whole:
-            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
-        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
-
     def suggest(self, trial: optuna.trial.Trial) -> Value:
         if self.choices:
             value = trial.suggest_categorical(self.name, self.choices)
@@ -136,9 +126,6 @@ class Space:
     def defaults(self) -> dict[str, Value]:
         """The default configuration, which every trial is compared with."""
         return {parameter.name: parameter.default for parameter in self.parameters}
-
-    def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
-        return {parameter.name: parameter.distribution() for parameter in self.parameters}
 
     def suggest(self, trial: optuna.trial.Trial) -> dict[str, Value]:
         return {parameter.name: parameter.suggest(trial) for parameter in self.parameters}

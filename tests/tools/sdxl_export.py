@@ -9,15 +9,7 @@ from typing import Any
 
 from library.data.dataset_schema import Dataset, Subset
 from library.options.network import TrainNetworkOptions
-from library.search.best_params import (
-    BaseModel,
-    BestParams,
-    Confirmed,
-    ObjectiveFacts,
-    Params,
-    RateReference,
-    TopTrial,
-)
+from library.search.best_params import BaseModel, BestParams, Confirmed, ObjectiveFacts, Params, RateReference, TopTrial
 from library.search.to_sdxl.trainings import PictureFacts, Sd15Training
 
 # The guide's: the values of dataset_configs/character.toml, as a study on SD1.5 would have found them.

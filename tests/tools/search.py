@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from library.search.best_params import BaseModel
@@ -38,6 +39,12 @@ SPACE = Space(
         Parameter("network_dim", 16, choices=(8, 16, 32), option="network_dim"),
     ),
 )
+DISTRIBUTIONS = {
+    "learning_rate": FloatDistribution(1e-5, 1e-2, log=True),
+    "text_encoder_ratio": FloatDistribution(0.1, 1.0),
+    "network_dim": CategoricalDistribution((8, 16, 32)),
+}
+"""What Optuna makes of SPACE."""
 TERMS = Terms("train_network", "loss", SPACE, {"train_batch_size": 4}, seed=7)
 FACTS = Facts(BaseModel("sd15", "tiny-sd15"))
 
@@ -144,7 +151,7 @@ def trial(number: int, value: float | None, state: str = "COMPLETE", rate: float
         state=TrialState[state],
         value=value,
         params=params,
-        distributions=SPACE.distributions(),
+        distributions=DISTRIBUTIONS,
         user_attrs=attrs,
     )
     found.number = number - 1

@@ -55,17 +55,6 @@ class Facts:
     scales: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class StudyHeader:
-    """What all trials of a study have in common. search_space: its hash."""
-
-    study: str
-    script: Script
-    objective: str
-    search_space: str
-    facts: Facts
-
-
 def write_best(
     folder: Path, study: str, terms: Terms, facts: Facts, verdict: Verdict, trials: list[FrozenTrial]
 ) -> None:
@@ -79,9 +68,17 @@ def write_best(
             (folder / BEST_FILE).unlink(missing_ok=True)
         return
     trial = next(trial for trial in trials if trial.number + 1 == best.trial)
-    header = StudyHeader(study, terms.script, terms.objective, terms.space.hash, facts)
     options = terms.space.resolve(best.params, terms.options)
-    write_best_params(folder / BEST_FILE, best_params_of(trial, options, header, verdict, folder))
+    new = BestParams(
+        study=study,
+        base_model=facts.base,
+        dataset=facts.dataset,
+        objective=ObjectiveFacts(terms.objective, _components(trial), dict(facts.scales)),
+        search_space=terms.space.hash,
+        script=terms.script,
+        **_of_trial(trial, options, terms.script, facts.batch, verdict, folder),
+    )
+    write_best_params(folder / BEST_FILE, new)
 
 
 def pick_trial(view: StudyView, number: int, folder: Path) -> None:
@@ -100,56 +97,57 @@ def pick_trial(view: StudyView, number: int, folder: Path) -> None:
     if not (folder / BEST_FILE).is_file() or not details.is_file():
         raise UserError(f"{folder} does not have trial {number} and {BEST_FILE}. Name the study's --output-dir.")
     old = read_best_params(folder / BEST_FILE)
-    facts = Facts(old.base_model, old.dataset, old.lr_reference.batch, old.objective.scales)
-    header = StudyHeader(old.study, old.script, old.objective.name, old.search_space, facts)
-    verdict = judge(view.trials, view.confirmed, number)
-    new = best_params_of(trial, read_json(details)["options"], header, verdict, folder)
+    verdict, options = judge(view.trials, view.confirmed, number), read_json(details)["options"]
+    new = replace(
+        old,
+        objective=replace(old.objective, components=_components(trial)),
+        **_of_trial(trial, options, old.script, old.lr_reference.batch, verdict, folder),
+    )
     view.study.set_user_attr(PICKED, number)
     write_best_params(folder / BEST_FILE, new)
 
 
-def best_params_of(
-    trial: FrozenTrial, options: Mapping[str, Any], header: StudyHeader, verdict: Verdict, folder: Path
-) -> BestParams:
-    """The content of best_params.json for `trial`, which is the verdict's best. folder: of the study.
+def _of_trial(
+    trial: FrozenTrial,
+    options: Mapping[str, Any],
+    script: Script,
+    dataset_batch: int | None,
+    verdict: Verdict,
+    folder: Path,
+) -> dict[str, Any]:
+    """Fields of best_params.json that depend on `trial`, which is the verdict's best. folder: of the study.
 
     options: those that the trial started with. If they did not fit into memory, the file has those that were trained.
     """
-    best, facts = verdict.best, header.facts
+    best = verdict.best
     assert best is not None and best.trial == trial.number + 1
-    config, batch = dict(options), facts.batch
+    config, batch = dict(options), dataset_batch
     if trial.user_attrs.get("half_batch"):
-        config = with_half_batch(options, header.script, trial_folder(folder, best.trial)) or config
+        config = with_half_batch(options, script, trial_folder(folder, best.trial)) or config
         batch = None if batch is None else math.ceil(batch / 2)
     config["seed"] = trial.user_attrs["seed"]
-    reference = rate_reference(header.script, config, int(trial.user_attrs.get("steps", 0)), batch)
-    components = trial.user_attrs.get("components") or {}
-    return BestParams(
-        created=datetime.now().isoformat(timespec="seconds"),
-        study=header.study,
-        base_model=facts.base,
-        dataset=facts.dataset,
-        objective=ObjectiveFacts(
-            header.objective,
-            {name: value for name, value in components.items() if value is not None},
-            dict(facts.scales),
-        ),
-        value=best.value,
-        trial=best.trial,
-        params=dict(best.params),
-        train_config=config,
-        lr_reference=replace(reference, batch=facts.batch),
-        search_space=header.search_space,
-        script=header.script,
-        confirmed=_confirmed(best),
-        top5=tuple(
+    reference = rate_reference(script, config, int(trial.user_attrs.get("steps", 0)), batch)
+    return {
+        "created": datetime.now().isoformat(timespec="seconds"),
+        "value": best.value,
+        "trial": best.trial,
+        "params": dict(best.params),
+        "train_config": config,
+        "lr_reference": replace(reference, batch=dataset_batch),
+        "confirmed": _confirmed(best),
+        "top5": tuple(
             TopTrial(candidate.trial, candidate.value, dict(candidate.params), _confirmed(candidate))
             for candidate in verdict.candidates[:5]
         ),
-        versions=_versions(),
-        is_winner=verdict.is_winner,
-        verdict=verdict.words,
-    )
+        "versions": _versions(),
+        "is_winner": verdict.is_winner,
+        "verdict": verdict.words,
+    }
+
+
+def _components(trial: FrozenTrial) -> dict[str, float]:
+    components = trial.user_attrs.get("components") or {}
+    return {name: value for name, value in components.items() if value is not None}
 
 
 def rate_reference(script: Script, config: Mapping[str, Any], steps: int, batch: int | None = None) -> RateReference:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from library.errors import RunFailed, UserError
 from library.files import write_json
-from library.options.checks import positive, require
 from library.options.search import CONFIRMING, SamplerName
 from library.search.constraints import constraints_measured
 from library.search.half_batch import halving_in_words, with_half_batch
-from library.search.messages import OUTCOME_FILE, Begun, Job, Outcome, Slot
+from library.search.messages import Begun, Job, Outcome, Slot
 from library.search.messages import Progress as JobProgress
 from library.search.results.best_trial import Facts, write_best
 from library.search.results.dashboard import attach_pictures
@@ -105,12 +104,6 @@ class StudyPlan:
     poll: float = 2.0
     """Seconds until a worker asks again, when it can start no trial now."""
     quiet: bool = False
-
-    def __post_init__(self) -> None:
-        positive("n_trials", self.n_trials)
-        positive("workers", self.workers)
-        require(self.confirm >= 0, "confirm", f"must not be negative, got {self.confirm}.")
-        require(self.keep >= 1, "keep", f"must be at least 1, got {self.keep}.")
 
 
 @dataclass(frozen=True)
@@ -331,7 +324,6 @@ class Driver:
             if running.lost:
                 trainer.stop()
 
-        (folder / OUTCOME_FILE).unlink(missing_ok=True)  # of an earlier attempt
         outcome = trainer.run(
             job,
             lambda slot: ledger.report(running, slot) and not self.interrupts.is_now,

@@ -32,8 +32,8 @@ def visible_gpus() -> list[str]:
 def assign(workers: int, device: str | None, say: Callable[[str], None] = print) -> list[dict[str, str]]:
     """What is added to the environment of each worker's trainer.
 
-    Warns of a GPU that another study on this machine uses: a trial that runs out of memory there counts as one that does not
-    fit. Raises UserError for more workers than GPUs.
+    Warns of a GPU that another study on this machine uses, because a trial that runs out of memory there gets a penalty. Raises
+    UserError for more workers than GPUs.
     """
     if device is not None and not device.startswith("cuda"):
         return [{} for _ in range(workers)]

@@ -10,16 +10,9 @@ from typing import Any
 from library.errors import UserError
 from library.files import read_json
 from library.models.locate import SHAPES, TINY_BASES, TINY_SDXL
-from library.options.scripts import option_types, options_of
+from library.options.scripts import network_options_of, option_types
 from library.options.search import SdxlOptions
-from library.search.best_params import (
-    BaseModel,
-    BestParams,
-    ObjectiveFacts,
-    Params,
-    is_best_params,
-    parse_best_params,
-)
+from library.search.best_params import BaseModel, BestParams, ObjectiveFacts, Params, is_best_params, parse_best_params
 from library.search.results.best_trial import rate_reference
 from library.search.run.init_params import bare_table, point_of
 from library.search.space import Space
@@ -35,12 +28,8 @@ TRIALS = 15
 """Of a study that starts from a known result; the guide asks for 10 to 20."""
 SD15_BASE, SDXL_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
 # Parameters of search_spaces/sdxl.toml.
-MULTIPLIER, DIM, TEXT_RATIO, TRAIN_TEXT = (
-    "learning_rate_multiplier",
-    "network_dim",
-    "text_encoder_ratio",
-    "train_text_encoders",
-)
+MULTIPLIER, DIM = "learning_rate_multiplier", "network_dim"
+TEXT_RATIO, TRAIN_TEXT = "text_encoder_ratio", "train_text_encoders"
 BASE = "pretrained_model_name_or_path"
 SCHEDULE = ("lr_warmup_steps", "lr_decay_steps")
 SMALLER_RATE = 0.7
@@ -131,7 +120,7 @@ def first_trials(best: BestParams) -> list[Params]:
     The export; the export with 0.7 times its learning rate; the export without text encoders, if it trains them. Raises
     UserError as `export`.
     """
-    options = options_of("train_network", best.train_config, best.config_origin)
+    options = network_options_of(best.train_config, best.config_origin)
     sd15 = Sd15Training(options, (), (), best.lr_reference)
     if not options.trains_unet:
         raise UserError(f"{best.origin} trained the text encoders only, but a study on SDXL is about the U-Net.")

@@ -14,7 +14,7 @@ from library.options.arguments import parse_arguments
 from library.options.network import KOHYA, parse_network_options
 from library.options.parser import parse
 from library.options.repa import TrainRepaOptions
-from library.options.scripts import option_default, options_of
+from library.options.scripts import network_options_of, option_default, repa_options_of
 from library.options.search import N_TRIALS, ObjectiveName, OptimizeOptions, Script
 from library.options.toml_file import PROJECT_ROOT, find_config, read_options
 from library.search.best_params import BaseModel
@@ -92,12 +92,16 @@ def set_up(options: OptimizeOptions) -> Setup:
         # A study that continues one on SD1.5 writes an export; that of a dry run is deleted.
         start = _start(options, fixed, family, Path(temporary) if options.dry_run else options.place.folder)
         defaults = start.space.resolve(start.space.defaults, start.fixed)
-        checked = options_of(script, defaults, "The default configuration of the search")
-        data = repa_data(checked) if isinstance(checked, TrainRepaOptions) else network_data(defaults)
+        where = "The default configuration of the search"
+        if script == "train_repa":
+            repa = repa_options_of(defaults, where)
+            cache_dir, data = repa.cache.cache_dir, repa_data(repa)
+        else:
+            cache_dir, data = network_options_of(defaults, where).cache.cache_dir, network_data(defaults)
     fixed = {**start.fixed, **data.split}
     if start.is_exported:
         fixed["dataset_config"] = str(options.place.folder / DATASET)
-    digest = None if options.dry_run else base_hash(base, checked.cache.cache_dir)
+    digest = None if options.dry_run else base_hash(base, cache_dir)
     terms = Terms(
         script,
         search.objective,

@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.models.locate import BaseLocation, locate_base
-from library.options.scripts import options_of
-from library.search.held_out_pictures import (
-    EVALUATION_SEED,
-    held_out_count,
-    require_enough_pictures,
-    share_to_hold_out,
-)
+from library.options.scripts import network_options_of
+from library.search.held_out_pictures import EVALUATION_SEED, held_out_count, require_enough_pictures, share_to_hold_out
 from library.search.terms import DECIDED_BY_TRIALS
 from library.words import plural
 
@@ -86,7 +81,7 @@ def _read(options: Mapping[str, Any]) -> tuple[list[Dataset], NetworkData]:
 
 def _checked(options: Mapping[str, Any]) -> TrainNetworkOptions:
     kept = {name: value for name, value in options.items() if name not in DECIDED_BY_TRIALS}
-    return options_of("train_network", kept, "The study")
+    return network_options_of(kept, "The study")
 
 
 def _base(options: Mapping[str, Any]) -> BaseLocation:

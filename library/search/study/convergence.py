@@ -32,7 +32,7 @@ ALERTS = "alerts"
 PLATEAU, CONVERGED = "PLATEAU", "CONVERGED"
 PLATEAU_AFTER, CONVERGED_AFTER, CONVERGED_SHARE, CONVERGED_LEAST = 10, 15, 0.3, 20
 STREAK, WINDOW = 5, 10
-"""Failures in a row, and trials of which half have failed, that are worth an alert."""
+"""An alert after STREAK failures in a row, or where half of the last WINDOW trials failed."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ KEPT = (BASELINE, INITIAL, OF_TRIAL, SEED)
 """User attributes that the next attempt at a trial inherits."""
 RETRIES = 2
 CLAIMING = 10.0
-"""Seconds after which a running trial without a lease is no longer taken to be just being claimed."""
+"""A running trial without a lease for so many seconds is not being claimed: its parent died."""
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 

@@ -27,7 +27,7 @@ has ended."""
 
 
 class StudyLog:
-    """Prints a line and writes it with its time to the log, from any thread. A study goes on without a log that fails."""
+    """Prints a line and writes it with its time to the log, from any thread. Errors of writing are ignored."""
 
     def __init__(self, folder: Path, *, quiet: bool = False) -> None:
         self._file = folder / LOG_FILE

@@ -14,12 +14,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from library.errors import UserError
 from library.files import read_json, write_json, write_text
 from library.options.parser import flatten
-from library.options.scripts import options_of
+from library.options.scripts import network_options_of
 from library.options.search import SdxlOptions
 from library.options.toml_file import PROJECT_ROOT
 from library.search.best_params import BestParams
 from library.search.held_out_pictures import EVALUATION_SEED, share_to_hold_out
 from library.search.to_sdxl.exported_files import (
+    BUCKET_LIMITS,
     config_text,
     dataset_text,
     read_back,
@@ -41,15 +42,7 @@ NAME = "sdxl_lora"
 
 # With fewer pictures none is held out: a guess.
 _FEW = 4
-_SHOWN_CHANGES = (
-    "resolution",
-    "min_bucket_reso",
-    "max_bucket_reso",
-    "bucket_reso_steps",
-    "batch_size",
-    "validation_split",
-    "validation_seed",
-)
+_SHOWN_CHANGES = ("resolution", *BUCKET_LIMITS, "batch_size", "validation_split", "validation_seed")
 _NATIVE_SD15 = 512
 
 
@@ -154,7 +147,7 @@ def find_training(best: BestParams, dataset_config: Path | str | None = None) ->
 
     Raises UserError where its options or its data can no longer be used.
     """
-    options = options_of("train_network", best.train_config, best.config_origin, dataset_config)
+    options = network_options_of(best.train_config, best.config_origin, dataset_config)
     from library.data.network_data import read_datasets
     from library.data.training_images import collect_images
 

@@ -19,7 +19,7 @@ from library.search.to_sdxl.trainings import Sd15Training
 
 # Written with each subset, although a file may give them for all.
 _OF_ONE_SUBSET = SUBSET_ONLY | {"num_repeats", "class_tokens", "custom_attributes"}
-_BUCKET_LIMITS = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
+BUCKET_LIMITS = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
 
 
 def config_text(options: Mapping[str, Any], sd15: Sd15Training, title: str, verdict: str = "") -> str:
@@ -79,7 +79,7 @@ def _dataset_values(dataset: Dataset) -> dict[str, Any]:
         "enable_bucket": dataset.enable_bucket,
     }
     if dataset.enable_bucket:
-        values |= {name: getattr(dataset, name) for name in _BUCKET_LIMITS}
+        values |= {name: getattr(dataset, name) for name in BUCKET_LIMITS}
     defaults = Dataset(dataset.resolution)
     for name in ("network_multiplier", "validation_split", "validation_seed", "resize_interpolation"):
         if (value := getattr(dataset, name)) != getattr(defaults, name):
@@ -139,5 +139,5 @@ def read_back(config: str, dataset: str, options: Mapping[str, Any], datasets: S
 def _comparable(dataset: Dataset) -> Dataset:
     """The dataset without its name and notes, and without limits of buckets where buckets are off. Subsets keep their names."""
     kept = dataclasses.replace(dataset, name="", notes=())
-    without: dict[str, Any] = dict.fromkeys(_BUCKET_LIMITS, 0)
+    without: dict[str, Any] = dict.fromkeys(BUCKET_LIMITS, 0)
     return kept if kept.enable_bucket else dataclasses.replace(kept, **without)

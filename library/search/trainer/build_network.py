@@ -21,13 +21,7 @@ from library.options.parser import flatten
 from library.processes import Processes
 from library.search.held_out_pictures import EVALUATION_SEED
 from library.search.messages import Job
-from library.search.trainer.judge_by_loss import (
-    MOST_PICTURES,
-    HeldOut,
-    Judge,
-    LossJudge,
-    by_hash,
-)
+from library.search.trainer.judge_by_loss import MOST_PICTURES, HeldOut, Judge, LossJudge, by_hash
 from library.search.trainer.kept_models import KeptModels, file_facts, one_at_a_time
 from library.search.trainer.trial import Training
 from library.training.network import NetworkTask
