@@ -27,7 +27,7 @@ from library.search.study.verdict import judge, top
 from library.search.terms import Terms
 from library.search.trainer.judge_by_loss import Measured
 from library.search.trainer.judge_by_pictures import Embedded, ImageJudge, allowed_fall
-from tests.tools.search import FACTS, SPACE, TERMS, FakeTrainer, ledger, plan, said, view
+from tests.tools.search import FACTS, SPACE, TERMS, FakeTrainer, ledger, next_trial, plan, said, view
 from tests.tools.search import trial as made_trial
 
 IMAGE = replace(TERMS, objective="image", judging={"clip_model": "somewhere"})
@@ -179,8 +179,7 @@ def test_every_ended_trial_has_the_constraint_whatever_came_of_it(tmp_path: Path
     mine = ledger(tmp_path, 30, sampler=sampler, constraints=("adherence",))
     kept = {1: None, 2: -0.02, 3: 0.03, 4: None}  # the first and the fourth diverge
     for number in range(1, 12):
-        running = mine.ask()
-        assert running is not None
+        running = next_trial(mine)
         value = kept.get(number, -0.01)
         components = {} if value is None else {"constraint_adherence": value}
         ending = "diverged" if value is None else "done"
@@ -197,8 +196,7 @@ def test_a_study_that_began_without_constraints_goes_on_without(tmp_path: Path) 
     old = ledger(tmp_path, 30, sampler="gp")
     for number in range(1, 10):
         mine = old if number < 9 else ledger(tmp_path, 30, sampler="gp", constraints=("adherence",))
-        running = mine.ask()
-        assert running is not None
+        running = next_trial(mine)
         mine.settle(running, Outcome(number, "done", value=0.1 * number, components=dict(KEPT)))
     assert not any(one.constraints for one in mine.trials()) and mine.ask() is not None
 
@@ -211,12 +209,10 @@ def test_the_gaussian_process_keeps_away_from_what_breaks_it(tmp_path: Path) -> 
             ratio, dim = 0.1 + 0.9 * (7 * number % 20) / 20, (8, 16, 32)[number % 3]
             params = {"learning_rate": 1e-5 * 10 ** (3 * number / 19), "text_encoder_ratio": ratio, "network_dim": dim}
             mine.enqueue(params, str(number))
-            running = mine.ask()
-            assert running is not None
+            running = next_trial(mine)
             kept = {"constraint_adherence": math.log10(params["learning_rate"] / 5e-4)}
             mine.settle(running, Outcome(number + 1, "done", value=-3 * number / 19, components=kept))
-        after = mine.ask()
-        assert after is not None
+        after = next_trial(mine)
         proposed[constraints] = float(after.params["learning_rate"])
     assert proposed[()] == pytest.approx(1e-2) and proposed[("adherence",)] < 4e-3
 

@@ -18,7 +18,7 @@ from library.search.study.verdict import (
     sigma_of,
     top,
 )
-from tests.tools.search import SPACE, ledger, trial
+from tests.tools.search import SPACE, ledger, next_trial, trial
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -140,15 +140,14 @@ def test_a_baseline_that_was_given_up_is_enqueued_when_the_study_goes_on(tmp_pat
     mine = ledger(tmp_path)
     enqueue_baselines(mine)
     for _ in range(5):  # 1 2 3, and 1 twice again
-        running = mine.ask()
-        assert running is not None
+        running = next_trial(mine)
         failed = running.attrs.get("baseline") == 0
         mine.settle(running, Outcome(running.number, "failed" if failed else "done", value=0.0))
     assert not [one for one in mine.trials() if one.state == TrialState.WAITING]
     for _ in range(2):
         enqueue_baselines(ledger(tmp_path))
-    again = mine.ask()
-    assert again is not None and again.attrs["baseline"] == 0 and again.seed == 7 and len(mine.trials()) == 6
+    again = next_trial(mine)
+    assert again.attrs["baseline"] == 0 and again.seed == 7 and len(mine.trials()) == 6
 
 
 def test_confirmations_are_enqueued_once_with_seeds_of_their_own(tmp_path: Path) -> None:

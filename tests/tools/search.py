@@ -23,7 +23,7 @@ from library.search.results.best_trial import Facts
 from library.search.results.status import StudyView
 from library.search.run.driver import Driver, StudyPlan, Trainer
 from library.search.space import Parameter, Space
-from library.search.study.ledger import Ledger
+from library.search.study.ledger import Ledger, Running
 from library.search.study.storage import open_storage
 from library.search.study.study import open_study
 from library.search.terms import Terms
@@ -122,6 +122,12 @@ def ledger(folder: Path, n_trials: int = 12, storage: str | None = None, **chang
     study = open_study("test", storage or f"journal:{folder / 'study.log'}", TERMS, lambda words: None)
     settings: dict[str, Any] = {"sampler": "random", "seed": 7, "say": lambda words: None}
     return Ledger(study, SPACE, n_trials, folder=lambda n: folder / "out" / f"trial_{n:04d}", **settings | changes)
+
+
+def next_trial(mine: Ledger) -> Running:
+    running = mine.ask()
+    assert running is not None
+    return running
 
 
 def view(folder: Path, name: str = "test") -> StudyView:
