@@ -108,6 +108,8 @@ class StudyPlan:
 
 @dataclass(frozen=True)
 class Result:
+    """What a driver has done. done: finished trials of the whole study."""
+
     verdict: Verdict
     done: int
     interrupted: bool
@@ -129,9 +131,9 @@ class Driver:
         self._fatal: BaseException | None = None
         self._failures = FailuresInARow()
         self._more = most_confirmations(plan.n_trials, plan.confirm, plan.new_seeds)
-        self._after = threading.Lock()
+        self._writing = threading.Lock()
         """Held by the worker that writes the study's files after a trial."""
-        self._rest = threading.Event()
+        self._aborted = threading.Event()
         """Set after a fatal error: no worker starts another trial."""
 
     def run(self) -> Result:
@@ -237,7 +239,7 @@ class Driver:
                 for thread in threads:
                     thread.join(0.2 / len(threads))
                 waited += 0.2
-                if waited >= STATUS_EVERY and not self._rest.is_set():
+                if waited >= STATUS_EVERY and not self._aborted.is_set():
                     waited = 0.0
                     self._status(ledger)
         finally:
@@ -247,13 +249,13 @@ class Driver:
 
     def _worker(self, ledger: Ledger, heartbeat: Heartbeat, number: int) -> None:
         try:
-            while not (self.interrupts.is_asked or self._rest.is_set()):
+            while not (self.interrupts.is_asked or self._aborted.is_set()):
                 converged = self._stops_here(ledger)
                 running = None if converged else ledger.ask(number)
                 if running is None:
                     if ledger.is_done() or (converged and not ledger.is_training()):
                         return
-                    self._rest.wait(self.plan.poll)
+                    self._aborted.wait(self.plan.poll)
                     continue
                 heartbeat.add(running.trial._trial_id)
                 try:
@@ -334,7 +336,7 @@ class Driver:
         pruned = running.prune_at is not None and outcome.ending == "stopped"
         if outcome.ending != "done" and not pruned:
             self._replace(number)
-        asked = pruned or running.lost or self.interrupts.is_now or self._rest.is_set()
+        asked = pruned or running.lost or self.interrupts.is_now or self._aborted.is_set()
         if outcome.ending == "stopped" and not asked:
             return Outcome(running.number, "failed", f"Its trainer was stopped from outside. {outcome.message}".strip())
         return outcome
@@ -350,7 +352,7 @@ class Driver:
         self.say(f"trial {running.number}: {ending_words(trial, outcome)}")
         if outcome.ending == "refused":
             self._end(UserError(f"Trial {running.number} cannot be trained, nor can any other: {outcome.message}"))
-        with self._after:
+        with self._writing:
             self._failures.add(running.number, outcome, running.attrs.get(RETRY_OF))
             if self._failures.count >= FAILURES_IN_A_ROW:
                 logs = f"{ledger.folder(running.number)}/logs and {self.plan.output_dir}/optimization.log"
@@ -376,7 +378,7 @@ class Driver:
     def _end(self, error: BaseException) -> None:
         """Stop running trials and start no other; `run` raises the first such error."""
         self._fatal = self._fatal or error
-        self._rest.set()
+        self._aborted.set()
         self._halt()
 
     def _halt(self) -> None:
