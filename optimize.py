@@ -1,13 +1,13 @@
-"""Find the best recipe for a LoRA: many trainings, proposed by Optuna, judged on pictures that they have not seen.
+"""Find the best options for training a LoRA: many trainings, proposed by Optuna, judged on pictures that they have not seen.
 
     python optimize.py --n-trials 8                                               # the embedded base, minutes on two cores
     python optimize.py --dataset-config my.toml --base-model v1-5-pruned.safetensors --study-name mio --n-trials 50
     python optimize.py status --study-name mio --watch 10                         # in another terminal
-    python optimize.py pick 7 --study-name mio                                    # a person's choice instead of the number's
+    python optimize.py pick 7 --study-name mio                                    # choose trial 7, whatever its value
     python optimize.py report --study-name mio
     python optimize.py export --study-name mio --to sdxl --base-model sd_xl_base_1.0.safetensors
 
-To resume, and to have other machines help, run the same command again. Ctrl-C once lets running trials end, twice stops them.
+To resume, or to let other machines help, run the same command again. Ctrl-C once lets running trials finish, twice stops them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from library.options.search import (
     PickOptions,
     PlaceOptions,
     ReportOptions,
+    SdxlOptions,
     StatusOptions,
+    without_password,
 )
+from library.words import plural
 
 if TYPE_CHECKING:
-    from library.search.recipe import SdxlOptions
-    from library.search.setup import Setup
-    from library.search.status import Look
-
+    from library.search.results.status import StudyView
+    from library.search.run.setup import Setup
 
 TINY_SHEET_STEPS = 8
 
@@ -44,12 +45,12 @@ def main(argv: list[str]) -> int:
     command = argv[0] if argv and not argv[0].startswith("-") else None
     if command is not None:
         if command not in COMMANDS:
-            raise UserError(f"Unknown command {command}{nearest(command, COMMANDS)}. There are {', '.join(COMMANDS)}.")
+            raise UserError(f"Unknown command {command}{nearest(command, COMMANDS)}. Commands: {', '.join(COMMANDS)}.")
         return COMMANDS[command](argv[1:])
     options = parse(OptimizeOptions, argv, prog="optimize.py", description=__doc__, dialect=DIALECT)
     if options.search.pick is not None:
         return picked(options.place, options.search.pick)
-    from library.search.setup import set_up
+    from library.search.run.setup import set_up
 
     setup = set_up(options)
     print_plan(options, setup)
@@ -57,20 +58,21 @@ def main(argv: list[str]) -> int:
 
 
 def print_plan(options: OptimizeOptions, setup: Setup) -> None:
-    from library.search.samplers import choose_sampler
-    from library.search.setup import batch_of
-    from library.search.storage import without_password
+    from library.search.run.setup import batch_of
+    from library.search.study.proposals import choose_sampler
 
     plan, terms = setup.plan, setup.plan.terms
     sampler, why = choose_sampler(plan.sampler, plan.workers, plan.n_trials)
-    print(f"study      {plan.name}, in {plan.output_dir}, kept in {without_password(plan.storage)}")
+    print(f"study      {plan.name}, in {plan.output_dir}, stored in {without_password(plan.storage)}")
     print(f"trains     {terms.script}.py on {setup.base.path} ({setup.base.family}), batches of {batch_of(setup)}")
     print(f"objective  {terms.objective}; seed {terms.seed}")
-    print(f"trials     {plan.n_trials} by {plan.workers} at once, sampler {sampler} ({why})")
-    print(f"then       the best {plan.confirm} again with {plan.new_seeds} new seeds each")
-    for one in terms.space.parameters:
-        across = " ".join(map(str, one.choices)) or f"{one.low:g} to {one.high:g}{' (log)' if one.log else ''}"
-        print(f"searches   {one.name}: {across}; default {one.default}")
+    print(f"trials     {plan.n_trials}, {plan.workers} at a time, sampler {sampler} ({why})")
+    if plan.confirm:
+        print(f"then       {plural(plan.confirm, 'best trial')} again, with {plural(plan.new_seeds, 'new seed')} each")
+    for parameter in terms.space.parameters:
+        scale = " (log)" if parameter.log else ""
+        values = " ".join(map(str, parameter.choices)) or f"{parameter.low:g} to {parameter.high:g}{scale}"
+        print(f"searches   {parameter.name}: {values}; default {parameter.default}")
     for number, params in enumerate(plan.initial, start=1):
         print(f"begins     {number}: {' '.join(f'{name} {value}' for name, value in params.items())}")
     for note in setup.notes:
@@ -78,50 +80,51 @@ def print_plan(options: OptimizeOptions, setup: Setup) -> None:
 
 
 def run(options: OptimizeOptions, setup: Setup) -> int:
-    from library.search.devices import assign
-    from library.search.driver import Driver
-    from library.search.status import Look
-    from library.search.study import open_study
-    from library.search.trainer_process import TrainerProcess
+    from library.search.results.status import StudyView
+    from library.search.run.driver import Driver
+    from library.search.run.gpus import assign
+    from library.search.study.study import open_study
+    from library.search.trainer.parent_side import TrainerProcess
 
     plan = setup.plan
-    open_study(plan.name, plan.storage, plan.terms)  # another study's terms are refused before anything else
+    open_study(plan.name, plan.storage, plan.terms)  # refuses other terms before any GPU is locked
     environments = assign(plan.workers, options.trained.device)
     log = plan.output_dir / "trainers.log"
     result = Driver(plan, lambda number: TrainerProcess(environments[number], log)).run()
-    look = Look(plan.name, plan.storage)
+    view = StudyView(plan.name, plan.storage)
     if not result.interrupted:
         if options.outcome.sheet:
-            attempt("contact sheet", lambda: draw_sheet(look, plan.output_dir, setup))
+            attempt("contact sheet", lambda: draw_sheet(view, plan.output_dir, setup))
         if options.outcome.export and setup.base.family == "sd15" and plan.terms.script == "train_network":
             attempt("export to SDXL", lambda: export_again(plan.output_dir, options.outcome.sdxl_base))
-    attempt("report", lambda: write_report(look, plan.output_dir))
+    attempt("report", lambda: write_report(view, plan.output_dir))
     if result.interrupted:
-        print(f"Interrupted after {result.done} of {plan.n_trials} trials. Run the same command again to go on.")
+        trials = plural(plan.n_trials, "trial")
+        print(f"Interrupted after {result.done} of {trials}. Run the same command again to continue.")
         return EXIT_STOPPED
     return EXIT_OK
 
 
 def attempt(what: str, work: Callable[[], None]) -> None:
-    """What comes after a study must not make it a failure: the sentence is said, and the rest goes on."""
+    """Do what follows a study. An error in it is printed, and does not make the study a failure."""
     try:
         work()
     except UserError as error:
         print(f"No {what}: {error}", file=sys.stderr)
 
 
-def draw_sheet(look: Look, folder: Path, setup: Setup) -> None:
-    from library.search.sheet import STEPS, draw_best
+def draw_sheet(view: StudyView, folder: Path, setup: Setup) -> None:
+    from library.search.results.contact_sheet import STEPS, draw_best
 
-    draw_best(look, folder, setup.base.path, steps=TINY_SHEET_STEPS if setup.is_tiny else STEPS)
+    draw_best(view, folder, setup.base.path, steps=TINY_SHEET_STEPS if setup.is_tiny else STEPS)
 
 
-def write_report(look: Look, folder: Path) -> None:
-    from library.search.report import build_report
+def write_report(view: StudyView, folder: Path) -> None:
+    from library.search.results.study_report import build_report
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
-    build_report(look, folder).write(path)
+    build_report(view, folder).write(path)
     print(f"report     {path}")
 
 
@@ -129,9 +132,9 @@ def export_best(
     folder: Path, sdxl_base: str | None, dataset_config: str | None = None, wishes: SdxlOptions | None = None
 ) -> None:
     from library.search.best_params import read_best_params
-    from library.search.carried import default_sdxl_base
-    from library.search.export import export
-    from library.search.record import BEST_FILE
+    from library.search.results.best_trial import BEST_FILE
+    from library.search.run.sdxl_study import default_sdxl_base
+    from library.search.to_sdxl.export import export
 
     best = read_best_params(folder / BEST_FILE)
     base = sdxl_base or default_sdxl_base(best.base_model.path)
@@ -139,8 +142,8 @@ def export_best(
 
 
 def export_again(folder: Path, sdxl_base: str | None) -> None:
-    """Export anew what the study has come to, with the wishes of the export that lies in `folder`, if one does."""
-    from library.search.export import last_request
+    """Export the study's best again, with the wishes of the export in `folder` if there is one."""
+    from library.search.to_sdxl.export import last_request
 
     last = last_request(folder)
     if last is None:
@@ -154,13 +157,13 @@ def export_again(folder: Path, sdxl_base: str | None) -> None:
 
 def status(argv: list[str]) -> int:
     options = parse(StatusOptions, argv, prog="optimize.py status", description=__doc__, dialect=DIALECT)
-    from library.search.status import Look, status_text
+    from library.search.results.status import StudyView, status_text
 
     while True:
-        look = Look(options.place.study_name, options.place.url)
+        view = StudyView(options.place.study_name, options.place.url)
         clear = "\033[H\033[J" if options.watch and sys.stdout.isatty() else ""
-        print(f"{clear}{status_text(look)}", flush=True)
-        if options.watch is None or look.is_done:
+        print(f"{clear}{status_text(view)}", flush=True)
+        if options.watch is None or view.is_done:
             return EXIT_OK
         try:
             time.sleep(options.watch)
@@ -170,18 +173,20 @@ def status(argv: list[str]) -> int:
 
 def report(argv: list[str]) -> int:
     options = parse(ReportOptions, argv, prog="optimize.py report", description=__doc__, dialect=DIALECT)
-    from library.search.status import Look
+    from library.search.results.status import StudyView
 
-    write_report(Look(options.place.study_name, options.place.url), options.place.folder)
+    write_report(StudyView(options.place.study_name, options.place.url), options.place.folder)
     return EXIT_OK
 
 
 def export_(argv: list[str]) -> int:
     options = parse(ExportOptions, argv, prog="optimize.py export", description=__doc__, dialect=DIALECT)
     folder = options.place.folder
-    if not (folder / "best_params.json").is_file():
+    from library.search.results.best_trial import BEST_FILE
+
+    if not (folder / BEST_FILE).is_file():
         raise UserError(
-            f"{folder} has no best_params.json: no trial of the study {options.place.study_name} has ended there. Name its "
+            f"{folder} has no {BEST_FILE}: no trial of the study {options.place.study_name} has ended there. Name its "
             "--output-dir."
         )
     export_best(folder, options.base_model, options.dataset_config, options.wishes)
@@ -196,17 +201,18 @@ def pick(argv: list[str]) -> int:
 
 
 def picked(place: PlaceOptions, trial: int) -> int:
-    """Make `trial` the study's choice, and everything that tells of it anew."""
+    """Make `trial` the study's choice, and write best_params.json, report and export again."""
     from library.search.best_params import read_best_params
-    from library.search.pick import pick_trial
-    from library.search.status import Look
+    from library.search.results.best_trial import BEST_FILE, pick_trial
+    from library.search.results.status import StudyView
+    from library.search.to_sdxl.export import CONFIG
 
-    pick_trial(Look(place.study_name, place.url), trial, place.folder)
-    look = Look(place.study_name, place.url)
-    print(look.verdict.words)
-    write_report(look, place.folder)
-    best = read_best_params(place.folder / "best_params.json")
-    if (place.folder / "sdxl_config.toml").is_file() and best.base_model.family == "sd15":
+    pick_trial(StudyView(place.study_name, place.url), trial, place.folder)
+    view = StudyView(place.study_name, place.url)
+    print(view.verdict.words)
+    write_report(view, place.folder)
+    best = read_best_params(place.folder / BEST_FILE)
+    if (place.folder / CONFIG).is_file() and best.base_model.family == "sd15":
         attempt("export to SDXL", lambda: export_again(place.folder, None))
     return EXIT_OK
 

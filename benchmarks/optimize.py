@@ -36,14 +36,14 @@ from library.files import write_json
 from library.options.parser import parse
 from library.options.search import DIALECT, OptimizeOptions
 from library.options.toml_file import PROJECT_ROOT
-from library.search.driver import Driver, StudyPlan
-from library.search.jobs import Begun, Job, Outcome, Slot
-from library.search.ledger import DONE, PRUNED_AT
-from library.search.samplers import GP_STARTUP
-from library.search.setup import set_up
+from library.search.messages import Begun, Job, Outcome, Slot
+from library.search.run.driver import Driver, StudyPlan
+from library.search.run.setup import set_up
 from library.search.space import Space
-from library.search.study import open_study
-from library.search.trainer_process import TrainerProcess
+from library.search.study.ledger import DONE, PRUNED_AT
+from library.search.study.proposals import GP_STARTUP
+from library.search.study.study import open_study
+from library.search.trainer.parent_side import TrainerProcess
 from tests.tools.postgresql import NoServer, postgresql_server
 from tests.tools.search import FakeTrainer, in_a_process, ledger, plan
 
@@ -141,7 +141,7 @@ def compare_search(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[
     folder = arguments.folder / f"{base}_{arguments.resolution}px_{arguments.steps}_steps"
     records = []
     with ExitStack() as context:
-        context.enter_context(mock.patch("library.search.driver.enqueue_baselines", lambda ledger: None))
+        context.enter_context(mock.patch("library.search.run.driver.enqueue_baselines", lambda ledger: None))
         trainer = KeptWarm(context.enter_context(TrainerProcess({}, folder / "trainers.log")))
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             records.append(compare_one(arguments, folder, seed, trainer))

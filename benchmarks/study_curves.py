@@ -10,9 +10,9 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from library.search.jobs import SLOTS
-from library.search.ledger import DONE, PRUNED_AT
-from library.search.values import FAILURE, is_real, value_of
+from library.search.messages import SLOTS
+from library.search.study.ledger import DONE, PRUNED_AT
+from library.search.study.trial_values import FAILURE, is_real, value_of
 
 FRACTIONS = (0.1, 0.25, 0.5, 1.0)
 

@@ -30,8 +30,8 @@ LONGEST = (
     "test_train_network",
     "test_merge_interruption",
     "test_cache_interruption",
-    "test_search_trainer_process",
     "test_search_trainer",
+    "test_search_trial",
     "test_search_faults",
     "test_train_repa",
     "test_network_alignment",
@@ -48,6 +48,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Longest files first, for pytest-xdist with --dist loadfile and --no-loadscope-reorder."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files need not survive a loss of power here."""
+    monkeypatch.setattr("os.fsync", lambda file: None)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import optimize
-from library.search import trainer_process
+from library.search.trainer import parent_side
 from tests.tools.search import FakeTrainer
 
 WORDS = ["--no_sheet", "--no_export", "--sampler", "random", "--confirm", "0"]
@@ -24,7 +24,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     def trainer(env: Any, log: Any) -> FakeTrainer:
         return FakeTrainer()
 
-    monkeypatch.setattr(trainer_process, "TrainerProcess", trainer)
+    monkeypatch.setattr(parent_side, "TrainerProcess", trainer)
 
 
 @pytest.mark.parametrize(
@@ -33,19 +33,23 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--n-trials", "0"], "n_trials must be at least 1, got 0."),
         (["--n_trials", "-3"], "n_trials must be at least 1, got -3."),
         (["--base-model", "nowhere/at/all"], "nowhere/at/all does not exist"),
-        (["--space", "nosuch"], "No search space nosuch"),
+        (["--space", "nosuch"], "no search space nosuch"),
         (["--objective_args", "steps=3"], "objective_args are settings of the objective image"),
+        (
+            ["--objective", "image", "--objective_args", "stepz=3"],
+            "The setting stepz of the objective image is unknown (did",
+        ),
         (["--n-trails", "3"], "did you mean n_trials?"),
         (["--seed", "-1"], "seed must be a whole number from 0"),
         (["--device", "nonsense"], "device must be one of cpu, cuda"),
-        (["--storage", "foo://x"], "--storage foo://x is no storage"),
-        (["--script", "train_repa", "--base-model", "tiny-sdxl"], "train_repa.py trains SD1.5 alone"),
+        (["--storage", "foo://x"], "--storage foo://x is not a storage"),
+        (["--script", "train_repa", "--base-model", "tiny-sdxl"], "train_repa.py trains SD1.5 only"),
         (["--script", "train_repa", "--objective", "image"], "train_repa.py has classes"),
         (["--script", "train_repa", "--dataset-config", "repa.toml"], "nowhere"),
         (["statsu"], "did you mean status?"),
         (
             ["status", "--study-name", "mio-confirm"],
-            "must not end with -confirm, got 'mio-confirm': under that name mio",
+            "must not end with -confirm, got 'mio-confirm': mio trains its best again under that name",
         ),
         (["pick"], "name the number of a trial"),
     ],
@@ -103,7 +107,7 @@ def test_a_study_runs_resumes_and_is_looked_at_from_the_command_line(
     assert len(list(out.glob("trial_*"))) == 6
     for more in ([], ["--dry_run"]):
         assert optimize.main(arguments(tmp_path, "--objective", "image", *more)) == 2
-        assert "is judged by loss, and image is asked for" in capsys.readouterr().err
+        assert "is judged by loss, not image" in capsys.readouterr().err
 
 
 def test_what_a_configuration_says_in_vain_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,8 +120,8 @@ def test_what_a_configuration_says_in_vain_is_told(tmp_path: Path, capsys: pytes
     assert optimize.main(arguments(tmp_path, *words)) == 0
     said = capsys.readouterr().out
     assert "searched, so not taken from the configuration: learning_rate, unet_lr, lr_scheduler\n" in said
-    assert "comes with lr_scheduler cosine_with_restarts" in said and "there: lr_scheduler_num_cycles" in said
-    assert "seed is that of the study" in said and "decide these themselves" in said and "save_state" in said
+    assert "set by lr_scheduler cosine_with_restarts" in said and "there: lr_scheduler_num_cycles" in said
+    assert "seed is the study's" in said and "set by each trial itself" in said and "save_state" in said
     assert "min_snr_gamma" not in said
 
 
@@ -132,7 +136,7 @@ KOHYA = {
 def plan_of(folder: Path, content: dict[str, Any], *more: str) -> Any:
     from library.options.parser import parse
     from library.options.search import DIALECT, OptimizeOptions
-    from library.search.setup import set_up
+    from library.search.run.setup import set_up
 
     (folder / "guide.json").write_text(json.dumps(content))
     words = arguments(folder, "--base-model", "tiny-sdxl", "--init-params", str(folder / "guide.json"), *more)
@@ -161,7 +165,7 @@ def test_a_bare_table_starts_the_small_study_on_sdxl(tmp_path: Path) -> None:
         ({"network_dim": 48}, [], "network_dim is 48; it must be one of"),
         ({"learning_rates": 1}, [], "did you mean learning_rate?"),
         ({"lr_warmup_steps": 100}, [], "gives lr_warmup_steps 100 in steps"),
-        ({"output_dir": "x"}, [], "says where or on what one training ran"),
+        ({"output_dir": "x"}, [], "where or on what one training ran"),
         ({"network_args": "algo"}, [], "network_args"),
         ({}, ["--config_file", "a.toml"], "a.toml"),
     ],
@@ -189,7 +193,7 @@ def test_an_edited_space_is_used_and_must_have_room_for_the_export(tmp_path: Pat
     space.write_text(text[:begin] + text[end:])
     plan = plan_of(tmp_path, KOHYA, "--space", str(space))
     assert "network_dim" not in plan.initial[0] and plan.terms.options["network_dim"] == 64
-    with pytest.raises(UserError, match="is outside of the search space: network_dim is 16; it must be one of 64"):
+    with pytest.raises(UserError, match="is outside the search space: network_dim is 16; it must be one of 64"):
         plan_of(tmp_path, {**KOHYA, "network_dim": 16, "network_args": ["algo=lokr"]})
 
 

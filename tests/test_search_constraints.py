@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,44 +11,36 @@ from typing import Any
 
 import pytest
 import torch
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from library.errors import Diverged
-from library.search.adapters import adapter_file, keep_best_adapters
-from library.search.best_params import BaseModel, read_best_params
+from library.search.best_params import read_best_params
 from library.search.constraints import constraints_measured
-from library.search.driver import Driver
-from library.search.image_objective import ImageJudge, Judging, Seen, allowed_fall
-from library.search.jobs import Job, Outcome
-from library.search.noise import judge, top
-from library.search.objective import Measured
-from library.search.record import Facts
-from library.search.report import build_report
-from library.search.status import Look, status_text
-from library.search.study import Terms
-from library.search.values import best_of, predicted
-from tests.tools.search import SPACE, TERMS, FakeTrainer, ledger, plan, said
+from library.search.judging import Judging
+from library.search.messages import Job, Outcome
+from library.search.results.kept_adapters import adapter_of, keep_best_adapters
+from library.search.results.status import status_text
+from library.search.results.study_report import build_report
+from library.search.run.driver import Driver
+from library.search.study.trial_values import best_of, predicted
+from library.search.study.verdict import judge, top
+from library.search.terms import Terms
+from library.search.trainer.judge_by_loss import Measured
+from library.search.trainer.judge_by_pictures import Embedded, ImageJudge, allowed_fall
+from tests.tools.search import FACTS, SPACE, TERMS, FakeTrainer, ledger, next_trial, plan, said, view
+from tests.tools.search import trial as made_trial
 
 IMAGE = replace(TERMS, objective="image", judging={"clip_model": "somewhere"})
 BROKE, KEPT = {"constraint_adherence": 0.01}, {"constraint_adherence": -0.01}
 
 
-@pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def trial(number: int, value: float, components: dict[str, float] = KEPT, **attrs: Any) -> FrozenTrial:
     """Trial `number`, from 1; of the default configuration where attrs say so."""
-    rate = 3e-4 if "baseline" in attrs or "of_trial" in attrs else 1e-4 * (1 + number / 1000)
-    one = create_trial(
-        value=value,
-        params={**SPACE.defaults, "learning_rate": rate},
-        distributions=SPACE.distributions(),
-        user_attrs={"components": components, "seed": 6 + number, **attrs},
-    )
-    one.number = number - 1
-    return one
+    params = SPACE.defaults if "baseline" in attrs or "of_trial" in attrs else {}
+    return made_trial(number, value, params=params, **{"components": components, "seed": 6 + number, **attrs})
 
 
 def defaults(components: dict[str, float] = KEPT) -> list[FrozenTrial]:
@@ -68,13 +59,13 @@ class Drawing(FakeTrainer):
 # What is measured.
 
 
-def looking(monkeypatch: pytest.MonkeyPatch, *told: torch.Tensor, **settings: Any) -> ImageJudge:
+def looking(monkeypatch: pytest.MonkeyPatch, *cosines: torch.Tensor, **settings: Any) -> ImageJudge:
     """A judge that sees these cosines to prompts, those of the base first."""
-    looks = iter(Seen(torch.eye(4), torch.eye(4), one) for one in told)
-    monkeypatch.setattr(ImageJudge, "_look", lambda self, folder: next(looks))
-    eyes: Any = SimpleNamespace(dino=lambda photos: torch.eye(4))
+    looks = iter(Embedded(torch.eye(4), torch.eye(4), one) for one in cosines)
+    monkeypatch.setattr(ImageJudge, "_embedded", lambda self, folder: next(looks))
+    models: Any = SimpleNamespace(dino=lambda photos: torch.eye(4))
     task: Any = SimpleNamespace(network=SimpleNamespace(disabled=contextlib.nullcontext))
-    return ImageJudge(Judging(("a",), ("b", "c"), **settings), eyes, task, lambda: None, [], Path(), {})  # type: ignore[arg-type,return-value]
+    return ImageJudge(Judging(("a",), ("b", "c"), **settings), models, task, lambda: None, [], Path(), {})  # type: ignore[arg-type,return-value]
 
 
 def test_adherence_may_fall_by_the_margin_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +93,7 @@ def test_without_clip_there_is_no_constraint(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_adherence_that_is_no_number_is_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
     judged = looking(monkeypatch, torch.full((4,), 0.3), torch.full((4,), math.nan))
-    with pytest.raises(Diverged, match="cannot be looked at"):
+    with pytest.raises(Diverged, match="embedding of a picture that this trial drew is not finite"):
         judged(5)
 
 
@@ -168,11 +159,11 @@ def test_adapters_of_trials_that_may_win_stay_before_others(tmp_path: Path) -> N
     trials = []
     for number in range(1, 6):
         trials.append(trial(number, -1.0 / number, BROKE if number < 3 else KEPT))
-        file = adapter_file(tmp_path, trials[-1])
+        file = adapter_of(tmp_path, trials[-1])
         file.parent.mkdir()
         file.write_bytes(b"weights")
     keep_best_adapters(tmp_path, trials, judge(trials), 3)
-    assert [number for number in range(1, 6) if adapter_file(tmp_path, trials[number - 1]).is_file()] == [3, 4, 5]
+    assert [number for number in range(1, 6) if adapter_of(tmp_path, trials[number - 1]).is_file()] == [3, 4, 5]
 
 
 def test_a_prediction_is_held_against_what_may_win() -> None:
@@ -188,8 +179,7 @@ def test_every_ended_trial_has_the_constraint_whatever_came_of_it(tmp_path: Path
     mine = ledger(tmp_path, 30, sampler=sampler, constraints=("adherence",))
     kept = {1: None, 2: -0.02, 3: 0.03, 4: None}  # the first and the fourth diverge
     for number in range(1, 12):
-        running = mine.ask()
-        assert running is not None
+        running = next_trial(mine)
         value = kept.get(number, -0.01)
         components = {} if value is None else {"constraint_adherence": value}
         ending = "diverged" if value is None else "done"
@@ -206,8 +196,7 @@ def test_a_study_that_began_without_constraints_goes_on_without(tmp_path: Path) 
     old = ledger(tmp_path, 30, sampler="gp")
     for number in range(1, 10):
         mine = old if number < 9 else ledger(tmp_path, 30, sampler="gp", constraints=("adherence",))
-        running = mine.ask()
-        assert running is not None
+        running = next_trial(mine)
         mine.settle(running, Outcome(number, "done", value=0.1 * number, components=dict(KEPT)))
     assert not any(one.constraints for one in mine.trials()) and mine.ask() is not None
 
@@ -220,45 +209,38 @@ def test_the_gaussian_process_keeps_away_from_what_breaks_it(tmp_path: Path) -> 
             ratio, dim = 0.1 + 0.9 * (7 * number % 20) / 20, (8, 16, 32)[number % 3]
             params = {"learning_rate": 1e-5 * 10 ** (3 * number / 19), "text_encoder_ratio": ratio, "network_dim": dim}
             mine.enqueue(params, str(number))
-            running = mine.ask()
-            assert running is not None
+            running = next_trial(mine)
             kept = {"constraint_adherence": math.log10(params["learning_rate"] / 5e-4)}
             mine.settle(running, Outcome(number + 1, "done", value=-3 * number / 19, components=kept))
-        after = mine.ask()
-        assert after is not None
+        after = next_trial(mine)
         proposed[constraints] = float(after.params["learning_rate"])
     assert proposed[()] == pytest.approx(1e-2) and proposed[("adherence",)] < 4e-3
-
-
-def ledger_of(folder: Path) -> Look:
-    return Look("test", f"journal:{folder / 'study.log'}")
 
 
 # A whole study.
 
 
 def test_the_winner_and_what_is_exported_follow_prompts(tmp_path: Path) -> None:
-    facts = Facts(BaseModel("sd15", "tiny-sd15"))
-    settings = {"terms": IMAGE, "prunes": False, "facts": facts, "confirm": 2}
+    settings = {"terms": IMAGE, "prunes": False, "facts": FACTS, "confirm": 2}
     result = Driver(plan(tmp_path, 14, **settings), lambda number: Drawing()).run()
-    look = ledger_of(tmp_path)
-    fast = [one for one in look.trials if one.params["learning_rate"] > 5e-4]
-    assert fast and min(one.value or 0.0 for one in fast) == min(one.value or 0.0 for one in look.trials)
+    seen = view(tmp_path)
+    fast = [one for one in seen.trials if one.params["learning_rate"] > 5e-4]
+    assert fast and min(one.value or 0.0 for one in fast) == min(one.value or 0.0 for one in seen.trials)
     best = read_best_params(tmp_path / "out" / "best_params.json")
     assert best.train_config["learning_rate"] <= 5e-4
     assert all(one.params["learning_rate"] <= 5e-4 for one in best.top5)
-    assert all(one.params["learning_rate"] <= 5e-4 for one in look.confirmed)
+    assert all(one.params["learning_rate"] <= 5e-4 for one in seen.confirmed)
     assert sorted(result.verdict.broke) == sorted(one.number + 1 for one in fast)
-    assert f"{len(fast)} trials follow prompts less than the base does and cannot be the best" in status_text(look)
+    assert f"{len(fast)} trials follow prompts less than the base does and cannot be the best" in status_text(seen)
     assert "prompts less than the base does and cannot be the best" in said(tmp_path)
 
 
 def test_the_report_counts_those_that_broke_it(tmp_path: Path) -> None:
     fast = {**SPACE.defaults, "learning_rate": 2e-3}
     Driver(plan(tmp_path, 4, terms=IMAGE, initial=(fast,)), lambda number: Drawing()).run()
-    html = build_report(ledger_of(tmp_path), tmp_path / "out").html()
+    html = build_report(view(tmp_path), tmp_path / "out").html()
     assert "1 trial follows prompts less than the base does and cannot be the best: 4." in html
-    assert "as given to begin with, left out: it follows prompts less" in html
+    assert "initial parameters, left out: it follows prompts less" in html
 
 
 def test_best_params_of_a_trial_that_turned_out_to_break_it_go(tmp_path: Path) -> None:
@@ -267,18 +249,17 @@ def test_best_params_of_a_trial_that_turned_out_to_break_it_go(tmp_path: Path) -
             kept = -0.1 if Path(job.folder).name.startswith("trial_") else 0.1
             return replace(super().run(job, on_slot, **more), components={"constraint_adherence": kept})
 
-    facts = Facts(BaseModel("sd15", "tiny-sd15"))
-    settings = {"terms": IMAGE, "facts": facts, "confirm": 5, "new_seeds": 4}
+    settings = {"terms": IMAGE, "facts": FACTS, "confirm": 5, "new_seeds": 4}
     result = Driver(plan(tmp_path, 3, **settings), lambda number: AgainWorse()).run()
     assert result.verdict.best is None and not (tmp_path / "out" / "best_params.json").exists()
 
 
 def test_the_objective_loss_knows_of_no_constraint(tmp_path: Path) -> None:
     Driver(plan(tmp_path, 4), lambda number: FakeTrainer()).run()
-    look = ledger_of(tmp_path)
-    assert not any(one.constraints for one in look.trials)
+    seen = view(tmp_path)
+    assert not any(one.constraints for one in seen.trials)
     assert all(
-        set(one.system_attrs) <= {"fixed_params"} | {f"completed_rung_{n}" for n in range(4)} for one in look.trials
+        set(one.system_attrs) <= {"fixed_params"} | {f"completed_rung_{n}" for n in range(4)} for one in seen.trials
     )
-    assert look.verdict.broke == () and "follow" not in status_text(look)
-    assert all(one.state == TrialState.COMPLETE for one in look.trials)
+    assert seen.verdict.broke == () and "follow" not in status_text(seen)
+    assert all(one.state == TrialState.COMPLETE for one in seen.trials)

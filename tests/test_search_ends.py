@@ -1,39 +1,26 @@
-"""Ends of studies: at rest, with the best trained again, what is left until then, and which adapters stay on the disk."""
+"""How studies end: converged, or with the best trained again; what remains until then; and which adapters are kept."""
 
 from __future__ import annotations
 
-import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from library.search.best_params import BaseModel
-from library.search.driver import Driver
-from library.search.jobs import Job
-from library.search.record import Facts
-from library.search.status import Look, status_text
-from tests.tools.search import FakeTrainer, ledger, plan, run, said
+from library.search.messages import Job, Outcome
+from library.search.results.status import status_text
+from library.search.run.driver import Driver
+from tests.tools.search import FACTS, FakeTrainer, ledger, plan, run, said, view
 
-FACTS = Facts(BaseModel("sd15", "tiny-sd15"))
-
-
-@pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-
-
-def look(folder: Path) -> Look:
-    return Look("test", f"journal:{folder / 'study.log'}")
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def test_convergence_stops_a_study_only_when_asked_to(tmp_path: Path) -> None:
     class Flat(FakeTrainer):
         def run(self, job: Job, on_slot: Any, **more: Any) -> Any:
-            from library.search.jobs import Outcome
-
             return Outcome(job.trial, "done", value=float(job.trial), best_slot=10)
 
     run(plan(tmp_path / "on", 26), Flat)
@@ -41,8 +28,8 @@ def test_convergence_stops_a_study_only_when_asked_to(tmp_path: Path) -> None:
     stops = tmp_path / "stops"
     run(plan(stops, 40, stop_on_convergence=True), Flat)
     run(plan(stops, 40, stop_on_convergence=True), Flat)  # again: nothing is left to do
-    assert len(ledger(stops).trials()) == 20 and look(stops).is_done and "left" not in status_text(look(stops))
-    assert "trial 20/40" in status_text(look(stops)) and "  ended" in status_text(look(stops))
+    assert len(ledger(stops).trials()) == 20 and view(stops).is_done and "left" not in status_text(view(stops))
+    assert "trial 20/40" in status_text(view(stops)) and "  ended" in status_text(view(stops))
     run(plan(stops, 80, stop_on_convergence=True), Flat)  # of more trials it is no longer at rest after 20
     assert len(ledger(stops).trials()) == 25
 
@@ -52,8 +39,6 @@ def test_a_trial_under_way_when_a_study_comes_to_rest_may_be_better_and_then_it_
 
     class Late(FakeTrainer):
         def run(self, job: Job, on_slot: Any, **more: Any) -> Any:
-            from library.search.jobs import Outcome
-
             if job.trial == 5:  # ends when all others are at rest
                 begun.set()
                 while sum(one.state.is_finished() for one in ledger(tmp_path).trials()) < 20:
@@ -73,25 +58,25 @@ def test_what_is_left_of_a_study_is_known_at_each_moment(tmp_path: Path, n_trial
     seen: list[str] = []
 
     def ending(job: Job) -> str:
-        assert not look(tmp_path).is_done
+        assert not view(tmp_path).is_done
         if "confirm" in job.folder:
-            seen.append(next(line for line in status_text(look(tmp_path)).splitlines() if line.startswith("again")))
+            seen.append(
+                next(line for line in status_text(view(tmp_path)).splitlines() if line.startswith("confirming"))
+            )
         else:
-            assert look(tmp_path).more == count
+            assert view(tmp_path).more == count
         return "done"
 
     run(plan(tmp_path, n_trials, confirm=3), lambda: FakeTrainer(ending))  # of 4 trials three are the default
-    assert seen == [f"again      {n} of {count} trainings of the best with new seeds" for n in range(count)]
-    assert look(tmp_path).is_done and look(tmp_path).more == 0
+    assert seen == [f"confirming {n} of {count} trainings of the best with new seeds" for n in range(count)]
+    assert view(tmp_path).is_done and view(tmp_path).more == 0
     count = 0
     run(plan(tmp_path, n_trials + 1), lambda: FakeTrainer(ending))
-    assert look(tmp_path).is_done and len(ledger(tmp_path).trials()) == n_trials + 1
+    assert view(tmp_path).is_done and len(ledger(tmp_path).trials()) == n_trials + 1
 
 
 class Writing(FakeTrainer):
     def run(self, job: Job, on_slot: Any, **more: Any) -> Any:
-        from dataclasses import replace
-
         file = Path(job.folder) / f"lora_trial_{job.trial}.safetensors"
         file.write_bytes(b"weights")
         return replace(super().run(job, on_slot, **more), file=str(file))
@@ -109,7 +94,7 @@ def test_only_the_best_adapters_stay_with_those_of_their_trainings_with_new_seed
     out, best = tmp_path / "out", result.verdict.best
     left = {int(path.parent.name[-4:]) for path in out.glob("trial_*/*.safetensors")}
     assert best is not None and best.trial in left and len(left) == keep and 7 not in left
-    again = [one for one in look(tmp_path).confirmed if one.user_attrs["of_trial"] in left]
+    again = [one for one in view(tmp_path).confirmed if one.user_attrs["of_trial"] in left]
     assert sorted(out.glob("confirm_*/*.safetensors")) == sorted(Path(one.user_attrs["file"]) for one in again)
     assert len(again) == 2 * min(keep, 2)
 

@@ -7,27 +7,24 @@ import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
 
 import train_network
 from library.data.collect import TrainingData
 from library.data.dataset_config import read_dataset_config
-from library.errors import RunFailed, UserError
+from library.errors import UserError
 from library.options.network import parse_network_options
 from library.options.parser import flatten
+from library.options.search import SdxlOptions
 from library.options.toml_file import PROJECT_ROOT
-from library.search import best_adapter
-from library.search.best_params import BaseModel, BestParams, read_best_params, write_best_params
-from library.search.export import Exported, export, find
-from library.search.held_out import EVALUATION_SEED
-from library.search.recipe import SdxlOptions
-from library.search.rules import written_options
-from library.search.study_data import network_data
+from library.search.best_params import BaseModel, BestParams
+from library.search.held_out_pictures import EVALUATION_SEED
+from library.search.run.study_data import network_data
+from library.search.to_sdxl.export import Exported, export, find_training
+from library.search.to_sdxl.rules import written_options
 from tests.tools.sdxl_export import best_params
 
 # Of three subsets, with values on every level.
@@ -104,7 +101,7 @@ def exported(best: BestParams, base: Path | str = "tiny-sdxl", **options: object
 def test_train_network_reads_the_values_that_were_meant(data: Path) -> None:
     result = exported(of_file(), wishes=SdxlOptions(sdxl_dim=96, rate_factor=0.7))
     parsed = parse_network_options(["--config_file", str(result.config)], prog="", description=None)
-    read, meant = flatten(parsed), written_options(result.recipe)
+    read, meant = flatten(parsed), written_options(result.training)
     assert {name: read[name] for name in meant} == meant
     assert meant["learning_rate"] == pytest.approx(2.1e-4) and meant["network_dim"] == 96
     assert (read["pretrained_model_name_or_path"], read["output_name"]) == ("tiny-sdxl", "sdxl_lora")
@@ -185,8 +182,8 @@ def test_a_dataset_file_that_moved_can_be_named(data: Path) -> None:
     best = of_file(dataset_config="gone.toml")
     with pytest.raises(UserError, match=r"gone\.toml could not be read"):
         exported(best)
-    assert len(exported(best, dataset_config="set.toml").recipe.datasets) == 2
-    assert len(exported(of_folder(train_data_dir="mio"), dataset_config="set.toml").recipe.datasets) == 2
+    assert len(exported(best, dataset_config="set.toml").training.datasets) == 2
+    assert len(exported(of_folder(train_data_dir="mio"), dataset_config="set.toml").training.datasets) == 2
 
 
 def test_exporting_twice_gives_the_same_files(data: Path) -> None:
@@ -216,11 +213,11 @@ def test_what_changed_is_told_and_written_beside_it(data: Path) -> None:
 def test_few_pictures_are_held_out_with_a_larger_share(data: Path) -> None:
     draw(data / "five", 5)
     (data / "five.toml").write_text("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'five'\n")
-    found = find(of_file(dataset_config="five.toml"))
+    found = find_training(of_file(dataset_config="five.toml"))
     assert found.validation_share is not None and 0.1 <= found.validation_share <= 0.5
     draw(data / "three", 3)
     (data / "three.toml").write_text("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'three'\n")
-    assert find(of_file(dataset_config="three.toml")).validation_share == 0.0
+    assert find_training(of_file(dataset_config="three.toml")).validation_share == 0.0
     assert (
         train_network.main(["--config_file", str(exported(of_file(dataset_config="three.toml")).config), "--dry_run"])
         == 0
@@ -230,7 +227,7 @@ def test_few_pictures_are_held_out_with_a_larger_share(data: Path) -> None:
 @pytest.mark.parametrize("given", ["file", "split", "folder", "beside"])
 def test_the_same_pictures_are_held_out_as_in_the_study(data: Path, given: str) -> None:
     from library.models.locate import locate_base
-    from library.search.exported_files import options_of
+    from library.options.scripts import network_options_of
     from library.training.pictures import collect_pictures
 
     draw(data / "train" / "2_mio", 20)
@@ -249,7 +246,7 @@ def test_the_same_pictures_are_held_out_as_in_the_study(data: Path, given: str) 
     assert bool(found.split) == (given != "split")
     options |= found.split
     # As a trial does, whose seed of the choice is the evaluation's.
-    trial = options_of({**options, "seed": EVALUATION_SEED}, None, "test")
+    trial = network_options_of({**options, "seed": EVALUATION_SEED}, "test")
     chosen = collect_pictures(trial, locate_base("tiny-sd15"))
     result = exported(best_params(options))
     parsed = parse_network_options(["--config_file", str(result.config)], prog="", description=None)
@@ -265,7 +262,10 @@ def test_the_same_pictures_are_held_out_as_in_the_study(data: Path, given: str) 
 
 def test_a_file_that_holds_none_out_by_itself_is_refused(data: Path) -> None:
     (data / "none.toml").write_text(DATASETS.replace("[general]", "[general]\nvalidation_split = 0.0"))
-    with pytest.raises(UserError, match="holds none of 24 pictures out .* Take validation_split out of the file"):
+    with pytest.raises(
+        UserError,
+        match="holds out none of 24 pictures, .* Remove it from the file",
+    ):
         network_data(best_params({"dataset_config": "none.toml"}).train_config)
 
 
@@ -277,7 +277,7 @@ def test_a_batch_is_the_files_only_where_the_file_says_it(data: Path) -> None:
 
 
 def test_areas_and_counts_are_measured(data: Path) -> None:
-    first, second = find(of_file()).pictures
+    first, second = find_training(of_file()).pictures
     assert (first.count, second.count) == (24, 20) and first.median_area == 96 * 64
 
 
@@ -287,7 +287,7 @@ def test_areas_and_counts_are_measured(data: Path) -> None:
 def test_studies_that_need_no_export_are_refused(data: Path) -> None:
     with pytest.raises(UserError, match="ran on SDXL .* need no export"):
         exported(replace(of_file(), base_model=BaseModel("sdxl", "sd_xl_base_1.0.safetensors")))
-    with pytest.raises(UserError, match="tuned train_repa.py, which trains SD1.5 alone"):
+    with pytest.raises(UserError, match="tuned train_repa.py, which trains SD1.5 only"):
         exported(replace(of_file(), script="train_repa"))
 
 
@@ -311,82 +311,3 @@ def test_options_that_a_script_has_not_are_named(data: Path) -> None:
         exported(of_file(network_dims=8))
     with pytest.raises(UserError, match="train_config of the study mio: network_dim is 'many'"):
         exported(of_file(network_dim="many"))
-
-
-# --- best_params.json ---
-
-
-def test_best_params_are_read_as_they_were_written(tmp_path: Path) -> None:
-    best = best_params({"text_encoder_lr": [1e-4], "network_args": ["conv_dim=4"]})
-    write_best_params(tmp_path / "best_params.json", best)
-    assert read_best_params(tmp_path / "best_params.json") == best
-    assert type(read_best_params(tmp_path / "best_params.json").params["network_dim"]) is int
-
-
-def test_best_params_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "best_params.json"
-    write_best_params(path, best_params())
-    before = path.read_bytes()
-    with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")), pytest.raises(RunFailed):
-        write_best_params(path, best_params(value=-1.0))
-    with pytest.raises(ValueError):
-        write_best_params(path, best_params(value=float("nan")))
-    assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"schema_version": 2}, "has schema_version 2, and this program reads 1"),
-        ({"trail": 1}, r"trail is unknown \(did you mean trial\?\)"),
-        ({"value": "low"}, "value is 'low': input should be a valid number"),
-        ({"value": float("inf")}, "value is inf: input should be a finite number"),
-        ({"lr_reference": {"alpha": 1.0, "dim": 4, "steps": 9}}, "lr_reference.effective_batch is missing"),
-        (
-            {"params": {"network_dim": [1]}},
-            r"params.network_dim is \[1\]: it should be a number, a text, true or false\.$",
-        ),
-        (
-            {"base_model": {"family": "sd3", "path": "x"}},
-            "base_model.family is 'sd3': input should be 'sd15' or 'sdxl'",
-        ),
-    ],
-)
-def test_damaged_best_params_are_named(change: dict[str, object], sentence: str, tmp_path: Path) -> None:
-    path = tmp_path / "best_params.json"
-    write_best_params(path, best_params())
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError, match=sentence):
-        read_best_params(path)
-
-
-def test_files_that_are_none_are_named(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("{")
-    (tmp_path / "b.json").write_text('{"network_dim": 4}')
-    for name, sentence in (("a", "is not valid JSON"), ("b", "is no best_params.json"), ("c", "does not exist")):
-        with pytest.raises(UserError, match=sentence):
-            read_best_params(tmp_path / f"{name}.json")
-
-
-# --- the best checkpoint ---
-
-
-def test_the_adapter_of_the_least_validation_loss_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, step in (("a-000001", 2), ("a-000002", 4), ("a-000002-ema", 4), ("a", 6), ("a-step00000005", 5)):
-        save_file({"x": np.zeros(1)}, tmp_path / f"{name}.safetensors", metadata={"ss_steps": str(step)})
-    rows = [{"step": step, "val/loss": loss} for step, loss in ((0, 0.1), (2, 0.5), (4, 0.3), (6, 0.4))]
-    lines = [json.dumps(row) for row in ({"step": 1, "train/loss": 0.2}, *rows)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 7, "val/l')
-    assert [(one.file.stem, one.loss) for one in best_adapter.judged_adapters(tmp_path)] == [
-        ("a-000002-ema", 0.3),
-        ("a", 0.4),
-        ("a-000001", 0.5),
-    ]
-    assert best_adapter.main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"best: {tmp_path / 'a-000002-ema.safetensors'}"
-
-
-def test_a_run_without_validation_has_no_best_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert best_adapter.main([str(tmp_path)]) == 2 and "has no metrics.jsonl" in capsys.readouterr().err
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.2}\n')
-    assert best_adapter.main([str(tmp_path)]) == 2 and "has no val/loss" in capsys.readouterr().err

@@ -7,10 +7,7 @@ import json
 import os
 import random
 import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,10 +17,18 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from library.options.toml_file import PROJECT_ROOT
-from library.search.jobs import Job, Outcome, Slot
-from library.search.outcomes import read_outcome
-from tests.tools.search import FakeTrainer, in_a_process, ledger, plan, run, said, settled
+from library.search.messages import Job, Outcome, Slot, read_outcome
+from tests.tools.search import (
+    FakeTrainer,
+    eight_parents_share_a_study,
+    in_a_process,
+    ledger,
+    parent,
+    plan,
+    run,
+    said,
+    settled,
+)
 from tests.tools.waiting import wait_until
 
 KILLS = int(os.environ.get("SEARCH_KILLS", "20"))
@@ -85,21 +90,21 @@ def test_killed_at_random_moments_a_study_loses_and_doubles_nothing(tmp_path: Pa
     kills = KILLS // 3 if is_journal else KILLS
     ledger(tmp_path, n_trials, storage)
     for number in range(kills):
-        parent = in_a_process(
+        victim = in_a_process(
             lambda: run(plan(tmp_path, n_trials, storage=storage), lambda: ChildTrainer(seconds=0.1)) and None
         )
         if number % 2:  # in the midst of a trial, however slow the machine is; else while it may still be starting
             before = len(list((tmp_path / "out").glob("trial_*/trial.json")))
-            while os.waitid(os.P_PID, parent, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            while os.waitid(os.P_PID, victim, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 if len(list((tmp_path / "out").glob("trial_*/trial.json"))) > before:
                     break
                 time.sleep(0.01)
         time.sleep(dice.uniform(0.0, 0.4))
-        kill(("parent", "child", "both")[number % 3], parent, tmp_path / "out")
+        kill(("parent", "child", "both")[number % 3], victim, tmp_path / "out")
         if number % 3 == 1:
             time.sleep(0.2)
-            kill("parent", parent, tmp_path / "out")
-        os.waitpid(parent, 0)
+            kill("parent", victim, tmp_path / "out")
+        os.waitpid(victim, 0)
         if is_journal:
             # Who was killed while it wrote leaves the lock, which others break after half a minute.
             (tmp_path / "study.log.lock").unlink(missing_ok=True)
@@ -110,19 +115,9 @@ def test_killed_at_random_moments_a_study_loses_and_doubles_nothing(tmp_path: Pa
 
 @pytest.mark.parametrize("form", ["sqlite:///{}/study.db", "journal:{}/study.log"])
 def test_eight_parents_share_a_study_without_a_lost_or_doubled_trial(tmp_path: Path, form: str) -> None:
-    storage, n_trials = form.format(tmp_path), 12
-    ledger(tmp_path, n_trials, storage)
-    settings = {"storage": storage, "prunes": False}
-    parents = [
-        in_a_process(lambda: run(plan(tmp_path, n_trials, **settings), lambda: FakeTrainer(seconds=0.05)) and None)
-        for _ in range(8)
-    ]
-    assert [os.waitpid(parent, 0)[1] for parent in parents] == [0] * 8
-    trials = settled(tmp_path, n_trials, storage)
-    withdrawn = [one for one in trials if "withdrawn" in one.user_attrs]
-    assert len(trials) - len(withdrawn) == n_trials
-    assert [one.user_attrs.get("baseline") for one in trials if one not in withdrawn].count(0) == 1
-    assert len({one.user_attrs["lease"]["pid"] for one in trials}) > 1
+    storage = form.format(tmp_path)
+    ledger(tmp_path, 12, storage)
+    eight_parents_share_a_study(tmp_path, storage)
 
 
 def suspend(process: int, database: Path) -> None:
@@ -150,42 +145,14 @@ def test_a_suspended_parent_survives_the_loss_of_its_trial(tmp_path: Path) -> No
         wait_until(resumed.exists)
         return "done"
 
-    parent = in_a_process(lambda: run(plan(tmp_path, 3, **settings), lambda: FakeTrainer(ending, seconds=1.0)) and None)
+    suspended = parent(tmp_path, 3, seconds=1.0, ending=ending, **settings)
     wait_until((tmp_path / "out" / "trial_0001" / "trial.json").exists)
-    suspend(parent, tmp_path / "study.db")
+    suspend(suspended, tmp_path / "study.db")
     time.sleep(0.8)
     run(plan(tmp_path, 2, **settings))  # its budget leaves something to the other
     resumed.touch()
-    os.kill(parent, signal.SIGCONT)
-    assert os.waitpid(parent, 0)[1] == 0
+    os.kill(suspended, signal.SIGCONT)
+    assert os.waitpid(suspended, 0)[1] == 0
     trials = settled(tmp_path, 3, storage)
-    assert trials[0].state == TrialState.FAIL and "has not been heard of for" in trials[0].user_attrs["message"]
+    assert trials[0].state == TrialState.FAIL and "has not renewed its lease for" in trials[0].user_attrs["message"]
     assert "trial 1: its lease was lost" in said(tmp_path)
-
-
-def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
-    """Until the server takes connections."""
-    while server.poll() is None:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(0.1)
-
-
-def test_a_study_works_through_a_grpc_server(tmp_path: Path) -> None:
-    pytest.importorskip("grpc")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = (
-        "from optuna.storages import run_grpc_proxy_server\nfrom library.search.storage import open_storage\n"
-        f"run_grpc_proxy_server(open_storage('sqlite:///{tmp_path}/study.db'), host='127.0.0.1', port={port})"
-    )
-    server = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT, stderr=subprocess.DEVNULL)
-    try:
-        storage = f"grpc://127.0.0.1:{port}"
-        wait_for(port, server)
-        run(plan(tmp_path, 3, storage=storage, workers=2, prunes=False))
-        settled(tmp_path, 3, storage)
-    finally:
-        server.kill()
-        server.wait()

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from library.errors import UserError
+from library.options.search import SdxlOptions
 from library.search.best_params import BestParams, Params, write_best_params
-from library.search.init_params import read_init_params, sdxl_first_trials, sdxl_fixed_options
-from library.search.recipe import SdxlOptions
-from library.search.rules import carry, written_options
+from library.search.run.init_params import read_init_params
+from library.search.run.sdxl_study import first_trials, fixed_options
 from library.search.space import Parameter, Space
 from library.search.space_file import find_space, read_space
+from library.search.to_sdxl.rules import apply_rules, written_options
 from tests.tools.sdxl_export import best_params, found_training
 
 SPACE = read_space(find_space("default"))
@@ -66,7 +67,7 @@ def test_values_become_the_spaces_own(tmp_path: Path) -> None:
 
 def test_unet_lr_is_the_learning_rate(tmp_path: Path) -> None:
     assert read_init_params(written(tmp_path, {"unet_lr": 1e-4}), SPACE)["learning_rate"] == 1e-4
-    with pytest.raises(UserError, match="learning_rate 0.0002 and unet_lr 0.0001; the space has one rate"):
+    with pytest.raises(UserError, match="learning_rate 0.0002 and unet_lr 0.0001, but the space has one rate"):
         read_init_params(written(tmp_path, {"unet_lr": 1e-4, "learning_rate": 2e-4}), SPACE)
 
 
@@ -80,11 +81,6 @@ def test_rates_of_two_text_encoders_are_one_where_they_are_equal(tmp_path: Path)
 def test_a_study_of_another_space_is_read_by_its_options(tmp_path: Path) -> None:
     space = Space("train_network", (Parameter("dim", 16, choices=(16, 64), option="network_dim"),))
     assert read_init_params(written_best(tmp_path, best_params()), space) == {"dim": 64}
-
-
-def test_without_a_space_the_values_are_as_they_stand(tmp_path: Path) -> None:
-    assert read_init_params(written(tmp_path, {**KOHYA, "lr_warmup_steps": 100})) == {**KOHYA, "lr_warmup_steps": 100}
-    assert read_init_params(written_best(tmp_path, best_params())) == best_params().params
 
 
 # --- refused ---
@@ -101,7 +97,7 @@ def test_without_a_space_the_values_are_as_they_stand(tmp_path: Path) -> None:
         ({"learning_rates": 1e-4}, r"Not in the search space: learning_rates \(did you mean learning_rate\?\)"),
         ({"lr_warmup_steps": 100}, "gives lr_warmup_steps 100, which is fixed to 0.05 in this study"),
         ({"min_snr_gamma": 5.0}, "gives min_snr_gamma 5.0, which is not searched in this study"),
-        ({"learning_rate": None}, "learning_rate is None. Parameters are numbers, texts, true or false"),
+        ({"learning_rate": None}, "learning_rate is None. Parameters are numbers, strings, true or false"),
         ('{"learning_rate": NaN}', "learning_rate is nan"),
         ({"network_dim": {"low": 1}}, r"network_dim is {'low': 1}"),
         ({}, "has no parameters. Expected"),
@@ -126,7 +122,7 @@ def test_an_option_that_repeats_what_is_fixed_is_no_error(tmp_path: Path) -> Non
 
 def exported_options(best: BestParams, wishes: SdxlOptions | None = None) -> dict[str, Any]:
     found = found_training(**{**best.train_config})
-    return written_options(carry(found, wishes or SdxlOptions()))
+    return written_options(apply_rules(found, wishes or SdxlOptions()))
 
 
 def test_the_first_trials_are_points_of_the_shipped_space() -> None:
@@ -137,7 +133,7 @@ def test_the_first_trials_are_points_of_the_shipped_space() -> None:
         {"text_encoder_lr": 3e-4},
         {"text_encoder_lr": 0.0},
     ):
-        trials = sdxl_first_trials(best_params(config))
+        trials = first_trials(best_params(config))
         assert [SDXL_SPACE.objection(trial) for trial in trials] == [None] * len(trials)
         assert len({json.dumps(trial) for trial in trials}) == len(trials)
 
@@ -148,7 +144,7 @@ def test_the_first_trials_are_points_of_the_shipped_space() -> None:
 def test_the_first_trial_is_the_exact_export(config: dict[str, Any]) -> None:
     best = best_params(config)
     export = exported_options(best)
-    options = SDXL_SPACE.resolve(sdxl_first_trials(best)[0], sdxl_fixed_options(export, SDXL_SPACE))
+    options = SDXL_SPACE.resolve(first_trials(best)[0], fixed_options(export, SDXL_SPACE))
     rates = options.pop("text_encoder_lr")
     assert [rates, rates] == export.pop("text_encoder_lr")
     assert options == export
@@ -156,29 +152,24 @@ def test_the_first_trial_is_the_exact_export(config: dict[str, Any]) -> None:
 
 def test_the_second_has_a_smaller_rate_and_the_third_no_text_encoders() -> None:
     best = best_params()
-    first, second, third = sdxl_first_trials(best)
+    first, second, third = first_trials(best)
     assert second == {**first, "learning_rate_multiplier": 0.7}
     assert third == {**first, "train_text_encoders": False}
-    options = SDXL_SPACE.resolve(second, sdxl_fixed_options(exported_options(best), SDXL_SPACE))
+    options = SDXL_SPACE.resolve(second, fixed_options(exported_options(best), SDXL_SPACE))
     assert options["learning_rate"] == options["unet_lr"] == pytest.approx(2.1e-4)
     assert options["text_encoder_lr"] == pytest.approx(1.4e-4)
-    assert SDXL_SPACE.resolve(third, sdxl_fixed_options(exported_options(best), SDXL_SPACE))["text_encoder_lr"] == 0
+    assert SDXL_SPACE.resolve(third, fixed_options(exported_options(best), SDXL_SPACE))["text_encoder_lr"] == 0
 
 
 def test_text_encoders_that_were_off_stay_off_in_the_first_trials() -> None:
     best = best_params({"text_encoder_lr": 0.0})
-    first, second = sdxl_first_trials(best)
+    first, second = first_trials(best)
     assert first["train_text_encoders"] is second["train_text_encoders"] is False
-    fixed = sdxl_fixed_options(exported_options(best), SDXL_SPACE)
+    fixed = fixed_options(exported_options(best), SDXL_SPACE)
     assert "network_train_unet_only" not in fixed, "later trials may train them"
     assert SDXL_SPACE.resolve(first, fixed)["text_encoder_lr"] == 0
 
 
-def test_wishes_hold_for_the_first_trials_too() -> None:
-    assert sdxl_first_trials(best_params(), SdxlOptions(sdxl_dim=128))[0]["network_dim"] == 128
-    assert len(sdxl_first_trials(best_params(), SdxlOptions(train_text_encoders=False))) == 2
-
-
 def test_a_study_of_the_text_encoders_alone_has_no_study_on_sdxl() -> None:
-    with pytest.raises(UserError, match="trained the text encoders alone"):
-        sdxl_first_trials(best_params({"network_train_text_encoder_only": True, "unet_lr": None}))
+    with pytest.raises(UserError, match="trained the text encoders only"):
+        first_trials(best_params({"network_train_text_encoder_only": True, "unet_lr": None}))

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from library.search import ledger as ledger_module
-from library.search.leases import LEASE, Heartbeat, this_process, why_dead
-from tests.tools.search import SPACE, dead_lease, ledger
+from library.search.study import ledger as ledger_module
+from library.search.study.leases import LEASE, Heartbeat, this_process, why_dead
+from tests.tools.search import SPACE, dead_lease, ledger, next_trial
 from tests.tools.waiting import wait_until
 
-
-@pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 NOW = 2e9
@@ -46,8 +42,7 @@ def test_a_renewal_that_fails_without_a_word_is_tried_again_at_the_next_beat(
 ) -> None:
     said: list[str] = []
     mine = ledger(tmp_path, say=said.append)
-    running = mine.ask()
-    assert running is not None
+    running = next_trial(mine)
     before = mine.trials()[0].user_attrs[LEASE]["at"]
     broken = [TimeoutError(), RuntimeError(" \n")]
 

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
-from library.search.jobs import Outcome, Slot
-from library.search.leases import LEASE
-from library.search.ledger import RETRIES, Ledger, Running
-from library.search.outcomes import write_outcome
-from library.search.values import best_of, is_real
-from tests.tools.search import SPACE, dead_lease, ledger, params_key
+from library.search.messages import Outcome, Slot, write_outcome
+from library.search.study.leases import LEASE
+from library.search.study.ledger import RETRIES, Ledger, Running
+from library.search.study.trial_values import best_of, is_real
+from tests.tools.search import DISTRIBUTIONS, SPACE, dead_lease, ledger, next_trial, params_key
 
-
-@pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about losing power."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def report(mine: Ledger, running: Running, values: list[float]) -> int:
@@ -34,8 +28,7 @@ def report(mine: Ledger, running: Running, values: list[float]) -> int:
 
 
 def finish(mine: Ledger, value: float = 0.0, ending: str = "done") -> Running:
-    running = mine.ask()
-    assert running is not None
+    running = next_trial(mine)
     report(mine, running, [value] * 10)
     outcome = Outcome(running.number, ending, value=value if ending == "done" else None)  # type: ignore[arg-type]
     mine.settle(running, outcome)
@@ -56,8 +49,8 @@ def test_the_budget_is_of_the_whole_study_whoever_asks(tmp_path: Path) -> None:
     one, other = ledger(tmp_path, 5), ledger(tmp_path, 5)
     for mine in (one, other, one, other):
         finish(mine)
-    running = one.ask()
-    assert running is not None and other.ask() is None and not other.is_done()
+    running = next_trial(one)
+    assert other.ask() is None and not other.is_done()
     one.settle(running, Outcome(running.number, "done", value=0.0))
     assert one.ask() is None and other.is_done() and len(other.trials()) == 5
     assert ledger(tmp_path, 6).ask() is not None
@@ -91,14 +84,11 @@ def test_one_too_many_withdraws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_imported_trials_are_outside_the_budget(tmp_path: Path) -> None:
-    from optuna.trial import create_trial
-
     mine = ledger(tmp_path, 1)
-    distributions = SPACE.distributions()
     for _ in range(3):
         mine.study.add_trial(
             create_trial(
-                params=SPACE.defaults, distributions=distributions, value=-9.0, user_attrs={"imported": "elsewhere"}
+                params=SPACE.defaults, distributions=DISTRIBUTIONS, value=-9.0, user_attrs={"imported": "elsewhere"}
             )
         )
     running = finish(mine, 1.0)
@@ -115,8 +105,8 @@ def test_enqueued_parameters_come_first_and_once_for_each_ticket(tmp_path: Path)
     one.enqueue({**SPACE.defaults, "learning_rate": 5e-4}, "a")
     other.enqueue({**SPACE.defaults, "learning_rate": 5e-4}, "a")
     assert states(one) == ["WAITING"]
-    running = other.ask()
-    assert running is not None and running.params["learning_rate"] == 5e-4
+    running = next_trial(other)
+    assert running.params["learning_rate"] == 5e-4
 
 
 def test_of_two_with_one_ticket_the_later_withdraws(tmp_path: Path) -> None:
@@ -124,8 +114,8 @@ def test_of_two_with_one_ticket_the_later_withdraws(tmp_path: Path) -> None:
     for _ in range(2):  # as two parents do at the same moment
         mine.study.enqueue_trial(SPACE.defaults, user_attrs={"ticket": "baseline-1"})
     finish(mine)
-    running = mine.ask()
-    assert running is not None and running.number == 3
+    running = next_trial(mine)
+    assert running.number == 3
     assert mine.trials()[1].user_attrs["withdrawn"] == "enqueued twice (baseline-1)"
 
 
@@ -134,8 +124,8 @@ def test_what_somebody_enqueued_outside_the_space_is_left_out(tmp_path: Path, ba
     said: list[str] = []
     mine = ledger(tmp_path, say=said.append)
     mine.study.enqueue_trial({**SPACE.defaults, **bad})
-    running = mine.ask()
-    assert running is not None and running.number == 2 and next(iter(bad)) in said[0]
+    running = next_trial(mine)
+    assert running.number == 2 and next(iter(bad)) in said[0]
     with pytest.raises(ValueError, match=next(iter(bad))):
         mine.enqueue({**SPACE.defaults, **bad}, "b")  # type: ignore[dict-item]
 
@@ -145,11 +135,10 @@ def test_what_somebody_enqueued_outside_the_space_is_left_out(tmp_path: Path, ba
 
 def test_a_dead_trial_is_tried_again_with_its_parameters_at_once(tmp_path: Path) -> None:
     one = ledger(tmp_path)
-    first = one.ask()
-    assert first is not None
+    first = next_trial(one)
     abandon(one, first)
-    again = ledger(tmp_path).ask()
-    assert again is not None and again.params == first.params and again.number == 2
+    again = next_trial(ledger(tmp_path))
+    assert again.params == first.params and again.number == 2
     assert again.attrs["retry_of"] == 1 and again.attrs["attempt"] == 1
 
 
@@ -157,8 +146,7 @@ def test_a_trial_that_dies_each_time_is_given_up_after_two_retries(tmp_path: Pat
     mine = ledger(tmp_path, 2)
     seen = []
     for _ in range(RETRIES + 2):
-        running = mine.ask()
-        assert running is not None
+        running = next_trial(mine)
         seen.append(params_key(running.params))
         abandon(mine, running)
     assert seen[0] == seen[1] == seen[2] != seen[3]
@@ -166,19 +154,17 @@ def test_a_trial_that_dies_each_time_is_given_up_after_two_retries(tmp_path: Pat
 
 def test_a_living_trial_of_another_parent_is_left_alone(tmp_path: Path) -> None:
     one, other = ledger(tmp_path), ledger(tmp_path)
-    running = one.ask()
-    assert running is not None
+    next_trial(one)
     other.reap()
     assert states(one) == ["RUNNING"]
 
 
 def test_a_suspended_parent_that_comes_back_has_lost_its_trial_and_survives(tmp_path: Path) -> None:
     one, other = ledger(tmp_path), ledger(tmp_path)
-    running = one.ask()
-    assert running is not None
+    running = next_trial(one)
     one._set(running.trial._trial_id, LEASE, dead_lease(host="elsewhere", at=time.time() - 1000))
-    taken = other.ask()
-    assert taken is not None and taken.params == running.params
+    taken = next_trial(other)
+    assert taken.params == running.params
     one.renew(running.trial._trial_id)
     assert running.lost and not one.report(running, Slot(1, 1, 1, 0.0))
     assert one.settle(running, Outcome(1, "done", value=-1.0)) is None
@@ -186,36 +172,32 @@ def test_a_suspended_parent_that_comes_back_has_lost_its_trial_and_survives(tmp_
 
 
 def test_a_trial_whose_parameters_were_not_all_there_has_not_begun(tmp_path: Path) -> None:
-    from optuna.trial import create_trial
-
     mine = ledger(tmp_path, 1)
     half = create_trial(
         state=TrialState.RUNNING,
         params={"network_dim": 8},
-        distributions={"network_dim": SPACE.distributions()["network_dim"]},
+        distributions={"network_dim": DISTRIBUTIONS["network_dim"]},
         user_attrs={LEASE: dead_lease()},
     )
     mine.study.add_trial(half)
-    running = mine.ask()
-    assert running is not None and running.number == 2 and "retry_of" not in running.attrs
+    running = next_trial(mine)
+    assert running.number == 2 and "retry_of" not in running.attrs
 
 
 def test_a_parent_that_dies_between_giving_up_and_enqueueing_loses_nothing(tmp_path: Path) -> None:
     mine = ledger(tmp_path)
-    running = mine.ask()
-    assert running is not None
+    running = next_trial(mine)
     abandon(mine, running)
     mine._requeue = lambda: None  # type: ignore[method-assign]
     mine.reap()
     assert states(mine) == ["FAIL"]
-    again = ledger(tmp_path).ask()
-    assert again is not None and again.params == running.params
+    again = next_trial(ledger(tmp_path))
+    assert again.params == running.params
 
 
 def test_what_had_ended_when_its_parent_died_is_not_trained_again(tmp_path: Path) -> None:
     one = ledger(tmp_path, 1)
-    running = one.ask()
-    assert running is not None
+    running = next_trial(one)
     write_outcome(one.folder(1), Outcome(1, "done", value=-0.25, best_slot=9))
     abandon(one, running)
     other = ledger(tmp_path, 1)
@@ -226,23 +208,21 @@ def test_what_had_ended_when_its_parent_died_is_not_trained_again(tmp_path: Path
 @pytest.mark.parametrize("content", ["", "{", '{"trial": 1}', '{"trial": 2, "ending": "done", "value": -1.0}'])
 def test_an_outcome_that_says_nothing_of_this_trial_is_not_taken(tmp_path: Path, content: str) -> None:
     one = ledger(tmp_path, 1)
-    running = one.ask()
-    assert running is not None
+    running = next_trial(one)
     one.folder(1).mkdir(parents=True)
     (one.folder(1) / "outcome.json").write_text(content)
     abandon(one, running)
-    again = ledger(tmp_path, 1).ask()
-    assert again is not None and again.params == running.params
+    again = next_trial(ledger(tmp_path, 1))
+    assert again.params == running.params
 
 
 def test_a_trial_stopped_through_no_fault_of_its_own_loses_no_attempt(tmp_path: Path) -> None:
     mine = ledger(tmp_path)
-    running = mine.ask()
-    assert running is not None
+    running = next_trial(mine)
     for _ in range(RETRIES + 2):
-        mine.give_back(running, "interrupted")
-        again = mine.ask()
-        assert again is not None and again.params == running.params and again.attrs["attempt"] == 0
+        mine.settle(running, Outcome(running.number, "stopped", "interrupted"))
+        again = next_trial(mine)
+        assert again.params == running.params and again.attrs["attempt"] == 0
         running = again
 
 
@@ -254,8 +234,7 @@ def test_what_diverges_is_told_as_the_worst_finite_value(tmp_path: Path, outcome
     mine = ledger(tmp_path)
     for value in (-0.2, 0.4, 0.1):
         finish(mine, value)
-    running = mine.ask()
-    assert running is not None
+    running = next_trial(mine)
     told = mine.settle(running, Outcome(running.number, outcome[0], value=outcome[1]))  # type: ignore[arg-type]
     assert told is not None and told.state == TrialState.COMPLETE and told.value == 0.4
     assert told.user_attrs["failure"] == ("diverged" if outcome[0] == "done" else outcome[0])
@@ -272,8 +251,7 @@ def test_a_first_trial_that_diverges_has_a_finite_value_and_is_never_the_best(tm
 
 def test_values_that_are_no_numbers_are_not_reported(tmp_path: Path) -> None:
     mine = ledger(tmp_path)
-    running = mine.ask()
-    assert running is not None
+    running = next_trial(mine)
     assert mine.report(running, Slot(1, 1, 1, math.nan)) and mine.report(running, Slot(1, 2, 2, 0.5))
     assert mine.trials()[0].intermediate_values == {2: 0.5}
 
@@ -281,8 +259,7 @@ def test_values_that_are_no_numbers_are_not_reported(tmp_path: Path) -> None:
 def prune_one(mine: Ledger, finished: int = 10) -> tuple[Running, int]:
     for number in range(finished):
         finish(mine, 0.1 * number)
-    running = mine.ask()
-    assert running is not None
+    running = next_trial(mine)
     return running, report(mine, running, [5.0 - 0.1 * slot for slot in range(10)])
 
 
@@ -298,12 +275,11 @@ def test_a_pruned_trial_is_told_as_its_sampler_can_use_it(tmp_path: Path, sample
 
 
 def test_a_predicted_value_moves_by_what_others_gained_and_is_never_the_best(tmp_path: Path) -> None:
-    from library.search.values import EPSILON, predicted
+    from library.search.study.trial_values import EPSILON, predicted
 
     mine = ledger(tmp_path, 20)
     for number in range(3):
-        running = mine.ask()
-        assert running is not None
+        running = next_trial(mine)
         report(mine, running, [1.0 + number - 0.1 * slot for slot in range(1, 11)])
         mine.settle(running, Outcome(running.number, "done", value=number - 0.1 * number))
     trials = mine.trials()
@@ -362,20 +338,20 @@ def test_the_gaussian_process_proposes_and_sees_predicted_values(tmp_path: Path)
     mine = ledger(tmp_path, 14, sampler="gp")
     for number in range(12):
         finish(mine, 0.1 * number)
-    running = mine.ask()
-    assert running is not None and SPACE.objection(running.params) is None
+    running = next_trial(mine)
+    assert SPACE.objection(running.params) is None
 
 
 def test_the_sampler_follows_from_the_workers_and_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     from library.errors import UserError
-    from library.search import samplers
+    from library.search.study import proposals
 
     there: set[str] = {"scipy", "torch"}
-    monkeypatch.setattr(samplers, "find_spec", lambda name: object() if name in there else None)
-    assert samplers.choose_sampler("auto", 4, 200)[0] == "gp"
-    assert samplers.choose_sampler("auto", 5, 50)[0] == samplers.choose_sampler("auto", 1, 201)[0] == "tpe"
+    monkeypatch.setattr(proposals, "find_spec", lambda name: object() if name in there else None)
+    assert proposals.choose_sampler("auto", 4, 200)[0] == "gp"
+    assert proposals.choose_sampler("auto", 5, 50)[0] == proposals.choose_sampler("auto", 1, 201)[0] == "tpe"
     there.remove("scipy")
-    name, why = samplers.choose_sampler("auto", 1, 50)
+    name, why = proposals.choose_sampler("auto", 1, 50)
     assert name == "tpe" and "needs scipy, not installed" in why
     with pytest.raises(UserError, match="pip install scipy"):
-        samplers.choose_sampler("gp", 1, 50)
+        proposals.choose_sampler("gp", 1, 50)

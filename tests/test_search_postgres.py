@@ -9,17 +9,28 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from optuna.trial import TrialState
 
 from library.errors import RunFailed, UserError
-from library.search import storage
-from library.search.jobs import Job
-from library.search.storage import open_storage
+from library.search.messages import Job
+from library.search.study import storage
+from library.search.study.storage import open_storage
 from tests.tools.postgresql import PASSWORD, USER, NoServer, Server, postgresql_server
-from tests.tools.search import FakeTrainer, claims_of_two, in_a_process, ledger, plan, run, said, settled
+from tests.tools.search import (
+    FakeTrainer,
+    claims_of_two,
+    eight_parents_share_a_study,
+    in_a_process,
+    ledger,
+    parent,
+    plan,
+    run,
+    said,
+    settled,
+    statuses,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +54,10 @@ def url(server: Server, tmp_path: Path) -> str:
     return server.create(tmp_path.name)
 
 
-def parent(folder: Path, n_trials: int, url: str, seconds: float = 0.05, **changes: Any) -> int:
-    """A process that works on the study; its id."""
-    settings = {"storage": url, "prunes": False, **changes}
-    return in_a_process(lambda: run(plan(folder, n_trials, **settings), lambda: FakeTrainer(seconds=seconds)) and None)
-
-
-def statuses(parents: list[int]) -> list[int]:
-    return [os.waitpid(one, 0)[1] for one in parents]
-
-
 def test_eight_parents_share_a_study_on_an_empty_database_without_a_lost_or_doubled_trial(
     tmp_path: Path, url: str
 ) -> None:
-    n_trials = 12
-    assert statuses([parent(tmp_path, n_trials, url) for _ in range(8)]) == [0] * 8
-    trials = settled(tmp_path, n_trials, url)
-    withdrawn = [one for one in trials if "withdrawn" in one.user_attrs]
-    assert len(trials) - len(withdrawn) == n_trials
-    assert [one.user_attrs.get("baseline") for one in trials if one not in withdrawn].count(0) == 1
-    assert len({one.user_attrs["lease"]["pid"] for one in trials}) > 1
+    eight_parents_share_a_study(tmp_path, url)
 
 
 def test_of_two_that_claim_a_trial_at_once_one_gets_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +84,7 @@ def test_parents_with_folders_of_their_own_share_a_budget(tmp_path: Path, url: s
 
 def test_after_a_killed_parent_the_study_goes_on_with_the_same_parameters(tmp_path: Path, url: str) -> None:
     for number in range(1, 4):
-        victim = parent(tmp_path, 6, url, seconds=0.5)
+        victim = parent(tmp_path, 6, seconds=0.5, storage=url)
         while not (tmp_path / "out" / f"trial_{number:04d}" / "trial.json").exists():
             time.sleep(0.01)
         time.sleep(0.1 * number)
@@ -121,7 +116,7 @@ def test_a_server_that_goes_away_ends_the_study_in_a_sentence_and_it_goes_on_whe
         server.start()
     said_at_the_end = sentence.read_text()
     assert said_at_the_end.startswith("The study's storage postgresql+psycopg://search:***@127.0.0.1:")
-    assert said_at_the_end.endswith("run the same command again to go on.") and "\n" not in said_at_the_end
+    assert said_at_the_end.endswith("run the same command again to continue.") and "\n" not in said_at_the_end
     run(plan(tmp_path, 4, storage=url))
     trials = settled(tmp_path, 4, url)
     assert any(one.user_attrs.get("retry_of") == 2 for one in trials)

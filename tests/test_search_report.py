@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.search.charts import importances
-from library.search.pick import pick_trial
-from library.search.progress import set_budget
-from library.search.report import build_report
-from library.search.status import Look, status_text
-from library.search.values import is_real
-from tests.tools.search import FakeTrainer, dead_lease, ledger, plan, run
+from library.search.results.best_trial import pick_trial
+from library.search.results.charts import importances
+from library.search.results.status import StudyView, status_text
+from library.search.results.study_report import build_report
+from library.search.study.progress import set_budget
+from library.search.study.trial_values import is_real
+from tests.tools.search import FakeTrainer, dead_lease, ledger, plan, run, view
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +24,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def look(folder: Path, name: str = "test") -> Look:
-    return Look(name, f"journal:{folder / 'study.log'}")
-
-
 def test_the_report_has_every_chapter_and_opens_without_a_network(finished: Path) -> None:
-    html = build_report(look(finished), finished / "out").html()
+    html = build_report(view(finished), finished / "out").html()
     for heading in ("Recommendation", "The best", "The search", "What the parameters do", "Cost", "All trials"):
         assert f">{heading}</h2>" in html
     assert html.count('id="figure-') >= 5
@@ -37,27 +33,27 @@ def test_the_report_has_every_chapter_and_opens_without_a_network(finished: Path
 
 
 def test_the_report_says_how_sure_it_is(finished: Path) -> None:
-    html = build_report(look(finished), finished / "out").html()
-    assert "sigma" in html and "is what to expect" in html
-    assert look(finished).verdict.words.split(",")[0] in html
+    html = build_report(view(finished), finished / "out").html()
+    assert "sigma" in html and "which is the value to expect" in html
+    assert view(finished).verdict.words.split(",")[0] in html
 
 
 def test_penalties_are_no_best_value(finished: Path) -> None:
-    html = build_report(look(finished), finished / "out").html()
-    assert "diverged: told as" in html
-    assert 6 not in [one.trial for one in look(finished).verdict.candidates]
+    html = build_report(view(finished), finished / "out").html()
+    assert "diverged: counts as" in html
+    assert 6 not in [one.trial for one in view(finished).verdict.candidates]
 
 
 def test_a_study_without_a_value_has_a_report(tmp_path: Path) -> None:
     ledger(tmp_path)
-    assert "No trial has a value yet." in build_report(look(tmp_path), tmp_path / "out").html()
-    assert "No trial has a value yet." in status_text(look(tmp_path))
+    assert "No trial has a value yet." in build_report(view(tmp_path), tmp_path / "out").html()
+    assert "No trial has a value yet." in status_text(view(tmp_path))
 
 
 def test_status_shows_progress_best_and_verdict(finished: Path) -> None:
-    text = status_text(look(finished))
+    text = status_text(view(finished))
     assert "trial 12/12" in text and "verdict" in text
-    assert f"trial {look(finished).verdict.candidates[0].trial}" in text
+    assert f"trial {view(finished).verdict.candidates[0].trial}" in text
 
 
 def test_status_shows_running_trials_and_which_of_them_are_dead(tmp_path: Path) -> None:
@@ -67,24 +63,25 @@ def test_status_shows_running_trials_and_which_of_them_are_dead(tmp_path: Path) 
     assert first is not None and second is not None
     first.trial.report(-0.1, 5)
     own.storage.set_trial_user_attr(second.trial._trial_id, "lease", dead_lease())
-    lines = status_text(look(tmp_path)).splitlines()
+    lines = status_text(view(tmp_path)).splitlines()
     assert any("trial 1  50 %" in line and "lease" in line and "left" in line for line in lines)
     assert any("trial 2" in line and "DEAD" in line for line in lines)
 
 
 def test_the_report_says_what_matters_by_fanova(finished: Path) -> None:
-    trials = look(finished).trials
+    trials = view(finished).trials
     found = importances(trials)
     assert found is not None and next(iter(found)) == "learning_rate" and 0.5 < sum(found.values()) <= 1
-    html = build_report(look(finished), finished / "out").html()
-    assert "Importance by fANOVA" in html and f"Of {sum(map(is_real, trials))} trials it is unstable" in html
+    html = build_report(view(finished), finished / "out").html()
+    assert "Importance by fANOVA" in html and f"From {sum(map(is_real, trials))} trials it is unstable" in html
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_of_few_trials_the_report_says_that_they_tell_nothing(tmp_path: Path, count: int) -> None:
     run(plan(tmp_path, n_trials=count))
-    html = build_report(look(tmp_path), tmp_path / "out").html()
-    assert "too few to tell what matters; 6 are needed." in html and "fANOVA" not in html
+    html = build_report(view(tmp_path), tmp_path / "out").html()
+    assert "too few to estimate which parameters matter; that takes 6." in html and "fANOVA" not in html
+    assert ("1 complete trial is" if count == 1 else "2 complete trials are") in html
 
 
 def test_of_equal_values_the_report_says_that_they_do_not_differ(
@@ -92,17 +89,17 @@ def test_of_equal_values_the_report_says_that_they_do_not_differ(
 ) -> None:
     monkeypatch.setattr("tests.tools.search.value_at", lambda *_: -0.25)
     run(plan(tmp_path, n_trials=8))
-    assert importances(look(tmp_path).trials) is None
-    html = build_report(look(tmp_path), tmp_path / "out").html()
-    assert "trials that went to their end do not differ in their parameters, or not in their values" in html
+    assert importances(view(tmp_path).trials) is None
+    html = build_report(view(tmp_path), tmp_path / "out").html()
+    assert "complete trials do not differ in their parameters, or not in their values" in html
 
 
 def test_an_unknown_study_is_one_sentence_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no study other"):
-        Look("other", f"sqlite:///{tmp_path / 'study.db'}")
+        StudyView("other", f"sqlite:///{tmp_path / 'study.db'}")
     assert not (tmp_path / "study.db").exists()
 
 
 def test_a_trial_that_diverged_cannot_be_picked(finished: Path) -> None:
     with pytest.raises(UserError, match="Trial 6 cannot be picked"):
-        pick_trial(look(finished), 6, finished / "out")
+        pick_trial(view(finished), 6, finished / "out")

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from library.data.buckets import Buckets
 from library.data.dataset_schema import Dataset, Subset
 from library.errors import UserError
+from library.options.search import SdxlOptions
 from library.options.toml_file import PROJECT_ROOT
-from library.search.recipe import Recipe, SdxlOptions
-from library.search.rules import RULES, carry, rules_table, written_options
-from library.search.sdxl_network import TEXT_BAND
-from library.search.sdxl_sizes import split_batches
+from library.search.to_sdxl.network_rules import TEXT_BAND
+from library.search.to_sdxl.rules import RULES, apply_rules, rules_table, written_options
+from library.search.to_sdxl.size_rules import split_batches
+from library.search.to_sdxl.trainings import SdxlTraining
 from tests.tools.sdxl_export import GUIDE_DATASET, found_training
 
 ADAM_LIKE = st.sampled_from(["AdamW", "AdamW8bit", "Lion"])
@@ -25,11 +26,11 @@ RATES = st.floats(1e-6, 1e-2)
 SIDES = st.integers(1, 24).map(lambda steps: 64 * steps)
 
 
-def carried(*wishes: SdxlOptions, **given: object) -> Recipe:
-    return carry(found_training(**given), *(wishes or (SdxlOptions(),)))  # type: ignore[arg-type]
+def carried(*wishes: SdxlOptions, **given: object) -> SdxlTraining:
+    return apply_rules(found_training(**given), *(wishes or (SdxlOptions(),)))  # type: ignore[arg-type]
 
 
-def text(recipe: Recipe) -> str:
+def text(recipe: SdxlTraining) -> str:
     return "\n".join(recipe.warnings)
 
 
@@ -39,7 +40,7 @@ def text(recipe: Recipe) -> str:
 def test_the_page_shows_the_table_of_rules() -> None:
     page = (PROJECT_ROOT / "docs" / "optimize.md").read_text(encoding="utf-8")
     section = page.split("## From SD1.5 to SDXL\n")[1].split("\n## ")[0]
-    assert rules_table() in section, "run python -m library.search.rules"
+    assert rules_table() in section, "run python -m library.search.to_sdxl.rules"
 
 
 def test_every_rule_has_a_reason_and_a_source() -> None:
@@ -121,7 +122,7 @@ def test_sides_that_are_not_doubled_are_rounded_down_to_the_step(
 def test_a_resolution_that_cannot_be_doubled_is_said() -> None:
     recipe = carried(datasets=(replace(GUIDE_DATASET, resolution=(768, 768)),))
     assert recipe.datasets[0].resolution == (1024, 1024)
-    assert "768x768 becomes 1024x1024: doubled it would be more than SDXL's own" in text(recipe)
+    assert "768x768 becomes 1024x1024: doubled it would be larger than SDXL's" in text(recipe)
     assert "details will be coarse" in text(carried(datasets=(replace(GUIDE_DATASET, resolution=(256, 256)),)))
 
 
@@ -153,7 +154,7 @@ def test_the_rate_follows_where_batches_cannot_be_split_alike(batches: list[int]
     after = sum(one.batch_size for one in recipe.datasets) * recipe.options["gradient_accumulation_steps"]
     ratio = after / (sum(batches) * accumulation)
     assert recipe.options["unet_lr"] == pytest.approx(3e-4 * math.sqrt(ratio), rel=1e-8)
-    assert ("have no common smaller split" in text(recipe)) == (ratio != 1)
+    assert ("have different batch sizes" in text(recipe)) == (ratio != 1)
 
 
 # --- rank, alpha, rates ---
@@ -213,7 +214,7 @@ def test_captions_that_change_are_not_cached() -> None:
     )
     recipe = carried(SdxlOptions(train_text_encoders=False), datasets=(shuffled,))
     assert "cache_text_encoder_outputs" not in recipe.options
-    assert "shuffle_caption changes captions each time" in text(recipe)
+    assert "because captions change each time (shuffle_caption)" in text(recipe)
     dropped = replace(GUIDE_DATASET, subsets=(Subset(image_dir=Path("a"), caption_dropout_rate=0.1),))
     recipe = carried(SdxlOptions(train_text_encoders=False), datasets=(dropped,))
     assert recipe.options["cache_text_encoder_outputs"], "a dropped caption is the empty one, which is kept too"
@@ -241,7 +242,7 @@ def test_length_is_a_fifth_more_rounded_up(length: int, by_steps: bool) -> None:
 
 
 def test_nothing_is_validated_where_nothing_can_be_held_out() -> None:
-    recipe = carry(
+    recipe = apply_rules(
         replace(found_training(early_stop=3, dataset_config=Path("mio.toml")), validation_share=0.0), SdxlOptions()
     )
     assert not [name for name in recipe.options if "validat" in name or name == "early_stop"]
@@ -250,7 +251,7 @@ def test_nothing_is_validated_where_nothing_can_be_held_out() -> None:
 
 def test_a_study_that_held_pictures_out_keeps_them_out() -> None:
     split = replace(GUIDE_DATASET, validation_split=0.25, validation_seed=3)
-    (after,) = carry(replace(found_training((split,)), validation_share=None), SdxlOptions()).datasets
+    (after,) = apply_rules(replace(found_training((split,)), validation_share=None), SdxlOptions()).datasets
     assert (after.validation_split, after.validation_seed) == (0.25, 3)
 
 

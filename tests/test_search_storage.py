@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.trial import TrialState
 
 from library.errors import RunFailed, UserError
+from library.options.search import without_password
 from library.options.toml_file import PROJECT_ROOT
-from library.search import storage
-from library.search.jobs import Outcome
-from library.search.storage import cut_torn_line, open_storage, without_password
-from library.search.study import load_study, open_study
-from tests.tools.search import TERMS, claims_of_two, in_a_process, ledger, plan, run
+from library.search.study import storage
+from library.search.study.storage import open_storage, remove_torn_line
+from library.search.study.study import load_study, open_study
+from tests.tools.search import TERMS, claims_of_two, in_a_process, ledger, plan, run, settled
 
 DOCS = PROJECT_ROOT / "docs" / "optimize.md"
 
@@ -30,10 +29,10 @@ DOCS = PROJECT_ROOT / "docs" / "optimize.md"
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("study.db", "--storage study.db is no storage. It may be sqlite:///"),
-        ("mysql://u:secret@host/db", r"--storage mysql://u:\*\*\*@host/db is no storage"),
+        ("study.db", "--storage study.db is not a storage. Use one of sqlite:///"),
+        ("mysql://u:secret@host/db", r"--storage mysql://u:\*\*\*@host/db is not a storage"),
         ("grpc://host", "must be grpc://host:port"),
-        ("sqlite:////dev/null/x/study.db", "cannot be made"),
+        ("sqlite:////dev/null/x/study.db", "cannot be created"),
     ],
 )
 def test_what_is_no_storage_is_refused_in_a_sentence(url: str, sentence: str) -> None:
@@ -62,7 +61,7 @@ def test_where_no_grpc_server_answers_the_page_with_the_command_is_named(monkeyp
 
     wait = GrpcStorageProxy.wait_server_ready
     monkeypatch.setattr(GrpcStorageProxy, "wait_server_ready", lambda self, timeout: wait(self, timeout=1))
-    with pytest.raises(UserError, match="Nobody answers at grpc://localhost:1 .*docs/optimize.md, Many workers"):
+    with pytest.raises(UserError, match="No server answers at grpc://localhost:1 .*docs/optimize.md, Many workers"):
         open_storage("grpc://localhost:1")
 
 
@@ -79,14 +78,13 @@ def test_a_study_runs_over_the_documented_grpc_server(tmp_path: Path) -> None:
     try:
         while server.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
             time.sleep(0.1)  # gRPC itself would wait longer and longer
-        mine = ledger(tmp_path, 3, f"grpc://127.0.0.1:{port}")
-        running = mine.ask()
-        assert running is not None and mine.settle(running, Outcome(1, "done", value=-0.5)) is not None
+        storage = f"grpc://127.0.0.1:{port}"
+        run(plan(tmp_path, 3, storage=storage, workers=2, prunes=False))
+        settled(tmp_path, 3, storage)
     finally:
         server.kill()
         server.wait()
-    (trial,) = ledger(tmp_path, 3, f"sqlite:///{tmp_path}/study.db").trials()
-    assert trial.state == TrialState.COMPLETE and trial.value == -0.5
+    settled(tmp_path, 3, f"sqlite:///{tmp_path}/study.db")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +144,7 @@ def test_a_journal_with_whole_lines_is_left_alone(tmp_path: Path) -> None:
     file = tmp_path / "study.log"
     for content in (b"", b'{"a":1}\n'):
         file.write_bytes(content)
-        assert cut_torn_line(file) is None and file.read_bytes() == content
+        assert remove_torn_line(file) is None and file.read_bytes() == content
 
 
 def test_a_full_disk_leaves_a_journal_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +203,7 @@ def test_many_that_open_a_fresh_storage_at_once_share_one_study(tmp_path: Path, 
 
 def test_a_study_that_is_not_there_is_said_with_those_that_are(tmp_path: Path) -> None:
     run(plan(tmp_path, 1))
-    with pytest.raises(UserError, match="There is no study other in this storage. There: test."):
+    with pytest.raises(UserError, match="There is no study other in this storage. Its studies: test."):
         load_study("other", f"journal:{tmp_path}/study.log")
 
 

@@ -1,243 +1,217 @@
-"""Trials of a study as a trainer trains them, in this process."""
+"""The process that trains trials, from its parent's side: whatever becomes of it, there is an outcome, and nothing is left."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from library.errors import Diverged, RunFailed, Stopped, UserError
-from library.search import objective
-from library.search.jobs import Slot
-from library.search.lines import from_line, to_line
-from library.search.objective import LossJudge, Measured
-from library.search.outcomes import read_outcome
-from library.search.trainer import ending_of
-from library.search.trial import horizon_note, slots_after
+from library.options.toml_file import PROJECT_ROOT
+from library.search.messages import Outcome, Slot, from_line
+from library.search.trainer import parent_side
+from library.search.trainer.parent_side import TrainerProcess, memory_kills
 from tests.tools.network_runs import NetworkSetting
-from tests.tools.runs import RepaSetting
-from tests.tools.trials import Listener, job, network_options, repa_options, train_here
+from tests.tools.trials import job, network_options
+from tests.tools.waiting import wait_until
+
+# -------------------------------------------------------------------------------------- the process, with stand-ins
 
 
-@pytest.fixture(autouse=True)
-def few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "NOISES_OF_FEW", 1)
+class StandIn(TrainerProcess):
+    """Starts a few lines of Python in place of a trainer."""
+
+    code = ""
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        head = "import json, os, signal, sys, time\nsay = lambda **m: print(json.dumps(m), flush=True)\njob = json.loads(input())\n"
+        return subprocess.Popen(
+            [sys.executable, "-S", "-c", head + self.code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
 
 
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Any]:
-    """Kept from trial to trial, as a trainer keeps it."""
-    from library.search.warm import Warm
-
-    warm = Warm()
-    yield warm
-    warm.close()
+def run_stand_in(code: str, folder: Path, *, silent: float = 600.0, on_slot: Any = lambda slot: True) -> Outcome:
+    with StandIn({}, folder / "log", silent=silent) as process:
+        process.code = code
+        outcome = process.run(job(folder, {}, 5), on_slot)
+    assert outcome.trial == 5
+    return outcome
 
 
-def base_weights(warm: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in warm._unet.value.models["unet"].state_dict().items()}
-
-
-# --------------------------------------------------------------------------------------------------- train_network.py
-
-
-@pytest.mark.bits
-def test_warm_trial_equals_a_cold_one_and_leaves_the_base_as_it_was(
-    network_setting: NetworkSetting, warm: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("code", "ending", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "failed", "SIGKILL"),
+        ("sys.exit(77)", "memory", "exit code 77"),
+        ("sys.exit(76)", "diverged", "exit code 76"),
+        ("sys.exit(3)", "failed", "exit code 3"),
+        ("time.sleep(60)", "failed", "sent no message"),
+        ("print('{\"kind\": \"en'); print('not json'); os._exit(1)", "failed", "exit code 1"),
+        ("os.fork() or time.sleep(60)\nsys.exit(1)", "failed", "exit code 1"),  # something of it holds the pipe open
+        ("say(kind='ended', trial=5, ending='refused', message='bad')", "refused", "bad"),
+    ],
+)
+def test_whatever_becomes_of_a_trainer_there_is_an_outcome(
+    code: str, ending: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from library.search.warm import Warm
-
-    options = network_options(network_setting)
-    first = train_here(job(tmp_path / "1", options), warm)
-    assert first.ending == "done", first.message
-    kept, caches, before = warm._unet.value, warm.caches.value, base_weights(warm)
-
-    other = {"network_dim": 4, "network_args": ["conv_dim=2"], "learning_rate": 0.05, "optimizer_type": "Lion"}
-    assert train_here(job(tmp_path / "2", {**options, **other}, 2), warm).ending == "done"
-    assert warm.intact() and warm._unet.value is kept and warm.caches.value is caches
-    after = base_weights(warm)
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-    again = train_here(job(tmp_path / "3", options, 3), warm)
-    cold = Warm()
-    fresh = train_here(job(tmp_path / "4", options, 4), cold)
-    cold.close()
-    assert first.value == again.value == fresh.value and first.components == again.components == fresh.components
-    files = [load_file(str(one.file)) for one in (first, again, fresh)]
-    assert all(torch.equal(files[0][name], file[name]) for file in files for name in files[0])
+    monkeypatch.setattr(parent_side, "memory_kills", lambda: 0)
+    outcome = run_stand_in(code, tmp_path, silent=1.0 if said == "sent no message" else 600.0)
+    assert outcome.ending == ending and said in outcome.message
 
 
-@pytest.mark.bits
-def test_trial_trains_what_the_script_trains_to_the_bit_and_measuring_changes_nothing(
-    network_setting: NetworkSetting, warm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measure, slots = LossJudge.__call__, iter(range(10))
+def test_kill_that_the_kernel_counts_is_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = iter(range(100))
+    monkeypatch.setattr(parent_side, "memory_kills", lambda: next(counted))
+    assert run_stand_in("os.kill(os.getpid(), signal.SIGKILL)", tmp_path).ending == "memory"
 
-    def ever_better(self: LossJudge, slot: int) -> Measured:
-        measure(self, slot)
-        return Measured(-float(next(slots)))  # so that the last slot's adapter is kept
 
-    monkeypatch.setattr(LossJudge, "__call__", ever_better)
-    config = network_setting.dataset(
-        "split",
-        folder=network_setting.few,
-        dataset="resolution = 64\nbatch_size = 1\nvalidation_split = 0.5\nvalidation_seed = 3",
+def test_kills_are_read_from_the_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "memory.events"
+    file.write_text("low 0\noom 4\noom_kill 3\noom_group_kill 0\n")
+    monkeypatch.setattr(parent_side, "_memory_counters", lambda: [tmp_path / "absent", file])
+    assert memory_kills() == 3
+
+
+def test_outcome_that_was_written_before_the_trainer_died_counts(tmp_path: Path) -> None:
+    written = Outcome(5, "done", value=-0.5, best_slot=9)
+    code = f"open({str(tmp_path / 'outcome.json')!r}, 'w').write({json.dumps(vars(written))!r})\nsys.exit(1)"
+    assert run_stand_in(code, tmp_path) == written
+
+
+def test_outcome_of_an_earlier_attempt_does_not(tmp_path: Path) -> None:
+    (tmp_path / "outcome.json").write_text(json.dumps(vars(Outcome(5, "done", value=-0.5))))
+    assert run_stand_in("sys.exit(1)", tmp_path).ending == "failed"
+
+
+def test_each_slot_is_answered_and_none_is_asked_of_after_a_no(tmp_path: Path) -> None:
+    code = (
+        "heard = []\n"
+        "for n in (1, 2, 3):\n"
+        "    say(kind='slot', trial=5, slot=n, step=n, value=0.5); heard.append(json.loads(input())['kind'])\n"
+        "say(kind='ended', trial=5, ending='stopped', message=' '.join(heard))"
     )
-    changes = {"dataset_config": config, "max_train_epochs": 3, "network_dropout": 0.1}
-    assert network_setting.train(tmp_path / "script", **changes, network_train_unet_only="") == 0
-    options = network_options(network_setting, **changes, cache_text_encoder_outputs=None)
-    outcome = train_here(job(tmp_path / "trial", options), warm)
-    assert outcome.ending == "done", outcome.message
-    script, trial = load_file(tmp_path / "script" / "mio.safetensors"), load_file(str(outcome.file))
-    assert script.keys() == trial.keys() and all(torch.equal(script[name], trial[name]) for name in script)
+    asked: list[int] = []
+    outcome = run_stand_in(code, tmp_path, on_slot=lambda slot: asked.append(slot.slot) or slot.slot < 2)
+    assert (outcome.message, asked) == ("go stop stop", [1, 2])
 
 
-def test_files_of_a_trial(network_setting: NetworkSetting, warm: Any, tmp_path: Path) -> None:
-    listener = Listener()
-    options = network_options(network_setting, save_every_n_epochs=1)
-    outcome = train_here(job(tmp_path, options, 7), warm, listener)
-    assert (outcome.ending, listener.steps) == ("done", 4)
-    assert [(slot.slot, slot.step) for slot in listener.slots] == [(2, 1), (5, 2), (7, 3), (10, 4)]
-    assert outcome.value == min(listener.values)
-    assert outcome.best_slot == listener.slots[listener.values.index(min(listener.values))].slot
-    assert outcome.file == str(tmp_path / "lora_trial_7.safetensors")
-    assert read_outcome(tmp_path, 7) == outcome
-    assert json.loads((tmp_path / "params.json").read_text())["network_dim"] == 2
-    slot = json.loads((tmp_path / "realtime_evaluations" / "slot_05.json").read_text())
-    assert slot["value"] == listener.values[1] and slot["components"].keys() == {"low", "mid", "high"}
-    rows = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["objective/value"] for row in rows if "objective/value" in row] == listener.values
-    assert list((tmp_path / "logs" / "tensorboard").glob("events*"))
-    assert not list(tmp_path.glob("*-state")) and len(list(tmp_path.glob("*.safetensors"))) == 1
+def test_trainer_that_ignores_sigterm_is_killed_with_all_it_started(tmp_path: Path) -> None:
+    code = (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nchild = os.fork()\n"
+        "if child: say(kind='begun', trial=5, steps=child)\ntime.sleep(600)"
+    )
+    with StandIn({}, tmp_path / "log") as process:
+        process.code = code
+        children: list[int] = []
+
+        def begun(begun: Any) -> None:
+            children.append(begun.steps)
+            process.stop(grace=0.5)
+
+        outcome = process.run(job(tmp_path, {}, 5), lambda slot: True, on_begun=begun)
+        assert outcome.ending == "stopped"
+        wait_until(lambda: is_gone(children[0]))
+        assert process.run(job(tmp_path, {}, 6), lambda slot: True).ending == "stopped"
 
 
-def test_trial_that_is_told_to_stop_keeps_its_best_slot(
-    network_setting: NetworkSetting, warm: Any, tmp_path: Path
-) -> None:
-    listener = Listener(stop_after=5)
-    outcome = train_here(job(tmp_path, network_options(network_setting)), warm, listener)
-    assert outcome.ending == "stopped" and "slot 5" in outcome.message
-    assert outcome.value == min(listener.values) and Path(str(outcome.file)).is_file()
-    early = train_here(job(tmp_path, network_options(network_setting)), warm, Listener(stop_at_step=1))
-    assert (early.ending, early.value, early.file) == ("stopped", None, None)
-    assert not list(tmp_path.glob("*.safetensors"))  # what the attempt before left is gone
+def test_trouble_in_the_study_ends_the_trainer(tmp_path: Path) -> None:
+    with StandIn({}, tmp_path / "log") as process:
+        process.code = "say(kind='slot', trial=5, slot=1, step=1, value=0.5)\ntime.sleep(60)"
+
+        def trouble(slot: Slot) -> bool:
+            raise RuntimeError("the storage is gone")
+
+        with pytest.raises(RuntimeError, match="storage"):
+            process.run(job(tmp_path, {}, 5), trouble)
+        assert process.process is None
 
 
-def test_rate_that_blows_up_is_divergence_and_the_next_trial_is_whole(
-    network_setting: NetworkSetting, warm: Any, tmp_path: Path
+# -------------------------------------------------------------------------------------------- the process, for real
+
+
+def test_trainer_that_is_killed_fails_the_trial_and_is_replaced(
+    network_setting: NetworkSetting, tmp_path: Path
 ) -> None:
     options = network_options(network_setting)
-    outcome = train_here(job(tmp_path / "1", {**options, "learning_rate": 1e25}), warm)
-    assert outcome.ending == "diverged" and outcome.message
-    assert warm.intact()
+    with TrainerProcess({}, tmp_path / "trainer.log") as process:
+        first = process.run(job(tmp_path / "1", options), lambda slot: True)
+        assert first.ending == "done", (first.message, (tmp_path / "trainer.log").read_text())
+        assert process.process is not None
+        number = process.process.pid
+        killed = process.run(
+            job(tmp_path / "2", {**options, "max_train_epochs": 1000}, 2),
+            lambda slot: True,
+            on_begun=lambda begun: os.kill(number, signal.SIGKILL),
+        )
+        assert killed.ending == "failed" and is_gone(number)
+        stopped = process.run(
+            job(tmp_path / "3", {**options, "max_train_epochs": 30}, 3), lambda slot: bool(process.stop())
+        )
+        assert stopped.ending == "stopped" and stopped.best_slot == 1 and stopped.file is not None
+    assert "Stopped" in (tmp_path / "3" / "logs" / "trainer.log").read_text()
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"learning_rat": 1e-3}, "did you mean learning_rate"),
-        ({"network_dim": "four"}, "network_dim"),
-        ({"learning_rate": -1.0}, "learning_rate must be positive"),
-        ({"pretrained_model_name_or_path": "nowhere/at-all.safetensors"}, "nowhere/at-all.safetensors"),
-        ({"dataset_config": "nowhere.toml"}, "nowhere.toml"),
-    ],
-)
-def test_wrong_configuration_is_refused_with_its_sentence(
-    network_setting: NetworkSetting, warm: Any, tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
-    outcome = train_here(job(tmp_path, {**network_options(network_setting), **changes}), warm)
-    assert outcome.ending == "refused" and said in outcome.message
+PARENT = """
+import json, sys
+from tests.tools.trials import job
+from library.search.trainer.parent_side import TrainerProcess
+process = TrainerProcess({}, sys.argv[1] + "/trainer.log")
+process.run(job(sys.argv[1], json.loads(sys.argv[2])), lambda slot: True,
+            on_begun=lambda begun: print(process.process.pid, flush=True))
+"""
 
 
-def test_trial_judged_by_pictures(
-    network_setting: NetworkSetting, warm: Any, tmp_path: Path, tiny_dinov2: Path
-) -> None:
-    judging = {"steps": 1, "size": 64, "seeds": 1, "unrelated": ["a blue box"], "dino_model": str(tiny_dinov2)}
-    listener, again = Listener(), Listener()
-    options = network_options(network_setting)
-    outcome = train_here(job(tmp_path / "1", options, objective="image", judging=judging), warm, listener)
-    assert outcome.ending == "done", outcome.message
-    assert [slot.slot for slot in listener.slots] == [5, 10]
-    pictures = sorted((tmp_path / "1" / "realtime_evaluations" / "slot_10").iterdir())
-    assert [path.name for path in pictures] == ["subject_00.png", "subject_01.png", "unrelated_00.png"]
-    assert outcome.components.keys() == {"likeness", "likeness_gain", "drift"}
-    train_here(job(tmp_path / "2", options, 2, objective="image", judging=judging), warm, again)
-    assert again.values == listener.values
-    refused = train_here(job(tmp_path / "3", options, 3, objective="image", judging={"stepz": 1}), warm)
-    assert refused.ending == "refused" and "stepz" in refused.message
+def test_trainer_does_not_outlive_its_parent(network_setting: NetworkSetting, tmp_path: Path) -> None:
+    options = network_options(network_setting, max_train_epochs=1000)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path), json.dumps(options)], cwd=PROJECT_ROOT, stdout=subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    number = int(parent.stdout.readline())
+    assert psutil.pid_exists(number)
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: is_gone(number))
 
 
-# ------------------------------------------------------------------------------------------------------ train_repa.py
+WATCHED = """
+import os, sys, time
+from library.search.trainer import child
+os.environ[child.PARENT_VARIABLE] = str(os.getppid())
+wire = child.Wire(*child.private_descriptors())
+print("to the log, not to the parent")
+wire.send("ready")
+time.sleep(60)
+"""
 
 
-@pytest.mark.bits
-def test_trial_of_train_repa(
-    repa_setting: RepaSetting, warm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = repa_options(repa_setting)
-    outcome = train_here(job(tmp_path / "1", options, script="train_repa"), warm)
-    assert outcome.ending == "done", outcome.message
-    assert outcome.value != 0 and any("lora_up" in name for name in load_file(str(outcome.file)))
-    before = base_weights(warm)
-    again = train_here(job(tmp_path / "2", {**options, "val_data": None}, 2, script="train_repa"), warm)
-    assert again.ending == "done", again.message
-    after = base_weights(warm)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+def test_end_of_input_ends_the_trainer_at_once_and_prints_do_not_reach_the_parent() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WATCHED],
+        cwd=PROJECT_ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stdin is not None and process.stderr is not None
+    assert from_line(process.stdout.readline()) == {"kind": "ready"}
+    process.stdin.close()
+    process.wait(60)
+    assert b"to the log" in process.stderr.read() and process.stdout.read() == b""
 
 
-@pytest.mark.bits
-def test_adapter_of_train_repa_at_zero_has_exactly_the_value_0(
-    repa_setting: RepaSetting, warm: Any, tmp_path: Path
-) -> None:
-    # A warm-up so long that the first step has a rate of 0.
-    listener = Listener(stop_at_step=2)
-    options = repa_options(repa_setting, lr_warmup_steps=4, max_train_steps=5, lr_scheduler="constant_with_warmup")
-    train_here(job(tmp_path, options, script="train_repa"), warm, listener)
-    assert listener.values[0] == 0.0
-
-
-# --------------------------------------------------------------------------------------------------------- small parts
-
-
-def test_slots_are_tenths_however_short_the_training() -> None:
-    for last in (1, 3, 10, 37, 100):
-        slots = [slot for step in range(last + 1) for slot in slots_after(step, last)]
-        assert slots == list(range(1, 11))
-        assert all(step * 10 >= slot * last for step in range(last + 1) for slot in slots_after(step, last))
-
-
-def test_average_that_hardly_moves_is_warned_of() -> None:
-    assert horizon_note(0.0, 10) is None and horizon_note(0.9, 100) is None
-    assert "goes 10% of the way" in str(horizon_note(0.9995, 200))
-
-
-@pytest.mark.parametrize(
-    ("error", "ending"),
-    [
-        (Stopped("Stopped at step 3 of 9 by SIGTERM. Run the same command again to continue."), "stopped"),
-        (Diverged("step 3: loss nan"), "diverged"),
-        (UserError("network_dim is wrong."), "refused"),
-        (RunFailed("x could not be written: No space left on device."), "failed"),
-        (MemoryError(), "memory"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "memory"),
-        (RuntimeError("shapes do not match"), "failed"),
-    ],
-)
-def test_how_an_error_ends_a_trial(error: BaseException, ending: str) -> None:
-    found, message = ending_of(error)
-    assert found == ending and message and "Run the same command" not in message
-
-
-def test_line_without_json_is_no_message() -> None:
-    assert from_line(to_line("slot", Slot(1, 2, 3, 0.5))) == {
-        "kind": "slot", "trial": 1, "slot": 2, "step": 3, "value": 0.5, "components": {}, "images_per_second": 0.0,
-    }  # fmt: skip
-    assert from_line(b'{"kind": "sl') is None and from_line(b"[1]\n") is None
-    with pytest.raises(ValueError):
-        to_line("slot", Slot(1, 2, 3, float("nan")))
+def is_gone(number: int) -> bool:
+    try:
+        return psutil.Process(number).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

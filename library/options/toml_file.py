@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,3 +113,17 @@ def _lines_of_keys(text: str) -> dict[tuple[str, str], int]:
         elif match := re.match(r"\s*[\"']?([A-Za-z0-9_.-]+)[\"']?\s*=", line):
             lines.setdefault((section, match[1]), number)
     return lines
+
+
+def as_toml(value: Any) -> str:
+    """One value as TOML writes it. Strings are written as JSON, which TOML reads too."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {as_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def toml_table(heading: str, values: Mapping[str, Any]) -> list[str]:
+    """Lines of a table: its heading ("" at the top of a file), a line for each value, an empty line."""
+    return [heading, *(f"{key} = {as_toml(value)}" for key, value in values.items()), ""]

@@ -1,25 +1,22 @@
-"""What a trial has to keep beside its value: numbers of at most 0 where it does, as Optuna's constraints are.
+"""Constraints of a trial beside its value: numbers that are at most 0 where the trial keeps them, as Optuna defines them.
 
-A component of a measurement whose name begins with `constraint_` is one. So far there is adherence to prompts, of the
-objective image. A trial that broke one is never the best, whatever its value is.
+A component of a measurement whose name begins with `constraint_` is a constraint. There is one so far: that pictures follow
+their prompts (adherence), of the objective image. A trial that breaks a constraint is never the best, whatever its value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from library.models.locate import SHAPES, SHAPES_CLIP
-
-if TYPE_CHECKING:
-    from library.search.study import Terms
+from library.search.terms import Terms
 
 PREFIX = "constraint_"
 ADHERENCE = "adherence"
 
 
 def constraints_of(components: Mapping[str, float | None] | None) -> dict[str, float]:
-    """Those among a measurement's components, under their own names."""
+    """The constraints among a measurement's components, under their names without the prefix."""
     found = (components or {}).items()
     return {name.removeprefix(PREFIX): value for name, value in found if name.startswith(PREFIX) and value is not None}
 
@@ -29,7 +26,7 @@ def is_broken(components: Mapping[str, float | None] | None) -> bool:
 
 
 def constraints_measured(terms: Terms) -> tuple[str, ...]:
-    """Names of those that each trial of a study is measured by; none with the objective loss."""
+    """Names of the constraints that each trial of a study is measured by; the objective loss has none."""
     if terms.objective != "image":
         return ()
     options = {**terms.space.options, **terms.options}
@@ -38,5 +35,5 @@ def constraints_measured(terms: Terms) -> tuple[str, ...]:
 
 
 def clip_of(clip_model: str | None, base: str) -> str | None:
-    """What looks whether pictures follow their prompts: the model that was asked for, or the embedded base's own."""
+    """The CLIP that measures adherence: the one that was asked for, or the embedded base's own; None where there is none."""
     return clip_model or (SHAPES_CLIP if base == SHAPES else None)

@@ -1,8 +1,8 @@
-"""Search spaces: what a study may vary, read from TOML, and how suggested values become options of the training script.
+"""Search spaces: the parameters that a study varies, and how suggested values become options of the training script.
 
-A space is static: every parameter is suggested in every trial, whether the others give it an effect or not, and a
-suggested value is never changed afterwards. What depends on something else is a factor: text_encoder_lr is the
-suggested ratio times the learning rate.
+A space is static: every parameter is suggested in every trial, even where the others leave it without effect, and a
+suggested value is never changed afterwards. An option that depends on another one is searched as a factor of it:
+text_encoder_lr is the suggested ratio times the learning rate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.options.parser import nearest
-from library.search.jobs import Script
+from library.options.search import Script
 
 if TYPE_CHECKING:
     import optuna
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Value = bool | int | float | str
 
 BORDER = 0.05
-"""Share of a range, at either end, where a best value suggests that the range is too narrow."""
+"""A best value within this share of the range from either end suggests that the range is too narrow."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Parameter:
 
     Attributes:
         low, high: both int for whole numbers; None where there are choices.
-        log: sampled evenly in the logarithm.
-        step: distance of the values from `low` on.
-        option: of the script, which gets the value; "" for a mere factor of others.
-        times: what the value is multiplied with: factors, and options. The own option stands for its fixed value.
-        also: further options that get the same value where they are among the fixed ones.
-        extra: choice as text -> options that come along with it.
+        log: whether it is sampled evenly in the logarithm.
+        step: distance between allowed values, from `low` on.
+        option: the script's option that gets the value; "" for a parameter that is only a factor of others.
+        times: parameters and options that the value is multiplied with. The own option stands for its fixed value.
+        also: further options that get the same value, if they are among the fixed ones.
+        extra: choice as text -> options that are set with it.
     """
 
     name: str
@@ -57,16 +57,6 @@ class Parameter:
     def is_whole(self) -> bool:
         return isinstance(self.low, int)
 
-    def distribution(self) -> optuna.distributions.BaseDistribution:
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-        if self.choices:
-            return CategoricalDistribution(self.choices)
-        assert self.low is not None and self.high is not None
-        if self.is_whole:
-            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
-        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
-
     def suggest(self, trial: optuna.trial.Trial) -> Value:
         if self.choices:
             value = trial.suggest_categorical(self.name, self.choices)
@@ -78,11 +68,11 @@ class Parameter:
         return trial.suggest_float(self.name, self.low, self.high, log=self.log, step=self.step)
 
     def objection(self, value: Any) -> str | None:
-        """Why `value` is none of this parameter's, as the end of a sentence."""
+        """Why this parameter cannot have `value`, as the end of a sentence; None where it can."""
         if self.choices:
             if any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in self.choices):
                 return None
-            return f"is {value!r}; it must be one of {', '.join(_written(choice) for choice in self.choices)}"
+            return f"is {value!r}; it must be one of {', '.join(written(choice) for choice in self.choices)}"
         assert self.low is not None and self.high is not None
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or (self.is_whole and value != int(value)):
@@ -90,11 +80,11 @@ class Parameter:
         if not self.low <= value <= self.high:
             return f"is {value:g}; it must lie between {self.low:g} and {self.high:g}"
         if self.step is not None and not _is_step(value - self.low, self.step):
-            return f"is {value:g}; from {self.low:g} on it goes in steps of {self.step:g}"
+            return f"is {value:g}; it must be {self.low:g} plus a multiple of {self.step:g}"
         return None
 
     def border(self, value: Value) -> str | None:
-        """Which end of its range `value` lies at, in words; None in its midst, and for choices without an order."""
+        """At which end of its range `value` lies, in words; None in the middle, and for choices without an order."""
         if isinstance(value, str | bool):
             return None
         if self.choices:
@@ -111,7 +101,7 @@ class Parameter:
         return f"{self.name} {value:g} is at the {end} end of {self.low:g} to {self.high:g}"
 
     def as_dict(self) -> dict[str, Any]:
-        """What makes this parameter what it is, as JSON."""
+        """The parameter as JSON, without its name and without fields that are not given."""
         found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("name", "extra")}
         found = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
         found["extra"] = {choice: dict(options) for choice, options in self.extra.items()}
@@ -125,7 +115,7 @@ class Space:
     """All parameters of a study.
 
     Attributes:
-        options: of the script, fixed for all trials where nothing else is said.
+        options: of the script, fixed for all trials unless the configuration says otherwise.
     """
 
     script: Script
@@ -134,141 +124,140 @@ class Space:
 
     @property
     def defaults(self) -> dict[str, Value]:
-        """The configuration that everything is compared with."""
-        return {one.name: one.default for one in self.parameters}
-
-    def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
-        return {one.name: one.distribution() for one in self.parameters}
+        """The default configuration, which every trial is compared with."""
+        return {parameter.name: parameter.default for parameter in self.parameters}
 
     def suggest(self, trial: optuna.trial.Trial) -> dict[str, Value]:
-        return {one.name: one.suggest(trial) for one in self.parameters}
+        return {parameter.name: parameter.suggest(trial) for parameter in self.parameters}
 
     def objection(self, params: Mapping[str, Any]) -> str | None:
-        """Why `params` are no point of this space, all reasons in one sentence; None where they are."""
+        """Why `params` are not a point of this space, all reasons in one sentence; None where they are."""
         wrong = [f"{name} is unknown{nearest(name, self.defaults)}" for name in params if name not in self.defaults]
-        for one in self.parameters:
-            reason = one.objection(params[one.name]) if one.name in params else "is missing"
+        for parameter in self.parameters:
+            reason = parameter.objection(params[parameter.name]) if parameter.name in params else "is missing"
             if reason is not None:
-                wrong.append(f"{one.name} {reason}")
+                wrong.append(f"{parameter.name} {reason}")
         return "; ".join(wrong) or None
 
     def resolve(self, params: Mapping[str, Value], fixed: Mapping[str, Any]) -> dict[str, Any]:
-        """All options of one trial: the space's, then `fixed`, then what follows from `params`.
+        """All options of one trial: the space's, overridden by `fixed`, overridden by what follows from `params`.
 
-        Raises UserError where a factor refers to an option that neither is searched nor fixed.
+        Raises UserError where a factor refers to an option that is neither searched nor fixed.
         """
         base = {**self.options, **fixed}
-        for one in self.parameters:
-            base |= one.extra.get(_written(params[one.name]), {})
+        for parameter in self.parameters:
+            base |= parameter.extra.get(written(params[parameter.name]), {})
         found: dict[str, Any] = {}
-        for one in self.parameters:
-            if one.option:
-                found[one.option] = self._value(one, params, base)
-                found |= {name: found[one.option] for name in one.also if base.get(name) is not None}
+        for parameter in self.parameters:
+            if parameter.option:
+                found[parameter.option] = self._value(parameter, params, base)
+                found |= {name: found[parameter.option] for name in parameter.also if base.get(name) is not None}
         return base | found
 
     def searched(self, params: Mapping[str, Value], fixed: Mapping[str, Any]) -> dict[str, Any]:
         """The options that differ from trial to trial, under the script's names."""
         options = self.resolve(params, fixed)
-        names = [one.option for one in self.parameters if one.option]
+        names = [parameter.option for parameter in self.parameters if parameter.option]
         return {name: options[name] for name in names}
 
     def suggested(self, options: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Value]:
-        """The params that `options`, under the script's names or the parameters' own, stand for; absent ones are defaults.
+        """The params that lead to `options`, given under the script's names or the parameters'; the rest are defaults.
 
         Raises UserError: names that belong to no parameter, values outside the space.
         """
-        known = {one.option for one in self.parameters} | self.defaults.keys()
+        known = {parameter.option for parameter in self.parameters} | self.defaults.keys()
         unknown = [f"{name}{nearest(name, known)}" for name in options if name not in known]
         if unknown:
             raise UserError(f"Not in the search space: {'; '.join(unknown)}. It searches {', '.join(self.defaults)}.")
-        for one in self.parameters:
-            if one.option != one.name and one.option in options and one.name in options:
-                raise UserError(f"{one.name} and {one.option} say the same thing twice. Keep one of them.")
+        for parameter in self.parameters:
+            if parameter.option != parameter.name and parameter.option in options and parameter.name in options:
+                raise UserError(f"{parameter.name} and {parameter.option} set the same value. Keep one of them.")
         params = dict(self.defaults)
-        # A factor is needed before what it is multiplied into.
-        for one in sorted(self.parameters, key=lambda one: len(one.times)):
-            if one.name in options and (one.name != one.option or not one.times):
-                params[one.name] = options[one.name]
-            elif one.option and options.get(one.option) is not None:
-                self._undo(one, _single(one.option, options[one.option]), params, {**self.options, **fixed})
+        # Factors first: the others are divided by them.
+        for parameter in sorted(self.parameters, key=lambda parameter: len(parameter.times)):
+            if parameter.name in options and (parameter.name != parameter.option or not parameter.times):
+                params[parameter.name] = options[parameter.name]
+            elif parameter.option and options.get(parameter.option) is not None:
+                self._undo(
+                    parameter, _single(parameter.option, options[parameter.option]), params, {**self.options, **fixed}
+                )
         if reason := self.objection(params):
             raise UserError(f"These parameters are outside the search space: {reason}.")
         return params
 
     def as_dict(self) -> dict[str, Any]:
-        return {one.name: one.as_dict() for one in self.parameters}
+        return {parameter.name: parameter.as_dict() for parameter in self.parameters}
 
     @property
     def overruled(self) -> frozenset[str]:
-        """Options whose fixed value has no part in any trial: what is searched outright, and what gets the same value."""
-        plain = [one for one in self.parameters if one.option and one.option not in one.times]
-        return frozenset(name for one in plain for name in (one.option, *one.also))
+        """Options whose fixed value no trial uses: those that are searched themselves, and those that get the same value."""
+        plain = [parameter for parameter in self.parameters if parameter.option not in ("", *parameter.times)]
+        return frozenset(name for parameter in plain for name in (parameter.option, *parameter.also))
 
     @property
     def searches_rate(self) -> bool:
-        """Whether it finds learning rates by itself; if not, it goes on from one that is given to it."""
+        """Whether it searches the learning rate itself; if not, it multiplies one that is given to it."""
         return "learning_rate" in self.overruled
 
     @property
     def hash(self) -> str:
-        """Stable name of the space: 16 hex digits. Order and fixed options have no part in it."""
+        """Stable name of the space: 16 hex digits, independent of the order of parameters and of fixed options."""
         text = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def borders(self, params: Mapping[str, Value]) -> list[str]:
         """Which of `params` lie at an end of their range, in words."""
-        found = [one.border(params[one.name]) for one in self.parameters if one.name in params]
+        found = (parameter.border(params[parameter.name]) for parameter in self.parameters if parameter.name in params)
         return [words for words in found if words is not None]
 
-    def _value(self, one: Parameter, params: Mapping[str, Value], base: Mapping[str, Any]) -> Any:
-        value: Any = params[one.name]
-        for name in one.times:
-            value = value * self._factor(one, name, params, base)
-        # 3e-4 x 0.666667 is 0.0002000001; nobody means that.
-        return float(f"{value:.6g}") if one.times else value
+    def _value(self, parameter: Parameter, params: Mapping[str, Value], base: Mapping[str, Any]) -> Any:
+        value: Any = params[parameter.name]
+        for name in parameter.times:
+            value = value * self._factor(parameter, name, params, base)
+        # 3e-4 x 0.666667 is 0.0002000001, where 0.0002 is meant.
+        return float(f"{value:.6g}") if parameter.times else value
 
-    def _factor(self, one: Parameter, name: str, params: Mapping[str, Value], base: Mapping[str, Any]) -> Any:
+    def _factor(self, parameter: Parameter, name: str, params: Mapping[str, Value], base: Mapping[str, Any]) -> Any:
         if name in params and not self._parameter(name).option:
             return params[name]
-        other = next((other for other in self.parameters if other.option == name and other is not one), None)
+        other = next((other for other in self.parameters if other.option == name and other is not parameter), None)
         if other is not None:
             return self._value(other, params, base)
         if base.get(name) is None:
             raise UserError(
-                f"The search space multiplies {one.name} with {name}, which is not fixed. Give the study a {name}, or "
-                "--init-params with a study on SD1.5 for one on SDXL."
+                f"The search space multiplies {parameter.name} by {name}, which is not fixed. Set {name} in the configuration, or "
+                "give a study on SDXL the result of one on SD1.5 with --init-params."
             )
         return _number(name, base[name])
 
-    def _undo(self, one: Parameter, value: Any, params: dict[str, Value], base: Mapping[str, Any]) -> None:
-        """Put into `params` what makes `value` of the option."""
-        if not one.times:
-            params[one.name] = value
+    def _undo(self, parameter: Parameter, value: Any, params: dict[str, Value], base: Mapping[str, Any]) -> None:
+        """Put into `params` the value that leads to `value` of the option."""
+        if not parameter.times:
+            params[parameter.name] = value
             return
-        value = _number(one.option, value)
-        switch = next((name for name in one.times if isinstance(params.get(name), bool)), None)
+        value = _number(parameter.option, value)
+        switch = next((name for name in parameter.times if isinstance(params.get(name), bool)), None)
         if value == 0 and switch is not None:
             params[switch] = False
             return
-        for name in one.times:
-            factor = _number(name, self._factor(one, name, params, base))
+        for name in parameter.times:
+            factor = _number(name, self._factor(parameter, name, params, base))
             if factor == 0:
-                raise UserError(f"{one.option} cannot be a multiple of {name}, which is {factor!r}.")
+                raise UserError(f"{parameter.option} cannot be a multiple of {name}, which is {factor!r}.")
             value = value / factor
         ratio = float(f"{value:.6g}")
-        # A ratio of rounded rates may miss the end of its range by a rounding error.
-        for end in (one.low, one.high):
+        # The ratio of rounded rates may miss an end of the range by a rounding error.
+        for end in (parameter.low, parameter.high):
             if end is not None and math.isclose(ratio, end, rel_tol=1e-5):
                 ratio = float(end)
-        params[one.name] = ratio
+        params[parameter.name] = ratio
 
     def _parameter(self, name: str) -> Parameter:
-        return next(one for one in self.parameters if one.name == name)
+        return next(parameter for parameter in self.parameters if parameter.name == name)
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What has changed from one mapping of mappings or values (`Space.as_dict`, flat options) to another, in words."""
+    """What changed from one mapping of values or of mappings (flat options, `Space.as_dict`) to another, in words."""
     words = [f"{name} is gone" for name in old if name not in new]
     words += [f"{name} is new" for name in new if name not in old]
     for name in old:
@@ -288,23 +277,23 @@ def _is_step(distance: float, step: float) -> bool:
 
 
 def _number(name: str, value: Any) -> Any:
-    """`value`, if it can be multiplied with. True and False are 1 and 0."""
+    """`value`, checked to be a number. True and False count as 1 and 0."""
     if not isinstance(value, int | float):
         raise UserError(f"{name} is {value!r}; it must be a number.")
     return value
 
 
 def _single(option: str, value: Any) -> Any:
-    """One value for all text encoders, as the space has it."""
+    """The value of a list with one value for each text encoder; the space has one for all."""
     if not isinstance(value, list | tuple):
         return value
     if len(set(value)) != 1:
-        raise UserError(f"{option} has {len(value)} different values, and the search space has one.")
+        raise UserError(f"{option} has {len(value)} different values, but the search space has one for all.")
     return value[0]
 
 
-def _written(value: Value) -> str:
-    """As TOML writes it."""
+def written(value: Value) -> str:
+    """A choice as the key of a TOML table."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

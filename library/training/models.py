@@ -53,7 +53,7 @@ def load_frozen_text(options: RunOptions, base: BaseLocation, family: Family, de
 
 
 class FrozenModels:
-    """Where a run gets its frozen models from: loaded for it. Who trains again and again keeps them (`library.search.warm`)."""
+    """Where a run gets its frozen models: loaded for it. The trainer of a study keeps them (`library.search.trainer`)."""
 
     def unet(self, options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> nn.Module:
         return load_frozen_unet(options, base, family, device)

@@ -9,16 +9,8 @@ from typing import Any
 
 from library.data.dataset_schema import Dataset, Subset
 from library.options.network import TrainNetworkOptions
-from library.search.best_params import (
-    BaseModel,
-    BestParams,
-    Candidate,
-    Confirmed,
-    ObjectiveFacts,
-    Params,
-    RateReference,
-)
-from library.search.recipe import Found, Pictures
+from library.search.best_params import BaseModel, BestParams, Confirmed, ObjectiveFacts, Params, RateReference, TopTrial
+from library.search.to_sdxl.trainings import PictureFacts, Sd15Training
 
 # The guide's: the values of dataset_configs/character.toml, as a study on SD1.5 would have found them.
 GUIDE: dict[str, Any] = {
@@ -64,7 +56,7 @@ def best_params(
         lr_reference=RateReference(alpha, dim, 16, steps),
         search_space="0123456789abcdef",
         confirmed=Confirmed(-0.038, 0.004, (43, 44)),
-        top5=(Candidate(25, -0.04, params, Confirmed(-0.038, 0.004, (43, 44))), Candidate(7, -0.03, params)),
+        top5=(TopTrial(25, -0.04, params, Confirmed(-0.038, 0.004, (43, 44))), TopTrial(7, -0.03, params)),
         versions={"optuna": "5.0.0"},
     )
     return replace(best, **changes)
@@ -77,7 +69,7 @@ def found_training(
     side: int = 1200,
     steps: int = 1200,
     **given: Any,
-) -> Found:
+) -> Sd15Training:
     """The guide's training with changes to its options, as the rules see it. No picture has to be there."""
     values = GUIDE | given
     groups = {}
@@ -88,6 +80,6 @@ def found_training(
             own["text_encoder_lr"] = (rates,)
         groups[group.name] = kind(**own)
     options = TrainNetworkOptions(**groups)
-    pictures = tuple(Pictures(count, float(side * side)) for _ in datasets)
+    pictures = tuple(PictureFacts(count, float(side * side)) for _ in datasets)
     reference = RateReference(options.network.alpha, options.network.rank, 16, steps)
-    return Found(options, datasets, pictures, reference, 0.1)
+    return Sd15Training(options, datasets, pictures, reference, 0.1)

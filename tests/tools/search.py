@@ -9,18 +9,23 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from library.search.driver import Driver, StudyPlan, Trainer
-from library.search.jobs import SLOTS, Begun, Job, Outcome, Slot
-from library.search.ledger import Ledger
-from library.search.outcomes import read_outcome, write_outcome
+from library.search.best_params import BaseModel
+from library.search.messages import SLOTS, Begun, Job, Outcome, Slot, read_outcome, write_outcome
+from library.search.results.best_trial import Facts
+from library.search.results.status import StudyView
+from library.search.run.driver import Driver, StudyPlan, Trainer
 from library.search.space import Parameter, Space
-from library.search.storage import open_storage
-from library.search.study import Terms, open_study
+from library.search.study.ledger import Ledger, Running
+from library.search.study.storage import open_storage
+from library.search.study.study import open_study
+from library.search.terms import Terms
 
 if TYPE_CHECKING:
     import pytest
@@ -33,7 +38,14 @@ SPACE = Space(
         Parameter("network_dim", 16, choices=(8, 16, 32), option="network_dim"),
     ),
 )
+DISTRIBUTIONS = {
+    "learning_rate": FloatDistribution(1e-5, 1e-2, log=True),
+    "text_encoder_ratio": FloatDistribution(0.1, 1.0),
+    "network_dim": CategoricalDistribution((8, 16, 32)),
+}
+"""What Optuna makes of SPACE."""
 TERMS = Terms("train_network", "loss", SPACE, {"train_batch_size": 4}, seed=7)
+FACTS = Facts(BaseModel("sd15", "tiny-sd15"))
 
 
 def value_at(options: dict[str, Any], seed: int, slot: int = SLOTS, sigma: float = 0.01) -> float:
@@ -111,19 +123,47 @@ def ledger(folder: Path, n_trials: int = 12, storage: str | None = None, **chang
     return Ledger(study, SPACE, n_trials, folder=lambda n: folder / "out" / f"trial_{n:04d}", **settings | changes)
 
 
+def next_trial(mine: Ledger) -> Running:
+    running = mine.ask()
+    assert running is not None
+    return running
+
+
+def view(folder: Path, name: str = "test") -> StudyView:
+    """The study that `plan` names, as `optimize.py status` sees it."""
+    return StudyView(name, f"journal:{folder / 'study.log'}")
+
+
 def said(folder: Path) -> str:
     return (folder / "out" / "optimization.log").read_text()
 
 
 def dead_lease(**changes: Any) -> dict[str, Any]:
     """Of a process of this machine that is no more."""
-    from library.search.leases import this_process
+    from library.search.study.leases import this_process
 
     return {**this_process().lease(0), "pid": 2**22 + 1, **changes}
 
 
 def params_key(params: dict[str, Any]) -> str:
     return json.dumps(params, sort_keys=True)
+
+
+def trial(number: int, value: float | None, state: str = "COMPLETE", rate: float = 1e-4, **attrs: Any) -> FrozenTrial:
+    """Trial `number`, from 1, which took a minute. params: others than learning_rate `rate`, a little more for each number."""
+    params = {**SPACE.defaults, "learning_rate": rate * (1 + number / 1000), **attrs.pop("params", {})}
+    found = create_trial(
+        state=TrialState[state],
+        value=value,
+        params=params,
+        distributions=DISTRIBUTIONS,
+        user_attrs=attrs,
+    )
+    found.number = number - 1
+    found.datetime_start = datetime(2026, 1, 1) + timedelta(minutes=number)
+    if found.state.is_finished():
+        found.datetime_complete = found.datetime_start + timedelta(minutes=1)
+    return found
 
 
 def in_a_process(work: Callable[[], None]) -> int:
@@ -138,6 +178,31 @@ def in_a_process(work: Callable[[], None]) -> int:
         finally:
             os._exit(status)
     return process
+
+
+def parent(
+    folder: Path, n_trials: int, seconds: float = 0.05, ending: Callable[[Job], str] | None = None, **changes: Any
+) -> int:
+    """A process that works on the study and prunes nothing; its id."""
+    made = plan(folder, n_trials, **{"prunes": False, **changes})
+    trainer = {"seconds": seconds} | ({} if ending is None else {"ending": ending})
+    return in_a_process(lambda: run(made, lambda: FakeTrainer(**trainer)) and None)  # type: ignore[arg-type]
+
+
+def statuses(parents: list[int]) -> list[int]:
+    """How processes ended, once they have."""
+    return [os.waitpid(process, 0)[1] for process in parents]
+
+
+def eight_parents_share_a_study(folder: Path, storage: str, n_trials: int = 12) -> None:
+    """Check that eight processes at once lose and double no trial."""
+    assert statuses([parent(folder, n_trials, storage=storage) for _ in range(8)]) == [0] * 8
+    trials = settled(folder, n_trials, storage)
+    # Not what a late parent enqueued a second time, see `settled`.
+    counted = [one for one in trials if one.state.is_finished() and "withdrawn" not in one.user_attrs]
+    assert len(counted) == n_trials
+    assert [one.user_attrs.get("baseline") for one in counted].count(0) == 1
+    assert len({one.user_attrs["lease"]["pid"] for one in trials}) > 1
 
 
 def settled(folder: Path, n_trials: int, storage: str) -> list[FrozenTrial]:

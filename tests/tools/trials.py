@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import Stopped
-from library.search.jobs import Job, ObjectiveName, Outcome, Script, Slot
-from library.search.study_data import network_data
+from library.options.search import ObjectiveName, Script
+from library.search.messages import Job, Outcome, Slot
+from library.search.run.study_data import network_data
 
 if TYPE_CHECKING:
-    from library.search.warm import Warm
+    from library.search.trainer.kept_models import KeptModels
     from tests.tools.network_runs import NetworkSetting
     from tests.tools.runs import RepaSetting
 
@@ -79,10 +80,10 @@ def job(
 
 
 def train_here(
-    job: Job, warm: Warm, listener: Listener | None = None, *, after: Callable[[], None] = lambda: None
+    job: Job, warm: KeptModels, listener: Listener | None = None, *, after: Callable[[], None] = lambda: None
 ) -> Outcome:
     """The trial, in this process."""
-    from library.search.trainer import work
+    from library.search.trainer.child import work
 
     outcome = work(job, warm, listener or Listener())  # type: ignore[arg-type]
     after()

@@ -1,0 +1,11 @@
+"""Counts in messages, with the noun in the right number."""
+
+from __future__ import annotations
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """The count and its noun: "1 picture", "3 pictures", "1,562 steps".
+
+    many: the plural, where it is not `one` with an s. Both may go on with a verb: `plural(n, "trial is", "trials are")`.
+    """
+    return f"{count:,} {one if count == 1 else f'{one}s' if many is None else many}"
