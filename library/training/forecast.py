@@ -70,7 +70,7 @@ def print_plan(options: RunOptions) -> None:
     if data is not None:
         if data.classes is None:
             print_data(data)
-        order = make_order(data, options, 0, int(os.environ.get("WORLD_SIZE", "1")))
+        order = make_order(data, options, 0, _world_size())
         plan = make_plan(order, options.training, options.optimizer)
         print(f"base             {name}{f', {family.title}' if family else ''}")
         print(f"samples          {order.samples_per_epoch} an epoch, of {len(data.training)} pictures")
@@ -91,11 +91,15 @@ def print_plan(options: RunOptions) -> None:
         print(f"missing          {sentence}")
 
 
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _data(options: RunOptions, location: BaseLocation | None, missing: list[str]) -> TrainingData | None:
     """The pictures, or as many class pictures as are going to be there; None where they cannot be known yet."""
     classes = options.class_pictures
     if classes is None:
-        return None if location is None else collect_pictures(options, location)
+        return None if location is None else collect_pictures(options, location, _world_size())
     if classes.train_data == DEMO_DATA:
         return _planned(options, min(DEFAULT_TRAINING_IMAGES, classes.max_train_samples or DEFAULT_TRAINING_IMAGES))
     try:

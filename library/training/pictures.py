@@ -15,13 +15,13 @@ from library.options.run import RunOptions
 _FRESH_PIXELS = ("color_aug", "random_crop", "face_crop_aug_range")
 
 
-def collect_pictures(options: RunOptions, base: BaseLocation) -> TrainingData:
+def collect_pictures(options: RunOptions, base: BaseLocation, world_size: int = 1) -> TrainingData:
     """Every picture of the run, in its bucket. Raises UserError for all that is wrong with them."""
     if options.cache.cache_latents is False:
         raise UserError("--no_cache_latents is not offered: latents are always cached, on the disk. Leave it out.")
     data = class_data(options) if options.class_pictures is not None else _captioned(options, base)
     _check_effects(options, data)
-    if options.alignment.alignment:
+    if options.alignment.alignment and world_size == 1:  # several processes compare their pictures with each other's
         _check_pairs(options, data)
     return data
 

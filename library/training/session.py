@@ -78,7 +78,7 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
 def _collect(options: RunOptions, base: BaseLocation, processes: Processes) -> TrainingData:
     """The pictures, in buckets, with a table of them and of what was left out."""
     with processes.main_first():
-        data = collect_pictures(options, base)
+        data = collect_pictures(options, base, processes.world_size)
     if processes.is_main:
         print_data(data)
     return data

@@ -21,7 +21,7 @@ from tools.alignment_study.svg import Panel, Series, chart
 BLUE, ORANGE, GREEN, PINK, _, _, GREY = COLOURS
 ARM_COLOURS = (BLUE, ORANGE, GREEN, PINK)
 SHOWN = ("right", "likeness", "likeness_clip", "drift", "right_old", "loss", "linear_probe", "token_cosine_centred")
-GAPS = {"val/diffusion": "all timesteps", "val/diffusion_q1": "quarter 1", "val/diffusion_q4": "quarter 4"}
+GAPS = {"val/loss": "all timesteps", "val/loss_q1": "quarter 1", "val/loss_q4": "quarter 4"}
 BY_TIMESTEP = {
     "linear_probe": "Linear probe",
     "knn_accuracy": "kNN accuracy",
@@ -87,7 +87,7 @@ def curves(kept: Mapping[Run, Mapping[str, Any]]) -> str:
     ticks = [(0.0, "0"), (steps[-1] / 2, f"{steps[-1] // 2}"), (float(steps[-1]), f"{steps[-1]} steps")]
     means = []
     for place, (arm, some) in enumerate(runs.items()):
-        points = [(step, fmean(rows[step]["val/diffusion"] for rows in some.values())) for step in steps]
+        points = [(step, fmean(rows[step]["val/loss"] for rows in some.values())) for step in steps]
         means.append(Series(_arm_title(arm), ARM_COLOURS[place % len(ARM_COLOURS)], points))
     panels = [Panel("Loss, mean of the seeds", ticks, means)]
     for key, title in GAPS.items():

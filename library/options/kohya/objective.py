@@ -119,12 +119,12 @@ class NetworkObjectiveOptions:
             f"must be at most 1 with huber_schedule exponential, got {self.huber_c}.",
         )
         require(
-            self.v_parameterization or not self.scale_v_pred_loss_like_noise_pred,
+            self.v_parameterization or self.objective == "v" or not self.scale_v_pred_loss_like_noise_pred,
             "scale_v_pred_loss_like_noise_pred",
-            "is for velocity models. Give --v_parameterization too, if the base is one.",
+            "is for losses on velocities. Give --v_parameterization too, if the base predicts them, or --objective v.",
         )
         require(
-            not (self.v_parameterization and self.v_pred_like_loss),
+            not (self.v_parameterization and self.objective == "auto" and self.v_pred_like_loss),
             "v_pred_like_loss",
             "is for noise models, and v_parameterization says that the base predicts velocities.",
         )
