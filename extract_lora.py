@@ -71,9 +71,12 @@ def main(argv: list[str]) -> int:
 
 def build(options: ExtractLoraOptions) -> tuple[Checkpoint, Checkpoint]:
     """Both models, looked into but not read."""
+    from library.models.locate import check_base, locate_base
+
+    for name in (options.model_org, options.model_tuned):
+        check_base(name)
     from library.merging.write import Output, check_output
     from library.models.checkpoint import open_checkpoint
-    from library.models.locate import locate_base
 
     locations = [locate_base(name) for name in (options.model_org, options.model_tuned)]
     for location in locations:

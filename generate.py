@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from library.errors import EXIT_OK, script
 from library.inference.pictures import strength_of
 from library.inference.shots import Shot, ShotList, shot_list
+from library.models.locate import check_base
 from library.options.generate import GenerateOptions
 from library.options.parser import parse
 
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         print_missing(options, wanted)
         return EXIT_OK
+    for base in dict.fromkeys(shot.base for shot in wanted.shots):
+        check_base(base)
     run(options, wanted)
     return EXIT_OK
 

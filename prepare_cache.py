@@ -14,6 +14,7 @@ from library.errors import EXIT_OK, script
 from library.launch import start_cpu_processes
 from library.options.parser import parse
 from library.options.repa import REPA, PrepareCacheOptions
+from library.training.start import check_inputs
 
 
 @script
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
         default_config="demo.toml",
         dialect=REPA,
     )
+    check_inputs(options)
     start_cpu_processes(__file__, argv)
     return run(options)
 
