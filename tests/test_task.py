@@ -14,8 +14,8 @@ from library.models.float8 import Float8Conv2d, Float8Linear
 from library.models.load import load_unet
 from library.models.locate import locate_base
 from library.processes import Processes
-from library.training.facts import base_weights_facts
 from library.training.models import (
+    base_weights_facts,
     build_network,
     float8_components,
     load_frozen_text,

@@ -20,8 +20,7 @@ from library.models.locate import BaseLocation, locate_base, locate_dino
 from library.options.data import ClassCacheOptions
 from library.options.run import RunOptions
 from library.processes import Processes
-from library.training.facts import base_weights_facts
-from library.training.models import FrozenModels, load_frozen_text
+from library.training.models import FrozenModels, base_weights_facts, load_frozen_text
 from networks.original_names import Family
 
 

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from library.data.collect import TrainingData
 from library.data.dataset_schema import Dataset, Subset
 from library.diffusion.objective import Objective
-from library.files import file_hash
-from library.merging.source import read_source
-from library.models.fingerprint import weight_fingerprint
-from library.models.locate import BaseLocation
 from library.options.run import RunOptions
+from library.training.caches import Prepared
+from library.training.models import base_weights_facts
 from networks.original_names import UNET
 from networks.spec import NetworkSpec
-
-if TYPE_CHECKING:
-    from library.training.caches import Prepared
 
 # Where pictures and captions lie and how these are reported: it may change without another picture being shown.
 _NOT_SHOWN = frozenset(
@@ -46,17 +39,6 @@ def state_facts(options: RunOptions, prepared: Prepared, spec: NetworkSpec, obje
         "caches": stores.latents.producers() | tokens,
         "teacher_width": 0 if stores.tokens is None else stores.tokens.width,
     }
-
-
-def base_weights_facts(
-    options: RunOptions, base: BaseLocation, components: Sequence[str], memory: Path
-) -> dict[str, Any]:
-    """Hashes of the frozen weights: those of the base, and of the adapters folded into it with their strengths."""
-    facts: dict[str, Any] = {component: weight_fingerprint(base, component, memory) for component in components}
-    folded = options.network.base_weights_with_multipliers
-    if folded:
-        facts["folded_in"] = [[file_hash(read_source(path).file), multiplier] for path, multiplier in folded]
-    return facts
 
 
 def samples_digest(data: TrainingData) -> str:

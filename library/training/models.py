@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from library.errors import UserError
-from library.files import read_json
+from library.files import file_hash, read_json
 from library.merging.merge import fold_into_modules
 from library.merging.source import read_source
 from library.models.configs import configs_of
+from library.models.fingerprint import weight_fingerprint
 from library.models.float8 import keep_in_float8
 from library.models.load import TextPart, load_text_encoders, load_unet, unet_config
 from library.models.locate import BaseLocation
@@ -222,3 +223,14 @@ def scaling_factor(base: BaseLocation, family: Family) -> float:
     if base.is_file:
         return float(configs_of(family).vae["scaling_factor"])
     return float(read_json(base.path / "vae" / "config.json").get("scaling_factor", 0.18215))
+
+
+def base_weights_facts(
+    options: RunOptions, base: BaseLocation, components: Sequence[str], memory: Path
+) -> dict[str, Any]:
+    """Hashes of the frozen weights: those of the base, and of the adapters folded into it with their strengths."""
+    facts: dict[str, Any] = {component: weight_fingerprint(base, component, memory) for component in components}
+    folded = options.network.base_weights_with_multipliers
+    if folded:
+        facts["folded_in"] = [[file_hash(read_source(path).file), multiplier] for path, multiplier in folded]
+    return facts

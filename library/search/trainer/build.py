@@ -28,7 +28,7 @@ from library.search.trainer.judge_by_loss import MOST_PICTURES, HeldOut, Judge, 
 from library.search.trainer.kept_models import KeptModels, file_facts, one_at_a_time
 from library.search.trainer.trial import Training
 from library.training.caches import Prepared, prepare_caches
-from library.training.facts import base_weights_facts
+from library.training.models import base_weights_facts
 from library.training.pictures import collect_pictures, print_data
 from library.training.plan import make_order, make_plan
 from library.training.run import build_run

@@ -40,7 +40,7 @@ from library.search.trainer.judge_by_loss import MOST_PICTURES, Measured, by_has
 from library.search.trainer.kept_models import KeptModels
 from library.search.trial_files import slot_folder
 from library.training.caches import Prepared
-from library.training.facts import base_weights_facts
+from library.training.models import base_weights_facts
 from library.training.task import LoraTask
 from library.training.text import EncodedText
 from networks.original_names import UNET

@@ -22,8 +22,7 @@ from torch import nn
 from library.models.load import TextPart
 from library.models.locate import BaseLocation
 from library.options.run import RunOptions
-from library.training.facts import base_weights_facts
-from library.training.models import FrozenModels, float8_components
+from library.training.models import FrozenModels, base_weights_facts, float8_components
 from networks.original_names import UNET, Family
 
 Value = TypeVar("Value")
