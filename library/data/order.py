@@ -1,4 +1,4 @@
-"""Which pictures make which batch when pictures have different shapes: a whole run as pure arithmetic.
+"""The batches of a run, and their order, as pure arithmetic.
 
 A group holds pictures that may stand in one batch: those of one bucket of one dataset. In every epoch each group's
 pictures come in an order drawn from (seed, epoch), cut into batches whose last may be short, and the batches of all

@@ -63,13 +63,13 @@ def prepare_caches(
         return prepare_classes(options, processes, base, family, data)
     pictures = [
         BucketedPicture(
-            one.image.sample_id,
-            one.image.path,
-            one.fitted,
-            one.image.subset.resize_interpolation or one.dataset.resize_interpolation,
-            one.image.subset.flip_aug,
+            picture.image.sample_id,
+            picture.image.path,
+            picture.fitted,
+            picture.image.subset.resize_interpolation or picture.dataset.resize_interpolation,
+            picture.image.subset.flip_aug,
         )
-        for one in data.every
+        for picture in data.every
     ]
     vae = None if options.model.vae is None else locate_base(options.model.vae, ("vae",))
     latents = prepare_latents(
@@ -89,7 +89,7 @@ def prepare_caches(
     data = _without(data, latents.dropped)
     tokens = None
     if options.alignment.alignment:
-        readable = [one for one in pictures if one.sample_id not in latents.dropped]
+        readable = [picture for picture in pictures if picture.sample_id not in latents.dropped]
         tokens = _tokens(options, processes, readable)
         data = _without(data, tokens.dropped)
     prompts = _prompts(options, processes, base, family, data) if options.cache.caches_text else None
@@ -138,8 +138,8 @@ def prepared_classes(caches: Caches, base: BaseLocation, family: Family, data: T
     paths = {picture.image.sample_id: str(picture.image.path) for picture in data.every} if dropped else {}
     data = replace(
         data,
-        training=[one for one in data.training if one.image.sample_id not in caches.train.dropped],
-        validation=[one for one in data.validation if one.image.sample_id not in held_out.dropped],
+        training=[picture for picture in data.training if picture.image.sample_id not in caches.train.dropped],
+        validation=[picture for picture in data.validation if picture.image.sample_id not in held_out.dropped],
         dropped=data.dropped | {paths[name]: reason for name, reason in dropped.items()},
     )
     caches.text.rows_of([picture.class_id for picture in data.every if picture.class_id is not None], caches.text_path)
@@ -150,11 +150,11 @@ def _without(data: TrainingData, dropped: Mapping[str, str]) -> TrainingData:
     """The data without the pictures of these sample ids, for the reasons beside them."""
     if not dropped:
         return data
-    paths = {one.image.sample_id: str(one.image.path) for one in data.every}
+    paths = {picture.image.sample_id: str(picture.image.path) for picture in data.every}
     data = replace(
         data,
-        training=[one for one in data.training if one.image.sample_id not in dropped],
-        validation=[one for one in data.validation if one.image.sample_id not in dropped],
+        training=[picture for picture in data.training if picture.image.sample_id not in dropped],
+        validation=[picture for picture in data.validation if picture.image.sample_id not in dropped],
         dropped=data.dropped | {paths[name]: reason for name, reason in dropped.items()},
     )
     if not data.training:
@@ -183,13 +183,13 @@ def _prompts(
     options: RunOptions, processes: Processes, base: BaseLocation, family: Family, data: TrainingData
 ) -> PromptCache:
     captions: set[str] = set()
-    for one in data.every:
-        found = cacheable_captions(one.image.caption, one.image.subset)
+    for picture in data.every:
+        found = cacheable_captions(picture.image.caption, picture.image.subset)
         if found is None:
-            varying = ", ".join(variations(one.image.subset, one.image.caption))
+            varying = ", ".join(variations(picture.image.subset, picture.image.caption))
             raise UserError(
                 f"cache_text_encoder_outputs encodes each caption once, and {varying} changes captions each time "
-                f"({one.image.subset.place}). Leave one of them out."
+                f"({picture.image.subset.place}). Leave one of them out."
             )
         captions.update(found)
     facts: dict[str, Any] = {

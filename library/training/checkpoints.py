@@ -1,4 +1,4 @@
-"""Which states a run keeps, and from which it goes on."""
+"""The adapters and states that a run saves, and the state that it resumes from."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Checkpoints:
     def save(self, step: int, *, finished: bool = False, asked: bool = False) -> None:
         """Save what is due once, by the main process: every process holds the same state.
 
-        finished: the run ends with this step. asked: somebody wants a state, whether or not one is due.
+        finished: the run ends with this step. asked: the user asked for a state, whether or not one is due.
         """
         if self.processes.is_main:
             for name in self.saving.adapters(step, finished, self.plan):

@@ -1,4 +1,4 @@
-"""What a state says of the run it belongs to: a run that goes on from it has to share these."""
+"""What a state records of its run; a run that resumes from it must have the same."""
 
 from __future__ import annotations
 

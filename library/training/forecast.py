@@ -96,7 +96,7 @@ def _world_size() -> int:
 
 
 def _data(options: RunOptions, location: BaseLocation | None, missing: list[str]) -> TrainingData | None:
-    """The pictures, or as many class pictures as are going to be there; None where they cannot be known yet."""
+    """The pictures, or a planned number of class pictures; None where the base that decides their buckets is absent."""
     classes = options.class_pictures
     if classes is None:
         return None if location is None else collect_pictures(options, location, _world_size())

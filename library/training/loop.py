@@ -143,7 +143,7 @@ def train(run: Run, first_step: int) -> dict[str, float]:
 def _accumulate(
     run: Run, batches: Batches, randomness: StepRandomness, step: int
 ) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-    """Leave the gradients of one optimizer step; mean loss parts over its micro-batches, and their sample indices."""
+    """Accumulate the gradients of one optimizer step; return mean loss parts over its micro-batches, and their sample indices."""
     totals: dict[str, torch.Tensor] = {}
     indices = []
     count = run.plan.accumulation if run.micro_batches is None else run.micro_batches(step)

@@ -186,8 +186,8 @@ class AdapterMetadata:
             self._dataset(dataset, table.info()) for dataset, table in zip(datasets, self.data.tables, strict=True)
         ]
         found: dict[str, Any] = {
-            "ss_num_train_images": sum(one.repeats for one in training if not one.image.subset.is_reg),
-            "ss_num_reg_images": sum(one.repeats for one in training if one.image.subset.is_reg),
+            "ss_num_train_images": sum(picture.repeats for picture in training if not picture.image.subset.is_reg),
+            "ss_num_reg_images": sum(picture.repeats for picture in training if picture.image.subset.is_reg),
             "ss_num_validation_images": len(self.data.validation),
             "ss_num_batches_per_epoch": -(-batches // self.plan.world_size),
             "ss_datasets": json.dumps(described),
@@ -224,12 +224,12 @@ class AdapterMetadata:
         return found
 
     def _dataset(self, dataset: Dataset, buckets: Mapping[str, Any]) -> dict[str, Any]:
-        images = [one for one in self.data.training if one.dataset is dataset]
+        images = [picture for picture in self.data.training if picture.dataset is dataset]
         return {
             "is_dreambooth": all(subset.metadata_file is None for subset in dataset.subsets),
             "batch_size_per_device": dataset.batch_size,
-            "num_train_images": sum(one.repeats for one in images if not one.image.subset.is_reg),
-            "num_reg_images": sum(one.repeats for one in images if one.image.subset.is_reg),
+            "num_train_images": sum(picture.repeats for picture in images if not picture.image.subset.is_reg),
+            "num_reg_images": sum(picture.repeats for picture in images if picture.image.subset.is_reg),
             "resolution": list(dataset.resolution),
             "enable_bucket": dataset.enable_bucket,
             "min_bucket_reso": dataset.min_bucket_reso,
@@ -242,7 +242,7 @@ class AdapterMetadata:
 
     @staticmethod
     def _subset(subset: Subset, images: Sequence[TrainedImage]) -> dict[str, Any]:
-        own = [one for one in images if one.image.subset is subset]
+        own = [picture for picture in images if picture.image.subset is subset]
         names = (
             *("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens", "keep_tokens_separator"),
             *("secondary_separator", "enable_wildcard", "caption_prefix", "caption_suffix", "resize_interpolation"),
@@ -262,9 +262,9 @@ class AdapterMetadata:
     def _tags(images: Sequence[TrainedImage]) -> dict[str, dict[str, int]]:
         """Folder -> tag -> how many pictures have it. Tags are what commas separate, in lower case."""
         found: dict[str, Counter[str]] = {}
-        for one in images:
-            tags = (tag.strip().lower() for tag in one.image.caption.split(","))
-            found.setdefault(_folder_name(one.image.subset), Counter()).update(tag for tag in tags if tag)
+        for picture in images:
+            tags = (tag.strip().lower() for tag in picture.image.caption.split(","))
+            found.setdefault(_folder_name(picture.image.subset), Counter()).update(tag for tag in tags if tag)
         return {folder: dict(counts) for folder, counts in found.items()}
 
     def _folders(self, *, is_reg: bool) -> dict[str, dict[str, int]]:
@@ -277,7 +277,7 @@ class AdapterMetadata:
             number = 2
             while unique in found:
                 unique, number = f"{name} ({number})", number + 1
-            count = sum(one.image.subset is subset for one in self.data.training)
+            count = sum(picture.image.subset is subset for picture in self.data.training)
             found[unique] = {"n_repeats": subset.num_repeats, "img_count": count}
         return found
 

@@ -1,4 +1,4 @@
-"""The output folder of a run: owned by one process at a time, and headed by the resolved options."""
+"""The output folder of a run: locked by one process at a time, with the resolved options in it."""
 
 from __future__ import annotations
 

@@ -92,13 +92,13 @@ def batches_of_one(group: Group) -> int:
 
 def _check_effects(options: RunOptions, data: TrainingData) -> None:
     """What would have no effect on these pictures. Raises UserError."""
-    masked = any(one.has_mask for one in data.training)
+    masked = any(picture.has_mask for picture in data.training)
     for name in ("masked_loss", "masked_loss_renormalize"):
         if getattr(options.objective, name) and not masked:
             raise UserError(
                 f"{name} needs masks, and no data set has any. Give one conditioning_data_dir or alpha_mask."
             )
-    if options.objective.prior_loss_weight != 1 and not any(one.image.subset.is_reg for one in data.training):
+    if options.objective.prior_loss_weight != 1 and not any(picture.image.subset.is_reg for picture in data.training):
         raise UserError("prior_loss_weight has no effect: no subset is of regularisation pictures (is_reg).")
     if data.validation:
         return

@@ -1,4 +1,4 @@
-"""Before the long run: one batch, one validation batch and one save, timed, and the numbers to judge the rest by."""
+"""Before the long run: one batch, one validation batch and one save, timed, and reference values for the losses to come."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def preflight(run: Run, task: LoraTask, say: Callable[..., None]) -> dict[str, f
     if run.processes.is_main:
         seconds["save"] = _time(run, lambda: _try_save(run.checkpoints))
     say("preflight: " + ", ".join(f"{what} {taken:.2f} s" for what, taken in seconds.items()))
-    # Without heads there is little to compare with, and a large base would take minutes for many pictures.
+    # Without heads there are no token losses to compare, and 256 pictures would take minutes on a large base.
     chosen = _spread(task.training) if task.alignment is not None else [largest]
     facts = reference_values(task, chosen)
     say(

@@ -1,4 +1,4 @@
-"""Which adapter files and states a run leaves, when, under which names, and which of them it lets go.
+"""Which adapter files and states a run saves, when, under which names, and which of them it removes later.
 
 train_repa.py                       train_network.py, under kohya's names
 step_000500/         at step 500    NAME-000002.safetensors         after epoch 2    NAME-000002-state/
@@ -38,11 +38,11 @@ class Saving(Protocol):
         ...
 
     def states(self, step: int, finished: bool, asked: bool, plan: Plan) -> list[str]:
-        """Names of the state folders to write. asked: somebody wants a state, whether or not one is due."""
+        """Names of the state folders to write. asked: the user asked for a state, whether or not one is due."""
         ...
 
     def prune(self, step: int, finished: bool, newest: Path | None, plan: Plan) -> None:
-        """Remove what the options let go, and never the newest state."""
+        """Remove what the options do not keep, and never the newest state."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What is looked at before a run begins: base, optimizer and output, before hours of caching. No torch until it is called."""
+"""Checks before a run begins and before hours of caching: inputs, base, optimizer, output. torch is imported by check_start only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_inputs(options: RunOptions) -> None:
 
 
 def base_components(options: RunOptions) -> tuple[str, ...] | None:
-    """Parts of the base that a run needs; None is all. Of class pictures the encoders' outputs can come from elsewhere."""
+    """Components of the base that a run needs; None is all. With class pictures, caches from elsewhere replace the encoders."""
     return ("unet", "scheduler") if options.class_pictures is not None else None
 
 

@@ -76,7 +76,7 @@ class Trained:
 
     @contextmanager
     def judged(self) -> Iterator[None]:
-        """Within the context the parameters hold what is to be validated, sampled and kept: an average, where there is one."""
+        """Within the context the parameters hold the weights to validate, sample and save: the average, if the run has one."""
         with self.optimizer_average(), nullcontext() if self.average is None else self.average.swapped_in():
             yield
 

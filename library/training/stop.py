@@ -15,7 +15,7 @@ NOTHING, SAVE, STOP = 0, 1, 2
 
 
 class Requests:
-    """What has been asked for since last looked. Looking is cheap: the folder is read at most once a second."""
+    """The strongest request since the last call. The folder is read at most once a second."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

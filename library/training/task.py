@@ -97,7 +97,7 @@ class LoraTask:
     def each(self, batch: Batch, latents: Tensor, drawn: Draw, generator: torch.Generator | None = None) -> Tensor:
         """Loss of each picture, [B] float32, weighted by timestep and mask but not by picture.
 
-        generator: what prompts of classes are dropped by; None drops none.
+        generator: draws which class prompts are dropped; None drops none.
         """
         noisy = self.objective.parametrisation.add_noise(latents, drawn.added_noise, drawn.timesteps)
         self.network.set_multiplier(batch.multiplier)
@@ -119,7 +119,7 @@ class LoraTask:
         )
 
     def aligned(self, batch: Batch, generator: torch.Generator, *, with_gradient: bool) -> AlignmentLosses:
-        """Alignment losses of the pictures that `each` has just been through."""
+        """Alignment losses of the last batch that `each` ran."""
         assert self.alignment is not None and batch.token_grid is not None
         return self.alignment.losses(
             batch.target_tokens(),
@@ -130,14 +130,14 @@ class LoraTask:
         )
 
     def token_loss(self, batch: Batch) -> Tensor:
-        """Of the pictures that `each` has just been through, without the manifold loss: no process waits for another."""
+        """Token loss of the last batch that `each` ran, without the manifold loss, so that no process waits for another."""
         assert self.alignment is not None
         return self.alignment.token_loss(batch.target_tokens(), batch.token_grid)
 
     def token_weights(self, batch: Batch, grid: tuple[int, int]) -> Weights | None:
         """How much pictures and tokens count: as much as in the diffusion loss, whose mask is pooled to the tokens.
 
-        Pictures that are to stay what the base makes of them (diff_output_preservation) have nothing to align.
+        Pictures with diff_output_preservation keep the base's output and are not aligned.
         """
         if batch.weights is None or batch.real is None:
             return None
@@ -150,13 +150,13 @@ class LoraTask:
         return Weights(pictures, batch.real, tokens, batch.sharing, batch.turn_share)
 
     def condition(self, batch: Batch, generator: torch.Generator | None = None) -> Conditioning:
-        """What the U-Net is told of the captions, in the compute dtype."""
+        """The conditioning that the captions give the U-Net, in the compute dtype."""
         text = self.text.condition(batch, generator)
         pooled = None if text.pooled is None else text.pooled.to(self.compute_dtype)
         return Conditioning(text.states.to(self.compute_dtype), pooled)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Tensor) -> Tensor:
-        """The U-Net's output [B, C, h, w] in the compute dtype. sizes: [B, 6], of which only SDXL is told."""
+        """The U-Net's output [B, C, h, w] in the compute dtype. sizes: [B, 6], which only SDXL takes."""
         inputs = noisy.to(self.compute_dtype)
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)

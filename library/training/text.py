@@ -20,10 +20,10 @@ from library.models.conditioning import Conditioning, TextConditioner
 
 
 class Text(Captions, Protocol):
-    """Captions in batches, and what they say to the U-Net."""
+    """Captions in batches, and the conditioning they give the U-Net."""
 
     def condition(self, batch: Batch, generator: torch.Generator | None) -> Conditioning:
-        """What the U-Net is told of the captions. generator: what prompts are dropped by; None drops none."""
+        """The conditioning of a batch. generator: draws which prompts are dropped; None drops none."""
         ...
 
 
@@ -79,7 +79,7 @@ class CachedText:
 
 
 class PromptTable:
-    """The embeddings of all classes' prompts on the device; a batch has rows of it. dropout: share told the empty prompt."""
+    """The embeddings of all classes' prompts on the device; a batch holds row numbers. dropout: share of the samples that get the empty prompt."""
 
     def __init__(self, text: TextEmbeddings, dropout: float, *, device: torch.device, dtype: torch.dtype) -> None:
         self.rows: Mapping[int, int] = text.rows
