@@ -1,4 +1,4 @@
-"""Checks before a run begins and before hours of caching: inputs, base, optimizer, output. torch is imported by check_start only."""
+"""Checks before a run begins and before hours of caching: inputs, base, optimizer, output. Only check_start imports torch."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class CachedText:
 
 
 class PromptTable:
-    """The embeddings of all classes' prompts on the device; a batch holds row numbers. dropout: share of the samples that get the empty prompt."""
+    """The embeddings of all prompts of classes, on the device; a batch holds row numbers. dropout: share of empty prompts."""
 
     def __init__(self, text: TextEmbeddings, dropout: float, *, device: torch.device, dtype: torch.dtype) -> None:
         self.rows: Mapping[int, int] = text.rows
