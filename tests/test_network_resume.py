@@ -156,6 +156,10 @@ def test_what_changes_the_run_is_named_and_what_does_not_may_change(
     ):
         assert network_setting.train(output, **{**EXACT, **changes}) == 2
         assert words in capsys.readouterr().err
+    state = output / "mio-000001-state" / "state.json"
+    facts = json.loads(state.read_text())
+    del facts["options"]["objective"]  # an option that is younger than the state
+    state.write_text(json.dumps(facts))
     harmless = {
         "save_state": None, "save_every_n_epochs": None, "training_comment": "x", "save_precision": "fp16",
         "dataset_config": network_setting.dataset("renamed"),

@@ -156,9 +156,11 @@ class Checkpoints:
 
 
 def state_to_resume(
-    output: OutputOptions, options: Mapping[str, Any], world_size: int
+    output: OutputOptions, options: Mapping[str, Any], defaults: Mapping[str, Any], world_size: int
 ) -> tuple[Path | None, dict[str, Any]]:
     """The state to go on from, if any, and its facts; needs no model.
+
+    options, defaults: name -> value. An option that is younger than the state had its default in it.
 
     Raises UserError where `--resume` names no state, or options that change the outcome differ from the state's.
     """
@@ -177,7 +179,7 @@ def state_to_resume(
     else:
         folder = Path(output.resume)
     facts = read_facts(folder)
-    changes = changed_options(facts["options"], options, HARMLESS)
+    changes = changed_options({**defaults, **facts["options"]}, options, HARMLESS)
     if facts["world_size"] != world_size:
         changes.append(f"number of processes was {facts['world_size']}, is {world_size}")
     if changes and not output.allow_changed_options:

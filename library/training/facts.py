@@ -49,9 +49,9 @@ def samples_digest(data: TrainingData) -> str:
         image = picture.image
         key = id(picture.dataset), id(image.subset)
         if key not in drawn:
-            drawn[key] = str(sorted((_shown(picture.dataset) | _shown(image.subset)).items()))
-        line = image.sample_id, picture.repeats, picture.loss_weight, picture.fitted, image.caption, drawn[key]
-        digest.update(f"{line}\n".encode("utf-8", "surrogatepass"))
+            drawn[key] = repr(sorted((_shown(picture.dataset) | _shown(image.subset)).items()))
+        line = repr((image.sample_id, picture.repeats, picture.loss_weight, picture.fitted, image.caption))
+        digest.update(f"{line[:-1]}, {drawn[key]})\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 

@@ -36,7 +36,7 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     options = replace(options, speed=with_usable_attention(options.speed, processes.say))
     base, family = check_start(options, processes)
     output = options.output
-    state, facts = state_to_resume(output, flatten(options), processes.world_size)
+    state, facts = state_to_resume(output, flatten(options), flatten(type(options)()), processes.world_size)
     data = _collect(options, base, processes)
     plan = make_plan(
         make_order(data, options, processes.rank, processes.world_size), options.training, options.optimizer
