@@ -153,19 +153,24 @@ def make_lora(path: Path) -> None:
     from safetensors.torch import save_file
 
     from library.models.configs import configs_of
-    from networks.adapter_export import to_kohya
-    from networks.lora import LoraSpec, target_modules
-    from networks.original_names import SD15
+    from networks.adapter_export import adapter_tensors
+    from networks.adapters import Adapter
+    from networks.kinds.lora import LoraModule
+    from networks.names import Target
+    from networks.original_names import SD15, UNET
+    from networks.spec import NetworkSpec
+    from networks.targets import TRANSFORMER_PARENTS, layers_inside
 
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(configs_of(SD15).unet)
-    spec = LoraSpec(rank=RANK, alpha=float(RANK), scope="all")
-    params = {}
-    for name, module in target_modules(unet, spec).items():
-        rows, columns = module.weight.shape
-        params[f"{name}.lora_A.default.weight"] = 0.02 * torch.randn(RANK, columns)
-        params[f"{name}.lora_B.default.weight"] = 0.02 * torch.randn(rows, RANK)
-    save_file(to_kohya(params, spec), path, metadata={"ss_base_model_version": "sd_v1"})
+    spec = NetworkSpec(rank=RANK, alpha=float(RANK), targets="attention")
+    modules = {}
+    for name, layer in layers_inside(unet, TRANSFORMER_PARENTS).items():
+        if spec.size_of(target := Target(UNET, name), kernel=1) is not None:
+            rows, columns = layer.weight.shape
+            down, up = 0.02 * torch.randn(RANK, columns), 0.02 * torch.randn(rows, RANK)
+            modules[target] = LoraModule(down, up, spec.alpha)
+    save_file(adapter_tensors(Adapter(modules), "kohya"), path, metadata={"ss_base_model_version": "sd_v1"})
 
 
 if __name__ == "__main__":

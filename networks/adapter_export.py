@@ -20,13 +20,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from networks import AdapterError
-from networks.adapter_file import BASE_MODEL_KEY, DIFFUSERS_CONFIG_KEY, NETWORK_SPEC_KEY, SPEC_KEY
+from networks.adapter_file import BASE_MODEL_KEY, DIFFUSERS_CONFIG_KEY, SPEC_KEYS
 from networks.adapter_module import AdapterModule
 from networks.adapters import Adapter
 from networks.kinds import Kind
 from networks.kinds.lora import LoraModule
-from networks.lora import LoraSpec, rank_and_alpha
-from networks.names import Target, peft_key, split_peft_key
+from networks.names import Target, peft_key
 from networks.original_names import SD15, SDXL, UNET, Family
 from networks.prediction_names import BY_SCHEDULER, EPSILON_NAME, PredictionName, name_by_metadata
 from networks.spec import NetworkSpec
@@ -40,38 +39,12 @@ _IMPLEMENTATIONS = {SD15.key: "diffusers", SDXL.key: "https://github.com/Stabili
 _RESOLUTIONS = {SD15.key: "512x512", SDXL.key: "1024x1024"}
 # What describes the weights of the file it was read from, not of the one to be written.
 _OF_THE_WEIGHTS = (
-    *(
-        "ss_network_dim",
-        "ss_network_alpha",
-        "ss_network_args",
-        "ss_network_module",
-        "lora_alpha",
-        "network_alpha",
-        "format",
-    ),
-    *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", SPEC_KEY, NETWORK_SPEC_KEY, DIFFUSERS_CONFIG_KEY),
+    *("ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_network_module", "lora_alpha", "network_alpha"),
+    *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format", *SPEC_KEYS, DIFFUSERS_CONFIG_KEY),
 )
 
 
 # ------------------------------------------------------------------------------------------------ tensors
-
-
-def to_kohya(
-    params: Mapping[str, Tensor], spec: LoraSpec, *, family: Family = SD15, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """The tensors of a kohya file from adapter weights under the names of `add_lora`; see `adapter_tensors`."""
-    parts: dict[Target, dict[str, Tensor]] = {}
-    for key, value in params.items():
-        split = split_peft_key(key)
-        if split is None or split.part not in ("down", "up"):
-            raise AdapterError(f"{key} is not the name of a LoRA weight, so it has no place in an adapter file.")
-        parts.setdefault(split.target, {})[split.part] = value
-    modules = {}
-    for target, halves in parts.items():
-        module = LoraModule(halves["down"], halves["up"], alpha=0.0)
-        modules[target] = replace(module, alpha=rank_and_alpha(spec, kernel=module.kernel)[1])
-    adapter = Adapter(modules, {"ss_base_model_version": BASE_VERSIONS[family.key]})
-    return adapter_tensors(adapter, "kohya", dtype)
 
 
 def adapter_tensors(
@@ -176,7 +149,7 @@ def _exportable(adapter: Adapter, form: Form, keep_dora: bool = False) -> Adapte
 
 
 def adapter_metadata(
-    spec: LoraSpec | NetworkSpec,
+    spec: NetworkSpec,
     tensors: Mapping[str, Tensor],
     *,
     output_name: str,
@@ -200,20 +173,12 @@ def adapter_metadata(
         ),
         "modelspec.resolution": f"{resolution[0]}x{resolution[1]}",
         "ss_network_dropout": str(spec.dropout) if spec.dropout > 0 else "None",
-        **(_network_facts(spec) if isinstance(spec, NetworkSpec) else _lora_facts(spec)),
+        **_network_facts(spec),
     }
     if base_model is not None:
         metadata["ss_sd_model_name"] = Path(base_model).name
         metadata[BASE_MODEL_KEY] = _without_home(base_model)
     return _with_hashes({**metadata, **(extra or {})}, tensors)
-
-
-def _lora_facts(spec: LoraSpec) -> dict[str, str]:
-    facts = {"ss_network_dim": str(spec.rank), "ss_network_alpha": str(spec.alpha), SPEC_KEY: spec.to_json()}
-    if spec.conv_rank is not None:
-        conv_rank, conv_alpha = rank_and_alpha(spec, kernel=3)
-        facts["ss_network_args"] = json.dumps({"conv_dim": str(conv_rank), "conv_alpha": str(conv_alpha)})
-    return facts
 
 
 def _network_facts(spec: NetworkSpec) -> dict[str, str]:

@@ -25,7 +25,6 @@ from networks import AdapterError
 from networks.adapter_module import AdapterModule, data_forms
 from networks.adapters import Adapter
 from networks.kinds import KINDS
-from networks.lora import LoraSpec, rank_and_alpha
 from networks.names import Target, is_wrapped, parse_kohya_name, split_peft_key, split_wrapped_key
 from networks.spec import NetworkSpec
 
@@ -34,8 +33,8 @@ try:
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
-SPEC_KEY = "lora_spec"  # metadata of a training state's files: LoraSpec as JSON
-NETWORK_SPEC_KEY = "network_spec"  # the same of train_network.py: NetworkSpec as JSON
+NETWORK_SPEC_KEY = "network_spec"  # metadata of a training state's files: NetworkSpec as JSON
+SPEC_KEYS = (NETWORK_SPEC_KEY, "lora_spec")  # the second, with fewer fields: of earlier versions
 BASE_MODEL_KEY = "repa_base_model"  # metadata of an adapter file: the base as its user named it
 DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"  # metadata of diffusers' files: LoraConfigs as flat JSON, "unet.r": 8
 
@@ -66,7 +65,7 @@ def read_adapter(path: Path | str, *, alpha: float | None = None) -> Adapter:
     """Read a safetensors file of a kohya, PEFT or diffusers LoRA, DoRA or LoCon, or of a whole model wrapped by PEFT.
 
     In kohya's form every kind of networks.kinds. Kohya files without alpha mean alpha = rank. PEFT files carry no alpha: it
-    comes from their metadata (`lora_spec`, `network_spec`, diffusers' `lora_adapter_metadata`, `ss_network_alpha`), from an
+    comes from their metadata (`network_spec`, `lora_spec`, diffusers' `lora_adapter_metadata`, `ss_network_alpha`), from an
     adapter_config.json beside them, else from `alpha`, else from the run's config.json, config.toml or args.json in their
     folder or the one above. Raises AdapterError for other files and other kinds of adapters, missing halves, missing alphas,
     shapes that cannot be, values not finite.
@@ -229,9 +228,7 @@ class _Alphas:
         self._given = given
 
     def of(self, target: Target, module: AdapterModule) -> float:
-        if self._spec is not None:
-            return rank_and_alpha(self._spec, kernel=module.kernel)[1]
-        if self._network_spec is not None and (size := self._network_spec.size_of(target, module.kernel)) is not None:
+        if self._spec is not None and (size := self._spec.size_of(target, module.kernel)) is not None:
             return size[1]
         config = self._configs.get(target.component, self._configs.get("", {}))
         if config.get("use_dora") and module.kind.algo != "dora":
@@ -264,12 +261,8 @@ class _Alphas:
         return _number(config.get("lora_alpha") if value is None else value)
 
     @cached_property
-    def _spec(self) -> LoraSpec | None:
-        return LoraSpec.from_json(self._metadata[SPEC_KEY]) if SPEC_KEY in self._metadata else None
-
-    @cached_property
-    def _network_spec(self) -> NetworkSpec | None:
-        text = self._metadata.get(NETWORK_SPEC_KEY)
+    def _spec(self) -> NetworkSpec | None:
+        text = next((self._metadata[key] for key in SPEC_KEYS if key in self._metadata), None)
         return None if text is None else NetworkSpec.from_json(text)
 
     @cached_property

@@ -15,8 +15,8 @@ from peft import inject_adapter_in_model
 from torch import nn
 
 from networks.adapted_layer import AdaptedLayer, Sizes
-from networks.lora import ADAPTER
 from networks.spec import NetworkSpec
+from networks.targets import ADAPTER
 
 
 def inject(model: nn.Module, sizes: Sizes, spec: NetworkSpec) -> dict[str, AdaptedLayer]:

@@ -21,10 +21,10 @@ from networks.adapter_export import BASE_VERSIONS, adapter_tensors
 from networks.adapters import Adapter
 from networks.injection import inject
 from networks.loading import check_fits
-from networks.lora import CONV_PARENTS, TRANSFORMER_PARENTS, kernel_of, layers_inside
 from networks.names import Target, with_text_model
 from networks.original_names import FAMILIES, UNET, Family
 from networks.spec import NetworkSpec
+from networks.targets import CONV_PARENTS, TRANSFORMER_PARENTS, kernel_of, layers_inside
 from networks.trained_weights import generator_for
 
 _TEXT_PARENTS = frozenset({"CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"})

@@ -11,22 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from networks import AdapterError
-from networks.adapter_export import (
-    Form,
-    adapter_metadata,
-    adapter_tensors,
-    form_metadata,
-    to_kohya,
-    with_uniform_alphas,
-)
+from networks.adapter_export import Form, adapter_metadata, adapter_tensors, form_metadata, with_uniform_alphas
 from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
 from networks.kinds.lora import LoraModule
-from networks.lora import add_lora
 from networks.names import Target
+from networks.network import Network
 from networks.original_names import SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from tests.tools.adapters import (
     SPEC,
@@ -35,6 +28,7 @@ from tests.tools.adapters import (
     kohya_targets,
     model_without_weights,
     random_module,
+    train_lora,
     whole_adapter,
     with_many_alphas,
     write_adapter,
@@ -49,45 +43,37 @@ SDXL_FILE = {"ss_base_model_version": "sdxl_base_v1-0"}
 
 
 @pytest.fixture(scope="module")
-def params() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    names = add_lora(small_unet(), SPEC, seed=0)
-    return {name: torch.randn(parameter.shape, generator=generator) for name, parameter in names.items()}
+def network() -> Network:
+    return train_lora(small_unet())
+
+
+def small_adapter(**options: Any) -> Adapter:
+    return whole_adapter({UNET: small_unet()}, **options)
 
 
 # ------------------------------------------------------------------------------------------------ what training writes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_save_precision_holds_for_every_weight(params: dict[str, Tensor], dtype: torch.dtype) -> None:
-    tensors = to_kohya(params, SPEC, dtype=dtype)
+def test_the_save_precision_holds_for_every_weight(dtype: torch.dtype) -> None:
+    tensors = adapter_tensors(small_adapter(), "kohya", dtype)
     assert {value.dtype for key, value in tensors.items() if not key.endswith(".alpha")} == {dtype}
     assert {value.dtype for key, value in tensors.items() if key.endswith(".alpha")} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["align_heads.mid.proj.0.weight", "conv_in.lora_magnitude_vector.default.weight"])
-def test_a_name_that_is_no_lora_weight_is_refused(name: str) -> None:
-    with pytest.raises(AdapterError, match=f"{name} is not the name of a LoRA weight"):
-        to_kohya({name: torch.zeros(1)}, SPEC)
-
-
 @pytest.mark.bits
-def test_what_training_writes_is_read_back(params: dict[str, Tensor], tmp_path: Path) -> None:
-    tensors = to_kohya(params, SPEC)
+def test_what_training_writes_is_read_back(network: Network, tmp_path: Path) -> None:
+    tensors = network.tensors()
     metadata = adapter_metadata(SPEC, tensors, output_name="a", date=DATE, resolution=(512, 512))
     adapter = read_adapter(write_tensors(tmp_path, tensors, metadata))
     assert adapter.metadata == metadata
-    assert len(adapter.modules) == len(params) // 2
-    for target, module in adapter.modules.items():
-        assert torch.equal(module.down, params[f"{target.path}.lora_A.default.weight"])
-        assert torch.equal(module.up, params[f"{target.path}.lora_B.default.weight"])
-        assert module.alpha == (1.0 if module.kernel == 3 else SPEC.alpha)
+    assert_same_adapter(adapter, network.adapter())
 
 
-def test_metadata_says_what_readers_look_for(params: dict[str, Tensor]) -> None:
+def test_metadata_says_what_readers_look_for() -> None:
     metadata = adapter_metadata(
         SPEC,
-        to_kohya(params, SPEC),
+        {},
         output_name="cat",
         date=DATE,
         resolution=(512, 768),
@@ -95,7 +81,6 @@ def test_metadata_says_what_readers_look_for(params: dict[str, Tensor]) -> None:
         extra={"ss_steps": "20", "modelspec.title": "Cat"},
     )
     assert {key: metadata[key] for key in sorted(metadata) if not key.startswith("sshs_")} == {
-        "lora_spec": SPEC.to_json(),
         "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.date": DATE,
         "modelspec.implementation": "diffusers",
@@ -127,9 +112,9 @@ def test_metadata_of_sdxl_and_of_velocity_models() -> None:
     assert (velocity["ss_base_model_version"], velocity["modelspec.prediction_type"]) == ("sd_v1_v", "v")
 
 
-def test_hashes_are_kohyas(params: dict[str, Tensor]) -> None:
+def test_hashes_are_kohyas(network: Network) -> None:
     """train_util.precalculate_safetensors_hashes, done over: the file with ss_ metadata only, without its header."""
-    tensors = {**to_kohya(params, SPEC), "padding": torch.arange(400_000, dtype=torch.float32)}  # beyond 1 MiB
+    tensors = {**network.tensors(), "padding": torch.arange(400_000, dtype=torch.float32)}  # beyond 1 MiB
     metadata = adapter_metadata(SPEC, tensors, output_name="a", date="d", resolution=(512, 512))
     file = save(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
     data = file[8 + int.from_bytes(file[:8], "little") :]
@@ -144,10 +129,6 @@ def test_the_name_of_the_home_folder_is_not_published() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ forms
-
-
-def small_adapter(**options: Any) -> Adapter:
-    return whole_adapter({UNET: small_unet()}, **options)
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,21 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from networks import AdapterError, adapter_file
-from networks.adapter_export import to_kohya
+from networks.adapter_export import adapter_tensors
 from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
-from networks.lora import LoraSpec, add_lora
 from networks.names import Target, kohya_name
 from networks.original_names import SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET
-from tests.tools.adapters import SPEC, kohya_module, one_module, random_module, write_tensors
+from tests.tools.adapters import (
+    SPEC,
+    assert_same_adapter,
+    earlier_spec,
+    earlier_weights,
+    kohya_module,
+    one_module,
+    whole_adapter,
+    write_tensors,
+)
 from tests.tools.unets import SD15, small_unet
 
 CONV_IN = Target(UNET, "conv_in")
@@ -29,25 +38,8 @@ ONE = torch.ones(1)
 
 
 @pytest.fixture(scope="module")
-def params() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    names = add_lora(small_unet(), SPEC, seed=0)
-    return {name: torch.randn(parameter.shape, generator=generator) for name, parameter in names.items()}
-
-
-def modules_of(params: dict[str, Tensor]) -> list[str]:
-    return sorted({name.split(".lora_")[0] for name in params})
-
-
-def assert_same_as(adapter: Adapter, params: dict[str, Tensor]) -> None:
-    paths = modules_of(params)
-    assert sorted(adapter.modules) == [Target(UNET, path) for path in paths]
-    for path in paths:
-        module = adapter.modules[Target(UNET, path)]
-        assert torch.equal(module.down, params[f"{path}.lora_A.default.weight"])
-        assert torch.equal(module.up, params[f"{path}.lora_B.default.weight"])
-        assert module.alpha == (1.0 if module.kernel == 3 else SPEC.alpha), path
-        assert module.rank == (2 if module.kernel == 3 else 4), path
+def trained() -> Adapter:
+    return whole_adapter({UNET: small_unet()})
 
 
 def alpha_of(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> float:
@@ -57,8 +49,8 @@ def alpha_of(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] 
 # ------------------------------------------------------------------------------------------------ kohya's files
 
 
-def test_a_kohya_file_without_alpha_acts_with_scale_one(params: dict[str, Tensor], tmp_path: Path) -> None:
-    tensors = {key: value for key, value in to_kohya(params, SPEC).items() if not key.endswith(".alpha")}
+def test_a_kohya_file_without_alpha_acts_with_scale_one(trained: Adapter, tmp_path: Path) -> None:
+    tensors = {k: value for k, value in adapter_tensors(trained, "kohya").items() if not k.endswith(".alpha")}
     adapter = read_adapter(write_tensors(tmp_path, tensors))
     assert all(module.alpha == module.rank for module in adapter.modules.values())
 
@@ -131,20 +123,20 @@ def test_dora_scales_of_outputs_and_of_inputs_are_read(
 # ------------------------------------------------------------------------------------------------ PEFT's and diffusers' files
 
 
-def test_the_weights_of_a_training_state_are_read(params: dict[str, Tensor], tmp_path: Path) -> None:
-    tensors = {**params, "align_heads.mid.proj.0.weight": torch.zeros(2, 2)}
-    adapter = read_adapter(write_tensors(tmp_path, tensors, {"lora_spec": SPEC.to_json()}))
-    assert_same_as(adapter, params)
+def test_the_weights_of_a_training_state_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    trained = whole_adapter({UNET: small_unet()}, conv_alpha=0.5)
+    tensors = {**earlier_weights(trained), "align_heads.mid.proj.0.weight": torch.zeros(2, 2)}
+    adapter = read_adapter(write_tensors(tmp_path, tensors, earlier_spec(replace(SPEC, conv_alpha=0.5))))
+    assert_same_adapter(adapter, trained)
     assert adapter.left_out == ("align_heads.mid.proj.0.weight",)
 
 
-def test_diffusers_files_say_their_alpha_in_their_metadata(params: dict[str, Tensor], tmp_path: Path) -> None:
-    tensors = {f"unet.{key.replace('.default', '')}": value for key, value in params.items()}
-    three = [path for path in modules_of(params) if params[f"{path}.lora_A.default.weight"].shape[2:] == (3, 3)]
+def test_diffusers_files_say_their_alpha_in_their_metadata(trained: Adapter, tmp_path: Path) -> None:
+    three = [target.path for target, module in trained.modules.items() if module.kernel == 3]
     config = {"unet.r": 4, "unet.lora_alpha": 2, "unet.alpha_pattern": dict.fromkeys(three, 1)}
-    assert_same_as(
-        read_adapter(write_tensors(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(config)})), params
-    )
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    path = write_tensors(tmp_path, adapter_tensors(trained, "diffusers"), metadata)
+    assert_same_adapter(read_adapter(path), trained)
 
 
 def test_a_file_of_diffusers_itself_is_read(tmp_path: Path) -> None:
@@ -248,21 +240,6 @@ def test_what_the_file_says_of_its_alpha_wins_and_then_the_argument(tmp_path: Pa
     path = write_tensors(tmp_path, one_module(), {"ss_network_alpha": "4"})
     assert read_adapter(path, alpha=3.0).modules[CONV_IN].alpha == 4.0
     assert read_adapter(write_tensors(tmp_path, one_module()), alpha=3.0).modules[CONV_IN].alpha == 3.0
-
-
-def test_a_spec_says_the_alphas_of_both_kinds_of_layers(tmp_path: Path) -> None:
-    conv = random_module(4, 4, 3, 3)
-    tensors = {
-        **one_module(),
-        "mid_block.resnets.0.conv1.lora_A.default.weight": conv.down,
-        "mid_block.resnets.0.conv1.lora_B.default.weight": conv.up,
-    }
-    spec = LoraSpec(rank=2, alpha=7.0, conv_rank=3, conv_alpha=5.0)
-    adapter = read_adapter(write_tensors(tmp_path, tensors, {"lora_spec": spec.to_json()}))
-    assert {target.path: module.alpha for target, module in adapter.modules.items()} == {
-        "conv_in": 7.0,
-        "mid_block.resnets.0.conv1": 5.0,
-    }
 
 
 # ------------------------------------------------------------------------------------------------ wrapped checkpoints

@@ -23,9 +23,9 @@ from library.models.checkpoint import Checkpoint, open_checkpoint
 from library.models.configs import configs_of
 from library.models.locate import BaseLocation
 from networks.adapter_file import read_adapter
-from networks.lora import LoraSpec, target_modules
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Target, current_key
 from networks.original_names import SD15, SDXL, Family
+from tests.tools.adapters import kohya_targets
 from tests.tools.ldm_layout import ldm_checkpoint
 
 FILES = {
@@ -91,10 +91,9 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
 def test_the_layers_of_a_unet_are_those_that_kohya_adapts(family: Family, counts: tuple[int, int]) -> None:
     unet = unet_of(family)
     shapes = {UNET: {name: value.shape for name, value in unet.state_dict().items()}}
-    for count, conv_rank in zip(counts, (None, 4), strict=True):
-        spec = LoraSpec(scope="all", targets="kohya", conv_rank=conv_rank)
-        expected = {Target(UNET, path): tuple(of.weight.shape) for path, of in target_modules(unet, spec).items()}
-        assert adaptable(shapes, convolutions=conv_rank is not None) == expected
+    for count, conv in zip(counts, (False, True), strict=True):
+        expected = {target: tuple(of.weight.shape) for target, of in kohya_targets(UNET, unet, conv=conv).items()}
+        assert adaptable(shapes, convolutions=conv) == expected
         assert len(expected) == count
 
 

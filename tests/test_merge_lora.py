@@ -12,25 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 import merge_lora
 from library.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from library.merging.source import base_model_of, read_source
 from library.merging.write import Output, check_output
 from networks.adapter_file import read_adapter
-from networks.names import Target
-from tests.tools.adapters import SPEC, write_lora
+from networks.network import Network
+from tests.tools.adapters import write_lora
 from tests.tools.merging import FILES, assert_same_tensors, metadata_of, run_merge, save, single_file, write_state
 
 
 @pytest.fixture(scope="module")
-def params(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def network(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Network:
     return write_lora(tiny_sd15, tmp_path_factory.mktemp("adapter") / "demo.safetensors")
-
-
-def write_run(folder: Path, params: dict[str, Tensor], base: str = "tiny-sd15") -> Path:
-    return write_state(folder, params, SPEC, base)
 
 
 def refused(call: Callable[[], object], sentence: str) -> None:
@@ -42,8 +37,8 @@ def refused(call: Callable[[], object], sentence: str) -> None:
 # ------------------------------------------------------------------------------------------------ what is read
 
 
-def test_a_training_state_is_read_with_its_base(params: dict[str, Tensor], adapter_file: Path, tmp_path: Path) -> None:
-    source = read_source(write_run(tmp_path / "step_000150", params))
+def test_a_training_state_is_read_with_its_base(network: Network, adapter_file: Path, tmp_path: Path) -> None:
+    source = read_source(write_state(tmp_path / "step_000150", network))
     expected = read_adapter(adapter_file)
     assert (source.base_model, source.named_in) == ("tiny-sd15", "state.json")
     assert source.adapter.modules.keys() == expected.modules.keys()
@@ -52,17 +47,17 @@ def test_a_training_state_is_read_with_its_base(params: dict[str, Tensor], adapt
         assert module.alpha == expected.modules[target].alpha
 
 
-def test_the_average_of_a_training_state_is_read_without_heads(params: dict[str, Tensor], tmp_path: Path) -> None:
-    source = read_source(write_run(tmp_path / "step_000150", params), use_ema=True)
+def test_the_average_of_a_training_state_is_read_without_heads(network: Network, tmp_path: Path) -> None:
+    source = read_source(write_state(tmp_path / "step_000150", network), use_ema=True)
     assert source.file.name == "ema.safetensors"
     assert source.adapter.left_out == ("align_heads.mid.proj.0.weight",)
-    name = next(name for name in params if ".lora_A." in name)
-    assert torch.equal(source.adapter.modules[Target("unet", name.split(".lora_A.")[0])].down, params[name] / 2)
+    for target, module in network.adapter().modules.items():
+        assert torch.equal(source.adapter.modules[target].down, module.down / 2)
 
 
-def test_what_cannot_be_read_is_named(params: dict[str, Tensor], adapter_file: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_named(network: Network, adapter_file: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    state = write_run(tmp_path / "step_000150", params)
+    state = write_state(tmp_path / "step_000150", network)
     refused(lambda: read_source(tmp_path / "empty"), "empty is no training state: there is no state.json in it.")
     refused(lambda: read_source(tmp_path), f"there is no state.json in it. Its newest state is {state}.")
     (state / "ema.safetensors").unlink()
@@ -108,11 +103,11 @@ def test_a_base_that_kohyas_metadata_names_is_found_beside_the_adapter(
 
 
 @pytest.fixture
-def project(params: dict[str, Tensor], adapter_file: Path, tiny_sd15: Path, tmp_path: Path) -> Path:
+def project(network: Network, adapter_file: Path, tiny_sd15: Path, tmp_path: Path) -> Path:
     """A folder with training outputs: an older adapter file, a newer state, and files of other kinds, newer still."""
     outputs = tmp_path / "outputs"
     trained = save(load_file(adapter_file), outputs / "old" / "old.safetensors", metadata_of(adapter_file))
-    state = write_run(outputs / "new" / "step_000150", params, str(tiny_sd15))
+    state = write_state(outputs / "new" / "step_000150", network, str(tiny_sd15))
     os.utime(trained, (1000, 1000))
     os.utime(state / "state.json", (2000, 2000))
     save({"x": torch.zeros(1)}, outputs / "new" / "model.safetensors")
@@ -187,10 +182,8 @@ def test_the_script_merges_reports_and_replaces(
     assert_same_tensors(tmp_path / "m" / FILES["unet"], tiny_sd15 / FILES["unet"])
 
 
-def test_the_options_of_the_conversion_script_still_work(
-    params: dict[str, Tensor], tiny_sd15: Path, tmp_path: Path
-) -> None:
-    state = write_run(tmp_path / "step_000150", params, str(tiny_sd15))
+def test_the_options_of_the_conversion_script_still_work(network: Network, tiny_sd15: Path, tmp_path: Path) -> None:
+    state = write_state(tmp_path / "step_000150", network, str(tiny_sd15))
     arguments = ["--checkpoint", state, "--output_dir", tmp_path / "sd15", "--save_single_file"]
     assert run_merge(*arguments) == EXIT_OK
     found = {path.name for path in (tmp_path / "sd15").iterdir()}
@@ -201,10 +194,10 @@ def test_the_options_of_the_conversion_script_still_work(
 
 
 def test_without_an_output_it_lies_beside_the_adapter(
-    adapter_file: Path, params: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapter_file: Path, network: Network, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a state: beside the run's states, not in one."""
-    state = write_run(tmp_path / "run" / "step_000150", params)
+    state = write_state(tmp_path / "run" / "step_000150", network)
     outputs = {(): "merged", ("--lora_only",): "merged_lora.safetensors"}
     for model, folder in ((adapter_file, adapter_file.parent), (state, tmp_path / "run")):
         for words, name in outputs.items():

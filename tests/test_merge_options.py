@@ -15,7 +15,7 @@ from library.files import file_hash
 from library.merging import lora_file
 from library.merging.source import newest_output, read_source
 from library.models.header import read_shapes
-from networks.adapter_file import BASE_MODEL_KEY, SPEC_KEY, read_adapter
+from networks.adapter_file import BASE_MODEL_KEY, read_adapter
 from networks.adapters import Adapter
 from tests.tools.merging import assert_same_tensors, left_over, metadata_of, run_merge, save, single_file
 
@@ -154,9 +154,8 @@ def test_a_lora_that_reads_back_otherwise_never_takes_its_place(
 # ------------------------------------------------------------------------------------------------ what --models may name
 
 
-def test_an_adapter_of_either_training_script_is_a_training_output(adapter_file: Path, tmp_path: Path) -> None:
-    """train_network.py writes no lora_spec."""
-    metadata = {key: value for key, value in metadata_of(adapter_file).items() if key != SPEC_KEY}
+def test_an_adapter_that_names_its_base_and_is_no_sum_is_a_training_output(adapter_file: Path, tmp_path: Path) -> None:
+    metadata = metadata_of(adapter_file)
     file = save(load_file(adapter_file), tmp_path / "mine" / "mine.safetensors", metadata)
     assert newest_output(tmp_path) == file
     save(load_file(adapter_file), file, metadata | {"repa_merge": "{}"})

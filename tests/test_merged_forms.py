@@ -9,36 +9,33 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from library.files import read_json
 from library.models.load import load_unet
-from networks.adapter_export import to_kohya
 from networks.adapter_file import read_adapter
-from networks.adapters import Adapter
 from networks.kinds.lora import LoraModule
-from networks.lora import LoraSpec
 from networks.names import Target, peft_key
+from networks.network import Network
 from networks.original_names import UNET
-from tests.tools.adapters import train_lora, write_adapter
+from networks.spec import NetworkSpec
+from tests.tools.adapters import earlier_weights, train_lora, write_adapter
 from tests.tools.merging import assert_same_tensors, merging_of, payload, run_merge, save, write_state, write_wrapped
 
 # As train_repa.py and the conversion report have it: the attention's four projections, 128 modules.
-SPEC = LoraSpec(rank=8, alpha=16.0, scope="all")
+SPEC = NetworkSpec(rank=8, alpha=16.0, targets="attention")
 
-Params = dict[str, Tensor]
-Form = Callable[[Params, Path, Path], list[object]]
+Form = Callable[[Network, Path, Path], list[object]]
 
 
 @pytest.fixture(scope="module")
-def params(tiny_sd15: Path) -> Params:
+def network(tiny_sd15: Path) -> Network:
     return train_lora(load_unet(str(tiny_sd15)), SPEC)
 
 
 @pytest.fixture(scope="module")
-def expected(params: Params, tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def expected(network: Network, tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("expected")
-    return merge(folder / "expected.safetensors", tiny_sd15, *kohya(params, folder, tiny_sd15))
+    return merge(folder / "expected.safetensors", tiny_sd15, *kohya(network, folder, tiny_sd15))
 
 
 def merge(output: Path, base: Path, *words: object) -> Path:
@@ -46,61 +43,61 @@ def merge(output: Path, base: Path, *words: object) -> Path:
     return output
 
 
-def adapter_of(params: Params, folder: Path) -> Adapter:
-    return read_adapter(save(to_kohya(params, SPEC), folder / "kohya.safetensors"))
+def kohya(network: Network, folder: Path, base: Path) -> list[object]:
+    return ["--models", save(network.tensors(), folder / "kohya.safetensors")]
 
 
-def kohya(params: Params, folder: Path, base: Path) -> list[object]:
-    adapter_of(params, folder)
-    return ["--models", folder / "kohya.safetensors"]
+def diffusers(network: Network, folder: Path, base: Path) -> list[object]:
+    return ["--models", write_adapter(network.adapter(), "diffusers", folder)]
 
 
-def diffusers(params: Params, folder: Path, base: Path) -> list[object]:
-    return ["--models", write_adapter(adapter_of(params, folder), "diffusers", folder)]
+def peft(network: Network, folder: Path, base: Path) -> list[object]:
+    return ["--models", write_adapter(network.adapter(), "peft", folder)]
 
 
-def peft(params: Params, folder: Path, base: Path) -> list[object]:
-    return ["--models", write_adapter(adapter_of(params, folder), "peft", folder)]
-
-
-def peft_without_alpha(params: Params, folder: Path, base: Path) -> list[object]:
-    tensors = {f"base_model.model.{name.replace('.default.', '.')}": value for name, value in params.items()}
+def peft_without_alpha(network: Network, folder: Path, base: Path) -> list[object]:
+    weights = earlier_weights(network.adapter(), "base_model.model.")
+    tensors = {name.replace(".default.", "."): value for name, value in weights.items()}
     return ["--models", save(tensors, folder / "bare.safetensors"), "--network_alpha", 16]
 
 
-def old_diffusers(params: Params, folder: Path, base: Path) -> list[object]:
+def old_diffusers(network: Network, folder: Path, base: Path) -> list[object]:
     """`X.processor.to_q_lora.down.weight`, diffusers 0.17."""
 
     def renamed(name: str) -> str:
         name = name.replace(".to_out.0.", ".to_out.")
         name = re.sub(r"\.(to_\w+)\.lora_A\.default\.", r".processor.\1_lora.down.", name)
-        return "unet." + re.sub(r"\.(to_\w+)\.lora_B\.default\.", r".processor.\1_lora.up.", name)
+        return re.sub(r"\.(to_\w+)\.lora_B\.default\.", r".processor.\1_lora.up.", name)
 
-    file = save({renamed(name): value for name, value in params.items()}, folder / "old.safetensors")
+    weights = earlier_weights(network.adapter(), "unet.")
+    file = save({renamed(name): value for name, value in weights.items()}, folder / "old.safetensors")
     return ["--models", file, "--network_alpha", 16]
 
 
-def state(params: Params, folder: Path, base: Path) -> list[object]:
-    return ["--models", write_state(folder / "step_000150", params, SPEC)]
+def state(network: Network, folder: Path, base: Path) -> list[object]:
+    return ["--models", write_state(folder / "step_000150", network)]
 
 
-def states_file(params: Params, folder: Path, base: Path) -> list[object]:
-    return ["--models", write_state(folder / "step_000150", params, SPEC) / "lora.safetensors"]
+def earlier_state(network: Network, folder: Path, base: Path) -> list[object]:
+    return ["--models", write_state(folder / "step_000150", network, earlier=True)]
 
 
-def average(params: Params, folder: Path, base: Path) -> list[object]:
-    """Halved in both factors by the state: so are two of the weights' four."""
-    doubled = {name: value * 2 for name, value in params.items()}
-    return ["--models", write_state(folder / "step_000150", doubled, SPEC), "--use_ema"]
+def states_file(network: Network, folder: Path, base: Path) -> list[object]:
+    return ["--models", write_state(folder / "step_000150", network) / "lora.safetensors"]
 
 
-def wrapped(params: Params, folder: Path, base: Path) -> list[object]:
-    return ["--checkpoint", write_wrapped(folder / "unet_adapted.safetensors", base, params, SPEC)]
+def average(network: Network, folder: Path, base: Path) -> list[object]:
+    """Halved in both factors by the state."""
+    return ["--models", write_state(folder / "step_000150", network), "--use_ema", "--ratios", 4]
 
 
-def with_dora_that_keeps_every_norm(params: Params, folder: Path, base: Path) -> list[object]:
+def wrapped(network: Network, folder: Path, base: Path) -> list[object]:
+    return ["--checkpoint", write_wrapped(folder / "unet_adapted.safetensors", base, network)]
+
+
+def with_dora_that_keeps_every_norm(network: Network, folder: Path, base: Path) -> list[object]:
     """|| W + dW || as magnitude: DoRA is then LoRA, up to rounding."""
-    merging = merging_of(base, (adapter_of(params, folder), 1.0))
+    merging = merging_of(base, (network.adapter(), 1.0))
     tensors = {}
     for key, ((module, _),) in merging.folds[UNET].items():
         target = Target(UNET, key.removesuffix(".weight"))
@@ -112,34 +109,34 @@ def with_dora_that_keeps_every_norm(params: Params, folder: Path, base: Path) ->
 
 
 FORMS: list[Form] = [
-    *(diffusers, peft, peft_without_alpha, old_diffusers, state, states_file, average, wrapped),
+    *(diffusers, peft, peft_without_alpha, old_diffusers, state, earlier_state, states_file, average, wrapped),
 ]
 
 
 @pytest.mark.bits
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_every_form_gives_the_same_file_to_the_bit(
-    form: Form, params: Params, expected: Path, tiny_sd15: Path, tmp_path: Path
+    form: Form, network: Network, expected: Path, tiny_sd15: Path, tmp_path: Path
 ) -> None:
-    output = merge(tmp_path / "merged.safetensors", tiny_sd15, *form(params, tmp_path, tiny_sd15))
+    output = merge(tmp_path / "merged.safetensors", tiny_sd15, *form(network, tmp_path, tiny_sd15))
     assert_same_tensors(output, expected)
     if form is not wrapped:  # in which U-Net's tensors lie in another order
         assert payload(output) == payload(expected)
 
 
 def test_a_dora_that_keeps_every_norm_is_a_lora(
-    params: Params, expected: Path, tiny_sd15: Path, tmp_path: Path
+    network: Network, expected: Path, tiny_sd15: Path, tmp_path: Path
 ) -> None:
-    words = with_dora_that_keeps_every_norm(params, tmp_path, tiny_sd15)
+    words = with_dora_that_keeps_every_norm(network, tmp_path, tiny_sd15)
     found, plain = (load_file(file) for file in (merge(tmp_path / "a.safetensors", tiny_sd15, *words), expected))
     for name, value in found.items():
         torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_wrapped_checkpoint_is_counted_as_the_conversion_report_does(
-    params: Params, tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    network: Network, tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write_wrapped(tmp_path / "run" / "checkpoint.safetensors", tiny_sd15, params, SPEC)
+    file = write_wrapped(tmp_path / "run" / "checkpoint.safetensors", tiny_sd15, network)
     words = ("--checkpoint", file, "--pretrained_model_name_or_path", tiny_sd15, "--output_dir", tmp_path / "m")
     assert run_merge(*words, "--save_single_file") == 0
     said = capsys.readouterr().out
@@ -158,10 +155,10 @@ def test_a_wrapped_checkpoint_is_counted_as_the_conversion_report_does(
 
 
 def test_frozen_weights_come_from_the_checkpoint_and_not_from_the_base(
-    params: Params, expected: Path, tiny_sd15: Path, tmp_path: Path
+    network: Network, expected: Path, tiny_sd15: Path, tmp_path: Path
 ) -> None:
     """A run that trained on another U-Net: what it froze is what it adapted."""
-    file = write_wrapped(tmp_path / "checkpoint.safetensors", tiny_sd15, params, SPEC)
+    file = write_wrapped(tmp_path / "checkpoint.safetensors", tiny_sd15, network)
     changed = {n: v + 1 if n.endswith("conv_norm_out.weight") else v for n, v in load_file(file).items()}
     output = merge(tmp_path / "a.safetensors", tiny_sd15, "--checkpoint", save(changed, file))
     key = "model.diffusion_model.out.0.weight"
@@ -169,9 +166,9 @@ def test_frozen_weights_come_from_the_checkpoint_and_not_from_the_base(
 
 
 def test_a_checkpoint_of_another_size_than_the_base_is_refused(
-    params: Params, tiny_sd15: Path, tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    network: Network, tiny_sd15: Path, tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write_wrapped(tmp_path / "checkpoint.safetensors", tiny_sd15, params, SPEC)
+    file = write_wrapped(tmp_path / "checkpoint.safetensors", tiny_sd15, network)
     short = {name: value for name, value in load_file(file).items() if not name.endswith("conv_out.bias")}
     words = ("--checkpoint", save(short, file), "--save_to", tmp_path / "a.safetensors")
     assert run_merge(*words, "--pretrained_model_name_or_path", tiny_sd15) == 2
@@ -182,9 +179,9 @@ def test_a_checkpoint_of_another_size_than_the_base_is_refused(
 
 
 def test_two_checkpoints_of_whole_models_are_refused(
-    params: Params, tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    network: Network, tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write_wrapped(tmp_path / "checkpoint.safetensors", tiny_sd15, params, SPEC)
+    file = write_wrapped(tmp_path / "checkpoint.safetensors", tiny_sd15, network)
     assert run_merge("--models", file, file, "--save_to", tmp_path / "a.safetensors") == 2
     assert "Merge such checkpoints one at a time." in capsys.readouterr().err
 
@@ -194,9 +191,9 @@ def test_two_checkpoints_of_whole_models_are_refused(
 
 @pytest.mark.bits
 def test_several_adapters_add_up_whatever_their_order(
-    params: Params, adapter_file: Path, tiny_sd15: Path, tmp_path: Path
+    network: Network, adapter_file: Path, tiny_sd15: Path, tmp_path: Path
 ) -> None:
-    (other,) = kohya(params, tmp_path, tiny_sd15)[1:]
+    (other,) = kohya(network, tmp_path, tiny_sd15)[1:]
     one = merge(tmp_path / "1.safetensors", tiny_sd15, "--models", adapter_file, other, "--ratios", 0.7, 0.3)
     two = merge(tmp_path / "2.safetensors", tiny_sd15, "--models", other, adapter_file, "--ratios", 0.3, 0.7)
     assert_same_tensors(one, two)
@@ -210,8 +207,8 @@ def test_several_adapters_add_up_whatever_their_order(
 
 
 @pytest.mark.bits
-def test_one_adapter_twice_is_twice_its_ratio(params: Params, tiny_sd15: Path, tmp_path: Path) -> None:
-    (file,) = kohya(params, tmp_path, tiny_sd15)[1:]
+def test_one_adapter_twice_is_twice_its_ratio(network: Network, tiny_sd15: Path, tmp_path: Path) -> None:
+    (file,) = kohya(network, tmp_path, tiny_sd15)[1:]
     twice = load_file(merge(tmp_path / "1.safetensors", tiny_sd15, "--models", file, file))
     double = load_file(merge(tmp_path / "2.safetensors", tiny_sd15, "--models", file, "--ratios", 2))
     none = merge(tmp_path / "3.safetensors", tiny_sd15, "--models", file, file, "--ratios", 1, -1)

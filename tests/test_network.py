@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from networks import AdapterError
 from networks.blocks import block_count, block_of, block_weights
-from networks.lora import ADAPTER, lora_disabled
 from networks.names import Target
 from networks.network import Network, add_network
 from networks.original_names import FAMILIES, SD15, SDXL, TEXT_ENCODER, UNET
 from networks.spec import NetworkSpec
+from networks.targets import ADAPTER
 from tests.test_names import KOHYA_LISTS
 from tests.tools.adapters import model_without_weights
 from tests.tools.networks import few, run_models, small_models, small_text_encoder, train, trained_network
@@ -45,6 +45,42 @@ def test_names_and_shapes_at_full_size_are_kohyas(family: str, conv: bool) -> No
     digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
     assert (len(lines), digest) == KOHYA_LISTS[family, conv]
     assert len(network.parameters) == 2 * len(lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "modules", "parameters"),
+    [
+        ({"scope": "mid", "targets": "attention"}, 8, 155_648),
+        ({"scope": "down_mid", "targets": "attention"}, 56, 731_136),
+        ({"targets": "attention"}, 128, 1_594_368),
+        ({}, 192, 3_391_488),
+        ({"conv_rank": 4}, 278, 6_230_528),
+    ],
+)
+def test_the_unet_of_sd15_gets_the_documented_numbers(options: dict[str, Any], modules: int, parameters: int) -> None:
+    unet = model_without_weights.__wrapped__("sd15", UNET)
+    network = add_network({UNET: unet}, NetworkSpec(rank=8, **options), seed=0)
+    assert len(network.layers) == modules
+    assert sum(parameter.numel() for parameter in network.parameters.values()) == parameters
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", [NetworkSpec(scope="mid", targets="attention"), NetworkSpec(rank=4, conv_rank=2)])
+def test_new_adapters_leave_the_outputs_to_the_bit_and_compute_as_the_base(
+    spec: NetworkSpec, dtype: torch.dtype
+) -> None:
+    models = small_models(dtype)
+    base, dtypes = run_models(models, dtype), set()
+    network: Any = add_network(models, spec, seed=0)
+    for layer in network.layers.values():
+        for part in (layer.lora_A, layer.lora_B):
+            part[ADAPTER].register_forward_hook(
+                lambda part, inputs, output: dtypes.add((inputs[0].dtype, output.dtype))
+            )
+    assert all(torch.equal(output, base[component]) for component, output in run_models(models, dtype).items())
+    assert dtypes == {(dtype, dtype)}
+    assert {p.dtype for model in models.values() for p in model.parameters() if not p.requires_grad} == {dtype}
 
 
 def test_parameters_are_named_by_component_whatever_transformers_calls_the_path() -> None:
@@ -79,6 +115,8 @@ def test_first_values_follow_from_seed_and_name_alone() -> None:
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, one[name])
         assert torch.equal(parameter, other[name]) == (".lora_B." in name)
+        if ".lora_A." in name:
+            assert 0 < parameter.abs().max() <= parameter[0].numel() ** -0.5
 
 
 # ------------------------------------------------------------------------------------------------ blocks
@@ -179,10 +217,15 @@ def test_loraplus_lets_up_matrices_learn_faster() -> None:
 def test_pefts_and_diffusers_ways_of_switching_work() -> None:
     base = run_models(small_models())[UNET]
     models, network = trained_network(few())
-    with lora_disabled(models[UNET]):
-        assert torch.equal(run_models(models)[UNET], base)
+    layers: list[Any] = list(network.layers.values())
+    for layer in layers:
+        layer.enable_adapters(False)
+    assert torch.equal(run_models(models)[UNET], base)
+    for layer in layers:
+        layer.enable_adapters(True)
+    assert not torch.equal(run_models(models)[UNET], base)
     assert all(parameter.requires_grad for parameter in network.parameters.values())
-    for layer in network.layers.values():
+    for layer in layers:
         layer.set_scale(ADAPTER, 0.0)
     assert torch.equal(run_models(models)[UNET], base)
 
@@ -258,6 +301,7 @@ def test_dropout_drops_single_values_of_the_down_matrix() -> None:
     assert values.unique().tolist() == pytest.approx([0.0, 8 / 0.75])
     assert 0.22 < (values == 0).float().mean() < 0.28
     assert not torch.equal(values, values[:, :1].expand_as(values))
+    assert torch.equal(layer.eval()(x)[..., :8], torch.full((200, 4, 8), 8.0))
 
 
 def test_a_module_is_left_out_of_whole_passes() -> None:
@@ -297,6 +341,10 @@ def test_arguments_are_kohyas() -> None:
     ("make", "sentence"),
     [
         (lambda: NetworkSpec(rank=0), "Network rank must be positive, got 0."),
+        (lambda: NetworkSpec(alpha=float("nan")), "Network alpha must be positive, got nan."),
+        (lambda: NetworkSpec(conv_rank=-1), "Network conv_rank must be positive, got -1."),
+        (lambda: NetworkSpec(scope="up"), "Network scope must be one of mid, down_mid, all, got 'up'."),  # type: ignore[arg-type]
+        (lambda: NetworkSpec(targets="ff"), "Network targets must be one of attention, kohya, got 'ff'."),  # type: ignore[arg-type]
         (lambda: NetworkSpec(algo="boft"), "Network algo must be one of lora, dora, loha, lokr, oft, got 'boft'."),  # type: ignore[arg-type]
         (lambda: NetworkSpec(family="sd3"), "Network family must be one of sd15, sdxl, got 'sd3'."),
         (lambda: NetworkSpec(dropout=1.0), "Network dropout must be at least 0 and below 1, got 1.0."),
@@ -311,6 +359,7 @@ def test_arguments_are_kohyas() -> None:
             r"block_lr_weights needs 23 numbers for SDXL \(9 down, 3 mid, 9 up, one before and one after\), got 21.",
         ),
         (lambda: NetworkSpec.from_json('{"rnk": 4}'), "Network specification has unknown entries: rnk."),
+        (lambda: NetworkSpec.from_json("{"), "Network specification is not valid JSON: "),
         (
             lambda: add_network(small_models(), NetworkSpec(block_dims=(0,) * 25, text_encoder=False), seed=0),
             "The network finds no module in the unet: is every rank 0, or every block weight?",

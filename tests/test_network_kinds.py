@@ -131,11 +131,13 @@ def test_every_weight_learns_once_it_is_off_its_start(spec: NetworkSpec) -> None
 def test_switching_off_and_the_multiplier_work(spec: NetworkSpec) -> None:
     base = run_models(small_models())
     models, network = trained_network(spec)
+    frozen = next(iter(network.parameters.values())).requires_grad_(False)
     adapted = run_models(models)
     with pytest.raises(RuntimeError, match="interrupted"), network.disabled():
         assert all(torch.equal(output, base[component]) for component, output in run_models(models).items())
         raise RuntimeError("interrupted")
     assert all(torch.equal(output, adapted[component]) for component, output in run_models(models).items())
+    assert all(p.requires_grad == (p is not frozen) for p in network.parameters.values())
     network.set_multiplier(0.0)
     torch.testing.assert_close(run_models(models), base)
     network.set_multiplier(1.0)

@@ -20,8 +20,8 @@ from networks.adapter_module import AdapterModule
 from networks.dropouts import drop_ranks
 from networks.injection import PeftLayer
 from networks.kinds import KINDS, Kind
-from networks.lora import ADAPTER
 from networks.spec import NetworkSpec
+from networks.targets import ADAPTER
 from networks.trained_weights import Conv2d, Linear
 
 

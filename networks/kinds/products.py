@@ -22,8 +22,8 @@ from networks.adapter_module import AdapterModule, require_fit
 from networks.dropouts import kept
 from networks.injection import PeftLayer
 from networks.kinds import KINDS
-from networks.lora import ADAPTER
 from networks.spec import NetworkSpec
+from networks.targets import ADAPTER
 
 Factor = tuple[Tensor, ...]
 """A matrix whole, as (a, b) of which it is the product, or as (a, b, t) of a CP-decomposed convolution."""

@@ -16,25 +16,40 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from library.models.configs import configs_of
 from library.models.load import load_unet
-from networks.adapter_export import Form, adapter_metadata, adapter_tensors, form_metadata, peft_config, to_kohya
+from networks.adapter_export import Form, adapter_metadata, adapter_tensors, form_metadata, peft_config
 from networks.adapters import Adapter
 from networks.kinds.lora import LoraModule
-from networks.lora import LoraSpec, add_lora, target_modules
 from networks.names import Target, with_text_model
+from networks.network import Network, add_network
 from networks.original_names import FAMILIES, TEXT_ENCODER_2, UNET, VAE
+from networks.spec import NetworkSpec
+from networks.targets import CONV_PARENTS, TRANSFORMER_PARENTS, layers_inside
+from tests.tools.networks import train
 
-SPEC = LoraSpec(rank=4, alpha=2.0, scope="all", targets="kohya", conv_rank=2, conv_alpha=1.0)
+SPEC = NetworkSpec(rank=4, alpha=2.0, conv_rank=2, conv_alpha=1.0)
 TEXT_LAYER = "text_model.encoder.layers.3.mlp.fc1"
 
 
-def train_lora(unet: nn.Module, spec: LoraSpec = SPEC, size: float = 0.05) -> dict[str, Tensor]:
-    """Put an adapter on `unet` and give it weights as training would; returns them by name."""
-    generator = torch.Generator().manual_seed(1)
-    params = add_lora(unet, spec, seed=0)
-    for name, parameter in params.items():
-        if ".lora_B." in name:
-            parameter.data = size * torch.randn(parameter.shape, generator=generator)
-    return {name: parameter.detach().clone() for name, parameter in params.items()}
+def train_lora(unet: nn.Module, spec: NetworkSpec = SPEC, size: float = 0.05) -> Network:
+    """Put adapters on `unet` and give them weights as training would."""
+    network = add_network({UNET: unet}, spec, seed=0)
+    train(network, size)
+    return network
+
+
+def earlier_weights(adapter: Adapter, prefix: str = "") -> dict[str, Tensor]:
+    """LoRA weights of the U-Net under the names that states had before those of text encoders were among them."""
+    return {
+        f"{prefix}{target.path}.lora_{part}.default.weight": value
+        for target, module in adapter.lora_modules("this test").items()
+        for part, value in (("A", module.down), ("B", module.up))
+    }
+
+
+def earlier_spec(spec: NetworkSpec) -> dict[str, str]:
+    """What the metadata of such a state said."""
+    fields = ("rank", "alpha", "dropout", "scope", "conv_rank", "conv_alpha", "targets")
+    return {"lora_spec": json.dumps({name: getattr(spec, name) for name in fields})}
 
 
 def text_lora(prefix: str = "lora_te", layer: str = TEXT_LAYER) -> dict[str, Tensor]:
@@ -76,7 +91,7 @@ def model_without_weights(family: str, component: str) -> nn.Module:
 def kohya_targets(component: str, model: nn.Module, *, conv: bool) -> dict[Target, nn.Module]:
     """Every module that kohya's scripts train, with those of the residual blocks and resamplers or without."""
     if component == UNET:
-        found = target_modules(model, LoraSpec(scope="all", targets="kohya", conv_rank=1 if conv else None))
+        found = layers_inside(model, TRANSFORMER_PARENTS | CONV_PARENTS if conv else TRANSFORMER_PARENTS)
         return {Target(UNET, path): module for path, module in found.items()}
     return {
         Target(component, with_text_model(path)): module
@@ -159,12 +174,12 @@ def run_tiny(unet: nn.Module) -> Tensor:
         return unet(latents, torch.tensor([321]), text).sample
 
 
-def write_lora(base: Path, path: Path) -> dict[str, Tensor]:
-    """Write a kohya file of an adapter for the U-Net of `base`; returns its weights under PEFT's names."""
-    params = train_lora(load_unet(str(base)))
-    tensors = to_kohya(params, SPEC)
+def write_lora(base: Path, path: Path) -> Network:
+    """Write a kohya file of adapters for the U-Net of `base`; returns them."""
+    network = train_lora(load_unet(str(base)))
+    tensors = network.tensors()
     metadata = adapter_metadata(
         SPEC, tensors, output_name=path.stem, date="2026-01-02T03:04:05", resolution=(128, 128), base_model=str(base)
     )
     save_file(tensors, path, metadata=metadata)
-    return params
+    return network

@@ -30,11 +30,11 @@ from library.merging.strength import Strength
 from library.models.checkpoint import Checkpoint, open_checkpoint
 from library.models.locate import BaseLocation
 from library.options.toml_file import PROJECT_ROOT
-from networks.adapter_file import BASE_MODEL_KEY
+from networks.adapter_file import BASE_MODEL_KEY, NETWORK_SPEC_KEY
 from networks.adapters import Adapter
-from networks.lora import LoraSpec
+from networks.network import Network
 from networks.original_names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
-from tests.tools.adapters import whole_adapter, write_adapter
+from tests.tools.adapters import earlier_spec, earlier_weights, whole_adapter, write_adapter
 from tests.tools.ldm_layout import ldm_checkpoint
 
 FILES = {
@@ -113,26 +113,30 @@ def left_over(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def write_state(folder: Path, params: Mapping[str, Tensor], spec: LoraSpec, base: str = "tiny-sd15") -> Path:
-    """A training state as train_repa.py leaves it. The moving average is half the weights, with heads beside it."""
-    metadata = {"format": "pt", "lora_spec": spec.to_json()}
-    save(params, folder / "lora.safetensors", metadata)
-    averaged = {name: value / 2 for name, value in params.items()}
+def write_state(folder: Path, network: Network, base: str = "tiny-sd15", *, earlier: bool = False) -> Path:
+    """A training state as train_repa.py leaves it, or left it. The average is half the weights, with heads beside it."""
+    weights = earlier_weights(network.adapter()) if earlier else {n: p.detach() for n, p in network.parameters.items()}
+    spec = earlier_spec(network.spec) if earlier else {NETWORK_SPEC_KEY: network.spec.to_json()}
+    metadata = {"format": "pt", **spec}
+    save(weights, folder / "lora.safetensors", metadata)
+    averaged = {name: value / 2 for name, value in weights.items()}
     save(averaged | {"align_heads.mid.proj.0.weight": torch.zeros(2, 2)}, folder / "ema.safetensors", metadata)
     (folder / "state.json").write_text(json.dumps({"step": 150, "base_model": base}))
     return folder
 
 
-def write_wrapped(path: Path, base: Path, params: Mapping[str, Tensor], spec: LoraSpec) -> Path:
+def write_wrapped(path: Path, base: Path, network: Network) -> Path:
     """The conversion report's checkpoint: a whole U-Net wrapped by PEFT, three heads, alpha in the run's config.json."""
-    adapted = {name.split(".lora_")[0] for name in params}
-    tensors = {f"unet.base_model.model.{name}": value for name, value in params.items()}
+    adapted = {target.path for target in network.layers}
+    tensors = earlier_weights(network.adapter(), "unet.base_model.model.")
     for name, value in load_file(base / FILES["unet"]).items():
         module, _, leaf = name.rpartition(".")
         tensors[f"unet.base_model.model.{module}{'.base_layer' if module in adapted else ''}.{leaf}"] = value
     tensors |= {f"align_heads.{block}.weight": torch.zeros(2, 2) for block in ("down", "mid", "up")}
     save(tensors, path)
-    path.with_name("config.json").write_text(json.dumps({"lora": {"rank": spec.rank, "lora_alpha": spec.alpha}}))
+    path.with_name("config.json").write_text(
+        json.dumps({"lora": {"rank": network.spec.rank, "lora_alpha": network.spec.alpha}})
+    )
     return path
 
 

@@ -21,11 +21,6 @@ SD15: dict[str, Any] = {
 }
 
 
-def sd15_unet_without_weights() -> UNet2DConditionModel:
-    with torch.device("meta"):
-        return UNet2DConditionModel(**SD15)
-
-
 def small_unet(seed: int = 0, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """The blocks of SD1.5 with the fewest channels, frozen, with weights of `seed`."""
     narrow = {"sample_size": 16, "block_out_channels": (8, 16, 16, 16), "cross_attention_dim": 12, "norm_num_groups": 4}
