@@ -351,7 +351,7 @@ def test_sigkill_in_the_middle_keeps_what_was_committed(setting: LatentSetting, 
 def test_two_processes_share_pictures_and_captions(setting: LatentSetting, script: Path, tiny_sd15: Path) -> None:
     folder = setting.images.parent
     child = launch(str(script), [str(folder), str(tiny_sd15), "0"], processes=2)
-    output, _ = child.communicate(timeout=240)
+    output, _ = child.communicate(timeout=1200)
     assert child.returncode == 0 and "latents: 6 encoded" in output, output[-2000:]
     assert list(setting.cache_dir.glob("latents_*/*/shard-001/data.mdb"))
     caches = setting.build(setting.pictures(flip=True))

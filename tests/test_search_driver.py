@@ -303,7 +303,9 @@ def test_many_workers_write_the_files_of_the_study_one_after_the_other(
 
 
 def interrupt(*signals: int, trainer: FakeTrainer, folder: Path) -> Result:
-    """Run a study and send it the signals once the first training has begun."""
+    """Run a study and send it the signals once the first training has begun, which does not end before."""
+    sent = threading.Event()
+    trainer.ending = lambda job: "done" if sent.wait() else ""
 
     def send() -> None:
         while not trainer.jobs:
@@ -311,6 +313,7 @@ def interrupt(*signals: int, trainer: FakeTrainer, folder: Path) -> Result:
         for number in signals:
             os.kill(os.getpid(), number)
             time.sleep(0.1)
+        sent.set()
 
     sender = threading.Thread(target=send)
     sender.start()
