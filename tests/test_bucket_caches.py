@@ -126,7 +126,6 @@ def test_every_entry_equals_a_fresh_encoding_of_its_crop_and_of_its_mirror_image
     assert not setting.built and not setting.tells("missing")
 
 
-@pytest.mark.bits
 def test_latents_of_an_entry_are_those_of_the_posterior(setting: LatentSetting) -> None:
     moments = torch.from_numpy(read(setting.build(), setting.pictures()[0]))[None]
     posterior = DiagonalGaussianDistribution(moments.float())
