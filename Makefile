@@ -1,5 +1,5 @@
 # make demo: install, then the main job from pictures to a picture. make test: install, then all checks.
-# make test-portable: the tests that compare bits, with the kernels of other processors and with several threads.
+# make test-portable: the tests that compare bits, with the kernels of other processors and with two threads.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -7,7 +7,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-re
 CAPS := \
 	"OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2" \
 	"OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2" \
-	"OMP_NUM_THREADS=3"
+	"OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive"
 
 .PHONY: demo test test-portable lint clean
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
@@ -15,8 +14,9 @@ if TYPE_CHECKING:
     from tests.tools.network_runs import NetworkSetting
     from tests.tools.runs import RepaSetting
 
-# Tiny tensors: threads cost more than they bring, above all where several processes share two cores. Children inherit it.
-torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+# Tiny tensors: threads cost more than they bring, above all where several processes share two cores. Said before torch is
+# imported, it holds for this process as for those that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # No test depends on how fast the machine is.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -65,7 +65,7 @@ def test_sigkill_in_the_middle_loses_and_doubles_nothing(cache_setting: CacheSet
 
 def test_two_processes_share_the_work_and_their_shards_open_as_one_store(cache_setting: CacheSetting) -> None:
     child = launch("prepare_cache.py", cache_setting.arguments(), processes=2)
-    output, _ = child.communicate(timeout=240)
+    output, _ = child.communicate(timeout=1200)
     assert child.returncode == 0, output[-2000:]
     folder = Path(cache_setting.argv["cache_dir"]) / "train_latents"
     assert (folder / "data.mdb").is_file() and (folder / "shard-001" / "data.mdb").is_file()
@@ -82,7 +82,7 @@ def test_two_processes_rebuild_a_store_of_one_without_doubling_an_entry(cache_se
         for store in cached.stores.values():
             store.close()
     child = launch("prepare_cache.py", cache_setting.arguments(dino_resolution=112, cache_batch_size=1), processes=2)
-    output, _ = child.communicate(timeout=240)
+    output, _ = child.communicate(timeout=1200)
     assert child.returncode == 0 and "train: 8 encoded, 0 unchanged" in output, output[-2000:]
     store = TensorStore(Path(cache_setting.argv["cache_dir"]) / "train_tokens", "tokens")
     assert sorted(store.sample_ids()) == [f"p{i}" for i in range(8)] and store.meta.complete

@@ -82,7 +82,6 @@ def test_an_adapter_lost_after_the_last_state_is_written_by_the_same_command(
     assert_same_end(finished_network, output)
 
 
-@pytest.mark.bits
 def test_the_same_command_after_the_end_has_nothing_to_do(
     finished_network: Path, network_setting: NetworkSetting, capsys: pytest.CaptureFixture[str]
 ) -> None:

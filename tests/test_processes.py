@@ -71,12 +71,12 @@ def test_two_processes_train_validate_save_and_resume_exactly(
     setting = RepaSetting(tmp_path / "data", tiny_sd15, tiny_dinov2)
     changes = {"train_batch_size": 2, "save_every_n_steps": 2, "validate_every_n_steps": 2}
     run = setting.start(tmp_path / "whole", processes=WORLD, **changes)
-    output, _ = run.communicate(timeout=300)
+    output, _ = run.communicate(timeout=1200)
     assert run.returncode == 0, output[-3000:]
     assert "batch 2 x 1 accumulated x 2 processes" in output
     copy_until(tmp_path / "whole", tmp_path / "resumed", 2)
     run = setting.start(tmp_path / "resumed", processes=WORLD, **changes)
-    output, _ = run.communicate(timeout=300)
+    output, _ = run.communicate(timeout=1200)
     assert run.returncode == 0 and output.count("resuming from") == 1, output[-3000:]
     assert_equal_states(tmp_path / "whole" / "step_000004", tmp_path / "resumed" / "step_000004")
     rows = metric_rows(tmp_path / "whole", "val/total")
@@ -91,7 +91,7 @@ def test_two_processes_train_validate_save_and_resume_exactly(
         align_schedule="constant",
         train_batch_size=2,
     )
-    output, _ = run.communicate(timeout=300)
+    output, _ = run.communicate(timeout=1200)
     assert run.returncode == 0, output[-3000:]
     one, both = (metric_rows(tmp_path / name, "val/total")[0] for name in ("one", "both"))
     for name in ("val/loss", "val/token", "val/manifold", "val/total"):

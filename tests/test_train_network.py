@@ -197,7 +197,7 @@ def test_two_processes_share_an_epoch(network_setting: NetworkSetting, tmp_path:
         "dino_model": tiny_dinov2, "dino_resolution": 56, "token_grid": 4, "manifold_mode": "token",
     }  # fmt: skip
     child = network_setting.start(tmp_path, processes=2, **options)
-    output, _ = child.communicate(timeout=240)
+    output, _ = child.communicate(timeout=1200)
     assert child.returncode == 0, output[-2000:]
     assert "3 samples an epoch, 2 steps per epoch, 4 steps, up to batch 1 x 1 accumulated x 2 processes" in output
     assert {"mio.safetensors", "mio-state"} <= set(names(tmp_path))

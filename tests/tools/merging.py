@@ -269,7 +269,7 @@ class MergeServer:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(60)
 
     def _line(self) -> str:
         assert self._process.stdout is not None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 USER, PASSWORD = "search", "p4ss-of-the-test"
-START_SECONDS = 30.0
+START_SECONDS = 120.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -148,7 +148,7 @@ def _make_cluster(programs: Path, folder: Path, who: dict[str, Any]) -> None:
     # By password, as in the image of deploy/compose.yaml.
     command += ["-A", "scram-sha-256", "-E", "UTF8", "--no-locale"]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, timeout=60, **who)
+        subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, timeout=300, **who)
     except subprocess.CalledProcessError as error:
         raise NoServer(f"PostgreSQL's initdb does not work here: {_last_line(error.stderr)}") from None
     except (OSError, subprocess.SubprocessError) as error:

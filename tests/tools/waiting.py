@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 120.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 600.0) -> None:
     """Look every hundredth of a second; fails where it does not come within `seconds`, which nothing that works needs."""
     deadline = time.monotonic() + seconds
     while not condition():
