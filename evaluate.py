@@ -128,7 +128,7 @@ def native_side(base: str) -> int:
     """Pixels that the base was trained at."""
     from library.models.encoders import VAE_FACTOR
     from library.models.load import unet_config
-    from networks.original_names import SD15, SDXL
+    from networks.families import SD15, SDXL
 
     return int(unet_config(base, families=(SD15, SDXL))["sample_size"]) * VAE_FACTOR
 

@@ -89,7 +89,8 @@ def work(way: str, base: Path, lora: Path, out: Path) -> dict[str, float]:
     from library.models.checkpoint import open_checkpoint
     from library.models.locate import BaseLocation
     from library.models.tensor_files import write_tensor_file
-    from networks.original_names import SD15, original_place
+    from networks.families import SD15
+    from networks.original_names import original_place
 
     def merging() -> tuple[Merging, Ingredient]:
         source = read_source(lora)
@@ -154,8 +155,8 @@ def make_lora(path: Path) -> None:
 
     from library.models.configs import configs_of
     from networks.adapter_export import to_kohya
+    from networks.families import SD15
     from networks.lora import LoraSpec, target_modules
-    from networks.original_names import SD15
 
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(configs_of(SD15).unet)

@@ -38,8 +38,8 @@ from library.training.models import COMPUTE_DTYPES, FrozenModels
 from library.training.plan import make_order, make_plan
 from library.training.run import build_run
 from library.training.tracking import MetricLog
-from networks.original_names import SD15 as SD15_FAMILY
-from networks.original_names import Family
+from networks.families import SD15 as SD15_FAMILY
+from networks.families import Family
 
 # An H200 at the step's arithmetic: 182 TFLOP at 790 TFLOP/s are 0.23 s. The documented run took 1.9 s and 110 GB.
 TARGETS = {"step_seconds": 0.55, "peak_gb": 60.0, "data_wait_share": 0.02}

@@ -24,10 +24,10 @@ from networks.adapter_export import (
 )
 from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
+from networks.families import SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from networks.kinds.lora import LoraModule
 from networks.lora import add_lora
 from networks.names import Target
-from networks.original_names import SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from tests.tools.adapters import (
     SPEC,
     assert_same_adapter,

@@ -18,9 +18,9 @@ from networks import AdapterError, adapter_file
 from networks.adapter_export import to_kohya
 from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
+from networks.families import SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from networks.lora import LoraSpec, add_lora
 from networks.names import Target, kohya_name
-from networks.original_names import SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from tests.tools.adapters import SPEC, kohya_module, one_module, random_module, write_tensors
 from tests.tools.unets import SD15, small_unet
 

@@ -32,7 +32,7 @@ from library.models.load import load_vae
 from library.models.locate import BaseLocation
 from library.options.toml_file import PROJECT_ROOT
 from library.processes import Processes
-from networks.original_names import SD15, SDXL
+from networks.families import SD15, SDXL
 from tests.tools.runs import launch
 
 SIZES = [(64, 64), (70, 66), (96, 64), (100, 66), (64, 96), (200, 130)]
@@ -320,7 +320,7 @@ latents.prepare_latents(setting.pictures(flip=True), processes=processes, say=pr
 from library.caching.prompts import prepare_prompts
 from library.models.conditioning import TextConditioner
 from library.models.load import load_text_encoders
-from networks.original_names import SD15
+from networks.families import SD15
 prompts = prepare_prompts({captions!r}, conditioner=lambda: TextConditioner(SD15, load_text_encoders(str(base))),
     facts={{}}, cache_dir=folder, processes=processes, say=processes.say)
 print("found", processes.rank, float(prompts.read(prompts.rows({captions!r})).states.abs().sum()))

@@ -12,7 +12,7 @@ from library.errors import UserError
 from library.models.conditioning import TextConditioner, size_conditions
 from library.models.encoders import TextEncoder
 from library.models.load import load_text_encoder, load_text_encoders
-from networks.original_names import SD15, SDXL
+from networks.families import SD15, SDXL
 
 PROMPTS = ["a red circle", "", "blue square on a green background"]
 LONG = ", ".join(f"red circle {i}" for i in range(40))

@@ -17,7 +17,7 @@ from library.models.load import load_text_encoder, load_unet, load_vae, unet_con
 from library.models.locate import BaseLocation, locate_base
 from library.models.sd15_configs import SD15_UNET
 from library.models.sdxl_configs import SDXL_PIPELINE, SDXL_UNET
-from networks.original_names import SD15, SDXL
+from networks.families import SD15, SDXL
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"

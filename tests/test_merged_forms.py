@@ -16,10 +16,10 @@ from library.models.load import load_unet
 from networks.adapter_export import to_kohya
 from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
+from networks.families import UNET
 from networks.kinds.lora import LoraModule
 from networks.lora import LoraSpec
 from networks.names import Target, peft_key
-from networks.original_names import UNET
 from tests.tools.adapters import train_lora, write_adapter
 from tests.tools.merging import assert_same_tensors, merging_of, payload, run_merge, save, write_state, write_wrapped
 

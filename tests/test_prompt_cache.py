@@ -15,7 +15,7 @@ from library.errors import RunFailed, UserError
 from library.models.conditioning import Conditioning, TextConditioner
 from library.models.load import load_text_encoders
 from library.processes import Processes
-from networks.original_names import SD15, SDXL
+from networks.families import SD15, SDXL
 
 CAPTIONS = ["a red circle", "blue square on a green background", "a red circle", "1girl, solo"]
 

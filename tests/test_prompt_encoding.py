@@ -22,7 +22,7 @@ from library.inference.prompt_encoding import (
 from library.inference.prompt_syntax import Span, parse_prompt, weighted_spans
 from library.models.clip_tokenizer import clip_tokenizer
 from library.models.load import TextPart, load_text_encoders
-from networks.original_names import SD15, SDXL
+from networks.families import SD15, SDXL
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "prompt_vectors.json").read_text(encoding="utf-8"))
 PROMPTS = ["a red circle", "", "blue square on a green background"]

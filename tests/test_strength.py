@@ -17,8 +17,8 @@ from library.merging.strength import BASE, BLOCKS, MID, Strength, block_of, pars
 from library.models.sd15_configs import SD15_UNET
 from library.models.sdxl_configs import SDXL_UNET
 from networks.adapter_file import read_adapter
+from networks.families import SD15, SDXL
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target
-from networks.original_names import SD15, SDXL
 from tests.tools.adapters import TEXT_LAYER, text_lora
 from tests.tools.ldm_layout import unet_name
 from tests.tools.merging import FILES, opened, run_merge, save

@@ -25,7 +25,7 @@ from library.training.models import (
 )
 from library.training.run import make_objective
 from library.training.text import CachedText, EncodedText
-from networks.original_names import FAMILIES, UNET
+from networks.families import FAMILIES, UNET
 from tests.tools.adapters import write_lora
 from tests.tools.network_runs import Built, NetworkSetting
 

@@ -37,7 +37,7 @@ from library.options.alignment import AlignmentOptions
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.options.kohya.training import NetworkModelOptions, TextEncoderOptions
 from library.processes import Processes
-from networks.original_names import FAMILIES, Family
+from networks.families import FAMILIES, Family
 
 KINDS = ("latents", "tokens")
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}

@@ -31,7 +31,7 @@ from library.models.encoders import VAE_FACTOR, MomentsEncoder, weight_fingerpri
 from library.models.load import load_vae
 from library.models.locate import BaseLocation
 from library.processes import Processes
-from networks.original_names import SD15, SDXL, VAE, Family
+from networks.families import SD15, SDXL, VAE, Family
 
 KIND = "moments"
 CHANNELS = 8

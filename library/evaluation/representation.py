@@ -30,8 +30,8 @@ from library.models.encoders import weight_fingerprint
 from library.models.locate import locate_base
 from library.training.saving import StepSaving
 from library.training.state import read_facts
+from networks.families import UNET
 from networks.features import Tap
-from networks.original_names import UNET
 
 TIMESTEPS = (1, 50, 100, 261, 400, 500, 750)
 """261 is DIFT's (arXiv 2306.03881), near 100 segmentation is best (CleanDIFT, arXiv 2412.03439); the rest show the ends."""

@@ -19,7 +19,7 @@ from library.models.family import family_of
 from library.models.load import TextPart, load_scheduler_config, load_text_encoders, load_unet, load_vae
 from library.models.locate import BaseLocation
 from networks.adapters import Adapter
-from networks.original_names import SD15, SDXL, UNET, Family
+from networks.families import SD15, SDXL, UNET, Family
 
 
 @dataclass

@@ -21,8 +21,8 @@ from library.models.header import read_shapes
 from library.models.load import TextPart, load_scheduler_config
 from library.models.locate import REFINER_COMPONENTS, BaseLocation, locate_base, weight_files
 from library.models.weights import assemble, read_tensors
+from networks.families import SDXL, TEXT_ENCODER_2, UNET, Family
 from networks.names import current_key
-from networks.original_names import SDXL, TEXT_ENCODER_2, UNET, Family
 
 _FILE_MARK = "conditioner.embedders.0.model."  # where the base has its first text encoder
 # Of positive and negative prompts: diffusers' and A1111's.

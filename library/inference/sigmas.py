@@ -15,7 +15,7 @@ from torch import Tensor
 from library.diffusion.noise_levels import NoiseLevels
 from library.errors import UserError
 from library.inference.sampler_names import schedule_named
-from networks.original_names import SDXL, Family
+from networks.families import SDXL, Family
 
 _RHO = 7.0  # Karras et al. 2022, table 1
 _ALL = 0.999  # A1111's largest denoising strength

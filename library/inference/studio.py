@@ -26,7 +26,7 @@ from library.models.checkpoint import open_checkpoint
 from library.models.family import family_of, native_side
 from library.models.locate import locate_base
 from networks.adapters import Adapter
-from networks.original_names import SDXL, VAE
+from networks.families import SDXL, VAE
 
 
 @dataclass

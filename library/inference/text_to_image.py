@@ -28,7 +28,7 @@ from library.inference.sigmas import last_steps, noise_levels, part_of
 from library.inference.upscaling import LatentUpscaler, find_upscaler
 from library.models.conditioning import Conditioning
 from networks.adapters import Adapter
-from networks.original_names import SDXL
+from networks.families import SDXL
 
 Adapters = Mapping[Path, Adapter]
 """What the files of a request's adapters hold."""

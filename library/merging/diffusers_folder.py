@@ -12,8 +12,8 @@ from library.models.checkpoint import Checkpoint
 from library.models.clip_tokenizer import END, OPEN_CLIP_PAD, merges_for, write_tokenizer
 from library.models.configs import configs_of
 from library.models.locate import BaseLocation
+from networks.families import SDXL
 from networks.names import TEXT_ENCODER_2, UNET, VAE
-from networks.original_names import SDXL
 
 INDEX = "model_index.json"
 

@@ -19,9 +19,9 @@ from library.errors import UserError
 from library.merging.algebra import from_svd
 from library.models.checkpoint import Checkpoint
 from networks.adapters import Adapter
+from networks.families import SDXL
 from networks.kinds.lora import LoraModule
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Target
-from networks.original_names import SDXL
 from networks.prediction_names import name_by_marks
 
 Shapes = Mapping[str, Mapping[str, Sequence[int]]]

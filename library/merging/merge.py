@@ -16,8 +16,8 @@ from library.errors import UserError
 from library.merging.strength import Strength
 from networks.adapter_module import AdapterModule
 from networks.adapters import Adapter
+from networks.families import SD15, SDXL, Family
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target, kohya_name
-from networks.original_names import SD15, SDXL, Family
 
 Shapes = Mapping[str, Sequence[int]]
 Part = tuple[AdapterModule, float]

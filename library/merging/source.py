@@ -14,8 +14,8 @@ from library.models.tensor_files import TensorFile
 from networks import AdapterError
 from networks.adapter_file import BASE_MODEL_KEY, read_adapter
 from networks.adapters import Adapter
+from networks.families import SD15, SDXL
 from networks.names import split_wrapped_key
-from networks.original_names import SD15, SDXL
 
 PROVENANCE_KEY = "repa_merge"
 """Metadata of what merge_lora.py writes: version, inputs with their SHA-256, ratios."""

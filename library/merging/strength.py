@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from library.errors import UserError
+from networks.families import SD15, SDXL, Family
 from networks.names import UNET, Target
-from networks.original_names import SD15, SDXL, Family, unet_to_original
+from networks.original_names import unet_to_original
 
 BASE, MID = "BASE", "MID"
 

@@ -22,7 +22,7 @@ from library.merging.verify import Check, verify
 from library.models.checkpoint import Checkpoint, open_checkpoint
 from library.models.locate import BaseLocation
 from library.models.tensor_files import NewTensor, TensorFile, file_bytes, write_tensor_file
-from networks.original_names import SDXL, Family
+from networks.families import SDXL, Family
 from networks.prediction_names import PredictionName, name_by_marks
 
 SINGLE_FILE = "model.safetensors"

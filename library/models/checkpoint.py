@@ -19,8 +19,9 @@ from library.models.family import family_of
 from library.models.locate import BaseLocation, weight_files
 from library.models.tensor_files import Range, TensorFile, open_pickled
 from library.models.weights import read_tensors
+from networks.families import Family
 from networks.names import VAE, current_key
-from networks.original_names import Family, Form, diffusers_keys, original_place
+from networks.original_names import Form, diffusers_keys, original_place
 from networks.prediction_names import BY_SCHEDULER, EPSILON_NAME, PREDICTION_NAMES
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.load import TextPart
 from library.options.kohya.training import TextEncoderOptions
-from networks.original_names import SDXL, Family
+from networks.families import SDXL, Family
 
 CHUNK = 75
 _MARKERS = 2

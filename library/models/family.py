@@ -11,7 +11,7 @@ from library.files import read_json
 from library.models.configs import configs_of
 from library.models.header import read_shapes
 from library.models.locate import BaseLocation
-from networks.original_names import SD15, SDXL, TEXT_ENCODER_2, UNET, Family
+from networks.families import SD15, SDXL, TEXT_ENCODER_2, UNET, Family
 
 _UNET = SD15.original[UNET]
 _VAE_FACTOR = 8  # pixels to a latent

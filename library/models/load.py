@@ -22,8 +22,8 @@ from library.models.configs import configs_of, published_family
 from library.models.family import family_of, require_family
 from library.models.locate import BaseLocation, base_status, locate_base, weight_files
 from library.models.weights import assemble, read_tensors
+from networks.families import SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Family
 from networks.names import current_key
-from networks.original_names import SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Family
 
 Base = BaseLocation | str
 Device = torch.device | str

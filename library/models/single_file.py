@@ -16,17 +16,8 @@ from library.errors import UserError
 from library.models.configs import configs_of
 from library.models.header import Shapes, read_shapes
 from library.models.weights import read_tensors
-from networks.original_names import (
-    SDXL,
-    TEXT_ENCODER_2,
-    UNET,
-    VAE,
-    Family,
-    Form,
-    Place,
-    diffusers_keys,
-    original_place,
-)
+from networks.families import SDXL, TEXT_ENCODER_2, UNET, VAE, Family
+from networks.original_names import Form, Place, diffusers_keys, original_place
 from networks.prediction_names import name_by_marks
 
 

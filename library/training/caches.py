@@ -22,7 +22,7 @@ from library.options.run import RunOptions
 from library.processes import Processes
 from library.training.facts import base_weights_facts
 from library.training.models import FrozenModels, load_frozen_text
-from networks.original_names import Family
+from networks.families import Family
 
 
 class Stores(NamedTuple):

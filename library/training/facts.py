@@ -15,7 +15,7 @@ from library.merging.source import read_source
 from library.models.fingerprint import weight_fingerprint
 from library.models.locate import BaseLocation
 from library.options.run import RunOptions
-from networks.original_names import UNET
+from networks.families import UNET
 from networks.spec import NetworkSpec
 
 if TYPE_CHECKING:

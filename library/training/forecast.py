@@ -38,8 +38,8 @@ from library.training.pictures import class_data, collect_pictures, print_data
 from library.training.plan import make_order, make_plan
 from library.training.start import base_components
 from networks.align_head import AlignHeads
+from networks.families import SDXL, TEXT_ENCODER_2, UNET, Family
 from networks.features import capture
-from networks.original_names import SDXL, TEXT_ENCODER_2, UNET, Family
 
 # Widths of DINOv2 ViT-S, B, L and g (Oquab et al. 2023, table 17), for a teacher that is not on this machine yet.
 TEACHER_WIDTHS = {

@@ -26,11 +26,11 @@ from library.training.optimizers import ParameterGroup
 from networks import AdapterError
 from networks.adapters import Adapter
 from networks.align_head import AlignHeads
-from networks.blocks import SECTIONS, block_weights
+from networks.blocks import block_weights
+from networks.families import TEXT_ENCODER_2, UNET, Family
 from networks.kinds.lora import LORA_DOWN
 from networks.names import Target
 from networks.network import Network, add_network, weight_name
-from networks.original_names import TEXT_ENCODER_2, UNET, Family
 from networks.spec import NetworkSpec
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -153,7 +153,7 @@ def network_spec(options: RunOptions, family: Family, start: Adapter | None) -> 
     network, args = options.network, options.network.args
     weights = None
     if args.has_block_learning_rates:
-        sections = zip((args.down_lr_weight, args.mid_lr_weight, args.up_lr_weight), SECTIONS[family.key], strict=True)
+        sections = zip((args.down_lr_weight, args.mid_lr_weight, args.up_lr_weight), family.sections, strict=True)
         values = [one.weights(count) if isinstance(one, BlockCurve) else one for one, count in sections]
         weights = block_weights(family, *values)
     sizes = None

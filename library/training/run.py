@@ -63,7 +63,7 @@ from library.training.state import Trained
 from library.training.task import LoraTask
 from library.training.text import CachedText, EncodedText, PromptTable, Text
 from networks.adapter_file import NETWORK_SPEC_KEY
-from networks.original_names import SDXL, UNET, Family
+from networks.families import SDXL, UNET, Family
 
 COMPARED: dict[str, Prediction | None] = {"auto": None, "epsilon": EPSILON, "v": VELOCITY}
 """What the loss compares, by the values of --objective."""

@@ -10,7 +10,7 @@ from library.options.run import RunOptions
 if TYPE_CHECKING:
     from library.models.locate import BaseLocation
     from library.processes import Processes
-    from networks.original_names import Family
+    from networks.families import Family
 
 
 def check_inputs(options: RunOptions) -> None:
@@ -44,7 +44,7 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
     from library.training.optimizers import check_optimizer
     from library.training.samples import check_prompts
     from library.training.speed import prepare_environment
-    from networks.original_names import SDXL
+    from networks.families import SDXL
 
     prepare_environment(options.speed)
     require_writable(options.output.output_dir)

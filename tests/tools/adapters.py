@@ -18,10 +18,10 @@ from library.models.configs import configs_of
 from library.models.load import load_unet
 from networks.adapter_export import Form, adapter_metadata, adapter_tensors, form_metadata, peft_config, to_kohya
 from networks.adapters import Adapter
+from networks.families import FAMILIES, TEXT_ENCODER_2, UNET, VAE
 from networks.kinds.lora import LoraModule
 from networks.lora import LoraSpec, add_lora, target_modules
 from networks.names import Target, with_text_model
-from networks.original_names import FAMILIES, TEXT_ENCODER_2, UNET, VAE
 
 SPEC = LoraSpec(rank=4, alpha=2.0, scope="all", targets="kohya", conv_rank=2, conv_alpha=1.0)
 TEXT_LAYER = "text_model.encoder.layers.3.mlp.fc1"

@@ -13,7 +13,7 @@ from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions
 from library.processes import Processes
 from library.training.caches import class_preparation
-from networks.original_names import SD15
+from networks.families import SD15
 from tests.tools.pictures import draw_picture
 
 

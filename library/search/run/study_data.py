@@ -148,6 +148,6 @@ def repa_data(options: TrainRepaOptions) -> StudyData:
 def base_hash(base: str, cache_dir: Path) -> str:
     """SHA-256 of the base's U-Net. It takes seconds for gigabytes, and is remembered in `cache_dir`."""
     from library.models.fingerprint import weight_fingerprint
-    from networks.original_names import UNET
+    from networks.families import UNET
 
     return weight_fingerprint(locate_base(base), UNET, cache_dir / "weight_hashes.json")

@@ -175,7 +175,7 @@ def _require_sdxl(base: str) -> None:
     from library.models.configs import published_family
     from library.models.family import family_of
     from library.models.locate import TINY_SDXL, base_status, locate_base
-    from networks.original_names import SDXL
+    from networks.families import SDXL
 
     if base == TINY_SDXL:
         return

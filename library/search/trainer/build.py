@@ -35,7 +35,7 @@ from library.training.run import build_run
 from library.training.speed import prepare_environment, with_usable_attention
 from library.training.start import check_start
 from library.training.task import LoraTask
-from networks.original_names import UNET, Family
+from networks.families import UNET, Family
 
 # Groups of options that decide nothing about pictures and caches, but for the batch size, the dataset file and base_weights.
 _NOT_OF_DATA = (

@@ -43,7 +43,7 @@ from library.training.caches import Prepared
 from library.training.facts import base_weights_facts
 from library.training.task import LoraTask
 from library.training.text import EncodedText
-from networks.original_names import UNET
+from networks.families import UNET
 
 STANDARD_ERRORS = 2.0
 """A fall of the adherence by less than this many standard errors of the base's may be chance."""

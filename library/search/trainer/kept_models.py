@@ -24,7 +24,7 @@ from library.models.locate import BaseLocation
 from library.options.run import RunOptions
 from library.training.facts import base_weights_facts
 from library.training.models import FrozenModels, float8_components
-from networks.original_names import UNET, Family
+from networks.families import UNET, Family
 
 Value = TypeVar("Value")
 Module = TypeVar("Module", bound=nn.Module)
