@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from library.errors import EXIT_OK, UserError, script
 from library.options.merging import KOHYA, MergeLoraOptions
 from library.options.parser import parse
-from library.options.precision import TORCH_DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -221,9 +220,9 @@ def inspect(options: MergeLoraOptions) -> None:
 
 
 def torch_dtype(options: MergeLoraOptions) -> torch.dtype | None:
-    import torch
+    from library.device import named_dtype
 
-    return None if options.save_precision is None else getattr(torch, TORCH_DTYPES[options.save_precision])
+    return None if options.save_precision is None else named_dtype(options.save_precision)
 
 
 if __name__ == "__main__":

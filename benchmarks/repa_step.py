@@ -27,6 +27,7 @@ from library.data.sources import Sample
 from library.data.store import StoreMeta, TensorStore
 from library.data.store_writer import StoreWriter
 from library.data.text_embeddings import TextEmbeddings
+from library.device import named_dtype
 from library.models.load import unet_config
 from library.models.locate import BaseLocation
 from library.options.repa import parse_repa_options
@@ -34,7 +35,7 @@ from library.options.run import RunOptions
 from library.processes import Processes
 from library.training.caches import prepared_classes
 from library.training.loop import train
-from library.training.models import COMPUTE_DTYPES, FrozenModels
+from library.training.models import FrozenModels
 from library.training.plan import make_order, make_plan
 from library.training.run import build_run
 from library.training.tracking import MetricLog
@@ -125,7 +126,7 @@ class RandomModels(FrozenModels):
     ) -> UNet2DConditionModel:
         with torch.device(device):
             unet = UNet2DConditionModel.from_config(self.config)
-        return unet.to(COMPUTE_DTYPES[options.model.mixed_precision]).requires_grad_(False).eval()
+        return unet.to(named_dtype(options.model.mixed_precision)).requires_grad_(False).eval()
 
 
 def make_caches(folder: Path, count: int, side: int, token_shape: tuple[int, int], text_width: int) -> Caches:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +26,7 @@ from library.data.buckets import Buckets, Fitted, resize_and_crop
 from library.data.image_headers import read_header
 from library.data.pixels import UnreadableImage, decode_rgb
 from library.errors import UserError
-from library.models.encoders import LOG_VARIANCE_FLOOR, MomentsEncoder, latents_of
+from library.models.encoders import LOG_VARIANCE_FLOOR, MomentsEncoder
 from library.models.load import load_vae
 from library.models.locate import BaseLocation
 from library.options.toml_file import PROJECT_ROOT
@@ -124,16 +123,6 @@ def test_every_entry_equals_a_fresh_encoding_of_its_crop_and_of_its_mirror_image
             assert np.array_equal(read(caches, one, flipped=True), mirrored[row])
     setting.build(pictures)
     assert not setting.built and not setting.tells("missing")
-
-
-@pytest.mark.bits
-def test_latents_of_an_entry_are_those_of_the_posterior(setting: LatentSetting) -> None:
-    moments = torch.from_numpy(read(setting.build(), setting.pictures()[0]))[None]
-    posterior = DiagonalGaussianDistribution(moments.float())
-    assert torch.equal(latents_of(moments, 0.5), posterior.mode() * 0.5)
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    drawn = posterior.sample(torch.Generator().manual_seed(3))
-    assert torch.allclose(latents_of(moments, 0.5, noise), drawn * 0.5)
 
 
 def test_an_edited_picture_is_encoded_again_and_said_and_a_touched_one_is_not(setting: LatentSetting) -> None:
@@ -367,13 +356,13 @@ def test_a_mask_is_the_mean_over_the_pixels_of_each_latent(tmp_path: Path) -> No
     fitted = Fitted((40, 16), (32, 16), (40, 16), (6, 0, 38, 16))
     values = np.random.default_rng(0).integers(0, 256, (16, 40), dtype=np.uint8)
     expected = values[:, 6:38].reshape(2, 8, 4, 8).mean((1, 3), dtype=np.float64) / 255
-    np.testing.assert_allclose(latent_mask(values, fitted), expected, atol=1e-6)
-    np.testing.assert_allclose(latent_mask(values, fitted, flipped=True), expected[:, ::-1], atol=1e-6)
+    np.testing.assert_allclose(latent_mask(values, fitted, (2, 4)), expected, atol=1e-6)
+    np.testing.assert_allclose(latent_mask(values, fitted, (2, 4), flipped=True), expected[:, ::-1], atol=1e-6)
     # A file: its red channel, here at twice the size of the picture.
     red = np.zeros((32, 80, 3), np.uint8)
     red[..., 0] = values.repeat(2, 0).repeat(2, 1)
     Image.fromarray(red).save(tmp_path / "mask.png")
-    found = latent_mask(tmp_path / "mask.png", fitted)
+    found = latent_mask(tmp_path / "mask.png", fitted, (2, 4))
     assert found.dtype == np.float32 and found.shape == (2, 4)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -394,8 +383,8 @@ def test_masks_that_do_not_fit_or_cannot_be_read_are_refused(tmp_path: Path) -> 
     fitted = Fitted((40, 16), (32, 16), (40, 16), (4, 0, 36, 16))
     Image.new("L", (40, 40)).save(tmp_path / "square.png")
     with pytest.raises(UserError, match=r"square.png is 40 x 40, another shape than its image of 40 x 16"):
-        latent_mask(tmp_path / "square.png", fitted)
+        latent_mask(tmp_path / "square.png", fitted, (2, 4))
     (tmp_path / "none.png").write_bytes(b"no picture")
-    for read_it in (lambda path: latent_mask(path, fitted), alpha_channel):
+    for read_it in (lambda path: latent_mask(path, fitted, (2, 4)), alpha_channel):
         with pytest.raises(UnreadableImage, match="none.png: not an image|none.png: not a PNG"):
             read_it(tmp_path / "none.png")

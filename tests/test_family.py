@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from library.errors import UserError
 from library.files import write_json
 from library.models.family import family_of
-from library.models.load import load_text_encoder, load_unet, load_vae, unet_config
+from library.models.load import load_unet, load_vae, unet_config
 from library.models.locate import BaseLocation, locate_base
 from library.models.sd15_configs import SD15_UNET
 from library.models.sdxl_configs import SDXL_PIPELINE, SDXL_UNET
@@ -113,6 +113,6 @@ def test_an_inpainting_file_is_named(tmp_path: Path) -> None:
 def test_sdxl_is_refused_where_only_sd15_will_do(tiny_sdxl: Path, tmp_path: Path) -> None:
     file = single_file(tmp_path, FIRST, TEXT, TEXT_2)
     for location in (file, locate_base(str(tiny_sdxl))):
-        for loads in (unet_config, load_unet, load_vae, load_text_encoder):
+        for loads in (unet_config, load_unet, load_vae):
             with pytest.raises(UserError, match=r"looks like SDXL\. An SD1.5 base model is needed here\."):
                 loads(location)

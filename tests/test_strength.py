@@ -119,7 +119,7 @@ def test_blocks_are_named_one_by_one_or_by_a_pattern_and_the_last_word_holds(
         ("1,MID,2", "block_ratios: 1,MID,2 is not a list of numbers: "),
         (
             "[1, 0.5]",
-            "block_ratios: a list of 2 numbers was given. 17 or 26 are for SD1.5, 12 or 20 for SDXL (BASE first).",
+            "block_ratios: a list of 2 numbers was given. 17 or 26 fit SD1.5, 12 or 20 fit SDXL (BASE first).",
         ),
         (str([[1]] * 12), "block_ratios: [1] is not a number."),
     ],

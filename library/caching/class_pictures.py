@@ -24,12 +24,12 @@ from library.data.pixels import PIXELS_VERSION
 from library.data.sources import Sample
 from library.data.store import TensorStore, disk_bytes, shard_folders
 from library.data.text_embeddings import TextEmbeddings, read_text_embeddings
+from library.device import named_dtype
 from library.errors import UserError
 from library.files import human_bytes, whole_file
 from library.models.conditioning import TextConditioner, clip_skip
-from library.models.configs import configs_of
 from library.models.dinov2 import dinov2_width, load_dinov2
-from library.models.encoders import PROMPTS_AT_ONCE, VAE_FACTOR, DinoEncoder, VaeEncoder
+from library.models.encoders import PROMPTS_AT_ONCE, DinoEncoder, VaeEncoder
 from library.models.fingerprint import weight_fingerprint
 from library.models.load import load_text_encoders, load_vae
 from library.models.locate import DINOV2, BaseLocation, locate_base, locate_dino
@@ -40,7 +40,6 @@ from library.processes import Processes
 from networks.families import FAMILIES, Family
 
 KINDS = ("latents", "tokens")
-DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
 
 
 @dataclass
@@ -85,11 +84,6 @@ class Preparation:
         self.vae = locate_base(model.vae or model.pretrained_model_name_or_path, ("vae",))
         self._encoders: dict[str, Any] = {}
 
-    @property
-    def memory(self) -> Path:
-        """Hashes of weight files, remembered between runs."""
-        return self.cache.cache_dir / "weight_hashes.json"
-
     def made_elsewhere(self, kind: str) -> tuple[int, ...] | None:
         return self.cache.latent_shape if kind == "latents" else self.cache.token_shape
 
@@ -118,21 +112,20 @@ class Preparation:
     def _wanted_latents(self) -> Wanted:
         producer = self._pixels() | {
             "model": self.model.vae or self.model.pretrained_model_name_or_path,
-            "weights": weight_fingerprint(self.vae, "vae", self.memory),
+            "weights": weight_fingerprint(self.vae, "vae", self.cache.cache_dir),
             "value": "posterior mode x scaling factor",
         }
         return Wanted("latents", "float16", self._latent_shape, producer)
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
-        side = self.side // VAE_FACTOR
-        return int(configs_of(self.family).vae["latent_channels"]), side, side
+        return self.family.latent_channels, *self.family.latent_size(self.side, self.side)
 
     def _wanted_tokens(self) -> Wanted:
         location = locate_dino(self.model.dino_model)
         producer = self._pixels() | {
             "model": self.model.dino_model,
-            "weights": weight_fingerprint(location, DINOV2, self.memory),
+            "weights": weight_fingerprint(location, DINOV2, self.cache.cache_dir),
             "dino_resolution": self.alignment.dino_resolution,
             "token_grid": self.alignment.token_grid,
         }
@@ -150,7 +143,7 @@ class Preparation:
     def encoder(self, kind: str) -> Any:
         """VaeEncoder, DinoEncoder or TextConditioner, loaded on first use."""
         if kind not in self._encoders:
-            dtype, device = DTYPES[self.precision], self.processes.device
+            dtype, device = named_dtype(self.precision), self.processes.device
             if kind == "latents":
                 families = tuple(FAMILIES.values()) if self.model.vae else (self.family,)
                 self._encoders[kind] = VaeEncoder(load_vae(self.vae, families=families, dtype=dtype, device=device))
@@ -270,7 +263,9 @@ class Preparation:
         return locate_base(self.model.pretrained_model_name_or_path, (*encoders, *tokenizers))
 
     def _text_producer(self) -> dict[str, Any]:
-        hashes = [weight_fingerprint(self._text_location, name, self.memory) for name in self.family.text_encoders]
+        hashes = [
+            weight_fingerprint(self._text_location, name, self.cache.cache_dir) for name in self.family.text_encoders
+        ]
         producer = {
             "model": self.model.pretrained_model_name_or_path,
             "weights": hashes[0] if len(hashes) == 1 else hashes,

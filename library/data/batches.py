@@ -18,8 +18,6 @@ import torch
 
 from library.data.store import TensorStore
 
-DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
-
 Request = TypeVar("Request")
 Asked = TypeVar("Asked", contravariant=True)
 
@@ -70,7 +68,7 @@ class AlignedBatch(AnyBatch):
 
     def allocate_tokens(self, store: TensorStore, pin: bool) -> None:
         """Make room for the entries of a store."""
-        count, shape, dtype = len(self), store.meta.shape, DTYPES[store.meta.dtype]
+        count, shape, dtype = len(self), store.meta.shape, getattr(torch, store.meta.dtype)
         self.tokens = torch.empty((count, *shape), dtype=dtype, pin_memory=pin)
         if store.meta.has_scale:
             self.token_scales = torch.empty((count, shape[0]), dtype=torch.float16, pin_memory=pin)

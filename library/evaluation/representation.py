@@ -206,7 +206,7 @@ def _check_state(state: Path) -> None:
             f"{state} was not made by train_repa.py. Give the adapter file of that training, and pictures with cached tokens."
         )
     location = locate_base(facts["base_model"], (UNET, "scheduler"))
-    now = weight_fingerprint(location, UNET, Path(facts["options"]["cache_dir"]) / "weight_hashes.json")
+    now = weight_fingerprint(location, UNET, Path(facts["options"]["cache_dir"]))
     if facts.get("base_weights", {}).get(UNET, now) != now:
         raise UserError(
             f"The U-Net of {facts['base_model']} is not the one that {state} was trained on: its weights are others. Train anew, "

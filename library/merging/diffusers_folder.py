@@ -12,8 +12,7 @@ from library.models.checkpoint import Checkpoint
 from library.models.clip_tokenizer import END, OPEN_CLIP_PAD, merges_for, write_tokenizer
 from library.models.configs import configs_of
 from library.models.locate import BaseLocation
-from networks.families import SDXL
-from networks.names import TEXT_ENCODER_2, UNET, VAE
+from networks.names import COMPONENTS, TEXT_ENCODER_2, UNET, VAE
 
 INDEX = "model_index.json"
 
@@ -48,7 +47,7 @@ def write_rest(base: Checkpoint, folder: Path) -> list[str]:
 def _copied_files(base: Path) -> Iterator[Path]:
     for component in _COPIED:
         yield from (file for file in (base / component).rglob("*") if file.is_file())
-    for component in SDXL.original:
+    for component in COMPONENTS:
         # An index names shards, which are one file now.
         yield from (file for file in (base / component).glob("*.json") if not file.name.endswith(".index.json"))
 

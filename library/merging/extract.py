@@ -19,7 +19,6 @@ from library.errors import UserError
 from library.merging.algebra import from_svd
 from library.models.checkpoint import Checkpoint
 from networks.adapters import Adapter
-from networks.families import SDXL
 from networks.kinds.lora import LoraModule
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Target
 from networks.prediction_names import name_by_marks
@@ -249,8 +248,8 @@ def _change(base: Checkpoint, tuned: Checkpoint, component: str, key: str, devic
 
 def _metadata(tuned: Checkpoint) -> dict[str, str]:
     """What modules alone do not tell: of an SDXL LoRA on one text encoder, of a model that predicts velocity."""
-    said = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"} if tuned.family is SDXL else {}
-    return {**said, "modelspec.prediction_type": name_by_marks(tuned.marks).modelspec}
+    prediction = name_by_marks(tuned.marks).modelspec
+    return {"modelspec.architecture": f"{tuned.family.architecture}/lora", "modelspec.prediction_type": prediction}
 
 
 def _norm(change: Tensor) -> float:

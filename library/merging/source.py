@@ -14,7 +14,6 @@ from library.models.tensor_files import TensorFile
 from networks import AdapterError
 from networks.adapter_file import BASE_MODEL_KEY, read_adapter
 from networks.adapters import Adapter
-from networks.families import SD15, SDXL
 from networks.names import split_wrapped_key
 
 PROVENANCE_KEY = "repa_merge"
@@ -22,12 +21,6 @@ PROVENANCE_KEY = "repa_merge"
 
 # What PEFT, diffusers and accelerate call the one file of weights in a folder.
 _IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "model.safetensors")
-
-# For checkpoints that hold a U-Net and do not say whose text encoder and VAE go with it.
-USUAL_BASES = {
-    SD15.key: "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    SDXL.key: "stabilityai/stable-diffusion-xl-base-1.0",
-}
 
 
 @dataclass(frozen=True)
@@ -120,8 +113,8 @@ def base_model_of(sources: Sequence[Source], given: str | None) -> tuple[str, st
         return str(name), f"named in {source.named_in}"
     first = sources[0]
     if first.is_wrapped:
-        usual = USUAL_BASES[first.adapter.family.key]
-        return usual, f"{first.file.name} names no base; what it does not hold comes from here"
+        # A checkpoint that holds a U-Net, and does not say whose text encoder and VAE go with it.
+        return first.adapter.family.hub_id, f"{first.file.name} names no base; what it does not hold comes from here"
     kohyas = first.adapter.metadata.get("ss_sd_model_name")
     said = f"only says that its base was called {kohyas}" if kohyas else "does not say which base model it belongs to"
     raise UserError(

@@ -22,7 +22,7 @@ from library.merging.verify import Check, verify
 from library.models.checkpoint import Checkpoint, open_checkpoint
 from library.models.locate import BaseLocation
 from library.models.tensor_files import NewTensor, TensorFile, file_bytes, write_tensor_file
-from networks.families import SDXL, Family
+from networks.families import Family
 from networks.prediction_names import PredictionName, name_by_marks
 
 SINGLE_FILE = "model.safetensors"
@@ -247,15 +247,12 @@ def _read_back(path: Path) -> Checkpoint:
 
 def _modelspec(family: Family, title: str, date: str, prediction: PredictionName) -> dict[str, str]:
     """ModelSpec 1.0.1 of a checkpoint, as sd-scripts and Stability-AI write it."""
-    is_sdxl = family is SDXL
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base" if is_sdxl else "stable-diffusion-v1",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
-        if is_sdxl
-        else "https://github.com/CompVis/stable-diffusion",
+        "modelspec.architecture": family.architecture,
+        "modelspec.implementation": family.implementation,
         "modelspec.title": title,
         "modelspec.date": date,
-        "modelspec.resolution": "1024x1024" if is_sdxl else "512x512",
+        "modelspec.resolution": family.resolution,
         "modelspec.prediction_type": prediction.modelspec,
     }

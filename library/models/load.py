@@ -22,7 +22,7 @@ from library.models.configs import configs_of, published_family
 from library.models.family import family_of, require_family
 from library.models.locate import BaseLocation, base_status, locate_base, weight_files
 from library.models.weights import assemble, read_tensors
-from networks.families import SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Family
+from networks.families import SD15, SDXL, TEXT_ENCODER_2, UNET, VAE, Family
 from networks.names import current_key
 
 Base = BaseLocation | str
@@ -63,15 +63,6 @@ def load_vae(
     tensors = _tensors(location, family, VAE)
     where = f"The VAE of {location.path}"
     return assemble(lambda: AutoencoderKL.from_config(config), tensors, where, dtype=dtype, device=device)
-
-
-def load_text_encoder(
-    base: Base, *, dtype: torch.dtype = torch.float32, device: Device = "cpu"
-) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """SD1.5's tokenizer and text encoder, frozen. Raises UserError when the two are of different vocabularies."""
-    location = _located(base, TEXT_ENCODER, "tokenizer")
-    part = _text_part(location, family_of(location, (SD15,)), TEXT_ENCODER, dtype, device)
-    return part.tokenizer, part.model
 
 
 def load_text_encoders(

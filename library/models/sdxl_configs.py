@@ -8,14 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from library.models.sd15_configs import SD15_TEXT_ENCODER, SD15_VAE
+from networks.families import SDXL
 
-SDXL_HUB_IDS = frozenset({"stabilityai/stable-diffusion-xl-base-1.0"})
+SDXL_HUB_IDS = frozenset({SDXL.hub_id})
 
 SDXL_UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
+    "sample_size": SDXL.native_side // SDXL.vae_factor,
+    "in_channels": SDXL.latent_channels,
+    "out_channels": SDXL.latent_channels,
     "center_input_sample": False,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -39,9 +40,10 @@ SDXL_UNET: dict[str, Any] = {
 
 SDXL_VAE: dict[str, Any] = {
     **SD15_VAE,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-    "force_upcast": True,  # its activations overflow float16
+    "sample_size": SDXL.native_side,
+    "latent_channels": SDXL.latent_channels,
+    "scaling_factor": SDXL.scaling_factor,
+    "force_upcast": SDXL.vae_overflows,
 }
 
 SDXL_TEXT_ENCODER: dict[str, Any] = dict(SD15_TEXT_ENCODER)  # the same CLIP ViT-L/14
@@ -75,7 +77,7 @@ SDXL_SCHEDULER: dict[str, Any] = {
 SDXL_PIPELINE: dict[str, Any] = {
     "_class_name": "StableDiffusionXLPipeline",
     "feature_extractor": [None, None],
-    "force_zeros_for_empty_prompt": True,
+    "force_zeros_for_empty_prompt": SDXL.zeros_for_no_prompt,
     "image_encoder": [None, None],
     "scheduler": ["diffusers", "EulerDiscreteScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],

@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Mode
 from library.errors import UserError, script
 from library.files import human_bytes, read_json, write_json
 from library.models.clip_tokenizer import tiny_merges, write_tokenizer
-from library.models.locate import MODELS, TINY_DINOV2, TINY_SD15, TINY_SDXL
+from library.models.embedded import MODELS, TINY_DINOV2, TINY_SD15, TINY_SDXL
 from library.models.sd15_configs import SD15_PIPELINE, SD15_SCHEDULER, SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
 from library.models.tiny_parts import (
     BUILDER_VERSION,

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from library.files import write_json
 from library.models.clip_tokenizer import OPEN_CLIP_PAD, tiny_merges, write_tokenizer
-from library.models.locate import TINY_SDXL
+from library.models.embedded import TINY_SDXL
 from library.models.sdxl_configs import (
     SDXL_PIPELINE,
     SDXL_SCHEDULER,
@@ -28,6 +28,7 @@ from library.models.tiny_parts import (
     tiny_vae,
     write_pipeline_index,
 )
+from networks.families import SDXL
 
 HIDDEN, HIDDEN_2 = 32, 48
 TEXT_ENCODER = {**SDXL_TEXT_ENCODER, **text_encoder_sizes(HIDDEN)}
@@ -76,9 +77,11 @@ def _conditions(first: CLIPTextModel, second: CLIPTextModelWithProjection, count
     """Of random prompts, what the pipeline makes of them: last but one hidden states, pooled prompt, sizes."""
     ids = torch.randint(TEXT_ENCODER["vocab_size"], (count, 77))
     one, two = (model(ids, output_hidden_states=True) for model in (first, second))
-    side = UNET["sample_size"] * 8
+    assert SDXL.text_layer is not None
+    states = [output.hidden_states[-SDXL.text_layer] for output in (one, two)]
+    side = UNET["sample_size"] * SDXL.vae_factor
     sizes = torch.tensor([side, side, 0, 0, side, side]).expand(count, 6)  # original, top left of the crop, target
     return {
-        "encoder_hidden_states": torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1),  # [B, 77, 80]
+        "encoder_hidden_states": torch.cat(states, dim=-1),  # [B, 77, 80]
         "added_cond_kwargs": {"text_embeds": two.text_embeds, "time_ids": sizes},
     }

@@ -194,9 +194,7 @@ def _prompts(
             )
         captions.update(found)
     facts: dict[str, Any] = {
-        "weights": base_weights_facts(
-            options, base, family.text_encoders, options.cache.cache_dir / "weight_hashes.json"
-        ),
+        "weights": base_weights_facts(options, base, family.text_encoders),
         "clip_skip": clip_skip(options.text, family),
         "chunks": options.text.chunks,
         "precision": options.model.mixed_precision,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.data.collect import TrainingData
@@ -32,7 +31,7 @@ _NOT_SHOWN = frozenset(
 
 def state_facts(options: RunOptions, prepared: Prepared, spec: NetworkSpec, objective: Objective) -> dict[str, Any]:
     """What state.json says besides the counters: enough to rebuild the model around the saved weights."""
-    family, memory, stores = prepared.family, options.cache.cache_dir / "weight_hashes.json", prepared.training
+    family, stores = prepared.family, prepared.training
     tokens = {} if stores.tokens is None else stores.tokens.producers("tokens ")
     # Prompts of classes are cached with a producer of their own.
     encoders = () if prepared.data.classes is not None else family.text_encoders
@@ -42,17 +41,17 @@ def state_facts(options: RunOptions, prepared: Prepared, spec: NetworkSpec, obje
         "network": spec.to_json(),
         "prediction_type": objective.parametrisation.output.name.scheduler,
         "samples": samples_digest(prepared.data),
-        "base_weights": base_weights_facts(options, prepared.base, (UNET, *encoders), memory),
+        "base_weights": base_weights_facts(options, prepared.base, (UNET, *encoders)),
         "caches": stores.latents.producers() | tokens,
         "teacher_width": 0 if stores.tokens is None else stores.tokens.width,
     }
 
 
-def base_weights_facts(
-    options: RunOptions, base: BaseLocation, components: Sequence[str], memory: Path
-) -> dict[str, Any]:
+def base_weights_facts(options: RunOptions, base: BaseLocation, components: Sequence[str]) -> dict[str, Any]:
     """Hashes of the frozen weights: those of the base, and of the adapters folded into it with their strengths."""
-    facts: dict[str, Any] = {component: weight_fingerprint(base, component, memory) for component in components}
+    facts: dict[str, Any] = {
+        component: weight_fingerprint(base, component, options.cache.cache_dir) for component in components
+    }
     folded = options.network.base_weights_with_multipliers
     if folded:
         facts["folded_in"] = [[file_hash(read_source(path).file), multiplier] for path, multiplier in folded]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.device import named_dtype
 from library.errors import UserError
 from library.files import read_json
 from library.merging.merge import fold_into_modules
 from library.merging.source import read_source
-from library.models.configs import configs_of
 from library.models.float8 import keep_in_float8
 from library.models.load import TextPart, load_text_encoders, load_unet, unet_config
 from library.models.locate import BaseLocation
@@ -27,13 +27,11 @@ from networks import AdapterError
 from networks.adapters import Adapter
 from networks.align_head import AlignHeads
 from networks.blocks import block_weights
-from networks.families import TEXT_ENCODER_2, UNET, Family
+from networks.families import SD15, TEXT_ENCODER_2, UNET, Family
 from networks.kinds.lora import LORA_DOWN
 from networks.names import Target
 from networks.network import Network, add_network, weight_name
 from networks.spec import NetworkSpec
-
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
 def load_frozen_unet(options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> nn.Module:
@@ -72,7 +70,7 @@ def meta_models(
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
+    dtype = named_dtype(options.model.mixed_precision)
     models: dict[str, Any] = {}
     base = options.model.pretrained_model_name_or_path if location is None else location
     with torch.device("meta"):
@@ -200,7 +198,7 @@ def parameter_groups(network: Network, options: RunOptions, family: Family) -> l
 
 def _dtypes(options: RunOptions) -> tuple[torch.dtype, torch.dtype]:
     """To compute in, and to fold adapters in."""
-    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
+    dtype = named_dtype(options.model.mixed_precision)
     return dtype, torch.float32 if options.network.base_weights else dtype
 
 
@@ -218,7 +216,7 @@ def _require_family(option: str, path: Path | None, adapter: Adapter, family: Fa
 
 
 def scaling_factor(base: BaseLocation, family: Family) -> float:
-    """What latents are multiplied with, from the VAE's configuration."""
+    """What latents are multiplied with, from the VAE's configuration, which leaves out what AutoencoderKL takes anyway."""
     if base.is_file:
-        return float(configs_of(family).vae["scaling_factor"])
-    return float(read_json(base.path / "vae" / "config.json").get("scaling_factor", 0.18215))
+        return family.scaling_factor
+    return float(read_json(base.path / "vae" / "config.json").get("scaling_factor", SD15.scaling_factor))

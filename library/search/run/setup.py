@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from library.errors import UserError
-from library.models.locate import TINY_BASES, TINY_SDXL, base_status, locate_base
+from library.models.embedded import TINY_BASES, TINY_SDXL
+from library.models.locate import base_status, locate_base
 from library.options.arguments import parse_arguments
 from library.options.network import KOHYA, parse_network_options
 from library.options.repa import parse_repa_options

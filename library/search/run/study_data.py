@@ -150,4 +150,4 @@ def base_hash(base: str, cache_dir: Path) -> str:
     from library.models.fingerprint import weight_fingerprint
     from networks.families import UNET
 
-    return weight_fingerprint(locate_base(base), UNET, cache_dir / "weight_hashes.json")
+    return weight_fingerprint(locate_base(base), UNET, cache_dir)

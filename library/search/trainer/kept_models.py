@@ -109,8 +109,7 @@ class KeptModels(FrozenModels):
 
     @staticmethod
     def _facts(options: RunOptions, base: BaseLocation, components: Any, device: torch.device) -> list[Any]:
-        memory = options.cache.cache_dir / "weight_hashes.json"
-        facts = base_weights_facts(options, base, components, memory)
+        facts = base_weights_facts(options, base, components)
         return [str(base.path), facts, options.model.mixed_precision, str(device)]
 
     def intact(self) -> bool:
