@@ -132,7 +132,7 @@ def test_an_edited_picture_is_encoded_again_and_said_and_a_touched_one_is_not(se
     os.utime(setting.images / "p2.png", ns=(1, 1))
     caches = setting.build()
     assert setting.tells("1 encoded, 1 unchanged, 0 unreadable")
-    assert setting.tells("1 changed since they were cached and were read anew (first: 64:p0.png)")
+    assert setting.tells("1 picture changed since being cached, read again (first: 64:p0.png)")
     assert not np.array_equal(read(caches, first), old)
     setting.build()
     assert not setting.built

@@ -117,7 +117,7 @@ def test_captions_that_are_cut_are_counted(setting: PromptSetting) -> None:
     setting.build(["red " * 80, *CAPTIONS])
     assert (
         setting.said[1]
-        == f"prompts: 1 captions are longer than the encoders' room and were cut (first: {'red ' * 80!r})"
+        == f"prompts: 1 caption is longer than the text encoders' room and cut off (first: {'red ' * 80!r})"
     )
 
 

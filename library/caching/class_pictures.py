@@ -37,6 +37,7 @@ from library.options.alignment import AlignmentOptions
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.options.kohya.training import NetworkModelOptions, TextEncoderOptions
 from library.processes import Processes
+from library.words import plural
 from networks.families import FAMILIES, Family
 
 KINDS = ("latents", "tokens")
@@ -186,10 +187,12 @@ class Preparation:
     def prepare(self, pictures: Pictures, *, rebuild: bool, say: Callable[..., None]) -> Caches:
         """Make every cache complete, building what is missing; say what was done.
 
-        rebuild: stores of another teacher, resolution or option are made anew; otherwise they are a UserError, because
+        rebuild: stores of another teacher, resolution or option are built again; otherwise they are a UserError, because
         a training run should not overwrite by a slip of an option what took days.
         """
-        ready = {one.name: self._prepare_set(one, rebuild=rebuild, say=say) for one in pictures.sets}
+        ready = {
+            picture_set.name: self._prepare_set(picture_set, rebuild=rebuild, say=say) for picture_set in pictures.sets
+        }
         text, text_path = self._prepare_text(pictures, say)
         self._encoders.clear()
         if torch.cuda.is_available():
@@ -212,7 +215,7 @@ class Preparation:
         stores = ", ".join(
             f"{kind} {human_bytes(disk_bytes(state.path))} in {state.path}" for kind, state in states.items()
         )
-        say(f"{pictures.name}: {len(present)} samples cached, {len(dropped)} unreadable; {stores}")
+        say(f"{pictures.name}: {plural(len(present), 'sample')} cached, {len(dropped)} unreadable; {stores}")
         table = self.cache.cache_dir / f"{pictures.name}_unreadable.tsv"
         list_dropped(table, pictures.name, pictures.samples, dropped, self.processes, say)
         if not present:
@@ -249,10 +252,10 @@ class Preparation:
         if self.processes.is_main and not _up_to_date(path, texts, producer):
             conditioner = self.encoder("text")
             _encode_prompts(path, class_ids, texts, producer, conditioner)
-            say(f"text: {len(texts)} prompts encoded to {path}")
+            say(f"text: {plural(len(texts), 'prompt')} encoded to {path}")
             if cut := conditioner.overlong(texts):
-                room = conditioner.length
-                say(f"text: {len(cut)} prompts are longer than {room} tokens and were cut (first: {texts[cut[0]]!r})")
+                are = plural(len(cut), "prompt is", "prompts are")
+                say(f"text: {are} longer than {conditioner.length} tokens and cut off (first: {texts[cut[0]]!r})")
         self.processes.wait()
         return read_text_embeddings(path), path
 

@@ -27,6 +27,7 @@ from library.files import require_space
 from library.models.conditioning import Conditioning, TextConditioner
 from library.models.encoders import PROMPTS_AT_ONCE
 from library.processes import Processes
+from library.words import plural
 
 STORES = {"states": "prompts", "pooled": "pooled"}
 """Folder of each store, and the kind of what is in it."""
@@ -120,7 +121,8 @@ def prepare_prompts(
             cut = processes.gather(share.encode(conditioner()) if mine else [])
         processes.wait()
         if cut:
-            say(f"prompts: {len(cut)} captions are longer than the encoders' room and were cut (first: {cut[0]!r})")
+            are = plural(len(cut), "caption is", "captions are")
+            say(f"prompts: {are} longer than the text encoders' room and cut off (first: {cut[0]!r})")
     return PromptCache(folder, unique)
 
 
@@ -147,7 +149,7 @@ def _missing(folder: Path, captions: Sequence[str]) -> list[str]:
 def _meta(path: Path) -> StoreMeta | None:
     """None where there is no store, or one whose build was killed before its first commit."""
     with read_transactions(path) as transactions:
-        notes = [bytes(data) for one in transactions if (data := one.get(META_KEY)) is not None]
+        notes = [bytes(data) for transaction in transactions if (data := transaction.get(META_KEY)) is not None]
     return StoreMeta.from_json(notes[0], path) if notes else None
 
 

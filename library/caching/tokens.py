@@ -1,7 +1,7 @@
 """Teacher tokens of bucketed pictures, by bucket: DINOv2 sees what the bucket keeps of each, in the bucket's aspect.
 
 A value is float16 [N, D], or int8 with a scale for each token: N = rows x columns of about token_grid², row by row. Its key
-is the sample id and `_mid`. The folder is told apart by teacher, resolution, grid and precision.
+is the sample id and `_mid`. Another teacher, resolution, grid or precision has a folder of its own.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from library.files import write_text
 from library.options.data import ClassPictureOptions
 from library.options.run import RunOptions
 from library.options.toml_file import PROJECT_ROOT
+from library.words import plural
 
 _MISSING: dict[str, MissingCaption] = {"class_tokens": "class_tokens", "drop": "skip", "stop": "error"}
 
@@ -90,7 +91,7 @@ def collect(
         data.without_caption += found.without_caption
         data.notes += found.notes
         fitted = _fitted(dataset, found.images, data.dropped)
-        chosen = [one.image for one in fitted]
+        chosen = [picture.image for picture in fitted]
         _, held_out = split_validation(
             chosen, dataset.validation_split, seed if dataset.validation_seed is None else dataset.validation_seed
         )
@@ -99,11 +100,13 @@ def collect(
             data.notes.append(
                 f"validation_split {dataset.validation_split:g} of {len(chosen)} pictures of {dataset.name} is none"
             )
-        training = [one for one in fitted if one.image.sample_id not in held]
+        training = [picture for picture in fitted if picture.image.sample_id not in held]
         training = _balanced(training, prior_loss_weight, data.notes)
         data.training += training
-        data.validation += [one for one in fitted if one.image.sample_id in held]
-        data.tables.append(bucket_table([one.fitted for one in training], [one.repeats for one in training]))
+        data.validation += [picture for picture in fitted if picture.image.sample_id in held]
+        data.tables.append(
+            bucket_table([picture.fitted for picture in training], [picture.repeats for picture in training])
+        )
     _refuse_leaks(data)
     if not data.training:
         raise UserError(
@@ -170,28 +173,28 @@ def _fitted(dataset: Dataset, images: Sequence[TrainingImage], dropped: dict[str
 
 def _balanced(images: Sequence[TrainedImage], prior_loss_weight: float, notes: list[str]) -> list[TrainedImage]:
     """Regularisation pictures as often as there are training pictures, and with their own weight."""
-    own = [one for one in images if not one.image.subset.is_reg]
-    prior = [one for one in images if one.image.subset.is_reg]
+    own = [picture for picture in images if not picture.image.subset.is_reg]
+    prior = [picture for picture in images if picture.image.subset.is_reg]
     if not prior:
         return own
     if not own:
         raise UserError(
             "A dataset has regularisation pictures and no others. Give it the subset to be trained, without is_reg."
         )
-    times = balance_regularisation([one.repeats for one in prior], sum(one.repeats for one in own))
+    times = balance_regularisation([picture.repeats for picture in prior], sum(picture.repeats for picture in own))
     if unused := times.count(0):
-        notes.append(f"{unused} of {len(prior)} regularisation pictures are not used: there are enough without them")
+        notes.append(f"{unused} of {plural(len(prior), 'regularisation picture')} not used: there are enough without")
     kept = [
-        replace(one, repeats=count, loss_weight=prior_loss_weight)
-        for one, count in zip(prior, times, strict=True)
+        replace(picture, repeats=count, loss_weight=prior_loss_weight)
+        for picture, count in zip(prior, times, strict=True)
         if count
     ]
     return [*own, *kept]
 
 
 def _refuse_leaks(data: TrainingData) -> None:
-    trained = {one.image.path.resolve() for one in data.training}
-    if both := [one.image.path for one in data.validation if one.image.path.resolve() in trained]:
+    trained = {picture.image.path.resolve() for picture in data.training}
+    if both := [picture.image.path for picture in data.validation if picture.image.path.resolve() in trained]:
         raise UserError(
             f"{len(both)} pictures are held out in one dataset and trained on in another (first: {both[0]}). Give both the "
             "same validation_split and the same spelling of the folder."
@@ -202,9 +205,9 @@ def _demo_config() -> Path:
     """A dataset TOML of the generated pictures."""
     folder = ensure_demo_pictures(PROJECT_ROOT / "data" / "demo")
     subsets = "".join(
-        f"[[datasets.subsets]]\nimage_dir = '{one}'\ncaption_extension = '.txt'\n"
-        for one in sorted((folder / "images").iterdir())
-        if one.is_dir()
+        f"[[datasets.subsets]]\nimage_dir = '{subfolder}'\ncaption_extension = '.txt'\n"
+        for subfolder in sorted((folder / "images").iterdir())
+        if subfolder.is_dir()
     )
     path = folder.with_name("demo_network.toml")
     text = f"[[datasets]]\nresolution = 128\nbatch_size = 4\nvalidation_split = 0.1\n{subsets}"

@@ -295,6 +295,6 @@ def requests_in_order(
 
 def requests(order: BatchOrder, step: int) -> Iterator[Request]:
     """The micro-batches of this process from optimizer step `step` on, without end."""
-    for one in order.from_step(step):
-        for micro in one.micro_batches:
-            yield Request(one.number, one.epoch, micro, micro.real * order.world_size / one.samples)
+    for of_step in order.from_step(step):
+        for micro in of_step.micro_batches:
+            yield Request(of_step.number, of_step.epoch, micro, micro.real * order.world_size / of_step.samples)

@@ -11,6 +11,7 @@ from library.files import read_json
 from library.models.checkpoint import Checkpoint, StoredTensor
 from library.models.locate import PICKLE_SUFFIXES, conversion_command
 from library.models.tensor_files import TensorFile
+from library.words import plural
 from networks import AdapterError
 from networks.adapter_file import BASE_MODEL_KEY, read_adapter
 from networks.adapters import Adapter
@@ -43,7 +44,7 @@ class Source:
         sizes = [f"{what} {_span(values)}" for what, values in
                  (("rank", {m.rank for m in modules}), ("alpha", {m.alpha for m in modules}))]  # fmt: skip
         kinds = sorted({m.kind.title for m in modules} - {"LoRA"})
-        return f"{self.file}: {', '.join([f'{len(modules)} modules', *sizes, *kinds])}"
+        return f"{self.file}: {', '.join([plural(len(modules), 'module'), *sizes, *kinds])}"
 
 
 def read_source(model: Path, *, use_ema: bool = False, network_alpha: float | None = None) -> Source:

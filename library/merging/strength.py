@@ -106,7 +106,7 @@ def _from_list(text: str, family: Family | None) -> dict[str, float]:
     blocks = next((lists[len(values)] for lists in map(_lists, families) if len(values) in lists), None)
     if blocks is None:
         adapter = "" if family is None else f" for an {family.title} LoRA"
-        fit = [f"{' or '.join(map(str, _lists(one)))} fit {one.title}" for one in FAMILIES.values()]
+        fit = [f"{' or '.join(map(str, _lists(known)))} fit {known.title}" for known in FAMILIES.values()]
         raise UserError(
             f"block_ratios: a list of {len(values)} numbers was given{adapter}. {', '.join(fit)} (BASE first)."
         )

@@ -89,7 +89,7 @@ def write_merged(
     started = time.perf_counter()
     base = merging.base
     recover_folders(output.path.parent)
-    hashes = Hashes([*base.files(), *(one.source.file for one in ingredients)])
+    hashes = Hashes([*base.files(), *(ingredient.source.file for ingredient in ingredients)])
     plan = _Plan(merging, ingredients, output, hashes)
     require_space(output.path.parent, plan.bytes(), "The merged model")
     hashes.start()
@@ -227,9 +227,12 @@ class _Plan:
                     self._name_in_base(path): hashes.get(str(path), _UNKNOWN_HASH) for path in self._base.files()
                 },
             },
-            "adapters": [one.record(hashes.get(str(one.source.file), _UNKNOWN_HASH)) for one in self._ingredients],
+            "adapters": [
+                ingredient.record(hashes.get(str(ingredient.source.file), _UNKNOWN_HASH))
+                for ingredient in self._ingredients
+            ],
         }
-        names = [one.source.file.stem for one in self._ingredients]
+        names = [ingredient.source.file.stem for ingredient in self._ingredients]
         return {
             "format": "pt",
             **_modelspec(self._base.family, self._output.path.stem, self._date, name_by_marks(self._base.marks)),

@@ -97,7 +97,7 @@ def open_checkpoint(location: BaseLocation, *, without: Collection[str] = ()) ->
     if location.is_file:
         return _open_single_file(location, family, without)
     tensors, counts = {}, {}
-    for component in (one for one in family.original if one not in without):
+    for component in (name for name in family.original if name not in without):
         files = [_open(path) for path in weight_files(location.path, component)]
         found = {name: stored for file in files for name, stored in file.tensors.items()}
         _refuse([name for name in found if _is_leftover(name)], len(found), files[0].path, family)
