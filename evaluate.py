@@ -126,8 +126,8 @@ def find_photos(options: EvaluateOptions, candidates: list[Candidate]) -> tuple[
 
 def native_side(base: str) -> int:
     """Pixels that the base was trained at."""
+    from library.models.base_family import native_side
     from library.models.configs import published_family
-    from library.models.family import native_side
     from library.models.locate import base_status, locate_base
 
     published = published_family(base) if base_status(base, ("unet",)) else None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from library.merging.layouts import Merging
-    from library.merging.report import Ingredient
+    from library.merging.merge_report import Ingredient
     from library.merging.write import Output
 
 OUTPUTS = Path("outputs")
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
 def build(options: MergeLoraOptions) -> Plan:
     """The adapters, read and checked, the name of the base, and where the result goes."""
     from library.merging.lora_file import PEFT_CONFIG
-    from library.merging.report import Ingredient
+    from library.merging.merge_report import Ingredient
     from library.merging.source import base_model_of, newest_output, read_source
     from library.merging.strength import Strength, parse_blocks
     from library.merging.write import Output, check_output

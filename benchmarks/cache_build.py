@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from common import save
 
-from library.caching.class_pictures import Preparation
+from library.caching.class_caches import Preparation
+from library.caching.decoding import Job, picture_batches
 from library.caching.geometry import SquareCrop
-from library.caching.pictures import Job, picture_batches
 from library.data.class_pictures import open_pictures
 from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions

@@ -82,7 +82,7 @@ def work(way: str, base: Path, lora: Path, out: Path) -> dict[str, float]:
     from library.files import whole_file
     from library.merging.layouts import Merging, single_file_tensors
     from library.merging.merge import fold, place
-    from library.merging.report import Ingredient
+    from library.merging.merge_report import Ingredient
     from library.merging.source import read_source
     from library.merging.strength import Strength
     from library.merging.write import Output, write_merged

@@ -20,7 +20,7 @@ import torch
 from common import save
 from diffusers import UNet2DConditionModel
 
-from library.caching.class_pictures import Cached, Caches
+from library.caching.class_caches import Cached, Caches
 from library.data.class_pictures import numbered_pictures
 from library.data.collect import collect_classes
 from library.data.sources import Sample

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from library.caching.by_bucket import BucketCaches, BucketedPicture
 from library.caching.latents import prepare_latents
 from library.caching.masks import alpha_channel, latent_mask
-from library.caching.prompts import PromptCache, prompt_folder, prompt_key
+from library.caching.prompt_cache import PromptCache, prompt_folder, prompt_key
 from library.data.buckets import Buckets, Fitted, resize_and_crop
 from library.data.image_headers import read_header
 from library.data.pixels import UnreadableImage, decode_rgb
@@ -306,7 +306,7 @@ processes = Processes("cpu")
 latents.prepare_latents(setting.pictures(flip=True), processes=processes, say=processes.say,
     **setting.arguments | {{"batch_size": 1}})
 
-from library.caching.prompts import prepare_prompts
+from library.caching.prompt_cache import prepare_prompts
 from library.models.conditioning import TextConditioner
 from library.models.load import load_text_encoders
 from networks.families import SD15

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.files import write_json
-from library.models.family import family_of
+from library.models.base_family import family_of
 from library.models.load import load_unet, load_vae, unet_config
 from library.models.locate import BaseLocation, locate_base
 from library.models.sd15_configs import SD15_UNET
@@ -40,7 +40,7 @@ def test_the_family_is_found_without_torch(tiny_sd15: Path, tiny_sdxl: Path, tmp
     file = single_file(tmp_path, FIRST, TEXT, TEXT_2).path
     code = f"""
 import sys
-from library.models.family import family_of
+from library.models.base_family import family_of
 from library.models.locate import locate_base
 print(*(family_of(locate_base(name)).key for name in {[str(tiny_sd15), str(tiny_sdxl), str(file)]}), "torch" in sys.modules)
 """

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.models.family import family_of
+from library.models.base_family import family_of
 from library.models.locate import locate_base
 from library.options.kohya.training import NetworkOutputOptions
 from library.options.network import parse_network_options

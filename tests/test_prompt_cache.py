@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from library.caching.prompts import PromptCache, prepare_prompts, prompt_folder, purge_prompts
+from library.caching.prompt_cache import PromptCache, prepare_prompts, prompt_folder, purge_prompts
 from library.errors import RunFailed, UserError
 from library.models.conditioning import Conditioning, TextConditioner
 from library.models.load import load_text_encoders

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from library.caching.decoding import Importer, Job, Picture, PictureBatch, picture_batches
 from library.caching.geometry import Geometry
-from library.caching.pictures import Importer, Job, Picture, PictureBatch, picture_batches
 from library.caching.producers import Wanted, imported
 from library.caching.survey import Entry, Survey
 from library.data.sources import ImageSource, Sample

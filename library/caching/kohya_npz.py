@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from library.caching.decoding import Imported
 from library.caching.geometry import BucketCrop
-from library.caching.pictures import Imported
 from library.data.buckets import Fitted
 from library.data.sources import Sample
 from library.models.encoders import LOG_VARIANCE_FLOOR

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from library.caching.class_pictures import Cached, Caches, Preparation
+from library.caching.class_caches import Cached, Caches, Preparation
 from library.data.class_pictures import Pictures, PictureSet
 from library.data.pixels import UnreadableImage, decode_rgb, square_crop
 from library.data.store import TensorStore

@@ -1,6 +1,6 @@
 """Batches read ahead of the training step.
 
-Samples say how a batch of theirs is allocated and filled, and batches which tensors they have; see `library.data.samples`.
+Samples say how a batch of theirs is allocated and filled, and batches which tensors they have; see `library.data.cached_samples`.
 """
 
 from __future__ import annotations

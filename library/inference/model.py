@@ -15,8 +15,8 @@ from library.inference.prompt_encoding import PromptEncoder
 from library.inference.request import Emphasis
 from library.merging.merge import fold, place
 from library.merging.strength import Strength
+from library.models.base_family import family_of
 from library.models.encoders import pixels_of_latent
-from library.models.family import family_of
 from library.models.load import TextPart, load_scheduler_config, load_text_encoders, load_unet, load_vae
 from library.models.locate import BaseLocation
 from networks.adapters import Adapter

@@ -16,7 +16,7 @@ from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.files import read_json
 from library.inference.model import DrawingModel, load_model
-from library.models.family import family_of
+from library.models.base_family import family_of
 from library.models.header import read_shapes
 from library.models.load import TextPart, load_scheduler_config
 from library.models.locate import REFINER_COMPONENTS, BaseLocation, locate_base, weight_files

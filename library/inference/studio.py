@@ -22,8 +22,8 @@ from library.inference.text_to_image import draw
 from library.merging.merge import place
 from library.merging.source import Source, read_source
 from library.merging.strength import Strength
+from library.models.base_family import family_of, native_side
 from library.models.checkpoint import open_checkpoint
-from library.models.family import family_of, native_side
 from library.models.locate import locate_base
 from networks.adapters import Adapter
 from networks.families import VAE

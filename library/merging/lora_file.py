@@ -19,7 +19,7 @@ from library.errors import RunFailed, UserError
 from library.files import file_hash, human_bytes, recover_folders, require_space, whole_file, write_json
 from library.merging.algebra import DynamicRank, RankChange, concatenate, reduce_rank
 from library.merging.merge import all_finite, not_finite_as
-from library.merging.report import Ingredient
+from library.merging.merge_report import Ingredient
 from library.merging.source import PROVENANCE_KEY
 from library.words import plural
 from networks import AdapterError

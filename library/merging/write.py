@@ -16,9 +16,9 @@ from library.files import public_name, recover_folders, require_space, require_w
 from library.merging.diffusers_folder import copied_bytes, weights_file, write_rest
 from library.merging.hashes import Hashes
 from library.merging.layouts import Merging, component_tensors, single_file_tensors
-from library.merging.report import Component, Ingredient, MergeReport
+from library.merging.merge_report import Component, Ingredient, MergeReport
+from library.merging.read_back import Check, verify
 from library.merging.source import PROVENANCE_KEY
-from library.merging.verify import Check, verify
 from library.models.checkpoint import Checkpoint, open_checkpoint
 from library.models.locate import BaseLocation
 from library.models.tensor_files import NewTensor, TensorFile, file_bytes, write_tensor_file

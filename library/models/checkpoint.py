@@ -15,7 +15,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files import read_json
-from library.models.family import family_of
+from library.models.base_family import family_of
 from library.models.locate import BaseLocation, weight_files
 from library.models.tensor_files import Range, TensorFile, open_pickled
 from library.models.weights import read_tensors

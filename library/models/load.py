@@ -17,9 +17,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from library.errors import UserError
 from library.files import read_json
 from library.models import single_file
+from library.models.base_family import family_of, require_family
 from library.models.clip_tokenizer import END, OPEN_CLIP_PAD, tokenizer_for
 from library.models.configs import configs_of, published_family
-from library.models.family import family_of, require_family
 from library.models.locate import BaseLocation, base_status, locate_base, weight_files
 from library.models.weights import assemble, read_tensors
 from networks.families import SD15, SDXL, TEXT_ENCODER_2, UNET, VAE, Family

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from library.caching.by_bucket import BucketCaches, BucketedPicture
-from library.caching.class_pictures import Cached, Caches, Preparation
+from library.caching.class_caches import Cached, Caches, Preparation
 from library.caching.latents import prepare_latents
-from library.caching.prompts import PromptCache, prepare_prompts
+from library.caching.prompt_cache import PromptCache, prepare_prompts
 from library.caching.tokens import Teacher, prepare_tokens
 from library.data.captions import cacheable_captions, variations
 from library.data.collect import TrainingData

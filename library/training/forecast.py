@@ -16,9 +16,9 @@ from library.data.store import StoreMeta, disk_bytes, shard_folders
 from library.device import named_dtype
 from library.errors import UserError
 from library.files import free_bytes, human_bytes
+from library.models.base_family import family_of
 from library.models.configs import configs_of, published_family
 from library.models.encoders import grid_in_aspect
-from library.models.family import family_of
 from library.models.frozen import save_no_inputs
 from library.models.locate import BaseLocation, base_status, dino_status, locate_base
 from library.options.data import ClassCacheOptions

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from library.caching.masks import alpha_channel, latent_mask
 from library.data.batches import Prefetcher
 from library.data.buckets import Fitted, Size
+from library.data.cached_samples import CachedSamples, requests
 from library.data.order import BatchOrder
-from library.data.samples import CachedSamples, requests
 from library.data.text_embeddings import TextEmbeddings
 from library.data.trained_image import TrainedImage
 from library.data.training_images import TrainingImage

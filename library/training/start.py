@@ -39,7 +39,7 @@ def base_components(options: RunOptions) -> tuple[str, ...] | None:
 def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation, Family]:
     """Find the base, and see that optimizer, prompts and output will work. Raises UserError for what will not."""
     from library.files import require_writable
-    from library.models.family import family_of
+    from library.models.base_family import family_of
     from library.models.locate import locate_base, locate_dino
     from library.training.models import check_weights
     from library.training.optimizers import check_optimizer

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.data.batches import Prefetcher
-from library.data.samples import Batch, CachedSamples, requests_in_order
+from library.data.cached_samples import Batch, CachedSamples, requests_in_order
 from library.diffusion.alignment import Weights
 from library.diffusion.loss import SMALLEST_MASK_AREA
 from library.diffusion.noise import Draw, draw

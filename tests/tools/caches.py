@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from library.caching.class_pictures import Caches, Preparation
+from library.caching.class_caches import Caches, Preparation
 from library.data.class_pictures import open_pictures
 from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions

@@ -275,7 +275,7 @@ def _scales(objective: ObjectiveName, judging: Mapping[str, Any]) -> dict[str, f
 
 def _family(base: str, dry_run: bool) -> Family:
     """The base's family. A base on the hub is downloaded, but not for a dry run."""
-    from library.models.family import family_of
+    from library.models.base_family import family_of
     from networks.families import SDXL
 
     if base in TINY_BASES:

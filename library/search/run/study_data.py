@@ -121,7 +121,7 @@ def _settings(datasets: list[Dataset], images: list[list[TrainingImage]]) -> str
 def _batch_of_files(options: Mapping[str, Any], datasets: list[Dataset]) -> int | None:
     """The largest batch size that a dataset file gives; these do not change with the option."""
     from library.data.collect import read_datasets
-    from library.models.family import native_side
+    from library.models.base_family import native_side
 
     parsed = _checked(options)
     training = dataclasses.replace(parsed.training, train_batch_size=parsed.training.train_batch_size + 1)

@@ -171,9 +171,9 @@ def _require_transferable(best: BestParams) -> None:
 
 
 def _require_sdxl(base: str) -> None:
+    from library.models.base_family import family_of
     from library.models.configs import published_family
     from library.models.embedded import TINY_SDXL
-    from library.models.family import family_of
     from library.models.locate import base_status, locate_base
     from networks.families import SDXL
 
@@ -188,7 +188,7 @@ def _require_sdxl(base: str) -> None:
 
 def _native_side(options: TrainNetworkOptions) -> int:
     """Side in pixels at which the study's base was trained; SD1.5's where the base is not on this machine."""
-    from library.models.family import native_side
+    from library.models.base_family import native_side
     from library.models.locate import base_status, locate_base
     from networks.families import SD15
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from library.data.cached_samples import CachedSamples, Request
 from library.data.collect import TrainingData
 from library.data.order import MicroBatch
-from library.data.samples import CachedSamples, Request
 from library.errors import UserError
 from library.models.conditioning import Conditioning
 from library.models.locate import BaseLocation

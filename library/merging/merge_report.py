@@ -9,9 +9,9 @@ from typing import Any
 
 from library.files import human_bytes
 from library.merging.merge import Change
+from library.merging.read_back import Check
 from library.merging.source import Source
 from library.merging.strength import Strength
-from library.merging.verify import Check
 from library.models.header import read_shapes
 from library.words import plural
 
