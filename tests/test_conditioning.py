@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from library.errors import UserError
-from library.models.conditioning import TextConditioner, size_conditions
+from library.models.conditioning import TextConditioner
 from library.models.load import load_text_encoders
 from networks.families import SD15, SDXL
 
@@ -78,7 +78,3 @@ def test_gradients_reach_the_encoder(tiny_sd15: Path) -> None:
 def test_layers_that_are_not_there_are_refused(sd15: TextConditioner) -> None:
     with pytest.raises(UserError, match="clip_skip must lie between 1 and 12"):
         TextConditioner(SD15, sd15.parts, clip_skip=13)
-
-
-def test_sizes_stand_in_the_order_of_sdxl() -> None:
-    assert size_conditions((1500, 1000), (16, 0), (1216, 832)) == [1000, 1500, 0, 16, 832, 1216]

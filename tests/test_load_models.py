@@ -15,7 +15,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files import read_json, write_json
-from library.models.clip_tokenizer import clip_tokenizer, tokenizer_for
+from library.models.clip_tokenizer import tokenizer_for
 from library.models.load import (
     load_scheduler_config,
     load_text_encoders,
@@ -175,7 +175,7 @@ def test_the_schedule_is_the_bases_own(
 def test_the_bundled_tokenizer_is_clips() -> None:
     tokenizer = tokenizer_for(49408, "x")
     assert len(tokenizer) == 49408 and tokenizer.model_max_length == 77 and tokenizer.pad_token_id == 49407
-    assert clip_tokenizer()("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
 # What is refused

@@ -21,7 +21,7 @@ from library.caching.producers import Wanted, fingerprint
 from library.caching.survey import Survey, Target
 from library.data.class_pictures import Pictures, PictureSet
 from library.data.pixels import PIXELS_VERSION
-from library.data.sources import Sample
+from library.data.sources import Sample, missing_files
 from library.data.store import TensorStore, disk_bytes, shard_folders
 from library.data.text_embeddings import TextEmbeddings, read_text_embeddings
 from library.device import named_dtype
@@ -229,15 +229,13 @@ class Preparation:
         return Cached(present, opened, dropped)
 
     def _check_files(self, pictures: PictureSet, states: dict[str, Survey]) -> None:
-        wanted = {entry.sample.sample_id: entry.sample for state in states.values() for entry in state.work}
-        if wanted:
-            there = pictures.source.present()
-            absent = [sample for sample in wanted.values() if sample.path not in there]
-            if absent:
-                raise UserError(
-                    f"{len(absent)} of {len(pictures.samples)} rows of {pictures.source.location} name files that are not there "
-                    f"(first: {', '.join(sample.path for sample in absent[:3])}). Correct the paths or give --image_root."
-                )
+        wanted = {entry.sample.sample_id for state in states.values() for entry in state.work}
+        missing = missing_files(pictures.source) if wanted else []
+        if absent := [sample for sample in missing if sample.sample_id in wanted]:
+            raise UserError(
+                f"{len(absent)} of {len(pictures.samples)} rows of {pictures.source.location} name files that are not there "
+                f"(first: {', '.join(sample.path for sample in absent[:3])}). Correct the paths or give --image_root."
+            )
 
     def _prepare_text(self, pictures: Pictures, say: Callable[..., None]) -> tuple[TextEmbeddings, Path]:
         path = self.cache.text_embeddings_path

@@ -3,7 +3,7 @@
     cache_dir/prompts_<hash of encoders, clip_skip, chunks, precision>/states    float16 [T, D]
     cache_dir/prompts_<hash of encoders, clip_skip, chunks, precision>/pooled    float16 [P], of SDXL only
 
-The key is a hash of the caption: an edited one gets a new entry, and the old one stays until `purge_prompts`.
+The key is a hash of the caption: an edited one gets a new entry, and the old one stays.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from library.caching.fill import Say, locked
 from library.caching.producers import fingerprint
 from library.data.store import META_KEY, StoreMeta, TensorStore, pack_source, read_transactions, shard_folder
-from library.data.store_writer import StoreWriter, keep_only
+from library.data.store_writer import StoreWriter
 from library.errors import RunFailed, UserError
 from library.files import require_space
 from library.models.conditioning import Conditioning, TextConditioner
@@ -124,14 +124,6 @@ def prepare_prompts(
             are = plural(len(cut), "caption is", "captions are")
             say(f"prompts: {are} longer than the text encoders' room and cut off (first: {cut[0]!r})")
     return PromptCache(folder, unique)
-
-
-def purge_prompts(captions: Sequence[str], facts: dict[str, Any], cache_dir: Path) -> int:
-    """Delete the entries of all other captions than these and the empty one; how many. No process may have them open."""
-    keys = [prompt_key(caption) for caption in [*captions, EMPTY]]
-    folder = prompt_folder(cache_dir, facts)
-    keep_only(folder / "pooled", "pooled", keys)
-    return keep_only(folder / "states", "prompts", keys)
 
 
 def _missing(folder: Path, captions: Sequence[str]) -> list[str]:

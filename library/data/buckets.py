@@ -247,16 +247,6 @@ class Buckets:
             return by_width, _rounded(by_width / aspect)
         return _rounded(by_height * aspect), by_height
 
-    @property
-    def clipped(self) -> list[Size]:
-        """Buckets that max_bucket_reso makes shorter by a step or more than the area of `resolution` allows."""
-        if not self.enable_bucket:
-            return []
-        area, longest, steps = math.prod(self.resolution), self.limits[1], self.bucket_reso_steps
-        return [
-            size for size in self.resolutions if max(size) == longest and area // min(size) // steps * steps > longest
-        ]
-
 
 def resize_and_crop(
     pixels: Image.Image | npt.NDArray[Any], fitted: Fitted, interpolation: str | None = None

@@ -103,11 +103,6 @@ def hidden_layer(family: Family, part: TextPart, output: object, clip_skip: int)
     return part.model.text_model.final_layer_norm(hidden_states[-clip_skip])
 
 
-def size_conditions(original: Sequence[int], crop: Sequence[int], target: Sequence[int]) -> list[int]:
-    """SDXL's six numbers [h, w, top, left, target h, target w] from (width, height), (left, top), (width, height)."""
-    return [original[1], original[0], crop[1], crop[0], target[1], target[0]]
-
-
 def _joined(hidden: Tensor) -> Tensor:
     """[B, chunks, 77, D] -> [B, 75 * chunks + 2, D]"""
     middle = hidden[:, :, 1:-1].flatten(1, 2)
