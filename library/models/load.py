@@ -45,7 +45,7 @@ def load_unet(
     location = _located(base, UNET)
     family = family_of(location, families)
     config = _unet_config(location, family)
-    tensors = _tensors(location, family, UNET)
+    tensors = component_tensors(location, family, UNET)
     where = f"The U-Net of {location.path}"
     return assemble(lambda: UNet2DConditionModel.from_config(config), tensors, where, dtype=dtype, device=device)
 
@@ -60,7 +60,7 @@ def load_vae(
         config = single_file.file_vae_config(location.path, family)
     else:
         config = _component_config(location, VAE, "AutoencoderKL")
-    tensors = _tensors(location, family, VAE)
+    tensors = component_tensors(location, family, VAE)
     where = f"The VAE of {location.path}"
     return assemble(lambda: AutoencoderKL.from_config(config), tensors, where, dtype=dtype, device=device)
 
@@ -78,7 +78,7 @@ def load_text_encoders(
     """
     location = _located(base)
     family = family_of(location, families)
-    return [_text_part(location, family, component, dtype, device) for component in family.text_encoders]
+    return [text_part(location, family, component, dtype, device) for component in family.text_encoders]
 
 
 def load_scheduler_config(base: Base) -> dict[str, Any]:
@@ -110,7 +110,8 @@ def _unet_config(location: BaseLocation, family: Family) -> dict[str, Any]:
     return _component_config(location, UNET, "UNet2DConditionModel")
 
 
-def _text_part(location: BaseLocation, family: Family, component: str, dtype: torch.dtype, device: Device) -> TextPart:
+def text_part(location: BaseLocation, family: Family, component: str, dtype: torch.dtype, device: Device) -> TextPart:
+    """One text encoder with its tokenizer, frozen. Raises UserError when the two are of different vocabularies."""
     kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
     if location.is_file:
         config = CLIPTextConfig(**single_file.file_text_config(location.path, family, component))
@@ -125,12 +126,12 @@ def _text_part(location: BaseLocation, family: Family, component: str, dtype: to
             f"The tokenizer of {location.path} has {len(tokenizer)} entries, its {name} {config.vocab_size}. They do "
             "not belong together."
         )
-    tensors = _tensors(location, family, component)
+    tensors = component_tensors(location, family, component)
     where = f"The {name} of {location.path}"
     return TextPart(component, tokenizer, assemble(lambda: kind(config), tensors, where, dtype=dtype, device=device))
 
 
-def _tensors(location: BaseLocation, family: Family, component: str) -> dict[str, Tensor]:
+def component_tensors(location: BaseLocation, family: Family, component: str) -> dict[str, Tensor]:
     """A component's tensors under the names of today's models."""
     if location.is_file:
         return single_file.file_tensors(location.path, family, component)
