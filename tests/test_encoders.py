@@ -20,8 +20,8 @@ from library.models.encoders import (
     dequantize_tokens,
     grid_in_aspect,
     quantize_tokens,
-    weight_fingerprint,
 )
+from library.models.fingerprint import weight_fingerprint
 from library.models.load import load_vae
 from library.models.locate import DINOV2, BaseLocation, locate_base, locate_dino
 
@@ -225,7 +225,7 @@ def test_a_token_of_zeros_stays_zero() -> None:
 def test_a_fingerprint_is_the_hash_of_the_file_that_is_loaded(
     tiny_sd15: Path, tiny_dinov2: Path, tmp_path: Path
 ) -> None:
-    memory = tmp_path / "hashes.json"
+    memory = tmp_path / "cache"
     base, dino = locate_base(str(tiny_sd15)), locate_dino(str(tiny_dinov2))
     expected = file_hash(tiny_sd15 / "vae" / "diffusion_pytorch_model.safetensors")
     assert weight_fingerprint(base, "vae", memory) == weight_fingerprint(base, "vae", memory) == expected
@@ -233,3 +233,4 @@ def test_a_fingerprint_is_the_hash_of_the_file_that_is_loaded(
     single = tmp_path / "single.safetensors"
     single.write_bytes(b"weights")
     assert weight_fingerprint(BaseLocation("x", single), "vae", memory) == file_hash(single)
+    assert (memory / "weight_hashes.json").is_file()

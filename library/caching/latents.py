@@ -26,7 +26,8 @@ from library.caching.producers import Wanted
 from library.data.buckets import Size
 from library.data.pixels import PIXELS_VERSION
 from library.device import named_dtype
-from library.models.encoders import MomentsEncoder, weight_fingerprint
+from library.models.encoders import MomentsEncoder
+from library.models.fingerprint import weight_fingerprint
 from library.models.load import load_vae
 from library.models.locate import BaseLocation
 from library.processes import Processes

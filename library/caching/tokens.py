@@ -25,7 +25,8 @@ from library.data.buckets import Size
 from library.data.pixels import PIXELS_VERSION
 from library.device import named_dtype
 from library.models.dinov2 import dinov2_width, load_dinov2
-from library.models.encoders import DinoEncoder, grid_in_aspect, weight_fingerprint
+from library.models.encoders import DinoEncoder, grid_in_aspect
+from library.models.fingerprint import weight_fingerprint
 from library.models.locate import DINOV2, BaseLocation
 from library.processes import Processes
 

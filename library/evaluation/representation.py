@@ -26,7 +26,7 @@ from library.evaluation.held_out import ProbedPictures, pictures_of_state
 from library.evaluation.measures import Measures, meaning, of_each_token
 from library.evaluation.similarity import pool_tokens, sample_similarity_mae
 from library.evaluation.spread import Spread, transposed
-from library.models.encoders import weight_fingerprint
+from library.models.fingerprint import weight_fingerprint
 from library.models.locate import locate_base
 from library.training.saving import StepSaving
 from library.training.state import read_facts

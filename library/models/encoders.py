@@ -11,7 +11,6 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.dinov2 import Dinov2, register_count
-from library.models.fingerprint import weight_fingerprint as weight_fingerprint
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
