@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 UNET, VAE, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "vae", "text_encoder", "text_encoder_2"
+TOKENIZERS = {TEXT_ENCODER: "tokenizer", TEXT_ENCODER_2: "tokenizer_2"}
+"""Folder of each text encoder's tokenizer."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.options.kohya.training import NetworkModelOptions, TextEncoderOptions
 from library.processes import Processes
 from library.words import plural
-from networks.families import FAMILIES, Family
+from networks.families import FAMILIES, TOKENIZERS, Family
 
 KINDS = ("latents", "tokens")
 
@@ -260,8 +260,8 @@ class Preparation:
     @property
     def _text_location(self) -> BaseLocation:
         encoders = self.family.text_encoders
-        tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
-        return locate_base(self.model.pretrained_model_name_or_path, (*encoders, *tokenizers))
+        parts = (*encoders, *(TOKENIZERS[name] for name in encoders))
+        return locate_base(self.model.pretrained_model_name_or_path, parts)
 
     def _text_producer(self) -> dict[str, Any]:
         hashes = [

@@ -9,10 +9,11 @@ from pathlib import Path
 from library.files import read_json, write_json
 from library.models import single_file
 from library.models.checkpoint import Checkpoint
-from library.models.clip_tokenizer import END, OPEN_CLIP_PAD, merges_for, write_tokenizer
+from library.models.clip_tokenizer import PADS, merges_for, write_tokenizer
 from library.models.configs import configs_of
 from library.models.locate import BaseLocation
-from networks.names import COMPONENTS, TEXT_ENCODER_2, UNET, VAE
+from networks.families import TOKENIZERS
+from networks.names import COMPONENTS, UNET, VAE
 
 INDEX = "model_index.json"
 
@@ -61,10 +62,9 @@ def _write_configurations(base: Checkpoint, folder: Path) -> None:
     for component in family.text_encoders:
         config = single_file.file_text_config(path, family, component)
         write_json(folder / component / "config.json", config)
-        pad = OPEN_CLIP_PAD if component == TEXT_ENCODER_2 else END
         merges = merges_for(config["vocab_size"], str(path))
         # vocab.json and merges.txt, which transformers 4 wants too; 5 alone would save one tokenizer.json.
-        write_tokenizer(folder / component.replace("text_encoder", "tokenizer"), merges, pad)
+        write_tokenizer(folder / TOKENIZERS[component], merges, PADS[component])
 
 
 def _write_index(base: Checkpoint, folder: Path) -> list[str]:

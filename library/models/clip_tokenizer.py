@@ -12,9 +12,11 @@ from transformers import CLIPTokenizer
 
 from library.errors import UserError
 from library.files import write_json, write_text
+from networks.families import TEXT_ENCODER, TEXT_ENCODER_2
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 OPEN_CLIP_PAD = "!"  # the first entry of every such vocabulary: OpenCLIP pads with zeros
+PADS = {TEXT_ENCODER: END, TEXT_ENCODER_2: OPEN_CLIP_PAD}
 MAX_LENGTH = 77
 
 CLIP_VOCABULARY_SIZE = 49408

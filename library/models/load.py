@@ -18,11 +18,11 @@ from library.errors import UserError
 from library.files import read_json
 from library.models import single_file
 from library.models.base_family import family_of, require_family
-from library.models.clip_tokenizer import END, OPEN_CLIP_PAD, tokenizer_for
+from library.models.clip_tokenizer import PADS, tokenizer_for
 from library.models.configs import configs_of, published_family
 from library.models.locate import BaseLocation, base_status, locate_base, weight_files
 from library.models.weights import assemble, read_tensors
-from networks.families import SD15, SDXL, TEXT_ENCODER_2, UNET, VAE, Family
+from networks.families import SD15, SDXL, TEXT_ENCODER_2, TOKENIZERS, UNET, VAE, Family
 from networks.names import current_key
 
 Base = BaseLocation | str
@@ -115,11 +115,10 @@ def text_part(location: BaseLocation, family: Family, component: str, dtype: tor
     kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
     if location.is_file:
         config = CLIPTextConfig(**single_file.file_text_config(location.path, family, component))
-        pad = OPEN_CLIP_PAD if component == TEXT_ENCODER_2 else END
-        tokenizer = tokenizer_for(config.vocab_size, str(location.path), pad)
+        tokenizer = tokenizer_for(config.vocab_size, str(location.path), PADS[component])
     else:
         config = CLIPTextConfig.from_dict(_component_config(location, component, kind.__name__))
-        tokenizer = _folder_tokenizer(location.path / component.replace("text_encoder", "tokenizer"))
+        tokenizer = _folder_tokenizer(location.path / TOKENIZERS[component])
     name = component.replace("_", " ")
     if len(tokenizer) != config.vocab_size:
         raise UserError(

@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from library.errors import UserError, script
 from library.files import human_bytes, read_json, write_json
-from library.models.clip_tokenizer import END, OPEN_CLIP_PAD, tiny_merges, write_tokenizer
+from library.models.clip_tokenizer import PADS, tiny_merges, write_tokenizer
 from library.models.configs import configs_of
 from library.models.embedded import MODELS, TINY_DINOV2
 from library.models.tiny_parts import (
@@ -38,7 +38,7 @@ from library.models.tiny_parts import (
     tiny_vae,
     write_pipeline_index,
 )
-from networks.families import FAMILIES, SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, Family
+from networks.families import FAMILIES, SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, TOKENIZERS, Family
 
 HIDDEN = 64
 """Width of SD1.5's text encoder and of the DINOv2."""
@@ -95,8 +95,7 @@ def build_tiny_base(family: Family, folder: Path | str, seed: int = 0, *, overwr
         unet.save_pretrained(out / "unet")
         for component, encoder in encoders.items():
             save_transformers(encoder, out / component)
-            pad = END if component == TEXT_ENCODER else OPEN_CLIP_PAD
-            write_tokenizer(out / component.replace("text_encoder", "tokenizer"), tiny_merges(), pad)
+            write_tokenizer(out / TOKENIZERS[component], tiny_merges(), PADS[component])
         write_json(out / "scheduler" / "scheduler_config.json", published.scheduler)
         write_pipeline_index(out, published.pipeline)
     return Path(folder)
