@@ -1,4 +1,4 @@
-"""What a diffusers folder holds besides the weights that are merged: configurations, words, the index."""
+"""What a diffusers folder holds besides the weights that are merged: configurations, tokenizers, the index."""
 
 from __future__ import annotations
 
