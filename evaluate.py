@@ -126,16 +126,17 @@ def find_photos(options: EvaluateOptions, candidates: list[Candidate]) -> tuple[
 
 def native_side(base: str) -> int:
     """Pixels that the base was trained at."""
-    from library.models.encoders import VAE_FACTOR
-    from library.models.load import unet_config
-    from networks.original_names import SD15, SDXL
+    from library.models.base_family import native_side
+    from library.models.configs import published_family
+    from library.models.locate import base_status, locate_base
 
-    return int(unet_config(base, families=(SD15, SDXL))["sample_size"]) * VAE_FACTOR
+    published = published_family(base) if base_status(base, ("unet",)) else None
+    return native_side(locate_base(base, ("unet",))) if published is None else published.native_side
 
 
 def own_clip(base: str) -> str | None:
     """The CLIP that comes with the project, for bases that do; it knows nothing else."""
-    from library.models.locate import MODELS, SHAPES, SHAPES_CLIP
+    from library.models.embedded import MODELS, SHAPES, SHAPES_CLIP
 
     there = (MODELS / SHAPES_CLIP / "config.json").is_file()
     return str(MODELS / SHAPES_CLIP) if there and SHAPES in (base, Path(base).name) else None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from library.errors import EXIT_OK, script
 from library.options.checks import not_negative, positive, require
 from library.options.parser import parse
-from library.options.precision import TORCH_DTYPES, Precision
+from library.options.precision import Precision
 
 if TYPE_CHECKING:
     from library.merging.extract import ExtractReport
@@ -102,7 +102,7 @@ def run(options: ExtractLoraOptions, base: Checkpoint, tuned: Checkpoint) -> Non
     import torch
     from tqdm import tqdm
 
-    from library.device import choose_device
+    from library.device import choose_device, named_dtype
     from library.merging.extract import extract
     from library.merging.hashes import Hashes
     from library.merging.lora_file import write_adapter
@@ -127,7 +127,7 @@ def run(options: ExtractLoraOptions, base: Checkpoint, tuned: Checkpoint) -> Non
         )
     metadata = provenance(options, base, tuned, report, hashes.all())
     adapter = replace(adapter, metadata={**adapter.metadata, **metadata})
-    said = write_adapter(adapter, options.output, dtype=getattr(torch, TORCH_DTYPES[options.save_precision]))
+    said = write_adapter(adapter, options.output, dtype=named_dtype(options.save_precision))
     print(f"\n{report.as_text()}\n\n{said}")
 
 

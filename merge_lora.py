@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING
 from library.errors import EXIT_OK, UserError, script
 from library.options.merging import KOHYA, MergeLoraOptions
 from library.options.parser import parse
-from library.options.precision import TORCH_DTYPES
 
 if TYPE_CHECKING:
     import torch
 
     from library.merging.layouts import Merging
-    from library.merging.report import Ingredient
+    from library.merging.merge_report import Ingredient
     from library.merging.write import Output
 
 OUTPUTS = Path("outputs")
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> int:
 def build(options: MergeLoraOptions) -> Plan:
     """The adapters, read and checked, the name of the base, and where the result goes."""
     from library.merging.lora_file import PEFT_CONFIG
-    from library.merging.report import Ingredient
+    from library.merging.merge_report import Ingredient
     from library.merging.source import base_model_of, newest_output, read_source
     from library.merging.strength import Strength, parse_blocks
     from library.merging.write import Output, check_output
@@ -221,9 +220,9 @@ def inspect(options: MergeLoraOptions) -> None:
 
 
 def torch_dtype(options: MergeLoraOptions) -> torch.dtype | None:
-    import torch
+    from library.device import named_dtype
 
-    return None if options.save_precision is None else getattr(torch, TORCH_DTYPES[options.save_precision])
+    return None if options.save_precision is None else named_dtype(options.save_precision)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
 
 def run(options: PrepareCacheOptions) -> int:
     from library.caching.verify import verify
-    from library.models.family import family_of
+    from library.models.base_family import family_of
     from library.models.locate import locate_base
     from library.processes import Processes
     from library.training.caches import class_preparation, prepare_caches

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from common import save
 
-from library.caching.class_pictures import Preparation
+from library.caching.class_caches import Preparation
+from library.caching.decoding import Job, picture_batches
 from library.caching.geometry import SquareCrop
-from library.caching.pictures import Job, picture_batches
 from library.data.class_pictures import open_pictures
 from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions
 from library.processes import Processes
 from library.training.caches import class_preparation
-from networks.original_names import SD15
+from networks.families import SD15
 
 
 def main() -> None:

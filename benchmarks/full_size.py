@@ -16,7 +16,8 @@ def random_checkpoint(path: Path, family_key: str) -> Path:
 
     from library.models.configs import configs_of
     from library.models.tensor_files import NewTensor, write_tensor_file
-    from networks.original_names import FAMILIES, TEXT_ENCODER_2, UNET, VAE, Form, original_place
+    from networks.families import FAMILIES, TEXT_ENCODER_2, UNET, VAE
+    from networks.original_names import Form, original_place
 
     family = FAMILIES[family_key]
     configs = configs_of(family)

@@ -82,14 +82,15 @@ def work(way: str, base: Path, lora: Path, out: Path) -> dict[str, float]:
     from library.files import whole_file
     from library.merging.layouts import Merging, single_file_tensors
     from library.merging.merge import fold, place
-    from library.merging.report import Ingredient
+    from library.merging.merge_report import Ingredient
     from library.merging.source import read_source
     from library.merging.strength import Strength
     from library.merging.write import Output, write_merged
     from library.models.checkpoint import open_checkpoint
     from library.models.locate import BaseLocation
     from library.models.tensor_files import write_tensor_file
-    from networks.original_names import SD15, original_place
+    from networks.families import SD15
+    from networks.original_names import original_place
 
     def merging() -> tuple[Merging, Ingredient]:
         source = read_source(lora)
@@ -155,9 +156,9 @@ def make_lora(path: Path) -> None:
     from library.models.configs import configs_of
     from networks.adapter_export import adapter_tensors
     from networks.adapters import Adapter
+    from networks.families import SD15, UNET
     from networks.kinds.lora import LoraModule
     from networks.names import Target
-    from networks.original_names import SD15, UNET
     from networks.spec import NetworkSpec
     from networks.targets import TRANSFORMER_PARENTS, layers_inside
 

@@ -20,13 +20,14 @@ import torch
 from common import save
 from diffusers import UNet2DConditionModel
 
-from library.caching.class_pictures import Cached, Caches
+from library.caching.class_caches import Cached, Caches
 from library.data.class_pictures import numbered_pictures
 from library.data.collect import collect_classes
 from library.data.sources import Sample
 from library.data.store import StoreMeta, TensorStore
 from library.data.store_writer import StoreWriter
 from library.data.text_embeddings import TextEmbeddings
+from library.device import named_dtype
 from library.models.load import unet_config
 from library.models.locate import BaseLocation
 from library.options.repa import parse_repa_options
@@ -34,12 +35,12 @@ from library.options.run import RunOptions
 from library.processes import Processes
 from library.training.caches import prepared_classes
 from library.training.loop import train
-from library.training.models import COMPUTE_DTYPES, FrozenModels
+from library.training.models import FrozenModels
 from library.training.plan import make_order, make_plan
 from library.training.run import build_run
 from library.training.tracking import MetricLog
-from networks.original_names import SD15 as SD15_FAMILY
-from networks.original_names import Family
+from networks.families import SD15 as SD15_FAMILY
+from networks.families import Family
 
 # An H200 at the step's arithmetic: 182 TFLOP at 790 TFLOP/s are 0.23 s. The documented run took 1.9 s and 110 GB.
 TARGETS = {"step_seconds": 0.55, "peak_gb": 60.0, "data_wait_share": 0.02}
@@ -125,7 +126,7 @@ class RandomModels(FrozenModels):
     ) -> UNet2DConditionModel:
         with torch.device(device):
             unet = UNet2DConditionModel.from_config(self.config)
-        return unet.to(COMPUTE_DTYPES[options.model.mixed_precision]).requires_grad_(False).eval()
+        return unet.to(named_dtype(options.model.mixed_precision)).requires_grad_(False).eval()
 
 
 def make_caches(folder: Path, count: int, side: int, token_shape: tuple[int, int], text_width: int) -> Caches:

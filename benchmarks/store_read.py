@@ -16,9 +16,9 @@ from common import save
 
 from library.data.batches import Prefetcher
 from library.data.buckets import Fitted
+from library.data.cached_samples import CachedSamples, Request
 from library.data.dataset_schema import Dataset, Subset
 from library.data.order import MicroBatch
-from library.data.samples import CachedSamples, Request
 from library.data.store import StoreMeta, TensorStore
 from library.data.store_writer import StoreWriter
 from library.data.text_embeddings import TextEmbeddings

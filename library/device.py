@@ -24,4 +24,9 @@ def choose_dtype(name: Precision | None, device: torch.device) -> torch.dtype:
     """The named format, or for drawing the usual one: half precision on a GPU, float32 elsewhere."""
     if name is None:
         return torch.float16 if device.type == "cuda" else torch.float32
+    return named_dtype(name)
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """Of a name of --mixed_precision or --save_precision."""
     return getattr(torch, TORCH_DTYPES[name])

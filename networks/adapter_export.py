@@ -23,20 +23,15 @@ from networks import AdapterError
 from networks.adapter_file import BASE_MODEL_KEY, DIFFUSERS_CONFIG_KEY, SPEC_KEYS
 from networks.adapter_module import AdapterModule
 from networks.adapters import Adapter
+from networks.families import SD15, UNET, Family
 from networks.kinds import Kind
 from networks.kinds.lora import LoraModule
 from networks.names import Target, peft_key
-from networks.original_names import SD15, SDXL, UNET, Family
 from networks.prediction_names import BY_SCHEDULER, EPSILON_NAME, PredictionName, name_by_metadata
 from networks.spec import NetworkSpec
 
 Form = Literal["kohya", "diffusers", "peft"]
 
-BASE_VERSIONS = {SD15.key: "sd_v1", SDXL.key: "sdxl_base_v1-0"}
-_ARCHITECTURES = {SD15.key: "stable-diffusion-v1/lora", SDXL.key: "stable-diffusion-xl-v1-base/lora"}
-# As kohya's scripts say; SDXL's U-Net has the names of the original code.
-_IMPLEMENTATIONS = {SD15.key: "diffusers", SDXL.key: "https://github.com/Stability-AI/generative-models"}
-_RESOLUTIONS = {SD15.key: "512x512", SDXL.key: "1024x1024"}
 # What describes the weights of the file it was read from, not of the one to be written.
 _OF_THE_WEIGHTS = (
     *("ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_network_module", "lora_alpha", "network_alpha"),
@@ -217,7 +212,7 @@ def form_metadata(
     before = {key: value for key, value in adapter.metadata.items() if key not in _OF_THE_WEIGHTS}
     family = adapter.family
     metadata = {
-        "modelspec.resolution": _RESOLUTIONS[family.key],  # where nothing is known; kohya's scripts write the same
+        "modelspec.resolution": family.resolution,  # where nothing is known; kohya's scripts write the same
         **before,
         **_identity(family, name_by_metadata(before), output_name=output_name, title=output_name, date=date),
         **_sizes(adapter.modules.values()),
@@ -261,15 +256,16 @@ def _lora_config(adapter: Adapter, component: str) -> dict[str, Any]:
 
 def _identity(family: Family, prediction: PredictionName, *, output_name: str, title: str, date: str) -> dict[str, str]:
     """What makes the file known to the programs that list it; A1111 hides a file of the wrong base."""
-    version = BASE_VERSIONS[family.key]
+    ending = prediction.version_ending if family.version_tells_prediction else ""
     return {
         "ss_network_module": "networks.lora",
-        "ss_base_model_version": f"{version}{prediction.version_ending if family is SD15 else ''}",
+        "ss_base_model_version": family.base_version + ending,
         "ss_v2": "False",
         "ss_output_name": output_name,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": _ARCHITECTURES[family.key],
-        "modelspec.implementation": _IMPLEMENTATIONS[family.key],
+        "modelspec.architecture": f"{family.architecture}/lora",
+        # As kohya's scripts say.
+        "modelspec.implementation": family.implementation if family.sgm_adapters else "diffusers",
         "modelspec.title": title,
         "modelspec.date": date,
         "modelspec.prediction_type": prediction.modelspec,

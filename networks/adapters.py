@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from networks import AdapterError
 from networks.adapter_module import AdapterModule
+from networks.families import Family
 from networks.kinds.lora import LoraModule
-from networks.names import SD15, SDXL, Family, Target, is_sdxl, kohya_name
+from networks.names import Target, adapter_family, kohya_name
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,7 @@ class Adapter:
 
     @property
     def family(self) -> Family:
-        """SDXL where the metadata or the modules say so, else SD1.5."""
-        said = (self.metadata.get("ss_base_model_version", ""), self.metadata.get("modelspec.architecture", ""))
-        named = said[0].startswith("sdxl") or said[1].startswith("stable-diffusion-xl")
-        return SDXL if named or is_sdxl(self.modules) else SD15
+        return adapter_family(self.modules, self.metadata)
 
     def lora_modules(self, what: str) -> dict[Target, LoraModule]:
         """Its modules, all of them LoRA or DoRA. what: that needs such, "resizing". Raises AdapterError for others."""

@@ -11,29 +11,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from networks import AdapterError
-from networks.original_names import SD15, SDXL, Family, unet_to_original
-
-SECTIONS = {SD15.key: (12, 1, 12), SDXL.key: (9, 3, 9)}
-"""Family -> how many down, mid and up blocks a list of learning-rate weights has."""
-
-_OUTER = {SD15.key: 0, SDXL.key: 1}  # blocks before and after these, which never have adapters
-
-
-def block_count(family: Family) -> int:
-    """Length of a list with a value for each block."""
-    return sum(SECTIONS[family.key]) + 2 * _OUTER[family.key]
+from networks.families import Family
+from networks.original_names import unet_to_original
 
 
 def block_of(family: Family, path: str) -> int:
     """The block that a module of the U-Net is of. Raises AdapterError for a path that is of none."""
     try:
         section, index, *_ = unet_to_original(family, path).split(".")
-        down, mid, _ = SECTIONS[family.key]
+        down, mid, _ = family.sections
         first = {"input_blocks": 0, "middle_block": down, "output_blocks": down + mid}[section]
     except (KeyError, ValueError):
         raise AdapterError(f"{path} is in no block of the U-Net of {family.title}.") from None
     inside = 0 if section == "middle_block" and mid == 1 else int(index)
-    return _OUTER[family.key] + first + inside
+    return family.outer_blocks + first + inside
 
 
 def block_weights(
@@ -46,7 +37,7 @@ def block_weights(
 
     As in kohya's scripts a section that is too short, or is not given, is filled up with 1, and one too long is cut.
     """
-    outer = (1.0,) * _OUTER[family.key]
-    sections = zip((down, mid, up), SECTIONS[family.key], strict=True)
+    outer = (1.0,) * family.outer_blocks
+    sections = zip((down, mid, up), family.sections, strict=True)
     weights = [(*(given or ())[:count], *(1.0,) * (count - len(given or ()))) for given, count in sections]
     return (*outer, *(weight for section in weights for weight in section), *outer)

@@ -8,8 +8,8 @@ from typing import Any
 from networks import AdapterError
 from networks.adapted_layer import AdaptedLayer
 from networks.adapters import Adapter
+from networks.families import FAMILIES, UNET
 from networks.names import Target
-from networks.original_names import FAMILIES, UNET
 from networks.spec import NetworkSpec
 
 

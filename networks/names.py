@@ -11,21 +11,11 @@ Source: kohya sd-scripts' networks.lora, PEFT's and diffusers' files.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from networks.original_names import (
-    SD15,
-    SDXL,
-    TEXT_ENCODER,
-    TEXT_ENCODER_2,
-    UNET,
-    VAE,
-    Family,
-    unet_from_original,
-    unet_to_original,
-    with_text_model,
-)
+from networks.families import SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Family
+from networks.original_names import unet_from_original, unet_to_original, with_text_model
 
 COMPONENTS = (UNET, VAE, TEXT_ENCODER, TEXT_ENCODER_2)
 
@@ -204,7 +194,13 @@ def _dotted(words: str) -> str | None:
     return ".".join(path) if position == len(words) + 1 else None
 
 
-def is_sdxl(targets: Iterable[Target]) -> bool:
-    """Whether an adapter's modules can only be of SDXL: a second text encoder, a second transformer block in a row."""
+def adapter_family(targets: Iterable[Target], metadata: Mapping[str, str]) -> Family:
+    """SDXL where an adapter's file says so, or where its modules can be of no other family; else SD1.5.
+
+    Those are of a second text encoder, or of a second transformer block in a row.
+    """
+    said = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
     deep = re.compile(r"attentions\.\d+\.transformer_blocks\.[1-9]")
-    return any(target.component == TEXT_ENCODER_2 or deep.search(target.path) for target in targets)
+    is_sdxl = said[0].startswith("sdxl") or said[1].startswith("stable-diffusion-xl")
+    is_sdxl = is_sdxl or any(target.component == TEXT_ENCODER_2 or deep.search(target.path) for target in targets)
+    return SDXL if is_sdxl else SD15

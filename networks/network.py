@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from networks import AdapterError
 from networks.adapted_layer import AdaptedLayer, Sizes
-from networks.adapter_export import BASE_VERSIONS, adapter_tensors
+from networks.adapter_export import adapter_tensors
 from networks.adapters import Adapter
+from networks.families import FAMILIES, UNET, Family
 from networks.injection import inject
 from networks.loading import check_fits
 from networks.names import Target, with_text_model
-from networks.original_names import FAMILIES, UNET, Family
 from networks.spec import NetworkSpec
 from networks.targets import CONV_PARENTS, TRANSFORMER_PARENTS, kernel_of, layers_inside
 from networks.trained_weights import generator_for
@@ -81,7 +81,7 @@ class Network:
     def adapter(self) -> Adapter:
         """The weights as files and merging know them: not copies, and wherever the models are."""
         modules = {target: layer.to_module() for target, layer in self.layers.items()}
-        return Adapter(modules, {"ss_base_model_version": BASE_VERSIONS[self.spec.family]})
+        return Adapter(modules, {"ss_base_model_version": FAMILIES[self.spec.family].base_version})
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Copies on the CPU under the names that kohya, A1111 and ComfyUI read; see `adapter_tensors`.

@@ -10,60 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from typing import NamedTuple
 
-UNET, VAE, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "vae", "text_encoder", "text_encoder_2"
-
-
-@dataclass(frozen=True)
-class Family:
-    """What names depend on besides the module itself."""
-
-    key: str
-    title: str
-    up_attention: tuple[bool, ...]
-    """Per level of the U-Net's way up, deepest first: whether it has attention. An upsampler's place depends on it."""
-    original: dict[str, str]
-    """Component -> what its tensors begin with in an original single file."""
-    kohya: dict[str, str]
-    """Component -> what its modules begin with in a kohya file."""
-    sgm_adapters: bool
-    """Whether kohya's adapters name U-Net modules as the original code does, not as diffusers."""
-
-    @property
-    def text_encoders(self) -> tuple[str, ...]:
-        return tuple(name for name in (TEXT_ENCODER, TEXT_ENCODER_2) if name in self.original)
-
-
-SD15 = Family(
-    key="sd15",
-    title="SD1.5",
-    up_attention=(False, True, True, True),
-    original={
-        UNET: "model.diffusion_model.",
-        VAE: "first_stage_model.",
-        TEXT_ENCODER: "cond_stage_model.transformer.",
-    },
-    kohya={UNET: "lora_unet", TEXT_ENCODER: "lora_te"},
-    sgm_adapters=False,
-)
-SDXL = Family(
-    key="sdxl",
-    title="SDXL",
-    up_attention=(True, True, False),
-    original={
-        UNET: "model.diffusion_model.",
-        VAE: "first_stage_model.",
-        TEXT_ENCODER: "conditioner.embedders.0.transformer.",
-        TEXT_ENCODER_2: "conditioner.embedders.1.model.",
-    },
-    kohya={UNET: "lora_unet", TEXT_ENCODER: "lora_te1", TEXT_ENCODER_2: "lora_te2"},
-    sgm_adapters=True,
-)
-FAMILIES = {family.key: family for family in (SD15, SDXL)}
+from networks.families import TEXT_ENCODER, TEXT_ENCODER_2, VAE, Family
 
 _UNET_OUTER = {
     "conv_in": "input_blocks.0.0",

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from networks import AdapterError
-from networks.blocks import SECTIONS, block_count, block_of
+from networks.blocks import block_of
+from networks.families import FAMILIES, SD15, UNET, Family
 from networks.kinds import KINDS, Kind, without_effect
 from networks.names import Target
-from networks.original_names import FAMILIES, SD15, UNET, Family
 
 # Options of --network_args that are called otherwise here.
 _ARGUMENTS = {"conv_rank": "conv_dim"}
@@ -91,7 +91,7 @@ class NetworkSpec:
             values = getattr(self, name)
             if values is None:
                 continue
-            count, (down, mid, up) = block_count(self._family), SECTIONS[self.family]
+            count, (down, mid, up) = self._family.block_count, self._family.sections
             _require(
                 len(values) == count,
                 f"{name} needs {count} numbers for {self._family.title} ({down} down, {mid} mid, {up} up"

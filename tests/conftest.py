@@ -59,17 +59,19 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder in SD1.5's layout with small widths. Read it; copy it before changing anything in it."""
-    from library.models.tiny import build_tiny_sd15
+    from library.models.tiny import build_tiny_base
+    from networks.families import SD15
 
-    return build_tiny_sd15(tmp_path_factory.mktemp("models") / "tiny-sd15")
+    return build_tiny_base(SD15, tmp_path_factory.mktemp("models") / "tiny-sd15")
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder in SDXL's layout with small widths. Read it; copy it before changing anything in it."""
-    from library.models.tiny import build_tiny_sdxl
+    from library.models.tiny import build_tiny_base
+    from networks.families import SDXL
 
-    return build_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")
+    return build_tiny_base(SDXL, tmp_path_factory.mktemp("models") / "tiny-sdxl")
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,10 @@ from networks import AdapterError
 from networks.adapter_export import Form, adapter_metadata, adapter_tensors, form_metadata, with_uniform_alphas
 from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
+from networks.families import SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from networks.kinds.lora import LoraModule
 from networks.names import Target
 from networks.network import Network
-from networks.original_names import SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from tests.tools.adapters import (
     SPEC,
     assert_same_adapter,

@@ -19,8 +19,8 @@ from networks import AdapterError, adapter_file
 from networks.adapter_export import adapter_tensors
 from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
+from networks.families import SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from networks.names import Target, kohya_name
-from networks.original_names import SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from tests.tools.adapters import (
     SPEC,
     assert_same_adapter,

@@ -8,9 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from networks.adapters import Adapter
+from networks.families import SD15, SDXL
 from networks.kinds.lora import LoraModule
 from networks.names import Target
-from networks.original_names import SD15, SDXL
 from tests.tools.adapters import cp_module, random_module
 
 LAYERS = {

@@ -22,8 +22,8 @@ from networks.adapter_export import (
 )
 from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
+from networks.families import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from networks.names import Target
-from networks.original_names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from tests.tools.adapters import (
     whole_adapter,
     with_many_alphas,

@@ -15,24 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from library.caching.by_bucket import BucketCaches, BucketedPicture
 from library.caching.latents import prepare_latents
 from library.caching.masks import alpha_channel, latent_mask
-from library.caching.prompts import PromptCache, prompt_folder, prompt_key
+from library.caching.prompt_cache import PromptCache, prompt_folder, prompt_key
 from library.data.buckets import Buckets, Fitted, resize_and_crop
 from library.data.image_headers import read_header
 from library.data.pixels import UnreadableImage, decode_rgb
 from library.errors import UserError
-from library.models.encoders import LOG_VARIANCE_FLOOR, MomentsEncoder, latents_of
+from library.models.encoders import LOG_VARIANCE_FLOOR, MomentsEncoder
 from library.models.load import load_vae
 from library.models.locate import BaseLocation
 from library.options.toml_file import PROJECT_ROOT
 from library.processes import Processes
-from networks.original_names import SD15, SDXL
+from networks.families import SD15, SDXL
 from tests.tools.runs import launch
 
 SIZES = [(64, 64), (70, 66), (96, 64), (100, 66), (64, 96), (200, 130)]
@@ -126,15 +125,6 @@ def test_every_entry_equals_a_fresh_encoding_of_its_crop_and_of_its_mirror_image
     assert not setting.built and not setting.tells("missing")
 
 
-def test_latents_of_an_entry_are_those_of_the_posterior(setting: LatentSetting) -> None:
-    moments = torch.from_numpy(read(setting.build(), setting.pictures()[0]))[None]
-    posterior = DiagonalGaussianDistribution(moments.float())
-    assert torch.equal(latents_of(moments, 0.5), posterior.mode() * 0.5)
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    drawn = posterior.sample(torch.Generator().manual_seed(3))
-    assert torch.allclose(latents_of(moments, 0.5, noise), drawn * 0.5)
-
-
 def test_an_edited_picture_is_encoded_again_and_said_and_a_touched_one_is_not(setting: LatentSetting) -> None:
     first = setting.pictures()[0]
     old = read(setting.build(), first)
@@ -142,7 +132,7 @@ def test_an_edited_picture_is_encoded_again_and_said_and_a_touched_one_is_not(se
     os.utime(setting.images / "p2.png", ns=(1, 1))
     caches = setting.build()
     assert setting.tells("1 encoded, 1 unchanged, 0 unreadable")
-    assert setting.tells("1 changed since they were cached and were read anew (first: 64:p0.png)")
+    assert setting.tells("1 picture changed since being cached, read again (first: 64:p0.png)")
     assert not np.array_equal(read(caches, first), old)
     setting.build()
     assert not setting.built
@@ -316,10 +306,10 @@ processes = Processes("cpu")
 latents.prepare_latents(setting.pictures(flip=True), processes=processes, say=processes.say,
     **setting.arguments | {{"batch_size": 1}})
 
-from library.caching.prompts import prepare_prompts
+from library.caching.prompt_cache import prepare_prompts
 from library.models.conditioning import TextConditioner
 from library.models.load import load_text_encoders
-from networks.original_names import SD15
+from networks.families import SD15
 prompts = prepare_prompts({captions!r}, conditioner=lambda: TextConditioner(SD15, load_text_encoders(str(base))),
     facts={{}}, cache_dir=folder, processes=processes, say=processes.say)
 print("found", processes.rank, float(prompts.read(prompts.rows({captions!r})).states.abs().sum()))
@@ -366,13 +356,13 @@ def test_a_mask_is_the_mean_over_the_pixels_of_each_latent(tmp_path: Path) -> No
     fitted = Fitted((40, 16), (32, 16), (40, 16), (6, 0, 38, 16))
     values = np.random.default_rng(0).integers(0, 256, (16, 40), dtype=np.uint8)
     expected = values[:, 6:38].reshape(2, 8, 4, 8).mean((1, 3), dtype=np.float64) / 255
-    np.testing.assert_allclose(latent_mask(values, fitted), expected, atol=1e-6)
-    np.testing.assert_allclose(latent_mask(values, fitted, flipped=True), expected[:, ::-1], atol=1e-6)
+    np.testing.assert_allclose(latent_mask(values, fitted, (2, 4)), expected, atol=1e-6)
+    np.testing.assert_allclose(latent_mask(values, fitted, (2, 4), flipped=True), expected[:, ::-1], atol=1e-6)
     # A file: its red channel, here at twice the size of the picture.
     red = np.zeros((32, 80, 3), np.uint8)
     red[..., 0] = values.repeat(2, 0).repeat(2, 1)
     Image.fromarray(red).save(tmp_path / "mask.png")
-    found = latent_mask(tmp_path / "mask.png", fitted)
+    found = latent_mask(tmp_path / "mask.png", fitted, (2, 4))
     assert found.dtype == np.float32 and found.shape == (2, 4)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -393,8 +383,8 @@ def test_masks_that_do_not_fit_or_cannot_be_read_are_refused(tmp_path: Path) -> 
     fitted = Fitted((40, 16), (32, 16), (40, 16), (4, 0, 36, 16))
     Image.new("L", (40, 40)).save(tmp_path / "square.png")
     with pytest.raises(UserError, match=r"square.png is 40 x 40, another shape than its image of 40 x 16"):
-        latent_mask(tmp_path / "square.png", fitted)
+        latent_mask(tmp_path / "square.png", fitted, (2, 4))
     (tmp_path / "none.png").write_bytes(b"no picture")
-    for read_it in (lambda path: latent_mask(path, fitted), alpha_channel):
+    for read_it in (lambda path: latent_mask(path, fitted, (2, 4)), alpha_channel):
         with pytest.raises(UnreadableImage, match="none.png: not an image|none.png: not a PNG"):
             read_it(tmp_path / "none.png")

@@ -211,7 +211,7 @@ def test_prompts_are_encoded_again_when_names_change(cache_setting: CacheSetting
     assert first.rows == {0: 0, 5: 1} and first.empty_row == 2
     (photos / "names.json").write_text(json.dumps({"0": "cat", "5": "wolf " * 80}))
     cache_setting.build()
-    assert any(line.startswith("text: 1 prompts are longer than 77 tokens and were cut") for line in cache_setting.said)
+    assert any(line.startswith("text: 1 prompt is longer than 77 tokens and cut off") for line in cache_setting.said)
     (photos / "names.json").write_text('{"0": "cat", "5": "wolf"}')
     second = cache_setting.build().text
     assert torch.equal(first.embeddings[0], second.embeddings[0])

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.checkpoint import MARKS, Checkpoint
+from networks.families import SD15, SDXL
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
-from networks.original_names import SD15, SDXL
 from tests.tools.merging import EMA, FILES, assert_same_tensors, opened, single_file
 from tests.tools.merging import save as save_tensors
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from library.data.collect import TrainingData
-from library.models.family import native_side
+from library.models.base_family import native_side
 from library.models.locate import locate_base
 from library.options.network import parse_network_options
 from library.training.facts import samples_digest

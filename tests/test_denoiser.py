@@ -16,7 +16,7 @@ from library.inference.prompt_syntax import parse_negative, parse_prompt
 from library.inference.samplers import euler, no_noise
 from library.inference.sigmas import noise_levels
 from library.models.load import load_text_encoders
-from networks.original_names import SD15, SDXL, Family
+from networks.families import SD15, SDXL, Family
 
 STEPS = 4
 

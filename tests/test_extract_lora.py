@@ -23,8 +23,8 @@ from library.models.checkpoint import Checkpoint, open_checkpoint
 from library.models.configs import configs_of
 from library.models.locate import BaseLocation
 from networks.adapter_file import read_adapter
+from networks.families import SD15, SDXL, Family
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Target, current_key
-from networks.original_names import SD15, SDXL, Family
 from tests.tools.adapters import kohya_targets
 from tests.tools.ldm_layout import ldm_checkpoint
 

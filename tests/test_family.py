@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.files import write_json
-from library.models.family import family_of
-from library.models.load import load_text_encoder, load_unet, load_vae, unet_config
+from library.models.base_family import family_of
+from library.models.load import load_unet, load_vae, unet_config
 from library.models.locate import BaseLocation, locate_base
 from library.models.sd15_configs import SD15_UNET
 from library.models.sdxl_configs import SDXL_PIPELINE, SDXL_UNET
-from networks.original_names import SD15, SDXL
+from networks.families import SD15, SDXL
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
@@ -40,7 +40,7 @@ def test_the_family_is_found_without_torch(tiny_sd15: Path, tiny_sdxl: Path, tmp
     file = single_file(tmp_path, FIRST, TEXT, TEXT_2).path
     code = f"""
 import sys
-from library.models.family import family_of
+from library.models.base_family import family_of
 from library.models.locate import locate_base
 print(*(family_of(locate_base(name)).key for name in {[str(tiny_sd15), str(tiny_sdxl), str(file)]}), "torch" in sys.modules)
 """
@@ -113,6 +113,6 @@ def test_an_inpainting_file_is_named(tmp_path: Path) -> None:
 def test_sdxl_is_refused_where_only_sd15_will_do(tiny_sdxl: Path, tmp_path: Path) -> None:
     file = single_file(tmp_path, FIRST, TEXT, TEXT_2)
     for location in (file, locate_base(str(tiny_sdxl))):
-        for loads in (unet_config, load_unet, load_vae, load_text_encoder):
+        for loads in (unet_config, load_unet, load_vae):
             with pytest.raises(UserError, match=r"looks like SDXL\. An SD1.5 base model is needed here\."):
                 loads(location)

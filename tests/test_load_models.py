@@ -15,10 +15,9 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files import read_json, write_json
-from library.models.clip_tokenizer import clip_tokenizer, tokenizer_for
+from library.models.clip_tokenizer import tokenizer_for
 from library.models.load import (
     load_scheduler_config,
-    load_text_encoder,
     load_text_encoders,
     load_unet,
     load_vae,
@@ -58,6 +57,11 @@ def folder(tiny_sd15: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_sd15, tmp_path / "base"))
 
 
+def text_model(base: str) -> torch.nn.Module:
+    (part,) = load_text_encoders(base)
+    return part.model
+
+
 def same_tensors(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     left, right = one.state_dict(), other.state_dict()
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
@@ -68,8 +72,7 @@ def same_tensors(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def test_models_come_frozen_in_eval_mode_and_in_the_asked_dtype(tiny_sd15: Path) -> None:
     unet = load_unet(str(tiny_sd15), dtype=torch.bfloat16)
-    _, text_encoder = load_text_encoder(str(tiny_sd15))
-    for model in (unet, load_vae(str(tiny_sd15)), text_encoder):
+    for model in (unet, load_vae(str(tiny_sd15)), text_model(str(tiny_sd15))):
         assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
 
@@ -78,10 +81,12 @@ def test_models_come_frozen_in_eval_mode_and_in_the_asked_dtype(tiny_sd15: Path)
 def test_folder_and_single_file_give_the_same_models_to_the_bit(tiny_sd15: Path, single: Path) -> None:
     assert same_tensors(load_unet(str(tiny_sd15)), load_unet(str(single)))
     assert same_tensors(load_vae(str(tiny_sd15)), load_vae(str(single)))
-    tokenizer, text_encoder = load_text_encoder(str(tiny_sd15))
-    file_tokenizer, file_text_encoder = load_text_encoder(str(single))
-    assert same_tensors(text_encoder, file_text_encoder)
-    assert tokenizer("a red circle, odd words").input_ids == file_tokenizer("a red circle, odd words").input_ids
+    of_folder, of_file = (load_text_encoders(str(base))[0] for base in (tiny_sd15, single))
+    assert of_folder.component == "text_encoder" and same_tensors(of_folder.model, of_file.model)
+    assert (
+        of_folder.tokenizer("a red circle, odd words").input_ids
+        == of_file.tokenizer("a red circle, odd words").input_ids
+    )
 
 
 @pytest.mark.bits
@@ -92,7 +97,7 @@ def test_folder_and_single_file_compute_the_same_to_the_bit(tiny_sd15: Path, sin
     ids = torch.randint(700, (1, 77), generator=generator)
     outputs = []
     for base in (str(tiny_sd15), str(single)):
-        vae, (_, text_encoder) = load_vae(base), load_text_encoder(base)
+        vae, text_encoder = load_vae(base), text_model(base)
         outputs.append(
             (
                 load_unet(base)(latents, 500, words).sample,
@@ -108,13 +113,13 @@ def test_folder_and_single_file_compute_the_same_to_the_bit(tiny_sd15: Path, sin
 def test_a_text_encoder_without_its_prefix_is_understood(
     checkpoint: dict[str, Tensor], folder: Path, tmp_path: Path
 ) -> None:
-    expected = load_text_encoder(str(folder))[1]
+    expected = text_model(str(folder))
     bare = {name.replace("transformer.text_model.", "transformer."): value for name, value in checkpoint.items()}
     save_file({name: value.contiguous() for name, value in bare.items()}, tmp_path / "bare.safetensors")
-    assert same_tensors(load_text_encoder(str(tmp_path / "bare.safetensors"))[1], expected)
+    assert same_tensors(text_model(str(tmp_path / "bare.safetensors")), expected)
     # As transformers 5.6 and later writes a folder.
     save_file({n.removeprefix("text_model."): v for n, v in load_file(folder / TEXT_FILE).items()}, folder / TEXT_FILE)
-    assert same_tensors(load_text_encoder(str(folder))[1], expected)
+    assert same_tensors(text_model(str(folder)), expected)
 
 
 @pytest.mark.bits
@@ -152,10 +157,10 @@ def test_shards_are_put_together(folder: Path) -> None:
 
 @pytest.mark.bits
 def test_a_folder_with_tensor_only_pickles_loads(folder: Path) -> None:
-    expected = load_text_encoder(str(folder))[1]
+    expected = text_model(str(folder))
     torch.save(load_file(folder / TEXT_FILE), folder / "text_encoder" / "pytorch_model.bin")
     (folder / TEXT_FILE).unlink()
-    assert same_tensors(load_text_encoder(str(folder))[1], expected)
+    assert same_tensors(text_model(str(folder)), expected)
 
 
 def test_the_schedule_is_the_bases_own(
@@ -170,14 +175,7 @@ def test_the_schedule_is_the_bases_own(
 def test_the_bundled_tokenizer_is_clips() -> None:
     tokenizer = tokenizer_for(49408, "x")
     assert len(tokenizer) == 49408 and tokenizer.model_max_length == 77 and tokenizer.pad_token_id == 49407
-    assert clip_tokenizer()("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-
-
-def test_every_text_encoder_of_sd15_is_its_only_one(tiny_sd15: Path) -> None:
-    (part,) = load_text_encoders(str(tiny_sd15))
-    tokenizer, model = load_text_encoder(str(tiny_sd15))
-    assert part.component == "text_encoder" and same_tensors(part.model, model)
-    assert part.tokenizer("a cat").input_ids == tokenizer("a cat").input_ids
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
 # What is refused
@@ -207,7 +205,7 @@ def test_an_unknown_vocabulary_is_refused(checkpoint: dict[str, Tensor], tmp_pat
         {n: v.contiguous() for n, v in (checkpoint | {name: torch.zeros(1000, 64)}).items()}, tmp_path / "v.safetensors"
     )
     with pytest.raises(UserError, match="token embedding of 1000 rows"):
-        load_text_encoder(str(tmp_path / "v.safetensors"))
+        load_text_encoders(str(tmp_path / "v.safetensors"))
 
 
 def test_a_truncated_file_is_named_with_its_size(single: Path, folder: Path, tmp_path: Path) -> None:
@@ -261,4 +259,4 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(folder: Path) -> None:
     vocabulary = read_json(folder / "tokenizer" / "vocab.json")
     write_json(folder / "tokenizer" / "vocab.json", vocabulary | {"extra": len(vocabulary)})
     with pytest.raises(UserError, match="They do not belong together"):
-        load_text_encoder(str(folder))
+        load_text_encoders(str(folder))

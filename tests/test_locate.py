@@ -25,7 +25,7 @@ from library.models.locate import (
 )
 from library.models.sd15_configs import SD15_UNET
 from library.models.sdxl_configs import SDXL_UNET
-from networks.original_names import SD15, SDXL
+from networks.families import SD15, SDXL
 
 ROOT = Path(__file__).resolve().parents[1]
 

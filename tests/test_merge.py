@@ -14,9 +14,9 @@ from library.errors import UserError
 from library.merging.merge import Part, all_finite, fold, fold_and_cast, fold_into_modules, not_finite_as, place
 from library.merging.strength import Strength
 from networks.adapters import Adapter
+from networks.families import SD15, SDXL, Family
 from networks.kinds.lora import LoraModule
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target
-from networks.original_names import SD15, SDXL, Family
 from tests.tools.adapters import cp_module, random_module, train_lora
 from tests.tools.unets import small_unet, unet_inputs
 

@@ -17,7 +17,7 @@ from library.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
 from library.files import read_json
 from library.merging import write
 from library.merging.layouts import Merging, single_file_tensors
-from library.merging.verify import Check, verify
+from library.merging.read_back import Check, verify
 from library.models.tensor_files import TensorFile, write_tensor_file
 from networks.adapter_file import read_adapter
 from networks.names import TEXT_ENCODER, UNET, VAE

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from library.files import read_json
 from library.models.load import load_unet
 from networks.adapter_file import read_adapter
+from networks.families import SDXL
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
-from networks.original_names import SDXL
 from tests.tools.adapters import TEXT_LAYER, run_tiny, text_lora, train_lora
 from tests.tools.merging import (
     FILES,

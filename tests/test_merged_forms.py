@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from library.files import read_json
 from library.models.load import load_unet
 from networks.adapter_file import read_adapter
+from networks.families import UNET
 from networks.kinds.lora import LoraModule
 from networks.names import Target, peft_key
 from networks.network import Network
-from networks.original_names import UNET
 from networks.spec import NetworkSpec
 from tests.tools.adapters import earlier_weights, train_lora, write_adapter
 from tests.tools.merging import assert_same_tensors, merging_of, payload, run_merge, save, write_state, write_wrapped

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from networks.families import FAMILIES, SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
 from networks.names import (
     Target,
+    adapter_family,
     current_key,
-    is_sdxl,
     is_wrapped,
     kohya_name,
     parse_kohya_name,
@@ -20,7 +21,6 @@ from networks.names import (
     split_peft_key,
     split_wrapped_key,
 )
-from networks.original_names import FAMILIES, SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
 from tests.tools.adapters import kohya_targets, model_without_weights
 
 # SHA-256 of kohya's modules, sorted, a line each: name, shape of lora_down and of lora_up at rank 4. Made by running
@@ -261,6 +261,6 @@ def test_modules_say_whether_they_are_sdxls() -> None:
     for family in (SD15, SDXL):
         for conv in (False, True):
             unet = kohya_targets(UNET, model_without_weights(family.key, UNET), conv=conv)
-            assert is_sdxl(unet) == (family is SDXL)
-    assert is_sdxl([FC1._replace(component=TEXT_ENCODER_2)])
-    assert not is_sdxl([FC1])
+            assert adapter_family(unet, {}) is family
+    assert adapter_family([FC1._replace(component=TEXT_ENCODER_2)], {}) is SDXL
+    assert adapter_family([FC1], {}) is SD15

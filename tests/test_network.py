@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from networks import AdapterError
-from networks.blocks import block_count, block_of, block_weights
+from networks.blocks import block_of, block_weights
+from networks.families import FAMILIES, SD15, SDXL, TEXT_ENCODER, UNET
 from networks.names import Target
 from networks.network import Network, add_network
-from networks.original_names import FAMILIES, SD15, SDXL, TEXT_ENCODER, UNET
 from networks.spec import NetworkSpec
 from networks.targets import ADAPTER
 from tests.test_names import KOHYA_LISTS
@@ -149,7 +149,7 @@ def test_sections_make_a_whole_list_as_in_kohya() -> None:
     weights = block_weights(SD15, [0.5], [0.0], [0.1] * 14)
     assert weights == (0.5, *(1.0,) * 11, 0.0, *(0.1,) * 12)
     assert block_weights(SDXL, None, [0.2, 0.3, 0.4]) == (*(1.0,) * 10, 0.2, 0.3, 0.4, *(1.0,) * 10)
-    assert len(weights) == block_count(SD15) and block_count(SDXL) == 23
+    assert len(weights) == SD15.block_count and SDXL.block_count == 23
 
 
 def test_each_block_has_its_rank_and_alpha() -> None:

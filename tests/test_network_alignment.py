@@ -69,7 +69,7 @@ def test_each_bucket_has_tokens_on_a_grid_of_its_aspect(built: Built) -> None:
 
 
 def test_a_mirrored_picture_comes_with_the_tokens_of_its_mirror_image(built: Built) -> None:
-    from library.data.samples import requests
+    from library.data.cached_samples import requests
 
     request = next(one for one in requests(built.order, 0) if len(one.micro.indices) == 2)
     samples = built.task.training

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.models.family import family_of
+from library.models.base_family import family_of
 from library.models.locate import locate_base
 from library.options.kohya.training import NetworkOutputOptions
 from library.options.network import parse_network_options
@@ -291,7 +291,7 @@ def test_bad_input_is_one_sentence_before_anything_is_cached(
         (network_setting, {"output_dir": tmp_path / "file" / "out"}, "file"),
         (network_setting, {"optimizer_type": "AdamV"}, "AdamV is unknown (did you mean"),
         (network_setting, {"text_encoder_lr": "1e-4 1e-5"}, "has 2 values, and the base has 1 text encoder"),
-        (sdxl_setting, {"clip_skip": 1}, "clip_skip 1 cannot be: SDXL was trained on the second last layer, 2."),
+        (sdxl_setting, {"clip_skip": 1}, "clip_skip 1 cannot be used: SDXL was trained on layer 2 of its text encoders"),
         (network_setting, {"sample_prompts": prompts}, "--ar is no switch of a prompt"),
         (network_setting, {"no_cache_latents": ""}, "no_cache_latents"),
         (network_setting, {"shuffle_caption": "", "cache_text_encoder_outputs": "", **unet_only}, "encodes each caption once"),

@@ -16,12 +16,12 @@ from networks import AdapterError
 from networks.adapter_export import adapter_metadata, adapter_tensors, form_metadata
 from networks.adapter_file import NETWORK_SPEC_KEY, read_adapter
 from networks.adapters import Adapter
+from networks.families import TEXT_ENCODER_2, UNET
 from networks.kinds import KINDS
 from networks.kinds.oft import OftModule
 from networks.kinds.products import LohaModule, LokrModule
 from networks.names import Target
 from networks.network import Network, add_network
-from networks.original_names import TEXT_ENCODER_2, UNET
 from networks.spec import NetworkSpec
 from tests.tools.networks import (
     assert_same_outputs,

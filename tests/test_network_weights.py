@@ -9,10 +9,10 @@ import torch
 
 from networks import AdapterError
 from networks.adapters import Adapter
+from networks.families import UNET
 from networks.kinds.lora import LoraModule
 from networks.names import Target
 from networks.network import add_network
-from networks.original_names import UNET
 from networks.spec import NetworkSpec
 from tests.tools.networks import assert_same_outputs, few, small_models, small_text_encoders, trained_network
 

@@ -10,21 +10,8 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 
-from networks.original_names import (
-    FAMILIES,
-    SD15,
-    SDXL,
-    TEXT_ENCODER,
-    TEXT_ENCODER_2,
-    UNET,
-    VAE,
-    Form,
-    Place,
-    diffusers_keys,
-    original_place,
-    unet_from_original,
-    unet_to_original,
-)
+from networks.families import FAMILIES, SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
+from networks.original_names import Form, Place, diffusers_keys, original_place, unet_from_original, unet_to_original
 from tests.tools.adapters import model_without_weights
 
 # Tensors in an original file, by component: of the published files.

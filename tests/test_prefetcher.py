@@ -11,9 +11,9 @@ import torch
 
 from library.data.batches import Prefetcher
 from library.data.buckets import Fitted
+from library.data.cached_samples import Batch, CachedSamples, Request
 from library.data.dataset_schema import Dataset, Subset
 from library.data.order import MicroBatch
-from library.data.samples import Batch, CachedSamples, Request
 from library.data.store import StoreMeta, TensorStore
 from library.data.store_writer import StoreWriter
 from library.data.text_embeddings import TextEmbeddings

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from library.caching.prompts import PromptCache, prepare_prompts, prompt_folder, purge_prompts
+from library.caching.prompt_cache import PromptCache, prepare_prompts, prompt_folder
 from library.errors import RunFailed, UserError
 from library.models.conditioning import Conditioning, TextConditioner
 from library.models.load import load_text_encoders
 from library.processes import Processes
-from networks.original_names import SD15, SDXL
+from networks.families import SD15, SDXL
 
 CAPTIONS = ["a red circle", "blue square on a green background", "a red circle", "1girl, solo"]
 
@@ -104,20 +104,18 @@ def test_other_facts_have_a_cache_of_their_own_and_the_old_one_stays(setting: Pr
     assert setting.loads == 2
 
 
-def test_entries_of_old_captions_stay_until_they_are_purged(setting: PromptSetting) -> None:
+def test_entries_of_old_captions_stay(setting: PromptSetting) -> None:
     setting.build(CAPTIONS)
     cache = setting.build(CAPTIONS[:1])
     assert len(list(cache.states.sample_ids())) == 4
-    cache.close()
-    assert purge_prompts(CAPTIONS[:1], setting.facts, setting.cache_dir) == 2
-    assert len(list(setting.build(CAPTIONS[:1]).states.sample_ids())) == 2 and setting.loads == 1
+    assert setting.loads == 1
 
 
 def test_captions_that_are_cut_are_counted(setting: PromptSetting) -> None:
     setting.build(["red " * 80, *CAPTIONS])
     assert (
         setting.said[1]
-        == f"prompts: 1 captions are longer than the encoders' room and were cut (first: {'red ' * 80!r})"
+        == f"prompts: 1 caption is longer than the text encoders' room and cut off (first: {'red ' * 80!r})"
     )
 
 

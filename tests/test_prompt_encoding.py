@@ -20,9 +20,9 @@ from library.inference.prompt_encoding import (
     same_length,
 )
 from library.inference.prompt_syntax import Span, parse_prompt, weighted_spans
-from library.models.clip_tokenizer import clip_tokenizer
+from library.models.clip_tokenizer import CLIP_VOCABULARY_SIZE, tokenizer_for
 from library.models.load import TextPart, load_text_encoders
-from networks.original_names import SD15, SDXL
+from networks.families import SD15, SDXL
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "prompt_vectors.json").read_text(encoding="utf-8"))
 PROMPTS = ["a red circle", "", "blue square on a green background"]
@@ -52,7 +52,7 @@ def sdxl(tiny_sdxl: Path) -> PromptEncoder:
 def clip() -> TextPart:
     """The real vocabulary; no model is needed to cut."""
     nothing: Any = None
-    return TextPart("text_encoder", clip_tokenizer(), nothing)
+    return TextPart("text_encoder", tokenizer_for(CLIP_VOCABULARY_SIZE, "CLIP"), nothing)
 
 
 def one(encoder: PromptEncoder, text: str, **more: Any) -> torch.Tensor:

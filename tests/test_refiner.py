@@ -18,7 +18,7 @@ from library.inference.refiner import SdxlRefiner, load_refiner
 from library.inference.request import Request
 from library.inference.text_to_image import draw
 from library.models.locate import BaseLocation
-from library.models.tiny_sdxl import HIDDEN_2, SIZE_WIDTH
+from library.models.tiny import HIDDEN_2, SIZE_WIDTH
 
 CPU, FLOAT = "cpu", torch.float32
 

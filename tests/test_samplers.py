@@ -41,7 +41,7 @@ from library.inference.samplers import (
 )
 from library.inference.sigmas import SCHEDULES, noise_levels
 from library.models.sd15_configs import SD15_SCHEDULER
-from networks.original_names import SD15
+from networks.families import SD15
 from tests.tools.sampling import denoise, start, wavy_noise
 
 REFERENCES = json.loads((Path(__file__).parent / "data" / "sampler_references.json").read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from library.data.batches import Prefetcher
-from library.data.samples import Batch, CachedSamples, requests
+from library.data.cached_samples import Batch, CachedSamples, requests
 from library.training.plan import make_order
 from tests.tools.network_runs import Built, NetworkSetting, draw_pictures
 

@@ -194,7 +194,7 @@ def test_picture_objective_is_0_for_the_base_and_keeps_its_pictures(
 ) -> None:
     from library.evaluation.picture_encoders import DinoPictures
     from library.inference.model import DrawingModel, load_drawing_vae
-    from networks.original_names import UNET
+    from networks.families import UNET
 
     task, prepared = built.task, built.prepared
     vae = load_drawing_vae(prepared.base, prepared.family, dtype=torch.float32, device="cpu")

@@ -14,7 +14,7 @@ from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.inference.sigmas import SCHEDULES, noise_levels, part_of
 from library.models.sd15_configs import SD15_SCHEDULER
-from networks.original_names import SD15, SDXL
+from networks.families import SD15, SDXL
 
 PROCESS = parametrisation_of(SD15_SCHEDULER)
 LEVELS = PROCESS.levels

@@ -20,7 +20,7 @@ from library.models import single_file
 from library.models.configs import configs_of
 from library.models.load import load_scheduler_config, load_text_encoders, load_unet, load_vae
 from library.models.sdxl_configs import SDXL_SCHEDULER
-from networks.original_names import FAMILIES, SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Family
+from networks.families import FAMILIES, SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Family
 from tests.tools.ldm_layout import ldm_checkpoint, original_tensors
 
 BOTH = tuple(FAMILIES.values())

@@ -17,8 +17,8 @@ from library.merging.strength import BASE, BLOCKS, MID, Strength, block_of, pars
 from library.models.sd15_configs import SD15_UNET
 from library.models.sdxl_configs import SDXL_UNET
 from networks.adapter_file import read_adapter
+from networks.families import SD15, SDXL
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target
-from networks.original_names import SD15, SDXL
 from tests.tools.adapters import TEXT_LAYER, text_lora
 from tests.tools.ldm_layout import unet_name
 from tests.tools.merging import FILES, opened, run_merge, save
@@ -119,7 +119,7 @@ def test_blocks_are_named_one_by_one_or_by_a_pattern_and_the_last_word_holds(
         ("1,MID,2", "block_ratios: 1,MID,2 is not a list of numbers: "),
         (
             "[1, 0.5]",
-            "block_ratios: a list of 2 numbers was given. 17 or 26 are for SD1.5, 12 or 20 for SDXL (BASE first).",
+            "block_ratios: a list of 2 numbers was given. 17 or 26 fit SD1.5, 12 or 20 fit SDXL (BASE first).",
         ),
         (str([[1]] * 12), "block_ratios: [1] is not a number."),
     ],

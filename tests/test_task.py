@@ -25,7 +25,7 @@ from library.training.models import (
 )
 from library.training.run import make_objective
 from library.training.text import CachedText, EncodedText
-from networks.original_names import FAMILIES, UNET
+from networks.families import FAMILIES, UNET
 from tests.tools.adapters import write_lora
 from tests.tools.network_runs import Built, NetworkSetting
 
@@ -229,10 +229,7 @@ def test_base_weights_are_folded_in_with_their_strengths(
     assert kept.loss() == pytest.approx(with_adapter, rel=1e-3)
     weaker = network_setting.build(base_weights=tmp_path / "start.safetensors", base_weights_multiplier=0.5)
     assert weaker.loss() == pytest.approx(whole.loss(replace(whole.batch(), multiplier=0.5)), rel=1e-4)
-    facts = [
-        base_weights_facts(built.options, built.prepared.base, (UNET,), tmp_path / "hashes.json")
-        for built in (whole, folded, weaker)
-    ]
+    facts = [base_weights_facts(built.options, built.prepared.base, (UNET,)) for built in (whole, folded, weaker)]
     assert "folded_in" not in facts[0] and len({str(one) for one in facts}) == 3
 
 

@@ -19,11 +19,13 @@ from library.files import file_hash, read_json, write_json
 from library.models import tiny
 from library.models.calibration import synthetic_pictures
 from library.models.clip_tokenizer import _TINY_WORDS, tiny_tokenizer
+from library.models.conditioning import TextConditioner
 from library.models.dinov2 import load_dinov2
+from library.models.embedded import TINY_DINOV2
 from library.models.encoders import DinoEncoder
-from library.models.load import load_text_encoder, load_unet, load_vae
-from library.models.locate import TINY_DINOV2
+from library.models.load import load_text_encoders, load_unet, load_vae
 from library.models.sd15_configs import SD15_SCHEDULER, SD15_UNET, SD15_VAE
+from networks.families import SD15
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,7 +76,7 @@ def test_a_pipeline_loads_the_folder_and_makes_a_picture(tiny_sd15: Path) -> Non
 def test_same_seed_gives_the_same_bytes_and_leaves_the_global_generator_alone(tiny_sd15: Path, tmp_path: Path) -> None:
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    again = tiny.build_tiny_sd15(tmp_path / "again")
+    again = tiny.build_tiny_base(SD15, tmp_path / "again")
     assert torch.equal(torch.get_rng_state(), before)
     assert file_hashes(again) == file_hashes(tiny_sd15)
 
@@ -87,7 +89,7 @@ def test_another_seed_gives_other_weights(tiny_dinov2: Path, tmp_path: Path) -> 
 def test_latents_are_near_zero_mean_and_unit_variance(tiny_sd15: Path, pictures: torch.Tensor) -> None:
     vae = load_vae(str(tiny_sd15))
     posterior = vae.encode(pictures).latent_dist
-    latents = posterior.mode() * 0.18215
+    latents = posterior.mode() * SD15.scaling_factor
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.5
     spread = latents.std(dim=(0, 2, 3))
     assert spread.min() > 0.6 and spread.max() < 1.6
@@ -105,12 +107,10 @@ def test_the_unet_predicts_noise_better_than_zero_does_and_listens_to_the_prompt
     tiny_sd15: Path, pictures: torch.Tensor
 ) -> None:
     unet, vae = load_unet(str(tiny_sd15)), load_vae(str(tiny_sd15))
-    tokenizer, text_encoder = load_text_encoder(str(tiny_sd15))
-    prompts = ["a red circle on a blue background", "a photo of a cat"]
-    ids = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
-    words = text_encoder(ids).last_hidden_state
+    conditioner = TextConditioner(SD15, load_text_encoders(str(tiny_sd15)))
+    words = conditioner(["a red circle on a blue background", "a photo of a cat"]).states
     generator = torch.Generator().manual_seed(0)
-    latents = vae.encode(pictures).latent_dist.mode() * 0.18215
+    latents = vae.encode(pictures).latent_dist.mode() * SD15.scaling_factor
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.arange(30, 990, 30)
     noisy = DDPMScheduler.from_config(SD15_SCHEDULER).add_noise(latents, noise, timesteps)
@@ -130,7 +130,7 @@ def test_every_word_of_the_small_vocabulary_is_one_token() -> None:
 
 
 def test_the_written_tokenizer_is_the_built_one(tiny_sd15: Path) -> None:
-    tokenizer, _ = load_text_encoder(str(tiny_sd15))
+    tokenizer = load_text_encoders(str(tiny_sd15))[0].tokenizer
     texts = ["a red circle", "Étude, 42 zebras!", ""]
     assert tokenizer(texts).input_ids == tiny_tokenizer()(texts).input_ids
     assert tokenizer.pad_token_id == tiny_tokenizer().pad_token_id

@@ -22,12 +22,13 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from library.files import file_hash
 from library.models import tiny
+from library.models.base_family import family_of
 from library.models.calibration import synthetic_pictures
-from library.models.family import family_of
+from library.models.embedded import TINY_SDXL
 from library.models.load import load_text_encoders, load_unet, load_vae
-from library.models.locate import TINY_SDXL, locate_base
+from library.models.locate import locate_base
 from library.models.sdxl_configs import SDXL_SCHEDULER, SDXL_TEXT_ENCODER_2, SDXL_UNET, SDXL_VAE
-from networks.original_names import SDXL
+from networks.families import SDXL
 from tests.tools.ldm_layout import ldm_checkpoint
 
 ONLY = (SDXL,)

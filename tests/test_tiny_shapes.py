@@ -16,8 +16,9 @@ from library.inference.model import DrawingModel, load_model
 from library.inference.request import Request
 from library.inference.text_to_image import draw as draw_pictures
 from library.inference.text_to_image import native_size
+from library.models.embedded import MODELS, SHAPES, SHAPES_CLIP, SHAPES_DINOV2
 from library.models.encoders import VaeEncoder
-from library.models.locate import MODELS, SHAPES, SHAPES_CLIP, SHAPES_DINOV2, locate_base
+from library.models.locate import locate_base
 
 ALL = (SHAPES, SHAPES_CLIP, SHAPES_DINOV2)
 SIDE = 128

@@ -86,7 +86,7 @@ def test_an_edited_or_recropped_picture_is_encoded_again_and_said(setting: Token
     pictures[5] = replace(pictures[5], fitted=pictures[5].fitted.cropped_at(0, 0))
     caches = setting.build(pictures)
     assert setting.tells("tokens: 2 encoded, 0 unchanged, 0 unreadable")
-    assert setting.tells("tokens: 1 changed since they were cached and were read anew (first: 64:p0.png)")
+    assert setting.tells("tokens: 1 picture changed since being cached, read again (first: 64:p0.png)")
     assert setting.tells("some entries were cut differently")
     assert not np.array_equal(read(caches, pictures[0]), old)
 

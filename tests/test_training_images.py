@@ -254,7 +254,7 @@ def test_an_alpha_mask_is_the_images_own(here: Path) -> None:
     picture("mio/b.png")
     collected = collect(alpha_mask=True)
     assert [(image.mask, image.subset.alpha_mask) for image in collected.images] == [(None, True)] * 2
-    assert collected.notes == ["mio: 1 images have no alpha channel, so all of them counts."]
+    assert collected.notes == ["mio: 1 image has no alpha channel, so every pixel counts."]
     assert [read_header(here / "mio" / name).has_alpha for name in ("a.png", "b.png")] == [True, False]
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from library.caching.decoding import Importer, Job, Picture, PictureBatch, picture_batches
 from library.caching.geometry import Geometry
-from library.caching.pictures import Importer, Job, Picture, PictureBatch, picture_batches
 from library.caching.producers import Wanted, imported
 from library.caching.survey import Entry, Survey
 from library.data.sources import ImageSource, Sample
@@ -71,9 +71,9 @@ def plan_jobs(surveys: dict[str, Survey], rank: int, world_size: int) -> list[Pl
     planned: dict[str, Planned] = {}
     for name, state in surveys.items():
         for entry in state.work:
-            one = planned.setdefault(entry.sample.sample_id, Planned(entry.sample))
-            one.entries[name] = entry
-            one.shards[name] = rank if entry.shard is None else entry.shard
+            picture = planned.setdefault(entry.sample.sample_id, Planned(entry.sample))
+            picture.entries[name] = entry
+            picture.shards[name] = rank if entry.shard is None else entry.shard
     return list(planned.values())[rank::world_size]
 
 
@@ -102,7 +102,7 @@ def build(
     if not planned:
         return result
     start = time.perf_counter()
-    jobs = [one.job for one in planned]
+    jobs = [picture.job for picture in planned]
     batches = iter(picture_batches(source, jobs, geometry, batch_size, workers, importer))
     writer = _Writer(surveys, planned, result)
     try:

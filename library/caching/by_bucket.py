@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 
 from library.caching.build import PixelEncoder
+from library.caching.decoding import Importer
 from library.caching.fill import Filling, Say, dropped_of, list_dropped, nothing_usable
 from library.caching.geometry import BucketCrop, Cut
-from library.caching.pictures import Importer
 from library.caching.producers import Wanted, fingerprint
 from library.caching.survey import Survey, Target
 from library.data.buckets import Fitted, Size
@@ -27,6 +27,7 @@ from library.data.sources import FileSource, Sample
 from library.data.store import TensorStore, disk_bytes
 from library.files import human_bytes
 from library.processes import Processes
+from library.words import plural
 
 FILES_PER_STORE = 3  # data, its lock and LMDB's
 
@@ -76,7 +77,7 @@ class BucketKind:
     """What is kept of each picture.
 
     label: plural noun for messages, and first word of the folder. kind: of the stores. producer: what makes entries of
-    every bucket, and what the folder is told apart by. others: what makes another folder, in words. wanted: form and
+    every bucket, and what the folder is named by. others: what makes another folder, in words. wanted: form and
     producer of the entries of a bucket.
     """
 
@@ -103,18 +104,18 @@ class StorePlan(NamedTuple):
 def plan_stores(pictures: Sequence[BucketedPicture], kind: BucketKind, *, accept_imported: bool = False) -> StorePlan:
     samples: dict[str, Sample] = {}
     members: dict[tuple[Size, bool], list[Sample]] = {}
-    for one in pictures:
-        if one.sample_id in samples:
-            raise ValueError(f"two pictures have the sample id {one.sample_id!r}")
-        sample = samples[one.sample_id] = Sample(one.sample_id, str(one.path), 0)
-        for flipped in (False, True)[: 1 + one.flip]:
-            members.setdefault((one.fitted.bucket, flipped), []).append(sample)
+    for picture in pictures:
+        if picture.sample_id in samples:
+            raise ValueError(f"two pictures have the sample id {picture.sample_id!r}")
+        sample = samples[picture.sample_id] = Sample(picture.sample_id, str(picture.path), 0)
+        for flipped in (False, True)[: 1 + picture.flip]:
+            members.setdefault((picture.fitted.bucket, flipped), []).append(sample)
     targets = {}
     for bucket, flipped in sorted(members):
         name = "{:04d}x{:04d}".format(*bucket) + "_flipped" * flipped
         own = members[bucket, flipped]
         targets[name] = Target(kind.folder / name, kind.wanted(bucket), own, accept_imported=accept_imported)
-    crop = BucketCrop({one.sample_id: Cut(one.fitted, one.interpolation) for one in pictures})
+    crop = BucketCrop({picture.sample_id: Cut(picture.fitted, picture.interpolation) for picture in pictures})
     return StorePlan(list(samples.values()), targets, crop)
 
 
@@ -174,7 +175,8 @@ def fill_stores(
     dropped = dropped_of(states.values())
     size = sum(disk_bytes(state.path) for state in states.values())
     say(
-        f"{label}: {len(samples) - len(dropped)} pictures cached in {len(plan.targets)} stores, {len(dropped)} unreadable; "
+        f"{label}: {plural(len(samples) - len(dropped), 'picture')} cached in {plural(len(plan.targets), 'store')}, {len(dropped)} "
+        f"unreadable; "
         f"{human_bytes(size)} in {kind.folder}"
     )
     list_dropped(kind.cache_dir / f"{label}_unreadable.tsv", label, samples, dropped, processes, say)
@@ -218,7 +220,7 @@ def _tell(states: Mapping[str, Survey], kind: BucketKind, say: Say) -> None:
 def _open(states: Mapping[str, Survey], kind: str, crop: BucketCrop, dropped: dict[str, str]) -> BucketCaches:
     caches = BucketCaches({}, {}, dropped)
     for name, state in states.items():
-        readable: Iterable[Sample] = (one for one in state.target.samples if one.sample_id not in dropped)
+        readable: Iterable[Sample] = (sample for sample in state.target.samples if sample.sample_id not in dropped)
         if (first := next(iter(readable), None)) is not None:
             stores = caches.flipped if is_flipped(name) else caches.stores
             stores[crop.size(first)] = TensorStore(state.path, kind)

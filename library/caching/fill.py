@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from library.caching.build import BuildResult, PixelEncoder, build
+from library.caching.decoding import Importer
 from library.caching.geometry import Geometry
-from library.caching.pictures import Importer
 from library.caching.survey import Survey, Target, survey
 from library.data.sources import ImageSource, Sample
 from library.data.store import lock_store
@@ -19,6 +19,7 @@ from library.data.store_writer import mark, purge
 from library.errors import UserError
 from library.files import require_space, write_text
 from library.processes import Processes
+from library.words import plural
 
 Say = Callable[..., None]
 Reason = tuple[str, int]
@@ -118,7 +119,9 @@ class Filling:
     def _tell_changed(self, result: BuildResult) -> None:
         if changed := self.processes.gather(result.changed):
             first = ", ".join(changed[:3])
-            self.say(f"{self.label}: {len(changed)} changed since they were cached and were read anew (first: {first})")
+            self.say(
+                f"{self.label}: {plural(len(changed), 'picture')} changed since being cached, read again (first: {first})"
+            )
 
     def _finish(self, states: Iterable[Survey]) -> None:
         """Mark the stores complete, once they are; take out what another producer left behind."""
@@ -126,8 +129,8 @@ class Filling:
             if state.work:
                 first = ", ".join(entry.sample.sample_id for entry in state.work[:3])
                 raise UserError(
-                    f"{len(state.work)} entries of {state.path} are still missing (first: {first}): their files changed while "
-                    "they were read. Run the same command again."
+                    f"{plural(len(state.work), 'entry is', 'entries are')} still missing in {state.path} (first: {first}): files "
+                    "changed while they were read. Run the same command again."
                 )
         self.processes.wait()
         for state in states:
@@ -179,7 +182,7 @@ def list_dropped(
         paths = {sample.sample_id: sample.path for sample in samples}
         lines = [f"{sample_id}\t{paths[sample_id]}\t{why}\n" for sample_id, why in dropped.items()]
         write_text(path, "sample_id\tpath\treason\n" + "".join(lines))
-        say(f"{label}: {len(dropped)} unreadable pictures are listed in {path}")
+        say(f"{label}: {plural(len(dropped), 'unreadable picture is', 'unreadable pictures are')} listed in {path}")
 
 
 def nothing_usable(where: str, seen: int, dropped: dict[str, str]) -> UserError:

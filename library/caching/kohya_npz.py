@@ -18,13 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
+from library.caching.decoding import Imported
 from library.caching.geometry import BucketCrop
-from library.caching.pictures import Imported
 from library.data.buckets import Fitted
 from library.data.sources import Sample
 from library.models.encoders import LOG_VARIANCE_FLOOR
+from networks.families import Family
 
 _HEADER_BYTES = 10_000  # numpy refuses longer ones
+_VALUE_BYTES = 8  # of float64, the widest there is
 
 
 class _Unusable(Exception):
@@ -35,16 +37,16 @@ class _Unusable(Exception):
 class KohyaLatents:
     """Finds the entries of bucketed pictures in kohya's files.
 
-    suffix: what names of the family's files end in, `sd` or `sdxl`. flipped: by the name of a store, whether its
+    flipped: by the name of a store, whether its
     pictures are mirrored.
     """
 
     crop: BucketCrop
-    suffix: str
+    family: Family
     flipped: Mapping[str, bool]
 
     def __call__(self, sample: Sample, stores: tuple[str, ...]) -> Imported:
-        """Entries [8, h/8, w/8] float16, the draw as mean and log-variances at their floor."""
+        """Entries [2C, h/f, w/f] float16, the draw as mean and log-variances at their floor."""
         refused = None
         for path in self._files(sample):
             try:
@@ -60,7 +62,7 @@ class KohyaLatents:
         """Files that are there, kohya's first choice first."""
         image = Path(sample.path)
         width, height = self.crop.cuts[sample.sample_id].fitted.original
-        names = [f"{image.stem}.npz", f"{image.stem}_{width:04d}x{height:04d}_{self.suffix}.npz"]
+        names = [f"{image.stem}.npz", f"{image.stem}_{width:04d}x{height:04d}_{self.family.npz_suffix}.npz"]
         return [path for name in names if (path := image.with_name(name)).is_file()]
 
     def _entry(self, path: Path, sample: Sample, flipped: bool) -> np.ndarray:
@@ -69,16 +71,16 @@ class KohyaLatents:
         fitted = self.crop.cuts[sample.sample_id].fitted
         if fitted.crop != _centred(fitted).crop:
             raise _Unusable("of the centre of an image that is cut elsewhere")
-        size = fitted.bucket[1] // 8, fitted.bucket[0] // 8
+        channels, size = self.family.latent_channels, self.family.latent_size(*fitted.bucket)
         with open(path, "rb") as stream, zipfile.ZipFile(stream) as file:
             original = _read(file, "original_size", size, limit=64)
             if original is not None and tuple(original.ravel().tolist()) != fitted.original:
                 raise _Unusable("of an image of another size")
             key = "latents_flipped" if flipped else "latents"
-            draw = _read(file, key, size, limit=4 * size[0] * size[1] * 8)
+            draw = _read(file, key, size, limit=channels * size[0] * size[1] * _VALUE_BYTES)
         if draw is None:
             raise _Unusable("without flipped latents" if flipped else "without latents of this bucket")
-        if draw.shape != (4, *size) or draw.dtype.kind != "f":
+        if draw.shape != (channels, *size) or draw.dtype.kind != "f":
             raise _Unusable("of another shape than the bucket")
         mean = draw.astype(np.float16)
         if not np.isfinite(mean).all():

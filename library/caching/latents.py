@@ -1,7 +1,7 @@
 """Latents of bucketed pictures, by bucket.
 
-A value is float16 [8, h/8, w/8]: mean and log-variance of the posterior, unscaled (see `library.models.encoders`). The
-folder is told apart by VAE and precision.
+A value is float16 [2C, h/f, w/f] of a picture of h x w pixels: mean and log-variance of the posterior, unscaled (see
+`library.models.encoders`). Another VAE or precision has a folder of its own.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from library.caching.by_bucket import (
     BucketCaches,
@@ -27,22 +25,21 @@ from library.caching.kohya_npz import KohyaLatents
 from library.caching.producers import Wanted
 from library.data.buckets import Size
 from library.data.pixels import PIXELS_VERSION
-from library.models.encoders import VAE_FACTOR, MomentsEncoder, weight_fingerprint
+from library.device import named_dtype
+from library.models.encoders import MomentsEncoder
+from library.models.fingerprint import weight_fingerprint
 from library.models.load import load_vae
 from library.models.locate import BaseLocation
 from library.processes import Processes
-from networks.original_names import SD15, SDXL, VAE, Family
+from networks.families import FAMILIES, VAE, Family
 
 KIND = "moments"
-CHANNELS = 8
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_NPZ_SUFFIXES = {SD15.key: "sd", SDXL.key: "sdxl"}
 LABEL = "latents"
 
 
 def latent_precision(family: Family, precision: str) -> str:
-    """What the VAE runs in: SDXL's overflows in fp16 (madebyollin/sdxl-vae-fp16-fix tells why), so there it is float32."""
-    return "no" if family == SDXL and precision == "fp16" else precision
+    """What the VAE runs in: float32 where it would overflow fp16."""
+    return "no" if family.vae_overflows and precision == "fp16" else precision
 
 
 def prepare_latents(
@@ -76,7 +73,7 @@ def prepare_latents(
         say(f"{LABEL}: the VAE of {family.title} overflows in {precision}, so it runs in float32")
     location = vae or base
     with processes.main_first():
-        weights = weight_fingerprint(location, VAE, cache_dir / "weight_hashes.json")
+        weights = weight_fingerprint(location, VAE, cache_dir)
     producer = {
         "model": location.name,
         "weights": weights,
@@ -87,18 +84,18 @@ def prepare_latents(
     }
 
     def wanted(bucket: Size) -> Wanted:
-        shape = (CHANNELS, bucket[1] // VAE_FACTOR, bucket[0] // VAE_FACTOR)
+        shape = (2 * family.latent_channels, *family.latent_size(*bucket))
         return Wanted(KIND, "float16", shape, producer, remedy="--no_half_vae may help")
 
     kind = BucketKind(LABEL, KIND, cache_dir, producer, "VAE or precision", wanted)
     plan = plan_stores(pictures, kind, accept_imported=kohya_caches)
     importer = None
     if kohya_caches:
-        importer = KohyaLatents(plan.crop, _NPZ_SUFFIXES[family.key], {name: is_flipped(name) for name in plan.targets})
-    families = (SD15, SDXL) if vae else (family,)
+        importer = KohyaLatents(plan.crop, family, {name: is_flipped(name) for name in plan.targets})
+    families = tuple(FAMILIES.values()) if vae else (family,)
 
     def load() -> MomentsEncoder:
-        return MomentsEncoder(load_vae(location, families=families, dtype=DTYPES[used], device=processes.device))
+        return MomentsEncoder(load_vae(location, families=families, dtype=named_dtype(used), device=processes.device))
 
     return fill_stores(
         plan,

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from library.data.buckets import LATENT_PIXELS, Fitted
+from library.data.buckets import Fitted, Size
 from library.data.image_headers import read_header
 from library.data.pixels import FORMATS, UnreadableImage, decode_rgb
 from library.errors import UserError
@@ -17,16 +17,16 @@ from library.errors import UserError
 Weights = npt.NDArray[np.float32]
 
 
-def latent_mask(mask: Path | npt.NDArray[Any], fitted: Fitted, flipped: bool = False) -> Weights:
+def latent_mask(mask: Path | npt.NDArray[Any], fitted: Fitted, size: Size, flipped: bool = False) -> Weights:
     """The weight of each latent of a picture, from 0 to 1: the mean of the mask over the pixels that it stands for.
 
     Args:
         mask: an image file of the picture's aspect and any size, of which the red channel counts; or values from 0 to
             255 [H, W] of the picture's own size, as from `alpha_channel`.
-        fitted: how the picture is cut. flipped: it is mirrored then.
+        fitted: how the picture is cut. size: rows and columns of its latents. flipped: it is mirrored then.
 
     Returns:
-        float32 [bucket height / 8, bucket width / 8].
+        float32 of that size.
 
     Raises:
         UnreadableImage: the file gives no picture.
@@ -40,8 +40,7 @@ def latent_mask(mask: Path | npt.NDArray[Any], fitted: Fitted, flipped: bool = F
     across, down = (side / scaled for side, scaled in zip(values.size, fitted.resized, strict=True))
     left, top, right, bottom = fitted.crop
     box = (left * across, top * down, min(right * across, values.width), min(bottom * down, values.height))
-    size = fitted.bucket[0] // LATENT_PIXELS, fitted.bucket[1] // LATENT_PIXELS
-    weights = np.asarray(values.resize(size, Image.Resampling.BOX, box=box), np.float32) / 255.0
+    weights = np.asarray(values.resize((size[1], size[0]), Image.Resampling.BOX, box=box), np.float32) / 255.0
     return np.ascontiguousarray(weights[:, ::-1] if flipped else weights)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import lmdb
 
+from library.caching.decoding import NO_SIGNATURE
 from library.caching.geometry import Geometry
-from library.caching.pictures import NO_SIGNATURE
 from library.caching.producers import Wanted, imported
 from library.data.pixels import UnreadableImage
 from library.data.sources import ImageSource, Sample

@@ -1,7 +1,7 @@
 """Teacher tokens of bucketed pictures, by bucket: DINOv2 sees what the bucket keeps of each, in the bucket's aspect.
 
 A value is float16 [N, D], or int8 with a scale for each token: N = rows x columns of about token_grid², row by row. Its key
-is the sample id and `_mid`. The folder is told apart by teacher, resolution, grid and precision.
+is the sample id and `_mid`. Another teacher, resolution, grid or precision has a folder of its own.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from library.caching.by_bucket import (
     BucketCaches,
@@ -25,15 +23,16 @@ from library.caching.fill import Say
 from library.caching.producers import Wanted
 from library.data.buckets import Size
 from library.data.pixels import PIXELS_VERSION
+from library.device import named_dtype
 from library.models.dinov2 import dinov2_width, load_dinov2
-from library.models.encoders import DinoEncoder, grid_in_aspect, weight_fingerprint
+from library.models.encoders import DinoEncoder, grid_in_aspect
+from library.models.fingerprint import weight_fingerprint
 from library.models.locate import DINOV2, BaseLocation
 from library.processes import Processes
 
 KIND = "tokens"
 LABEL = "tokens"
 PATCH = 14
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 # As train_repa.py's cache_batch_size: the teacher is larger than the VAE and its pictures are smaller.
 BATCH_SIZE = 16
 
@@ -66,7 +65,7 @@ def prepare_tokens(
     Raises UserError: no picture can be read, a store in use, no space.
     """
     with processes.main_first():
-        weights = weight_fingerprint(teacher.location, DINOV2, cache_dir / "weight_hashes.json")
+        weights = weight_fingerprint(teacher.location, DINOV2, cache_dir)
         width = dinov2_width(teacher.location)
     producer = {
         "model": teacher.location.name,
@@ -85,7 +84,7 @@ def prepare_tokens(
         return Wanted(KIND, teacher.dtype, (rows * columns, width), own, remedy="--mixed_precision no may help")
 
     def load() -> DinoEncoder:
-        model = load_dinov2(teacher.location, dtype=DTYPES[teacher.precision], device=processes.device)
+        model = load_dinov2(teacher.location, dtype=named_dtype(teacher.precision), device=processes.device)
         return DinoEncoder(model, teacher.resolution, teacher.grid)
 
     kind = BucketKind(LABEL, KIND, cache_dir, producer, "teacher, resolution, grid or precision", wanted)

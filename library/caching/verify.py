@@ -9,12 +9,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from library.caching.class_pictures import Cached, Caches, Preparation
+from library.caching.class_caches import Cached, Caches, Preparation
 from library.data.class_pictures import Pictures, PictureSet
 from library.data.pixels import UnreadableImage, decode_rgb, square_crop
 from library.data.store import TensorStore
 from library.errors import RunFailed
 from library.models.encoders import dequantize_tokens
+from library.words import plural
 
 REENCODED = 8
 # A batch of another size may take other kernels; in bf16 single values then differ in the second digit.
@@ -26,12 +27,12 @@ def verify(preparation: Preparation, pictures: Pictures, caches: Caches, *, say:
 
     Raises RunFailed naming the first entries that do not hold.
     """
-    for one, cached in zip(pictures.sets, [caches.train, caches.val], strict=False):
+    for picture_set, cached in zip(pictures.sets, [caches.train, caches.val], strict=False):
         assert cached is not None
         for kind, store in cached.stores.items():
-            say(f"{one.name} {kind}: {_read_all(kind, store, cached)}")
+            say(f"{picture_set.name} {kind}: {_read_all(kind, store, cached)}")
             if not store.foreign:
-                say(f"{one.name} {kind}: {_encode_again(preparation, one, cached, kind)}")
+                say(f"{picture_set.name} {kind}: {_encode_again(preparation, picture_set, cached, kind)}")
     finite = bool(caches.text.embeddings.isfinite().all())
     say(
         f"text: {caches.text.embeddings.shape[0]} rows of {tuple(caches.text.embeddings.shape[1:])}, all finite: {finite}"
@@ -58,20 +59,20 @@ def _read_all(kind: str, store: TensorStore, cached: Cached) -> str:
     mean = total / count
     deviation = max(squares / count - mean**2, 0.0) ** 0.5
     orphans = sum(1 for _ in store.sample_ids()) - len(cached.samples)
-    beside = f", {orphans} entries of samples outside this manifest" if orphans else ""
+    beside = f", {plural(orphans, 'entry', 'entries')} of samples outside this manifest" if orphans else ""
     return (
         f"{len(cached.samples)} entries of {store.meta.shape} {store.meta.dtype}, all finite, mean {mean:.3f}, "
         f"standard deviation {deviation:.3f}{beside}"
     )
 
 
-def _encode_again(preparation: Preparation, one: PictureSet, cached: Cached, kind: str) -> str:
+def _encode_again(preparation: Preparation, picture_set: PictureSet, cached: Cached, kind: str) -> str:
     chosen = random.Random(0).sample(cached.samples, min(REENCODED, len(cached.samples)))
     store, worst, least = cached.stores[kind], 0.0, 1.0
     gone = 0
     for sample in chosen:
         try:
-            picture = decode_rgb(one.source.read(sample), name=sample.path)
+            picture = decode_rgb(picture_set.source.read(sample), name=sample.path)
         except UnreadableImage:
             gone += 1  # a picture may be deleted once it is cached
             continue

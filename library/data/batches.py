@@ -1,6 +1,6 @@
 """Batches read ahead of the training step.
 
-Samples say how a batch of theirs is allocated and filled, and batches which tensors they have; see `library.data.samples`.
+Samples say how a batch of theirs is allocated and filled, and batches which tensors they have; see `library.data.cached_samples`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import numpy as np
 import torch
 
 from library.data.store import TensorStore
-
-DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 
 Request = TypeVar("Request")
 Asked = TypeVar("Asked", contravariant=True)
@@ -70,7 +68,7 @@ class AlignedBatch(AnyBatch):
 
     def allocate_tokens(self, store: TensorStore, pin: bool) -> None:
         """Make room for the entries of a store."""
-        count, shape, dtype = len(self), store.meta.shape, DTYPES[store.meta.dtype]
+        count, shape, dtype = len(self), store.meta.shape, getattr(torch, store.meta.dtype)
         self.tokens = torch.empty((count, *shape), dtype=dtype, pin_memory=pin)
         if store.meta.has_scale:
             self.token_scales = torch.empty((count, shape[0]), dtype=torch.float16, pin_memory=pin)

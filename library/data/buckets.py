@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from random import Random
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,11 +17,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from library.errors import UserError
+from networks.families import FAMILIES
 
 Size = tuple[int, int]
 
-LATENT_PIXELS = 8
-"""Pixels per side of one latent: every trained size is a multiple of it."""
+LATENT_PIXELS = math.lcm(*(family.vae_factor for family in FAMILIES.values()))
+"""Every trained side is a multiple of it, and so a whole number of latents in each family."""
 
 SMALLEST_SIDE = 64
 """A picture of fewer pixels a side is refused rather than trained (a guess: 8 latents, 1 after a U-Net's three halvings)."""
@@ -246,74 +246,6 @@ class Buckets:
         if width_error < height_error:
             return by_width, _rounded(by_width / aspect)
         return _rounded(by_height * aspect), by_height
-
-    @property
-    def clipped(self) -> list[Size]:
-        """Buckets that max_bucket_reso makes shorter by a step or more than the area of `resolution` allows."""
-        if not self.enable_bucket:
-            return []
-        area, longest, steps = math.prod(self.resolution), self.limits[1], self.bucket_reso_steps
-        return [
-            size for size in self.resolutions if max(size) == longest and area // min(size) // steps * steps > longest
-        ]
-
-
-def random_crop(fitted: Fitted, random: Random) -> Fitted:
-    """Any part of the scaled picture, all with the same chance."""
-    slack = [full - kept for full, kept in zip(fitted.resized, fitted.bucket, strict=True)]
-    return fitted.cropped_at(random.randint(0, slack[0]), random.randint(0, slack[1]))
-
-
-class Face(NamedTuple):
-    """Centre and size of a face in pixels of the original picture."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-
-
-def face_from_name(stem: str) -> Face | None:
-    """The face that kohya's detector wrote into a file name, as in `name_320_200_96_110`; None where there is none."""
-    fields = stem.split("_")[-4:]
-    if stem.count("_") < 4 or not all(field.isdecimal() for field in fields):
-        return None
-    face = Face(*map(int, fields))
-    return face if min(face) > 0 else None
-
-
-def face_crop(
-    fitted: Fitted, face: Face, aug_range: tuple[float, float], random: Random, *, anywhere: bool = False
-) -> Fitted:
-    """The part of a picture around a face, scaled so that the face takes a share of the bucket.
-
-    Works in any bucket (kohya ignores the option when bucketing). The picture always covers the bucket, and is not
-    enlarged beyond what that needs.
-
-    Args:
-        aug_range: short side of the bucket / long side of the face, from the closest to the farthest view. A range
-            of two equal values also stops the small shifts around the centre.
-        anywhere: random_crop is on too: the face is put anywhere, though most often near the centre.
-    """
-    (width, height), bucket = fitted.original, fitted.bucket
-    size, face_size = min(bucket), max(face.width, face.height)
-    cover = max(bucket[0] / width, bucket[1] / height)
-    largest = max(cover, 1.0)
-    farthest, closest = (min(largest, max(cover, size / (face_size * factor))) for factor in reversed(aug_range))
-    scale = random.uniform(farthest, closest) if farthest < closest else farthest
-    resized = max(_rounded(width * scale), bucket[0]), max(_rounded(height * scale), bucket[1])
-    corner = []
-    for centre, full, kept in zip((face.x, face.y), resized, bucket, strict=True):
-        at = _rounded(centre * scale)
-        if anywhere:
-            reach = max(full - at, at)
-            shift = random.randint(0, reach) + random.randint(0, reach) - reach
-        elif aug_range[0] != aug_range[1] and face_size > size // 10 and face_size >= 40:
-            shift = random.randint(-(face_size // 20), face_size // 20)
-        else:
-            shift = 0
-        corner.append(at - kept // 2 + shift)
-    return replace(fitted, resized=resized).cropped_at(corner[0], corner[1])
 
 
 def resize_and_crop(

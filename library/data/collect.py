@@ -30,6 +30,7 @@ from library.files import write_text
 from library.options.data import ClassPictureOptions
 from library.options.run import RunOptions
 from library.options.toml_file import PROJECT_ROOT
+from library.words import plural
 
 _MISSING: dict[str, MissingCaption] = {"class_tokens": "class_tokens", "drop": "skip", "stop": "error"}
 
@@ -182,7 +183,7 @@ def _balanced(images: Sequence[TrainedImage], prior_loss_weight: float, notes: l
         )
     times = balance_regularisation([picture.repeats for picture in prior], sum(picture.repeats for picture in own))
     if unused := times.count(0):
-        notes.append(f"{unused} of {len(prior)} regularisation pictures are not used: there are enough without them")
+        notes.append(f"{unused} of {plural(len(prior), 'regularisation picture')} not used: there are enough without")
     kept = [
         replace(picture, repeats=count, loss_weight=prior_loss_weight)
         for picture, count in zip(prior, times, strict=True)
@@ -204,9 +205,9 @@ def _demo_config() -> Path:
     """A dataset TOML of the generated pictures."""
     folder = ensure_demo_pictures(PROJECT_ROOT / "data" / "demo")
     subsets = "".join(
-        f"[[datasets.subsets]]\nimage_dir = '{path}'\ncaption_extension = '.txt'\n"
-        for path in sorted((folder / "images").iterdir())
-        if path.is_dir()
+        f"[[datasets.subsets]]\nimage_dir = '{subfolder}'\ncaption_extension = '.txt'\n"
+        for subfolder in sorted((folder / "images").iterdir())
+        if subfolder.is_dir()
     )
     path = folder.with_name("demo_network.toml")
     text = f"[[datasets]]\nresolution = 128\nbatch_size = 4\nvalidation_split = 0.1\n{subsets}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import lmdb
@@ -146,20 +146,6 @@ def mark(path: Path, meta: StoreMeta) -> None:
 
 def purge(path: Path, kind: str, producer: bytes) -> int:
     """Delete the entries that another producer made; how many there were."""
-    return _delete(path, kind, lambda key, note: unpack_source(note)[2] != producer)
-
-
-def keep_only(path: Path, kind: str, sample_ids: Iterable[str]) -> int:
-    """Delete every entry, and every note on one, whose id is not among these; how many there were.
-
-    Nobody may have the store open, this process included.
-    """
-    kept = {f"{sample_id}{SUFFIXES[kind]}".encode() for sample_id in sample_ids}
-    return _delete(path, kind, lambda key, note: key not in kept)
-
-
-def _delete(path: Path, kind: str, unwanted: Callable[[bytes, bytes], bool]) -> int:
-    """Delete the entries of which `unwanted(key, source record)` holds; how many there were."""
     deleted = 0
     for folder in shard_folders(path):
         with open_environment(folder, readonly=True, lock=False) as environment, environment.begin() as transaction:
@@ -170,7 +156,7 @@ def _delete(path: Path, kind: str, unwanted: Callable[[bytes, bytes], bool]) -> 
                 if key.endswith((b"#source", b"#unreadable"))
             ]
             keys = [(key.rpartition(b"#")[0], transaction.get(key) or b"") for key in notes]
-            doomed = [key for key, note in keys if unwanted(key, note)]
+            doomed = [key for key, note in keys if unpack_source(note)[2] != producer]
         if doomed:
             writer = StoreWriter(folder, kind, expected_bytes=0)
             writer.delete_raw(doomed)

@@ -20,6 +20,7 @@ from library.data.dataset_schema import Dataset, Subset
 from library.data.image_headers import Header, endings, read_headers
 from library.data.pixels import UnreadableImage
 from library.errors import UserError
+from library.words import plural
 
 CaptionSource = Literal["file", "class_tokens", "metadata", "none", "class"]
 MissingCaption = Literal["empty", "class_tokens", "skip", "error"]
@@ -146,19 +147,19 @@ def _collect_subset(
     dropped: dict[str, str] = {}
     if subset.metadata_file is not None:
         found = _in_metadata(subset, dropped)
-        captions: list[str | None] = [one.metadata_caption for one in found]
+        captions: list[str | None] = [image.metadata_caption for image in found]
         source: CaptionSource = "metadata"
     else:
         found = _in_folder(subset, dropped, collected.notes)
         captions = _captions(found, subset, collected.notes)
         source = "file"
     total = len(found) + len(dropped)
-    headers = read_headers([one.path for one in found])
+    headers = read_headers([image.path for image in found])
     masks = _masks(found, headers, subset, collected.notes)
     images, without_caption = [], []
-    for one, caption, header, mask in zip(found, captions, headers, masks, strict=True):
+    for image, caption, header, mask in zip(found, captions, headers, masks, strict=True):
         if isinstance(header, UnreadableImage):
-            dropped[str(one.path)] = f"unreadable: {header.reason}"
+            dropped[str(image.path)] = f"unreadable: {header.reason}"
             continue
         chosen: tuple[str, CaptionSource] = ("", "none")
         if caption is not None:
@@ -166,13 +167,13 @@ def _collect_subset(
         elif subset.class_tokens is not None and missing_caption != "empty":
             chosen = subset.class_tokens, "class_tokens"
         elif subset.class_tokens is None:
-            without_caption.append(str(one.path))
+            without_caption.append(str(image.path))
             if missing_caption == "skip":
-                dropped[str(one.path)] = _NO_CAPTION
+                dropped[str(image.path)] = _NO_CAPTION
                 continue
-        times[one.identity] += 1
-        sample_id = _sample_id(dataset.name, one.identity, times[one.identity])
-        images.append(TrainingImage(sample_id, one.path, header.size, *chosen, mask, subset))
+        times[image.identity] += 1
+        sample_id = _sample_id(dataset.name, image.identity, times[image.identity])
+        images.append(TrainingImage(sample_id, image.path, header.size, *chosen, mask, subset))
     if without_caption and missing_caption == "error":
         raise UserError(
             f"{_where(subset)}: {len(without_caption)} of {total} images have no caption ({some(without_caption)}). "
@@ -182,9 +183,11 @@ def _collect_subset(
         raise UserError(_nothing_left(subset, total, dropped))
     opaque = sum(isinstance(header, Header) and not header.has_alpha for header in headers)
     if subset.alpha_mask and opaque:
-        collected.notes.append(f"{_where(subset)}: {opaque} images have no alpha channel, so all of them counts.")
+        collected.notes.append(
+            f"{_where(subset)}: {plural(opaque, 'image has', 'images have')} no alpha channel, so every pixel counts."
+        )
     if subset.cache_info:
-        collected.notes.append(f"{_where(subset)}: cache_info has no effect, sizes and captions are always read anew.")
+        collected.notes.append(f"{_where(subset)}: cache_info has no effect, sizes and captions are always read again.")
     collected.images += images
     collected.dropped |= dropped
     collected.without_caption += without_caption
@@ -259,9 +262,9 @@ def _captions(found: Sequence[_Found], subset: Subset, notes: list[str]) -> list
         return []
     folder, extension = found[0].path.parent, subset.caption_extension
     folders = CaptionFolders(folder)
-    files = [folders.find(one.path.stem, extension) for one in found]
+    files = [folders.find(image.path.stem, extension) for image in found]
     if extension == DEFAULT_EXTENSION and not any(files):
-        files = [folders.find(one.path.stem, ".txt") for one in found]
+        files = [folders.find(image.path.stem, ".txt") for image in found]
         if count := sum(file is not None for file in files):
             notes.append(f"{folder}: captions are taken from {count} .txt files, since there are no {extension} files.")
     there = sorted({file for file in files if file is not None})
@@ -338,18 +341,18 @@ def _masks(
     for name in _image_names(folder):
         by_stem.setdefault(Path(name).stem, []).append(name)
     masks: dict[Path, Path] = {}
-    for one in found:
-        if names := by_stem.get(one.path.stem):
-            masks[one.path] = folder / (one.path.name if one.path.name in names else names[0])
-    if missing := [one.path.name for one in found if one.path not in masks]:
+    for image in found:
+        if names := by_stem.get(image.path.stem):
+            masks[image.path] = folder / (image.path.name if image.path.name in names else names[0])
+    if missing := [image.path.name for image in found if image.path not in masks]:
         raise UserError(f"{folder} has no mask for {len(missing)} of {len(found)} images ({some(missing)}).")
-    if unused := sorted(by_stem.keys() - {one.path.stem for one in found}):
+    if unused := sorted(by_stem.keys() - {image.path.stem for image in found}):
         notes.append(f"{folder}: masks without an image are left out ({some(unused)}).")
     paths = sorted(set(masks.values()))
     sizes = dict(zip(paths, read_headers(paths), strict=True))
     wrong, unreadable = [], []
-    for one, header in zip(found, headers, strict=True):
-        mask, size = masks[one.path], sizes[masks[one.path]]
+    for image, header in zip(found, headers, strict=True):
+        mask, size = masks[image.path], sizes[masks[image.path]]
         if isinstance(size, UnreadableImage):
             unreadable.append(f"{mask}: {size.reason}")
         elif isinstance(header, Header) and not _same_aspect(size.size, header.size):
@@ -358,7 +361,7 @@ def _masks(
         raise UserError(f"Masks that cannot be read: {some(unreadable)}.")
     if wrong:
         raise UserError(f"{folder}: masks of another shape than their image ({some(wrong)}). Cut them alike.")
-    return [masks[one.path] for one in found]
+    return [masks[image.path] for image in found]
 
 
 def _same_aspect(mask: tuple[int, int], image: tuple[int, int]) -> bool:

@@ -17,9 +17,9 @@ from library.training.randomness import seed_of
 from library.training.saving import StepSaving
 from library.training.state import read_facts, read_tensors
 from networks.align_head import AlignHeads
+from networks.families import UNET
 from networks.features import capture, tap_channels
 from networks.network import Network, add_network
-from networks.original_names import UNET
 from networks.spec import NetworkSpec
 
 What = Literal["tokens", "pooled", "map"]

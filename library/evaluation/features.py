@@ -28,8 +28,8 @@ from library.training.alignment import PART
 from library.training.randomness import sample_noise
 from library.training.state import read_facts, read_tensors
 from networks.align_head import AlignHeads
+from networks.families import SD15, UNET
 from networks.features import capture
-from networks.original_names import SD15, UNET
 
 
 @dataclass

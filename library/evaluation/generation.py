@@ -28,7 +28,8 @@ from library.evaluation.prompts import Task, is_ours, words_of
 from library.inference.infotext import model_hash
 from library.inference.model import DrawingModel, load_model
 from library.inference.pictures import model_name
-from library.models.locate import TINY_TEACHERS, locate_base
+from library.models.embedded import TINY_TEACHERS
+from library.models.locate import locate_base
 from networks.adapters import Adapter
 
 BASE = "base"

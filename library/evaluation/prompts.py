@@ -14,7 +14,7 @@ from library.inference.prompt_file import PromptLine, read_prompt_file
 from library.inference.prompt_networks import cut_out_networks
 from library.inference.prompt_syntax import parse_prompt
 from library.inference.request import Request, request_of
-from library.models.locate import TINY_BASES
+from library.models.embedded import TINY_BASES
 from library.options.evaluate import EvaluateOptions
 
 MOST_CAPTIONS = 4

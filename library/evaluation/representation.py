@@ -26,12 +26,12 @@ from library.evaluation.held_out import ProbedPictures, pictures_of_state
 from library.evaluation.measures import Measures, meaning, of_each_token
 from library.evaluation.similarity import pool_tokens, sample_similarity_mae
 from library.evaluation.spread import Spread, transposed
-from library.models.encoders import weight_fingerprint
+from library.models.fingerprint import weight_fingerprint
 from library.models.locate import locate_base
 from library.training.saving import StepSaving
 from library.training.state import read_facts
+from networks.families import UNET
 from networks.features import Tap
-from networks.original_names import UNET
 
 TIMESTEPS = (1, 50, 100, 261, 400, 500, 750)
 """261 is DIFT's (arXiv 2306.03881), near 100 segmentation is best (CleanDIFT, arXiv 2412.03439); the rest show the ends."""
@@ -206,7 +206,7 @@ def _check_state(state: Path) -> None:
             f"{state} was not made by train_repa.py. Give the adapter file of that training, and pictures with cached tokens."
         )
     location = locate_base(facts["base_model"], (UNET, "scheduler"))
-    now = weight_fingerprint(location, UNET, Path(facts["options"]["cache_dir"]) / "weight_hashes.json")
+    now = weight_fingerprint(location, UNET, Path(facts["options"]["cache_dir"]))
     if facts.get("base_weights", {}).get(UNET, now) != now:
         raise UserError(
             f"The U-Net of {facts['base_model']} is not the one that {state} was trained on: its weights are others. Train anew, "

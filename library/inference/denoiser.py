@@ -17,7 +17,7 @@ class GuidedDenoiser:
     """denoise(x, sigma) of `library.inference.samplers`, x [B, 4, h, w] float32, for pictures of one prompt.
 
     Guidance by the parts of a prompt is A1111's: negative + cfg_scale * sum of weight * (part - negative). At cfg_scale 1 and
-    below, one part of weight 1 is drawn without. size_ids: SDXL's six numbers (`size_conditions`); negative_size_ids: of the
+    below, one part of weight 1 is drawn without. size_ids: the numbers of `DrawingModel.size_ids`; negative_size_ids: of the
     negative prompt, where they are others (SDXL's refiner). calls_per_step and extra_calls: the sampler's, so that a
     prompt changes at the sampler's steps. A1111 counts calls: with DPM++ 2S a, its [a:b:10] changes after five steps.
     dtype: of what the U-Net is given; default its weights'. on_step: told of each step before its first call, for what changes

@@ -15,11 +15,12 @@ from library.inference.prompt_encoding import PromptEncoder
 from library.inference.request import Emphasis
 from library.merging.merge import fold, place
 from library.merging.strength import Strength
-from library.models.family import family_of
+from library.models.base_family import family_of
+from library.models.encoders import pixels_of_latent
 from library.models.load import TextPart, load_scheduler_config, load_text_encoders, load_unet, load_vae
 from library.models.locate import BaseLocation
 from networks.adapters import Adapter
-from networks.original_names import SD15, SDXL, UNET, Family
+from networks.families import FAMILIES, UNET, Family
 
 
 @dataclass
@@ -48,17 +49,17 @@ class DrawingModel:
     @property
     def factor(self) -> int:
         """Pixels to a latent."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return pixels_of_latent(self.vae)
 
     def encoder(self, clip_skip: int, emphasis: Emphasis) -> PromptEncoder:
         """Raises UserError for layers that are not there. SDXL's layer is fixed, whatever is asked."""
         return PromptEncoder(
-            self.family, self.parts, clip_skip=1 if self.family == SDXL else clip_skip, emphasis=emphasis
+            self.family, self.parts, clip_skip=1 if self.family.text_layer is not None else clip_skip, emphasis=emphasis
         )
 
     def size_ids(self, width: int, height: int) -> list[float] | None:
         """What SDXL is told of sizes: a picture of this size, not cut."""
-        return [height, width, 0, 0, height, width] if self.family == SDXL else None
+        return [height, width, 0, 0, height, width] if self.family.has_size_conditions else None
 
     def negative_size_ids(self, width: int, height: int) -> list[float] | None:
         """The same beside the negative prompt."""
@@ -100,9 +101,9 @@ def load_drawing_vae(
 
     SDXL's says so itself (force_upcast). Raises UserError where it cannot be loaded.
     """
-    vae = load_vae(base, families=(SD15, SDXL), dtype=dtype, device=device)
-    if dtype == torch.float16 and vae.config.get("force_upcast", family == SDXL):
-        return load_vae(base, families=(SD15, SDXL), dtype=torch.float32, device=device)
+    vae = load_vae(base, families=tuple(FAMILIES.values()), dtype=dtype, device=device)
+    if dtype == torch.float16 and vae.config.get("force_upcast", family.vae_overflows):
+        return load_vae(base, families=tuple(FAMILIES.values()), dtype=torch.float32, device=device)
     return vae
 
 

@@ -18,7 +18,7 @@ from library.inference.prompt_syntax import Part, Prompt, Span, weighted_spans
 from library.inference.request import Emphasis
 from library.models.conditioning import CHUNK, Conditioning, checked_clip_skip, hidden_layer
 from library.models.load import TextPart
-from networks.original_names import TEXT_ENCODER_2, Family
+from networks.families import TEXT_ENCODER_2, Family
 
 # A comma this close to the end of a full chunk takes what follows it into the next one: A1111's default.
 COMMA_BACKTRACK = 20

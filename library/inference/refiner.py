@@ -5,24 +5,20 @@ SDXL's refiner reads prompts by the second text encoder alone, and is told an ae
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers.models import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.files import read_json
 from library.inference.model import DrawingModel, load_model
-from library.models.family import family_of
+from library.models.base_family import family_of
 from library.models.header import read_shapes
-from library.models.load import TextPart, load_scheduler_config
-from library.models.locate import REFINER_COMPONENTS, BaseLocation, locate_base, weight_files
-from library.models.weights import assemble, read_tensors
-from networks.names import current_key
-from networks.original_names import SDXL, TEXT_ENCODER_2, UNET, Family
+from library.models.load import component_tensors, load_scheduler_config, text_part
+from library.models.locate import REFINER_COMPONENTS, BaseLocation, locate_base
+from library.models.weights import assemble
+from networks.families import SDXL, TEXT_ENCODER_2, UNET, Family
 
 _FILE_MARK = "conditioner.embedders.0.model."  # where the base has its first text encoder
 # Of positive and negative prompts: diffusers' and A1111's.
@@ -92,27 +88,13 @@ def _is_sdxl_refiner(location: BaseLocation) -> bool:
 def _load_sdxl_refiner(
     location: BaseLocation, vae: nn.Module, *, dtype: torch.dtype, device: torch.device | str
 ) -> SdxlRefiner:
-    def read(component: str) -> dict[str, Any]:
-        stored = read_tensors(weight_files(location.path, component))
-        named = ((current_key(component, name), value) for name, value in stored.items())
-        return {key: value for key, value in named if key is not None}
-
-    unet_config = read_json(location.path / UNET / "config.json")
-    text_config = CLIPTextConfig.from_dict(read_json(location.path / TEXT_ENCODER_2 / "config.json"))
+    config = read_json(location.path / UNET / "config.json")
     unet = assemble(
-        lambda: UNet2DConditionModel.from_config(unet_config),
-        read(UNET),
+        lambda: UNet2DConditionModel.from_config(config),
+        component_tensors(location, SDXL, UNET),
         f"The U-Net of {location.path}",
         dtype=dtype,
         device=device,
     )
-    text = assemble(
-        lambda: CLIPTextModelWithProjection(text_config),
-        read(TEXT_ENCODER_2),
-        f"The text encoder 2 of {location.path}",
-        dtype=dtype,
-        device=device,
-    )
-    tokenizer = CLIPTokenizer.from_pretrained(location.path / "tokenizer_2", local_files_only=True)
-    parametrisation = parametrisation_of(load_scheduler_config(location))
-    return SdxlRefiner(SDXL, unet, [TextPart(TEXT_ENCODER_2, tokenizer, text)], vae, parametrisation, dtype)
+    part = text_part(location, SDXL, TEXT_ENCODER_2, dtype, device)
+    return SdxlRefiner(SDXL, unet, [part], vae, parametrisation_of(load_scheduler_config(location)), dtype)

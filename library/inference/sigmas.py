@@ -15,7 +15,7 @@ from torch import Tensor
 from library.diffusion.noise_levels import NoiseLevels
 from library.errors import UserError
 from library.inference.sampler_names import schedule_named
-from networks.original_names import SDXL, Family
+from networks.families import Family
 
 _RHO = 7.0  # Karras et al. 2022, table 1
 _ALL = 0.999  # A1111's largest denoising strength
@@ -196,7 +196,7 @@ def _align_your_steps(table: int) -> Callable[[int, NoiseLevels, Family], Tensor
     """
 
     def levels_of(steps: int, _: NoiseLevels, family: Family) -> Tensor:
-        known = _AYS[table]["sdxl" if family == SDXL else "sd15"]
+        known = _AYS[table][family.key]
         if steps == len(known):
             return _with_zero(known)
         ways = np.linspace(0, 1, steps)

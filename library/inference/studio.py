@@ -22,11 +22,11 @@ from library.inference.text_to_image import draw
 from library.merging.merge import place
 from library.merging.source import Source, read_source
 from library.merging.strength import Strength
+from library.models.base_family import family_of, native_side
 from library.models.checkpoint import open_checkpoint
-from library.models.family import family_of, native_side
 from library.models.locate import locate_base
 from networks.adapters import Adapter
-from networks.original_names import SDXL, VAE
+from networks.families import VAE
 
 
 @dataclass
@@ -131,8 +131,11 @@ class Studio:
         if self.refiner is not None and (self._refiner is None or self._refiner.family != model.family):
             self._refiner = load_refiner(self.refiner, model, dtype=self.dtype, device=self.device)
         model.folded.keeps_originals = adapters_change(requests)
-        if model.family == SDXL and any(request.clip_skip not in (1, 2) for request in requests):
-            self.say("clip_skip has no effect: SDXL was trained on the second last layer of its text encoders.")
+        layer = model.family.text_layer
+        if layer is not None and any(request.clip_skip not in (1, layer) for request in requests):
+            self.say(
+                f"clip_skip has no effect: {model.family.title} always takes layer {layer} from the end of its text encoders."
+            )
 
     def _adapter(self, path: Path) -> Adapter:
         if path not in self._sources:

@@ -28,7 +28,6 @@ from library.inference.sigmas import last_steps, noise_levels, part_of
 from library.inference.upscaling import LatentUpscaler, find_upscaler
 from library.models.conditioning import Conditioning
 from networks.adapters import Adapter
-from networks.original_names import SDXL
 
 Adapters = Mapping[Path, Adapter]
 """What the files of a request's adapters hold."""
@@ -231,11 +230,11 @@ class Artist:
 def encode_together(encoder: PromptEncoder, positive: Prompt, negative: Prompt) -> list[EncodedPart]:
     """The parts of the positive prompt, then the negative one; shorter texts are filled with empty chunks.
 
-    SDXL's empty negative prompt is zeros.
+    An empty negative prompt is zeros where the family was trained so.
     """
     parts = list(encoder.encode(positive))
     length = max(text.states.shape[1] for part in parts for text in part.texts)
-    if encoder.family == SDXL and not negative.text.strip():
+    if encoder.family.zeros_for_no_prompt and not negative.text.strip():
         like = next(text for part in parts for text in part.texts if text.states.shape[1] == length)
         parts.append(EncodedPart(1.0, (1,), (empty_conditioning(like),)))
     else:

@@ -1,4 +1,4 @@
-"""What a diffusers folder holds besides the weights that are merged: configurations, words, the index."""
+"""What a diffusers folder holds besides the weights that are merged: configurations, tokenizers, the index."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from library.files import read_json, write_json
 from library.models import single_file
 from library.models.checkpoint import Checkpoint
-from library.models.clip_tokenizer import END, OPEN_CLIP_PAD, merges_for, write_tokenizer
+from library.models.clip_tokenizer import PADS, merges_for, write_tokenizer
 from library.models.configs import configs_of
 from library.models.locate import BaseLocation
-from networks.names import TEXT_ENCODER_2, UNET, VAE
-from networks.original_names import SDXL
+from networks.families import TOKENIZERS
+from networks.names import COMPONENTS, UNET, VAE
 
 INDEX = "model_index.json"
 
@@ -48,7 +48,7 @@ def write_rest(base: Checkpoint, folder: Path) -> list[str]:
 def _copied_files(base: Path) -> Iterator[Path]:
     for component in _COPIED:
         yield from (file for file in (base / component).rglob("*") if file.is_file())
-    for component in SDXL.original:
+    for component in COMPONENTS:
         # An index names shards, which are one file now.
         yield from (file for file in (base / component).glob("*.json") if not file.name.endswith(".index.json"))
 
@@ -62,10 +62,9 @@ def _write_configurations(base: Checkpoint, folder: Path) -> None:
     for component in family.text_encoders:
         config = single_file.file_text_config(path, family, component)
         write_json(folder / component / "config.json", config)
-        pad = OPEN_CLIP_PAD if component == TEXT_ENCODER_2 else END
         merges = merges_for(config["vocab_size"], str(path))
         # vocab.json and merges.txt, which transformers 4 wants too; 5 alone would save one tokenizer.json.
-        write_tokenizer(folder / component.replace("text_encoder", "tokenizer"), merges, pad)
+        write_tokenizer(folder / TOKENIZERS[component], merges, PADS[component])
 
 
 def _write_index(base: Checkpoint, folder: Path) -> list[str]:

@@ -18,10 +18,10 @@ from torch import Tensor
 from library.errors import UserError
 from library.merging.algebra import from_svd
 from library.models.checkpoint import Checkpoint
+from library.words import plural
 from networks.adapters import Adapter
 from networks.kinds.lora import LoraModule
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Target
-from networks.original_names import SDXL
 from networks.prediction_names import name_by_marks
 
 Shapes = Mapping[str, Mapping[str, Sequence[int]]]
@@ -99,15 +99,17 @@ class ExtractReport:
             f"In all {self.share:.1%} of the change of these layers (Frobenius norm {self.change:.3g}) is in the LoRA."
         )
         if self.unchanged:
-            lines.append(f"{self.unchanged} layers are alike in both models and got no adapter.")
+            lines.append(f"{plural(self.unchanged, 'layer is', 'layers are')} alike in both models and got no adapter.")
         for component, largest in self.too_close.items():
             lines.append(f"Passed over: {component}, whose values differ by at most {largest:.2g}, within --min_diff.")
         if self.left:
             lines += ["", "Not in the LoRA:", f"{'change':>10}{'tensors':>9}"]
-            lines += [f"{one.change:>10.3g}{one.tensors:>9}  {one.kind}" for one in self.left]
+            lines += [f"{left.change:>10.3g}{left.tensors:>9}  {left.kind}" for left in self.left]
         if self.unmatched:
             count = len(self.unmatched)
-            lines.append(f"Not compared: {count} tensors that the models do not share (first: {self.unmatched[0]}).")
+            lines.append(
+                f"Not compared: {plural(count, 'tensor')} that the models do not share (first: {self.unmatched[0]})."
+            )
         return "\n".join(lines)
 
 
@@ -249,8 +251,8 @@ def _change(base: Checkpoint, tuned: Checkpoint, component: str, key: str, devic
 
 def _metadata(tuned: Checkpoint) -> dict[str, str]:
     """What modules alone do not tell: of an SDXL LoRA on one text encoder, of a model that predicts velocity."""
-    said = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"} if tuned.family is SDXL else {}
-    return {**said, "modelspec.prediction_type": name_by_marks(tuned.marks).modelspec}
+    prediction = name_by_marks(tuned.marks).modelspec
+    return {"modelspec.architecture": f"{tuned.family.architecture}/lora", "modelspec.prediction_type": prediction}
 
 
 def _norm(change: Tensor) -> float:
@@ -281,7 +283,7 @@ def _left(
         if norm := _norm(_change(base, tuned, component, key, device)):
             squares[_kind(component, key, base_shapes[component][key])].append(norm)
     left = [Left(kind, len(norms), math.hypot(*norms)) for kind, norms in squares.items()]
-    return tuple(sorted(left, key=lambda one: -one.change)), tuple(unmatched)
+    return tuple(sorted(left, key=lambda part: -part.change)), tuple(unmatched)
 
 
 def _keys(shapes: Shapes) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from library.merging.strength import BASE, BLOCKS, block_of
+from library.words import plural
 from networks.adapter_module import AdapterModule
 from networks.adapters import Adapter
 from networks.names import COMPONENTS, UNET, Target
@@ -121,7 +122,7 @@ def describe(adapter: Adapter, path: Path) -> str:
     found = inspect(adapter)
     lines = [
         str(path),
-        f"{found.family}, {len(found.modules)} modules: {_counted(module.kind for module in found.modules)}",
+        f"{found.family}, {plural(len(found.modules), 'module')}: {_counted(module.kind for module in found.modules)}",
         "",
         *_blocks(found),
         "",
@@ -197,7 +198,7 @@ def _metadata(metadata: Mapping[str, str]) -> list[str]:
     width = max(map(len, known), default=0)
     lines = ["metadata", *(_cut(f"  {key:<{width}}  {' '.join(metadata[key].split())}") for key in known)]
     if others := len(metadata) - len(known):
-        lines.append(f"  and {others} other {'entry' if others == 1 else 'entries'}")
+        lines.append(f"  and {plural(others, 'other entry', 'other entries')}")
     return lines
 
 

@@ -110,9 +110,9 @@ def _stack(merging: Merging, component: str, members: list[tuple[str, Place]]) -
     keys = [key for key, place in sorted(members, key=lambda member: member[1].part)]
     stored = [merging.base.tensors[component][key] for key in keys]
     dtype = merging.dtype_of(component, keys[0])
-    shape = (sum(one.shape[0] for one in stored), *stored[0].shape[1:])
+    shape = (sum(tensor.shape[0] for tensor in stored), *stored[0].shape[1:])
     if all(merging.is_kept(component, key) for key in keys):
-        return NewTensor(members[0][1].key, dtype, shape, copied=tuple(one.range for one in stored))
+        return NewTensor(members[0][1].key, dtype, shape, copied=tuple(tensor.range for tensor in stored))
     return NewTensor(
         members[0][1].key, dtype, shape, make=lambda: torch.cat([merging.make(component, key) for key in keys])
     )

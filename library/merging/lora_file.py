@@ -19,8 +19,9 @@ from library.errors import RunFailed, UserError
 from library.files import file_hash, human_bytes, recover_folders, require_space, whole_file, write_json
 from library.merging.algebra import DynamicRank, RankChange, concatenate, reduce_rank
 from library.merging.merge import all_finite, not_finite_as
-from library.merging.report import Ingredient
+from library.merging.merge_report import Ingredient
 from library.merging.source import PROVENANCE_KEY
+from library.words import plural
 from networks import AdapterError
 from networks.adapter_export import Form, adapter_tensors, form_metadata, peft_config
 from networks.adapter_file import read_adapter
@@ -47,7 +48,7 @@ def write_combined(
     number the nearest adapter of that rank, or with `dynamic` of no more. dtype: None keeps that of the adapters.
     Raises UserError where adapters cannot be added or written in that form, RunFailed where the file reads back otherwise.
     """
-    modules = [module for one in ingredients for module in _lora_modules(one.source.adapter).values()]
+    modules = [module for ingredient in ingredients for module in _lora_modules(ingredient.source.adapter).values()]
     if dtype is None:  # the widest among the inputs
         dtype = max((module.down.dtype for module in modules), key=lambda found: found.itemsize)
     adapter, changes = _combined(ingredients, rank, conv_rank, dynamic)
@@ -87,7 +88,7 @@ def write_adapter(adapter: Adapter, path: Path, *, form: Form = "kohya", dtype: 
     ranks = sorted({module.rank for module in adapter.modules.values()})
     size = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     weight = human_bytes(path.stat().st_size)
-    return f"Wrote {path}: {adapter.family.title}, {len(adapter.modules)} modules, {size}, {weight}."
+    return f"Wrote {path}: {adapter.family.title}, {plural(len(adapter.modules), 'module')}, {size}, {weight}."
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def _workshop(path: Path) -> Iterator[Path]:
 
 
 def _provenance(ingredients: Sequence[Ingredient]) -> str:
-    adapters = [one.record(file_hash(one.source.file)) for one in ingredients]
+    adapters = [ingredient.record(file_hash(ingredient.source.file)) for ingredient in ingredients]
     return json.dumps({"version": project_version(), "adapters": adapters})
 
 
@@ -120,7 +121,7 @@ def _combined(
     if len(ingredients) == 1 and all(first.strength.of(target) == 1 for target in first.source.adapter.modules):
         adapter = first.source.adapter
     else:
-        adapter = concatenate([(one.source.adapter, one.strength.of) for one in ingredients])
+        adapter = concatenate([(ingredient.source.adapter, ingredient.strength.of) for ingredient in ingredients])
     return (adapter, []) if rank is None else reduce_rank(adapter, rank, conv_rank, dynamic)
 
 

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.merging.strength import Strength
+from library.models.configs import configs_of
 from networks.adapter_module import AdapterModule
 from networks.adapters import Adapter
+from networks.families import FAMILIES, SD15, Family
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target, kohya_name
-from networks.original_names import SD15, SDXL, Family
 
 Shapes = Mapping[str, Sequence[int]]
 Part = tuple[AdapterModule, float]
 Folds = dict[str, dict[str, list[Part]]]
 """Component -> key of the weight -> the adapters' modules for it with their ratios; ratio 0 is left out."""
 
-_SDXL_TEXT_WIDTH, _SD2_TEXT_WIDTH = 2048, 1024
+_SD2_TEXT_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,10 @@ def _guess(
 ) -> str:
     """Why an adapter may not fit."""
     text_widths = {m.shape[1] for target, m in adapter.modules.items() if target.path.endswith(".attn2.to_k")}
-    looks = SDXL if adapter.family is SDXL or _SDXL_TEXT_WIDTH in text_widths else SD15
-    if looks is not family and (homeless or looks is SDXL):
+    by_width = next((f for f in FAMILIES.values() if configs_of(f).unet["cross_attention_dim"] in text_widths), None)
+    looks = by_width or adapter.family
+    # An adapter that says nothing of its family passes for SD1.5.
+    if looks is not family and (homeless or by_width or looks is not SD15):
         return f"It looks like an {looks.title} LoRA on an {family.title} model."
     if _SD2_TEXT_WIDTH in text_widths:
         return f"It looks like an SD2 LoRA on an {family.title} model."

@@ -11,23 +11,17 @@ from library.files import read_json
 from library.models.checkpoint import Checkpoint, StoredTensor
 from library.models.locate import PICKLE_SUFFIXES, conversion_command
 from library.models.tensor_files import TensorFile
+from library.words import plural
 from networks import AdapterError
 from networks.adapter_file import BASE_MODEL_KEY, read_adapter
 from networks.adapters import Adapter
 from networks.names import split_wrapped_key
-from networks.original_names import SD15, SDXL
 
 PROVENANCE_KEY = "repa_merge"
 """Metadata of what merge_lora.py writes: version, inputs with their SHA-256, ratios."""
 
 # What PEFT, diffusers and accelerate call the one file of weights in a folder.
 _IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "model.safetensors")
-
-# For checkpoints that hold a U-Net and do not say whose text encoder and VAE go with it.
-USUAL_BASES = {
-    SD15.key: "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    SDXL.key: "stabilityai/stable-diffusion-xl-base-1.0",
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class Source:
         sizes = [f"{what} {_span(values)}" for what, values in
                  (("rank", {m.rank for m in modules}), ("alpha", {m.alpha for m in modules}))]  # fmt: skip
         kinds = sorted({m.kind.title for m in modules} - {"LoRA"})
-        return f"{self.file}: {', '.join([f'{len(modules)} modules', *sizes, *kinds])}"
+        return f"{self.file}: {', '.join([plural(len(modules), 'module'), *sizes, *kinds])}"
 
 
 def read_source(model: Path, *, use_ema: bool = False, network_alpha: float | None = None) -> Source:
@@ -120,8 +114,8 @@ def base_model_of(sources: Sequence[Source], given: str | None) -> tuple[str, st
         return str(name), f"named in {source.named_in}"
     first = sources[0]
     if first.is_wrapped:
-        usual = USUAL_BASES[first.adapter.family.key]
-        return usual, f"{first.file.name} names no base; what it does not hold comes from here"
+        # A checkpoint that holds a U-Net, and does not say whose text encoder and VAE go with it.
+        return first.adapter.family.hub_id, f"{first.file.name} names no base; what it does not hold comes from here"
     kohyas = first.adapter.metadata.get("ss_sd_model_name")
     said = f"only says that its base was called {kohyas}" if kohyas else "does not say which base model it belongs to"
     raise UserError(

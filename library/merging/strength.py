@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from library.errors import UserError
+from networks.families import FAMILIES, SD15, Family
 from networks.names import UNET, Target
-from networks.original_names import SD15, SDXL, Family, unet_to_original
+from networks.original_names import unet_to_original
 
 BASE, MID = "BASE", "MID"
 
@@ -18,15 +19,20 @@ _IN = [f"IN{i:02d}" for i in range(12)]
 _OUT = [f"OUT{i:02d}" for i in range(12)]
 BLOCKS = (BASE, *_IN, MID, *_OUT)
 
-# The lists that the LoRA Block Weight extension and kohya's --lbws take, by length: blocks with attention alone (17, 12),
-# or all (26, 20); SD1.5 (17, 26) or SDXL (12, 20). BASE is the text encoders.
-_LISTS = {
-    17: (BASE, *(_IN[i] for i in (1, 2, 4, 5, 7, 8)), MID, *_OUT[3:]),
-    26: BLOCKS,
-    12: (BASE, *(_IN[i] for i in (4, 5, 7, 8)), MID, *_OUT[:6]),
-    20: (BASE, *_IN[:9], MID, *_OUT[:9]),
-}
-_LENGTHS = {SD15.key: (17, 26), SDXL.key: (12, 20)}
+
+def _lists(family: Family) -> dict[int, tuple[str, ...]]:
+    """The lists that the LoRA Block Weight extension and kohya's --lbws take, by length: blocks with attention alone (17 of
+    SD1.5, 12 of SDXL), or all (26, 20). BASE is the text encoders."""
+    down, _, up = family.sections
+    levels = list(enumerate(family.up_attention))
+    attention = (
+        BASE,
+        *(_IN[3 * (len(levels) - 1 - level) + i] for level, there in reversed(levels) if there for i in (1, 2)),
+        MID,
+        *(_OUT[3 * level + i] for level, there in levels if there for i in range(3)),
+    )
+    every = (BASE, *_IN[:down], MID, *_OUT[:up])
+    return {len(attention): attention, len(every): every}
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def parse_blocks(text: str, family: Family | None = None) -> dict[str, float]:
     if "=" not in text and ("," in text or "[" in text):
         return _from_list(text, family)
     factors: dict[str, float] = {}
-    known = _LISTS[20] if family is SDXL else BLOCKS
+    known = BLOCKS if family is None else max(_lists(family).values(), key=len)
     last = known[-1].removeprefix("OUT")
     for part in filter(None, (part.strip() for part in text.split(","))):
         pattern, equals, number = (piece.strip() for piece in part.partition("="))
@@ -96,15 +102,16 @@ def _from_list(text: str, family: Family | None) -> dict[str, float]:
         values = json.loads(text if "[" in text else f"[{text}]")
     except json.JSONDecodeError as error:
         raise UserError(f"block_ratios: {text} is not a list of numbers: {error}.") from None
-    lengths = _LISTS if family is None else _LENGTHS[family.key]
-    if len(values) not in lengths:
+    families = FAMILIES.values() if family is None else [family]
+    blocks = next((lists[len(values)] for lists in map(_lists, families) if len(values) in lists), None)
+    if blocks is None:
         adapter = "" if family is None else f" for an {family.title} LoRA"
+        fit = [f"{' or '.join(map(str, _lists(known)))} fit {known.title}" for known in FAMILIES.values()]
         raise UserError(
-            f"block_ratios: a list of {len(values)} numbers was given{adapter}. 17 or 26 are for SD1.5, 12 or 20 for SDXL "
-            "(BASE first)."
+            f"block_ratios: a list of {len(values)} numbers was given{adapter}. {', '.join(fit)} (BASE first)."
         )
     # What a short list leaves out has no attention: only a LoRA with convolutions reaches it, at full strength.
-    return {block: _factor(value) for block, value in zip(_LISTS[len(values)], values, strict=True)}
+    return {block: _factor(value) for block, value in zip(blocks, values, strict=True)}
 
 
 def _factor(value: object) -> float:

@@ -16,13 +16,13 @@ from library.files import public_name, recover_folders, require_space, require_w
 from library.merging.diffusers_folder import copied_bytes, weights_file, write_rest
 from library.merging.hashes import Hashes
 from library.merging.layouts import Merging, component_tensors, single_file_tensors
-from library.merging.report import Component, Ingredient, MergeReport
+from library.merging.merge_report import Component, Ingredient, MergeReport
+from library.merging.read_back import Check, verify
 from library.merging.source import PROVENANCE_KEY
-from library.merging.verify import Check, verify
 from library.models.checkpoint import Checkpoint, open_checkpoint
 from library.models.locate import BaseLocation
 from library.models.tensor_files import NewTensor, TensorFile, file_bytes, write_tensor_file
-from networks.original_names import SDXL, Family
+from networks.families import Family
 from networks.prediction_names import PredictionName, name_by_marks
 
 SINGLE_FILE = "model.safetensors"
@@ -89,7 +89,7 @@ def write_merged(
     started = time.perf_counter()
     base = merging.base
     recover_folders(output.path.parent)
-    hashes = Hashes([*base.files(), *(one.source.file for one in ingredients)])
+    hashes = Hashes([*base.files(), *(ingredient.source.file for ingredient in ingredients)])
     plan = _Plan(merging, ingredients, output, hashes)
     require_space(output.path.parent, plan.bytes(), "The merged model")
     hashes.start()
@@ -227,9 +227,12 @@ class _Plan:
                     self._name_in_base(path): hashes.get(str(path), _UNKNOWN_HASH) for path in self._base.files()
                 },
             },
-            "adapters": [one.record(hashes.get(str(one.source.file), _UNKNOWN_HASH)) for one in self._ingredients],
+            "adapters": [
+                ingredient.record(hashes.get(str(ingredient.source.file), _UNKNOWN_HASH))
+                for ingredient in self._ingredients
+            ],
         }
-        names = [one.source.file.stem for one in self._ingredients]
+        names = [ingredient.source.file.stem for ingredient in self._ingredients]
         return {
             "format": "pt",
             **_modelspec(self._base.family, self._output.path.stem, self._date, name_by_marks(self._base.marks)),
@@ -247,15 +250,12 @@ def _read_back(path: Path) -> Checkpoint:
 
 def _modelspec(family: Family, title: str, date: str, prediction: PredictionName) -> dict[str, str]:
     """ModelSpec 1.0.1 of a checkpoint, as sd-scripts and Stability-AI write it."""
-    is_sdxl = family is SDXL
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base" if is_sdxl else "stable-diffusion-v1",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
-        if is_sdxl
-        else "https://github.com/CompVis/stable-diffusion",
+        "modelspec.architecture": family.architecture,
+        "modelspec.implementation": family.implementation,
         "modelspec.title": title,
         "modelspec.date": date,
-        "modelspec.resolution": "1024x1024" if is_sdxl else "512x512",
+        "modelspec.resolution": family.resolution,
         "modelspec.prediction_type": prediction.modelspec,
     }

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files import read_json
-from library.models.family import family_of
+from library.models.base_family import family_of
 from library.models.locate import BaseLocation, weight_files
 from library.models.tensor_files import Range, TensorFile, open_pickled
 from library.models.weights import read_tensors
+from networks.families import Family
 from networks.names import VAE, current_key
-from networks.original_names import Family, Form, diffusers_keys, original_place
+from networks.original_names import Form, diffusers_keys, original_place
 from networks.prediction_names import BY_SCHEDULER, EPSILON_NAME, PREDICTION_NAMES
 
 
@@ -96,7 +97,7 @@ def open_checkpoint(location: BaseLocation, *, without: Collection[str] = ()) ->
     if location.is_file:
         return _open_single_file(location, family, without)
     tensors, counts = {}, {}
-    for component in (one for one in family.original if one not in without):
+    for component in (name for name in family.original if name not in without):
         files = [_open(path) for path in weight_files(location.path, component)]
         found = {name: stored for file in files for name, stored in file.tensors.items()}
         _refuse([name for name in found if _is_leftover(name)], len(found), files[0].path, family)

@@ -12,9 +12,11 @@ from transformers import CLIPTokenizer
 
 from library.errors import UserError
 from library.files import write_json, write_text
+from networks.families import TEXT_ENCODER, TEXT_ENCODER_2
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 OPEN_CLIP_PAD = "!"  # the first entry of every such vocabulary: OpenCLIP pads with zeros
+PADS = {TEXT_ENCODER: END, TEXT_ENCODER_2: OPEN_CLIP_PAD}
 MAX_LENGTH = 77
 
 CLIP_VOCABULARY_SIZE = 49408
@@ -31,18 +33,17 @@ _TINY_WORDS = (
 )
 
 
-def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
-    """OpenAI's tokenizer, 49,408 entries: "a photo of a cat" is 49406 320 1125 539 320 2368 49407, padded with 49407."""
-    return build_tokenizer(_clip_merges(), pad)
-
-
 def tiny_tokenizer(pad: str = END) -> CLIPTokenizer:
     """The tiny models' tokenizer: bytes, and one token for each of some hundred words of colours and shapes."""
     return build_tokenizer(tiny_merges(), pad)
 
 
 def tokenizer_for(vocabulary_size: int, where: str, pad: str = END) -> CLIPTokenizer:
-    """The tokenizer that goes with a token embedding of so many rows. Raises UserError for an unknown size."""
+    """The tokenizer that goes with a token embedding of so many rows: CLIP's, or the tiny models'.
+
+    OpenAI's has 49,408 entries: "a photo of a cat" is 49406 320 1125 539 320 2368 49407, padded with 49407. Raises UserError for
+    an unknown size.
+    """
     return build_tokenizer(merges_for(vocabulary_size, where), pad)
 
 

@@ -15,12 +15,10 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.load import TextPart
 from library.options.kohya.training import TextEncoderOptions
-from networks.original_names import SDXL, Family
+from networks.families import Family
 
 CHUNK = 75
 _MARKERS = 2
-# SDXL was trained on the last but one layer of both encoders, without their final norm.
-_SDXL_LAYER = 2
 
 
 class Conditioning(NamedTuple):
@@ -33,8 +31,8 @@ class Conditioning(NamedTuple):
 class TextConditioner:
     """The text encoders of a model as one function of prompts. Differentiable, so that they can be trained.
 
-    clip_skip: as A1111 counts, 1 is the last layer; SDXL's layer is fixed, whatever is asked. chunks: 1, 2 or 3 (75, 150, 225
-    tokens). Raises UserError for layers that are not there.
+    clip_skip: as A1111 counts, 1 is the last layer; it has no effect where the family's layer is fixed. chunks: 1, 2 or 3 (75,
+    150, 225 tokens). Raises UserError for layers that are not there.
     """
 
     def __init__(self, family: Family, parts: Sequence[TextPart], *, clip_skip: int = 1, chunks: int = 1) -> None:
@@ -83,8 +81,8 @@ class TextConditioner:
 
 
 def clip_skip(options: TextEncoderOptions, family: Family) -> int:
-    """The layer of the text encoder, counted from the end; SDXL's is fixed, whatever is asked."""
-    return 1 if family == SDXL or options.clip_skip is None else options.clip_skip
+    """The layer that the options ask for, counted from the end; 1 where the family's is fixed."""
+    return 1 if family.text_layer is not None or options.clip_skip is None else options.clip_skip
 
 
 def checked_clip_skip(parts: Sequence[TextPart], clip_skip: int) -> int:
@@ -96,18 +94,13 @@ def checked_clip_skip(parts: Sequence[TextPart], clip_skip: int) -> int:
 
 
 def hidden_layer(family: Family, part: TextPart, output: object, clip_skip: int) -> Tensor:
-    """Of an encoder's output with its hidden_states, the layer the U-Net takes [N, 77, D]; SDXL's is fixed."""
+    """Of an encoder's output with its hidden_states, the layer the U-Net takes [N, 77, D]."""
     hidden_states: Sequence[Tensor] = output.hidden_states  # type: ignore[attr-defined]
-    if family == SDXL:
-        return hidden_states[-_SDXL_LAYER]
+    if family.text_layer is not None:
+        return hidden_states[-family.text_layer]
     if clip_skip == 1:
         return output.last_hidden_state  # type: ignore[attr-defined]
     return part.model.text_model.final_layer_norm(hidden_states[-clip_skip])
-
-
-def size_conditions(original: Sequence[int], crop: Sequence[int], target: Sequence[int]) -> list[int]:
-    """SDXL's six numbers [h, w, top, left, target h, target w] from (width, height), (left, top), (width, height)."""
-    return [original[1], original[0], crop[1], crop[0], target[1], target[0]]
 
 
 def _joined(hidden: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from library.models.sdxl_configs import (
     SDXL_UNET,
     SDXL_VAE,
 )
-from networks.original_names import FAMILIES, SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, Family
+from networks.families import FAMILIES, SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, Family
 
 
 @dataclass(frozen=True)

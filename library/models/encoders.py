@@ -1,23 +1,19 @@
-"""The frozen encoders as caches use them: pixels to latents, pixels to tokens, prompts to text embeddings."""
+"""The frozen encoders as caches use them: pixels to latents, pixels to tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from library.errors import UserError
 from library.models.dinov2 import Dinov2, register_count
-from library.models.fingerprint import weight_fingerprint as weight_fingerprint
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-VAE_FACTOR = 8
 PROMPTS_AT_ONCE = 64
 # Between them diffusers keeps log-variances, as LDM's code did. At the floor a draw is the mean, to 1 part in 3 million.
 LOG_VARIANCE_FLOOR, LOG_VARIANCE_CEILING = -30.0, 20.0
@@ -32,17 +28,18 @@ class VaeEncoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> float16 [B, 4, H/8, W/8], near zero mean and unit variance."""
+        """uint8 [B, 3, H, W] -> float16 [B, C, H/f, W/f], near zero mean and unit variance."""
         mean, _ = self.moments(pixels)
         return (mean.float() * self.scaling_factor).to(torch.float16)
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the posterior, unscaled, in the model's dtype, both [B, 4, H/8, W/8]."""
+        """Mean and log-variance of the posterior, unscaled, in the model's dtype, both [B, C, H/f, W/f]."""
         _require_uint8(pixels)
-        if pixels.shape[-1] % VAE_FACTOR or pixels.shape[-2] % VAE_FACTOR:
+        factor = pixels_of_latent(self.vae)
+        if pixels.shape[-1] % factor or pixels.shape[-2] % factor:
             raise UserError(
-                f"The VAE needs sides that are multiples of {VAE_FACTOR}, got {tuple(pixels.shape[-2:])}. Change --resolution."
+                f"The VAE needs sides that are multiples of {factor}, got {tuple(pixels.shape[-2:])}. Change --resolution."
             )
         inputs = pixels.to(self.vae.device).float() / 127.5 - 1.0
         posterior = self.vae.encode(inputs.to(self.vae.dtype)).latent_dist
@@ -57,19 +54,9 @@ class MomentsEncoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> float16 [B, 8, H/8, W/8]: four channels of means, then four of log-variances."""
+        """uint8 [B, 3, H, W] -> float16 [B, 2C, H/f, W/f]: the channels of means, then those of log-variances."""
         mean, log_variance = self._vae.moments(pixels)
         return torch.cat([mean, log_variance.clamp(LOG_VARIANCE_FLOOR, LOG_VARIANCE_CEILING)], dim=1).to(torch.float16)
-
-
-def latents_of(moments: Tensor, scaling_factor: float, noise: Tensor | None = None) -> Tensor:
-    """Entries [B, 8, h, w] of `MomentsEncoder` -> float32 latents [B, 4, h, w] as the U-Net takes them.
-
-    noise: standard normal, [B, 4, h, w], to draw from the posterior; None takes its mode.
-    """
-    mean, log_variance = moments.float().chunk(2, dim=1)
-    drawn = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
-    return drawn * scaling_factor
 
 
 class DinoEncoder:
@@ -137,45 +124,9 @@ class DinoEncoder:
         return (pictures.clamp(0.0, 1.0) - self._mean) / self._std
 
 
-class TextEncoder:
-    """Prompts to CLIP text embeddings, as SD1.5 was trained with: padded to 77, no attention mask."""
-
-    def __init__(self, tokenizer: CLIPTokenizer, model: CLIPTextModel) -> None:
-        self.tokenizer, self.model = tokenizer, model
-        self.length = int(model.config.max_position_embeddings)
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], clip_skip: int | None = None) -> Tensor:
-        """float16 [N, 77, D], after the final layer norm.
-
-        clip_skip counts as A1111 and kohya do: None or 1 is the last layer, 2 the last but one. Longer prompts are cut;
-        `overlong` says which.
-        """
-        layers = int(self.model.config.num_hidden_layers)
-        if clip_skip is not None and not 1 <= clip_skip <= layers:
-            raise UserError(f"clip_skip must lie between 1 and {layers}, the text encoder's layers, got {clip_skip}.")
-        parts = [
-            self._encode(prompts[start : start + PROMPTS_AT_ONCE], clip_skip or 1)
-            for start in range(0, len(prompts), PROMPTS_AT_ONCE)
-        ]
-        return torch.cat(parts) if parts else torch.empty(0, self.length, self.model.config.hidden_size).half()
-
-    def overlong(self, prompts: Sequence[str]) -> list[int]:
-        """Indices of the prompts that have more tokens than fit between the start and end markers (75)."""
-        return (
-            [i for i, ids in enumerate(self.tokenizer(list(prompts)).input_ids) if len(ids) > self.length]
-            if prompts
-            else []
-        )
-
-    def _encode(self, prompts: Sequence[str], clip_skip: int) -> Tensor:
-        ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        ).input_ids.to(self.model.device)
-        if clip_skip == 1:
-            return self.model(ids).last_hidden_state.to(torch.float16)
-        hidden = self.model(ids, output_hidden_states=True).hidden_states[-clip_skip]
-        return self.model.text_model.final_layer_norm(hidden).to(torch.float16)
+def pixels_of_latent(vae: Any) -> int:
+    """Pixels to a latent of an AutoencoderKL, along one side: every level but the last halves."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def grid_in_aspect(side: int, width: int, height: int) -> tuple[int, int]:

@@ -17,13 +17,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from library.errors import UserError
 from library.files import read_json
 from library.models import single_file
-from library.models.clip_tokenizer import END, OPEN_CLIP_PAD, tokenizer_for
+from library.models.base_family import family_of, require_family
+from library.models.clip_tokenizer import PADS, tokenizer_for
 from library.models.configs import configs_of, published_family
-from library.models.family import family_of, require_family
 from library.models.locate import BaseLocation, base_status, locate_base, weight_files
 from library.models.weights import assemble, read_tensors
+from networks.families import SD15, SDXL, TEXT_ENCODER_2, TOKENIZERS, UNET, VAE, Family
 from networks.names import current_key
-from networks.original_names import SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Family
 
 Base = BaseLocation | str
 Device = torch.device | str
@@ -45,7 +45,7 @@ def load_unet(
     location = _located(base, UNET)
     family = family_of(location, families)
     config = _unet_config(location, family)
-    tensors = _tensors(location, family, UNET)
+    tensors = component_tensors(location, family, UNET)
     where = f"The U-Net of {location.path}"
     return assemble(lambda: UNet2DConditionModel.from_config(config), tensors, where, dtype=dtype, device=device)
 
@@ -60,18 +60,9 @@ def load_vae(
         config = single_file.file_vae_config(location.path, family)
     else:
         config = _component_config(location, VAE, "AutoencoderKL")
-    tensors = _tensors(location, family, VAE)
+    tensors = component_tensors(location, family, VAE)
     where = f"The VAE of {location.path}"
     return assemble(lambda: AutoencoderKL.from_config(config), tensors, where, dtype=dtype, device=device)
-
-
-def load_text_encoder(
-    base: Base, *, dtype: torch.dtype = torch.float32, device: Device = "cpu"
-) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """SD1.5's tokenizer and text encoder, frozen. Raises UserError when the two are of different vocabularies."""
-    location = _located(base, TEXT_ENCODER, "tokenizer")
-    part = _text_part(location, family_of(location, (SD15,)), TEXT_ENCODER, dtype, device)
-    return part.tokenizer, part.model
 
 
 def load_text_encoders(
@@ -87,7 +78,7 @@ def load_text_encoders(
     """
     location = _located(base)
     family = family_of(location, families)
-    return [_text_part(location, family, component, dtype, device) for component in family.text_encoders]
+    return [text_part(location, family, component, dtype, device) for component in family.text_encoders]
 
 
 def load_scheduler_config(base: Base) -> dict[str, Any]:
@@ -119,27 +110,27 @@ def _unet_config(location: BaseLocation, family: Family) -> dict[str, Any]:
     return _component_config(location, UNET, "UNet2DConditionModel")
 
 
-def _text_part(location: BaseLocation, family: Family, component: str, dtype: torch.dtype, device: Device) -> TextPart:
+def text_part(location: BaseLocation, family: Family, component: str, dtype: torch.dtype, device: Device) -> TextPart:
+    """One text encoder with its tokenizer, frozen. Raises UserError when the two are of different vocabularies."""
     kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
     if location.is_file:
         config = CLIPTextConfig(**single_file.file_text_config(location.path, family, component))
-        pad = OPEN_CLIP_PAD if component == TEXT_ENCODER_2 else END
-        tokenizer = tokenizer_for(config.vocab_size, str(location.path), pad)
+        tokenizer = tokenizer_for(config.vocab_size, str(location.path), PADS[component])
     else:
         config = CLIPTextConfig.from_dict(_component_config(location, component, kind.__name__))
-        tokenizer = _folder_tokenizer(location.path / component.replace("text_encoder", "tokenizer"))
+        tokenizer = _folder_tokenizer(location.path / TOKENIZERS[component])
     name = component.replace("_", " ")
     if len(tokenizer) != config.vocab_size:
         raise UserError(
             f"The tokenizer of {location.path} has {len(tokenizer)} entries, its {name} {config.vocab_size}. They do "
             "not belong together."
         )
-    tensors = _tensors(location, family, component)
+    tensors = component_tensors(location, family, component)
     where = f"The {name} of {location.path}"
     return TextPart(component, tokenizer, assemble(lambda: kind(config), tensors, where, dtype=dtype, device=device))
 
 
-def _tensors(location: BaseLocation, family: Family, component: str) -> dict[str, Tensor]:
+def component_tensors(location: BaseLocation, family: Family, component: str) -> dict[str, Tensor]:
     """A component's tensors under the names of today's models."""
     if location.is_file:
         return single_file.file_tensors(location.path, family, component)

@@ -12,23 +12,12 @@ from pathlib import Path
 
 from library.errors import UserError
 from library.files import read_json
-
-# What comes with the project, trained: the base that every script defaults to, its teacher and its CLIP.
-SHAPES = "tiny-shapes"
-SHAPES_DINOV2 = "tiny-shapes-dinov2"
-SHAPES_CLIP = "tiny-shapes-clip"
-# Built on demand, with random weights.
-TINY_SD15 = "tiny-sd15"
-TINY_SDXL = "tiny-sdxl"
-TINY_DINOV2 = "tiny-dinov2"
+from library.models.embedded import MODELS, SHAPES, SHAPES_CLIP, SHAPES_DINOV2, TINY_BASES, TINY_TEACHERS
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SDXL_COMPONENTS = (*COMPONENTS, "text_encoder_2", "tokenizer_2")
 REFINER_COMPONENTS = ("unet", "text_encoder_2", "tokenizer_2", "scheduler")
 """Of SDXL's refiner, whose pictures the base's autoencoder decodes."""
-TINY_BASES = (SHAPES, TINY_SD15, TINY_SDXL)
-TINY_TEACHERS = (SHAPES_DINOV2, TINY_DINOV2)
-MODELS = Path(__file__).resolve().parents[2] / "models"
 DINOV2 = "dinov2"  # a DINOv2 folder has one component, which lies at its root
 
 # Ids that left the hub, and where the same files are now.

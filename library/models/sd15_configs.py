@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from networks.families import SD15
+
 SD15_HUB_IDS = frozenset(
     {
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        SD15.hub_id,
         "sd-legacy/stable-diffusion-v1-5",
         "runwayml/stable-diffusion-v1-5",
         "CompVis/stable-diffusion-v1-4",
@@ -19,9 +21,9 @@ SD15_HUB_IDS = frozenset(
 
 SD15_UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
+    "sample_size": SD15.native_side // SD15.vae_factor,
+    "in_channels": SD15.latent_channels,
+    "out_channels": SD15.latent_channels,
     "center_input_sample": False,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -40,17 +42,17 @@ SD15_UNET: dict[str, Any] = {
 
 SD15_VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
-    "sample_size": 512,
+    "sample_size": SD15.native_side,
     "in_channels": 3,
     "out_channels": 3,
-    "latent_channels": 4,
+    "latent_channels": SD15.latent_channels,
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2,
     "act_fn": "silu",
     "norm_num_groups": 32,
-    "scaling_factor": 0.18215,  # keeps latents near unit variance (LDM paper, appendix D.1)
+    "scaling_factor": SD15.scaling_factor,
 }
 
 SD15_TEXT_ENCODER: dict[str, Any] = {

@@ -7,28 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from library.models.sd15_configs import SD15_TEXT_ENCODER, SD15_VAE
+from library.models.sd15_configs import SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
+from networks.families import SDXL
 
-SDXL_HUB_IDS = frozenset({"stabilityai/stable-diffusion-xl-base-1.0"})
+SDXL_HUB_IDS = frozenset({SDXL.hub_id})
 
 SDXL_UNET: dict[str, Any] = {
-    "_class_name": "UNet2DConditionModel",
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "center_input_sample": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
+    **SD15_UNET,
+    "sample_size": SDXL.native_side // SDXL.vae_factor,
+    "in_channels": SDXL.latent_channels,
+    "out_channels": SDXL.latent_channels,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "block_out_channels": [320, 640, 1280],
-    "layers_per_block": 2,
     "transformer_layers_per_block": [1, 2, 10],  # the first level has none; diffusers wants a number there
-    "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "act_fn": "silu",
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
     "cross_attention_dim": 2048,  # both text encoders' hidden sizes
     "attention_head_dim": [5, 10, 20],  # numbers of heads, each 64 wide; the name is diffusers' old mistake
     "use_linear_projection": True,
@@ -39,9 +31,10 @@ SDXL_UNET: dict[str, Any] = {
 
 SDXL_VAE: dict[str, Any] = {
     **SD15_VAE,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-    "force_upcast": True,  # its activations overflow float16
+    "sample_size": SDXL.native_side,
+    "latent_channels": SDXL.latent_channels,
+    "scaling_factor": SDXL.scaling_factor,
+    "force_upcast": SDXL.vae_overflows,
 }
 
 SDXL_TEXT_ENCODER: dict[str, Any] = dict(SD15_TEXT_ENCODER)  # the same CLIP ViT-L/14
@@ -75,7 +68,7 @@ SDXL_SCHEDULER: dict[str, Any] = {
 SDXL_PIPELINE: dict[str, Any] = {
     "_class_name": "StableDiffusionXLPipeline",
     "feature_extractor": [None, None],
-    "force_zeros_for_empty_prompt": True,
+    "force_zeros_for_empty_prompt": SDXL.zeros_for_no_prompt,
     "image_encoder": [None, None],
     "scheduler": ["diffusers", "EulerDiscreteScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],

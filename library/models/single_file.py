@@ -16,17 +16,8 @@ from library.errors import UserError
 from library.models.configs import configs_of
 from library.models.header import Shapes, read_shapes
 from library.models.weights import read_tensors
-from networks.original_names import (
-    SDXL,
-    TEXT_ENCODER_2,
-    UNET,
-    VAE,
-    Family,
-    Form,
-    Place,
-    diffusers_keys,
-    original_place,
-)
+from networks.families import TEXT_ENCODER_2, UNET, VAE, Family
+from networks.original_names import Form, Place, diffusers_keys, original_place
 from networks.prediction_names import name_by_marks
 
 
@@ -43,7 +34,7 @@ def file_unet_config(path: Path, family: Family) -> dict[str, Any]:
         "block_out_channels": [sizes[f"down_blocks.{level}.resnets.0.conv2.weight", 0] for level in levels],
         "cross_attention_dim": sizes[words, 1],
     }
-    if family == SDXL:
+    if family.has_size_conditions:
         # Heads leave no trace in the shapes: they are 64 wide, and a tiny model has one.
         found["attention_head_dim"] = [max(1, width // 64) for width in found["block_out_channels"]]
         found["transformer_layers_per_block"] = [

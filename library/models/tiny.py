@@ -13,20 +13,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models import UNet2DConditionModel
 from filelock import FileLock
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model
 
 from library.errors import UserError, script
 from library.files import human_bytes, read_json, write_json
-from library.models.clip_tokenizer import tiny_merges, write_tokenizer
-from library.models.locate import MODELS, TINY_DINOV2, TINY_SD15, TINY_SDXL
-from library.models.sd15_configs import SD15_PIPELINE, SD15_SCHEDULER, SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
+from library.models.clip_tokenizer import PADS, tiny_merges, write_tokenizer
+from library.models.configs import configs_of
+from library.models.embedded import MODELS, TINY_DINOV2
 from library.models.tiny_parts import (
     BUILDER_VERSION,
     RECORD,
@@ -37,11 +38,14 @@ from library.models.tiny_parts import (
     tiny_vae,
     write_pipeline_index,
 )
-from library.models.tiny_sdxl import build_tiny_sdxl
+from networks.families import FAMILIES, SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, TOKENIZERS, Family
 
 HIDDEN = 64
-UNET = {**SD15_UNET, "block_out_channels": [32, 64, 96, 96], "cross_attention_dim": HIDDEN, "sample_size": 16}
-TEXT_ENCODER = {**SD15_TEXT_ENCODER, **text_encoder_sizes(HIDDEN)}
+"""Width of SD1.5's text encoder and of the DINOv2."""
+HIDDEN_1, HIDDEN_2 = 32, 48
+"""Of SDXL's text encoders."""
+SIZE_WIDTH = 8
+"""Of the embedding of each of SDXL's sizes."""
 DINOV2_CONFIG: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": 3,
@@ -50,29 +54,65 @@ DINOV2_CONFIG: dict[str, Any] = {
     "image_size": 518,  # 37 x 37 positions, as Meta's models
 }
 
+# By family: what differs from the published configurations of the U-Net and of each text encoder.
+_UNETS: dict[str, dict[str, Any]] = {
+    SD15.key: {"block_out_channels": [32, 64, 96, 96], "cross_attention_dim": HIDDEN},
+    SDXL.key: {
+        "block_out_channels": [32, 64, 32],  # the last level has most of the blocks
+        "attention_head_dim": [1, 1, 1],
+        "transformer_layers_per_block": [1, 2, 3],
+        "cross_attention_dim": HIDDEN_1 + HIDDEN_2,
+        "addition_time_embed_dim": SIZE_WIDTH,
+        "projection_class_embeddings_input_dim": 6 * SIZE_WIDTH + HIDDEN_2,
+    },
+}
+_TEXT_ENCODERS = {
+    SD15.key: {TEXT_ENCODER: text_encoder_sizes(HIDDEN)},
+    SDXL.key: {
+        TEXT_ENCODER: text_encoder_sizes(HIDDEN_1),
+        TEXT_ENCODER_2: text_encoder_sizes(HIDDEN_2) | {"num_hidden_layers": 12, "pad_token_id": 0},
+    },
+}
+_SAMPLE_SIZE = 16
 
-def build_tiny_sd15(folder: Path | str, seed: int = 0, *, overwrite: bool = False) -> Path:
-    """Write a whole diffusers folder that StableDiffusionPipeline loads. Same seed, same machine: same bytes.
+
+def build_tiny_base(family: Family, folder: Path | str, seed: int = 0, *, overwrite: bool = False) -> Path:
+    """Write a whole diffusers folder that the family's pipeline loads. Same seed, same machine: same bytes.
 
     Raises UserError when the folder exists already, unless `overwrite`.
     """
-    with tiny_folder(folder, TINY_SD15, seed, overwrite=overwrite) as out:
-        vae = tiny_vae(SD15_VAE)
-        text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)).eval()
-        unet = UNet2DConditionModel.from_config(UNET).eval()
-        calibrate_unet(unet, vae, lambda count: {"encoder_hidden_states": _prompts(text_encoder, count)})
+    published = configs_of(family)
+    with tiny_folder(folder, f"tiny-{family.key}", seed, overwrite=overwrite) as out:
+        vae = tiny_vae(published.vae)
+        encoders = {}
+        for component, sizes in _TEXT_ENCODERS[family.key].items():
+            kind = CLIPTextModel if component == TEXT_ENCODER else CLIPTextModelWithProjection
+            encoders[component] = kind(CLIPTextConfig(**{**published.text_encoders[component], **sizes})).eval()
+        config = {**published.unet, **_UNETS[family.key], "sample_size": _SAMPLE_SIZE}
+        unet = UNet2DConditionModel.from_config(config).eval()
+        calibrate_unet(unet, vae, lambda count: _conditions(family, list(encoders.values()), count))
         vae.save_pretrained(out / "vae")
-        save_transformers(text_encoder, out / "text_encoder")
         unet.save_pretrained(out / "unet")
-        write_tokenizer(out / "tokenizer", tiny_merges())
-        write_json(out / "scheduler" / "scheduler_config.json", SD15_SCHEDULER)
-        write_pipeline_index(out, SD15_PIPELINE)
+        for component, encoder in encoders.items():
+            save_transformers(encoder, out / component)
+            write_tokenizer(out / TOKENIZERS[component], tiny_merges(), PADS[component])
+        write_json(out / "scheduler" / "scheduler_config.json", published.scheduler)
+        write_pipeline_index(out, published.pipeline)
     return Path(folder)
 
 
-def _prompts(text_encoder: CLIPTextModel, count: int) -> Tensor:
-    ids = torch.randint(TEXT_ENCODER["vocab_size"], (count, 77))
-    return text_encoder(ids).last_hidden_state  # [count, 77, HIDDEN]
+def _conditions(family: Family, encoders: list[CLIPTextModel], count: int) -> dict[str, Any]:
+    """Of random prompts, what the pipeline makes of them: hidden states [count, 77, D], and with sizes the pooled prompt."""
+    ids = torch.randint(encoders[0].config.vocab_size, (count, 77))
+    outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
+    layer = family.text_layer
+    states = [output.last_hidden_state if layer is None else output.hidden_states[-layer] for output in outputs]
+    conditions: dict[str, Any] = {"encoder_hidden_states": torch.cat(states, dim=-1)}
+    if family.has_size_conditions:
+        side = _SAMPLE_SIZE * family.vae_factor
+        sizes = torch.tensor([side, side, 0, 0, side, side]).expand(count, 6)  # original, top left of the crop, target
+        conditions["added_cond_kwargs"] = {"text_embeds": outputs[-1].text_embeds, "time_ids": sizes}
+    return conditions
 
 
 def build_tiny_dinov2(folder: Path | str, seed: int = 0, *, overwrite: bool = False) -> Path:
@@ -117,8 +157,7 @@ def _is_current(folder: Path) -> bool:
 
 
 BUILDERS: dict[str, Callable[..., Path]] = {
-    TINY_SD15: build_tiny_sd15,
-    TINY_SDXL: build_tiny_sdxl,
+    **{f"tiny-{family.key}": partial(build_tiny_base, family) for family in FAMILIES.values()},
     TINY_DINOV2: build_tiny_dinov2,
 }
 
@@ -130,7 +169,10 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--out", required=True, help="folder to write; must not exist yet")
     parser.add_argument(
-        "--kind", choices=("sd15", "sdxl", "dinov2"), default="sd15", help="which model (default: sd15)"
+        "--kind",
+        choices=[name.removeprefix("tiny-") for name in BUILDERS],
+        default="sd15",
+        help="which model (default: sd15)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
     options = parser.parse_args(argv)

@@ -10,6 +10,7 @@ from typing import Literal
 from library.errors import UserError
 from library.options.checks import positive, require
 from library.options.dialect import Alias, Dialect
+from networks.families import SDXL
 
 DIALECT = Dialect(config_option="study_config", aliases={"pretrained_model_name_or_path": Alias("base_model")})
 
@@ -28,8 +29,7 @@ STORAGE_FORMS = "sqlite:///study.db, journal:study.log, postgresql+psycopg://use
 
 DIMS = (64, 96, 128)
 SMALL_DIMS = (16, 32)
-# SDXL's U-Net was trained on the second last layer of its text encoders, and on no other.
-SDXL_CLIP_SKIP = 2
+SDXL_CLIP_SKIP = SDXL.text_layer
 
 
 def require_storage_form(url: str) -> None:

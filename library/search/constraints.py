@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from library.models.locate import SHAPES, SHAPES_CLIP
+from library.models.embedded import SHAPES, SHAPES_CLIP
 from library.search.terms import Terms
 
 PREFIX = "constraint_"

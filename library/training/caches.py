@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from library.caching.by_bucket import BucketCaches, BucketedPicture
-from library.caching.class_pictures import Cached, Caches, Preparation
+from library.caching.class_caches import Cached, Caches, Preparation
 from library.caching.latents import prepare_latents
-from library.caching.prompts import PromptCache, prepare_prompts
+from library.caching.prompt_cache import PromptCache, prepare_prompts
 from library.caching.tokens import Teacher, prepare_tokens
 from library.data.captions import cacheable_captions, variations
 from library.data.collect import TrainingData
@@ -21,7 +21,7 @@ from library.options.data import ClassCacheOptions
 from library.options.run import RunOptions
 from library.processes import Processes
 from library.training.models import FrozenModels, base_weights_facts, load_frozen_text
-from networks.original_names import Family
+from networks.families import Family
 
 
 class Stores(NamedTuple):
@@ -193,9 +193,7 @@ def _prompts(
             )
         captions.update(found)
     facts: dict[str, Any] = {
-        "weights": base_weights_facts(
-            options, base, family.text_encoders, options.cache.cache_dir / "weight_hashes.json"
-        ),
+        "weights": base_weights_facts(options, base, family.text_encoders),
         "clip_skip": clip_skip(options.text, family),
         "chunks": options.text.chunks,
         "precision": options.model.mixed_precision,

@@ -11,7 +11,7 @@ from library.diffusion.objective import Objective
 from library.options.run import RunOptions
 from library.training.caches import Prepared
 from library.training.models import base_weights_facts
-from networks.original_names import UNET
+from networks.families import UNET
 from networks.spec import NetworkSpec
 
 # Where pictures and captions lie and how these are reported: it may change without another picture being shown.
@@ -25,7 +25,7 @@ _NOT_SHOWN = frozenset(
 
 def state_facts(options: RunOptions, prepared: Prepared, spec: NetworkSpec, objective: Objective) -> dict[str, Any]:
     """What state.json says besides the counters: enough to rebuild the model around the saved weights."""
-    family, memory, stores = prepared.family, options.cache.cache_dir / "weight_hashes.json", prepared.training
+    family, stores = prepared.family, prepared.training
     tokens = {} if stores.tokens is None else stores.tokens.producers("tokens ")
     # Prompts of classes are cached with a producer of their own.
     encoders = () if prepared.data.classes is not None else family.text_encoders
@@ -35,7 +35,7 @@ def state_facts(options: RunOptions, prepared: Prepared, spec: NetworkSpec, obje
         "network": spec.to_json(),
         "prediction_type": objective.parametrisation.output.name.scheduler,
         "samples": samples_digest(prepared.data),
-        "base_weights": base_weights_facts(options, prepared.base, (UNET, *encoders), memory),
+        "base_weights": base_weights_facts(options, prepared.base, (UNET, *encoders)),
         "caches": stores.latents.producers() | tokens,
         "teacher_width": 0 if stores.tokens is None else stores.tokens.width,
     }

@@ -13,11 +13,12 @@ from library.data.class_pictures import numbered_pictures
 from library.data.collect import TrainingData, collect_classes
 from library.data.demo_pictures import DEFAULT_TRAINING_IMAGES
 from library.data.store import StoreMeta, disk_bytes, shard_folders
+from library.device import named_dtype
 from library.errors import UserError
 from library.files import free_bytes, human_bytes
+from library.models.base_family import family_of
 from library.models.configs import configs_of, published_family
-from library.models.encoders import VAE_FACTOR, grid_in_aspect
-from library.models.family import family_of
+from library.models.encoders import grid_in_aspect
 from library.models.frozen import save_no_inputs
 from library.models.locate import BaseLocation, base_status, dino_status, locate_base
 from library.options.data import ClassCacheOptions
@@ -26,7 +27,6 @@ from library.options.run import RunOptions
 from library.training.alignment import head_group
 from library.training.memory import kept_bytes
 from library.training.models import (
-    COMPUTE_DTYPES,
     build_heads,
     build_network,
     meta_models,
@@ -38,8 +38,8 @@ from library.training.pictures import class_data, collect_pictures, print_data
 from library.training.plan import make_order, make_plan
 from library.training.start import base_components
 from networks.align_head import AlignHeads
+from networks.families import TEXT_ENCODER_2, UNET, Family
 from networks.features import capture
-from networks.original_names import SDXL, TEXT_ENCODER_2, UNET, Family
 
 # Widths of DINOv2 ViT-S, B, L and g (Oquab et al. 2023, table 17), for a teacher that is not on this machine yet.
 TEACHER_WIDTHS = {
@@ -124,7 +124,7 @@ def _planned(options: RunOptions, count: int) -> TrainingData:
 
 
 def _print_model(options: RunOptions, location: BaseLocation | None, family: Family, data: TrainingData) -> None:
-    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
+    dtype = named_dtype(options.model.mixed_precision)
     cached = options.cache.caches_text or data.classes is not None
     models = meta_models(options, location, family, text=not (cached and location is None))
     frozen = sum(p.numel() for model in models.values() for p in model.parameters())
@@ -165,12 +165,12 @@ def _activation_bytes(
 ) -> int:
     """Bytes that the backward pass of one sample of this size keeps, with heads and trained text encoders where there are any."""
     unet = models[UNET]
-    size = (unet.config["in_channels"], height // VAE_FACTOR, width // VAE_FACTOR)
+    size = (unet.config["in_channels"], *family.latent_size(width, height))
     latents = torch.empty(1, *size, dtype=dtype, device="meta")
     length = 75 * options.text.chunks + 2
     text = torch.empty(1, length, unet.config["cross_attention_dim"], dtype=dtype, device="meta")
     added = None
-    if family == SDXL:
+    if family.has_size_conditions:
         pooled = configs_of(family).text_encoders[TEXT_ENCODER_2]["projection_dim"]
         pooled = models[TEXT_ENCODER_2].config.projection_dim if TEXT_ENCODER_2 in models else pooled
         added = {
@@ -199,13 +199,12 @@ def _print_disk(options: RunOptions, family: Family, data: TrainingData) -> None
     """What the caches will take: of latents and tokens, each picture with its mirror image where that is shown."""
     tokens = options.alignment if options.alignment.alignment else None
     width = teacher_width(options.model.dino_model) if tokens else 0
-    channels = int(configs_of(family).vae["latent_channels"])
     moments = 1 if data.classes is not None else 2
     latent_bytes = token_bytes = 0
     for picture in data.every:
         times, bucket = 1 + picture.image.subset.flip_aug, picture.fitted.bucket
-        side = tuple(length // VAE_FACTOR for length in bucket)
-        latent_bytes += times * StoreMeta("latents", "float16", (moments * channels, *side)).entry_bytes
+        shape = (moments * family.latent_channels, *family.latent_size(*bucket))
+        latent_bytes += times * StoreMeta("latents", "float16", shape).entry_bytes
         if tokens is not None:
             rows, columns = grid_in_aspect(tokens.token_grid, *bucket)
             token_bytes += times * StoreMeta("tokens", tokens.token_dtype, (rows * columns, width)).entry_bytes

@@ -26,7 +26,7 @@ from library.options.run import RunOptions
 from library.training.optimizers import optimizer_text
 from library.training.plan import Plan
 from networks.adapter_export import adapter_metadata
-from networks.original_names import Family
+from networks.families import Family
 from networks.spec import NetworkSpec
 
 # With --no_metadata only what readers need to load the file is kept.

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.device import named_dtype
 from library.errors import UserError
 from library.files import file_hash, read_json
 from library.merging.merge import fold_into_modules
 from library.merging.source import read_source
-from library.models.configs import configs_of
 from library.models.fingerprint import weight_fingerprint
 from library.models.float8 import keep_in_float8
 from library.models.load import TextPart, load_text_encoders, load_unet, unet_config
@@ -27,14 +27,12 @@ from library.training.optimizers import ParameterGroup
 from networks import AdapterError
 from networks.adapters import Adapter
 from networks.align_head import AlignHeads
-from networks.blocks import SECTIONS, block_weights
+from networks.blocks import block_weights
+from networks.families import SD15, TEXT_ENCODER_2, UNET, Family
 from networks.kinds.lora import LORA_DOWN
 from networks.names import Target
 from networks.network import Network, add_network, weight_name
-from networks.original_names import TEXT_ENCODER_2, UNET, Family
 from networks.spec import NetworkSpec
-
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
 def load_frozen_unet(options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> nn.Module:
@@ -73,7 +71,7 @@ def meta_models(
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
+    dtype = named_dtype(options.model.mixed_precision)
     models: dict[str, Any] = {}
     base = options.model.pretrained_model_name_or_path if location is None else location
     with torch.device("meta"):
@@ -154,7 +152,7 @@ def network_spec(options: RunOptions, family: Family, start: Adapter | None) -> 
     network, args = options.network, options.network.args
     weights = None
     if args.has_block_learning_rates:
-        sections = zip((args.down_lr_weight, args.mid_lr_weight, args.up_lr_weight), SECTIONS[family.key], strict=True)
+        sections = zip((args.down_lr_weight, args.mid_lr_weight, args.up_lr_weight), family.sections, strict=True)
         values = [one.weights(count) if isinstance(one, BlockCurve) else one for one, count in sections]
         weights = block_weights(family, *values)
     sizes = None
@@ -201,7 +199,7 @@ def parameter_groups(network: Network, options: RunOptions, family: Family) -> l
 
 def _dtypes(options: RunOptions) -> tuple[torch.dtype, torch.dtype]:
     """To compute in, and to fold adapters in."""
-    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
+    dtype = named_dtype(options.model.mixed_precision)
     return dtype, torch.float32 if options.network.base_weights else dtype
 
 
@@ -219,17 +217,17 @@ def _require_family(option: str, path: Path | None, adapter: Adapter, family: Fa
 
 
 def scaling_factor(base: BaseLocation, family: Family) -> float:
-    """What latents are multiplied with, from the VAE's configuration."""
+    """What latents are multiplied with, from the VAE's configuration, which leaves out what AutoencoderKL takes anyway."""
     if base.is_file:
-        return float(configs_of(family).vae["scaling_factor"])
-    return float(read_json(base.path / "vae" / "config.json").get("scaling_factor", 0.18215))
+        return family.scaling_factor
+    return float(read_json(base.path / "vae" / "config.json").get("scaling_factor", SD15.scaling_factor))
 
 
-def base_weights_facts(
-    options: RunOptions, base: BaseLocation, components: Sequence[str], memory: Path
-) -> dict[str, Any]:
+def base_weights_facts(options: RunOptions, base: BaseLocation, components: Sequence[str]) -> dict[str, Any]:
     """Hashes of the frozen weights: those of the base, and of the adapters folded into it with their strengths."""
-    facts: dict[str, Any] = {component: weight_fingerprint(base, component, memory) for component in components}
+    facts: dict[str, Any] = {
+        component: weight_fingerprint(base, component, options.cache.cache_dir) for component in components
+    }
     folded = options.network.base_weights_with_multipliers
     if folded:
         facts["folded_in"] = [[file_hash(read_source(path).file), multiplier] for path, multiplier in folded]

@@ -8,7 +8,7 @@ from library.data.dataset_schema import Dataset
 from library.data.order import Group
 from library.data.trained_image import groups_of
 from library.errors import UserError
-from library.models.family import native_side
+from library.models.base_family import native_side
 from library.models.locate import BaseLocation
 from library.options.run import RunOptions
 

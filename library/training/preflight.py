@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.data.samples import Batch, CachedSamples, Request, requests_in_order
+from library.data.cached_samples import Batch, CachedSamples, Request, requests_in_order
 from library.diffusion import alignment as losses
 from library.diffusion.loss import masked_mean
 from library.diffusion.noise import Draw

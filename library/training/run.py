@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from library.caching.masks import alpha_channel, latent_mask
 from library.data.batches import Prefetcher
-from library.data.buckets import Fitted
+from library.data.buckets import Fitted, Size
+from library.data.cached_samples import CachedSamples, requests
 from library.data.order import BatchOrder
-from library.data.samples import CachedSamples, requests
 from library.data.text_embeddings import TextEmbeddings
 from library.data.trained_image import TrainedImage
 from library.data.training_images import TrainingImage
+from library.device import named_dtype
 from library.diffusion.alignment import Gather
 from library.diffusion.loss import PointwiseLoss
 from library.diffusion.objective import Objective
@@ -32,7 +33,6 @@ from library.models.load import TextPart, load_scheduler_config
 from library.models.locate import BaseLocation
 from library.options.data import ClassCacheOptions
 from library.options.parser import flatten
-from library.options.precision import TORCH_DTYPES
 from library.options.repa import RepaObjectiveOptions
 from library.options.run import RunOptions
 from library.processes import Processes
@@ -44,7 +44,6 @@ from library.training.facts import state_facts
 from library.training.loop import Run
 from library.training.metadata import AdapterMetadata
 from library.training.models import (
-    COMPUTE_DTYPES,
     build_heads,
     build_network,
     parameter_groups,
@@ -63,7 +62,7 @@ from library.training.state import Trained
 from library.training.task import LoraTask
 from library.training.text import CachedText, EncodedText, PromptTable, Text
 from networks.adapter_file import NETWORK_SPEC_KEY
-from networks.original_names import SDXL, UNET, Family
+from networks.families import UNET, Family
 
 COMPARED: dict[str, Prediction | None] = {"auto": None, "epsilon": EPSILON, "v": VELOCITY}
 """What the loss compares, by the values of --objective."""
@@ -124,7 +123,7 @@ def build_run(
             facts["prediction_type"],
             prepared.base.path,
         )
-    dtype = getattr(torch, TORCH_DTYPES[options.output.save_precision or "float"])
+    dtype = named_dtype(options.output.save_precision or "float")
 
     def export(step: int, name: str, finished: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = task.network.tensors(dtype)
@@ -175,7 +174,7 @@ def build_task(
     network = build_network(models, options, family, start_weights(options))
     round_frozen(models, options)
     groups = parameter_groups(network, options, family)
-    dtype = COMPUTE_DTYPES[options.model.mixed_precision]
+    dtype = named_dtype(options.model.mixed_precision)
     alignment = None
     if (tokens := prepared.training.tokens) is not None:
         heads = build_heads(options, unet.config, tokens.width).to(processes.device)
@@ -200,7 +199,7 @@ def build_task(
         objective=make_objective(options, base, processes),
         recipe=options.noise,
         text=text,
-        is_sdxl=family == SDXL,
+        has_size_conditions=family.has_size_conditions,
         latent_channels=unet.config["in_channels"],
         scaling_factor=scaling_factor(base, family),
         compute_dtype=dtype,
@@ -250,7 +249,8 @@ def _check_prompts(text: TextEmbeddings, options: RunOptions, unet: Any, family:
     """Raise UserError where the prompts are not of this base's text encoders."""
     assert isinstance(options.cache, ClassCacheOptions)
     shape, width = tuple(text.embeddings.shape[1:]), unet.config["cross_attention_dim"]
-    lacks = "" if family != SDXL or text.pooled is not None else " and the pooled ones of the second encoder"
+    lacks_pooled = family.has_size_conditions and text.pooled is None
+    lacks = " and the pooled ones of the second encoder" if lacks_pooled else ""
     if shape[-1] != width or lacks:
         raise UserError(
             f"{options.cache.text_embeddings_path} holds prompt embeddings {shape}, and the U-Net wants {width} wide "
@@ -320,6 +320,6 @@ def make_trained(options: RunOptions, task: LoraTask) -> Trained:
     return trained
 
 
-def mask_of(image: TrainingImage, fitted: Fitted, flipped: bool) -> np.ndarray:
+def mask_of(image: TrainingImage, fitted: Fitted, size: Size, flipped: bool) -> np.ndarray:
     """How much each latent of a masked picture counts, float32 [h, w]."""
-    return latent_mask(alpha_channel(image.path) if image.mask is None else image.mask, fitted, flipped)
+    return latent_mask(alpha_channel(image.path) if image.mask is None else image.mask, fitted, size, flipped)

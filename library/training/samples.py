@@ -29,7 +29,7 @@ from library.training.loop import Run
 from library.training.models import load_frozen_text
 from library.training.task import LoraTask
 from library.training.text import EncodedText
-from networks.original_names import UNET
+from networks.families import UNET
 
 STEPS, SCALE, SEED = 30, 7.5, 42  # kohya's, but for the seed, without which nothing could be compared
 

@@ -10,7 +10,7 @@ from library.options.run import RunOptions
 if TYPE_CHECKING:
     from library.models.locate import BaseLocation
     from library.processes import Processes
-    from networks.original_names import Family
+    from networks.families import Family
 
 
 def check_inputs(options: RunOptions) -> None:
@@ -19,13 +19,14 @@ def check_inputs(options: RunOptions) -> None:
     from library.data.collect import read_datasets
     from library.models.locate import check_base, check_dino
     from library.options.kohya.dataset import DEMO_DATA
+    from networks.families import SD15
 
     name, classes = options.model.pretrained_model_name_or_path, options.class_pictures
     check_base(name, base_components(options))
     if options.alignment.alignment:
         check_dino(options.model.dino_model)
     if classes is None and not options.uses_demo:
-        read_datasets(options, native_side=512)
+        read_datasets(options, native_side=SD15.native_side)
     elif classes is not None and classes.train_data != DEMO_DATA:
         check_pictures(classes)
 
@@ -38,13 +39,12 @@ def base_components(options: RunOptions) -> tuple[str, ...] | None:
 def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation, Family]:
     """Find the base, and see that optimizer, prompts and output will work. Raises UserError for what will not."""
     from library.files import require_writable
-    from library.models.family import family_of
+    from library.models.base_family import family_of
     from library.models.locate import locate_base, locate_dino
     from library.training.models import check_weights
     from library.training.optimizers import check_optimizer
     from library.training.samples import check_prompts
     from library.training.speed import prepare_environment
-    from networks.original_names import SDXL
 
     prepare_environment(options.speed)
     require_writable(options.output.output_dir)
@@ -58,8 +58,11 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
         processes.say(base.note)
     family = family_of(base)
     check_prompts(options.samples, processes.say)
-    if family == SDXL and options.text.clip_skip not in (None, 2):
-        raise UserError(f"clip_skip {options.text.clip_skip} cannot be: SDXL was trained on the second last layer, 2.")
+    if family.text_layer is not None and options.text.clip_skip not in (None, family.text_layer):
+        raise UserError(
+            f"clip_skip {options.text.clip_skip} cannot be used: {family.title} was trained on layer {family.text_layer} of its "
+            "text encoders, counted from the end."
+        )
     options.optimizer.text_encoder_rates(len(family.text_encoders))
     check_weights(options, base, family)
     return base, family

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.data.batches import Prefetcher
-from library.data.samples import Batch, CachedSamples, requests_in_order
+from library.data.cached_samples import Batch, CachedSamples, requests_in_order
 from library.diffusion.alignment import Weights
 from library.diffusion.loss import SMALLEST_MASK_AREA
 from library.diffusion.noise import Draw, draw
@@ -42,7 +42,7 @@ class LoraTask:
     objective: Objective
     recipe: NoiseOptions
     text: Text
-    is_sdxl: bool
+    has_size_conditions: bool
     latent_channels: int
     scaling_factor: float
     compute_dtype: torch.dtype
@@ -156,11 +156,13 @@ class LoraTask:
         return Conditioning(text.states.to(self.compute_dtype), pooled)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Tensor) -> Tensor:
-        """The U-Net's output [B, C, h, w] in the compute dtype. sizes: [B, 6], which only SDXL takes."""
+        """The U-Net's output [B, C, h, w] in the compute dtype. sizes: [B, 6], for families whose U-Net is told them."""
         inputs = noisy.to(self.compute_dtype)
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        added = {"text_embeds": text.pooled, "time_ids": sizes.to(self.compute_dtype)} if self.is_sdxl else None
+        added = (
+            {"text_embeds": text.pooled, "time_ids": sizes.to(self.compute_dtype)} if self.has_size_conditions else None
+        )
         return self.unet(inputs, timesteps, text.states, added_cond_kwargs=added, return_dict=False)[0]
 
     # -------------------------------------------------------------------------------------------- validation

@@ -1,6 +1,6 @@
 """How captions condition the U-Net: encoded in the step, cached one by one, or as a table of the prompts of all classes.
 
-Each kind puts what it needs into a batch (`library.data.samples.Captions`) and makes the conditioning of it.
+Each kind puts what it needs into a batch (`library.data.cached_samples.Captions`) and makes the conditioning of it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from library.caching.prompts import PromptCache
-from library.data.samples import Batch, Captions
+from library.caching.prompt_cache import PromptCache
+from library.data.cached_samples import Batch, Captions
 from library.data.text_embeddings import TextEmbeddings
 from library.data.trained_image import TrainedImage
 from library.models.conditioning import Conditioning, TextConditioner

@@ -18,10 +18,10 @@ from library.models.configs import configs_of
 from library.models.load import load_unet
 from networks.adapter_export import Form, adapter_metadata, adapter_tensors, form_metadata, peft_config
 from networks.adapters import Adapter
+from networks.families import FAMILIES, TEXT_ENCODER_2, UNET, VAE
 from networks.kinds.lora import LoraModule
 from networks.names import Target, with_text_model
 from networks.network import Network, add_network
-from networks.original_names import FAMILIES, TEXT_ENCODER_2, UNET, VAE
 from networks.spec import NetworkSpec
 from networks.targets import CONV_PARENTS, TRANSFORMER_PARENTS, layers_inside
 from tests.tools.networks import train

@@ -7,13 +7,13 @@ import json
 import re
 from pathlib import Path
 
-from library.caching.class_pictures import Caches, Preparation
+from library.caching.class_caches import Caches, Preparation
 from library.data.class_pictures import open_pictures
 from library.options.parser import parse
 from library.options.repa import PrepareCacheOptions
 from library.processes import Processes
 from library.training.caches import class_preparation
-from networks.original_names import SD15
+from networks.families import SD15
 from tests.tools.pictures import draw_picture
 
 

@@ -32,8 +32,8 @@ from library.models.locate import BaseLocation
 from library.options.toml_file import PROJECT_ROOT
 from networks.adapter_file import BASE_MODEL_KEY, NETWORK_SPEC_KEY
 from networks.adapters import Adapter
+from networks.families import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from networks.network import Network
-from networks.original_names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from tests.tools.adapters import earlier_spec, earlier_weights, whole_adapter, write_adapter
 from tests.tools.ldm_layout import ldm_checkpoint
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from tests.tools.runs import launch
 
 if TYPE_CHECKING:
+    from library.data.cached_samples import Batch, CachedSamples
     from library.data.order import BatchOrder
-    from library.data.samples import Batch, CachedSamples
     from library.options.network import TrainNetworkOptions
     from library.training.caches import Prepared
     from library.training.plan import Plan
@@ -105,7 +105,7 @@ class NetworkSetting:
 
     def build(self, *extra: str, **changes: object) -> Built:
         """Everything up to the first step, in this process."""
-        from library.models.family import family_of
+        from library.models.base_family import family_of
         from library.models.locate import locate_base
         from library.options.network import parse_network_options
         from library.processes import Processes
@@ -142,7 +142,7 @@ class Built:
 
     def batch(self, number: int = 0, samples: CachedSamples | None = None) -> Batch:
         """The `number`-th batch of the training pictures in their order, as they are in the first epoch."""
-        from library.data.samples import requests_in_order
+        from library.data.cached_samples import requests_in_order
 
         samples = samples or self.task.training
         request = list(requests_in_order(samples))[number]

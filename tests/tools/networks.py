@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from networks.adapters import Adapter
+from networks.families import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from networks.network import Network, add_network
-from networks.original_names import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from networks.spec import NetworkSpec
 from tests.tools.unets import small_unet, unet_inputs
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from library.errors import UserError
 from library.files import file_hash, read_json, write_json
-from library.models.locate import DINOV2, SHAPES, SHAPES_CLIP, SHAPES_DINOV2, locate_base, locate_dino, weight_files
+from library.models.embedded import SHAPES, SHAPES_CLIP, SHAPES_DINOV2
+from library.models.locate import DINOV2, locate_base, locate_dino, weight_files
 
 SIDE = 128
 CLASSES, CONCEPT = "classes", "concept"

@@ -13,8 +13,11 @@ from transformers import CLIPTextModel
 from library.diffusion.objective import Objective
 from library.diffusion.scheduler_config import parametrisation_of
 from library.models.clip_tokenizer import tiny_tokenizer
-from library.models.encoders import TextEncoder, VaeEncoder
+from library.models.conditioning import TextConditioner
+from library.models.encoders import VaeEncoder
+from library.models.load import TextPart
 from library.models.sd15_configs import SD15_SCHEDULER, SD15_UNET
+from networks.families import SD15, TEXT_ENCODER
 from tools.shapes.clip import HIDDEN
 from tools.shapes.fit import Record, fit
 from tools.shapes.pictures import Pictures, batches, caption
@@ -46,7 +49,7 @@ def train_denoiser(
     unet = unet.to(memory_format=torch.channels_last).train()
     objective = Objective(parametrisation_of(SD15_SCHEDULER), min_snr_gamma=MIN_SNR_GAMMA)
     latents = encode(vae, pictures.pixels)
-    embeddings = _Embeddings(TextEncoder(tiny_tokenizer(), text_model))
+    embeddings = _Embeddings(TextConditioner(SD15, [TextPart(TEXT_ENCODER, tiny_tokenizer(), text_model)]))
 
     def loss_at(step: int, indices: Tensor) -> Tensor:
         generator, choose = torch.Generator().manual_seed(seed * 10**6 + step), random.Random(f"denoiser {seed} {step}")
@@ -78,12 +81,13 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 class _Embeddings:
     """The text encoder's output for prompts, each computed once."""
 
-    def __init__(self, encoder: TextEncoder) -> None:
+    def __init__(self, encoder: TextConditioner) -> None:
         self._encoder = encoder
         self._known: dict[str, Tensor] = {}
 
     def __call__(self, prompts: list[str]) -> Tensor:
         """[B, 77, D] float32."""
         if new := sorted(set(prompts) - self._known.keys()):
-            self._known |= dict(zip(new, self._encoder.encode(new), strict=True))
+            with torch.no_grad():
+                self._known |= dict(zip(new, self._encoder(new).states.half(), strict=True))
         return torch.stack([self._known[prompt] for prompt in prompts]).float()

@@ -19,7 +19,7 @@ from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, Dinov2Config,
 
 from library.files import file_hash, human_bytes, whole_folder, write_json, write_text
 from library.models.clip_tokenizer import tiny_merges, write_tokenizer
-from library.models.locate import SHAPES, SHAPES_CLIP, SHAPES_DINOV2
+from library.models.embedded import SHAPES, SHAPES_CLIP, SHAPES_DINOV2
 from library.models.sd15_configs import SD15_PIPELINE, SD15_SCHEDULER
 from library.models.tiny_parts import write_pipeline_index
 from tools.shapes import autoencoder, clip, denoiser, teacher

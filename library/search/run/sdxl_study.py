@@ -9,7 +9,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.files import read_json
-from library.models.locate import SHAPES, TINY_BASES, TINY_SDXL
+from library.models.embedded import SHAPES, TINY_BASES, TINY_SDXL
 from library.options.scripts import network_options_of, option_types
 from library.options.search import SdxlOptions
 from library.search.best_params import BaseModel, BestParams, ObjectiveFacts, Params, is_best_params, parse_best_params
@@ -22,11 +22,11 @@ from library.search.to_sdxl.export import export
 from library.search.to_sdxl.network_rules import TEXT_BAND, rank, text_ratio
 from library.search.to_sdxl.rules import written_options
 from library.search.to_sdxl.trainings import Sd15Training, SdxlTraining
+from networks.families import SD15, SDXL
 
 SDXL_SPACE = "sdxl"
 TRIALS = 15
 """Of a study that starts from a known result; the guide asks for 10 to 20."""
-SD15_BASE, SDXL_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
 # Parameters of search_spaces/sdxl.toml.
 MULTIPLIER, DIM = "learning_rate_multiplier", "network_dim"
 TEXT_RATIO, TRAIN_TEXT = "text_encoder_ratio", "train_text_encoders"
@@ -53,12 +53,12 @@ class Start:
 
 
 def default_sdxl_base(sd15_base: str) -> str:
-    return TINY_SDXL if sd15_base in TINY_BASES else SDXL_BASE
+    return TINY_SDXL if sd15_base in TINY_BASES else SDXL.hub_id
 
 
 def default_sd15_base(sdxl_base: str) -> str:
     """The base that a table of parameters is taken to be for; its native resolution is the default one."""
-    return SHAPES if sdxl_base in TINY_BASES else SD15_BASE
+    return SHAPES if sdxl_base in TINY_BASES else SD15.hub_id
 
 
 def continues_sd15(path: Path, space: Space, *, is_named: bool) -> bool:

@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from library.errors import UserError
-from library.models.locate import TINY_BASES, TINY_SDXL, base_status, locate_base
+from library.models.embedded import TINY_BASES, TINY_SDXL
+from library.models.locate import base_status, locate_base
 from library.options.arguments import parse_arguments
 from library.options.network import KOHYA, parse_network_options
 from library.options.repa import parse_repa_options
@@ -274,8 +275,8 @@ def _scales(objective: ObjectiveName, judging: Mapping[str, Any]) -> dict[str, f
 
 def _family(base: str, dry_run: bool) -> Family:
     """The base's family. A base on the hub is downloaded, but not for a dry run."""
-    from library.models.family import family_of
-    from networks.original_names import SDXL
+    from library.models.base_family import family_of
+    from networks.families import SDXL
 
     if base in TINY_BASES:
         return "sdxl" if base == TINY_SDXL else "sd15"

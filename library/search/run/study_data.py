@@ -121,7 +121,7 @@ def _settings(datasets: list[Dataset], images: list[list[TrainingImage]]) -> str
 def _batch_of_files(options: Mapping[str, Any], datasets: list[Dataset]) -> int | None:
     """The largest batch size that a dataset file gives; these do not change with the option."""
     from library.data.collect import read_datasets
-    from library.models.family import native_side
+    from library.models.base_family import native_side
 
     parsed = _checked(options)
     training = dataclasses.replace(parsed.training, train_batch_size=parsed.training.train_batch_size + 1)
@@ -148,6 +148,6 @@ def repa_data(options: TrainRepaOptions) -> StudyData:
 def base_hash(base: str, cache_dir: Path) -> str:
     """SHA-256 of the base's U-Net. It takes seconds for gigabytes, and is remembered in `cache_dir`."""
     from library.models.fingerprint import weight_fingerprint
-    from networks.original_names import UNET
+    from networks.families import UNET
 
-    return weight_fingerprint(locate_base(base), UNET, cache_dir / "weight_hashes.json")
+    return weight_fingerprint(locate_base(base), UNET, cache_dir)

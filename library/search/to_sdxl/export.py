@@ -43,7 +43,6 @@ NAME = "sdxl_lora"
 # With fewer pictures none is held out: a guess.
 _FEW = 4
 _SHOWN_CHANGES = ("resolution", *BUCKET_LIMITS, "batch_size", "validation_split", "validation_seed")
-_NATIVE_SD15 = 512
 
 
 @dataclass(frozen=True)
@@ -172,10 +171,11 @@ def _require_transferable(best: BestParams) -> None:
 
 
 def _require_sdxl(base: str) -> None:
+    from library.models.base_family import family_of
     from library.models.configs import published_family
-    from library.models.family import family_of
-    from library.models.locate import TINY_SDXL, base_status, locate_base
-    from networks.original_names import SDXL
+    from library.models.embedded import TINY_SDXL
+    from library.models.locate import base_status, locate_base
+    from networks.families import SDXL
 
     if base == TINY_SDXL:
         return
@@ -188,11 +188,12 @@ def _require_sdxl(base: str) -> None:
 
 def _native_side(options: TrainNetworkOptions) -> int:
     """Side in pixels at which the study's base was trained; SD1.5's where the base is not on this machine."""
-    from library.models.family import native_side
+    from library.models.base_family import native_side
     from library.models.locate import base_status, locate_base
+    from networks.families import SD15
 
     name = options.model.pretrained_model_name_or_path
-    return _NATIVE_SD15 if base_status(name) else native_side(locate_base(name))
+    return SD15.native_side if base_status(name) else native_side(locate_base(name))
 
 
 def _validation_share(datasets: tuple[Dataset, ...], images: list[list[TrainingImage]]) -> float | None:

@@ -11,8 +11,9 @@ from library.options.search import SdxlOptions
 from library.search.held_out_pictures import EVALUATION_SEED
 from library.search.to_sdxl.trainings import Sd15Training, SdxlTraining
 from library.words import plural
+from networks.families import SDXL
 
-NATIVE_SIDE = 1024
+NATIVE_SIDE = SDXL.native_side
 """Side in pixels that SDXL was trained at."""
 
 GRAIN = 32

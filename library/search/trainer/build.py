@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from library.data.cached_samples import CachedSamples, Request
 from library.data.collect import TrainingData
 from library.data.order import MicroBatch
-from library.data.samples import CachedSamples, Request
 from library.errors import UserError
 from library.models.conditioning import Conditioning
 from library.models.locate import BaseLocation
@@ -35,7 +35,7 @@ from library.training.run import build_run
 from library.training.speed import prepare_environment, with_usable_attention
 from library.training.start import check_start
 from library.training.task import LoraTask
-from networks.original_names import UNET, Family
+from networks.families import UNET, Family
 
 # Groups of options that decide nothing about pictures and caches, but for the batch size, the dataset file and base_weights.
 _NOT_OF_DATA = (
@@ -116,8 +116,7 @@ def _data_facts(options: RunOptions, base: BaseLocation, family: Family) -> list
     files = [file_facts(options.dataset_file), file_facts(options.data.in_json)]
     if (classes := options.class_pictures) is not None:
         files += [file_facts(path) for path in (classes.train_data, classes.val_data, classes.class_names)]
-    memory = options.cache.cache_dir / "weight_hashes.json"
-    weights = base_weights_facts(options, base, (UNET, *family.text_encoders), memory)
+    weights = base_weights_facts(options, base, (UNET, *family.text_encoders))
     return [groups, files, weights, options.training.train_batch_size]
 
 
@@ -133,10 +132,9 @@ def _judge(job: Job, options: RunOptions, prepared: Prepared, task: LoraTask, wa
 
 def _base_key(options: RunOptions, prepared: Prepared, task: LoraTask, pictures: list[HeldOut]) -> str:
     """Of all that decides the base's own losses, to the bit."""
-    memory, family = options.cache.cache_dir / "weight_hashes.json", prepared.family
     speed, captions = options.speed, {one.image.sample_id: one.image.caption for one in prepared.data.validation}
     facts = [
-        base_weights_facts(options, prepared.base, (UNET, *family.text_encoders), memory),
+        base_weights_facts(options, prepared.base, (UNET, *prepared.family.text_encoders)),
         flatten(options.model),
         flatten(options.text),
         [speed.sdpa, speed.xformers, speed.compile, speed.channels_last, speed.deterministic],

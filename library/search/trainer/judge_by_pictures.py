@@ -29,7 +29,8 @@ from library.inference.model import DrawingModel, load_drawing_vae
 from library.inference.request import Request
 from library.inference.text_to_image import draw, native_size
 from library.models.conditioning import clip_skip
-from library.models.locate import SHAPES_CLIP, TINY_BASES, locate_base
+from library.models.embedded import SHAPES_CLIP, TINY_BASES
+from library.models.locate import locate_base
 from library.options.parser import flatten
 from library.options.run import RunOptions
 from library.search.constraints import ADHERENCE, PREFIX, clip_of
@@ -43,7 +44,7 @@ from library.training.caches import Prepared
 from library.training.models import base_weights_facts
 from library.training.task import LoraTask
 from library.training.text import EncodedText
-from networks.original_names import UNET
+from networks.families import UNET
 
 STANDARD_ERRORS = 2.0
 """A fall of the adherence by less than this many standard errors of the base's may be chance."""
@@ -204,9 +205,8 @@ def network_image_judge(
         return DrawingModel(prepared.family, task.models[UNET], parts, models.vae, parametrisation, task.compute_dtype)
 
     photos = [decode_rgb(picture.image.path, name=str(picture.image.path)) for picture in held_out]
-    memory = options.cache.cache_dir / "weight_hashes.json"
     components = (UNET, *prepared.family.text_encoders)
-    facts: list[Any] = [base_weights_facts(options, prepared.base, components, memory), flatten(options.model)]
+    facts: list[Any] = [base_weights_facts(options, prepared.base, components), flatten(options.model)]
     facts += [repr(judging), key]
     facts += [
         flatten(options.speed),

@@ -23,7 +23,7 @@ from library.models.load import TextPart
 from library.models.locate import BaseLocation
 from library.options.run import RunOptions
 from library.training.models import FrozenModels, base_weights_facts, float8_components
-from networks.original_names import UNET, Family
+from networks.families import UNET, Family
 
 Value = TypeVar("Value")
 Module = TypeVar("Module", bound=nn.Module)
@@ -108,8 +108,7 @@ class KeptModels(FrozenModels):
 
     @staticmethod
     def _facts(options: RunOptions, base: BaseLocation, components: Any, device: torch.device) -> list[Any]:
-        memory = options.cache.cache_dir / "weight_hashes.json"
-        facts = base_weights_facts(options, base, components, memory)
+        facts = base_weights_facts(options, base, components)
         return [str(base.path), facts, options.model.mixed_precision, str(device)]
 
     def intact(self) -> bool:

@@ -3,7 +3,7 @@
     cache_dir/prompts_<hash of encoders, clip_skip, chunks, precision>/states    float16 [T, D]
     cache_dir/prompts_<hash of encoders, clip_skip, chunks, precision>/pooled    float16 [P], of SDXL only
 
-The key is a hash of the caption: an edited one gets a new entry, and the old one stays until `purge_prompts`.
+The key is a hash of the caption: an edited one gets a new entry, and the old one stays.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from tqdm import tqdm
 from library.caching.fill import Say, locked
 from library.caching.producers import fingerprint
 from library.data.store import META_KEY, StoreMeta, TensorStore, pack_source, read_transactions, shard_folder
-from library.data.store_writer import StoreWriter, keep_only
+from library.data.store_writer import StoreWriter
 from library.errors import RunFailed, UserError
 from library.files import require_space
 from library.models.conditioning import Conditioning, TextConditioner
 from library.models.encoders import PROMPTS_AT_ONCE
 from library.processes import Processes
+from library.words import plural
 
 STORES = {"states": "prompts", "pooled": "pooled"}
 """Folder of each store, and the kind of what is in it."""
@@ -120,16 +121,9 @@ def prepare_prompts(
             cut = processes.gather(share.encode(conditioner()) if mine else [])
         processes.wait()
         if cut:
-            say(f"prompts: {len(cut)} captions are longer than the encoders' room and were cut (first: {cut[0]!r})")
+            are = plural(len(cut), "caption is", "captions are")
+            say(f"prompts: {are} longer than the text encoders' room and cut off (first: {cut[0]!r})")
     return PromptCache(folder, unique)
-
-
-def purge_prompts(captions: Sequence[str], facts: dict[str, Any], cache_dir: Path) -> int:
-    """Delete the entries of all other captions than these and the empty one; how many. No process may have them open."""
-    keys = [prompt_key(caption) for caption in [*captions, EMPTY]]
-    folder = prompt_folder(cache_dir, facts)
-    keep_only(folder / "pooled", "pooled", keys)
-    return keep_only(folder / "states", "prompts", keys)
 
 
 def _missing(folder: Path, captions: Sequence[str]) -> list[str]:
@@ -147,7 +141,7 @@ def _missing(folder: Path, captions: Sequence[str]) -> list[str]:
 def _meta(path: Path) -> StoreMeta | None:
     """None where there is no store, or one whose build was killed before its first commit."""
     with read_transactions(path) as transactions:
-        notes = [bytes(data) for one in transactions if (data := one.get(META_KEY)) is not None]
+        notes = [bytes(data) for transaction in transactions if (data := transaction.get(META_KEY)) is not None]
     return StoreMeta.from_json(notes[0], path) if notes else None
 
 

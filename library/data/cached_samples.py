@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from library.data.batches import DTYPES, AlignedBatch
+from library.data.batches import AlignedBatch
 from library.data.buckets import Fitted, Size
 from library.data.captions import make_caption, sample_random
 from library.data.dataset_schema import Subset
@@ -22,8 +22,8 @@ from library.data.training_images import TrainingImage
 
 FLIP_CHANCE = 0.5
 
-MaskReader = Callable[[TrainingImage, Fitted, bool], np.ndarray]
-"""(image, where it was cut, mirrored or not) -> mask float32 [h, w] of its latents."""
+MaskReader = Callable[[TrainingImage, Fitted, Size, bool], np.ndarray]
+"""(image, where it was cut, rows and columns of its latents, mirrored or not) -> their mask float32 [h, w]."""
 
 
 class Request(NamedTuple):
@@ -137,7 +137,7 @@ class CachedSamples:
         meta = self._latents.stores[bucket].meta
         batch = Batch(
             indices=request.micro.indices,
-            latents=torch.empty((count, *meta.shape), dtype=DTYPES[meta.dtype], pin_memory=pin),
+            latents=torch.empty((count, *meta.shape), dtype=getattr(torch, meta.dtype), pin_memory=pin),
             sizes=torch.empty((count, 6), pin_memory=pin),
             captions=[],
             flipped=np.zeros(count, bool),
@@ -195,7 +195,8 @@ class CachedSamples:
             if batch.mask is not None and self._read_mask is not None:
                 for row, picture in enumerate(pictures, rows.start):
                     if picture.has_mask:
-                        mask = self._read_mask(picture.image, picture.fitted, flipped)
+                        rows_columns = batch.mask.shape[-2], batch.mask.shape[-1]
+                        mask = self._read_mask(picture.image, picture.fitted, rows_columns, flipped)
                         batch.mask[row, 0] = torch.from_numpy(mask)
         self._captions.read(batch, part)
 
@@ -294,6 +295,6 @@ def requests_in_order(
 
 def requests(order: BatchOrder, step: int) -> Iterator[Request]:
     """The micro-batches of this process from optimizer step `step` on, without end."""
-    for one in order.from_step(step):
-        for micro in one.micro_batches:
-            yield Request(one.number, one.epoch, micro, micro.real * order.world_size / one.samples)
+    for of_step in order.from_step(step):
+        for micro in of_step.micro_batches:
+            yield Request(of_step.number, of_step.epoch, micro, micro.real * order.world_size / of_step.samples)

@@ -8,13 +8,11 @@ from typing import Any
 
 from library.errors import UserError
 from library.files import read_json
-from library.models.configs import configs_of
 from library.models.header import read_shapes
 from library.models.locate import BaseLocation
-from networks.original_names import SD15, SDXL, TEXT_ENCODER_2, UNET, Family
+from networks.families import SD15, SDXL, TEXT_ENCODER_2, UNET, Family
 
 _UNET = SD15.original[UNET]
-_VAE_FACTOR = 8  # pixels to a latent
 
 # What other files look like: a tensor name, or the beginning of one, that only they have.
 _OTHER_FILES = (
@@ -57,9 +55,9 @@ def require_family(found: Family | str, allowed: Collection[Family], where: str)
 
 def native_side(location: BaseLocation) -> int:
     """Side in pixels that a base was trained at, from its configuration alone."""
-    if location.is_file:
-        return int(configs_of(family_of(location)).unet["sample_size"]) * _VAE_FACTOR
-    return int(read_json(location.path / "unet" / "config.json").get("sample_size", 64)) * _VAE_FACTOR
+    family = family_of(location)
+    latents = None if location.is_file else read_json(location.path / UNET / "config.json").get("sample_size")
+    return family.native_side if latents is None else int(latents) * family.vae_factor
 
 
 def _family_of_file(path: Path) -> Family | str:

@@ -19,7 +19,7 @@ from library.merging.layouts import Merging
 from library.merging.merge import all_finite, fold
 from library.models.checkpoint import LEFTOVERS, Checkpoint, StoredTensor
 from library.models.tensor_files import Range
-from networks.original_names import UNET
+from networks.families import UNET
 
 # Of the U-Net, each of these must be there at least once (the conversion report's list).
 _CRITICAL = (

@@ -21,15 +21,15 @@ from library.caching.producers import Wanted, fingerprint
 from library.caching.survey import Survey, Target
 from library.data.class_pictures import Pictures, PictureSet
 from library.data.pixels import PIXELS_VERSION
-from library.data.sources import Sample
+from library.data.sources import Sample, missing_files
 from library.data.store import TensorStore, disk_bytes, shard_folders
 from library.data.text_embeddings import TextEmbeddings, read_text_embeddings
+from library.device import named_dtype
 from library.errors import UserError
 from library.files import human_bytes, whole_file
 from library.models.conditioning import TextConditioner, clip_skip
-from library.models.configs import configs_of
 from library.models.dinov2 import dinov2_width, load_dinov2
-from library.models.encoders import PROMPTS_AT_ONCE, VAE_FACTOR, DinoEncoder, VaeEncoder
+from library.models.encoders import PROMPTS_AT_ONCE, DinoEncoder, VaeEncoder
 from library.models.fingerprint import weight_fingerprint
 from library.models.load import load_text_encoders, load_vae
 from library.models.locate import DINOV2, BaseLocation, locate_base, locate_dino
@@ -37,10 +37,10 @@ from library.options.alignment import AlignmentOptions
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.options.kohya.training import NetworkModelOptions, TextEncoderOptions
 from library.processes import Processes
-from networks.original_names import FAMILIES, Family
+from library.words import plural
+from networks.families import FAMILIES, TOKENIZERS, Family
 
 KINDS = ("latents", "tokens")
-DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
 
 
 @dataclass
@@ -85,11 +85,6 @@ class Preparation:
         self.vae = locate_base(model.vae or model.pretrained_model_name_or_path, ("vae",))
         self._encoders: dict[str, Any] = {}
 
-    @property
-    def memory(self) -> Path:
-        """Hashes of weight files, remembered between runs."""
-        return self.cache.cache_dir / "weight_hashes.json"
-
     def made_elsewhere(self, kind: str) -> tuple[int, ...] | None:
         return self.cache.latent_shape if kind == "latents" else self.cache.token_shape
 
@@ -118,21 +113,20 @@ class Preparation:
     def _wanted_latents(self) -> Wanted:
         producer = self._pixels() | {
             "model": self.model.vae or self.model.pretrained_model_name_or_path,
-            "weights": weight_fingerprint(self.vae, "vae", self.memory),
+            "weights": weight_fingerprint(self.vae, "vae", self.cache.cache_dir),
             "value": "posterior mode x scaling factor",
         }
         return Wanted("latents", "float16", self._latent_shape, producer)
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
-        side = self.side // VAE_FACTOR
-        return int(configs_of(self.family).vae["latent_channels"]), side, side
+        return self.family.latent_channels, *self.family.latent_size(self.side, self.side)
 
     def _wanted_tokens(self) -> Wanted:
         location = locate_dino(self.model.dino_model)
         producer = self._pixels() | {
             "model": self.model.dino_model,
-            "weights": weight_fingerprint(location, DINOV2, self.memory),
+            "weights": weight_fingerprint(location, DINOV2, self.cache.cache_dir),
             "dino_resolution": self.alignment.dino_resolution,
             "token_grid": self.alignment.token_grid,
         }
@@ -150,7 +144,7 @@ class Preparation:
     def encoder(self, kind: str) -> Any:
         """VaeEncoder, DinoEncoder or TextConditioner, loaded on first use."""
         if kind not in self._encoders:
-            dtype, device = DTYPES[self.precision], self.processes.device
+            dtype, device = named_dtype(self.precision), self.processes.device
             if kind == "latents":
                 families = tuple(FAMILIES.values()) if self.model.vae else (self.family,)
                 self._encoders[kind] = VaeEncoder(load_vae(self.vae, families=families, dtype=dtype, device=device))
@@ -193,10 +187,12 @@ class Preparation:
     def prepare(self, pictures: Pictures, *, rebuild: bool, say: Callable[..., None]) -> Caches:
         """Make every cache complete, building what is missing; say what was done.
 
-        rebuild: stores of another teacher, resolution or option are made anew; otherwise they are a UserError, because
+        rebuild: stores of another teacher, resolution or option are built again; otherwise they are a UserError, because
         a training run should not overwrite by a slip of an option what took days.
         """
-        ready = {one.name: self._prepare_set(one, rebuild=rebuild, say=say) for one in pictures.sets}
+        ready = {
+            picture_set.name: self._prepare_set(picture_set, rebuild=rebuild, say=say) for picture_set in pictures.sets
+        }
         text, text_path = self._prepare_text(pictures, say)
         self._encoders.clear()
         if torch.cuda.is_available():
@@ -219,7 +215,7 @@ class Preparation:
         stores = ", ".join(
             f"{kind} {human_bytes(disk_bytes(state.path))} in {state.path}" for kind, state in states.items()
         )
-        say(f"{pictures.name}: {len(present)} samples cached, {len(dropped)} unreadable; {stores}")
+        say(f"{pictures.name}: {plural(len(present), 'sample')} cached, {len(dropped)} unreadable; {stores}")
         table = self.cache.cache_dir / f"{pictures.name}_unreadable.tsv"
         list_dropped(table, pictures.name, pictures.samples, dropped, self.processes, say)
         if not present:
@@ -233,15 +229,13 @@ class Preparation:
         return Cached(present, opened, dropped)
 
     def _check_files(self, pictures: PictureSet, states: dict[str, Survey]) -> None:
-        wanted = {entry.sample.sample_id: entry.sample for state in states.values() for entry in state.work}
-        if wanted:
-            there = pictures.source.present()
-            absent = [sample for sample in wanted.values() if sample.path not in there]
-            if absent:
-                raise UserError(
-                    f"{len(absent)} of {len(pictures.samples)} rows of {pictures.source.location} name files that are not there "
-                    f"(first: {', '.join(sample.path for sample in absent[:3])}). Correct the paths or give --image_root."
-                )
+        wanted = {entry.sample.sample_id for state in states.values() for entry in state.work}
+        missing = missing_files(pictures.source) if wanted else []
+        if absent := [sample for sample in missing if sample.sample_id in wanted]:
+            raise UserError(
+                f"{len(absent)} of {len(pictures.samples)} rows of {pictures.source.location} name files that are not there "
+                f"(first: {', '.join(sample.path for sample in absent[:3])}). Correct the paths or give --image_root."
+            )
 
     def _prepare_text(self, pictures: Pictures, say: Callable[..., None]) -> tuple[TextEmbeddings, Path]:
         path = self.cache.text_embeddings_path
@@ -256,21 +250,23 @@ class Preparation:
         if self.processes.is_main and not _up_to_date(path, texts, producer):
             conditioner = self.encoder("text")
             _encode_prompts(path, class_ids, texts, producer, conditioner)
-            say(f"text: {len(texts)} prompts encoded to {path}")
+            say(f"text: {plural(len(texts), 'prompt')} encoded to {path}")
             if cut := conditioner.overlong(texts):
-                room = conditioner.length
-                say(f"text: {len(cut)} prompts are longer than {room} tokens and were cut (first: {texts[cut[0]]!r})")
+                are = plural(len(cut), "prompt is", "prompts are")
+                say(f"text: {are} longer than {conditioner.length} tokens and cut off (first: {texts[cut[0]]!r})")
         self.processes.wait()
         return read_text_embeddings(path), path
 
     @property
     def _text_location(self) -> BaseLocation:
         encoders = self.family.text_encoders
-        tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
-        return locate_base(self.model.pretrained_model_name_or_path, (*encoders, *tokenizers))
+        parts = (*encoders, *(TOKENIZERS[name] for name in encoders))
+        return locate_base(self.model.pretrained_model_name_or_path, parts)
 
     def _text_producer(self) -> dict[str, Any]:
-        hashes = [weight_fingerprint(self._text_location, name, self.memory) for name in self.family.text_encoders]
+        hashes = [
+            weight_fingerprint(self._text_location, name, self.cache.cache_dir) for name in self.family.text_encoders
+        ]
         producer = {
             "model": self.model.pretrained_model_name_or_path,
             "weights": hashes[0] if len(hashes) == 1 else hashes,

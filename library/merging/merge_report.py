@@ -9,10 +9,11 @@ from typing import Any
 
 from library.files import human_bytes
 from library.merging.merge import Change
+from library.merging.read_back import Check
 from library.merging.source import Source
 from library.merging.strength import Strength
-from library.merging.verify import Check
 from library.models.header import read_shapes
+from library.words import plural
 
 _LARGEST = 10  # changes that the report lists
 
@@ -92,15 +93,15 @@ class MergeReport:
             "precision": self.precision,
             "adapters": [
                 {
-                    "file": str(one.source.file),
-                    "ratio": one.strength.ratio,
-                    "unet_ratio": one.strength.unet,
-                    "text_encoder_ratio": one.strength.text_encoder,
-                    "block_ratios": dict(one.strength.blocks),
-                    "modules": len(one.source.adapter.modules),
-                    "keys": one.keys,
+                    "file": str(ingredient.source.file),
+                    "ratio": ingredient.strength.ratio,
+                    "unet_ratio": ingredient.strength.unet,
+                    "text_encoder_ratio": ingredient.strength.text_encoder,
+                    "block_ratios": dict(ingredient.strength.blocks),
+                    "modules": len(ingredient.source.adapter.modules),
+                    "keys": ingredient.keys,
                 }
-                for one in self.ingredients
+                for ingredient in self.ingredients
             ],
             "components": [vars(component) for component in self.components],
             "largest_changes": [vars(change) for change in self.largest],
@@ -120,13 +121,13 @@ class MergeReport:
             ("adapter", "ratio", "modules", "keys", "frozen", "merged", "dropped"),
             [
                 (
-                    f"`{one.source.file}`",
-                    one.strength.describe(),
-                    len(one.source.adapter.modules),
-                    sum(one.keys.values()),
-                    *one.keys.values(),
+                    f"`{ingredient.source.file}`",
+                    ingredient.strength.describe(),
+                    len(ingredient.source.adapter.modules),
+                    sum(ingredient.keys.values()),
+                    *ingredient.keys.values(),
                 )
-                for one in self.ingredients
+                for ingredient in self.ingredients
             ],
         )
         lines += [f"W' = W + sum of ratio * delta, in float32, rounded once. {self._deltas()}", ""]
@@ -136,10 +137,7 @@ class MergeReport:
             [(c.name, c.keys_before, c.keys_after, c.changed) for c in self.components],
         )
         if self.left_behind:
-            lines += [
-                f"Left behind: {len(self.left_behind)} tensors that are no part of the models (first: `{self.left_behind[0]}`).",
-                "",
-            ]
+            lines += [f"{self._left_behind()} (first: `{self.left_behind[0]}`).", ""]
         if self.absent:
             lines += [f"Without {', '.join(self.absent)}, which the base names but does not hold here.", ""]
         lines += ["## Checks", "", "Read back from the files that were written.", ""]
@@ -155,11 +153,17 @@ class MergeReport:
         lines += _table(("input", "SHA-256"), [(f"`{path}`", f"`{digest}`") for path, digest in self.hashes.items()])
         return "\n".join(lines)
 
+    def _left_behind(self) -> str:
+        count = plural(len(self.left_behind), "tensor of the base that is", "tensors of the base that are")
+        return f"Left behind: {count} no part of the models"
+
     def _deltas(self) -> str:
         """How each kind of module that was merged makes its delta, and what the dropped keys are."""
-        kinds = {module.kind for one in self.ingredients for module in one.source.adapter.modules.values()}
+        kinds = {
+            module.kind for ingredient in self.ingredients for module in ingredient.source.adapter.modules.values()
+        }
         said = "; ".join(sorted(f"{kind.title}: delta = {kind.formula}" for kind in kinds))
-        dropped = any(one.keys["dropped"] for one in self.ingredients)
+        dropped = any(ingredient.keys["dropped"] for ingredient in self.ingredients)
         return f"{said}.{' Dropped keys are heads that only training needs.' if dropped else ''}"
 
     def as_text(self) -> str:
@@ -170,16 +174,16 @@ class MergeReport:
             most = max(own, key=lambda change: change.relative, default=None)
             said = "as in the base" if most is None else f"{most.relative:.2e}  {most.key}"
             lines.append(f"{part.name:<16}{part.keys_before:>12}{part.keys_after:>8}{part.changed:>9}   {said}")
-        for one in self.ingredients:
-            keys = one.keys
+        for ingredient in self.ingredients:
+            keys = ingredient.keys
             lines.append(
-                f"{one.source.file.name}: {sum(keys.values())} keys = {keys['frozen']} frozen + {keys['merged']} merged + "
+                f"{ingredient.source.file.name}: {sum(keys.values())} keys = {keys['frozen']} frozen + {keys['merged']} merged + "
                 f"{keys['dropped']} dropped"
             )
         if all(change.relative == 0 for change in self.changes):
             lines.append("Nothing has changed: the adapter is zero (was it trained?) or the ratio is.")
         if self.left_behind:
-            lines.append(f"Left behind: {len(self.left_behind)} tensors of the base that are no part of the models.")
+            lines.append(f"{self._left_behind()}.")
         if self.absent:
             lines.append(f"Without {', '.join(self.absent)}, which the base names but does not hold here.")
         lines += [f"{'ok' if check.passed else 'FAILED':<7}{check.name}: {check.found}" for check in self.checks]
