@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from library.errors import EXIT_OK, script
 from library.options.checks import not_negative, positive, require
 from library.options.parser import parse
-from library.options.precision import Precision
+from library.precision import Precision
 
 if TYPE_CHECKING:
     from library.merging.extract import ExtractReport

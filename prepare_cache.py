@@ -14,7 +14,7 @@ from library.errors import EXIT_OK, script
 from library.launch import start_cpu_processes
 from library.options.parser import parse
 from library.options.repa import REPA, PrepareCacheOptions
-from library.training.start import check_inputs
+from library.training.inputs import check_inputs
 
 
 @script

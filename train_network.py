@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from library.errors import EXIT_OK, script
 from library.launch import start_cpu_processes
 from library.options.network import parse_network_options, write_config
-from library.training.start import check_inputs
+from library.training.inputs import check_inputs
 
 
 @script

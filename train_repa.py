@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from library.errors import EXIT_OK, script
 from library.launch import start_cpu_processes
 from library.options.repa import parse_repa_options
-from library.training.start import check_inputs
+from library.training.inputs import check_inputs
 
 
 @script

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from library.errors import UserError
-from library.options.precision import TORCH_DTYPES, Precision
+from library.precision import TORCH_DTYPES, Precision
 
 
 def choose_device(name: str | None, *, needs: torch.dtype = torch.float32) -> torch.device:

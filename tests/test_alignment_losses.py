@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.diffusion import alignment as losses
+from library.diffusion import alignment_losses as losses
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:

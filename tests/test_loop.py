@@ -16,9 +16,9 @@ from library.options.training import OptimizerOptions, OutputOptions, TrainingOp
 from library.processes import Processes
 from library.training.checkpoints import Checkpoints
 from library.training.loop import Run, train
+from library.training.loss_scaling import LossScaler
 from library.training.optimizers import ParameterGroup, make_optimizer
 from library.training.plan import make_plan
-from library.training.scaling import LossScaler
 from library.training.schedules import rate_multiplier
 from library.training.state import Trained
 from library.training.tracking import MetricLog

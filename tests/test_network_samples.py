@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import library.training.samples as samples
+import library.training.sample_images as samples
 from library.diffusion.predictions import EPSILON, VELOCITY
 from library.inference.model import DrawingModel
 from library.inference.prompt_syntax import parse_prompt

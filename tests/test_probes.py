@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from library.diffusion.alignment import grid_ceiling, normalize
+from library.diffusion.alignment_losses import grid_ceiling, normalize
 from library.errors import UserError
 from library.evaluation import probes
 from library.evaluation.baselines import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from library.diffusion import alignment as losses
+from library.diffusion import alignment_losses as losses
 from tests.tools.network_runs import NetworkSetting, draw_pictures
 from tests.tools.runs import RepaSetting, assert_equal_states, copy_until, metric_rows
 

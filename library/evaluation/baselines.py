@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.diffusion.alignment import normalize
+from library.diffusion.alignment_losses import normalize
 from library.errors import UserError
 from library.evaluation.probes import split_by_hash
 from library.evaluation.similarity import token_cosine

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from library.diffusion.alignment import normalize
+from library.diffusion.alignment_losses import normalize
 
 LOW, MIDDLE, HIGH = (59, 76, 192), (221, 221, 221), (180, 4, 38)
 """Moreland's diverging cool-warm colours, for -1, 0 and 1."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from library.diffusion.alignment import normalize
+from library.diffusion.alignment_losses import normalize
 from library.errors import UserError
 
 L2_GRID = (1.0, 0.1, 1e-2, 1e-3, 1e-4)

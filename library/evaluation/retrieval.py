@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from library.diffusion.alignment import normalize
+from library.diffusion.alignment_losses import normalize
 from library.errors import UserError
 from library.evaluation.similarity import cosines, paired, unbiased_hsic
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from library.diffusion.alignment import normalize
+from library.diffusion.alignment_losses import normalize
 from library.errors import UserError
 
 Mean = Literal["set", "position", "image"]

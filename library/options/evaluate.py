@@ -9,7 +9,7 @@ from library.options.checks import positive, require
 from library.options.dialect import Alias, Dialect
 from library.options.generate import PROMPT_FILES, SamplingOptions
 from library.options.model import ModelOptions
-from library.options.precision import Precision
+from library.precision import Precision
 
 KOHYA = Dialect(aliases={"base_model": Alias("pretrained_model_name_or_path")})
 """What the pipeline before this one called these options (evaluate_single_checkpoint)."""

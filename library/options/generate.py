@@ -9,7 +9,7 @@ from typing import Literal
 
 from library.options.checks import finite, positive, require
 from library.options.model import ModelOptions
-from library.options.precision import Precision
+from library.precision import Precision
 
 PROMPT_FILES = (".txt", ".toml", ".json")
 IMAGES = 4

@@ -8,7 +8,7 @@ from typing import Literal
 
 from library.options.checks import positive, require
 from library.options.dialect import Alias, Dialect, Refused
-from library.options.precision import Precision
+from library.precision import Precision
 
 KOHYA = Dialect(
     aliases={

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from library.options.arguments import parse_arguments
 from library.options.checks import not_negative, positive, require, share
-from library.options.precision import Precision
+from library.precision import Precision
 
 Schedule = Literal[
     "cosine",

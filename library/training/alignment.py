@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.diffusion import alignment as losses
-from library.diffusion.alignment import Weights
+from library.diffusion import alignment_losses as losses
+from library.diffusion.alignment_losses import Weights
 from library.options.alignment import AlignmentOptions
 from library.options.training import OptimizerOptions
 from library.training.optimizers import ParameterGroup

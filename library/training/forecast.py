@@ -25,6 +25,7 @@ from library.options.data import ClassCacheOptions
 from library.options.kohya.dataset import DEMO_DATA
 from library.options.run import RunOptions
 from library.training.alignment import head_group
+from library.training.inputs import base_components
 from library.training.memory import kept_bytes
 from library.training.models import (
     build_heads,
@@ -36,7 +37,6 @@ from library.training.models import (
 )
 from library.training.pictures import class_data, collect_pictures, print_data
 from library.training.plan import make_order, make_plan
-from library.training.start import base_components
 from networks.align_head import AlignHeads
 from networks.families import TEXT_ENCODER_2, UNET, Family
 from networks.features import capture

@@ -11,7 +11,7 @@ import torch
 
 from library.options.checks import OptionError, require
 from library.options.training import OptimizerOptions
-from library.training import foreign
+from library.training import named_classes
 
 # kohya's names (sd-scripts, get_optimizer), and where the same algorithm lives. pytorch_optimizer's step like those of
 # prodigyopt, schedulefree, lion-pytorch and dadaptation, which kohya uses (measured: 12 steps equal within rounding). Two
@@ -81,8 +81,8 @@ def make_optimizer(groups: Sequence[ParameterGroup], options: OptimizerOptions) 
     arguments = _arguments(kind, options, fused=on_cuda)
     entries = [_entry(group, kind, options, arguments) for group in groups]
     what = f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
-    optimizer = foreign.call("optimizer_args", what, lambda: kind(entries, **arguments))
-    if more := foreign.needs_more(optimizer.step):
+    optimizer = named_classes.call("optimizer_args", what, lambda: kind(entries, **arguments))
+    if more := named_classes.needs_more(optimizer.step):
         raise OptionError(
             "optimizer_type",
             f"{options.optimizer_name} wants a {more[0]} at each step, which this program does not give it.",
@@ -97,7 +97,7 @@ def check_optimizer(options: OptimizerOptions, device: torch.device) -> None:
     weight = torch.nn.Parameter(torch.zeros(8, 4, device=device))
     optimizer = make_optimizer([ParameterGroup("trial", [weight], options.learning_rate)], options)
     weight.grad = torch.ones_like(weight)
-    foreign.call("optimizer_type", f"a step of {options.optimizer_name}", optimizer.step)
+    named_classes.call("optimizer_type", f"a step of {options.optimizer_name}", optimizer.step)
 
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
@@ -112,20 +112,20 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
         )
     path = PATHS.get(name.lower(), name)
     if "." in path:
-        found = foreign.find_dotted(option, path)
+        found = named_classes.find_dotted(option, path)
         is_optimizer = inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)
         require(is_optimizer, option, f"{path} is not an optimizer class of torch's kind.")
         return found
     known = list(NAMES)
     for module_name in ("torch.optim", "bitsandbytes.optim", "pytorch_optimizer"):
-        module = foreign.find_module(option, module_name)
-        classes = foreign.classes_of(module, torch.optim.Optimizer)
+        module = named_classes.find_module(option, module_name)
+        classes = named_classes.classes_of(module, torch.optim.Optimizer)
         if name.lower() in classes:
             return classes[name.lower()]
         known += [kind.__name__ for kind in classes.values()]
     raise OptionError(
         option,
-        f"{name} is unknown{foreign.nearest(name, known)}. It can be a name of kohya's, a class of torch.optim, bitsandbytes "
+        f"{name} is unknown{named_classes.nearest(name, known)}. It can be a name of kohya's, a class of torch.optim, bitsandbytes "
         "or pytorch_optimizer, or a dotted path.",
     )
 
@@ -165,11 +165,11 @@ def _finds_rate(name: str) -> bool:
 def _arguments(kind: type[torch.optim.Optimizer], options: OptimizerOptions, *, fused: bool) -> dict[str, Any]:
     """Arguments for all groups: the options' own, kohya's defaults, what the user gave."""
     given, name = options.optimizer_arguments, options.optimizer_name.lower()
-    known = foreign.argument_names(kind)
+    known = named_classes.argument_names(kind)
     given = {
         SYNONYMS[key] if key not in known and SYNONYMS.get(key) in known else key: value for key, value in given.items()
     }
-    foreign.check_arguments("optimizer_args", kind, options.optimizer_name, given)
+    named_classes.check_arguments("optimizer_args", kind, options.optimizer_name, given)
     arguments: dict[str, Any] = dict(DEFAULTS.get(name, {}))
     if kind is torch.optim.AdamW:
         arguments = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
@@ -193,7 +193,7 @@ def _entry(
         "optimizer_args",
         f"gives weight_decay {given}, and that of {group.name} is {group.weight_decay} by an option of its own. Use that option.",
     )
-    if "weight_decay" in foreign.argument_names(kind):
+    if "weight_decay" in named_classes.argument_names(kind):
         return entry | {"weight_decay": group.weight_decay}
     require(group.weight_decay == 0, "weight_decay", f"has no effect: {options.optimizer_name} knows none.")
     return entry

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from library.data.cached_samples import Batch, CachedSamples, Request, requests_in_order
-from library.diffusion import alignment as losses
+from library.diffusion import alignment_losses as losses
 from library.diffusion.loss import masked_mean
 from library.diffusion.noise import Draw
 from library.training.checkpoints import Checkpoints

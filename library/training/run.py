@@ -22,7 +22,7 @@ from library.data.text_embeddings import TextEmbeddings
 from library.data.trained_image import TrainedImage
 from library.data.training_images import TrainingImage
 from library.device import named_dtype
-from library.diffusion.alignment import Gather
+from library.diffusion.alignment_losses import Gather
 from library.diffusion.loss import PointwiseLoss
 from library.diffusion.objective import Objective
 from library.diffusion.predictions import EPSILON, VELOCITY, Prediction
@@ -42,6 +42,7 @@ from library.training.checkpoints import Checkpoints
 from library.training.ema import ExponentialAverage
 from library.training.facts import state_facts
 from library.training.loop import Run
+from library.training.loss_scaling import LossScaler
 from library.training.metadata import AdapterMetadata
 from library.training.models import (
     build_heads,
@@ -55,7 +56,6 @@ from library.training.optimizers import make_optimizer, optimizer_notes
 from library.training.patience import Patience, validation_due
 from library.training.plan import Plan
 from library.training.saving import saving_of
-from library.training.scaling import LossScaler
 from library.training.schedules import rate_multiplier
 from library.training.speed import set_up_determinism, set_up_speed
 from library.training.state import Trained

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from library.options.checks import require
 from library.options.training import OptimizerOptions
-from library.training import foreign
+from library.training import named_classes
 from library.training.plan import Plan
 
 # The schedules that transformers has and diffusers has not.
@@ -30,9 +30,9 @@ def rate_multiplier(options: OptimizerOptions, plan: Plan) -> Callable[[int], fl
         return lambda step: 1.0
     function = _named_schedule(options.lr_scheduler)
     given = options.scheduler_arguments
-    foreign.check_arguments("lr_scheduler_args", function, f"the schedule {options.lr_scheduler}", given)
+    named_classes.check_arguments("lr_scheduler_args", function, f"the schedule {options.lr_scheduler}", given)
     arguments = _arguments(options, plan) | given
-    scheduler = foreign.call(
+    scheduler = named_classes.call(
         "lr_scheduler_args" if given else "lr_scheduler",
         options.lr_scheduler,
         lambda: function(_dummy_optimizer(options), **arguments),
@@ -98,7 +98,7 @@ def _replayed(options: OptimizerOptions, plan: Plan) -> Callable[[int], float]:
     """The rates of a scheduler class, from running it through every step of the plan on a dummy."""
     kind = _scheduler_class(options.lr_scheduler_type)
     arguments = options.scheduler_arguments
-    foreign.check_arguments("lr_scheduler_args", kind, kind.__name__, arguments)
+    named_classes.check_arguments("lr_scheduler_args", kind, kind.__name__, arguments)
 
     def shares() -> list[float]:
         optimizer = _dummy_optimizer(options)
@@ -110,23 +110,25 @@ def _replayed(options: OptimizerOptions, plan: Plan) -> Callable[[int], float]:
             found.append(optimizer.param_groups[0]["lr"] / options.learning_rate)
         return [float(share) for share in found]
 
-    return foreign.call("lr_scheduler_args", kind.__name__, shares).__getitem__
+    return named_classes.call("lr_scheduler_args", kind.__name__, shares).__getitem__
 
 
 def _scheduler_class(name: str) -> type[LRScheduler]:
     option = "lr_scheduler_type"
     if "." in name:
-        found = foreign.find_dotted(option, name)
+        found = named_classes.find_dotted(option, name)
     else:
-        classes = foreign.classes_of(torch.optim.lr_scheduler, LRScheduler)
+        classes = named_classes.classes_of(torch.optim.lr_scheduler, LRScheduler)
         known = [kind.__name__ for kind in classes.values()]
-        require(name.lower() in classes, option, f"{name} is no scheduler of torch{foreign.nearest(name, known)}.")
+        require(
+            name.lower() in classes, option, f"{name} is no scheduler of torch{named_classes.nearest(name, known)}."
+        )
         found = classes[name.lower()]
     require(
         isinstance(found, type) and issubclass(found, LRScheduler), option, f"{name} is not a torch scheduler class."
     )
     require(
-        not issubclass(found, ReduceLROnPlateau) and foreign.needs_more(found.step) == ["self"],
+        not issubclass(found, ReduceLROnPlateau) and named_classes.needs_more(found.step) == ["self"],
         option,
         f"{name} follows a metric, and a rate here follows from the step alone, which a resumed run knows exactly. Use "
         "lr_scheduler cosine, or another schedule of the step.",

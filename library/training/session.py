@@ -15,15 +15,15 @@ from library.options.run import RunOptions
 from library.processes import Processes
 from library.training.caches import prepare_caches
 from library.training.checkpoints import is_early_end, state_to_resume
+from library.training.inputs import check_start
 from library.training.loop import Run, train
 from library.training.output import open_log, own_output
 from library.training.pictures import collect_pictures, print_data
 from library.training.plan import Plan, make_order, make_plan
 from library.training.preflight import preflight
 from library.training.run import build_run
-from library.training.samples import Sampler
+from library.training.sample_images import Sampler
 from library.training.speed import prepare_environment, with_usable_attention
-from library.training.start import check_start
 
 
 def run_training(options: RunOptions, context: ExitStack) -> None:

@@ -30,8 +30,8 @@ from library.errors import UserError
 from library.files import read_json, whole_folder, write_json
 from library.training import optimizer_state
 from library.training.ema import ExponentialAverage, restored
+from library.training.loss_scaling import LossScaler
 from library.training.optimizers import has_modes
-from library.training.scaling import LossScaler
 
 FORMAT_VERSION = 1
 

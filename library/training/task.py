@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.data.batches import Prefetcher
 from library.data.cached_samples import Batch, CachedSamples, requests_in_order
-from library.diffusion.alignment import Weights
+from library.diffusion.alignment_losses import Weights
 from library.diffusion.loss import SMALLEST_MASK_AREA
 from library.diffusion.noise import Draw, draw
 from library.diffusion.objective import Objective

@@ -28,12 +28,12 @@ from library.search.trainer.judge_by_loss import MOST_PICTURES, HeldOut, Judge, 
 from library.search.trainer.kept_models import KeptModels, file_facts, one_at_a_time
 from library.search.trainer.trial import Training
 from library.training.caches import Prepared, prepare_caches
+from library.training.inputs import check_start
 from library.training.models import base_weights_facts
 from library.training.pictures import collect_pictures, print_data
 from library.training.plan import make_order, make_plan
 from library.training.run import build_run
 from library.training.speed import prepare_environment, with_usable_attention
-from library.training.start import check_start
 from library.training.task import LoraTask
 from networks.families import UNET, Family
 

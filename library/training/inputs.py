@@ -43,7 +43,7 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
     from library.models.locate import locate_base, locate_dino
     from library.training.models import check_weights
     from library.training.optimizers import check_optimizer
-    from library.training.samples import check_prompts
+    from library.training.sample_images import check_prompts
     from library.training.speed import prepare_environment
 
     prepare_environment(options.speed)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from library.options.training import OptimizerOptions
+from library.training.loss_scaling import LossScaler
 from library.training.optimizers import ParameterGroup, make_optimizer
-from library.training.scaling import LossScaler
 from library.training.state import Trained, load_state, save_state
 from tests.tools.no_reads import NoReads
 
