@@ -287,7 +287,7 @@ def test_areas_and_counts_are_measured(data: Path) -> None:
 def test_studies_that_need_no_export_are_refused(data: Path) -> None:
     with pytest.raises(UserError, match="ran on SDXL .* need no export"):
         exported(replace(of_file(), base_model=BaseModel("sdxl", "sd_xl_base_1.0.safetensors")))
-    with pytest.raises(UserError, match="tuned train_repa.py, which trains SD1.5 only"):
+    with pytest.raises(UserError, match="Only studies of train_network.py can be exported"):
         exported(replace(of_file(), script="train_repa"))
 
 

@@ -86,7 +86,7 @@ def set_up(options: OptimizeOptions) -> Setup:
         fixed["device"] = trained.device
     family = _family(base, options.dry_run)
     judging = parse_arguments("objective_args", search.objective_args)
-    _check_repa(script, search.objective, base, family)
+    _check_repa(script, search.objective)
     scales = _scales(search.objective, judging)
     with TemporaryDirectory() as temporary:
         # A study that continues one on SD1.5 writes an export; that of a dry run is deleted.
@@ -251,14 +251,8 @@ def _overruled(space: Space, fixed: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _check_repa(script: Script, objective: ObjectiveName, base: str, family: Family) -> None:
-    if script != "train_repa":
-        return
-    if family == "sdxl":
-        raise UserError(
-            f"train_repa.py trains SD1.5 only, but {base} is SDXL. Name an SD1.5 base, or tune train_network."
-        )
-    if objective == "image":
+def _check_repa(script: Script, objective: ObjectiveName) -> None:
+    if script == "train_repa" and objective == "image":
         raise UserError("The objective image draws captions, but train_repa.py has classes. Use the objective loss.")
 
 

@@ -165,8 +165,8 @@ def _require_transferable(best: BestParams) -> None:
         )
     if best.script != "train_network":
         raise UserError(
-            f"The study {best.study} tuned {best.script}.py, which trains SD1.5 only. Only studies of train_network.py can be "
-            "exported to SDXL."
+            f"The study {best.study} tuned {best.script}.py. Only studies of train_network.py can be exported to SDXL; "
+            "train_repa.py can be tuned on SDXL itself."
         )
 
 
