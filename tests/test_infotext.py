@@ -286,7 +286,7 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     assert "a.jpg is not a PNG picture" in refusal(tmp_path / "a.jpg")
     assert "no text named parameters, as A1111 writes it." in refusal(_png(tmp_path / "b.png"))
     comfy = _png(tmp_path / "c.png", workflow="{}", prompt="{}")
-    assert refusal(comfy).endswith("It has texts of other kinds: prompt, workflow.")
+    assert refusal(comfy).endswith("It has other texts: prompt, workflow.")
     assert "are JSON (SwarmUI writes them so)" in refusal(
         _png(tmp_path / "d.png", parameters='{"sui_image_params": {}}')
     )

@@ -26,7 +26,7 @@ from diffusers import (
 )
 
 from library.diffusion.scheduler_config import parametrisation_of
-from library.inference.noise import BrownianNoise, NoiseSource, StepNoise
+from library.inference.sampler_noise import BrownianNoise, NoiseSource, StepNoise
 from library.inference.samplers import (
     SAMPLERS,
     ddim,

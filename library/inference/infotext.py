@@ -1,12 +1,12 @@
-"""The `parameters` text of a picture, which A1111 writes into a PNG and reads back ("PNG Info"), and other UIs after it.
+"""The `parameters` text of a picture, which A1111 and other UIs write into a PNG and read back ("PNG Info").
 
     a photo of a cat
     Negative prompt: blurry
     Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x512, Model: v1-5
 
 Format: infotext of stable-diffusion-webui 1.10 (its wiki, "Features", PNG info). A value with a comma, a colon, a quote or a
-line break is quoted as in JSON. Prompts stand as they are: one with a line that begins with "Negative prompt:" is read from there
-on as a negative one, by A1111 and here.
+line break is quoted as in JSON. Prompts are not quoted: where a line
+of one begins with "Negative prompt:", the rest is read as the negative prompt, by A1111 and here.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from library.errors import UserError
 from library.files import file_hash, remembered_hash, whole_file
 
 _NEGATIVE = "Negative prompt:"
-# Fewer pairs than that on the last line, and A1111 takes the line for a part of the prompt.
+# A1111 takes a last line with fewer pairs for a part of the prompt.
 _FEWEST_PAIRS = 3
 _PLAIN_NAME = re.compile(r"\w[\w \-/]*")
 _BELOW = re.compile(r"(\w[\w \-/]*):")
 _SIZE = re.compile(r"([0-9]{1,6})\s*[xX×]\s*([0-9]{1,6})")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 _SPACE = re.compile(r"\s*")
-# Of samplers before A1111 1.9, whose names held the schedule: "DPM++ 2M Karras".
+# Before A1111 1.9, the names of samplers contained the schedule: "DPM++ 2M Karras".
 _SCHEDULES_IN_NAMES = ("Karras", "Exponential")
 
 
 @dataclass(frozen=True)
 class Infotext:
-    """How a picture was made. None: not said. Everything that has no field here is in `other`, in its order."""
+    """How a picture was made. None: unknown. Settings without a field here are in `other`, in their order."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -57,12 +57,12 @@ class Infotext:
     """the first 10 hex digits of the file's SHA-256 (`model_hash`)"""
     model: str | None = None
     vae: str | None = None
-    """where it is not the model's own"""
+    """only where it is not the model's own"""
     denoising_strength: float | None = None
     clip_skip: int | None = None
     """A1111 writes it from 2 on"""
     rng: str | None = None
-    """where the first noise is drawn: CPU or NV. A1111 writes nothing of its default, the GPU"""
+    """where the initial noise is drawn: CPU or NV. A1111 does not write its default, the GPU"""
     hires_upscale: float | None = None
     hires_steps: int | None = None
     hires_upscaler: str | None = None
@@ -77,14 +77,14 @@ class Infotext:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A type of value as text. read: None where the text is none of it."""
+    """A type of value. write: as text. read: from text; None where the text is no value of the type."""
 
     write: Callable[[Any], str]
     read: Callable[[str], Any]
 
 
 def parameters(info: Infotext) -> str:
-    """The text. Raises ValueError for a name in `other` that could not be read back."""
+    """The text of the settings. Raises ValueError for a name in `other` that could not be read back."""
     lines = [info.prompt] if info.prompt else []
     if info.negative_prompt:
         lines.append(f"{_NEGATIVE} {info.negative_prompt}")
@@ -97,16 +97,16 @@ def parameters(info: Infotext) -> str:
         if not name or name != name.strip() or any(mark in name for mark in ",:\n"):
             raise ValueError(f"{name!r} cannot be a name in a picture's parameters")
         pairs[name] = text
-    # A name that is its own value is a word that stands alone.
+    # A name that equals its value is a flag: it is written alone.
     words = [name if name == text else f"{name}: {_quoted(text)}" for name, text in pairs.items()]
     return "\n".join([*lines, ", ".join(words)] if words else lines)
 
 
 def parse_parameters(text: str) -> Infotext:
-    """What a text says. Tolerant: without settings all of it is prompt; names unknown here, and values that are none of their
-    field's type, are kept in `other`.
+    """The settings in a text. Without a line of settings, the whole text is the prompt; unknown names, and values of another type
+    than their field's, are kept in `other`.
 
-    Samplers of older UIs ("DPM++ 2M Karras") become sampler and schedule. Lines keep their spaces, which A1111 strips.
+    Samplers of older UIs ("DPM++ 2M Karras") are split into sampler and schedule. Lines keep their spaces, which A1111 strips.
     """
     lines = text.replace("\r\n", "\n").rstrip("\n").split("\n")
     place = _settings_line(lines)
@@ -122,8 +122,8 @@ def parse_parameters(text: str) -> Infotext:
 
 
 def save_png(picture: Image.Image, path: Path, info: Infotext) -> None:
-    """Write a PNG, whole or not at all, with the text in its chunk "parameters": tEXt, or iTXt where Latin-1 does not do."""
-    # A command line that is no UTF-8 arrives with lone surrogates, which no file can hold.
+    """Write a PNG atomically, with the text in its chunk "parameters": tEXt, or iTXt where Latin-1 is not enough."""
+    # A command line that is not UTF-8 contains lone surrogates, which cannot be written.
     text = parameters(info).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     chunks = PngInfo()
     chunks.add_text("parameters", text)
@@ -132,22 +132,20 @@ def save_png(picture: Image.Image, path: Path, info: Infotext) -> None:
 
 
 def read_png(path: Path) -> Infotext:
-    """What a PNG says of how it was made. Raises UserError where it is no PNG or says nothing in this form."""
+    """The settings in a PNG. Raises UserError where it is no PNG, or has no parameters text."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             texts: dict[str, str] = picture.text  # type: ignore[attr-defined]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path} is not a PNG picture, and only those are read for their parameters.") from None
+        raise UserError(f"{path} is not a PNG picture; parameters are read from PNG only.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
     text = texts.get("parameters")
     if text is None:
-        found = f" It has texts of other kinds: {', '.join(sorted(texts))}." if texts else ""
-        raise UserError(
-            f"{path} does not say how it was made: it has no text named parameters, as A1111 writes it.{found}"
-        )
+        found = f" It has other texts: {', '.join(sorted(texts))}." if texts else ""
+        raise UserError(f"{path} has no text named parameters, as A1111 writes it.{found}")
     if text.lstrip().startswith("{"):
         with suppress(ValueError):
             json.loads(text)
@@ -156,7 +154,7 @@ def read_png(path: Path) -> Infotext:
 
 
 def model_hash(path: Path, memory: Path | None = None) -> str | None:
-    """As A1111 shows it of a checkpoint: 10 hex digits of the file's SHA-256. None of a folder, which has none there.
+    """A1111's hash of a checkpoint: the first 10 hex digits of the file's SHA-256. None for a folder.
 
     memory: a JSON file in which hashes are kept (`library.files.remembered_hash`); gigabytes take seconds.
     """
@@ -166,9 +164,9 @@ def model_hash(path: Path, memory: Path | None = None) -> str | None:
 
 
 def lora_hash(path: Path) -> str:
-    """As A1111 shows it of a LoRA: 12 hex digits of the SHA-256 of what follows the header, which metadata does not change.
+    """A1111's hash of a LoRA: the first 12 hex digits of the SHA-256 of the tensors, so that metadata does not change it.
 
-    Of a file that is not safetensors, that of the whole file.
+    Of a file that is not safetensors, the hash of the whole file.
     """
     if path.suffix.lower() != ".safetensors":
         return file_hash(path)[:12]
@@ -181,12 +179,12 @@ def lora_hash(path: Path) -> str:
 
 
 def model_title(name: str, digest: str | None) -> str:
-    """How A1111 names a refiner: name [hash]."""
+    """A1111's name of a refiner: name [hash]."""
     return f"{name} [{digest}]" if digest else name
 
 
 def _settings_line(lines: list[str]) -> int | None:
-    """The last line that is settings: at least three pairs, of which we know one, or "Steps" first; below, only pairs."""
+    """The last line of settings: it has three pairs or more, one of them known, or begins with "Steps"; below are only pairs."""
     for place in reversed(range(len(lines))):
         names = [name for name, value in _pairs(lines[place]) if name != value and _PLAIN_NAME.fullmatch(name)]
         known = [name for name in names if name in _FIELDS]
@@ -197,7 +195,7 @@ def _settings_line(lines: list[str]) -> int | None:
 
 
 def _pairs(line: str) -> Iterator[tuple[str, str]]:
-    """Names and values of a line of settings. A word that stands alone is its own value."""
+    """Names and values of a line of settings. The value of a name without one is the name."""
     position = 0
     while position < len(line):
         end = next((i for i in range(position, len(line)) if line[i] in ",:"), len(line))
@@ -211,7 +209,7 @@ def _pairs(line: str) -> Iterator[tuple[str, str]]:
 
 
 def _pairs_below(lines: list[str]) -> dict[str, str]:
-    """What extensions (Dynamic Prompts) write below the settings: a pair a line, whose value may go on."""
+    """The pairs that extensions (Dynamic Prompts) write below the settings: one a line; a value may continue on the next lines."""
     pairs: dict[str, str] = {}
     name = ""
     for line in lines:
@@ -223,7 +221,7 @@ def _pairs_below(lines: list[str]) -> dict[str, str]:
 
 
 def _end_of_value(line: str, start: int) -> int:
-    """Where the comma after a value is. JSON is skipped whole: strings, and the objects that CivitAI's tools write."""
+    """The position of the comma after a value. JSON is skipped: strings, and the objects that CivitAI's tools write."""
     first = _after_space(line, start)
     if line[first : first + 1] in ('"', "{", "["):
         with suppress(ValueError, RecursionError):
@@ -283,7 +281,7 @@ def _read_number(text: str) -> float | None:
 
 
 def _write_number(value: float) -> str:
-    """7 for 7.0, and as many digits as it takes to be the same number again."""
+    """7 for 7.0; otherwise as many digits as reading the same number back needs."""
     short = f"{value:g}"
     return short if float(short) == value else repr(float(value))
 
@@ -294,7 +292,7 @@ def _read_size(text: str) -> tuple[int, int] | None:
 
 
 def _write_hashes(hashes: Mapping[str, str]) -> str:
-    # A1111 too leaves these marks out of names.
+    # As in A1111, names lose these characters.
     return ", ".join(f"{re.sub('[:,]', '', name)}: {digest}" for name, digest in hashes.items())
 
 
