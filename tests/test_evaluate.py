@@ -21,9 +21,9 @@ from library.evaluation.candidates import find_candidates
 from library.evaluation.photos import held_out_photos, read_photos
 from library.evaluation.prompt_sets import plain_text, trained_captions, words_of
 from library.files import write_json
-from library.inference.infotext import read_png
 from library.inference.picture_request import PictureRequest
 from library.inference.prompt_syntax import weighted_spans
+from tests.tools.infotext import read_png
 
 WORDS = ["--steps", "1", "--resolution", "64", "--num-samples", "2", "--cfg_scale", "2"]
 
@@ -250,16 +250,16 @@ def test_bad_input_is_refused_in_a_sentence(
     assert "checkpoint is missing" in refused([], capsys)
     assert "nowhere.safetensors does not exist" in refused(["--checkpoint", "nowhere.safetensors"], capsys)
     assert "no checkpoints in" in refused(["--checkpoint", empty], capsys)
-    assert "holds no pictures; 2 at least" in refused([*good, "--reference_dir", empty], capsys)
-    assert "holds one picture, p0.png; 2 at least" in refused([*good, "--reference_dir", one], capsys)
+    assert "holds no pictures; at least 2" in refused([*good, "--reference_dir", empty], capsys)
+    assert "holds one picture, p0.png; at least 2" in refused([*good, "--reference_dir", one], capsys)
     assert "is no folder" in refused([*good, "--reference_dir", tmp_path / "gone"], capsys)
     assert "must be a multiple of 8, got 100" in refused([*good, "--resolution", 100], capsys)
     assert "must be at least 2, to estimate a standard error, got 1" in refused([*good, "--num_samples", 1], capsys)
     assert "Eulr is no sampler (did you mean Euler?)" in refused([*good, "--sampler", "Eulr"], capsys)
     assert "did you mean" in refused([*good, "--num-sampels", 4], capsys)
     assert "gone does not exist" in refused([*good, "--base-model", tmp_path / "gone"], capsys)
-    assert "here adapters are compared" in refused([*good, "--prompt", "mio <lora:a:1>"], capsys)
-    assert "is for states of train_repa.py" in refused([*good, "--representation"], capsys)
+    assert "Evaluated adapters are named with --checkpoint" in refused([*good, "--prompt", "mio <lora:a:1>"], capsys)
+    assert "needs a state of train_repa.py with heads" in refused([*good, "--representation"], capsys)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.json").write_text("{}")
     assert "give --overwrite" in refused([*good, "--output_dir", tmp_path / "old"], capsys)

@@ -18,8 +18,9 @@ from library import project_version
 from library.errors import EXIT_BAD_INPUT, EXIT_OK
 from library.files import read_json, write_json
 from library.inference import drawing_session
-from library.inference.infotext import lora_hash, model_hash, read_png
+from library.inference.infotext import lora_hash, model_hash
 from tests.tools.generating import run
+from tests.tools.infotext import read_png
 from tests.tools.ldm_layout import ldm_checkpoint
 
 
@@ -205,7 +206,7 @@ def test_the_size_of_a_sheet_is_the_first_models_and_that_is_said(
     words = ["--prompt", "a", "--steps", "1", "--x_axis", f"checkpoint: {base[1]} | {other}"]
     assert generate.main([*words, "--output", str(tmp_path / "x.png")]) == EXIT_OK
     assert (
-        f"note       {other} was trained at 256 pixels, and is drawn at the 128 of {base[1]}" in capsys.readouterr().out
+        f"note       {other} was trained at 256 pixels, but is drawn at the 128 of {base[1]}" in capsys.readouterr().out
     )
     assert pixels(tmp_path / "x_x2_y1.png").shape == (128, 128, 3)
     assert run("--x_axis", f"checkpoint: {base[1]} | {other}", "--output", tmp_path / "x.png") == EXIT_OK
@@ -294,5 +295,5 @@ def test_what_has_no_effect_is_said(
     assert run(*base, *words, "--output", tmp_path / "x.png", prompt="cat <lora:demo:0.5>") == EXIT_OK
     said = capsys.readouterr().out
     assert "note       A ')' of the negative prompt closes no bracket and is taken literally." in said
-    assert "note       <lora:demo:1> of the negative prompt left out" in said
+    assert "note       <lora:demo:1> of the negative prompt is left out" in said
     assert f"note       <lora:demo:0.5> of the prompt takes the place of --lora {adapter_file}:1." in said

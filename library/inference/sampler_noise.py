@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,29 +33,31 @@ def initial_noise(seed: int, shape: Sequence[int], second_pass: bool = False) ->
     return torch.randn((1, *shape), generator=generator)
 
 
-class StepNoise:
-    """Fresh noise at each step, for the ancestral samplers. shape: of one picture's latents, without the batch.
+@dataclass
+class _SeededNoise:
+    """seeds: of each picture. shape: of one picture's latents, without the batch. second_pass: of the hires fix; other noise."""
 
-    Picture i's k-th draw depends on seeds[i] and k alone; the second pass of the hires fix has a stream of its own.
+    seeds: Sequence[int]
+    shape: Sequence[int]
+    device: torch.device | str = "cpu"
+    second_pass: bool = field(default=False, kw_only=True)
+
+
+class StepNoise(_SeededNoise):
+    """Fresh noise at each step, for the ancestral samplers.
+
+    Picture i's k-th draw depends on seeds[i] and k alone.
     """
 
-    def __init__(
-        self,
-        seeds: Sequence[int],
-        shape: Sequence[int],
-        device: torch.device | str = "cpu",
-        *,
-        second_pass: bool = False,
-    ) -> None:
-        self.shape, self.device = tuple(shape), device
-        self._generators = [_generator(seed, _STEP_STREAM, int(second_pass)) for seed in seeds]
+    def __post_init__(self) -> None:
+        self._generators = [_generator(seed, _STEP_STREAM, int(self.second_pass)) for seed in self.seeds]
 
     def __call__(self, _sigma: float, _next_sigma: float) -> Tensor:
         drawn = [torch.randn(self.shape, generator=generator) for generator in self._generators]
         return torch.stack(drawn).to(self.device)
 
 
-class BrownianNoise:
+class BrownianNoise(_SeededNoise):
     """Increments of one Brownian motion per picture, for the SDE samplers; divided by their own deviation.
 
     The seed fixes the whole path, so that any two levels can be given in any order, and more steps refine a picture instead of
@@ -62,16 +65,7 @@ class BrownianNoise:
     of its own.
     """
 
-    def __init__(
-        self,
-        seeds: Sequence[int],
-        shape: Sequence[int],
-        device: torch.device | str = "cpu",
-        *,
-        second_pass: bool = False,
-    ) -> None:
-        self.seeds, self.shape, self.device = list(seeds), tuple(shape), device
-        self._second_pass = int(second_pass)
+    def __post_init__(self) -> None:
         # Consecutive steps share a level: one ends where the next begins.
         self._last: dict[float, Tensor] = {}
 
@@ -103,7 +97,7 @@ class BrownianNoise:
 
     def _normal(self, seed: int, depth: int, place: int) -> Tensor:
         return torch.randn(
-            self.shape, generator=_generator(seed, _BRIDGE_STREAM, depth, place, self._second_pass)
+            self.shape, generator=_generator(seed, _BRIDGE_STREAM, depth, place, int(self.second_pass))
         ).double()
 
 

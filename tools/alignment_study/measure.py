@@ -60,14 +60,16 @@ def measure(
     folder = measured_folder(run, study, folders)
     if (folder / MEASURED).exists():
         return
-    worn = (
+    applied = (
         None
         if run is None
         else AppliedAdapter(adapter_file(run, folders), read_source(adapter_file(run, folders)).adapter)
     )
     for kind, task in (("new", subject.new), ("old", subject.old)):
-        save_pictures(folder / "drawn", kind, task, draw_prompt_set(model, task, worn, BATCH), worn, settings.base)
-    apply_adapter(model, worn)
+        save_pictures(
+            folder / "drawn", kind, task, draw_prompt_set(model, task, applied, BATCH), applied, settings.base
+        )
+    apply_adapter(model, applied)
     noised = encode_photos(
         model, [p.picture for p in subject.photos], subject.photo_prompts, [p.name for p in subject.photos], SIDE
     )
