@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from library.diffusion.alignment import normalize
 
 LOW, MIDDLE, HIGH = (59, 76, 192), (221, 221, 221), (180, 4, 38)
 """Moreland's diverging cool-warm colours, for -1, 0 and 1."""
-GAP, HEADING = 4, 18
-"""Pixels between pictures, and height of the line of headings."""
 
 
 @dataclass(frozen=True)
@@ -88,20 +86,6 @@ def diverging(values: Tensor) -> Tensor:
     low, middle, high = (torch.tensor(colour) / 255 for colour in (LOW, MIDDLE, HIGH))
     strength = values.abs().clamp(max=1)[..., None]
     return middle + (torch.where(values[..., None] < 0, low, high) - middle) * strength
-
-
-def sheet(pictures: Sequence[DenseMaps]) -> Image.Image:
-    """One row per picture under the names of the columns."""
-    names = list(pictures[0].columns())
-    width, height = pictures[0].photo.size
-    page = Image.new("RGB", (len(names) * (width + GAP) - GAP, HEADING + len(pictures) * (height + GAP) - GAP), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default()
-    for column, name in enumerate(names):
-        draw.text((column * (width + GAP) + 2, 3), name, fill="black", font=font)
-    for row, picture in enumerate(pictures):
-        for column, image in enumerate(picture.columns().values()):
-            page.paste(image, (column * (width + GAP), HEADING + row * (height + GAP)))
-    return page
 
 
 def _picture(colours: Tensor, size: tuple[int, int]) -> Image.Image:

@@ -69,21 +69,20 @@ def draw(
     return TextToImage(model, request, seeds, adapters or {}, refiner).draw()
 
 
+@dataclass
 class TextToImage:
     """Draws the pictures of one request; see `draw`."""
 
-    def __init__(
-        self,
-        model: DrawingModel,
-        request: PictureRequest,
-        seeds: Sequence[int],
-        adapters: Adapters,
-        refiner: DrawingModel | None,
-    ) -> None:
-        self.model, self.request, self.seeds, self.adapters, self.refiner = model, request, seeds, adapters, refiner
-        name, self.schedule = request.sampler_and_schedule
+    model: DrawingModel
+    request: PictureRequest
+    seeds: Sequence[int]
+    adapters: Adapters
+    refiner: DrawingModel | None
+
+    def __post_init__(self) -> None:
+        name, self.schedule = self.request.sampler_and_schedule
         self.sampler: Sampler = SAMPLERS[name]
-        self.levels = model.parametrisation.levels
+        self.levels = self.model.parametrisation.levels
 
     def draw(self) -> list[Image.Image]:
         request = self.request

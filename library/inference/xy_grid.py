@@ -13,7 +13,6 @@ The first value of a prompt axis is searched for in the prompts and replaced by 
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import math
 import re
@@ -30,6 +29,7 @@ from library.inference.grids import grid
 from library.inference.picture_infotext import model_name
 from library.inference.picture_request import PictureRequest
 from library.inference.sampler_names import sampler_named, schedule_named
+from library.options.parser import nearest
 
 MOST_VALUES = 100
 # The cost of changing a setting from cell to cell: the costliest changes least often.
@@ -181,8 +181,7 @@ def _name_of(written: str) -> str:
     word = " ".join(written.replace("_", " ").split()).lower()
     name = _ALIASES.get(word, word)
     if name not in _KINDS:
-        close = difflib.get_close_matches(word, [*_KINDS, *_ALIASES], n=1, cutoff=0.6)
-        near = f" (did you mean {close[0]}?)" if close else ""
+        near = nearest(word, [*_KINDS, *_ALIASES])
         raise UserError(f"{written.strip() or 'Nothing'} is no axis of a grid{near}. Known are {', '.join(_KINDS)}.")
     return name
 
