@@ -69,12 +69,12 @@ def check_output(options: EvaluateOptions) -> None:
     """Raises UserError where the folder is not writable, or holds an evaluation without --overwrite, or foreign files."""
     from library.files import require_writable
 
-    folder = options.judged.output_dir
+    folder = options.checkpoints.output_dir
     require_writable(folder)
     if (folder / UNFINISHED).exists():
         return
     if (folder / METRICS).exists():
-        if not options.judged.overwrite:
+        if not options.checkpoints.overwrite:
             raise UserError(f"{folder} holds an evaluation already. Name another --output_dir, or give --overwrite.")
     elif taken := [name for name in (PICTURES, SHEETS, REPORT) if (folder / name).exists()]:
         raise UserError(
@@ -89,12 +89,12 @@ def build(options: EvaluateOptions) -> Plan:
     from library.evaluation.prompt_sets import make_prompt_set, subject_prompts, unrelated_prompts, words_of
     from library.merging.source import base_model_of
 
-    judged, drawn = options.judged, options.drawn
-    candidates = find_candidates([path.expanduser() for path in judged.checkpoint], use_ema=judged.use_ema)
-    sources = {candidate.name: candidate.read(use_ema=judged.use_ema) for candidate in candidates}
-    base, why = base_model_of(list(sources.values()), judged.pretrained_model_name_or_path)
+    checkpoints, pictures = options.checkpoints, options.pictures
+    candidates = find_candidates([path.expanduser() for path in checkpoints.checkpoint], use_ema=checkpoints.use_ema)
+    sources = {candidate.name: candidate.read(use_ema=checkpoints.use_ema) for candidate in candidates}
+    base, why = base_model_of(list(sources.values()), checkpoints.pretrained_model_name_or_path)
     photos, folder = find_photos(options, candidates)
-    size = drawn.resolution or native_side(base)
+    size = pictures.resolution or native_side(base)
     metadata = next(reversed(sources.values())).adapter.metadata
     subject = subject_prompts(options, [photo.caption for photo in photos], metadata)
     subject_set = None if subject is None else make_prompt_set(options, subject.lines, size)
@@ -104,16 +104,16 @@ def build(options: EvaluateOptions) -> Plan:
         candidates,
         {name: source.adapter for name, source in sources.items()},
         subject_set,
-        make_prompt_set(options, unrelated_prompts(drawn.unrelated_prompts, base, drawn.num_samples), size),
+        make_prompt_set(options, unrelated_prompts(pictures.unrelated_prompts, base, pictures.num_samples), size),
         photos,
         [photo.caption or first for photo in photos],
         size,
-        options.measured.dino_model,
-        options.measured.clip_model or own_clip(base),
-        weight=judged.weight,
+        options.measures.dino_model,
+        options.measures.clip_model or own_clip(base),
+        weight=checkpoints.weight,
         clip_skip=options.sampling.clip_skip or 1,
-        batch_size=drawn.batch_size,
-        loss_seed=drawn.seed,
+        batch_size=pictures.batch_size,
+        loss_seed=pictures.seed,
     )
     return Plan(generation, why, folder, subject, states_with_heads(options, candidates))
 
@@ -121,8 +121,8 @@ def build(options: EvaluateOptions) -> Plan:
 def find_photos(options: EvaluateOptions, candidates: list[Candidate]) -> tuple[list[Photo], Path | None]:
     from library.evaluation.photos import held_out_photos, read_photos
 
-    folder = options.measured.reference_dir or held_out_photos(candidates)
-    return ([], None) if folder is None else (read_photos(folder, options.measured.max_references), folder)
+    folder = options.measures.reference_dir or held_out_photos(candidates)
+    return ([], None) if folder is None else (read_photos(folder, options.measures.max_references), folder)
 
 
 def native_side(base: str) -> int:
@@ -144,14 +144,14 @@ def own_clip(base: str) -> str | None:
 
 def states_with_heads(options: EvaluateOptions, candidates: list[Candidate]) -> list[Path]:
     """The states of train_repa.py with heads. Raises UserError where --representation is given and there are none."""
-    if options.measured.representation is False:
+    if options.measures.representation is False:
         return []
     states = [
         candidate.path
         for candidate in candidates
         if candidate.is_state and (candidate.path / "align_heads.safetensors").is_file()
     ]
-    if not states and options.measured.representation:
+    if not states and options.measures.representation:
         raise UserError(
             "--representation needs a state of train_repa.py with heads (step_NNNNNN), and there is none. Name one as "
             "--checkpoint, or leave --representation out."
@@ -185,7 +185,7 @@ def print_plan(options: EvaluateOptions, plan: Plan) -> None:
     print(f"pictures   {count} of {size}, {steps}, cfg_scale {request.cfg_scale:g}")
     for state in plan.states:
         print(f"states     representation of {state}")
-    print(f"output     {options.judged.output_dir}")
+    print(f"output     {options.checkpoints.output_dir}")
     clip = None if generation.clip_model is None else clip_status(generation.clip_model)
     for missing in filter(None, (base_status(generation.base), dino_status(generation.dino_model), clip)):
         print(f"missing    {missing}")
@@ -201,7 +201,7 @@ def run(options: EvaluateOptions, plan: Plan) -> None:
     from library.evaluation.html_report import report_page, sheets_of
     from library.files import write_json
 
-    start, folder, device = time.perf_counter(), options.judged.output_dir, choose_device(options.device)
+    start, folder, device = time.perf_counter(), options.checkpoints.output_dir, choose_device(options.device)
     result = evaluate_generation(
         plan.generation,
         folder / PICTURES,
@@ -242,14 +242,14 @@ def measure_representation(
 
     if not states:
         return None
-    samples = options.measured.representation_samples
+    samples = options.measures.representation_samples
     settings = RepresentationSettings(
-        timesteps=options.measured.representation_timesteps, fit_samples=samples, test_samples=samples
+        timesteps=options.measures.representation_timesteps, fit_samples=samples, test_samples=samples
     )
     try:
-        return evaluate_states(states, settings, use_ema=options.judged.use_ema, device=device, say=print)
+        return evaluate_states(states, settings, use_ema=options.checkpoints.use_ema, device=device, say=print)
     except UserError as error:
-        if options.measured.representation:
+        if options.measures.representation:
             raise
         result.notes.append(f"The representation is left out: {error}")
         return None

@@ -48,13 +48,13 @@ def main(argv: list[str]) -> int:
 def print_plan(options: GenerateOptions, plan: PicturePlan) -> None:
     for base in dict.fromkeys(picture.base for picture in plan.pictures):
         print(f"model      {base}")
-    if options.base.vae is not None:
-        print(f"vae        {options.base.vae}")
+    if options.models.vae is not None:
+        print(f"vae        {options.models.vae}")
     for path in plan.adapters:
         uses = (use for picture in plan.pictures for use in picture.request.loras if use.path == path)
         print(f"lora       {path}, weight {', '.join(dict.fromkeys(strength_of(use.weights) for use in uses))}")
-    if options.base.refiner is not None:
-        print(f"refiner    {options.base.refiner}, from {options.base.refiner_switch_at:.0%} of the steps on")
+    if options.models.refiner is not None:
+        print(f"refiner    {options.models.refiner}, from {options.models.refiner_switch_at:.0%} of the steps on")
     start = "" if options.passes.init_image is None else f", drawn over {options.passes.init_image}"
     print(f"pictures   {sizes_text(plan)}{start}, {seeds_text({picture.seed for picture in plan.pictures})}")
     requests = list(dict.fromkeys(picture.request for picture in plan.pictures))
@@ -73,7 +73,7 @@ def print_plan(options: GenerateOptions, plan: PicturePlan) -> None:
             print(f"{name:10} {', '.join(axis.headings)}")
     for note in plan.notes:
         print(f"note       {note}")
-    print(f"output     {options.what.output}")
+    print(f"output     {options.pictures.output}")
 
 
 def sizes_text(plan: PicturePlan) -> str:
@@ -107,10 +107,10 @@ def print_missing(options: GenerateOptions, plan: PicturePlan) -> None:
     from library.models.locate import base_status, refiner_status
 
     missing = [base_status(base) for base in dict.fromkeys(picture.base for picture in plan.pictures)]
-    if options.base.vae is not None:
-        missing.append(base_status(options.base.vae, ("vae",)))
-    if options.base.refiner is not None:
-        missing.append(refiner_status(options.base.refiner))
+    if options.models.vae is not None:
+        missing.append(base_status(options.models.vae, ("vae",)))
+    if options.models.refiner is not None:
+        missing.append(refiner_status(options.models.refiner))
     for sentence in filter(None, missing):
         print(f"missing    {sentence}")
 
@@ -123,7 +123,7 @@ def build(options: GenerateOptions, plan: PicturePlan) -> tuple[DrawingSession, 
     from library.device import choose_device, choose_dtype
     from library.inference.drawing_session import DrawingSession
 
-    base = options.base
+    base = options.models
     device = choose_device(base.device)
     session = DrawingSession(
         choose_dtype(base.dtype, device),
@@ -152,7 +152,7 @@ def run(options: GenerateOptions, plan: PicturePlan) -> list[Path]:
     session.hash_ahead(planned.base for planned in plan.pictures)
     pictures: dict[PlannedPicture, Image.Image] = {}
     start = time.perf_counter()
-    for batch, drawn in session.draw(plan.pictures, options.what.batch_size):
+    for batch, drawn in session.draw(plan.pictures, options.pictures.batch_size):
         seconds, start = time.perf_counter() - start, time.perf_counter()
         for planned, picture in zip(batch, drawn, strict=True):
             save_png(picture, planned.file, session.infotext(planned))
@@ -160,9 +160,9 @@ def run(options: GenerateOptions, plan: PicturePlan) -> list[Path]:
             print(f"{planned.file}  {picture.width} x {picture.height}, {seconds / len(batch):.1f} s")
     files = [planned.file for planned in plan.pictures]
     if len(pictures) > 1 or plan.axes is not None:
-        save_png(sheet_of(plan, pictures), options.what.output, session.infotext(plan.pictures[0]))
-        files.append(options.what.output)
-        print(f"{options.what.output}  the sheet of {plural(len(pictures), 'picture')}")
+        save_png(sheet_of(plan, pictures), options.pictures.output, session.infotext(plan.pictures[0]))
+        files.append(options.pictures.output)
+        print(f"{options.pictures.output}  the sheet of {plural(len(pictures), 'picture')}")
     return files
 
 

@@ -97,7 +97,7 @@ def test_axes_are_written_as_in_a1111(text: str, field: str, values: tuple[Any, 
         ("weight: 0-1 [999999999]", "The axis weight has 999999999 values; at most 100 are allowed."),
         (f"seed: {', '.join(map(str, range(101)))}", "The axis seed has 101 values; at most 100 are allowed."),
         ('prompt: "cat, dog', 'The axis prompt has unpaired quotes: "cat, dog.'),
-        ('prompt: "cat" and, dog', "The quotes of the axis prompt do not pair"),
+        ('prompt: "cat" and, dog', "The axis prompt has unpaired quotes"),
     ],
 )
 def test_what_an_axis_cannot_be_is_a_sentence(text: str, words: str) -> None:

@@ -57,7 +57,7 @@ class PromptSet:
 
     @property
     def places(self) -> list[tuple[int, int]]:
-        """(request, seed) of each picture, in the order in which they are drawn."""
+        """(request, seed) of each picture, in drawing order."""
         return [(number, seed) for number in range(len(self.requests)) for seed in self.seeds]
 
     @property
@@ -78,11 +78,11 @@ def subject_prompts(
     options: EvaluateOptions, captions: Sequence[str | None], metadata: Mapping[str, str]
 ) -> Subject | None:
     """The prompts of the options, else captions of the photos, else of the training by the adapter's metadata; else None."""
-    drawn = options.drawn
-    if drawn.prompts is not None:
-        return Subject(read_prompt_file(drawn.prompts), f"from {drawn.prompts}")
-    if drawn.prompt:
-        return Subject([PromptLine(text) for text in drawn.prompt], "as given")
+    pictures = options.pictures
+    if pictures.prompts is not None:
+        return Subject(read_prompt_file(pictures.prompts), f"from {pictures.prompts}")
+    if pictures.prompt:
+        return Subject([PromptLine(text) for text in pictures.prompt], "as given")
     if known := list(dict.fromkeys(caption for caption in captions if caption)):
         chosen = [known[i * len(known) // MOST_CAPTIONS] for i in range(MOST_CAPTIONS)]
         return Subject(
@@ -128,17 +128,17 @@ def trained_captions(metadata: Mapping[str, str]) -> list[str]:
 
 def make_prompt_set(options: EvaluateOptions, lines: Sequence[PromptLine], size: int) -> PromptSet:
     """Requests of these prompts, with seeds for num_samples pictures, at least FEWEST_SEEDS per prompt."""
-    drawn, sampling = options.drawn, options.sampling
-    seeds = max(FEWEST_SEEDS, math.ceil(drawn.num_samples / len(lines)))
+    pictures, sampling = options.pictures, options.sampling
+    seeds = max(FEWEST_SEEDS, math.ceil(pictures.num_samples / len(lines)))
     requests = tuple(
-        request_of(line, sampling, width=size, height=size, negative_prompt=drawn.negative_prompt) for line in lines
+        request_of(line, sampling, width=size, height=size, negative_prompt=pictures.negative_prompt) for line in lines
     )
     for request in requests:
         if tags := cut_out_tags(request.prompt)[1]:
             raise UserError(
                 f"{tags[0]} of the prompt names an adapter. Evaluated adapters are named with --checkpoint instead."
             )
-    return PromptSet(requests, tuple(range(drawn.seed, drawn.seed + seeds)))
+    return PromptSet(requests, tuple(range(pictures.seed, pictures.seed + seeds)))
 
 
 def words_of(request: PictureRequest) -> str:

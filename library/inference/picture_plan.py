@@ -59,24 +59,24 @@ def plan_pictures(options: GenerateOptions, native: int | None = None) -> Pictur
 class _Planner:
     def __init__(self, options: GenerateOptions, native: int) -> None:
         self.options, self.native = options, native
-        self.output, self.base = options.what.output, options.base.pretrained_model_name_or_path
-        folders = options.base.lora_dir or ([OUTPUTS] if OUTPUTS.is_dir() else [])
-        self.folders = AdapterFolders(folders, [split_weight(text)[0] for text in options.base.lora])
+        self.output, self.base = options.pictures.output, options.models.pretrained_model_name_or_path
+        folders = options.models.lora_dir or ([OUTPUTS] if OUTPUTS.is_dir() else [])
+        self.folders = AdapterFolders(folders, [split_weight(text)[0] for text in options.models.lora])
         self.notes: list[str] = []
 
     def plan(self) -> PicturePlan:
-        what, axes = self.options.what, _axes(self.options)
+        given, axes = self.options.pictures, _axes(self.options)
         lines = (
-            [PromptLine(what.prompt or "")]
-            if what.prompt_file is None
-            else read_prompt_file(what.prompt_file, self.notes)
+            [PromptLine(given.prompt or "")]
+            if given.prompt_file is None
+            else read_prompt_file(given.prompt_file, self.notes)
         )
-        count = what.images or (IMAGES if what.prompt_file is None and axes is None else 1)
+        count = given.images or (IMAGES if given.prompt_file is None and axes is None else 1)
         plan = PicturePlan([], axes)
         for number, line in enumerate(lines):
             size = self._size(line)
             request = self._request(line, size)
-            first = what.seed + number * count if line.seed is None else line.seed
+            first = given.seed + number * count if line.seed is None else line.seed
             if axes is not None:
                 cells = plan_cells(*axes, prompt=request.prompt, negative_prompt=request.negative_prompt)
                 pictures = [self._cell(request, first, cell) for cell in cells]
@@ -94,7 +94,7 @@ class _Planner:
 
     def _file(self, number: int, seed: int) -> Path:
         """The file of one picture of several. number: of its prompt."""
-        prompt = [f"{number:02d}"] if self.options.what.prompt_file is not None else []
+        prompt = [f"{number:02d}"] if self.options.pictures.prompt_file is not None else []
         return self.output.with_name(f"{'_'.join([self.output.stem, *prompt, str(seed)])}.png")
 
     def _cell(self, request: PictureRequest, seed: int, cell: Cell) -> PlannedPicture:
@@ -123,19 +123,19 @@ class _Planner:
             )
         request = replace(
             request_of(
-                line, options.sampling, width=width, height=height, negative_prompt=options.what.negative_prompt
+                line, options.sampling, width=width, height=height, negative_prompt=options.pictures.negative_prompt
             ),
             hires=hires,
             init_image=passes.init_image,
             denoising_strength=passes.denoising_strength,
-            refiner_switch_at=None if options.base.refiner is None else options.base.refiner_switch_at,
+            refiner_switch_at=None if options.models.refiner is None else options.models.refiner_switch_at,
         )
         _check(request)
         return request
 
     def _with_adapters(self, request: PictureRequest, weight: float | None = None) -> PictureRequest:
         """The request with the adapters of its prompt and of --lora. weight: replaces the weight of every --lora."""
-        given = {path: own if weight is None else weight for path, own in map(split_weight, self.options.base.lora)}
+        given = {path: own if weight is None else weight for path, own in map(split_weight, self.options.models.lora)}
         for text, is_negative in ((request.prompt, False), (request.negative_prompt, True)):
             if note := unbalanced_brackets(cut_out_tags(text)[0], negative=is_negative):
                 self.notes.append(note)
@@ -148,7 +148,7 @@ class _Planner:
 
     def _size(self, line: PromptLine) -> tuple[int | None, int | None]:
         """Width and height from the line, else from the options, else from --init_image."""
-        width, height = line.width or self.options.what.width, line.height or self.options.what.height
+        width, height = line.width or self.options.pictures.width, line.height or self.options.pictures.height
         if self.options.passes.init_image is not None:
             own_width, own_height = open_init_image(self.options.passes.init_image).size
             width, height = width or own_width // SIZE_STEP * SIZE_STEP, height or own_height // SIZE_STEP * SIZE_STEP
@@ -159,9 +159,9 @@ def _axes(options: GenerateOptions) -> tuple[Axis, Axis | None] | None:
     x, y = options.sheet.x_axis, options.sheet.y_axis
     if x is None and y is None:
         return None
-    require(options.what.prompt_file is None, "x_axis", "and y_axis are for one prompt, not for a prompt_file.")
+    require(options.pictures.prompt_file is None, "x_axis", "and y_axis are for one prompt, not for a prompt_file.")
     require(
-        options.what.images in (None, 1),
+        options.pictures.images in (None, 1),
         "images",
         "must be 1 with axes. For several pictures use a seed axis, as in seed: 1-4.",
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.inference.upscaling import SIZE_STEP
 from library.options.parser import nearest
 
 if sys.version_info >= (3, 11):
@@ -49,7 +50,6 @@ _SWITCHES = {
 # kohya's switches for ControlNet and for models that are not supported here.
 _UNSUPPORTED = {"cn": "ControlNet", "g": "FLUX", "ctr": "Lumina", "rcfg": "Lumina", "fs": "FLUX and SD3"}
 _KEYS = {field.name for field in fields(PromptLine)}
-_SIZE_STEP = 8
 
 
 def read_prompt_file(path: Path, notes: list[str] | None = None) -> list[PromptLine]:
@@ -130,11 +130,11 @@ def _checked(line: PromptLine, where: str, notes: list[str]) -> PromptLine:
     """The line, with sizes rounded down to what can be drawn, as in kohya's scripts."""
     for name in ("width", "height"):
         size = getattr(line, name)
-        if size is not None and size < _SIZE_STEP:
-            raise UserError(f"{name} must be at least {_SIZE_STEP}, got {size} ({where}).")
-        if size is not None and size % _SIZE_STEP:
-            rounded = size - size % _SIZE_STEP
-            notes.append(f"{name} {size} is rounded down to {rounded}, a multiple of {_SIZE_STEP} ({where}).")
+        if size is not None and size < SIZE_STEP:
+            raise UserError(f"{name} must be at least {SIZE_STEP}, got {size} ({where}).")
+        if size is not None and size % SIZE_STEP:
+            rounded = size - size % SIZE_STEP
+            notes.append(f"{name} {size} is rounded down to {rounded}, a multiple of {SIZE_STEP} ({where}).")
             line = replace(line, **{name: rounded})
     if line.sample_steps is not None and not 1 <= line.sample_steps <= 1000:
         raise UserError(f"steps must lie between 1 and 1000, got {line.sample_steps} ({where}).")

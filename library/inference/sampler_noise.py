@@ -43,6 +43,7 @@ class _SeededNoise:
     second_pass: bool = field(default=False, kw_only=True)
 
 
+@dataclass
 class StepNoise(_SeededNoise):
     """Fresh noise at each step, for the ancestral samplers.
 
@@ -57,6 +58,7 @@ class StepNoise(_SeededNoise):
         return torch.stack(drawn).to(self.device)
 
 
+@dataclass
 class BrownianNoise(_SeededNoise):
     """Increments of one Brownian motion per picture, for the SDE samplers; divided by their own deviation.
 

@@ -18,7 +18,7 @@ DEFAULT_REFERENCES = 64
 
 
 @dataclass(frozen=True)
-class JudgedOptions:
+class CheckpointOptions:
     checkpoint: tuple[Path, ...] = ()
     """What to evaluate: adapter files, training states, or a folder of them, such as the output_dir of a training."""
     pretrained_model_name_or_path: str | None = None
@@ -51,7 +51,7 @@ class JudgedOptions:
 
 
 @dataclass(frozen=True)
-class DrawnOptions:
+class PictureOptions:
     prompt: tuple[str, ...] = ()
     """Prompts with the subject, as in training: "a photo of zorb". Default: captions of the held-out photos, else those
     of the training, from the adapter's metadata."""
@@ -98,7 +98,7 @@ class DrawnOptions:
 
 
 @dataclass(frozen=True)
-class MeasuredOptions:
+class MeasureOptions:
     reference_dir: Path | None = None
     """Folder of photos of the subject that were not trained on, with captions as .txt beside them. Default: the training's
     val_data, or a folder held_out beside its pictures."""
@@ -139,10 +139,10 @@ class MeasuredOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    judged: JudgedOptions
-    drawn: DrawnOptions
+    checkpoints: CheckpointOptions
+    pictures: PictureOptions
     sampling: SamplingOptions
-    measured: MeasuredOptions
+    measures: MeasureOptions
     dtype: Precision | None = None
     """Number format of the base. Default: fp16 on a GPU, float elsewhere."""
     device: str | None = None

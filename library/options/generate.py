@@ -17,7 +17,7 @@ IMAGES = 4
 
 
 @dataclass(frozen=True)
-class WhatOptions:
+class PictureOptions:
     prompt: str | None = None
     """What to draw, in A1111's prompt language: (x:1.2), [a:b:0.5], [a|b], AND, BREAK, <lora:name:0.8>."""
     negative_prompt: str = ""
@@ -66,7 +66,7 @@ class WhatOptions:
 
 
 @dataclass(frozen=True)
-class BaseOptions:
+class ModelsOptions:
     pretrained_model_name_or_path: str = ModelOptions.pretrained_model_name_or_path
     """Model: a diffusers folder, a hub id, one .safetensors file, or one of the project's own (the default is)."""
     vae: str | None = None
@@ -104,7 +104,7 @@ class BaseOptions:
             f"must lie between 0 and 1, got {self.refiner_switch_at}.",
         )
         require(
-            self.refiner is not None or self.refiner_switch_at == BaseOptions.refiner_switch_at,
+            self.refiner is not None or self.refiner_switch_at == ModelsOptions.refiner_switch_at,
             "refiner_switch_at",
             "has no effect without refiner.",
         )
@@ -182,8 +182,8 @@ class SheetOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    what: WhatOptions
-    base: BaseOptions
+    pictures: PictureOptions
+    models: ModelsOptions
     sampling: SamplingOptions
     passes: PassOptions
     sheet: SheetOptions
