@@ -50,7 +50,7 @@ class Measure:
     better: int
     """1: higher is better, -1: lower is better, 0: neither."""
     from_base: bool = False
-    """Whether it is a distance to the base, 0 for the base itself: a difference to the base's says nothing more."""
+    """Whether it is a distance to the base: that of the base itself is 0, so that no difference to it is tested."""
 
 
 MEASURES = {

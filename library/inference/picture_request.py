@@ -61,7 +61,7 @@ class PictureRequest:
     init_image: Path | None = None
     """Begin with this picture instead of noise (img2img)."""
     denoising_strength: float = 0.75
-    """Share of the noise levels that the init_image is drawn over with."""
+    """How much the init_image may change: the share of the steps that are done."""
     refiner_switch_at: float | None = None
     """Share of the steps after which the refiner takes over, in the second pass where there is one. None: no refiner."""
     dialect: Dialect = "a1111"
