@@ -1,4 +1,4 @@
-"""Judge checkpoints of a LoRA: likeness, drift, adherence, diversity, denoising loss, each with its spread; a report to look at.
+"""Evaluate checkpoints of a LoRA: likeness, drift, adherence, diversity and denoising loss with confidence intervals, and a report.
 
     python evaluate.py --checkpoint outputs/zorb --reference_dir data/zorb/held_out --output_dir outputs/zorb/evaluation
     python evaluate.py --checkpoint zorb-000004.safetensors --base-model model.safetensors --prompt "a photo of zorb" \\
@@ -23,31 +23,32 @@ from library.errors import EXIT_OK, UserError, script
 from library.inference.sampler_names import sampler_named, schedule_named
 from library.options.evaluate import KOHYA, EvaluateOptions
 from library.options.parser import flatten, parse
+from library.words import plural
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from library.evaluation.checkpoints import Candidate
-    from library.evaluation.generation import GenerationResult, Wanted
+    from library.evaluation.candidates import Candidate
+    from library.evaluation.generation import GenerationPlan, GenerationResult
     from library.evaluation.photos import Photo
-    from library.evaluation.prompts import Subject
+    from library.evaluation.prompt_sets import PromptSet, Subject
     from library.evaluation.representation import RepresentationResult
 
 REPORT, METRICS, PICTURES, SHEETS = "report.html", "metrics.json", "pictures", "sheets"
 UNFINISHED = ".unfinished"
-"""Stands in the folder from the first picture until the metrics: what lies beside it is an evaluation's, to be drawn again."""
+"""A file that exists from the first picture until the metrics are written: marks an incomplete evaluation, which is replaced."""
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    wanted: Wanted
+    generation: GenerationPlan
     why_base: str
     photos_from: Path | None
     subject: Subject | None
     states: list[Path]
-    """The training's states whose representation is measured."""
+    """The training states whose representation is measured."""
 
 
 @script
@@ -65,63 +66,63 @@ def main(argv: list[str]) -> int:
 
 
 def check_output(options: EvaluateOptions) -> None:
-    """Raises UserError where the folder cannot be written to, or holds an evaluation that is to stay, or files of others."""
+    """Raises UserError where the folder is not writable, or holds an evaluation without --overwrite, or foreign files."""
     from library.files import require_writable
 
-    folder = options.judged.output_dir
+    folder = options.checkpoints.output_dir
     require_writable(folder)
     if (folder / UNFINISHED).exists():
         return
     if (folder / METRICS).exists():
-        if not options.judged.overwrite:
+        if not options.checkpoints.overwrite:
             raise UserError(f"{folder} holds an evaluation already. Name another --output_dir, or give --overwrite.")
     elif taken := [name for name in (PICTURES, SHEETS, REPORT) if (folder / name).exists()]:
         raise UserError(
-            f"{folder / taken[0]} is there already and no evaluation's: it would be overwritten. Name another --output_dir."
+            f"{folder / taken[0]} exists already and belongs to no evaluation: it would be overwritten. Name another --output_dir."
         )
 
 
 def build(options: EvaluateOptions) -> Plan:
-    """Everything that is wanted, found and checked; the adapters are read, the base is not."""
-    from library.evaluation.checkpoints import find_candidates
-    from library.evaluation.generation import Wanted
-    from library.evaluation.prompts import subject_prompts, task_of, unrelated_prompts, words_of
+    """The plan, with everything found and checked. Adapters are read; the base is not loaded."""
+    from library.evaluation.candidates import find_candidates
+    from library.evaluation.generation import GenerationPlan
+    from library.evaluation.prompt_sets import make_prompt_set, subject_prompts, unrelated_prompts, words_of
     from library.merging.source import base_model_of
 
-    judged, drawn = options.judged, options.drawn
-    candidates = find_candidates([path.expanduser() for path in judged.checkpoint], use_ema=judged.use_ema)
-    sources = {one.name: one.read(use_ema=judged.use_ema) for one in candidates}
-    base, why = base_model_of(list(sources.values()), judged.pretrained_model_name_or_path)
+    checkpoints, pictures = options.checkpoints, options.pictures
+    candidates = find_candidates([path.expanduser() for path in checkpoints.checkpoint], use_ema=checkpoints.use_ema)
+    sources = {candidate.name: candidate.read(use_ema=checkpoints.use_ema) for candidate in candidates}
+    base, why = base_model_of(list(sources.values()), checkpoints.pretrained_model_name_or_path)
     photos, folder = find_photos(options, candidates)
-    size = drawn.resolution or native_side(base)
+    size = pictures.resolution or native_side(base)
     metadata = next(reversed(sources.values())).adapter.metadata
     subject = subject_prompts(options, [photo.caption for photo in photos], metadata)
-    task = None if subject is None else task_of(options, subject.lines, size)
-    first = words_of(task.requests[0]) if task is not None else ""
-    wanted = Wanted(
+    subject_set = None if subject is None else make_prompt_set(options, subject.lines, size)
+    first = words_of(subject_set.requests[0]) if subject_set is not None else ""
+    generation = GenerationPlan(
         base,
         candidates,
         {name: source.adapter for name, source in sources.items()},
-        task,
-        task_of(options, unrelated_prompts(drawn.unrelated_prompts, base, drawn.num_samples), size),
+        subject_set,
+        make_prompt_set(options, unrelated_prompts(pictures.unrelated_prompts, base, pictures.num_samples), size),
         photos,
         [photo.caption or first for photo in photos],
         size,
-        options.measured.dino_model,
-        options.measured.clip_model or own_clip(base),
-        weight=judged.weight,
+        options.measures.dino_model,
+        options.measures.clip_model or own_clip(base),
+        weight=checkpoints.weight,
         clip_skip=options.sampling.clip_skip or 1,
-        batch_size=drawn.batch_size,
-        loss_seed=drawn.seed,
+        batch_size=pictures.batch_size,
+        loss_seed=pictures.seed,
     )
-    return Plan(wanted, why, folder, subject, states_with_heads(options, candidates))
+    return Plan(generation, why, folder, subject, states_with_heads(options, candidates))
 
 
 def find_photos(options: EvaluateOptions, candidates: list[Candidate]) -> tuple[list[Photo], Path | None]:
     from library.evaluation.photos import held_out_photos, read_photos
 
-    folder = options.measured.reference_dir or held_out_photos(candidates)
-    return ([], None) if folder is None else (read_photos(folder, options.measured.max_references), folder)
+    folder = options.measures.reference_dir or held_out_photos(candidates)
+    return ([], None) if folder is None else (read_photos(folder, options.measures.max_references), folder)
 
 
 def native_side(base: str) -> int:
@@ -135,21 +136,25 @@ def native_side(base: str) -> int:
 
 
 def own_clip(base: str) -> str | None:
-    """The CLIP that comes with the project, for bases that do; it knows nothing else."""
+    """The CLIP that comes with the project, for its bases; it was trained on their pictures alone."""
     from library.models.embedded import MODELS, SHAPES, SHAPES_CLIP
 
-    there = (MODELS / SHAPES_CLIP / "config.json").is_file()
-    return str(MODELS / SHAPES_CLIP) if there and SHAPES in (base, Path(base).name) else None
+    is_installed = (MODELS / SHAPES_CLIP / "config.json").is_file()
+    return str(MODELS / SHAPES_CLIP) if is_installed and SHAPES in (base, Path(base).name) else None
 
 
 def states_with_heads(options: EvaluateOptions, candidates: list[Candidate]) -> list[Path]:
-    """Those of train_repa.py. Raises UserError where --representation asks for them and there are none."""
-    if options.measured.representation is False:
+    """The states of train_repa.py with heads. Raises UserError where --representation is given and there are none."""
+    if options.measures.representation is False:
         return []
-    states = [one.path for one in candidates if one.is_state and (one.path / "align_heads.safetensors").is_file()]
-    if not states and options.measured.representation:
+    states = [
+        candidate.path
+        for candidate in candidates
+        if candidate.is_state and (candidate.path / "align_heads.safetensors").is_file()
+    ]
+    if not states and options.measures.representation:
         raise UserError(
-            "--representation is for states of train_repa.py with heads (step_NNNNNN), and none was named. Name one as "
+            "--representation needs a state of train_repa.py with heads (step_NNNNNN), and there is none. Name one as "
             "--checkpoint, or leave --representation out."
         )
     return states
@@ -158,32 +163,37 @@ def states_with_heads(options: EvaluateOptions, candidates: list[Candidate]) -> 
 def print_plan(options: EvaluateOptions, plan: Plan) -> None:
     from library.models.locate import base_status, clip_status, dino_status
 
-    wanted = plan.wanted
-    for one in wanted.candidates:
-        print(f"checkpoint {one.path}{'' if one.step is None else f', step {one.step}'}")
-    print(f"base       {wanted.base} ({plan.why_base})")
-    if wanted.subject is None or plan.subject is None:
-        print("subject    no prompt for it: likeness and diversity are left out. Name it with --prompt.")
+    generation = plan.generation
+    for candidate in generation.candidates:
+        print(f"checkpoint {candidate.path}{'' if candidate.step is None else f', step {candidate.step}'}")
+    print(f"base       {generation.base} ({plan.why_base})")
+    if generation.subject is None or plan.subject is None:
+        print("subject    no prompt names it: likeness and diversity are left out. Give one with --prompt.")
     else:
-        print(
-            f"subject    {len(wanted.subject.requests)} prompts ({plan.subject.why}), {len(wanted.subject.seeds)} seeds each"
-        )
-        for request in wanted.subject.requests:
+        print(f"subject    {size_of(generation.subject)}; {plan.subject.source}")
+        for request in generation.subject.requests:
             print(f"           {request.prompt}")
-    print(f"unrelated  {len(wanted.unrelated.requests)} prompts, {len(wanted.unrelated.seeds)} seeds each")
-    print(f"photos     {f'{len(wanted.photos)} of {plan.photos_from}' if wanted.photos else 'none (--reference_dir)'}")
-    print(f"judges     {wanted.dino_model}; {wanted.clip_model or 'no CLIP (--clip_model)'}")
-    count = (len(wanted.candidates) + 1) * sum(len(task.places) for task in (wanted.subject, wanted.unrelated) if task)
-    request = wanted.unrelated.requests[0]
+    print(f"unrelated  {size_of(generation.unrelated)}")
     print(
-        f"pictures   {count} of {wanted.size} x {wanted.size}, {request.steps} steps, cfg_scale {request.cfg_scale:g}"
+        f"photos     {f'{len(generation.photos)} of {plan.photos_from}' if generation.photos else 'none (--reference_dir)'}"
     )
+    print(f"judges     {generation.dino_model}; {generation.clip_model or 'no CLIP (--clip_model)'}")
+    count = (len(generation.candidates) + 1) * sum(
+        len(prompts.places) for prompts in (generation.subject, generation.unrelated) if prompts
+    )
+    request = generation.unrelated.requests[0]
+    size, steps = f"{generation.size} x {generation.size} pixels", plural(request.steps, "step")
+    print(f"pictures   {count} of {size}, {steps}, cfg_scale {request.cfg_scale:g}")
     for state in plan.states:
         print(f"states     representation of {state}")
-    print(f"output     {options.judged.output_dir}")
-    clip = None if wanted.clip_model is None else clip_status(wanted.clip_model)
-    for missing in filter(None, (base_status(wanted.base), dino_status(wanted.dino_model), clip)):
+    print(f"output     {options.checkpoints.output_dir}")
+    clip = None if generation.clip_model is None else clip_status(generation.clip_model)
+    for missing in filter(None, (base_status(generation.base), dino_status(generation.dino_model), clip)):
         print(f"missing    {missing}")
+
+
+def size_of(prompts: PromptSet) -> str:
+    return f"{plural(len(prompts.requests), 'prompt')}, {plural(len(prompts.seeds), 'seed')} each"
 
 
 def run(options: EvaluateOptions, plan: Plan) -> None:
@@ -192,9 +202,9 @@ def run(options: EvaluateOptions, plan: Plan) -> None:
     from library.evaluation.html_report import report_page, sheets_of
     from library.files import write_json
 
-    start, folder, device = time.perf_counter(), options.judged.output_dir, choose_device(options.device)
+    start, folder, device = time.perf_counter(), options.checkpoints.output_dir, choose_device(options.device)
     result = evaluate_generation(
-        plan.wanted,
+        plan.generation,
         folder / PICTURES,
         dtype=choose_dtype(options.dtype, device),
         device=device,
@@ -204,10 +214,10 @@ def run(options: EvaluateOptions, plan: Plan) -> None:
     representation = measure_representation(options, plan.states, device, result)
     (folder / SHEETS).mkdir(parents=True, exist_ok=True)
     for name in result.drawn:
-        for kind, sheet in sheets_of(plan.wanted, result, name).items():
+        for kind, sheet in sheets_of(plan.generation, result, name).items():
             save_picture(sheet, folder / SHEETS / f"{name.replace('/', '_')}_{kind}.png")
     facts = facts_of(plan, str(device), time.perf_counter() - start)
-    report_page(plan.wanted, result, facts, flatten(options), representation).write(folder / REPORT)
+    report_page(plan.generation, result, facts, flatten(options), representation).write(folder / REPORT)
     metrics: dict[str, Any] = {"format_version": FORMAT_VERSION, "facts": facts, **result.to_json()}
     metrics["representation"] = None if representation is None else representation.to_json()
     metrics["options"] = flatten(options)
@@ -217,7 +227,7 @@ def run(options: EvaluateOptions, plan: Plan) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Take away what an evaluation left in the folder, before another begins there."""
+    """Remove the pictures and sheets of the evaluation before this one."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).touch()
     (folder / METRICS).unlink(missing_ok=True)
@@ -228,39 +238,42 @@ def clear(folder: Path) -> None:
 def measure_representation(
     options: EvaluateOptions, states: list[Path], device: torch.device, result: GenerationResult
 ) -> RepresentationResult | None:
-    """Where it was not asked for, what stands in its way is noted instead of ending the run."""
+    """The representation of the states. Without --representation, an obstacle becomes a note instead of an error."""
     from library.evaluation.representation import RepresentationSettings, evaluate_states
 
     if not states:
         return None
-    samples = options.measured.representation_samples
+    samples = options.measures.representation_samples
     settings = RepresentationSettings(
-        timesteps=options.measured.representation_timesteps, fit_samples=samples, test_samples=samples
+        timesteps=options.measures.representation_timesteps, fit_samples=samples, test_samples=samples
     )
     try:
-        return evaluate_states(states, settings, use_ema=options.judged.use_ema, device=device, say=print)
+        return evaluate_states(states, settings, use_ema=options.checkpoints.use_ema, device=device, say=print)
     except UserError as error:
-        if options.measured.representation:
+        if options.measures.representation:
             raise
         result.notes.append(f"The representation is left out: {error}")
         return None
 
 
 def facts_of(plan: Plan, device: str, seconds: float) -> dict[str, str]:
-    """What is to be known of how the numbers came about."""
+    """What the evaluation was made with, for the report."""
     from library.files import public_name
 
-    wanted = plan.wanted
-    request = wanted.unrelated.requests[0]
+    generation = plan.generation
+    request = generation.unrelated.requests[0]
     sampler, schedule = request.sampler_and_schedule
     facts = {
-        "base": public_name(wanted.base),
-        "photos": f"{len(wanted.photos)}, {public_name(str(plan.photos_from))}" if wanted.photos else "none",
-        "prompts": "none of the subject" if plan.subject is None else f"{len(plan.subject.lines)}, {plan.subject.why}",
-        "seeds": ", ".join(map(str, (wanted.subject or wanted.unrelated).seeds)),
-        "pictures": f"{wanted.size} x {wanted.size}, {sampler} {schedule}, {request.steps} steps, cfg_scale {request.cfg_scale:g}",
-        "DINOv2": public_name(wanted.dino_model),
-        "CLIP": "none" if wanted.clip_model is None else public_name(wanted.clip_model),
+        "base": public_name(generation.base),
+        "photos": f"{len(generation.photos)}, {public_name(str(plan.photos_from))}" if generation.photos else "none",
+        "prompts": "none of the subject"
+        if plan.subject is None
+        else f"{len(plan.subject.lines)}, {plan.subject.source}",
+        "seeds": ", ".join(map(str, (generation.subject or generation.unrelated).seeds)),
+        "pictures": f"{generation.size} x {generation.size} pixels, {sampler} {schedule}, "
+        f"{plural(request.steps, 'step')}, cfg_scale {request.cfg_scale:g}",
+        "DINOv2": public_name(generation.dino_model),
+        "CLIP": "none" if generation.clip_model is None else public_name(generation.clip_model),
         "device": device,
         "time": f"{seconds:.0f} s",
     }

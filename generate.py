@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import EXIT_OK, script
-from library.inference.pictures import strength_of
-from library.inference.shots import Shot, ShotList, shot_list
+from library.inference.picture_infotext import strength_of
+from library.inference.picture_plan import PicturePlan, PlannedPicture, plan_pictures
 from library.models.locate import check_base
 from library.options.generate import GenerateOptions
 from library.options.parser import parse
+from library.words import plural
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from library.inference.studio import Studio
+    from library.inference.drawing_session import DrawingSession
 
 
 SEEDS_LISTED = 8
@@ -36,57 +37,64 @@ SEEDS_LISTED = 8
 @script
 def main(argv: list[str]) -> int:
     options = parse(GenerateOptions, argv, prog="generate.py", description=__doc__)
-    wanted = shot_list(options)
-    print_plan(options, wanted)
+    plan = plan_pictures(options)
+    print_plan(options, plan)
     if options.dry_run:
-        print_missing(options, wanted)
+        print_missing(options, plan)
         return EXIT_OK
-    for base in dict.fromkeys(shot.base for shot in wanted.shots):
+    for base in dict.fromkeys(picture.base for picture in plan.pictures):
         check_base(base)
-    run(options, wanted)
+    run(options, plan)
     return EXIT_OK
 
 
-def print_plan(options: GenerateOptions, wanted: ShotList) -> None:
-    shots = wanted.shots
-    for base in dict.fromkeys(shot.base for shot in shots):
+def print_plan(options: GenerateOptions, plan: PicturePlan) -> None:
+    for base in dict.fromkeys(picture.base for picture in plan.pictures):
         print(f"model      {base}")
-    if options.base.vae is not None:
-        print(f"vae        {options.base.vae}")
-    for path in wanted.adapters:
-        uses = (use for shot in shots for use in shot.request.loras if use.path == path)
+    if options.models.vae is not None:
+        print(f"vae        {options.models.vae}")
+    for path in plan.adapters:
+        uses = (use for picture in plan.pictures for use in picture.request.loras if use.path == path)
         print(f"lora       {path}, weight {', '.join(dict.fromkeys(strength_of(use.weights) for use in uses))}")
-    if options.base.refiner is not None:
-        print(f"refiner    {options.base.refiner}, from {options.base.refiner_switch_at:.0%} of the steps on")
-    begun = "" if options.passes.init_image is None else f", begun with {options.passes.init_image}"
-    print(f"pictures   {said_sizes(wanted)}{begun}, {said_seeds({shot.seed for shot in shots})}")
+    if options.models.refiner is not None:
+        print(f"refiner    {options.models.refiner}, from {options.models.refiner_switch_at:.0%} of the steps on")
+    start = "" if options.passes.init_image is None else f", drawn over {options.passes.init_image}"
+    print(f"pictures   {sizes_text(plan)}{start}, {seeds_text({picture.seed for picture in plan.pictures})}")
+    requests = list(dict.fromkeys(picture.request for picture in plan.pictures))
     for sampler, schedule, steps, scale in dict.fromkeys(
-        (*shot.request.sampler_and_schedule, shot.request.steps, shot.request.cfg_scale) for shot in shots
+        (*request.sampler_and_schedule, request.steps, request.cfg_scale) for request in requests
     ):
-        print(f"sampler    {sampler} {schedule}, {steps} steps, cfg_scale {scale:g}")
-    for hires, steps in dict.fromkeys((shot.request.hires, shot.request.hires_steps) for shot in shots):
+        print(f"sampler    {sampler} {schedule}, {plural(steps, 'step')}, cfg_scale {scale:g}")
+    for hires, steps in dict.fromkeys((request.hires, request.hires_steps) for request in requests):
         if hires is not None:
             print(
-                f"hires      {hires.scale:g} times by {hires.upscaler}, {steps} steps, denoising strength "
+                f"hires      {hires.scale:g} times by {hires.upscaler}, {plural(steps, 'step')}, denoising strength "
                 f"{hires.denoising_strength:g}"
             )
-    for name, axis in zip(("columns", "rows"), wanted.axes or (), strict=False):
+    for name, axis in zip(("columns", "rows"), plan.axes or (), strict=False):
         if axis is not None:
             print(f"{name:10} {', '.join(axis.headings)}")
-    for note in wanted.notes:
+    for note in plan.notes:
         print(f"note       {note}")
-    print(f"output     {options.what.output}")
+    print(f"output     {options.pictures.output}")
 
 
-def said_sizes(wanted: ShotList) -> str:
-    """ "4 of 512 x 768", or where they differ "4: 3 of 512 x 768, 1 of native x native"; sides that are not asked for are the
-    first base's."""
-    counts = Counter(f"{width or 'native'} x {height or 'native'}" for width, height in wanted.sizes)
-    told = [f"{count} of {size}" for size, count in counts.items()]
-    return told[0] if len(told) == 1 else f"{len(wanted.shots)}: {', '.join(told)}"
+def sizes_text(plan: PicturePlan) -> str:
+    """ "4 of 512 x 768 pixels", or where they differ "4: 3 of 512 x 768 pixels, 1 at the base's own size"."""
+    counts = Counter(map(size_text, plan.sizes))
+    texts = [f"{count} {size}" for size, count in counts.items()]
+    return texts[0] if len(texts) == 1 else f"{len(plan.pictures)}: {', '.join(texts)}"
 
 
-def said_seeds(seeds: set[int]) -> str:
+def size_text(size: tuple[int | None, int | None]) -> str:
+    """ "of 512 x 768 pixels"; a side that the user did not give is the base's own."""
+    if size == (None, None):
+        return "at the base's own size"
+    width, height = (side or "the base's own" for side in size)
+    return f"of {width} x {height} pixels"
+
+
+def seeds_text(seeds: set[int]) -> str:
     """ "seed 42", "seed 42 to 45" or "seeds 1, 43"."""
     first, last = min(seeds), max(seeds)
     if len(seeds) == 1:
@@ -97,30 +105,30 @@ def said_seeds(seeds: set[int]) -> str:
     return f"seeds {listed}" if len(seeds) <= SEEDS_LISTED else f"{len(seeds)} seeds: {listed}, ..."
 
 
-def print_missing(options: GenerateOptions, wanted: ShotList) -> None:
+def print_missing(options: GenerateOptions, plan: PicturePlan) -> None:
     """Which models are not on this machine."""
     from library.models.locate import base_status, refiner_status
 
-    missing = [base_status(base) for base in dict.fromkeys(shot.base for shot in wanted.shots)]
-    if options.base.vae is not None:
-        missing.append(base_status(options.base.vae, ("vae",)))
-    if options.base.refiner is not None:
-        missing.append(refiner_status(options.base.refiner))
+    missing = [base_status(base) for base in dict.fromkeys(picture.base for picture in plan.pictures)]
+    if options.models.vae is not None:
+        missing.append(base_status(options.models.vae, ("vae",)))
+    if options.models.refiner is not None:
+        missing.append(refiner_status(options.models.refiner))
     for sentence in filter(None, missing):
         print(f"missing    {sentence}")
 
 
-def build(options: GenerateOptions, planned: ShotList) -> tuple[Studio, ShotList]:
-    """What draws, and the pictures to draw with the size that the first base gives them.
+def build(options: GenerateOptions, plan: PicturePlan) -> tuple[DrawingSession, PicturePlan]:
+    """The session that draws, and the plan with the first base's own size filled in.
 
-    Raises UserError where one of the models is not there, or they and the adapters do not go together.
+    Raises UserError where a model is missing, or the models and adapters do not fit each other.
     """
     from library.device import choose_device, choose_dtype
-    from library.inference.studio import Studio
+    from library.inference.drawing_session import DrawingSession
 
-    base = options.base
+    base = options.models
     device = choose_device(base.device)
-    studio = Studio(
+    session = DrawingSession(
         choose_dtype(base.dtype, device),
         device,
         vae=base.vae,
@@ -128,47 +136,49 @@ def build(options: GenerateOptions, planned: ShotList) -> tuple[Studio, ShotList
         prediction_type=base.prediction_type,
         zero_terminal_snr=base.zero_terminal_snr,
     )
-    sides = studio.check(planned.shots)
-    first = planned.shots[0].base
+    sides = session.check(plan.pictures)
+    first = plan.pictures[0].base
     for other, side in sides.items():
-        if side != sides[first] and any(None in size for size in planned.sizes):
+        if side != sides[first] and any(None in size for size in plan.sizes):
             print(
-                f"note       {other} was trained at {side} pixels, and is drawn at the {sides[first]} of {first}: all cells have "
-                "one size. Choose it with --width and --height."
+                f"note       {other} was trained at {side} pixels, but is drawn at the {sides[first]} of {first}: all cells "
+                "have one size. Choose it with --width and --height."
             )
-    return studio, shot_list(options, sides[first])
+    return session, plan_pictures(options, sides[first])
 
 
-def run(options: GenerateOptions, planned: ShotList) -> list[Path]:
-    """Draw and write everything; returns the files, the sheet last."""
+def run(options: GenerateOptions, plan: PicturePlan) -> list[Path]:
+    """Draw and write all pictures and the sheet; returns the files, the sheet last."""
     from library.inference.infotext import save_png
 
-    studio, wanted = build(options, planned)
-    studio.hash_ahead(shot.base for shot in wanted.shots)
-    pictures: dict[Shot, Image.Image] = {}
+    session, plan = build(options, plan)
+    session.hash_ahead(planned.base for planned in plan.pictures)
+    pictures: dict[PlannedPicture, Image.Image] = {}
     start = time.perf_counter()
-    for batch, drawn in studio.draw(wanted.shots, options.what.batch_size):
+    for batch, drawn in session.draw(plan.pictures, options.pictures.batch_size):
         seconds, start = time.perf_counter() - start, time.perf_counter()
-        for shot, picture in zip(batch, drawn, strict=True):
-            save_png(picture, shot.file, studio.info(shot))
-            pictures[shot] = picture
-            print(f"{shot.file}  {picture.width} x {picture.height}, {seconds / len(batch):.1f} s")
-    files = [shot.file for shot in wanted.shots]
-    if len(pictures) > 1 or wanted.axes is not None:
-        save_png(sheet_of(wanted, pictures), options.what.output, studio.info(wanted.shots[0]))
-        files.append(options.what.output)
-        print(f"{options.what.output}  all {len(pictures)}")
+        for planned, picture in zip(batch, drawn, strict=True):
+            save_png(picture, planned.file, session.infotext(planned))
+            pictures[planned] = picture
+            print(f"{planned.file}  {picture.width} x {picture.height}, {seconds / len(batch):.1f} s")
+    files = [planned.file for planned in plan.pictures]
+    if len(pictures) > 1 or plan.axes is not None:
+        save_png(sheet_of(plan, pictures), options.pictures.output, session.infotext(plan.pictures[0]))
+        files.append(options.pictures.output)
+        print(f"{options.pictures.output}  the sheet of {plural(len(pictures), 'picture')}")
     return files
 
 
-def sheet_of(wanted: ShotList, pictures: dict[Shot, Image.Image]) -> Image.Image:
-    """All pictures on one sheet: along the axes, or as square as it gets."""
+def sheet_of(plan: PicturePlan, pictures: dict[PlannedPicture, Image.Image]) -> Image.Image:
+    """All pictures on one sheet: along the axes, or in a grid as square as possible."""
     from library.inference.grids import grid
     from library.inference.xy_grid import sheet
 
-    if wanted.axes is None:
+    if plan.axes is None:
         return grid(list(pictures.values()))
-    return sheet(*wanted.axes, {shot.cell: picture for shot, picture in pictures.items() if shot.cell is not None})
+    return sheet(
+        *plan.axes, {planned.cell: picture for planned, picture in pictures.items() if planned.cell is not None}
+    )
 
 
 if __name__ == "__main__":

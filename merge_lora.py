@@ -176,18 +176,18 @@ def draw_test_picture(output: Output) -> None:
     import torch
 
     from library.device import choose_device
+    from library.inference.drawing_model import load_model
     from library.inference.infotext import save_png
-    from library.inference.model import load_model
-    from library.inference.pictures import picture_info
-    from library.inference.request import Request
+    from library.inference.picture_infotext import infotext_of
+    from library.inference.picture_request import PictureRequest
     from library.inference.text_to_image import draw, native_size
     from library.models.locate import locate_base
 
     model = load_model(locate_base(str(output.path)), dtype=torch.float32, device=choose_device(None))
     side = native_size(model)
-    request = Request(TEST_PROMPT, "", steps=25, cfg_scale=7.5, width=side, height=side)
+    request = PictureRequest(TEST_PROMPT, "", steps=25, cfg_scale=7.5, width=side, height=side)
     path = output.path / TEST_PICTURE if output.folder else output.path.with_name(f"{output.path.stem}_{TEST_PICTURE}")
-    save_png(draw(model, request, [TEST_SEED])[0], path, picture_info(request, TEST_SEED, output.path.stem))
+    save_png(draw(model, request, [TEST_SEED])[0], path, infotext_of(request, TEST_SEED, output.path.stem))
     print(f"Drew {path}.")
 
 

@@ -52,16 +52,16 @@ def measure(arguments: argparse.Namespace, base: str) -> tuple[dict[str, Any], d
     import torch
 
     from library.device import choose_device, choose_dtype
+    from library.inference.drawing_session import DrawingSession
     from library.inference.sampler_names import SAMPLER_NAMES
-    from library.inference.studio import Studio
 
     device = choose_device(None)
-    studio = Studio(choose_dtype(arguments.dtype, device), device)
+    session = DrawingSession(choose_dtype(arguments.dtype, device), device)
     start = time.perf_counter()
-    family = studio.model(base).family
+    family = session.model(base).family
     measured = {"load_seconds": time.perf_counter() - start}
     for what, sampler in [("first_picture", SAMPLER_NAMES[0]), *((name, name) for name in SAMPLER_NAMES)]:
-        seconds = seconds_of(studio, base, sampler, arguments)
+        seconds = seconds_of(session, base, sampler, arguments)
         print(f"{what:14} {'failed' if seconds is None else f'{seconds:.2f} s'}", flush=True)
         if seconds is not None:
             measured[f"{what}_seconds"] = seconds
@@ -81,17 +81,17 @@ def measure(arguments: argparse.Namespace, base: str) -> tuple[dict[str, Any], d
     return settings, measured
 
 
-def seconds_of(studio: Any, base: str, sampler: str, arguments: argparse.Namespace) -> float | None:
+def seconds_of(session: Any, base: str, sampler: str, arguments: argparse.Namespace) -> float | None:
     """Of one picture; None where it is not finite, or not of the size that was asked for."""
     from library.errors import RunFailed
-    from library.inference.request import Request
-    from library.inference.shots import Shot
+    from library.inference.picture_plan import PlannedPicture
+    from library.inference.picture_request import PictureRequest
 
     size = arguments.size
-    request = Request(PROMPT, NEGATIVE_PROMPT, arguments.steps, CFG_SCALE, size, size, sampler=sampler)
+    request = PictureRequest(PROMPT, NEGATIVE_PROMPT, arguments.steps, CFG_SCALE, size, size, sampler=sampler)
     start = time.perf_counter()
     try:
-        ((_, (picture,)),) = studio.draw([Shot(base, request, seed=1, file=Path("unwritten.png"))])
+        ((_, (picture,)),) = session.draw([PlannedPicture(base, request, seed=1, file=Path("unwritten.png"))])
     except RunFailed as error:
         print(f"{sampler}: {error}")
         return None

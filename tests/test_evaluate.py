@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 import evaluate
 from library.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from library.evaluation import generation
-from library.evaluation.checkpoints import find_candidates
+from library.evaluation.candidates import find_candidates
 from library.evaluation.photos import held_out_photos, read_photos
-from library.evaluation.prompts import plain_text, trained_captions, words_of
+from library.evaluation.prompt_sets import plain_text, trained_captions, words_of
 from library.files import write_json
-from library.inference.infotext import read_png
+from library.inference.picture_request import PictureRequest
 from library.inference.prompt_syntax import weighted_spans
-from library.inference.request import Request
+from tests.tools.infotext import read_png
 
 WORDS = ["--steps", "1", "--resolution", "64", "--num-samples", "2", "--cfg_scale", "2"]
 
@@ -129,7 +129,7 @@ def test_one_that_does_something_drifts_and_differences_are_paired(evaluated: tu
 def test_what_is_left_out_is_said(evaluated: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = evaluated
     said = " ".join(metrics["left_out"])
-    assert "there is no CLIP" in said and "it wants 64 pictures and as many photos, and there are 2 and 2" in said
+    assert "there is no CLIP" in said and "it needs 64 pictures and as many photos; there are 2 and 2" in said
     assert "adherence" not in metrics["meanings"] and metrics["representation"] is None
     assert "there is no CLIP" in (folder / "report.html").read_text(encoding="utf-8")
 
@@ -174,7 +174,8 @@ def test_a_training_of_train_network_is_its_adapters(
     assert evaluate.main([*map(str, words), *WORDS]) == EXIT_OK
     said = capsys.readouterr().out
     assert (
-        "subject    1 prompts (captions of the training, as the adapter says), 2 seeds each\n           mio\n" in said
+        "subject    1 prompt, 2 seeds each; captions of the training, from the adapter's metadata\n           mio\n"
+        in said
     )
 
 
@@ -227,7 +228,7 @@ def test_a_caption_is_drawn_by_its_letters() -> None:
     ],
 )
 def test_who_reads_words_is_shown_no_syntax(prompt: str, words: str) -> None:
-    assert words_of(Request(prompt, "", steps=20, cfg_scale=7, width=64, height=64)) == words
+    assert words_of(PictureRequest(prompt, "", steps=20, cfg_scale=7, width=64, height=64)) == words
 
 
 # Bad input
@@ -249,16 +250,16 @@ def test_bad_input_is_refused_in_a_sentence(
     assert "checkpoint is missing" in refused([], capsys)
     assert "nowhere.safetensors does not exist" in refused(["--checkpoint", "nowhere.safetensors"], capsys)
     assert "no checkpoints in" in refused(["--checkpoint", empty], capsys)
-    assert "holds no pictures; 2 at least" in refused([*good, "--reference_dir", empty], capsys)
-    assert "holds one picture, p0.png; 2 at least" in refused([*good, "--reference_dir", one], capsys)
+    assert "holds no pictures; at least 2" in refused([*good, "--reference_dir", empty], capsys)
+    assert "holds one picture, p0.png; at least 2" in refused([*good, "--reference_dir", one], capsys)
     assert "is no folder" in refused([*good, "--reference_dir", tmp_path / "gone"], capsys)
     assert "must be a multiple of 8, got 100" in refused([*good, "--resolution", 100], capsys)
-    assert "must be at least 2, to know a spread, got 1" in refused([*good, "--num_samples", 1], capsys)
+    assert "must be at least 2, to estimate a standard error, got 1" in refused([*good, "--num_samples", 1], capsys)
     assert "Eulr is no sampler (did you mean Euler?)" in refused([*good, "--sampler", "Eulr"], capsys)
     assert "did you mean" in refused([*good, "--num-sampels", 4], capsys)
     assert "gone does not exist" in refused([*good, "--base-model", tmp_path / "gone"], capsys)
-    assert "here adapters are compared" in refused([*good, "--prompt", "mio <lora:a:1>"], capsys)
-    assert "is for states of train_repa.py" in refused([*good, "--representation"], capsys)
+    assert "Evaluated adapters are named with --checkpoint" in refused([*good, "--prompt", "mio <lora:a:1>"], capsys)
+    assert "needs a state of train_repa.py with heads" in refused([*good, "--representation"], capsys)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.json").write_text("{}")
     assert "give --overwrite" in refused([*good, "--output_dir", tmp_path / "old"], capsys)
@@ -270,7 +271,7 @@ def test_pictures_that_are_no_evaluations_are_never_taken_away(
     photos = write_photos(tmp_path / "mine" / "pictures")
     for more in ([], ["--overwrite"]):
         words = ["--checkpoint", adapter_file, "--output_dir", tmp_path / "mine", *more]
-        assert "pictures is there already and no evaluation's" in refused(words, capsys)
+        assert "pictures exists already and belongs to no evaluation" in refused(words, capsys)
     assert (photos / "p0.png").is_file()
 
 
@@ -293,7 +294,7 @@ def test_an_evaluation_stays_until_another_can_begin_and_an_interrupted_one_is_d
 
     words += ["--dino_model", tiny_dinov2]
     with monkeypatch.context() as patched, pytest.raises((KeyboardInterrupt, SystemExit)):
-        patched.setattr(generation, "draw_task", interrupted)
+        patched.setattr(generation, "draw_prompt_set", interrupted)
         sys.exit(evaluate.main([*WORDS, *map(str, words), "--overwrite"]))
     assert not (out / "metrics.json").exists() and not (out / "pictures").exists()
     assert evaluate.main([*WORDS, *map(str, words)]) == EXIT_OK, "what was begun here is gone on with"
@@ -325,7 +326,7 @@ def test_a_plan_draws_nothing(adapter_file: Path, tmp_path: Path, capsys: pytest
     words = ["--checkpoint", adapter_file, "--prompt", "mio", "--output_dir", tmp_path / "out", "--dry_run"]
     assert evaluate.main([*map(str, words), *WORDS]) == EXIT_OK
     said = capsys.readouterr().out
-    assert "subject    1 prompts (as given), 2 seeds each" in said and "photos     none" in said
+    assert "subject    1 prompt, 2 seeds each; as given" in said and "photos     none" in said
     assert "missing" not in said and not (tmp_path / "out").exists()
     assert (
         evaluate.main([*map(str, words), *WORDS, "--clip_model", "nobody/clip", "--dino_model", "nobody/dino"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.inference.find_adapters import AdapterFolders, loras_of, names_apart, title_of
+from library.inference.find_adapters import AdapterFolders, loras_of, title_of, unique_names
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_two_given_files_of_one_name_are_told_apart_by_their_folders(folder: Pat
 def test_a_name_has_as_many_folders_as_tell_it_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     paths = [Path(name) for name in ("a/m/x.safetensors", "b/m/x.safetensors", "x.safetensors", "b/y")]
-    assert list(names_apart(paths).values()) == ["a/m/x", "b/m/x", f"{folder.name}/x", "y"]
+    assert list(unique_names(paths).values()) == ["a/m/x", "b/m/x", f"{folder.name}/x", "y"]
     assert AdapterFolders([], paths).find(f"{folder.name}/x", "tag") == paths[2], "of a relative path too"
 
 
@@ -82,7 +82,7 @@ def test_a_name_has_as_many_folders_as_tell_it_apart(folder: Path, monkeypatch: 
     [
         ("<lora:cta:1>", "<lora:cta:1> of the prompt has no adapter: no cta.safetensors in {folder} (did you mean cat?)."),
         ("<lora:same:1>", "<lora:same:1> of the prompt could be 2 files: {folder}/one/same.safetensors, {folder}/two/same"),
-        ("<hypernet:x:1>", "<hypernet:x:1> of the prompt is not offered."),
+        ("<hypernet:x:1>", "<hypernet:x:1> of the prompt is not supported."),
         ("<lora::1>", "<lora::1> of the prompt names no file."),
         ("<lora:model:1>", "no model.safetensors in"),
         ("<lora:lora:1>", "no lora.safetensors in"),
@@ -98,7 +98,7 @@ def test_what_is_not_there_is_told(folder: Path, prompt: str, words: str) -> Non
 
 
 def test_without_any_adapter_that_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="There is no adapter at all. Name its folder with --lora_dir."):
+    with pytest.raises(UserError, match="There are no adapters. Name its folder with --lora_dir."):
         AdapterFolders([tmp_path]).find("x", "<lora:x>")
 
 

@@ -17,9 +17,10 @@ import generate
 from library import project_version
 from library.errors import EXIT_BAD_INPUT, EXIT_OK
 from library.files import read_json, write_json
-from library.inference import studio
-from library.inference.infotext import lora_hash, model_hash, read_png
+from library.inference import drawing_session
+from library.inference.infotext import lora_hash, model_hash
 from tests.tools.generating import run
+from tests.tools.infotext import read_png
 from tests.tools.ldm_layout import ldm_checkpoint
 
 
@@ -58,7 +59,7 @@ def test_pictures_and_their_grid(
     with Image.open(tmp_path / "x.png") as sheet:
         assert sheet.size == (128, 128)
     said = capsys.readouterr().out
-    assert "pictures   3 of 64 x 64, seed 5 to 7" in said and f"lora       {adapter_file}, weight 0.5" in said
+    assert "pictures   3 of 64 x 64 pixels, seed 5 to 7" in said and f"lora       {adapter_file}, weight 0.5" in said
 
 
 def test_one_picture_is_the_output_itself(base: list[str], tmp_path: Path) -> None:
@@ -122,16 +123,14 @@ def test_a_tag_is_as_good_as_an_option(base: list[str], adapter_file: Path, tmp_
 def test_a_file_of_prompts_is_drawn_with_one_load(
     base: list[str], adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import library.inference.studio as studio
-
     loads: list[object] = []
-    original = studio.load_model
+    original = drawing_session.load_model
 
     def counted(*args: object, **more: object) -> object:
         loads.append(args)
         return original(*args, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(studio, "load_model", counted)
+    monkeypatch.setattr(drawing_session, "load_model", counted)
     prompts = tmp_path / "p.txt"
     prompts.write_text(
         "# two of them\na cat <lora:demo:1> --n dog --w 72 --h 40 --d 3 --s 2 --l 2 --ss euler_a\na red square\n"
@@ -207,7 +206,7 @@ def test_the_size_of_a_sheet_is_the_first_models_and_that_is_said(
     words = ["--prompt", "a", "--steps", "1", "--x_axis", f"checkpoint: {base[1]} | {other}"]
     assert generate.main([*words, "--output", str(tmp_path / "x.png")]) == EXIT_OK
     assert (
-        f"note       {other} was trained at 256 pixels, and is drawn at the 128 of {base[1]}" in capsys.readouterr().out
+        f"note       {other} was trained at 256 pixels, but is drawn at the 128 of {base[1]}" in capsys.readouterr().out
     )
     assert pixels(tmp_path / "x_x2_y1.png").shape == (128, 128, 3)
     assert run("--x_axis", f"checkpoint: {base[1]} | {other}", "--output", tmp_path / "x.png") == EXIT_OK
@@ -242,7 +241,7 @@ def test_a_base_that_is_a_file_is_named_with_a1111s_hash(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[Path] = []
-    monkeypatch.setattr(studio, "model_hash", lambda path: hashed.append(path) or model_hash(path))
+    monkeypatch.setattr(drawing_session, "model_hash", lambda path: hashed.append(path) or model_hash(path))
     file = tmp_path / "mine.safetensors"
     save_file({key: value.contiguous() for key, value in ldm_checkpoint(tiny_sd15).items()}, file)
     words = ["--pretrained_model_name_or_path", file, "--refiner", file, "--images", 2, "--steps", 2]
@@ -295,6 +294,6 @@ def test_what_has_no_effect_is_said(
     words = ["--negative_prompt", "bad) <lora:demo:1>", "--images", 1, "--lora", adapter_file]
     assert run(*base, *words, "--output", tmp_path / "x.png", prompt="cat <lora:demo:0.5>") == EXIT_OK
     said = capsys.readouterr().out
-    assert "note       A ')' of the negative prompt closes nothing and is taken literally." in said
-    assert "note       <lora:demo:1> of the negative prompt left out" in said
+    assert "note       A ')' of the negative prompt closes no bracket and is taken literally." in said
+    assert "note       <lora:demo:1> of the negative prompt is left out" in said
     assert f"note       <lora:demo:0.5> of the prompt takes the place of --lora {adapter_file}:1." in said

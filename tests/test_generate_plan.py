@@ -33,7 +33,7 @@ def test_a_dry_run_draws_nothing_and_takes_no_torch(base: list[str], tmp_path: P
     assert (done.returncode, done.stderr) == (EXIT_OK, "")
     assert "sampler    UniPC Normal, 25 steps, cfg_scale 2\n" in done.stdout
     assert "note       1 '(' of the prompt stays open and weighs everything up to the end.\n" in done.stdout
-    assert "pictures   3 of native x native, seed 42\n" in done.stdout
+    assert "pictures   3 at the base's own size, seed 42\n" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -44,14 +44,14 @@ def test_the_plan_says_what_will_be_drawn(
     words = [*base, "--prompt_file", "p.txt", "--lora", f"{adapter_file}:0.5", "--dry_run"]
     assert generate.main(words) == EXIT_OK
     said = capsys.readouterr().out
-    assert "pictures   3: 1 of 128 x 96, 2 of native x native, seeds 1, 43, 44\n" in said
+    assert "pictures   3: 1 of 128 x 96 pixels, 2 at the base's own size, seeds 1, 43, 44\n" in said
     assert f"lora       {adapter_file}, weight 0.3, 0.5, 0.5:1\n" in said
     assert "note       height 100 is rounded down to 96, a multiple of 8 (p.txt, line 1).\n" in said
     words = [*base, "--prompt", "a", "--hires_scale", "2", "--x_axis", "denoising: 0.3, 0.6", "--dry_run"]
     assert generate.main(words) == EXIT_OK
     said = capsys.readouterr().out
     assert [line.rpartition(" ")[2] for line in said.splitlines() if line.startswith("hires")] == ["0.3", "0.6"]
-    assert "pictures   2 of native x native, seed 42\n" in said
+    assert "pictures   2 at the base's own size, seed 42\n" in said
 
 
 def test_a_plan_lists_every_model_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +85,7 @@ def test_a_lora_may_have_a_weight(text: str, expected: tuple[Path, float]) -> No
         (["--cfg_scale", "0.5"], "cfg_scale must be at least 1, which is no guidance, got 0.5."),
         (["--cfg_scale", "inf"], "cfg_scale must be a finite number, got inf."),
         (["--cfg_scale", "nan"], "cfg_scale must be a finite number, got nan."),
-        (["--lora", ".:nan"], "lora . wants a finite number as its weight, got nan."),
+        (["--lora", ".:nan"], "lora . needs a finite number as its weight, got nan."),
         (["--hires_scale", "inf"], "An upscaler's scale must be above 0"),
         (["--clip_skip", "0"], "clip_skip must be positive, got 0."),
         (["--seed", "-1"], "seed must lie between 0 and 2^63, got -1."),

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.evaluation import picture_measures as measures
-from library.evaluation.denoising import QUARTERS, denoising_losses, encode_photos, log_ratios, timesteps_of
-from library.evaluation.estimates import Estimate, difference, jackknife, mean_of, student_quantile
+from library.evaluation.denoising import QUARTERS, denoising_losses, encode_photos, log_ratios, spread_timesteps
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures
-from library.inference.model import load_model
+from library.evaluation.standard_errors import Estimate, difference, jackknife, mean_of, student_quantile
+from library.inference.drawing_model import load_model
 from library.models.locate import locate_base
 
 ONE_GROUP = torch.zeros(16, dtype=torch.int64)
@@ -81,12 +81,12 @@ def test_prompts_are_no_spread_only_seeds_are():
 
 def test_a_prompt_with_one_picture_has_no_spread_and_is_never_told_apart():
     found = jackknife(mean_of(torch.tensor([9.0, 9.0])), torch.tensor([0, 1]))
-    assert found.value == 9 and math.isnan(found.error) and not found.is_told_from_zero
+    assert found.value == 9 and math.isnan(found.error) and not found.is_significant
     assert found.to_json() == {"value": 9.0, "error": None, "margin": None}
 
 
 def test_rounding_is_no_difference_and_is_not_shown():
-    assert not Estimate(1e-16, 1e-18, 15).is_told_from_zero
+    assert not Estimate(1e-16, 1e-18, 15).is_significant
     assert str(Estimate(-1e-17, 1e-18, 15)) == "0.000"
     assert str(Estimate(0.61234, 0.01, 15)) == "0.612 ± 0.021"
     assert str(Estimate(2e-4, 1e-5, 15)) == "0.00020 ± 0.00002"
@@ -101,15 +101,15 @@ def test_quantiles_are_those_of_the_tables(freedom: int, expected: float):
 def test_what_a_seed_does_to_both_sides_cancels_in_the_difference():
     common = 10 * rows(16, 1)[:, 0]
     better = common + 0.5 + 0.01 * rows(16, 1, seed=1)[:, 0]
-    assert not Estimate(0.5, jackknife(mean_of(better), ONE_GROUP).error, 15).is_told_from_zero
-    assert jackknife(difference(mean_of(better), mean_of(common)), ONE_GROUP).is_told_from_zero
+    assert not Estimate(0.5, jackknife(mean_of(better), ONE_GROUP).error, 15).is_significant
+    assert jackknife(difference(mean_of(better), mean_of(common)), ONE_GROUP).is_significant
 
 
 def test_equals_are_told_apart_about_once_in_twenty():
     told = 0
     for trial in range(150):
         values = rows(8, 2, seed=trial)
-        told += jackknife(difference(mean_of(values[:, 0]), mean_of(values[:, 1])), ONE_GROUP[:8]).is_told_from_zero
+        told += jackknife(difference(mean_of(values[:, 0]), mean_of(values[:, 1])), ONE_GROUP[:8]).is_significant
     assert 0.01 < told / 150 < 0.11
 
 
@@ -150,7 +150,7 @@ def test_diversity_is_the_mean_over_pairs_of_a_prompt():
 def told_apart_by_diversity(seeds: int, trial: int) -> bool:
     groups = torch.arange(4).repeat_interleave(seeds)
     a, b = (measures.diversity(F.normalize(rows(4 * seeds, seed=2 * trial + side), dim=1), groups) for side in (0, 1))
-    return jackknife(difference(measures.ratio(a, b), measures.ratio(b, b)), groups).is_told_from_zero
+    return jackknife(difference(measures.ratio(a, b), measures.ratio(b, b)), groups).is_significant
 
 
 def test_two_seeds_of_a_prompt_say_nothing_of_the_spread_of_their_diversity_and_four_do():
@@ -195,7 +195,7 @@ def test_losses_are_paired_with_the_bases_by_photo_and_timestep():
 
 
 def test_timesteps_are_in_their_quarters():
-    timesteps = timesteps_of(1000)
+    timesteps = spread_timesteps(1000)
     assert (timesteps * QUARTERS // 1000).tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert timesteps[0] >= 0 and timesteps[-1] < 1000
 
@@ -275,7 +275,7 @@ def test_a_clip_without_all_of_its_weights_is_refused(tiny_clip: Path, tmp_path:
     tensors = load_file(folder / "model.safetensors")
     save_file({key: value for key, value in tensors.items() if "visual_projection" not in key}, folder / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
-    with pytest.raises(UserError, match=r"1 of its weights are not there .* visual_projection\.weight\. Give a folder"):
+    with pytest.raises(UserError, match=r"1 of its weights are missing .* visual_projection\.weight\. Give a folder"):
         ClipPictures(str(folder))
     (folder / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="cannot be used"):

@@ -15,9 +15,9 @@ from PIL import Image
 
 import library.training.sample_images as samples
 from library.diffusion.predictions import EPSILON, VELOCITY
-from library.inference.model import DrawingModel
+from library.inference.drawing_model import DrawingModel
+from library.inference.picture_request import PictureRequest
 from library.inference.prompt_syntax import parse_prompt
-from library.inference.request import Request
 from library.inference.text_to_image import draw
 from library.models.conditioning import TextConditioner
 from tests.tools.network_runs import Built, NetworkSetting, adapter, losses
@@ -105,7 +105,7 @@ def test_the_prompts_are_read_by_the_encoders_of_the_run(network_setting: Networ
     built.task.losses(replace(built.batch(), multiplier=0.0), torch.Generator(), 0)
     told: list[Any] = []
 
-    def spy(model: DrawingModel, request: Request, seeds: list[int]) -> list[Image.Image]:
+    def spy(model: DrawingModel, request: PictureRequest, seeds: list[int]) -> list[Image.Image]:
         encoder = model.encoder(request.clip_skip, request.emphasis)
         (part,) = encoder.encode(parse_prompt(request.prompt, request.steps))
         told.append((part.texts[0].states, next(iter(built.task.network.layers.values())).multiplier))
@@ -120,8 +120,7 @@ def test_the_prompts_are_read_by_the_encoders_of_the_run(network_setting: Networ
         sampler._draw(lines, 0)
         (short, multiplier), (of_long, _) = told
         assert multiplier == 1.0 and of_long.shape[1] == 154
-        assert built.task.conditioner is not None
-        alone = TextConditioner(built.prepared.family, built.task.conditioner.parts, clip_skip=2)
+        alone = TextConditioner(built.prepared.family, built.task.text.conditioner.parts, clip_skip=2)
         torch.testing.assert_close(short, alone(["a cat"]).states)
     assert all(model.training for model in built.task.models.values())
 

@@ -126,7 +126,7 @@ def test_probes_say_what_they_lack() -> None:
     fit = drawn(10, 3)
     with pytest.raises(UserError, match="at least two classes"):
         linear_probe(fit, torch.ones(10), fit, torch.ones(10), IDS[:10])
-    with pytest.raises(UserError, match="11 neighbours of 10 pictures cannot be"):
+    with pytest.raises(UserError, match="11 neighbours of 10 pictures are impossible"):
         knn_accuracy(fit, torch.ones(10), fit, torch.ones(10), 11)
     with pytest.raises(UserError, match="1 pictures cannot be split"):
         split_by_hash(["a"], 0.5)

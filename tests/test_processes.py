@@ -102,8 +102,8 @@ def aligned_gradients(data: Path, base: Path, teacher: Path, rank: int, world_si
     """Gradients of one step of train_network.py --alignment over five pictures, of which the first process has three."""
     from unittest import mock
 
+    from library.data.cached_samples import Request
     from library.data.order import MicroBatch
-    from library.data.samples import Request
     from library.diffusion.noise import Draw
     from library.processes import Processes
     from library.training.randomness import sample_noise

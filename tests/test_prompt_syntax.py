@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.errors import UserError
-from library.inference.prompt_networks import cut_out_networks, lora_weights
+from library.inference.lora_tags import cut_out_tags, lora_weights
 from library.inference.prompt_syntax import (
     Dialect,
     Prompt,
@@ -79,7 +79,7 @@ def test_prompts_mean_what_they_mean_there(dialect: Dialect, case: dict[str, Any
 
 @pytest.mark.parametrize("case", VECTORS["a1111"], ids=range(len(VECTORS["a1111"])))
 def test_networks_weigh_at_every_step_what_loractl_makes_of_them(case: dict[str, Any]) -> None:
-    tags = parse_prompt(case["prompt"], STEPS).networks
+    tags = parse_prompt(case["prompt"], STEPS).tags
     expected = case["nets"].get("lora", [])
     assert [(list(tag.positional), tag.named) for tag in tags] == [
         (net["positional"], net["named"]) for net in expected
@@ -93,7 +93,7 @@ def test_networks_weigh_at_every_step_what_loractl_makes_of_them(case: dict[str,
 
 def test_stepwise_weights_with_a_second_pass() -> None:
     """The example of loractl's description, with the numbers it gives for 20 steps."""
-    _, (tag,) = cut_out_networks("<lora:network:0@0.4,0.7@0.8:hr=0.7@0,0@0.5>")
+    _, (tag,) = cut_out_tags("<lora:network:0@0.4,0.7@0.8:hr=0.7@0,0@0.5>")
     weights = lora_weights(tag)
     first = [weights.unet.at(step, 20) for step in range(20)]
     assert first[7] == 0 and first[8] == pytest.approx(0.0778, abs=1e-4)
@@ -104,7 +104,7 @@ def test_stepwise_weights_with_a_second_pass() -> None:
 
 
 def test_passes_and_targets_can_be_weighed_apart() -> None:
-    _, (tag,) = cut_out_networks("<lora:x:0.5:0.25:hr=1:hrte=0;1@1>")
+    _, (tag,) = cut_out_tags("<lora:x:0.5:0.25:hr=1:hrte=0;1@1>")
     weights = lora_weights(tag)
     assert [getattr(weights, name).at(0, 20) for name in ("te", "unet", "hrunet")] == [0.5, 0.25, 1]
     assert weights.te.is_constant and not weights.hrte.is_constant
@@ -122,7 +122,7 @@ def test_passes_and_targets_can_be_weighed_apart() -> None:
     ],
 )
 def test_tags_that_ask_for_nothing_known_are_named(tag: str, message: str | None) -> None:
-    (found,) = cut_out_networks(tag)[1]
+    (found,) = cut_out_tags(tag)[1]
     if message is None:
         assert lora_weights(found).te.at(3, 20) == 1
     else:
@@ -132,7 +132,7 @@ def test_tags_that_ask_for_nothing_known_are_named(tag: str, message: str | None
 
 
 def test_tags_are_cut_out_of_brackets_too() -> None:
-    text, tags = cut_out_networks("(a <lora:x:1>:1.2) <hypernet:y> < lora:z>")
+    text, tags = cut_out_tags("(a <lora:x:1>:1.2) <hypernet:y> < lora:z>")
     assert text == "(a :1.2)  < lora:z>"
     assert [tag.kind for tag in tags] == ["lora", "hypernet"]
 
@@ -237,8 +237,8 @@ def test_brackets_that_do_not_pair_are_noted() -> None:
     assert unbalanced_brackets("(a [[", negative=True) == (
         "1 '(' and 2 '[' of the negative prompt stay open and weigh everything up to the end."
     )
-    assert "A ')' of the prompt closes nothing" in (unbalanced_brackets("a)") or "")
-    assert "A ']' of the prompt closes nothing" in (unbalanced_brackets("(a]") or "")
+    assert "A ')' of the prompt closes no bracket" in (unbalanced_brackets("a)") or "")
+    assert "A ']' of the prompt closes no bracket" in (unbalanced_brackets("(a]") or "")
     assert unbalanced_brackets("(a [b) c]") is None, "each kind pairs by itself"
     assert [span.weight for span in weighted_spans("(a [b) c]")] == pytest.approx([1.1, 1, 1 / 1.1])
 
@@ -246,9 +246,9 @@ def test_brackets_that_do_not_pair_are_noted() -> None:
 def test_a_number_behind_an_open_bracket_is_noted_as_what_it_is() -> None:
     (part,) = parse_prompt("a (b:1.2", 20).parts
     assert part.weight == 1.2 and [span.weight for span in part.at_step(1).spans] == [1.0, 1.1]
-    note = "1 '(' of the prompt stays open and weighs everything up to the end. The 1.2 there is no weight of a bracket: it is how "
-    assert unbalanced_brackets("a (b:1.2") == f"{note}much all of the prompt counts (guidance)."
-    assert "The 1.2 there" not in (unbalanced_brackets("a (b:1.2", negative=True) or "")
+    note = "1 '(' of the prompt stays open and weighs everything up to the end. The 1.2 is not the weight of a bracket, but "
+    assert unbalanced_brackets("a (b:1.2") == f"{note}the guidance weight of all of the prompt."
+    assert "The 1.2 is" not in (unbalanced_brackets("a (b:1.2", negative=True) or "")
     assert "1 '(' of one side of an AND stays open" in (unbalanced_brackets("(a AND b)") or ""), "which split first"
 
 

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.files import read_json, write_json
-from library.inference.model import DrawingModel, load_model
+from library.inference.drawing_model import DrawingModel, load_model
+from library.inference.picture_request import PictureRequest
 from library.inference.prompt_syntax import weighted_spans
 from library.inference.refiner import SdxlRefiner, load_refiner
-from library.inference.request import Request
 from library.inference.text_to_image import draw
 from library.models.locate import BaseLocation
 from library.models.tiny import HIDDEN_2, SIZE_WIDTH
@@ -69,7 +69,7 @@ def test_its_unet_draws_the_last_steps(folder: Path, base: DrawingModel) -> None
     refiner.unet.register_forward_pre_hook(
         lambda _, __, named: told.append(named["added_cond_kwargs"]["time_ids"]), with_kwargs=True
     )
-    request = Request("a AND b", "c", steps=4, cfg_scale=5.0, width=64, height=64, refiner_switch_at=0.5)
+    request = PictureRequest("a AND b", "c", steps=4, cfg_scale=5.0, width=64, height=64, refiner_switch_at=0.5)
     (refined,) = draw(base, request, [1], refiner=refiner)
     assert [ids[:, -1].tolist() for ids in told] == [[6.0, 6.0, 2.5]] * 2
     assert refined.tobytes() != draw(base, request, [1])[0].tobytes()
@@ -91,7 +91,7 @@ def test_what_cannot_be_is_told(tiny_sd15: Path, base: DrawingModel, tmp_path: P
     save_file({"conditioner.embedders.0.model.ln_final.weight": torch.ones(2)}, file)
     for name, words in (
         (file, "is SDXL's refiner as a single file, which is not read here."),
-        (tiny_sd15, "is for SD1.5, and the base is SDXL: neither understands the other's latents."),
+        (tiny_sd15, "is for SD1.5, and the base is SDXL: their latents are not compatible."),
         (tmp_path / "absent", "does not exist"),
     ):
         with pytest.raises(UserError, match=words):

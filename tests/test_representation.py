@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 
 from library.errors import UserError
-from library.evaluation.dense import dense_pictures, diverging, pca_colours, sheet
-from library.evaluation.feature_model import FeatureModel, load_feature_model
-from library.evaluation.features import Tapped, load_folded_model, read_heads, tapped
-from library.evaluation.held_out import ProbedPictures, StoredPictures, open_probed, pictures_of_state
-from library.evaluation.measures import meaning
+from library.evaluation.dense_maps import dense_maps, diverging, pca_colours
+from library.evaluation.feature_model import FeatureModel, load_feature_model, load_folded_model, read_heads
+from library.evaluation.probe_pictures import ProbePictures, StoredPictures, open_probe_pictures, pictures_of_state
 from library.evaluation.representation import (
     RepresentationResult,
     RepresentationSettings,
     evaluate_representation,
     evaluate_states,
 )
+from library.evaluation.representation_measures import meaning
 from library.evaluation.similarity import token_cosine
+from library.evaluation.tap_features import TapFeatures, features_at_tap
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.training.state import list_states
 from networks.features import capture
@@ -39,7 +39,7 @@ def state(finished_run: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(state: Path) -> ProbedPictures:
+def pictures(state: Path) -> ProbePictures:
     return pictures_of_state(state, fit=100, test=100)
 
 
@@ -54,9 +54,9 @@ def result(state: Path) -> RepresentationResult:
 
 
 def look(
-    model: FeatureModel, pictures: ProbedPictures, *, seed: int = 0, batch_size: int = 4, tap: str = "mid"
-) -> Tapped:
-    return tapped(
+    model: FeatureModel, pictures: ProbePictures, *, seed: int = 0, batch_size: int = 4, tap: str = "mid"
+) -> TapFeatures:
+    return features_at_tap(
         model, pictures.test.samples, pictures.empty_prompt, tap=tap, timestep=261, seed=seed, batch_size=batch_size
     )
 
@@ -64,7 +64,7 @@ def look(
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def test_the_pictures_of_a_state_are_those_it_was_trained_and_validated_on(pictures: ProbedPictures) -> None:
+def test_the_pictures_of_a_state_are_those_it_was_trained_and_validated_on(pictures: ProbePictures) -> None:
     assert sorted(pictures.fit.ids) == [f"p{i}" for i in range(8)]
     assert set(pictures.test.ids) == {f"p{i}" for i in range(8, 12)} and len(pictures.test) == 4
     for one in (pictures.fit, pictures.test):
@@ -74,14 +74,14 @@ def test_the_pictures_of_a_state_are_those_it_was_trained_and_validated_on(pictu
     assert pictures.notes == []
 
 
-def test_fewer_pictures_are_chosen_by_their_ids(state: Path, pictures: ProbedPictures) -> None:
+def test_fewer_pictures_are_chosen_by_their_ids(state: Path, pictures: ProbePictures) -> None:
     few = pictures_of_state(state, fit=3, test=2)
     assert (len(few.fit), len(few.test)) == (3, 2)
     place = pictures.fit.ids.index(few.fit.ids[0])
     torch.testing.assert_close(few.fit.teacher()[0], pictures.fit.teacher()[place])
 
 
-def test_the_prompt_is_the_empty_one(pictures: ProbedPictures, repa_setting: RepaSetting) -> None:
+def test_the_prompt_is_the_empty_one(pictures: ProbePictures, repa_setting: RepaSetting) -> None:
     from library.data.text_embeddings import read_text_embeddings
 
     text = read_text_embeddings(repa_setting.folder / "caches" / "text_embeddings.safetensors")
@@ -100,7 +100,7 @@ def with_facts(state: Path, target: Path, **changes: object) -> Path:
 
 def test_a_run_without_held_out_pictures_is_refused(state: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="val_data was not given. Give val_data, and build its caches with prepare_cache"
+        UserError, match="the training had no val_data. Give val_data, and build its caches with prepare_cache"
     ):
         pictures_of_state(with_facts(state, tmp_path / "s", options={"val_data": None}), fit=9, test=9)
 
@@ -128,14 +128,14 @@ def test_held_out_pictures_that_were_trained_on_are_noted(repa_setting: RepaSett
         shutil.copytree(tmp_path / f"train_{kind}", tmp_path / f"val_{kind}")
     train, names = str(repa_setting.folder / "train.csv"), repa_setting.folder / "names.json"
     classes = ClassPictureOptions(train_data=train, val_data=train, class_names=names)
-    found = open_probed(classes, ClassCacheOptions(cache_dir=tmp_path), side=128, fit=9, test=9)
-    assert len(found.notes) == 1 and found.notes[0].startswith("8 of 8 held-out pictures have ids")
+    found = open_probe_pictures(classes, ClassCacheOptions(cache_dir=tmp_path), side=128, fit=9, test=9)
+    assert len(found.notes) == 1 and found.notes[0].startswith("8 of 8 held-out pictures share an id")
 
 
 # ------------------------------------------------------------------------------------------------ features
 
 
-def test_features_are_those_of_a_whole_pass(model: FeatureModel, pictures: ProbedPictures) -> None:
+def test_features_are_those_of_a_whole_pass(model: FeatureModel, pictures: ProbePictures) -> None:
     seen = look(model, pictures)
     samples = pictures.test.samples
     latents = samples.read_latents(range(len(samples)))
@@ -154,21 +154,19 @@ def test_features_are_those_of_a_whole_pass(model: FeatureModel, pictures: Probe
     assert abs(noise.mean().item()) < 0.1 and noise.std().item() == pytest.approx(1, abs=0.1)
 
 
-def test_noise_belongs_to_picture_and_timestep_whatever_the_batch(
-    model: FeatureModel, pictures: ProbedPictures
-) -> None:
+def test_noise_belongs_to_picture_and_timestep_whatever_the_batch(model: FeatureModel, pictures: ProbePictures) -> None:
     together, alone = look(model, pictures), look(model, pictures, batch_size=1)
     torch.testing.assert_close(together.maps, alone.maps, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(together.maps, look(model, pictures, seed=1).maps, atol=1e-2)
     turned = pictures.test.samples
     turned = StoredPictures(turned.sample_ids[::-1], turned.latents, turned.tokens)
-    again = tapped(model, turned, pictures.empty_prompt, tap="mid", timestep=261, seed=0, batch_size=4)
+    again = features_at_tap(model, turned, pictures.empty_prompt, tap="mid", timestep=261, seed=0, batch_size=4)
     torch.testing.assert_close(again.maps.flip(0), together.maps, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tap", ["enc_last", "mid", "dec_first"])
 def test_nothing_behind_the_tap_is_computed_and_no_hook_stays(
-    model: FeatureModel, pictures: ProbedPictures, tap: str
+    model: FeatureModel, pictures: ProbePictures, tap: str
 ) -> None:
     seen = look(model, pictures, tap=tap)
     assert (seen.tokens is not None) == (tap == "mid") and seen.maps.shape[0] == 4
@@ -177,7 +175,7 @@ def test_nothing_behind_the_tap_is_computed_and_no_hook_stays(
 
 @pytest.mark.bits
 def test_a_state_without_its_adapters_is_the_base(
-    model: FeatureModel, pictures: ProbedPictures, tiny_sd15: Path
+    model: FeatureModel, pictures: ProbePictures, tiny_sd15: Path
 ) -> None:
     base = load_folded_model(str(tiny_sd15))
     assert model.network is not None
@@ -187,7 +185,7 @@ def test_a_state_without_its_adapters_is_the_base(
 
 
 @pytest.mark.bits
-def test_an_adapter_file_with_its_heads_is_the_state(state: Path, pictures: ProbedPictures, tiny_sd15: Path) -> None:
+def test_an_adapter_file_with_its_heads_is_the_state(state: Path, pictures: ProbePictures, tiny_sd15: Path) -> None:
     adapter = next(path for path in state.parent.glob("*.safetensors") if not path.stem.endswith("-ema"))
     folded = load_folded_model(str(tiny_sd15), adapter, heads=read_heads(state, use_ema=False))
     whole = load_feature_model(state, use_ema=False)
@@ -214,12 +212,12 @@ def test_every_trunk_head_and_baseline_has_its_row(result: RepresentationResult)
 
 
 def test_the_numbers_are_of_the_features(
-    result: RepresentationResult, model: FeatureModel, pictures: ProbedPictures
+    result: RepresentationResult, model: FeatureModel, pictures: ProbePictures
 ) -> None:
     target = pictures.test.teacher()
     expected = []
     for seed in (0, 1):
-        seen = tapped(
+        seen = features_at_tap(
             model, pictures.test.samples, pictures.empty_prompt, tap="mid", timestep=400, seed=seed, batch_size=4
         )
         assert seen.tokens is not None
@@ -259,7 +257,7 @@ def test_what_few_pictures_do_not_allow_is_said(state: Path, result: Representat
     assert "recall@10" not in result.chance
     settings = RepresentationSettings(timesteps=(50,), seeds=(0,), neighbours=5, recall_at=(1,), pictures=0)
     other = evaluate_representation(state, settings)
-    assert other.notes == ["mutual_knn and cknna are left out: 5 neighbours of 4 pictures."]
+    assert other.notes == ["mutual_knn and cknna are left out: 4 pictures are too few for 5 neighbours."]
     assert other.pictures == [] and other.row("checkpoint trunk", 50).measures["cka"].deviation is None
 
 
@@ -275,7 +273,7 @@ def test_earlier_states_are_measured_alone_at_one_timestep(finished_run: Path, r
     assert [one["checkpoint"] for one in found.to_json()["earlier"]] == [path.name for path in states[:-1]]
 
 
-def test_a_model_without_heads_or_base_is_measured_by_its_trunk(pictures: ProbedPictures, tiny_sd15: Path) -> None:
+def test_a_model_without_heads_or_base_is_measured_by_its_trunk(pictures: ProbePictures, tiny_sd15: Path) -> None:
     settings = RepresentationSettings(timesteps=(400,), seeds=(0,), neighbours=2, recall_at=(1,), pictures=1)
     found = evaluate_representation(load_folded_model(str(tiny_sd15)), settings, pictures=pictures, name="bare")
     assert found.names()[:3] == ["checkpoint trunk", "checkpoint trunk + fitted head", "random trunk"]
@@ -284,7 +282,7 @@ def test_a_model_without_heads_or_base_is_measured_by_its_trunk(pictures: Probed
 
 
 def test_the_base_is_measured_alike_beside_a_state_and_alone(
-    result: RepresentationResult, pictures: ProbedPictures, tiny_sd15: Path
+    result: RepresentationResult, pictures: ProbePictures, tiny_sd15: Path
 ) -> None:
     alone = evaluate_representation(load_folded_model(str(tiny_sd15)), SETTINGS, pictures=pictures)
     for name in ("trunk", "trunk + fitted head"):
@@ -324,18 +322,17 @@ def test_what_cannot_be_measured_is_refused(state: Path, model: FeatureModel, tm
 # ------------------------------------------------------------------------------------------------ dense maps
 
 
-def test_dense_maps_are_of_the_held_out_photos(result: RepresentationResult, pictures: ProbedPictures) -> None:
+def test_dense_maps_are_of_the_held_out_photos(result: RepresentationResult, pictures: ProbePictures) -> None:
     assert [one.sample_id for one in result.pictures] == [pictures.test.ids[0], pictures.test.ids[3]]
     assert result.pictured == "tokens of the checkpoint's head at timestep 400, noise seed 0"
     assert result.pictures[0].photo.tobytes() == pictures.test.photo(0).tobytes()
     assert all(image.size == (128, 128) for one in result.pictures for image in one.columns().values())
-    assert sheet(result.pictures).size == (5 * 132 - 4, 18 + 2 * 132 - 4)
 
 
 def test_the_cosine_map_shows_where_tokens_agree() -> None:
     teacher = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
     predicted = torch.stack([3 * teacher[0, 0], -teacher[0, 1], teacher[0, 2], teacher[0, 3]])[None]
-    one = dense_pictures(["x"], [Image.new("RGB", (20, 20))], teacher, predicted, torch.rand(1, 5, 2, 2))[0]
+    one = dense_maps(["x"], [Image.new("RGB", (20, 20))], teacher, predicted, torch.rand(1, 5, 2, 2))[0]
     assert one.mean_cosine == pytest.approx(0.5, abs=1e-6)
     corners = [one.cosine.getpixel(place) for place in ((2, 2), (17, 2), (2, 17))]
     assert corners == [(180, 4, 38), (59, 76, 192), (180, 4, 38)]

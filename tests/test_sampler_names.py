@@ -7,8 +7,8 @@ import typing
 import pytest
 
 from library.errors import UserError
+from library.inference.picture_request import PictureRequest, request_of
 from library.inference.prompt_file import PromptLine
-from library.inference.request import Request, request_of
 from library.inference.sampler_names import (
     DEFAULT_SCHEDULES,
     SAMPLER_NAMES,
@@ -21,8 +21,8 @@ from library.options.generate import SamplingOptions
 from library.options.kohya import watching
 
 
-def request(sampler: str, schedule: str | None = None) -> Request:
-    return Request("", "", steps=1, cfg_scale=1.0, width=8, height=8, sampler=sampler, schedule=schedule)
+def request(sampler: str, schedule: str | None = None) -> PictureRequest:
+    return PictureRequest("", "", steps=1, cfg_scale=1.0, width=8, height=8, sampler=sampler, schedule=schedule)
 
 
 @pytest.mark.parametrize("name", SAMPLER_NAMES)
@@ -78,7 +78,7 @@ def test_a_lines_sampler_takes_the_schedule_of_the_options_unless_it_has_one(
 
 
 def test_a_schedule_said_twice_differently_is_refused() -> None:
-    with pytest.raises(UserError, match=r"The sampler Euler Karras names a schedule, and the schedule says Normal."):
+    with pytest.raises(UserError, match=r"The sampler Euler Karras names a schedule, and the schedule is Normal."):
         _ = request("Euler Karras", "Normal").sampler_and_schedule
 
 

@@ -26,7 +26,7 @@ from diffusers import (
 )
 
 from library.diffusion.scheduler_config import parametrisation_of
-from library.inference.noise import BrownianNoise, NoiseSource, StepNoise
+from library.inference.sampler_noise import BrownianNoise, NoiseSource, StepNoise
 from library.inference.samplers import (
     SAMPLERS,
     ddim,
@@ -268,7 +268,7 @@ def test_brownian_increments_add_up() -> None:
     torch.testing.assert_close(increment(8.0, 0.5), increment(8.0, 2.0) + increment(2.0, 0.5), rtol=1e-4, atol=1e-5)
     assert torch.equal(noise(8.0, 2.0), BrownianNoise([1, 2], SHAPE)(8.0, 2.0))
     assert torch.equal(noise(8.0, 2.0)[1:], BrownianNoise([2], SHAPE)(8.0, 2.0))
-    with pytest.raises(ValueError, match="between a level and itself"):
+    with pytest.raises(ValueError, match="the two levels of a step must differ"):
         noise(1.0, 1.0)
 
 

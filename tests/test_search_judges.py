@@ -193,7 +193,7 @@ def test_picture_objective_is_0_for_the_base_and_keeps_its_pictures(
     built: Built, tiny_dinov2: Path, tmp_path: Path
 ) -> None:
     from library.evaluation.picture_encoders import DinoPictures
-    from library.inference.model import DrawingModel, load_drawing_vae
+    from library.inference.drawing_model import DrawingModel, load_drawing_vae
     from networks.families import UNET
 
     task, prepared = built.task, built.prepared

@@ -20,7 +20,7 @@ from library.evaluation.similarity import (
     token_cosine,
     unbiased_hsic,
 )
-from library.evaluation.spread import Spread, paired, transposed
+from library.evaluation.standard_errors import Spread, paired_difference, transposed
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -246,28 +246,28 @@ def test_clamping_takes_the_word_from_one_huge_channel() -> None:
 
 def test_too_few_pictures_are_named() -> None:
     one, three = drawn(1, 4), drawn(3, 4)
-    with pytest.raises(UserError, match="needs at least 2 pictures, and there are 1"):
+    with pytest.raises(UserError, match="at least 2 pictures are needed, got 1"):
         sample_similarity_mae(one, one)
-    with pytest.raises(UserError, match="CKA needs at least 4 pictures, and there are 3"):
+    with pytest.raises(UserError, match="CKA: at least 4 pictures are needed, got 3"):
         linear_cka(three, three)
-    with pytest.raises(UserError, match="3 neighbours of each of 3 pictures cannot be"):
+    with pytest.raises(UserError, match="3 neighbours of each of 3 pictures are impossible"):
         mutual_knn(three, three, 3)
     with pytest.raises(UserError, match="CKNNA needs 2 neighbours or more, got 1"):
         cknna(drawn(9, 4), drawn(9, 4), 1)
-    with pytest.raises(UserError, match="there are 3 and 1"):
+    with pytest.raises(UserError, match="got 3 and 1"):
         linear_cka(three, one)
 
 
 def test_a_difference_counts_beyond_the_spread_of_its_pairs_only() -> None:
     narrow, wide = Spread((0.50, 0.51, 0.49)), Spread((0.3, 0.9, 0.6))
     assert narrow.mean == pytest.approx(0.5) and narrow.deviation == pytest.approx(0.01)
-    assert not paired(narrow, wide).is_told_from_zero and not paired(narrow, narrow).is_told_from_zero
+    assert not paired_difference(narrow, wide).is_significant and not paired_difference(narrow, narrow).is_significant
     moved = Spread(tuple(value + 0.05 + wobble for value, wobble in zip(wide.values, (0.001, 0, -0.001), strict=True)))
-    found = paired(moved, wide)
+    found = paired_difference(moved, wide)
     assert found.value == pytest.approx(0.05) and found.error == pytest.approx(0.001 / 3**0.5) and found.freedom == 2
-    assert found.is_told_from_zero, "what a seed does to both cancels"
-    assert paired(narrow, Spread((0.7,))).is_told_from_zero
-    assert not paired(Spread((0.1,)), Spread((0.9,))).is_told_from_zero
+    assert found.is_significant, "what a seed does to both cancels"
+    assert paired_difference(narrow, Spread((0.7,))).is_significant
+    assert not paired_difference(Spread((0.1,)), Spread((0.9,))).is_significant
 
 
 def test_spreads_are_plain_numbers_in_json() -> None:

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 import merge_lora
 from library.errors import EXIT_OK, RunFailed, UserError
+from library.inference.drawing_model import DrawingModel, load_model
 from library.inference.find_adapters import constant_weights
-from library.inference.model import DrawingModel, load_model
+from library.inference.lora_tags import LoraWeights, cut_out_tags, lora_weights
+from library.inference.picture_request import Hires, LoraUse, PictureRequest, base_steps
 from library.inference.prompt_encoding import empty_conditioning
-from library.inference.prompt_networks import LoraWeights, cut_out_networks, lora_weights
 from library.inference.prompt_syntax import parse_negative, parse_prompt
-from library.inference.request import Hires, LoraUse, Request, base_steps
 from library.inference.sampler_names import SAMPLER_NAMES
 from library.inference.samplers import SAMPLERS
 from library.inference.text_to_image import draw, encode_together, fitted_picture, native_size
@@ -29,7 +29,7 @@ from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
 from tests.tools.adapters import text_lora
 
-SMALL = Request("a red square", "blurry", steps=2, cfg_scale=5.0, width=64, height=64)
+SMALL = PictureRequest("a red square", "blurry", steps=2, cfg_scale=5.0, width=64, height=64)
 CPU, FLOAT = "cpu", torch.float32
 
 
@@ -61,15 +61,17 @@ def difference(one: Image.Image, other: Image.Image) -> float:
     return float(np.abs(pixels(one) - pixels(other)).max())
 
 
-def one(model: DrawingModel, request: Request = SMALL, seed: int = 7, **more: Any) -> Image.Image:
+def one(model: DrawingModel, request: PictureRequest = SMALL, seed: int = 7, **more: Any) -> Image.Image:
     return draw(model, request, [seed], **more)[0]
 
 
 def lora_weights_of(text: str) -> LoraWeights:
-    return lora_weights(cut_out_networks(f"<lora:x:{text}>")[1][0])
+    return lora_weights(cut_out_tags(f"<lora:x:{text}>")[1][0])
 
 
-def with_lora(request: Request, weights: LoraWeights | str | float, path: Path = Path("x.safetensors")) -> Request:
+def with_lora(
+    request: PictureRequest, weights: LoraWeights | str | float, path: Path = Path("x.safetensors")
+) -> PictureRequest:
     if isinstance(weights, str):
         weights = lora_weights_of(weights)
     if isinstance(weights, float):

@@ -12,8 +12,8 @@ from PIL import Image
 from library.data.demo_pictures import CLASSES, draw, imagine
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures
 from library.files import file_hash, read_json
-from library.inference.model import DrawingModel, load_model
-from library.inference.request import Request
+from library.inference.drawing_model import DrawingModel, load_model
+from library.inference.picture_request import PictureRequest
 from library.inference.text_to_image import draw as draw_pictures
 from library.inference.text_to_image import native_size
 from library.models.embedded import MODELS, SHAPES, SHAPES_CLIP, SHAPES_DINOV2
@@ -68,7 +68,7 @@ def test_it_draws_what_it_is_asked_for(model: DrawingModel) -> None:
     """One picture of each class; CLIP finds most of them among the sixteen, where chance is one. It reads 71 % of renders right."""
     clip = ClipPictures(str(MODELS / SHAPES_CLIP))
     pictures = [
-        draw_pictures(model, Request(f"a photo of a {name}", "", 12, 5.0, SIDE, SIDE, "DPM++ 2M"), [seed])[0]
+        draw_pictures(model, PictureRequest(f"a photo of a {name}", "", 12, 5.0, SIDE, SIDE, "DPM++ 2M"), [seed])[0]
         for seed, name in enumerate(CLASSES)
     ]
     words = clip.prompts([f"a {name}" for name in CLASSES])

@@ -104,7 +104,8 @@ def test_names_are_a1111s_in_any_case_and_unknown_ones_are_refused_with_the_near
     with pytest.raises(UserError, match=r"^Latent \(bicubik\) is no upscaler \(did you mean Latent \(bicubic\)\?\)"):
         find_upscaler("Latent (bicubik)")
     with pytest.raises(
-        UserError, match=r"^R-ESRGAN 4x\+ is no upscaler\. Known are Latent, .*networks \(ESRGAN\) are not"
+        UserError,
+        match=r"^R-ESRGAN 4x\+ is no upscaler\. Known are Latent, .*neural upscalers \(ESRGAN\) are not supported",
     ):
         find_upscaler("R-ESRGAN 4x+")
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from library.errors import UserError
-from library.inference.request import Hires, Request
+from library.inference.picture_request import Hires, PictureRequest
 from library.inference.xy_grid import MOST_VALUES, Cell, changed, parse_axis, plan_cells, sheet
 
-REQUEST = Request("a cat", "blurry", steps=20, cfg_scale=7.0, width=512, height=512)
+REQUEST = PictureRequest("a cat", "blurry", steps=20, cfg_scale=7.0, width=512, height=512)
 
 
 @pytest.mark.parametrize(
@@ -88,16 +88,16 @@ def test_axes_are_written_as_in_a1111(text: str, field: str, values: tuple[Any, 
         ("cfg: 3-9 [0]", "The axis cfg"),
         ("denoising: 0", "The axis denoising wants numbers above 0, up to 1, got '0'."),
         ("weight: strong", "The axis weight wants numbers, got 'strong'."),
-        ("cfg: 3-9 (-2)", "The axis cfg never gets from 3 to 9 in steps of -2."),
-        ("cfg: 3-9:0", "The axis cfg never gets from 3 to 9 in steps of 0."),
+        ("cfg: 3-9 (-2)", "The axis cfg cannot get from 3 to 9 in steps of -2."),
+        ("cfg: 3-9:0", "The axis cfg cannot get from 3 to 9 in steps of 0."),
         ("cfg: 3, 1-4", "The axis cfg has 3 twice."),
         ("steps: 1-3 [5]", "The axis steps has 1 twice."),
         ("sampler: Euler, euler", "The axis sampler has Euler twice."),
-        ("seed: 0-99999999999", "The axis seed has 100000000000 values, and 100 are the most."),
-        ("weight: 0-1 [999999999]", "The axis weight has 999999999 values, and 100 are the most."),
-        (f"seed: {', '.join(map(str, range(101)))}", "The axis seed has 101 values, and 100 are the most."),
-        ('prompt: "cat, dog', 'The quotes of the axis prompt do not pair: "cat, dog.'),
-        ('prompt: "cat" and, dog', "The quotes of the axis prompt do not pair"),
+        ("seed: 0-99999999999", "The axis seed has 100000000000 values; at most 100 are allowed."),
+        ("weight: 0-1 [999999999]", "The axis weight has 999999999 values; at most 100 are allowed."),
+        (f"seed: {', '.join(map(str, range(101)))}", "The axis seed has 101 values; at most 100 are allowed."),
+        ('prompt: "cat, dog', 'The axis prompt has unpaired quotes: "cat, dog.'),
+        ('prompt: "cat" and, dog', "The axis prompt has unpaired quotes"),
     ],
 )
 def test_what_an_axis_cannot_be_is_a_sentence(text: str, words: str) -> None:

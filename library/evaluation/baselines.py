@@ -1,6 +1,6 @@
-"""Predictors of teacher tokens that give a checkpoint's numbers a meaning: constants, a fitted head, the grid's own limit.
+"""Baseline predictors of teacher tokens: constants, a random trunk, a fitted head, and the ceiling of the trunk's grid.
 
-All work on unit tokens [n, N, D] of a square grid, row by row, and give such tokens.
+All take and return unit tokens [n, N, D] of a square grid, row by row.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from library.evaluation.similarity import token_cosine
 from networks.align_head import resize_bilinear
 
 RIDGE_GRID = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
-"""Penalties tried, relative to standardised channels."""
+"""Ridge penalties to choose from, for standardised channels."""
 CHUNK = 64
-"""Pictures whose upsampled maps are in memory together."""
+"""Pictures whose upsampled maps are held in memory at once."""
 
 
 def mean_token(fit: Tensor, count: int) -> Tensor:
-    """The mean unit token of the fitted pictures, `count` times: what can be said without looking at all."""
+    """The mean unit token of the fitted pictures, `count` times: the best constant."""
     return normalize(normalize(fit).mean(dim=(0, 1))).expand(count, fit.shape[1], -1)
 
 
 def position_mean(fit: Tensor, count: int) -> Tensor:
-    """The mean unit token at each position, `count` times: what the place alone says."""
+    """The mean unit token at each position, `count` times: the best prediction from the position alone."""
     return normalize(normalize(fit).mean(dim=0)).expand(count, -1, -1)
 
 
 def pooled_to_grid(target: Tensor, side: int) -> Tensor:
-    """Teacher tokens pooled to a map of side x side and back: about what a trunk of that grid can say.
+    """Teacher tokens pooled to a map of side x side and upsampled: about the best that a trunk of that grid can predict.
 
-    An AlignHead's map is upsampled to the teacher's grid behind the head (U-REPA, arXiv 2503.18414), so a map of fewer places
-    than the teacher has tokens cannot reach each of them.
+    An AlignHead's map is upsampled to the teacher's grid after the head (U-REPA, arXiv 2503.18414), so that a map with fewer
+    positions than the teacher has tokens cannot match all of them.
     """
     grid = _as_map(normalize(target))
     back = resize_bilinear(F.adaptive_avg_pool2d(grid, side), *grid.shape[-2:])
@@ -47,10 +47,10 @@ def pooled_to_grid(target: Tensor, side: int) -> Tensor:
 
 
 def best_on_grid(target: Tensor, side: int, iterations: int = 50) -> Tensor:
-    """The tokens of highest mean cosine with `target` among all that a side x side map gives by bilinear upsampling.
+    """The tokens of highest mean cosine with `target` that bilinear upsampling of a side x side map can give.
 
-    Found by L-BFGS from the least-squares map; no AlignHead without a wider view than its map can be above it, but for the
-    last per mille that the search leaves.
+    Found by L-BFGS, starting at the least-squares map. No AlignHead on that map can exceed it by more than the per mille to which
+    the search converges.
     """
     unit = normalize(target)
     grid = int(unit.shape[1] ** 0.5)
@@ -70,7 +70,7 @@ def best_on_grid(target: Tensor, side: int, iterations: int = 50) -> Tensor:
 
 
 def random_trunk(unet: Any, seed: int) -> Any:
-    """A U-Net of the same configuration with fresh weights drawn from `seed`; global random state is left as it was."""
+    """A U-Net of the same configuration with random weights from `seed`; the global random state is not changed."""
     like = next(unet.parameters())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -82,9 +82,8 @@ def random_trunk(unet: Any, seed: int) -> Any:
 class RidgeHead:
     """A linear AlignHead fitted in closed form: ridge regression of unit tokens on the upsampled, standardised map.
 
-    Stands in for training a head. It is of the kind "linear" and minimises the squared error of unit tokens, not 1 - cosine;
-    fitted for one timestep, where an AlignHead serves them all. So trunks are compared by it with each other; a trained
-    head of kind mlp may well be above it.
+    A substitute for training a head, to compare trunks with each other. It is linear, minimises the squared error of unit tokens
+    instead of 1 - cosine, and is fitted for one timestep, where an AlignHead serves all; a trained MLP head can score higher.
     """
 
     mean: Tensor
@@ -96,12 +95,12 @@ class RidgeHead:
 
     @staticmethod
     def fit(maps: Tensor, target: Tensor, ids: Sequence[str]) -> RidgeHead:
-        """maps [n, C, h, w] and unit tokens [n, N, D] of the same pictures `ids`.
+        """maps [n, C, h, w] and unit tokens [n, N, D], both of the pictures `ids`.
 
-        The penalty is that of `RIDGE_GRID` with the highest token cosine on a fifth of the pictures, chosen by a hash.
+        Of `RIDGE_GRID`, the penalty with the highest token cosine on a fifth of the pictures, chosen by a hash.
         """
         if len(maps) != len(target) or len(maps) != len(ids):
-            raise UserError(f"A head is fitted on maps and tokens of the same pictures: {len(maps)} and {len(target)}.")
+            raise UserError(f"A head needs maps and tokens of the same pictures; got {len(maps)} and {len(target)}.")
         inner = split_by_hash(ids, 0.2, "ridge")
         sums = _Sums.of(maps[~inner], target[~inner])
         heads = [sums.solve(l2) for l2 in RIDGE_GRID]
@@ -155,7 +154,7 @@ class _Sums:
         mean, bias = self.x / self.count, self.y / self.count
         covariance = self.xx / self.count - torch.outer(mean, mean)
         variance = covariance.diagonal().clamp(min=0)
-        # A channel that never changes is left out.
+        # Constant channels are left out.
         scale = torch.where(variance > 1e-12 * (1 + mean.square()), variance.rsqrt(), 0.0)
         correlation = covariance * torch.outer(scale, scale)
         cross = (self.xy / self.count - torch.outer(mean, bias)) * scale[:, None]
@@ -165,7 +164,7 @@ class _Sums:
 
 
 def _rows(maps: Tensor, target: Tensor | None, grid: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Upsampled channels [m, C] and unit tokens [m, D] of a few pictures at a time."""
+    """Upsampled channels [m, C] and unit tokens [m, D], CHUNK pictures at a time."""
     for start in range(0, len(maps), CHUNK):
         x = resize_bilinear(maps[start : start + CHUNK].float(), grid, grid).flatten(2).transpose(1, 2).flatten(0, 1)
         yield x, x if target is None else normalize(target[start : start + CHUNK]).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""How well a model removes noise from held-out photos, by quarter of the timesteps: same noise and timesteps for all."""
+"""The denoising loss on held-out photos, by quarter of the timesteps, with the same noise and timesteps for all models."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from library.data.pixels import square_crop
 from library.diffusion.objective import Objective
-from library.inference.model import DrawingModel
+from library.inference.drawing_model import DrawingModel
 from library.models.conditioning import TextConditioner
 from library.models.encoders import VaeEncoder
 from library.training.randomness import sample_noise
 
 QUARTERS = 4
 PER_QUARTER = 3
-"""Timesteps; each photo is looked at at all of them."""
-_AT_ONCE = 8
+"""Timesteps in a quarter; every photo is noised to each of them."""
+_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
-class NoisedPhotos:
-    """latents [n, 4, h, w] float32, scaled; a prompt for each photo."""
+class EncodedPhotos:
+    """latents [n, 4, h, w] float32, scaled. prompts, ids: of each photo. size: side of the photos in pixels."""
 
     latents: Tensor
     prompts: list[str]
@@ -35,47 +35,49 @@ class NoisedPhotos:
 @torch.no_grad()
 def encode_photos(
     model: DrawingModel, photos: Sequence[Image.Image], prompts: Sequence[str], ids: Sequence[str], size: int
-) -> NoisedPhotos:
+) -> EncodedPhotos:
     """Photos as centred squares of `size` pixels. Raises UserError where size is no multiple of the autoencoder's factor."""
     encoder = VaeEncoder(model.vae)
     rows = []
     for photo in photos:
         pixels = torch.from_numpy(square_crop(photo, size)).permute(2, 0, 1)[None]
         rows.append(encoder.moments(pixels.contiguous())[0].float() * encoder.scaling_factor)
-    return NoisedPhotos(torch.cat(rows), list(prompts), list(ids), size)
+    return EncodedPhotos(torch.cat(rows), list(prompts), list(ids), size)
 
 
-def timesteps_of(count: int) -> Tensor:
-    """The middles of equal parts of a schedule of so many, [QUARTERS * PER_QUARTER] int64."""
+def spread_timesteps(count: int) -> Tensor:
+    """The middles of equal parts of `count` timesteps, [QUARTERS * PER_QUARTER] int64."""
     parts = QUARTERS * PER_QUARTER
     return ((torch.arange(parts) + 0.5) * count / parts).long()
 
 
 @torch.no_grad()
-def denoising_losses(model: DrawingModel, photos: NoisedPhotos, seed: int, clip_skip: int = 1) -> Tensor:
-    """Mean squared error of what the base predicts (noise or velocity), [photos, timesteps] float64 on the CPU."""
+def denoising_losses(model: DrawingModel, photos: EncodedPhotos, seed: int, clip_skip: int = 1) -> Tensor:
+    """Mean squared error of the predicted noise or velocity, [photos, timesteps] float64 on the CPU."""
     objective = Objective(model.parametrisation)
     conditioner = TextConditioner(model.family, model.parts, clip_skip=clip_skip)
-    timesteps = timesteps_of(model.parametrisation.timesteps)
+    timesteps = spread_timesteps(model.parametrisation.timesteps)
     shape = tuple(photos.latents.shape[1:])
     losses = torch.zeros(len(photos.ids), len(timesteps), dtype=torch.float64)
     for row, (latents, prompt, name) in enumerate(zip(photos.latents, photos.prompts, photos.ids, strict=True)):
-        told = conditioner([prompt])
+        conditioning = conditioner([prompt])
         noise = sample_noise(seed, [f"{name}/{int(t)}" for t in timesteps], shape)
         clean = latents.cpu()[None].expand(len(timesteps), -1, -1, -1)
         noisy = model.parametrisation.add_noise(clean, noise, timesteps)
         target = objective.target(clean, noise, timesteps)
-        for start in range(0, len(timesteps), _AT_ONCE):
-            part = slice(start, start + _AT_ONCE)
-            output = _predicted(model, noisy[part], timesteps[part], told.states, told.pooled, photos.size)
+        for start in range(0, len(timesteps), _BATCH_SIZE):
+            part = slice(start, start + _BATCH_SIZE)
+            output = _predicted(
+                model, noisy[part], timesteps[part], conditioning.states, conditioning.pooled, photos.size
+            )
             losses[row, part] = (output - target[part]).double().square().mean(dim=(1, 2, 3))
     return losses
 
 
 def log_ratios(losses: Tensor, base: Tensor) -> Tensor:
-    """log(loss / the base's loss), paired by photo and timestep, [photos, QUARTERS]; its mean is the log of a geometric mean.
+    """log(loss / loss of the base) [photos, QUARTERS], the mean over the timesteps of a quarter.
 
-    Paired, because losses of low timesteps are hundreds of times those of high ones.
+    The ratio is taken at each photo and timestep, because losses at low timesteps are hundreds of times those at high ones.
     """
     return (losses / base).log().unflatten(1, (QUARTERS, -1)).mean(dim=2)
 
@@ -91,6 +93,6 @@ def _predicted(
             "text_embeds": pooled.expand(count, -1).to(device, model.dtype),
             "time_ids": torch.tensor([sizes] * count, device=device, dtype=model.dtype),
         }
-    told = states.expand(count, -1, -1).to(device, model.dtype)
-    output = model.unet(noisy.to(device, model.dtype), timesteps.to(device), encoder_hidden_states=told, **more).sample
+    text = states.expand(count, -1, -1).to(device, model.dtype)
+    output = model.unet(noisy.to(device, model.dtype), timesteps.to(device), encoder_hidden_states=text, **more).sample
     return output.float().cpu()

@@ -1,4 +1,4 @@
-"""Representations of pictures from a trained state: for probes, retrieval and dense tasks."""
+"""A U-Net with adapters and AlignHeads, from a training state or an adapter file, and the features that it extracts."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from library.diffusion.parametrisation import Parametrisation
 from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
+from library.merging.merge import fold_into_modules
+from library.merging.source import read_source
 from library.models.load import load_scheduler_config, load_unet
 from library.models.locate import locate_base
+from library.training.alignment import PART
 from library.training.randomness import seed_of
 from library.training.saving import StepSaving
 from library.training.state import read_facts, read_tensors
 from networks.align_head import AlignHeads
-from networks.families import UNET
-from networks.features import capture, tap_channels
+from networks.families import SD15, UNET
+from networks.features import capture
 from networks.network import Network, add_network
 from networks.spec import NetworkSpec
 
 What = Literal["tokens", "pooled", "map"]
+EMA = "ema.safetensors"
 
 
 @dataclass
@@ -64,36 +69,77 @@ class FeatureModel:
 def load_feature_model(
     state: Path | str, *, use_ema: bool = True, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> FeatureModel:
-    """Rebuild the model that a train_repa state belongs to, with its averaged weights where it has them.
+    """The model of a train_repa state, with its averaged weights where it has them; its adapters can be switched off.
 
-    Raises UserError where `state` is no whole state.
+    Raises UserError where `state` is incomplete.
     """
     state = Path(state)
     facts = read_facts(state)
-    options = facts["options"]
     base = locate_base(facts["base_model"], (UNET, "scheduler"))
     unet = load_unet(base, dtype=dtype, device=device)
     spec = replace(NetworkSpec.from_json(facts["network"]), text_encoder=False)
     network = add_network({UNET: unet}, spec, seed=0)
-    taps = options["taps"] if options["alignment"] else []
-    heads = AlignHeads(
-        {tap: shape.channels for tap, shape in tap_channels(unet.config, taps).items()},
-        facts["teacher_width"],
-        grid=options["token_grid"],
-        kind=options["align_head"],
-    ).to(device)
-    if use_ema and (state / "ema.safetensors").is_file():
-        saved = read_tensors(state / "ema.safetensors")
-    else:
-        saved = read_tensors(state / f"{StepSaving.part(UNET)}.safetensors")
-        if taps:
-            saved |= read_tensors(state / "align_heads.safetensors")
-    targets = {**network.parameters, **{f"align_heads.{name}": p for name, p in heads.named_parameters()}}
+    saved = read_tensors(state / f"{StepSaving.part(UNET)}.safetensors")
+    if use_ema and (state / EMA).is_file():
+        saved |= read_tensors(state / EMA)
     with torch.no_grad():
-        for name, parameter in targets.items():
+        for name, parameter in network.parameters.items():
             parameter.copy_(saved[name])
     unet.requires_grad_(False).eval()
+    heads = read_heads(state, use_ema=use_ema).to(device)
     return FeatureModel(unet, heads, parametrisation_of(load_scheduler_config(base), device), dtype, network)
+
+
+def read_heads(state: Path, *, use_ema: bool = True) -> AlignHeads:
+    """The AlignHeads of a state of train_repa or train_network, without the model; empty where the state has none.
+
+    use_ema: their moving average, where the state has one. Raises UserError where `state` is incomplete.
+    """
+    options = read_facts(state)["options"]
+    if not (state / f"{PART}.safetensors").is_file():
+        return AlignHeads({}, 0)
+    saved = read_tensors(state / f"{PART}.safetensors")
+    if use_ema and (state / EMA).is_file():
+        saved |= {name: value for name, value in read_tensors(state / EMA).items() if name in saved}
+    tensors = {name.removeprefix(f"{PART}."): value for name, value in saved.items()}
+    first = {tap: tensors[f"{tap}.proj.0.weight"] for tap in options["taps"]}  # [D, channels, ...]
+    width = next(iter(first.values())).shape[0]
+    heads = AlignHeads(
+        {tap: value.shape[1] for tap, value in first.items()},
+        width,
+        grid=options["token_grid"],
+        kind=options["align_head"],
+    )
+    heads.load_state_dict(tensors)
+    return heads
+
+
+def load_folded_model(
+    base_model: str,
+    adapter: Path | None = None,
+    *,
+    heads: AlignHeads | None = None,
+    weight: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> FeatureModel:
+    """An SD1.5 base, with the U-Net part of an adapter file folded in where one is given.
+
+    heads: those trained with the adapter (`read_heads`). Modules of text encoders are left out: the embedding of the empty prompt
+    comes from the caches, where the base's own text encoder made it.
+    """
+    base = locate_base(base_model, (UNET, "scheduler"))
+    unet = load_unet(base)
+    if adapter is not None:
+        read = read_source(adapter).adapter
+        modules = {target: module for target, module in read.modules.items() if target.component == UNET}
+        if not modules:
+            raise UserError(f"{adapter} has no modules of a U-Net: its features would be the base's.")
+        with torch.no_grad():
+            fold_into_modules({UNET: unet}, SD15, replace(read, modules=modules), weight)
+    nn.Module.to(unet, device, dtype)  # diffusers' own warns of nothing
+    parametrisation = parametrisation_of(load_scheduler_config(base), device)
+    return FeatureModel(unet, (heads or AlignHeads({}, 0)).to(device), parametrisation, dtype)
 
 
 def extract_features(

@@ -1,8 +1,8 @@
-"""How checkpoints of a LoRA draw: likeness, drift, adherence, diversity, distances to the photos, denoising loss.
+"""Measures the pictures of a LoRA's checkpoints: likeness, drift, adherence, diversity, distances to photos, denoising loss.
 
-Every checkpoint, and the base without an adapter, draws the same prompts with the same seeds, so that two of them are
-compared picture by picture and what a seed does to both cancels. Each number comes with its spread over seeds (of the
-losses: over photos), and two checkpoints are called different only beyond the spread of their difference.
+All checkpoints, and the base without an adapter, draw the same prompts with the same seeds. So two of them are compared picture by
+picture, and what a seed does to both cancels. Each number has a standard error over seeds (over photos, of the losses); two
+checkpoints count as different only where their difference is significant.
 """
 
 from __future__ import annotations
@@ -18,22 +18,30 @@ from PIL import Image
 from torch import Tensor
 
 from library.evaluation import picture_measures as measures
-from library.evaluation.checkpoints import Candidate
-from library.evaluation.denoising import QUARTERS, NoisedPhotos, denoising_losses, encode_photos, log_ratios
-from library.evaluation.drawn import Worn, count_flat, draw_task, pixels_of, save_pictures, wear
-from library.evaluation.estimates import Estimate, Statistic, difference, jackknife, mean_of, of_all
+from library.evaluation.candidates import Candidate
+from library.evaluation.denoising import QUARTERS, EncodedPhotos, denoising_losses, encode_photos, log_ratios
+from library.evaluation.generated_pictures import (
+    AppliedAdapter,
+    apply_adapter,
+    count_empty,
+    draw_prompt_set,
+    pixels_of,
+    save_pictures,
+)
 from library.evaluation.photos import Photo
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures, unit
-from library.evaluation.prompts import Task, is_ours, words_of
+from library.evaluation.prompt_sets import PromptSet, is_ours, words_of
+from library.evaluation.standard_errors import Estimate, Statistic, difference, jackknife, mean_of, of_all
+from library.inference.drawing_model import DrawingModel, load_model
 from library.inference.infotext import model_hash
-from library.inference.model import DrawingModel, load_model
-from library.inference.pictures import model_name
+from library.inference.picture_infotext import model_name
 from library.models.embedded import TINY_TEACHERS
 from library.models.locate import locate_base
+from library.words import plural
 from networks.adapters import Adapter
 
 BASE = "base"
-"""What the base without an adapter is called among the checkpoints."""
+"""The name of the base without an adapter among the checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +49,22 @@ class Measure:
     title: str
     meaning: str
     better: int
-    """1: more is better, -1: less is, 0: neither."""
+    """1: higher is better, -1: lower is better, 0: neither."""
     from_base: bool = False
-    """Whether it is a distance to the base, which is 0 for the base itself and never below: no seed can bring that out."""
+    """Whether it is a distance to the base: that of the base itself is 0, so that no difference to it is tested."""
 
 
 MEASURES = {
-    "likeness": Measure(
-        "Likeness", "Cosine of a picture's DINOv2 embedding to those of the held-out photos, mean over all pairs.", 1
-    ),
+    "likeness": Measure("Likeness", "DINOv2 cosine of pictures to the held-out photos, mean over all pairs.", 1),
     "drift": Measure(
         "Drift",
-        "1 - DINOv2 cosine of pictures of unrelated prompts with the adapter and without, of the same seed.",
+        "1 - DINOv2 cosine between pictures with and without the adapter, of unrelated prompts and the same seed.",
         -1,
         from_base=True,
     ),
     "drift_pixels": Measure(
         "Drift in pixels",
-        "Root mean square difference of the same pairs of pictures, as a share of white.",
+        "Root mean square difference of the same pairs of pictures, where white is 1.",
         -1,
         from_base=True,
     ),
@@ -70,13 +76,15 @@ MEASURES = {
     ),
     "diversity": Measure(
         "Diversity",
-        "1 - DINOv2 cosine between seeds of one prompt of the subject, as a share of what the base has.",
+        "1 - DINOv2 cosine between seeds of one prompt of the subject, divided by the base's.",
         0,
     ),
     "kid": Measure("KID", "Unbiased kernel distance of the subject's pictures to the photos, on DINOv2.", -1),
     "cmmd": Measure("CMMD", "Unbiased CLIP distance (MMD x 1000) of the subject's pictures to the photos.", -1),
     "loss": Measure(
-        "Denoising loss", "Log of the loss on the held-out photos over the base's, paired: -0.1 is 10 % less.", -1
+        "Denoising loss",
+        "Log of the loss on the held-out photos divided by the base's, photo by photo: -0.1 is 10 % less.",
+        -1,
     ),
     **{
         f"loss_q{quarter}": Measure(
@@ -88,15 +96,15 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """subject: None where nothing says what the subject is called. photos: none leaves out what needs them."""
+class GenerationPlan:
+    """What to draw and measure. subject: None where no prompt names it. photos: without any, some measures are left out."""
 
     base: str
     candidates: Sequence[Candidate]
     adapters: Mapping[str, Adapter]
     """By the candidates' names."""
-    subject: Task | None
-    unrelated: Task
+    subject: PromptSet | None
+    unrelated: PromptSet
     photos: Sequence[Photo]
     photo_prompts: Sequence[str]
     size: int
@@ -109,8 +117,8 @@ class Wanted:
 
 
 @dataclass
-class Pictures:
-    """What one checkpoint drew, and its losses [photos, timesteps]."""
+class CheckpointPictures:
+    """The pictures of one checkpoint, and its losses [photos, timesteps]."""
 
     subject: list[Image.Image]
     unrelated: list[Image.Image]
@@ -119,10 +127,13 @@ class Pictures:
 
 @dataclass
 class GenerationResult:
-    """drawn, estimates: by checkpoint, BASE first. against_base: of each measure that is not from_base, the paired difference."""
+    """drawn, estimates: by checkpoint, BASE first. against_base: the paired difference to the base, of measures not from_base.
+
+    anchors: values to compare a measure with, by its name.
+    """
 
     candidates: Sequence[Candidate]
-    drawn: dict[str, Pictures]
+    drawn: dict[str, CheckpointPictures]
     estimates: dict[str, dict[str, Estimate]]
     against_base: dict[str, dict[str, Estimate]]
     best: dict[str, Best]
@@ -131,7 +142,7 @@ class GenerationResult:
 
     @property
     def names(self) -> list[str]:
-        """Of the checkpoints, without the base."""
+        """The checkpoints' names, without the base."""
         return [candidate.name for candidate in self.candidates]
 
     @property
@@ -139,22 +150,22 @@ class GenerationResult:
         return list(self.estimates[BASE])
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the pictures; what is not known is null."""
-        steps: dict[str, int | None] = {BASE: 0, **{one.name: one.step for one in self.candidates}}
+        """Everything except the pictures; nan becomes null."""
+        steps: dict[str, int | None] = {BASE: 0, **{candidate.name: candidate.step for candidate in self.candidates}}
         rows = []
         for name, step in steps.items():
             row: dict[str, Any] = {"name": name, "step": step}
-            row["metrics"] = {measure: one.to_json() for measure, one in self.estimates[name].items()}
+            row["metrics"] = {measure: estimate.to_json() for measure, estimate in self.estimates[name].items()}
             if name != BASE:
                 row["against_base"] = {
-                    measure: {**one.to_json(), "told_apart": one.is_told_from_zero}
-                    for measure, one in self.against_base[name].items()
+                    measure: {**gap.to_json(), "told_apart": gap.is_significant}
+                    for measure, gap in self.against_base[name].items()
                 }
             rows.append(row)
         return {
             "meanings": {name: MEASURES[name].meaning for name in self.measured},
             "checkpoints": rows,
-            "best": {name: {"checkpoint": one.name, "not_told_apart": one.alike} for name, one in self.best.items()},
+            "best": {name: {"checkpoint": best.name, "not_told_apart": best.alike} for name, best in self.best.items()},
             "anchors": self.anchors,
             "left_out": self.notes,
         }
@@ -162,14 +173,14 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class Best:
-    """Of the checkpoints by one measure. alike: those whose difference to it lies within its spread."""
+    """The best checkpoint by one measure. alike: those that do not differ from it significantly."""
 
     name: str
     alike: list[str]
 
 
 def evaluate_generation(
-    wanted: Wanted,
+    plan: GenerationPlan,
     pictures_folder: Path | None = None,
     *,
     dtype: torch.dtype = torch.float32,
@@ -177,61 +188,65 @@ def evaluate_generation(
     say: Callable[[str], None] = lambda text: None,
     on_loaded: Callable[[], None] = lambda: None,
 ) -> GenerationResult:
-    """Draw and measure everything that is wanted. pictures_folder: where every picture is saved, a folder for each checkpoint.
-    on_loaded: called once all models are there and fit, before the first picture.
+    """Draw and measure everything in the plan. pictures_folder: every picture is saved there, in a folder for each checkpoint.
+    on_loaded: called when all models are loaded and checked, before the first picture.
 
     Raises UserError where a model or an adapter cannot be read or does not fit, RunFailed where numbers overflow.
     """
-    clip = None if wanted.clip_model is None else ClipPictures(wanted.clip_model, device)
-    dino = DinoPictures(wanted.dino_model, device)  # before anything is drawn, so that a wrong name is found at once
-    model = load_model(locate_base(wanted.base), dtype=dtype, device=device)
-    model.folded.check(list(wanted.adapters.values()))
+    clip = None if plan.clip_model is None else ClipPictures(plan.clip_model, device)
+    dino = DinoPictures(plan.dino_model, device)  # loaded before drawing, so that a wrong name is found at once
+    model = load_model(locate_base(plan.base), dtype=dtype, device=device)
+    model.folded.check(list(plan.adapters.values()))
     on_loaded()
-    drawn = _draw_all(model, wanted, pictures_folder, say)
+    drawn = _draw_all(model, plan, pictures_folder, say)
     del model
     say("measuring")
-    return _Measured(wanted, drawn, dino, clip).result()
+    return _Measurement(plan, drawn, dino, clip).result()
 
 
 def _draw_all(
-    model: DrawingModel, wanted: Wanted, folder: Path | None, say: Callable[[str], None]
-) -> dict[str, Pictures]:
-    noised = None
-    if wanted.photos:
-        pictures, ids = [photo.picture for photo in wanted.photos], [photo.name for photo in wanted.photos]
-        noised = encode_photos(model, pictures, wanted.photo_prompts, ids, wanted.size)
-    everyone: list[tuple[str, Worn | None]] = [(BASE, None)]
-    everyone += [(one.name, Worn(one.path, wanted.adapters[one.name], wanted.weight)) for one in wanted.candidates]
+    model: DrawingModel, plan: GenerationPlan, folder: Path | None, say: Callable[[str], None]
+) -> dict[str, CheckpointPictures]:
+    encoded = None
+    if plan.photos:
+        pictures, ids = [photo.picture for photo in plan.photos], [photo.name for photo in plan.photos]
+        encoded = encode_photos(model, pictures, plan.photo_prompts, ids, plan.size)
+    models: list[tuple[str, AppliedAdapter | None]] = [(BASE, None)]
+    for candidate in plan.candidates:
+        applied = AppliedAdapter(candidate.path, plan.adapters[candidate.name], plan.weight)
+        models.append((candidate.name, applied))
     drawn = {}
-    named = model_name(wanted.base), None if folder is None else model_hash(Path(wanted.base).expanduser())
-    for number, (name, worn) in enumerate(everyone, start=1):
-        say(f"{number}/{len(everyone)} {name}")
-        drawn[name] = _draw_one(model, wanted, worn, noised)
+    base = model_name(plan.base), None if folder is None else model_hash(Path(plan.base).expanduser())
+    for number, (name, adapter) in enumerate(models, start=1):
+        say(f"{number}/{len(models)} {name}")
+        drawn[name] = _draw_one(model, plan, adapter, encoded)
         if folder is not None:
-            for kind, task, made in _kinds(wanted, drawn[name]):
-                save_pictures(folder / name.replace("/", "_"), kind, task, made, worn, *named)
+            for kind, prompts, made in _by_kind(plan, drawn[name]):
+                save_pictures(folder / name.replace("/", "_"), kind, prompts, made, adapter, *base)
     return drawn
 
 
-def _draw_one(model: DrawingModel, wanted: Wanted, worn: Worn | None, noised: NoisedPhotos | None) -> Pictures:
-    subject = [] if wanted.subject is None else draw_task(model, wanted.subject, worn, wanted.batch_size)
-    unrelated = draw_task(model, wanted.unrelated, worn, wanted.batch_size)
-    wear(model, worn)
-    losses = None if noised is None else denoising_losses(model, noised, wanted.loss_seed, wanted.clip_skip)
-    return Pictures(subject, unrelated, losses)
+def _draw_one(
+    model: DrawingModel, plan: GenerationPlan, adapter: AppliedAdapter | None, encoded: EncodedPhotos | None
+) -> CheckpointPictures:
+    subject = [] if plan.subject is None else draw_prompt_set(model, plan.subject, adapter, plan.batch_size)
+    unrelated = draw_prompt_set(model, plan.unrelated, adapter, plan.batch_size)
+    apply_adapter(model, adapter)
+    losses = None if encoded is None else denoising_losses(model, encoded, plan.loss_seed, plan.clip_skip)
+    return CheckpointPictures(subject, unrelated, losses)
 
 
-def _kinds(wanted: Wanted, drawn: Pictures) -> list[tuple[str, Task, list[Image.Image]]]:
-    of_subject = [] if wanted.subject is None else [("subject", wanted.subject, drawn.subject)]
-    return [*of_subject, ("unrelated", wanted.unrelated, drawn.unrelated)]
+def _by_kind(plan: GenerationPlan, drawn: CheckpointPictures) -> list[tuple[str, PromptSet, list[Image.Image]]]:
+    of_subject = [] if plan.subject is None else [("subject", plan.subject, drawn.subject)]
+    return [*of_subject, ("unrelated", plan.unrelated, drawn.unrelated)]
 
 
 @dataclass
-class _Measured:
-    """Builds the statistics of every measure, by checkpoint, and what follows from them."""
+class _Measurement:
+    """Computes the statistics of every measure by checkpoint, and the result from them."""
 
-    wanted: Wanted
-    drawn: Mapping[str, Pictures]
+    plan: GenerationPlan
+    drawn: Mapping[str, CheckpointPictures]
     dino: DinoPictures
     clip: ClipPictures | None
     statistics: dict[str, dict[str, Statistic]] = field(default_factory=dict)
@@ -240,28 +255,28 @@ class _Measured:
     notes: list[str] = field(default_factory=list)
 
     def result(self) -> GenerationResult:
-        if self.wanted.dino_model in TINY_TEACHERS and not is_ours(self.wanted.base):
+        if self.plan.dino_model in TINY_TEACHERS and not is_ours(self.plan.base):
             self.notes.append(
-                f"Likeness, drift and diversity are judged by {self.wanted.dino_model}, which knows generated shapes alone. Name "
-                "a DINOv2 that knows photographs with --dino_model, such as facebook/dinov2-large."
+                f"Likeness, drift and diversity are judged by {self.plan.dino_model}, which was trained on generated shapes only. "
+                "Name a DINOv2 trained on photographs with --dino_model, such as facebook/dinov2-large."
             )
-        self._unrelated()
-        if self.wanted.subject is None:
+        self._measure_unrelated()
+        if self.plan.subject is None:
             self.notes.append(
-                "Likeness, diversity and distances to the photos are left out: nothing says what the subject is called. Name "
-                "it with --prompt."
+                "Likeness, diversity and distances to the photos are left out: no prompt names the subject. Give one "
+                "with --prompt."
             )
         else:
-            self._subject(self.wanted.subject)
-        self._losses()
-        self._flat()
+            self._measure_subject(self.plan.subject)
+        self._measure_losses()
+        self._note_empty_pictures()
         names, order = list(self.drawn), [name for name in MEASURES if name in self.statistics]
         estimates = {name: {m: self._estimate(m, self.statistics[m][name]) for m in order} for name in names}
         paired = [name for name in order if not MEASURES[name].from_base]
         against = {name: {m: self._gap(m, name, BASE) for m in paired} for name in names if name != BASE}
         best = {m: self._best(m, estimates) for m in order if MEASURES[m].better}
         return GenerationResult(
-            self.wanted.candidates, dict(self.drawn), estimates, against, best, self.anchors, self.notes
+            self.plan.candidates, dict(self.drawn), estimates, against, best, self.anchors, self.notes
         )
 
     def _add(self, measure: str, groups: Tensor, statistic: Callable[[str], Statistic]) -> None:
@@ -279,83 +294,89 @@ class _Measured:
         names = [name for name in self.drawn if name != BASE]
         best = max(names, key=lambda name: MEASURES[measure].better * estimates[name][measure].value)
         others = [name for name in names if name != best]
-        return Best(best, [name for name in others if not self._gap(measure, name, best).is_told_from_zero])
+        return Best(best, [name for name in others if not self._gap(measure, name, best).is_significant])
 
-    def _unrelated(self) -> None:
-        task = self.wanted.unrelated
-        groups = torch.tensor(task.groups)
-        embedded = {name: unit(self.dino(one.unrelated)) for name, one in self.drawn.items()}
-        pixels = {name: pixels_of(one.unrelated) for name, one in self.drawn.items()}
+    def _measure_unrelated(self) -> None:
+        prompts = self.plan.unrelated
+        groups = torch.tensor(prompts.groups)
+        embedded = {name: unit(self.dino(drawn.unrelated)) for name, drawn in self.drawn.items()}
+        pixels = {name: pixels_of(drawn.unrelated) for name, drawn in self.drawn.items()}
         self._add("drift", groups, lambda name: mean_of(measures.distances(embedded[name], embedded[BASE])))
         self._add("drift_pixels", groups, lambda name: mean_of(measures.pixel_distances(pixels[name], pixels[BASE])))
-        another = of_all(measures.diversity(embedded[BASE], groups), len(groups))
-        if math.isfinite(another):
-            self.anchors["drift"] = another
-        self._adherence("adherence", task, {name: one.unrelated for name, one in self.drawn.items()})
+        another_seed = of_all(measures.diversity(embedded[BASE], groups), len(groups))
+        if math.isfinite(another_seed):
+            self.anchors["drift"] = another_seed
+        self._measure_adherence("adherence", prompts, {name: drawn.unrelated for name, drawn in self.drawn.items()})
 
-    def _adherence(self, measure: str, task: Task, pictures: Mapping[str, Sequence[Image.Image]]) -> None:
+    def _measure_adherence(
+        self, measure: str, prompts: PromptSet, pictures: Mapping[str, Sequence[Image.Image]]
+    ) -> None:
         if self.clip is None:
             note = "Adherence and CMMD are left out: there is no CLIP. Name one with --clip_model (a transformers CLIPModel)."
             self.notes += [note] if note not in self.notes else []
             return
         clip = self.clip
-        prompts = clip.prompts([words_of(request) for request in task.requests])[task.groups]
+        texts = clip.prompts([words_of(request) for request in prompts.requests])[prompts.groups]
         self._add(
             measure,
-            torch.tensor(task.groups),
-            lambda name: mean_of((clip.pictures(pictures[name]) * prompts).double().sum(dim=1)),
+            torch.tensor(prompts.groups),
+            lambda name: mean_of((clip.pictures(pictures[name]) * texts).double().sum(dim=1)),
         )
 
-    def _subject(self, task: Task) -> None:
-        groups, wanted = torch.tensor(task.groups), self.wanted
-        own = {name: self.dino(one.subject) for name, one in self.drawn.items()}
+    def _measure_subject(self, prompts: PromptSet) -> None:
+        groups, plan = torch.tensor(prompts.groups), self.plan
+        own = {name: self.dino(drawn.subject) for name, drawn in self.drawn.items()}
         diversity = {name: measures.diversity(unit(rows), groups) for name, rows in own.items()}
-        if len(task.seeds) > 1:
+        if len(prompts.seeds) > 1:
             self._add("diversity", groups, lambda name: measures.ratio(diversity[name], diversity[BASE]))
-            if len(task.seeds) == 2:
+            if len(prompts.seeds) == 2:
                 self.notes.append(
-                    "Of diversity the spread is not known: it wants three pictures of each prompt. Raise --num_samples."
+                    "Diversity has no standard error: that needs three pictures of each prompt. Raise --num_samples."
                 )
         else:
-            self.notes.append("Diversity is left out: there is one picture of each prompt. Raise --num_samples.")
-        self._adherence("adherence_subject", task, {name: one.subject for name, one in self.drawn.items()})
-        if not wanted.photos:
+            self.notes.append("Diversity is left out: each prompt has a single picture. Raise --num_samples.")
+        self._measure_adherence(
+            "adherence_subject", prompts, {name: drawn.subject for name, drawn in self.drawn.items()}
+        )
+        if not plan.photos:
             self.notes.append(
                 "Likeness, KID, CMMD and the denoising loss are left out: there are no held-out photos. Name a folder with "
                 "--reference_dir."
             )
             return
-        pictures = [photo.picture for photo in wanted.photos]
+        pictures = [photo.picture for photo in plan.photos]
         photos = self.dino(pictures)
         self._add("likeness", groups, lambda name: mean_of(measures.likeness(unit(own[name]), unit(photos))))
         self.anchors["likeness"] = measures.likeness_among(unit(photos))
         if min(len(groups), len(photos)) < measures.FEWEST_FOR_SETS:
-            named = "KID is left out: it wants" if self.clip is None else "KID and CMMD are left out: they want"
+            left_out = "KID is left out: it needs" if self.clip is None else "KID and CMMD are left out: they need"
             self.notes.append(
-                f"{named} {measures.FEWEST_FOR_SETS} pictures and as many photos, and there are {len(groups)} and {len(photos)}. "
-                "With fewer, there is more noise than difference."
+                f"{left_out} {measures.FEWEST_FOR_SETS} pictures and as many photos; there are {len(groups)} and {len(photos)}. "
+                "With fewer, the noise exceeds the difference."
             )
             return
         self._add("kid", groups, lambda name: measures.kernel_distance(own[name], photos))
         if self.clip is not None:
-            clip, theirs = self.clip, self.clip.pictures(pictures)
+            clip, embedded_photos = self.clip, self.clip.pictures(pictures)
             self._add(
-                "cmmd", groups, lambda name: measures.clip_distance(clip.pictures(self.drawn[name].subject), theirs)
+                "cmmd",
+                groups,
+                lambda name: measures.clip_distance(clip.pictures(self.drawn[name].subject), embedded_photos),
             )
 
-    def _losses(self) -> None:
+    def _measure_losses(self) -> None:
         if self.drawn[BASE].losses is None:
             return
-        ratios = {name: log_ratios(one.losses, self.drawn[BASE].losses) for name, one in self.drawn.items()}  # type: ignore[arg-type]
-        alone = torch.zeros(len(self.wanted.photos), dtype=torch.int64)
-        self._add("loss", alone, lambda name: mean_of(ratios[name].mean(dim=1)))
+        ratios = {name: log_ratios(drawn.losses, self.drawn[BASE].losses) for name, drawn in self.drawn.items()}  # type: ignore[arg-type]
+        one_group = torch.zeros(len(self.plan.photos), dtype=torch.int64)
+        self._add("loss", one_group, lambda name: mean_of(ratios[name].mean(dim=1)))
         for quarter in range(QUARTERS):
-            self._add(f"loss_q{quarter + 1}", alone, lambda name, q=quarter: mean_of(ratios[name][:, q]))  # type: ignore[misc]
+            self._add(f"loss_q{quarter + 1}", one_group, lambda name, q=quarter: mean_of(ratios[name][:, q]))  # type: ignore[misc]
 
-    def _flat(self) -> None:
-        for name, one in self.drawn.items():
-            if flat := count_flat([*one.subject, *one.unrelated]):
-                total = len(one.subject) + len(one.unrelated)
+    def _note_empty_pictures(self) -> None:
+        for name, pictures in self.drawn.items():
+            if empty := count_empty(drawn := [*pictures.subject, *pictures.unrelated]):
                 self.notes.append(
-                    f"{flat} of {total} pictures of {name} have nothing on them: black, or of one colour."
+                    f"{empty} of {plural(len(drawn), 'picture')} of {name} {'is' if empty == 1 else 'are'} "
+                    "empty: black, or of one colour."
                 )

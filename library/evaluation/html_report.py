@@ -1,4 +1,4 @@
-"""An evaluation as a page: what was found first, then the table, curves, pictures side by side, and how it was made."""
+"""The report page of an evaluation: findings, table, curves, pictures side by side, and how it was made."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 
 from library.evaluation.denoising import QUARTERS
-from library.evaluation.estimates import Estimate
-from library.evaluation.generation import BASE, MEASURES, GenerationResult, Wanted
-from library.evaluation.spread import paired
+from library.evaluation.generation import BASE, MEASURES, GenerationPlan, GenerationResult
+from library.evaluation.standard_errors import Estimate, paired_difference
 from library.inference.grids import grid
 from library.report.page import Page
 from library.report.template import COLOURS
+from library.words import plural
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,13 +30,13 @@ REPRESENTATION_MEASURES = ("token_cosine", "token_cosine_centred", "sample_mae",
 
 
 def report_page(
-    wanted: Wanted,
+    plan: GenerationPlan,
     result: GenerationResult,
     facts: Mapping[str, str],
     options: Mapping[str, Any],
     representation: RepresentationResult | None = None,
 ) -> Page:
-    """facts: what the report says of itself (base, photos, device, versions). options: the resolved ones."""
+    """facts: what the evaluation was made with (base, photos, device, versions). options: the resolved ones."""
     count = len(result.names)
     what = result.names[0] if count == 1 else f"{count} checkpoints, {result.names[0]} to {result.names[-1]}"
     page = Page(f"Evaluation of {what}", " ".join(findings(result)))
@@ -47,7 +47,7 @@ def report_page(
         _curves(page, result)
     if "loss_q1" in result.measured:
         _losses(page, result)
-    _pictures(page, wanted, result)
+    _pictures(page, plan, result)
     if representation is not None:
         _representation(page, representation)
     page.heading("How it was made")
@@ -57,27 +57,27 @@ def report_page(
 
 
 def findings(result: GenerationResult) -> list[str]:
-    """What the numbers say, in a few sentences; a difference within its spread is said to be none."""
-    said = []
+    """The main results in a few sentences, which say where a difference is not significant."""
+    sentences = []
     if "likeness" in result.best:
         name, own, gap = _best_of(result, "likeness")
-        verdict = "told apart" if gap.is_told_from_zero else "not told apart"
+        differs = "significantly" if gap.is_significant else "not significantly"
         base = result.estimates[BASE]["likeness"].value
-        said.append(f"Most like the subject: {name}, {own}, {verdict} from the base's {base:.3f}.")
+        sentences.append(f"Most like the subject: {name}, {own}, {differs} different from the base's {base:.3f}.")
     least = result.best["drift"].name
-    said.append(f"Least drift: {least}, {result.estimates[least]['drift']}.")
+    sentences.append(f"Least drift: {least}, {result.estimates[least]['drift']}.")
     if "loss" in result.best:
         name, own, gap = _best_of(result, "loss")
         change = math.exp(own.value) - 1
-        verdict = "" if gap.is_told_from_zero else ", within its spread"
-        said.append(
+        verdict = "" if gap.is_significant else ", not a significant difference"
+        sentences.append(
             f"Denoising loss: {name}, {abs(change):.1%} {'below' if change < 0 else 'above'} the base's{verdict}."
         )
-    return said
+    return sentences
 
 
 def _best_of(result: GenerationResult, measure: str) -> tuple[str, Estimate, Estimate]:
-    """Its name, its number, and its difference to the base."""
+    """The best checkpoint's name, its number, and its difference to the base."""
     name = result.best[measure].name
     return name, result.estimates[name][measure], result.against_base[name][measure]
 
@@ -95,20 +95,20 @@ def _numbers(page: Page, result: GenerationResult) -> None:
     page.table(
         ["", *(MEASURES[measure].title for measure in measures)],
         rows,
-        caption="± is half of the 95 % interval over seeds (of the loss: over photos). * told apart from the base, by the paired "
-        "difference; drift, which begins at 0, is compared with another seed's. For comparison: likeness of the photos to each "
-        "other; drift of the base to itself with another seed.",
+        caption="± is half of the 95 % interval over seeds (of the loss: over photos). * significantly different from the base, by "
+        "paired differences; drift, which is 0 for the base, has no star. For comparison: likeness of the photos to each other; "
+        "drift of the base's pictures with another seed.",
     )
     if len(result.names) > 1:
         page.heading("Which is best", level=3)
         page.table(
-            ["", "best", "not told apart from it"],
+            ["", "best", "not significantly different"],
             [
                 [MEASURES[measure].title, best.name, ", ".join(best.alike) or "none"]
                 for measure, best in result.best.items()
                 if measure in measures
             ],
-            caption="By paired differences over the same prompts and seeds. One comparison in twenty is told apart by chance.",
+            caption="By paired differences over the same prompts and seeds. One comparison in twenty is significant by chance.",
         )
     page.heading("What they mean", level=3)
     page.table(["", ""], [[MEASURES[measure].title, MEASURES[measure].meaning] for measure in measures])
@@ -116,7 +116,7 @@ def _numbers(page: Page, result: GenerationResult) -> None:
 
 def _mark(result: GenerationResult, name: str, measure: str) -> str:
     gap = result.against_base.get(name, {}).get(measure)
-    return " *" if gap is not None and gap.is_told_from_zero else ""
+    return " *" if gap is not None and gap.is_significant else ""
 
 
 def _curves(page: Page, result: GenerationResult) -> None:
@@ -129,8 +129,11 @@ def _curves(page: Page, result: GenerationResult) -> None:
         figure = go.Figure()
         figure.add_scatter(
             x=x,
-            y=[one.value for one in own],
-            error_y={"array": [one.margin if math.isfinite(one.margin) else 0 for one in own], "thickness": 1.2},
+            y=[estimate.value for estimate in own],
+            error_y={
+                "array": [estimate.margin if math.isfinite(estimate.margin) else 0 for estimate in own],
+                "thickness": 1.2,
+            },
             mode="lines+markers",
             name="checkpoints",
             marker={"size": 7},
@@ -161,8 +164,8 @@ def _losses(page: Page, result: GenerationResult) -> None:
         own = [result.estimates[name][f"loss_q{quarter}"] for quarter in range(1, QUARTERS + 1)]
         figure.add_scatter(
             x=["first<br>(least noise)", "second", "third", "last<br>(most noise)"],
-            y=[100 * (math.exp(one.value) - 1) for one in own],
-            customdata=[str(one) for one in own],
+            y=[100 * (math.exp(estimate.value) - 1) for estimate in own],
+            customdata=[str(estimate) for estimate in own],
             hovertemplate="%{y:.1f} % (log ratio %{customdata})",
             mode="lines+markers",
             name=name,
@@ -171,41 +174,41 @@ def _losses(page: Page, result: GenerationResult) -> None:
     figure.update_layout(height=320, xaxis={"tickangle": 0}, yaxis={"ticksuffix": " %"}, showlegend=True)
     page.figure(
         figure,
-        "Loss on the held-out photos beside the base's, with the same noise and timesteps, mean over photos. Below 0 is less than "
-        "the base. Falls in the later quarters tell of shapes and places, in the first of texture.",
+        "Loss on the held-out photos relative to the base's, with the same noise and timesteps, mean over photos; below 0 is lower "
+        "than the base's. A lower loss in the later quarters means better shapes and layout, in the first better texture.",
     )
 
 
-def _pictures(page: Page, wanted: Wanted, result: GenerationResult) -> None:
-    if wanted.photos:
+def _pictures(page: Page, plan: GenerationPlan, result: GenerationResult) -> None:
+    if plan.photos:
         page.heading("Held-out photos")
-        page.pictures([(photo.picture, photo.caption or photo.name) for photo in wanted.photos[:SHOWN_PHOTOS]])
-    everyone = [BASE, *result.names]
-    for title, task, kind in (
-        ("The subject", wanted.subject, "subject"),
-        ("Unrelated prompts", wanted.unrelated, "unrelated"),
+        page.pictures([(photo.picture, photo.caption or photo.name) for photo in plan.photos[:SHOWN_PHOTOS]])
+    models = [BASE, *result.names]
+    for title, prompts, kind in (
+        ("The subject", plan.subject, "subject"),
+        ("Unrelated prompts", plan.unrelated, "unrelated"),
     ):
-        if task is None:
+        if prompts is None:
             continue
         page.heading(title)
-        for number, request in enumerate(task.requests[:SHOWN_PROMPTS]):
+        for number, request in enumerate(prompts.requests[:SHOWN_PROMPTS]):
             page.heading(request.prompt, level=3)
-            shown = SHOWN_SEEDS if len(task.requests) == 1 else 2
-            rows = [place for place, (which, _) in enumerate(task.places) if which == number][:shown]
+            shown = SHOWN_SEEDS if len(prompts.requests) == 1 else 2
+            rows = [place for place, (which, _) in enumerate(prompts.places) if which == number][:shown]
             pictures = [
-                (getattr(result.drawn[name], kind)[place], f"{name}, seed {task.places[place][1]}")
+                (getattr(result.drawn[name], kind)[place], f"{name}, seed {prompts.places[place][1]}")
                 for place in rows
-                for name in everyone
+                for name in models
             ]
-            page.pictures(pictures, columns=len(everyone))
+            page.pictures(pictures, columns=len(models))
 
 
 def _representation(page: Page, found: RepresentationResult) -> None:
     page.heading("Representation")
     page.paragraph(
-        f"What {found.checkpoint} knows of the teacher at {found.tap}, on {found.held_out} held-out pictures of {found.classes} "
-        f"classes; probes and heads are fitted on {found.fitted} others. A number means something beside its baselines: the "
-        "frozen base with a head fitted anew, a random trunk, constants, and the grid's ceiling."
+        f"How much of the teacher's representation {found.checkpoint} has learned at {found.tap}, on {found.held_out} held-out "
+        f"pictures of {plural(found.classes, 'class', 'classes')}; probes and heads are fitted on {found.fitted} others. Compare "
+        "them with the baselines: the frozen base with a newly fitted head, a random trunk, constants and the grid's ceiling."
     )
     for note in found.notes:
         page.notice(note)
@@ -216,10 +219,7 @@ def _representation(page: Page, found: RepresentationResult) -> None:
     cells: list[list[str | None]] = [
         [
             row.name,
-            *(
-                f"{row.measures[name]}{_learned(found, row, name)}" if name in row.measures else None
-                for name in measures
-            ),
+            *(f"{row.measures[name]}{_star(found, row, name)}" if name in row.measures else None for name in measures),
         ]
         for row in rows
     ]
@@ -227,8 +227,8 @@ def _representation(page: Page, found: RepresentationResult) -> None:
     page.table(
         ["", *(name.replace("_", " ") for name in measures)],
         cells,
-        caption=f"At timestep {chosen}; ± is the deviation over noise seeds. * told apart from the base's trunk, by the "
-        "differences seed by seed.",
+        caption=f"At timestep {chosen}; ± is the standard deviation over noise seeds. * significantly different from the base's "
+        "trunk, by paired differences over the seeds.",
     )
     if found.earlier:
         _over_training(page, found, measures, chosen)
@@ -254,37 +254,42 @@ def _representation(page: Page, found: RepresentationResult) -> None:
         page.paragraph(found.pictured)
         columns = list(found.pictures[0].columns())
         page.pictures(
-            [(picture, f"{name}, {one.sample_id}" if name == columns[0] else name)
-             for one in found.pictures for name, picture in one.columns().items()],
+            [(picture, f"{name}, {maps.sample_id}" if name == columns[0] else name)
+             for maps in found.pictures for name, picture in maps.columns().items()],
             columns=len(columns),
         )  # fmt: skip
 
 
-def _learned(found: RepresentationResult, row: Row, measure: str) -> str:
-    """A star where a number of the checkpoint's trunk is told apart from the same of the base's."""
+def _star(found: RepresentationResult, row: Row, measure: str) -> str:
+    """A star where a number of the checkpoint's trunk differs significantly from the base trunk's."""
     theirs = row.name.replace("checkpoint trunk", "base trunk")
     bases = [
-        one for one in found.rows if (one.name, one.timestep) == (theirs, row.timestep) and measure in one.measures
+        other
+        for other in found.rows
+        if (other.name, other.timestep) == (theirs, row.timestep) and measure in other.measures
     ]
     if theirs == row.name or not bases:
         return ""
-    return " *" if paired(row.measures[measure], bases[0].measures[measure]).is_told_from_zero else ""
+    return " *" if paired_difference(row.measures[measure], bases[0].measures[measure]).is_significant else ""
 
 
 def _over_training(page: Page, found: RepresentationResult, measures: Sequence[str], timestep: int) -> None:
-    """Curves of the checkpoint's own rows over the states of the training, at one timestep."""
+    """Curves of the checkpoint's rows over the states of the training, at one timestep."""
     page.heading("Over the training", level=3)
-    everyone = [*found.earlier, found]
+    results = [*found.earlier, found]
     own = [name for name in found.names() if name.startswith("checkpoint")]
     for measure in measures:
         figure = go.Figure()
         for name in own:
-            spreads = [one.row(name, timestep).measures.get(measure) for one in everyone if name in one.names()]
-            if len(spreads) == len(everyone) and None not in spreads:
+            spreads = [result.row(name, timestep).measures.get(measure) for result in results if name in result.names()]
+            if len(spreads) == len(results) and None not in spreads:
                 figure.add_scatter(
-                    x=[one.checkpoint for one in everyone],
-                    y=[one.mean for one in spreads if one is not None],
-                    error_y={"array": [one.deviation or 0 for one in spreads if one is not None], "thickness": 1},
+                    x=[result.checkpoint for result in results],
+                    y=[spread.mean for spread in spreads if spread is not None],
+                    error_y={
+                        "array": [spread.deviation or 0 for spread in spreads if spread is not None],
+                        "thickness": 1,
+                    },
                     mode="lines+markers",
                     name=name,
                 )
@@ -293,22 +298,24 @@ def _over_training(page: Page, found: RepresentationResult, measures: Sequence[s
             figure.add_hline(y=known[0], line={"dash": "dash", "color": COLOURS[6]})
         if figure.data:
             figure.update_layout(title=measure.replace("_", " "), height=300, showlegend=True)
-            page.figure(figure, f"At timestep {timestep}; dashed, the base's trunk, for tokens with a fitted head.")
+            page.figure(
+                figure, f"At timestep {timestep}. Dashed: the base's trunk, with a fitted head for measures of tokens."
+            )
 
 
-def sheets_of(wanted: Wanted, result: GenerationResult, name: str) -> dict[str, Image.Image]:
-    """What one checkpoint drew, of the subject and of unrelated prompts: a row for each prompt, a column for each seed."""
+def sheets_of(plan: GenerationPlan, result: GenerationResult, name: str) -> dict[str, Image.Image]:
+    """A checkpoint's pictures of the subject and of unrelated prompts: a row for each prompt, a column for each seed."""
     drawn, sheets = result.drawn[name], {}
-    for kind, task, pictures in (
-        ("subject", wanted.subject, drawn.subject),
-        ("unrelated", wanted.unrelated, drawn.unrelated),
+    for kind, prompts, pictures in (
+        ("subject", plan.subject, drawn.subject),
+        ("unrelated", plan.unrelated, drawn.unrelated),
     ):
-        if task is not None:
+        if prompts is not None:
             sheets[kind] = grid(
                 pictures,
-                len(task.seeds),
-                column_headings=[f"seed {seed}" for seed in task.seeds],
-                row_headings=[request.prompt for request in task.requests],
+                len(prompts.seeds),
+                column_headings=[f"seed {seed}" for seed in prompts.seeds],
+                row_headings=[request.prompt for request in prompts.requests],
                 title=name,
             )
     return sheets

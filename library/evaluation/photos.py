@@ -1,4 +1,4 @@
-"""Photos of the subject that no training has seen, to compare pictures with."""
+"""Held-out photos of the subject, which generated pictures are compared with."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from PIL import Image
 from library.data.caption_files import CaptionFolders, read_captions
 from library.data.pixels import UnreadableImage, decode_rgb
 from library.errors import UserError
-from library.evaluation.checkpoints import Candidate
+from library.evaluation.candidates import Candidate
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HELD_OUT = "held_out"
-"""Folder beside that of the training pictures in which held-out ones are looked for."""
+"""Name of a folder of held-out photos beside that of the training pictures."""
 LEAST = 2
 
 
@@ -28,16 +28,18 @@ class Photo:
 
 
 def read_photos(folder: Path, limit: int | None = None) -> list[Photo]:
-    """The pictures of a folder, those below it included, by name; captions lie beside them as .txt.
+    """The pictures in a folder and below it, sorted by name, with captions from the .txt files beside them.
 
-    limit: so many at most, evenly spread over them. Raises UserError where there are fewer than two, or one is damaged.
+    limit: at most so many, evenly spread. Raises UserError where there are fewer than two, or one is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"reference_dir {folder} is no folder. Name one with held-out photos of the subject.")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if len(files) < LEAST:
         found = "no pictures" if not files else f"one picture, {files[0].name}"
-        raise UserError(f"reference_dir {folder} holds {found}; {LEAST} at least are needed to know their spread.")
+        raise UserError(
+            f"reference_dir {folder} holds {found}; at least {LEAST} are needed to estimate their variance."
+        )
     if limit is not None and len(files) > limit:
         files = [files[i * len(files) // limit] for i in range(limit)]
     folders = {parent: CaptionFolders(parent) for parent in {file.parent for file in files}}
@@ -54,10 +56,10 @@ def read_photos(folder: Path, limit: int | None = None) -> list[Photo]:
 
 
 def held_out_photos(candidates: Sequence[Candidate]) -> Path | None:
-    """The folder of held-out pictures that the training of these checkpoints points to; None where it names none.
+    """The folder of held-out photos of the training of these checkpoints; None where there is none.
 
-    Its val_data, where that is a folder, else a folder held_out beside its training pictures. Paths are as the training had
-    them, from where it was started.
+    Its val_data, where that is a folder, else a folder held_out beside its training pictures. Relative paths are taken from the
+    current folder, as in the training.
     """
     for candidate in candidates:
         options = _options_of(candidate.path)
@@ -69,7 +71,7 @@ def held_out_photos(candidates: Sequence[Candidate]) -> Path | None:
 
 
 def _options_of(path: Path) -> dict[str, Any]:
-    """Of the run that saved this, from the file it heads its output with."""
+    """The options of the run that saved this checkpoint, from the options.toml beside it."""
     import toml
 
     file = path.parent / "options.toml"

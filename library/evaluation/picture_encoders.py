@@ -1,4 +1,4 @@
-"""Pictures and prompts to embeddings that can be compared: DINOv2's CLS token, CLIP's two towers."""
+"""Embeddings of pictures and prompts: DINOv2's CLS token, CLIP's image and text towers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from library.models.dinov2 import load_dinov2
 from library.models.encoders import IMAGENET_MEAN, IMAGENET_STD
 from library.models.locate import locate_dino
 
-AT_ONCE = 16
+BATCH_SIZE = 16
 DINO_RESOLUTION = 224  # published numbers of DINO-I are at 224
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 
 
 class DinoPictures:
-    """DINOv2's embedding of a picture. Raises UserError where `name` is none.
+    """DINOv2's embedding of a picture. Raises UserError where `name` is no DINOv2.
 
     Pictures are scaled and cropped to a centred square of 224 pixels, or the nearest multiple of the patch size below.
     """
@@ -40,8 +40,8 @@ class DinoPictures:
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
         """[n, D] float32 on the CPU, as the final norm leaves them: not of unit length."""
         rows = []
-        for start in range(0, len(pictures), AT_ONCE):
-            pixels = _pixels(pictures[start : start + AT_ONCE], self.side, IMAGENET_MEAN, IMAGENET_STD)
+        for start in range(0, len(pictures), BATCH_SIZE):
+            pixels = _pixels(pictures[start : start + BATCH_SIZE], self.side, IMAGENET_MEAN, IMAGENET_STD)
             hidden = self.model(pixel_values=pixels.to(self.model.device, self.model.dtype)).last_hidden_state
             rows.append(hidden[:, 0].float().cpu())
         return torch.cat(rows) if rows else torch.empty(0, self.width)
@@ -62,9 +62,11 @@ class ClipPictures:
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise _no_clip(name, (str(error).strip() or type(error).__name__).splitlines()[0]) from error
         self.model, found = loaded
-        if absent := sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]})):  # they were made up
+        if absent := sorted(
+            map(str, {*found["missing_keys"], *found["mismatched_keys"]})
+        ):  # transformers initialises them at random
             raise _no_clip(
-                name, f"{len(absent)} of its weights are not there or of another shape, such as {absent[0]}."
+                name, f"{len(absent)} of its weights are missing or have another shape, such as {absent[0]}."
             )
         self.model.requires_grad_(False).eval().to(device)
         self.side = int(self.model.config.vision_config.image_size)
@@ -77,8 +79,8 @@ class ClipPictures:
     @torch.no_grad()
     def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         rows = []
-        for start in range(0, len(pictures), AT_ONCE):
-            pixels = _pixels(pictures[start : start + AT_ONCE], self.side, self.mean, self.std)
+        for start in range(0, len(pictures), BATCH_SIZE):
+            pixels = _pixels(pictures[start : start + BATCH_SIZE], self.side, self.mean, self.std)
             pooled = self.model.vision_model(pixel_values=pixels.to(self.model.device)).pooler_output
             rows.append(self.model.visual_projection(pooled).float().cpu())
         return F.normalize(torch.cat(rows), dim=1)

@@ -1,6 +1,6 @@
-"""What pictures are like, measured on embeddings of them: likeness to photos, drift, diversity, distances between sets.
+"""Measures of generated pictures on their embeddings: likeness to photos, drift, diversity, distances between sets.
 
-Embeddings [n, D] are rows of unit length unless said otherwise, on the CPU, in float64 where sums are long.
+Embeddings [n, D] have rows of unit length unless a docstring says otherwise. They are on the CPU; long sums are in float64.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ import math
 import torch
 from torch import Tensor
 
-from library.evaluation.estimates import Statistic
+from library.evaluation.standard_errors import Statistic
 
 FEWEST_FOR_SETS = 64
-"""Pictures on each side below which a distance between sets is its own noise (optuna.md, section 5, measured: two slightly
-different models are 0.35 deviations apart at 8 to 32 pictures, 0.6 at 64, 1.2 at 256)."""
+"""Pictures on each side below which the noise of a distance between sets exceeds the difference. Measured: two slightly
+different models are 0.35 standard deviations apart at 8 to 32 pictures, 0.6 at 64, 1.2 at 256."""
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 """Bandwidth and factor of CMMD's published code (Jayasumana et al. 2024, arXiv 2401.09603)."""
 
 
 def likeness(pictures: Tensor, photos: Tensor) -> Tensor:
-    """Of each picture, its mean cosine to the photos: [n]. DreamBooth's DINO-I (arXiv 2208.12242)."""
+    """Mean cosine of each picture to the photos: [n]. DreamBooth's DINO-I (arXiv 2208.12242)."""
     return (pictures.double() @ photos.double().T).mean(dim=1)
 
 
 def likeness_among(photos: Tensor) -> float:
-    """Mean cosine of each photo to the others: what pictures get that are as like the photos as these are to each other."""
+    """Mean cosine between different photos: the likeness of pictures that are as like the photos as these are to each other."""
     count = len(photos)
     cosines = photos.double() @ photos.double().T
     return float((cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))
@@ -42,7 +42,7 @@ def pixel_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def diversity(pictures: Tensor, groups: Tensor) -> Statistic:
-    """Mean of 1 - cosine over pairs of one group (one prompt, other seeds), each group counting alike; nan where one has none."""
+    """Mean of 1 - cosine over pairs of seeds within each group (prompt), groups weighted equally; nan where a group has no pair."""
     apart = 1 - pictures.double() @ pictures.double().T
 
     def statistic(weights: Tensor) -> float:
@@ -53,14 +53,14 @@ def diversity(pictures: Tensor, groups: Tensor) -> Statistic:
 
 
 def _mean_of_pairs(values: Tensor, weights: Tensor) -> float:
-    """Of values [n, n] at i != j, weighted by the product of weights [n]; nan where no pair is left."""
+    """Mean of values [n, n] at i != j, weighted by products of weights [n]; nan without any pair."""
     pairs = torch.outer(weights, weights).fill_diagonal_(0)
     total = float(pairs.sum())
     return float((pairs * values).sum()) / total if total else math.nan
 
 
 def ratio(of: Statistic, to: Statistic) -> Statistic:
-    """nan where the denominator is 0."""
+    """The quotient of two statistics; nan where the denominator is 0."""
 
     def statistic(weights: Tensor) -> float:
         below = to(weights)
@@ -72,8 +72,8 @@ def ratio(of: Statistic, to: Statistic) -> Statistic:
 def kernel_distance(pictures: Tensor, photos: Tensor) -> Statistic:
     """KID's unbiased estimate on any embeddings, not of unit length: squared MMD under (x.y / D + 1)^3. May be below 0.
 
-    Binkowski et al. 2018 (arXiv 1801.01401), eq. 4. On DINOv2's embeddings it follows people's judgement better than on
-    Inception's (Stein et al. 2023, arXiv 2306.04675).
+    Binkowski et al. 2018 (arXiv 1801.01401), eq. 4. With DINOv2's embeddings it agrees better with human judgement than
+    with Inception's (Stein et al. 2023, arXiv 2306.04675).
     """
     width = pictures.shape[1]
 
@@ -86,7 +86,7 @@ def kernel_distance(pictures: Tensor, photos: Tensor) -> Statistic:
 def clip_distance(pictures: Tensor, photos: Tensor) -> Statistic:
     """CMMD, as a U-statistic: squared MMD of CLIP embeddings of unit length under a Gaussian kernel, times 1000.
 
-    The published code keeps each picture's similarity to itself, which drifts with n; here it is left out. May be below 0.
+    Unlike in the published code, pairs of a picture with itself are left out, which would bias it by n. May be below 0.
     """
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def clip_distance(pictures: Tensor, photos: Tensor) -> Statistic:
 
 
 def _unbiased(of: Tensor, across: Tensor, to: Tensor) -> Statistic:
-    """Squared MMD from kernel matrices of the pictures, pictures x photos, and the photos, as their pictures are left out."""
+    """Squared MMD from the kernel matrices pictures x pictures, pictures x photos and photos x photos."""
     others = _mean_of_pairs(to, torch.ones(len(to), dtype=torch.float64))
     to_photos = across.mean(dim=1)
 

@@ -1,6 +1,6 @@
-"""What a simple classifier reads out of frozen features: the linear probe and nearest neighbours.
+"""Classifiers on frozen features: the linear probe and nearest neighbours.
 
-Both are fitted on some pictures and judged on others. The standard error of an accuracy p over n pictures is
+Both are fitted on training pictures and judged on held-out ones. The standard error of an accuracy p over n pictures is
 sqrt(p (1 - p) / n): 0.05 at 0.8 and n = 64.
 """
 
@@ -18,52 +18,54 @@ from library.diffusion.alignment_losses import normalize
 from library.errors import UserError
 
 L2_GRID = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
-"""Penalties tried, the strongest first: each starts where the one before ended."""
+"""Penalties to choose from, the strongest first: each fit starts from the one before."""
 TEMPERATURE = 0.07
-"""Of the votes of neighbours (DINOv2, arXiv 2304.07193, appendix; from instance discrimination)."""
+"""Temperature of the neighbours' votes (DINOv2, arXiv 2304.07193, appendix; from instance discrimination)."""
 
 
 def split_by_hash(ids: Sequence[str], share: float, purpose: str = "split") -> Tensor:
-    """Which of `ids` are set apart, [n] bool: the share of them whose hashes of id and `purpose` are lowest.
+    """Which of `ids` are in the split, [n] bool: the share of them with the lowest hashes of id and `purpose`.
 
-    The same for the same ids in any order; another set of ids moves only those at the border. At least one on either side.
+    Independent of the order; adding ids moves only those at the border. At least one id is on either side.
     Raises UserError for fewer than two.
     """
     if len(ids) < 2:
         raise UserError(f"{len(ids)} pictures cannot be split in two.")
-    keys = [hashlib.blake2b(f"{purpose}/{one}".encode(), digest_size=8).digest() for one in ids]
-    apart = min(max(round(share * len(ids)), 1), len(ids) - 1)
+    keys = [hashlib.blake2b(f"{purpose}/{id_}".encode(), digest_size=8).digest() for id_ in ids]
+    size = min(max(round(share * len(ids)), 1), len(ids) - 1)
     chosen = torch.zeros(len(ids), dtype=torch.bool)
-    chosen[sorted(range(len(ids)), key=keys.__getitem__)[:apart]] = True
+    chosen[sorted(range(len(ids)), key=keys.__getitem__)[:size]] = True
     return chosen
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeAccuracy:
     accuracy: float
     """On the held-out pictures."""
     fit_accuracy: float
-    """On those it was fitted on; far above the other one where there are too few."""
+    """On the training pictures; far above the other accuracy where there are too few of them."""
     l2: float
 
 
-def linear_probe(fit: Tensor, fit_labels: Tensor, test: Tensor, test_labels: Tensor, fit_ids: Sequence[str]) -> Probed:
+def linear_probe(
+    fit: Tensor, fit_labels: Tensor, test: Tensor, test_labels: Tensor, fit_ids: Sequence[str]
+) -> ProbeAccuracy:
     """Multinomial logistic regression on features [n, D], standardised by the fitted pictures' mean and deviation.
 
-    The penalty on squared weights is that of `L2_GRID` with the lowest log loss on a fifth of the fitted pictures, chosen by
-    a hash of their ids; the held-out ones have no say. That fifth is then fitted too. As REPA's probe (batch norm without
-    parameters, then a linear layer) up to the optimizer: here L-BFGS, to convergence. Chance is the share of the commonest
-    class; a class that was not fitted counts as missed. More pictures to fit give a higher accuracy: compare at equal n.
+    Of `L2_GRID`, the penalty with the lowest log loss on a fifth of the training pictures, chosen by a hash of their ids; the
+    final fit includes that fifth. REPA's probe (batch norm without parameters, then a linear layer) except for the optimizer: here
+    L-BFGS, to convergence. Chance is the share of the commonest class; a class without training pictures is never predicted. More
+    training pictures give a higher accuracy: compare at equal n.
     """
     classes, targets = fit_labels.unique(return_inverse=True)
     if len(classes) < 2:
-        raise UserError("A probe needs pictures of at least two classes, and all that are to be fitted are of one.")
+        raise UserError("A probe needs training pictures of at least two classes, and all are of one.")
     x, to_judge = _standardised(fit, fit, test)
     inner = split_by_hash(fit_ids, 0.2, "probe").to(x.device)
     losses = _path(x[~inner], targets[~inner], len(classes), L2_GRID, x[inner], targets[inner])
     chosen = L2_GRID[losses.index(min(losses))]
     weights, bias = _fit_logistic(x, targets, len(classes), chosen)
-    return Probed(
+    return ProbeAccuracy(
         _accuracy(to_judge @ weights + bias, classes, test_labels),
         _accuracy(x @ weights + bias, classes, fit_labels),
         chosen,
@@ -71,14 +73,14 @@ def linear_probe(fit: Tensor, fit_labels: Tensor, test: Tensor, test_labels: Ten
 
 
 def knn_accuracy(fit: Tensor, fit_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 10) -> float:
-    """Share of held-out pictures whose k nearest fitted ones, by cosine, vote for their class, with weights exp(cos / 0.07).
+    """Share of held-out pictures whose k nearest training pictures, by cosine, vote for their class, with weights exp(cos / 0.07).
 
-    DINOv2's protocol. Raises UserError where there are fewer than k to choose from. Nothing is fitted, so it is biased by
-    features' own anisotropy where the linear probe is not; it too rises with the number of fitted pictures.
+    DINOv2's protocol. Raises UserError where there are fewer than k training pictures. Nothing is fitted, so that, unlike the
+    linear probe, it suffers from anisotropic features; it also rises with the number of training pictures.
     """
     if not 1 <= k <= len(fit):
         raise UserError(
-            f"{k} neighbours of {len(fit)} pictures cannot be: k must be at least 1 and at most {len(fit)}."
+            f"{k} neighbours of {len(fit)} pictures are impossible: k must be at least 1 and at most {len(fit)}."
         )
     classes, targets = fit_labels.unique(return_inverse=True)
     near = (normalize(test) @ normalize(fit).T).topk(k, dim=1)
@@ -88,16 +90,16 @@ def knn_accuracy(fit: Tensor, fit_labels: Tensor, test: Tensor, test_labels: Ten
 
 
 def chance_accuracy(fit_labels: Tensor, test_labels: Tensor) -> float:
-    """Accuracy of always naming the commonest of the fitted classes (the lowest number of equally common ones)."""
+    """Accuracy of always predicting the commonest training class (of equally common ones, that of the lowest id)."""
     return (test_labels == fit_labels.mode().values).float().mean().item()
 
 
 def _standardised(like: Tensor, *features: Tensor) -> list[Tensor]:
     like = like.float()
     deviation, mean = torch.std_mean(like, dim=0, correction=0)
-    # A channel that never changes says nothing, and rounding is not to be blown up.
+    # Constant channels become 0: dividing by their deviation would amplify rounding errors.
     scale = torch.where(deviation > 1e-6 * like.abs().amax(dim=0), 1.0 / deviation, 0.0)
-    return [(one.float() - mean) * scale for one in features]
+    return [(part.float() - mean) * scale for part in features]
 
 
 def _path(

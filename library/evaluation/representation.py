@@ -1,9 +1,9 @@
-"""How much of the teacher a checkpoint of U-REPA training knows, beside what the base, chance and constants know.
+"""How well a checkpoint of U-REPA training predicts the teacher's representation, compared with the base, chance and constants.
 
-Everything is measured on held-out pictures, at several timesteps, under the empty prompt, and once per noise seed. Trunk
-(the U-Net's map at the tap) and head (the tokens an AlignHead makes of it) are told apart: a head can learn the teacher's
-tokens while the trunk, which generates, stays as it was. That is why the frozen base with a head fitted anew stands beside
-the checkpoint with a head fitted in the same way: their difference is what training did to the trunk.
+Everything is measured on held-out pictures, at several timesteps, with the empty prompt, and once per noise seed. Trunk (the
+U-Net's map at the tap) and head (the tokens that an AlignHead predicts from it) are measured separately: a head can learn the
+teacher's tokens while the trunk, which generates, stays as it was. So the same kind of head is fitted to the trunks of the
+checkpoint and of the frozen base: their difference is the effect of training on the trunk.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.evaluation import baselines
-from library.evaluation.dense import DensePicture, dense_pictures
+from library.evaluation.dense_maps import DenseMaps, dense_maps
 from library.evaluation.feature_model import FeatureModel, load_feature_model
-from library.evaluation.features import Tapped, tapped
-from library.evaluation.held_out import ProbedPictures, pictures_of_state
-from library.evaluation.measures import Measures, meaning, of_each_token
+from library.evaluation.probe_pictures import ProbePictures, pictures_of_state
+from library.evaluation.representation_measures import RepresentationMeasures, meaning, of_each_token
 from library.evaluation.similarity import pool_tokens, sample_similarity_mae
-from library.evaluation.spread import Spread, transposed
+from library.evaluation.standard_errors import Spread, transposed
+from library.evaluation.tap_features import TapFeatures, features_at_tap
 from library.models.fingerprint import weight_fingerprint
 from library.models.locate import locate_base
 from library.training.saving import StepSaving
@@ -34,7 +34,7 @@ from networks.families import UNET
 from networks.features import Tap
 
 TIMESTEPS = (1, 50, 100, 261, 400, 500, 750)
-"""261 is DIFT's (arXiv 2306.03881), near 100 segmentation is best (CleanDIFT, arXiv 2412.03439); the rest show the ends."""
+"""261 is DIFT's (arXiv 2306.03881); segmentation is best near 100 (CleanDIFT, arXiv 2412.03439); the others cover the range."""
 BEST_GRID_PICTURES = 64
 RANDOM_TRUNK_SEED = 0
 
@@ -42,24 +42,24 @@ RANDOM_TRUNK_SEED = 0
 @dataclass(frozen=True)
 class RepresentationSettings:
     tap: str | None = None
-    """Where the trunk is looked at. Default: where the checkpoint's first head is, else mid."""
+    """The trunk's tap that is measured. Default: that of the checkpoint's first head, else mid."""
     timesteps: tuple[int, ...] = TIMESTEPS
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the noise; every number is the mean over them, with its deviation."""
+    """Noise seeds; every number is the mean over them, with its standard deviation."""
     fit_samples: int = 512
-    """Training pictures, at most, that probes and heads are fitted on."""
+    """At most so many training pictures, to fit probes and heads on."""
     test_samples: int = 512
-    """Held-out pictures, at most."""
+    """At most so many held-out pictures."""
     neighbours: int = 10
     """k of mutual_knn, cknna and knn_accuracy."""
     recall_at: tuple[int, ...] = (1, 5, 10)
     batch_size: int = 16
     pictures: int = 6
-    """Held-out pictures drawn as dense maps."""
+    """How many held-out pictures are shown as dense maps."""
     picture_timestep: int = 261
-    """Of the dense maps, and of the earlier states of a training; the nearest of the timesteps is taken."""
+    """The timestep of dense maps and of earlier states; the nearest of `timesteps` is used."""
     baselines: bool = True
-    """False: the checkpoint's own rows alone, and no dense maps."""
+    """False: only the checkpoint's rows, and no dense maps."""
 
     def __post_init__(self) -> None:
         for name in ("timesteps", "seeds"):
@@ -77,7 +77,8 @@ class RepresentationSettings:
 
 @dataclass(frozen=True)
 class Row:
-    """name: whose numbers these are. kind: tokens in the teacher's space, or features in their own. timestep: None: of none."""
+    """The measures of one model at one timestep. kind: tokens in the teacher's space, or features in their own. timestep: None of
+    constants."""
 
     name: str
     kind: Literal["tokens", "features"]
@@ -94,28 +95,28 @@ class RepresentationResult:
     held_out: int
     classes: int
     chance: dict[str, float]
-    """What features that know nothing get, of measures where that is not 0."""
+    """The value of uninformative features, of measures where that is not 0."""
     rows: list[Row]
     notes: list[str]
-    pictures: list[DensePicture] = field(default_factory=list)
+    pictures: list[DenseMaps] = field(default_factory=list)
     pictured: str = ""
-    """Whose tokens the dense maps show, and at which timestep."""
+    """Which tokens the dense maps show, and at which timestep."""
     earlier: list[RepresentationResult] = field(default_factory=list)
-    """Of earlier states of the training, in their order, at one timestep and without baselines."""
+    """Results of earlier states of the training, in order, at one timestep and without baselines."""
 
     def row(self, name: str, timestep: int | None = None) -> Row:
-        """Raises KeyError where there is none."""
+        """The row of that name and timestep. Raises KeyError where there is none."""
         for row in self.rows:
             if row.name == name and row.timestep == timestep:
                 return row
         raise KeyError((name, timestep))
 
     def names(self) -> list[str]:
-        """Of the rows, each once, in order."""
+        """The names of the rows, each once, in order."""
         return list(dict.fromkeys(row.name for row in self.rows))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the pictures, as plain numbers and words; what is not defined is null."""
+        """Everything except the pictures, as plain numbers and words; nan becomes null."""
         measured = dict.fromkeys(name for row in self.rows for name in row.measures)
         return {
             "checkpoint": self.checkpoint,
@@ -125,7 +126,7 @@ class RepresentationResult:
             "chance": self.chance,
             "meanings": {name: meaning(name) for name in measured},
             "rows": _rows_json(self.rows),
-            "earlier": [{"checkpoint": one.checkpoint, "rows": _rows_json(one.rows)} for one in self.earlier],
+            "earlier": [{"checkpoint": result.checkpoint, "rows": _rows_json(result.rows)} for result in self.earlier],
             "notes": self.notes,
         }
 
@@ -150,15 +151,15 @@ def evaluate_states(
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = lambda text: None,
 ) -> RepresentationResult:
-    """Measure the last of a training's states with everything, and those before it at one timestep.
+    """Measure the last state of a training completely, and those before it at one timestep.
 
     Raises UserError as `evaluate_representation` does.
     """
-    alone = replace(settings, timesteps=(settings.pictured_at,), baselines=False)
+    reduced = replace(settings, timesteps=(settings.pictured_at,), baselines=False)
     found = []
     for number, state in enumerate(states, start=1):
         say(f"representation of {state}")
-        chosen = settings if number == len(states) else alone
+        chosen = settings if number == len(states) else reduced
         found.append(evaluate_representation(state, chosen, name=state.name, use_ema=use_ema, device=device, say=say))
     result = found.pop()
     result.earlier = found
@@ -169,7 +170,7 @@ def evaluate_representation(
     checkpoint: Path | FeatureModel,
     settings: RepresentationSettings | None = None,
     *,
-    pictures: ProbedPictures | None = None,
+    pictures: ProbePictures | None = None,
     base: FeatureModel | None = None,
     name: str | None = None,
     use_ema: bool = True,
@@ -179,9 +180,9 @@ def evaluate_representation(
     """Measure a state of train_repa.py (a folder step_NNNNNN), or any loaded model, on held-out pictures.
 
     pictures: default, those that the state was trained and validated on. base: the model without its adapter, where
-    `checkpoint` is a model with one folded in (`features.load_folded_model`); a state's adapters are switched off
-    instead. name: what the result calls it. use_ema, device: of a state that is loaded here.
-    Raises UserError where state, caches or held-out pictures are missing or do not fit.
+    `checkpoint` is a model with one folded in (`load_folded_model`); a state's adapters are switched off instead. name: of the
+    checkpoint in the result. use_ema, device: of a state that is loaded here.
+    Raises UserError where the state, its caches or held-out pictures are missing or do not fit.
     """
     settings = settings or RepresentationSettings()
     if isinstance(checkpoint, Path):
@@ -189,7 +190,7 @@ def evaluate_representation(
         pictures = pictures or pictures_of_state(checkpoint, fit=settings.fit_samples, test=settings.test_samples)
         model = load_feature_model(checkpoint, use_ema=use_ema, device=device)
     elif pictures is None:
-        raise UserError("A loaded model does not say what pictures it is to be measured on. Give pictures.")
+        raise UserError("A loaded model names no pictures to be measured on. Give pictures.")
     else:
         model = checkpoint
     tap = settings.tap or next(iter(model.heads), "mid")
@@ -209,12 +210,12 @@ def _check_state(state: Path) -> None:
     now = weight_fingerprint(location, UNET, Path(facts["options"]["cache_dir"]))
     if facts.get("base_weights", {}).get(UNET, now) != now:
         raise UserError(
-            f"The U-Net of {facts['base_model']} is not the one that {state} was trained on: its weights are others. Train anew, "
+            f"The U-Net of {facts['base_model']} is not the one that {state} was trained on: its weights differ. Train anew, "
             "or restore the base."
         )
 
 
-def _check(settings: RepresentationSettings, model: FeatureModel, pictures: ProbedPictures) -> None:
+def _check(settings: RepresentationSettings, model: FeatureModel, pictures: ProbePictures) -> None:
     if settings.tap is not None and settings.tap not in get_args(Tap):
         raise UserError(f"tap must be one of {', '.join(get_args(Tap))}, got {settings.tap!r}.")
     last = model.parametrisation.timesteps - 1
@@ -222,12 +223,12 @@ def _check(settings: RepresentationSettings, model: FeatureModel, pictures: Prob
         raise UserError(f"timesteps must lie in 0..{last}, got {', '.join(map(str, wrong))}.")
     for what, there, least in (("training", pictures.fit, 5), ("held-out", pictures.test, 4)):
         if len(there) < least:
-            raise UserError(f"Representations need at least {least} {what} pictures, and there are {len(there)}.")
+            raise UserError(f"Representations need at least {least} {what} pictures; got {len(there)}.")
 
 
 @dataclass
 class _Trunk:
-    """A U-Net whose map is looked at. context: what to enter before it runs."""
+    """A U-Net whose map is measured. context: entered before it runs."""
 
     name: str
     model: FeatureModel
@@ -239,7 +240,7 @@ class _Evaluation:
         self,
         model: FeatureModel,
         base: FeatureModel | None,
-        pictures: ProbedPictures,
+        pictures: ProbePictures,
         settings: RepresentationSettings,
         say: Callable[[str], None],
     ) -> None:
@@ -247,7 +248,7 @@ class _Evaluation:
         self.tap = settings.tap or "mid"
         self.fit_teacher, self.test_teacher = pictures.fit.teacher(), pictures.test.teacher()
         classes = len(pictures.fit.labels.unique())
-        self.measures = Measures(len(pictures.test), settings.neighbours, settings.recall_at, classes > 1)
+        self.measures = RepresentationMeasures(len(pictures.test), settings.neighbours, settings.recall_at, classes > 1)
         self.result = RepresentationResult(
             checkpoint="",
             tap=self.tap,
@@ -262,14 +263,16 @@ class _Evaluation:
 
     def run(self) -> RepresentationResult:
         if self.tap not in self.model.heads:
-            self.result.notes.append(f"The checkpoint has no AlignHead at {self.tap}: there are no rows of its head.")
+            self.result.notes.append(
+                f"The checkpoint has no AlignHead at {self.tap}, so that there are no rows for its head."
+            )
         side = 0
         for trunk in self._trunks():
             with trunk.context():
                 for timestep in self.settings.timesteps:
                     side = self._measure(trunk, timestep)
         if self.settings.baselines:
-            self._add_constants(side)
+            self._add_baselines(side)
         return self.result
 
     def _trunks(self) -> Iterator[_Trunk]:
@@ -283,19 +286,19 @@ class _Evaluation:
             yield _Trunk("base", self.base)
         else:
             self.result.notes.append(
-                "There are no rows of a base: the checkpoint has no adapter that could be switched off."
+                "There are no rows for the base: the checkpoint has no adapter that could be switched off."
             )
         yield _Trunk("random", replace(headless, unet=baselines.random_trunk(self.model.unet, RANDOM_TRUNK_SEED)))
 
     def _measure(self, trunk: _Trunk, timestep: int) -> int:
-        """Rows of one trunk at one timestep: its features, its tokens by a fitted head, and by its own head if it has one.
+        """Add the rows of one trunk at one timestep: its features, and the tokens by a fitted head and by its own head, if any.
 
         Returns the side of its map.
         """
         side = 0
         by_row: dict[tuple[str, Literal["tokens", "features"]], list[dict[str, float]]] = {}
         for seed in self.settings.seeds:
-            fit, test = (self._tapped(trunk, part, timestep, seed) for part in ("fit", "test"))
+            fit, test = (self._features(trunk, part, timestep, seed) for part in ("fit", "test"))
             head = baselines.RidgeHead.fit(fit.maps, self.fit_teacher, self.pictures.fit.ids)
             fitted = head(test.maps)
             features = self.measures.of_features(test.trunk, pool_tokens(self.test_teacher))
@@ -317,11 +320,11 @@ class _Evaluation:
         self.say(f"{trunk.name}: timestep {timestep} measured with {len(self.settings.seeds)} noise seeds")
         return side
 
-    def _tapped(self, trunk: _Trunk, part: str, timestep: int, seed: int) -> Tapped:
-        one = self.pictures.fit if part == "fit" else self.pictures.test
-        return tapped(
+    def _features(self, trunk: _Trunk, part: str, timestep: int, seed: int) -> TapFeatures:
+        pictures = self.pictures.fit if part == "fit" else self.pictures.test
+        return features_at_tap(
             trunk.model,
-            one.samples,
+            pictures.samples,
             self.pictures.empty_prompt,
             tap=self.tap,
             timestep=timestep,
@@ -333,37 +336,37 @@ class _Evaluation:
         sides = self.pictures.fit, self.pictures.test
         return self.measures.of_probes(fit, sides[0].labels, test, sides[1].labels, sides[0].ids)
 
-    def _add_constants(self, side: int) -> None:
-        """What no timestep and no noise moves: predictors that see no noisy picture, and the teacher itself.
+    def _add_baselines(self, side: int) -> None:
+        """Add the rows that depend on no timestep and no noise: constant predictors, and the teacher itself.
 
         side: of the trunk's map.
         """
         count, target = len(self.pictures.test), self.test_teacher
-        blind = {
+        constants = {
             "mean token": baselines.mean_token(self.fit_teacher, count),
             "per-position mean": baselines.position_mean(self.fit_teacher, count),
         }
-        for name, predicted in blind.items():
+        for name, predicted in constants.items():
             mae = sample_similarity_mae(pool_tokens(predicted), pool_tokens(target))
             self._add(name, of_each_token(predicted, target) | {"sample_mae": mae})
         self._add("grid ceiling, pooled", self.measures.of_tokens(baselines.pooled_to_grid(target, side), target))
         few = target[:BEST_GRID_PICTURES]
         self._add("grid ceiling, best", of_each_token(baselines.best_on_grid(few, side), few))
-        pooled = [pool_tokens(one) for one in (self.fit_teacher, target)]
+        pooled = [pool_tokens(tokens) for tokens in (self.fit_teacher, target)]
         self._add("teacher", self.measures.of_tokens(target, target) | self._probes(*pooled))
 
     def _add(self, name: str, values: dict[str, float]) -> None:
         self.result.rows.append(Row(name, "tokens", None, transposed([values])))
 
-    def _draw(self, test: Tapped, fitted: Tensor) -> None:
-        """Dense maps of a few held-out pictures, spread over the set."""
+    def _draw(self, test: TapFeatures, fitted: Tensor) -> None:
+        """Draw dense maps of a few held-out pictures, spread over the set."""
         own = test.tokens is not None
         predicted = test.tokens if test.tokens is not None else fitted
         places = torch.linspace(0, len(fitted) - 1, min(self.settings.pictures, len(fitted))).long().unique().tolist()
         if not places:
             return
         sides = self.pictures.test
-        self.result.pictures = dense_pictures(
+        self.result.pictures = dense_maps(
             [sides.ids[i] for i in places],
             [sides.photo(i) for i in places],
             self.test_teacher[places],

@@ -1,7 +1,7 @@
-"""How alike two representations of the same pictures are: token by token, and in the similarities between pictures.
+"""Similarity of two representations of the same pictures: token by token, and of the cosines between pictures.
 
-Rows of both sides belong to the same pictures in the same order. Results are floats; nan where a side has no spread, so
-that the measure is not defined. Every one of them has a baseline without which it says little (`baselines`).
+Rows of both sides belong to the same pictures in the same order. Results are floats; nan where a side has no variance and the
+measure is undefined. Each should be compared with the predictors of `baselines`.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ Mean = Literal["set", "position", "image"]
 
 _AXES: dict[Mean, tuple[int, ...]] = {"set": (0, 1), "position": (0,), "image": (1,)}
 _FLAT = 1e-6
-"""Spread relative to length below which features are one vector but for rounding in float32."""
+"""Deviation relative to length below which features are equal except for rounding in float32."""
 
 
 def token_cosine(predicted: Tensor, target: Tensor) -> float:
     """Mean over pictures and tokens of cos(predicted, target), both [n, N, D]; self 1, unrelated directions 0.
 
-    Biased upwards by whatever the target's tokens share: a constant gets about the length of their mean unit vector, 0.3 to
-    0.6 for DINOv2. `centred_token_cosine` takes that away. The number of pictures only decides its standard error.
+    Biased upwards by what the target's tokens have in common: a constant gets about the length of their mean unit vector, 0.3 to
+    0.6 for DINOv2. `centred_token_cosine` removes that. The number of pictures affects only its standard error.
     """
     return (normalize(predicted) * normalize(target)).sum(dim=-1).mean().item()
 
 
 def centred_token_cosine(predicted: Tensor, target: Tensor, mean: Mean) -> float:
-    """`token_cosine` after each side's unit tokens [n, N, D] have lost their own mean; self 1, any constant 0.
+    """`token_cosine` after the mean of each side's unit tokens [n, N, D] was subtracted; self 1, any constant 0.
 
-    mean: over the whole set; over the pictures at each position, which takes away what position alone says; or over the
-    tokens of each image, which leaves only how its places differ. A token that is its mean counts as 0. The means are of
-    these n pictures, so that two sides independent of each other still get 0, but a few pictures shrink what is left.
+    mean: over the whole set; over the pictures at each position, which removes what the position alone predicts; or over the
+    tokens of each image, which leaves the differences within it. A token that equals its mean counts as 0. The means are of these
+    n pictures: independent sides still get 0, but with few pictures the remainders are too short.
     """
     sides = [normalize(side) for side in (predicted, target)]
     left = [side - side.mean(dim=_AXES[mean], keepdim=True) for side in sides]
-    # normalize() leaves shorter vectors than 1e-6 short: rounding must not become a direction.
+    # normalize() does not lengthen vectors shorter than 1e-6: rounding errors must not become directions.
     left = [torch.where(side.norm(dim=-1, keepdim=True) > _FLAT, side, 0.0) for side in left]
     return token_cosine(*left)
 
@@ -53,10 +53,10 @@ def pool_tokens(tokens: Tensor) -> Tensor:
 def sample_similarity_mae(a: Tensor, b: Tensor, *, centred: bool = False) -> float:
     """Mean over pairs of pictures of |cos(a_i, a_j) - cos(b_i, b_j)|; features [n, *], widths may differ. Self 0.
 
-    A distance, in [0, 2]. A side whose features share a large mean, as a U-Net's do, has all cosines near 1 and is far from
-    everything whatever it knows; centred takes each side's mean away first. Without bias in n; needs 2 pictures.
+    A distance, in [0, 2]. Where features share a large mean, as a U-Net's do, all cosines are near 1 and the distance is always
+    large; centred subtracts each side's mean first. Unbiased in n; needs 2 pictures.
     """
-    count = paired(a, b, least=2, what="Similarities between pictures")
+    count = count_pairs(a, b, least=2, what="Similarities between pictures")
     if centred:
         a, b = _centred(a), _centred(b)
     difference = (cosines(a) - cosines(b)).abs()
@@ -67,11 +67,11 @@ def sample_similarity_mae(a: Tensor, b: Tensor, *, centred: bool = False) -> flo
 def linear_cka(a: Tensor, b: Tensor, *, debiased: bool = True) -> float:
     """Linear centred kernel alignment of features [n, *] (Kornblith et al. 2019), widths may differ; self 1.
 
-    Invariant to rotation, one scale and shifts of either side. debiased: with the unbiased HSIC of Song et al. 2012 (JMLR
-    13, equation 5), which is 0 in the mean for unrelated features and may be below; needs 4 pictures. The biased one is
-    in [0, 1] and near 1 for unrelated features of width >> n, about 0.9 at width 10 n: not to be compared across n.
+    Invariant to rotation, scale and shift of either side. debiased: with the unbiased HSIC of Song et al. 2012 (JMLR 13, equation
+    5), whose expectation is 0 for unrelated features and which may be below; needs 4 pictures. The biased one is in [0, 1] and near
+    1 for unrelated features of width >> n, about 0.9 at width 10 n: do not compare it across n.
     """
-    paired(a, b, least=4 if debiased else 2, what="CKA")
+    count_pairs(a, b, least=4 if debiased else 2, what="CKA")
     a, b = _centred(a.double()), _centred(b.double())
     if a.count_nonzero() == 0 or b.count_nonzero() == 0:
         return math.nan
@@ -83,7 +83,7 @@ def linear_cka(a: Tensor, b: Tensor, *, debiased: bool = True) -> float:
 def unbiased_hsic(k: Tensor, j: Tensor) -> Tensor:
     """Song et al. 2012 (JMLR 13), equation 5, of two n x n matrices; their diagonals do not matter. Needs n >= 4.
 
-    As published for symmetric matrices; others, which CKNNA's masks make, enter as in platonic-rep's metrics.py.
+    As published, for symmetric matrices; for others, which CKNNA's masks give, as in platonic-rep's metrics.py.
     """
     count = k.shape[0]
     k, j = (matrix.clone().fill_diagonal_(0.0) for matrix in (k, j))
@@ -94,7 +94,7 @@ def unbiased_hsic(k: Tensor, j: Tensor) -> Tensor:
 def clamp_outliers(features: Tensor, quantile: float = 0.95) -> Tensor:
     """Features [n, D] clamped to +- the mean over rows of each row's `quantile` of absolute values.
 
-    What platonic-rep does before neighbours are looked for: a U-Net has channels of huge values that decide every cosine.
+    As platonic-rep does before it searches neighbours: a few channels of a U-Net are so large that they determine every cosine.
     """
     bound = torch.quantile(features.abs(), quantile, dim=1).mean()
     return features.clamp(-bound, bound)
@@ -106,19 +106,17 @@ def cosines(features: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def paired(a: Tensor, b: Tensor, *, least: int, what: str) -> int:
-    """How many pictures both sides are of. Raises UserError where their numbers differ or are too small for the measure."""
+def count_pairs(a: Tensor, b: Tensor, *, least: int, what: str) -> int:
+    """The number of pictures of both sides. Raises UserError where the sides differ, or are too few for the measure."""
     if a.shape[0] != b.shape[0]:
-        raise UserError(f"{what} compare the same pictures on both sides; there are {a.shape[0]} and {b.shape[0]}.")
+        raise UserError(f"{what}: both sides must be of the same pictures, got {a.shape[0]} and {b.shape[0]}.")
     if a.shape[0] < least:
-        raise UserError(
-            f"{what} needs at least {least} pictures, and there are {a.shape[0]}. Give more held-out pictures."
-        )
+        raise UserError(f"{what}: at least {least} pictures are needed, got {a.shape[0]}. Give more held-out pictures.")
     return a.shape[0]
 
 
 def _centred(features: Tensor) -> Tensor:
-    """Without their mean row; exactly zero where nothing but rounding is left."""
+    """features minus their mean row; exactly zero where only rounding is left."""
     left = features - features.mean(dim=0)
     return left if left.norm() > _FLAT * features.norm() else torch.zeros_like(left)
 

@@ -1,4 +1,4 @@
-"""The U-Net as a sampler asks it: noisy latents and their level to clean latents, guided by prompts that change with the steps."""
+"""The function that samplers call: clean latents, predicted from noisy ones by the U-Net and guided by prompts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ class GuidedDenoiser:
     """denoise(x, sigma) of `library.inference.samplers`, x [B, 4, h, w] float32, for pictures of one prompt.
 
     Guidance by the parts of a prompt is A1111's: negative + cfg_scale * sum of weight * (part - negative). At cfg_scale 1 and
-    below, one part of weight 1 is drawn without. size_ids: the numbers of `DrawingModel.size_ids`; negative_size_ids: of the
-    negative prompt, where they are others (SDXL's refiner). calls_per_step and extra_calls: the sampler's, so that a
-    prompt changes at the sampler's steps. A1111 counts calls: with DPM++ 2S a, its [a:b:10] changes after five steps.
-    dtype: of what the U-Net is given; default its weights'. on_step: told of each step before its first call, for what changes
-    with them.
+    below, a single part of weight 1 is predicted without guidance. size_ids: SDXL's six numbers (`DrawingModel.size_ids`);
+    negative_size_ids: those of the negative prompt where they differ (SDXL's refiner). calls_per_step and extra_calls: the
+    sampler's, so that prompts change at the sampler's steps. A1111 counts calls: with DPM++ 2S a, its [a:b:10] changes after five
+    steps. dtype: of the U-Net's inputs; default its weights'. on_step: called with the number of each step before its first call.
     """
 
     def __init__(
@@ -47,38 +46,40 @@ class GuidedDenoiser:
         self.dtype = dtype or next(unet.parameters()).dtype
         self.guided = cfg_scale > 1 or [part.weight for part in self.positive] != [1]
         self.weights = [part.weight * (cfg_scale if cfg_scale > 1 else 1.0) for part in self.positive]
-        self.calls = self._told_of = 0
+        self.calls = self._announced = 0
 
     @property
     def step(self) -> int:
-        """That of the next call, counted from 1."""
+        """The step of the next call, counted from 1."""
         return max(self.calls - self.extra_calls, 0) // self.calls_per_step + 1
 
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        told = [part.at_step(self.step) for part in self.positive]
+        prompts = [part.at_step(self.step) for part in self.positive]
         if self.guided:
-            told = same_length([*told, self.negative.at_step(self.step)], self.encoder)
-        if self.on_step is not None and self.step != self._told_of:
+            prompts = same_length([*prompts, self.negative.at_step(self.step)], self.encoder)
+        if self.on_step is not None and self.step != self._announced:
             self.on_step(self.step)
-        self._told_of = self.step
+        self._announced = self.step
         self.calls += 1
-        output = self._predicted(x, sigma, told).float()
+        output = self._run_unet(x, sigma, prompts).float()
         if self.guided:
-            *parts, base = output.chunk(len(told))
-            output = base + sum(weight * (part - base) for weight, part in zip(self.weights, parts, strict=True))
+            *parts, negative = output.chunk(len(prompts))
+            output = negative + sum(
+                weight * (part - negative) for weight, part in zip(self.weights, parts, strict=True)
+            )
         return self.parametrisation.clean(output, x, sigma)
 
-    def _predicted(self, x: Tensor, sigma: float, told: Sequence[Conditioning]) -> Tensor:
-        """The U-Net's own words [parts * B, 4, h, w], all parts in one batch."""
+    def _run_unet(self, x: Tensor, sigma: float, prompts: Sequence[Conditioning]) -> Tensor:
+        """The U-Net's output [prompts * B, 4, h, w], all prompts in one batch."""
         count, dtype = len(x), self.dtype
-        inputs = (x * (1 / self.parametrisation.inverse_alpha(sigma))).to(dtype).repeat(len(told), 1, 1, 1)
+        inputs = (x * (1 / self.parametrisation.inverse_alpha(sigma))).to(dtype).repeat(len(prompts), 1, 1, 1)
         timestep = self.parametrisation.levels.timestep(sigma)
         timesteps = torch.full((len(inputs),), timestep, dtype=torch.float32, device=x.device)
-        states = torch.cat([one.states.expand(count, -1, -1) for one in told]).to(x.device, dtype)
+        states = torch.cat([prompt.states.expand(count, -1, -1) for prompt in prompts]).to(x.device, dtype)
         more: dict[str, Any] = {}
         if self.size_ids is not None and self.negative_size_ids is not None:
-            pooled = torch.cat([one.pooled.expand(count, -1) for one in told if one.pooled is not None])
+            pooled = torch.cat([prompt.pooled.expand(count, -1) for prompt in prompts if prompt.pooled is not None])
             rows = [list(self.size_ids)] * len(self.positive) + [list(self.negative_size_ids)] * self.guided
             sizes = torch.tensor(rows, device=x.device, dtype=dtype).repeat_interleave(count, dim=0)
             more["added_cond_kwargs"] = {"text_embeds": pooled.to(x.device, dtype), "time_ids": sizes}
@@ -86,7 +87,7 @@ class GuidedDenoiser:
 
 
 class HandOver:
-    """One denoiser for the first `steps` steps, another after them: a base and its refiner (arXiv 2211.01324)."""
+    """One denoiser for the first `steps` steps, another one after them: a base and its refiner (arXiv 2211.01324)."""
 
     def __init__(self, first: GuidedDenoiser, second: GuidedDenoiser, steps: int) -> None:
         self.first, self.second, self.steps = first, second, steps
@@ -94,6 +95,6 @@ class HandOver:
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         if self.first.step <= self.steps:
             return self.first(x, sigma)
-        # Prompts go on where they were.
+        # The second one's prompts continue at the same step.
         self.second.calls = max(self.second.calls, self.first.calls)
         return self.second(x, sigma)

@@ -1,6 +1,6 @@
-"""Adapters that prompts name: `<lora:name:weight>` to a file, by its name in some folders. No torch.
+"""Finds the adapter file of a prompt's `<lora:name:weight>`, by its name in folders. No torch.
 
-Source: A1111 looks for models/Lora/**/name.safetensors; "folder/name" tells two of one name apart here.
+A1111 looks for models/Lora/**/name.safetensors; here "folder/name" distinguishes files of the same name.
 """
 
 from __future__ import annotations
@@ -12,41 +12,41 @@ from functools import cached_property
 from pathlib import Path
 
 from library.errors import UserError
-from library.inference.prompt_networks import LoraWeights, StepWeights, cut_out_networks, lora_weights
-from library.inference.request import LoraUse
+from library.inference.lora_tags import LoraWeights, StepWeights, cut_out_tags, lora_weights
+from library.inference.picture_request import LoraUse
 
-_KINDS = ("lora", "lyco")  # the latter is how LyCORIS files were called before A1111 1.5
+_KINDS = ("lora", "lyco")  # lyco: the tag of LyCORIS files before A1111 1.5
 _SUFFIX = ".safetensors"
-# Parts of whole models and of training states lie in folders of these names; no prompt means them.
+# Folders of these names hold parts of models and of training states, not adapters.
 _NO_ADAPTERS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _LISTED = 8
 
 
 class AdapterFolders:
-    """Finds adapter files by name in folders and all below them. files: known by their names whatever else there is."""
+    """Finds adapter files by name, in folders and all below them. files: take precedence over files of the same name."""
 
     def __init__(self, folders: Sequence[Path], files: Sequence[Path] = ()) -> None:
         self.folders = list(dict.fromkeys([*folders, *(file.parent for file in files)]))
         self.files = list(files)
 
     def find(self, name: str, tag: object) -> Path:
-        """Raises UserError, naming the tag and what is near, unless there is exactly one."""
-        nearer = [path for path in self.files if _is_called(path, name)]
-        if not nearer:
-            found = [path for path in self.known if _is_called(path, name)]
-            nearer = [path for path in found if path.parent in self.folders] or found
-        if len(nearer) == 1:
-            return nearer[0]
-        if nearer:
-            places = ", ".join(map(str, nearer[:_LISTED]))
+        """The one file of that name. Raises UserError, with the tag and the nearest name, unless there is exactly one."""
+        matches = [path for path in self.files if _is_named(path, name)]
+        if not matches:
+            found = [path for path in self.known if _is_named(path, name)]
+            matches = [path for path in found if path.parent in self.folders] or found
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            places = ", ".join(map(str, matches[:_LISTED]))
             raise UserError(
-                f"{tag} of the prompt could be {len(nearer)} files: {places}. Write more of the path before the name, as in "
-                f"<lora:{names_apart(nearer)[nearer[0]]}:1>."
+                f"{tag} of the prompt could be {len(matches)} files: {places}. Write more of the path before the name, as in "
+                f"<lora:{unique_names(matches)[matches[0]]}:1>."
             )
         titles = sorted({title_of(path) for path in [*self.known, *self.files]})
         near = difflib.get_close_matches(name, titles, n=1, cutoff=0.6)
         where = " or ".join(map(str, self.folders)) or "any folder"
-        there = f"There are {', '.join(titles[:_LISTED])}" if titles else "There is no adapter at all"
+        there = f"There are {', '.join(titles[:_LISTED])}" if titles else "There are no adapters"
         raise UserError(
             f"{tag} of the prompt has no adapter: no {name}{_SUFFIX} in {where}"
             f"{f' (did you mean {near[0]}?)' if near else ''}. {there}{' ...' if len(titles) > _LISTED else ''}. "
@@ -55,30 +55,32 @@ class AdapterFolders:
 
     @cached_property
     def known(self) -> list[Path]:
-        found = {path for folder in self.folders for path in folder.rglob(f"*{_SUFFIX}") if _may_be(path)}
+        found = {path for folder in self.folders for path in folder.rglob(f"*{_SUFFIX}") if _may_be_adapter(path)}
         return sorted(found, key=lambda path: (len(path.parts), str(path)))
 
 
 def loras_of(
     prompt: str, folders: AdapterFolders, given: Mapping[Path, float], notes: list[str] | None = None
 ) -> tuple[LoraUse, ...]:
-    """What the tags of a prompt ask for, then the `given` files (path -> weight) that no tag names, called by their titles, or
-    where two would be called the same, by so much of their paths that they are not.
+    """The adapters of a prompt's tags, then the `given` files (path -> weight) that no tag names. A given file is named by its
+    title, preceded by as many of its folders as make the name unique.
 
-    notes: gets a sentence where a tag overrules the weight of a given file. Raises UserError for a tag that is not lora or
-    lyco, or whose adapter is not there.
+    notes: gets a sentence where a tag overrides the weight of a given file. Raises UserError for a tag that is neither lora nor
+    lyco, or whose adapter is missing.
     """
     uses = []
-    for tag in cut_out_networks(prompt)[1]:
+    for tag in cut_out_tags(prompt)[1]:
         if tag.kind not in _KINDS:
-            raise UserError(f"{tag} of the prompt is not offered. Known are <lora:name:weight> and <lyco:name:weight>.")
+            raise UserError(
+                f"{tag} of the prompt is not supported. Known are <lora:name:weight> and <lyco:name:weight>."
+            )
         weights = lora_weights(tag)
         path = folders.find(weights.name, tag)
         if path in given and notes is not None:
             notes.append(f"{tag} of the prompt takes the place of --lora {path}:{given[path]:g}.")
         uses.append(LoraUse(path, weights))
     named = {use.path for use in uses}
-    names = names_apart(list(named | given.keys()))
+    names = unique_names(list(named | given.keys()))
     uses += [
         LoraUse(path, replace(constant_weights(path, weight), name=names[path]))
         for path, weight in given.items()
@@ -92,8 +94,8 @@ def constant_weights(path: Path, weight: float) -> LoraWeights:
     return LoraWeights(title_of(path), same, same, same, same)
 
 
-def names_apart(paths: Sequence[Path]) -> dict[Path, str]:
-    """The title of each, with as many folders before it as it takes to tell it from the others: folder/title."""
+def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """The title of each path, preceded by as many of its folders as make it unique: folder/title."""
     tails = {path: _parts(path) for path in paths}
     names = {}
     for path, parts in tails.items():
@@ -104,22 +106,22 @@ def names_apart(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def title_of(path: Path) -> str:
-    """What a model is called; a folder's name may have a point in it."""
+    """The name of a model: its file's without .safetensors. Other suffixes stay: a folder's name may contain a dot."""
     return path.name.removesuffix(_SUFFIX)
 
 
-def _is_called(path: Path, name: str) -> bool:
+def _is_named(path: Path, name: str) -> bool:
     """`name` or `folder/name`, with the suffix or without."""
     wanted = Path(name.removesuffix(_SUFFIX)).parts
     return wanted == _parts(path)[-len(wanted) :] if wanted else False
 
 
 def _parts(path: Path) -> tuple[str, ...]:
-    """Of the absolute path, with the title as the last one."""
+    """The parts of the absolute path, the last one being the title."""
     return (*path.absolute().parts[:-1], title_of(path))
 
 
-def _may_be(path: Path) -> bool:
+def _may_be_adapter(path: Path) -> bool:
     if path.name.startswith(".") or path.parent.name in _NO_ADAPTERS:
         return False
     return not (path.parent / "state.json").exists()

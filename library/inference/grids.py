@@ -1,4 +1,4 @@
-"""Sheets of pictures: in rows and columns, with captions under them, headings beside them and a title above."""
+"""Sheets of pictures in rows and columns, with captions, headings of rows and columns, and a title."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 from library.errors import UserError
 
-# Above 89.5 million, Pillow warns of a decompression bomb when the sheet is opened again.
+# Pillow warns of a decompression bomb when it opens a picture of more than 89.5 million pixels.
 MOST_PIXELS = 89_000_000
-# Of a side: what browsers and GPUs draw as one picture.
+# The longest side that browsers and GPUs can show as one picture.
 LONGEST_SIDE = 16_384
 
 _PAPER, _INK, _MISSING, _CROSS = (255, 255, 255), (24, 24, 27), (240, 240, 242), (205, 205, 210)
-# Of the shorter side of a picture; bounds in pixels keep tiny pictures readable and large ones modest.
+# Text size relative to the shorter side of a picture, and its bounds in pixels.
 _TEXT_SHARE, _SMALLEST_TEXT, _LARGEST_TEXT = 1 / 16, 13, 40
 _HEADING, _TITLE = 1.15, 1.3  # times the size of captions
 _MOST_LINES, _MOST_TITLE_LINES = 4, 3
 _LINE_HEIGHT = 1.3  # times the size of the text
-# A column of row headings is as wide as its longest line needs, up to this share of a picture's width.
+# The largest width of the row headings, relative to a picture's.
 _ROW_HEADING_SHARE = 0.7
-# Narrower than that, words fall apart: columns of small pictures are spread for their text.
+# The smallest width of a column with text; narrower columns would break words.
 _NARROWEST = 7  # times the size of the text
-# Pillow's own font has the letters of English alone. For others, what systems come with, found by name in their folders.
+# Pillow's own font has Latin letters only. For others, the fonts of operating systems, which Pillow finds by name.
 _OTHER_FONTS = (
     *(
         "DejaVuSans.ttf",
@@ -48,7 +48,7 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class _Text:
-    """Lines that were broken to fit, ready to draw."""
+    """Text in lines that fit its place."""
 
     lines: tuple[str, ...]
     size: int
@@ -74,13 +74,13 @@ def grid(
     margin: int | None = None,
     say: Callable[[str], None] = lambda note: print(note, file=sys.stderr),
 ) -> Image.Image:
-    """A sheet of pictures, row by row, RGB on white; None leaves a place crossed out.
+    """A sheet of pictures, row by row, RGB on white; a place without a picture (None) is crossed out.
 
-    columns: default as many as column_headings, else as square as it gets. labels: a caption under each picture. margin:
-    pixels between pictures; default from their size, and 0 on a sheet without any text. Pictures of several sizes are centred in
-    places of the largest. A sheet above MOST_PIXELS or LONGEST_SIDE is made of pictures scaled down, which `say` is told.
+    columns: default as many as column_headings, else as square as possible. labels: a caption under each picture. margin: pixels
+    between pictures; default from their size, and 0 on a sheet without text. Pictures of different sizes are centred in places of
+    the largest. Above MOST_PIXELS or LONGEST_SIDE, pictures are scaled down; `say` gets a sentence on it.
 
-    Raises UserError without any picture, ValueError where counts do not fit together.
+    Raises UserError without any picture, ValueError where counts do not match.
     """
     drawn = [image for image in images if image is not None]
     if not drawn:
@@ -99,11 +99,11 @@ def grid(
     layout, scale = _largest_that_fits(texts, columns, rows, (width, height), margin)
     if scale < 1:
         say(
-            f"The sheet is made of pictures scaled to {scale:.0%} ({layout.cell[0]} x {layout.cell[1]}): whole it is too large."
+            f"The pictures of the sheet are scaled to {scale:.0%} ({layout.cell[0]} x {layout.cell[1]}): it would be too large."
         )
     if missing := _without_glyph(_face_for(texts.everything), frozenset(texts.everything) - _BLANKS):
         say(
-            f"No font here has these characters of the sheet's texts, which are drawn as boxes: {''.join(sorted(missing))}"
+            f"No installed font has these characters of the sheet, which are drawn as boxes: {''.join(sorted(missing))}"
         )
     sheet = Image.new("RGB", layout.size, _PAPER)
     _paste(sheet, layout, images, scale)
@@ -124,7 +124,7 @@ class _Texts:
 
 
 class _Layout:
-    """Where everything goes, in pixels, for pictures of one size."""
+    """The positions of everything on the sheet, in pixels, for pictures of one size."""
 
     def __init__(self, texts: _Texts, columns: int, rows: int, cell: tuple[int, int], margin: int | None) -> None:
         self.columns, self.rows, self.cell = columns, rows, cell
@@ -156,7 +156,7 @@ class _Layout:
         self.size = (width, self.top + rows * self.row + (rows - 1) * self.gap + self.edge)
 
     def place(self, number: int) -> tuple[int, int]:
-        """Left and top of a picture's place, which is `column` wide and as high as the pictures."""
+        """Left and top of a picture's place, which is `column` wide and as high as a picture."""
         return (
             self.left + number % self.columns * (self.column + self.gap),
             self.top + number // self.columns * (self.row + self.gap),
@@ -170,7 +170,7 @@ class _Layout:
 def _largest_that_fits(
     texts: _Texts, columns: int, rows: int, cell: tuple[int, int], margin: int | None
 ) -> tuple[_Layout, float]:
-    """The layout, and what pictures are scaled by for it. Text shrinks less than pictures, so sizes are tried out."""
+    """The layout, and the scale of its pictures. Text shrinks less than pictures, so that scales are tried in turn."""
     scale = 1.0
     while True:
         scaled = (max(1, round(cell[0] * scale)), max(1, round(cell[1] * scale)))
@@ -178,9 +178,7 @@ def _largest_that_fits(
         if layout.fits:
             return layout, scale
         if max(scaled) == 1:
-            raise UserError(
-                f"{columns} x {rows} pictures are too many for one sheet. Draw fewer, or more than one sheet."
-            )
+            raise UserError(f"{columns} x {rows} pictures are too many for one sheet. Draw fewer, or several sheets.")
         scale *= 0.95
 
 
@@ -213,7 +211,7 @@ def _write(sheet: Image.Image, layout: _Layout) -> None:
     _write_centred(draw, layout.title, sheet.width // 2, layout.edge)
     for number, text in enumerate(layout.column_headings):
         left, _ = layout.place(number)
-        lowest = layout.headings_top + layout.headings_space - text.height  # headings stand on the pictures
+        lowest = layout.headings_top + layout.headings_space - text.height  # headings end just above the pictures
         _write_centred(draw, text, left + layout.column // 2, lowest)
     for number, text in enumerate(layout.row_headings):
         _, top = layout.place(number * layout.columns)
@@ -231,7 +229,7 @@ def _write_centred(draw: ImageDraw.ImageDraw, text: _Text, middle: int, top: int
 
 
 def _wrapped(text: str, face: str | None, size: int, width: int, most_lines: int) -> _Text:
-    """Broken at spaces, and inside of words that are wider than a line; what is over the last line ends in an ellipsis."""
+    """Text broken at spaces, and inside words that are wider than a line; an ellipsis replaces what exceeds the last line."""
     font = _font(face, size)
     lines: list[str] = []
     for paragraph in text.strip().splitlines():
@@ -252,7 +250,7 @@ def _wrapped(text: str, face: str | None, size: int, width: int, most_lines: int
 
 
 def _broken(word: str, font: _Font, width: int) -> list[str]:
-    """Pieces of a word that fit, broken behind a mark (as in paths) where there is one."""
+    """Pieces of a word that fit, broken after a punctuation mark (as in paths) where there is one."""
     pieces = []
     while _width(word, font) > width and len(word) > 1:
         count = next((n for n in range(len(word) - 1, 1, -1) if _width(word[:n], font) <= width), 1)
@@ -274,7 +272,7 @@ def _width(text: str, font: _Font) -> int:
 
 
 def _face_for(text: str) -> str | None:
-    """The font with the most of a text's characters; None is Pillow's own, which is taken where it has all of them."""
+    """The font with the most of a text's characters; None is Pillow's own, which is used where it has all of them."""
     characters = frozenset(text) - _BLANKS
     faces = [None, *_OTHER_FONTS] if _without_glyph(None, characters) else [None]
     return min((face for face in faces if _exists(face)), key=lambda face: len(_without_glyph(face, characters)))
@@ -284,7 +282,7 @@ def _face_for(text: str) -> str | None:
 def _without_glyph(face: str | None, characters: frozenset[str]) -> frozenset[str]:
     font = _font(face, _SMALLEST_TEXT)
     missing = bytes(font.getmask(_NO_CHARACTER))
-    return frozenset(one for one in characters if bytes(font.getmask(one)) == missing)
+    return frozenset(character for character in characters if bytes(font.getmask(character)) == missing)
 
 
 @lru_cache(maxsize=64)

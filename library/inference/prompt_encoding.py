@@ -1,8 +1,8 @@
-"""Weighted spans of a prompt to what the U-Net is conditioned on, for SD1.x and SDXL, as A1111 does it.
+"""Encodes the weighted spans of a prompt for the U-Net, for SD1.x and SDXL, as A1111 does.
 
-Chunks of 75 tokens, each encoded alone between its own markers and joined with them: [77 of each chunk]. (Training joins
-chunks without the inner markers, as kohya's: `library.models.conditioning`.) Behaviour: A1111's wiki, "Features", and its
-token counts in tests/data/prompt_vectors.json.
+Chunks of 75 tokens are encoded one by one between start and end tokens, and joined with these: 77 positions a chunk. (Training
+joins chunks without the inner start and end tokens, as kohya: `library.models.conditioning`.) Behaviour: A1111's wiki,
+"Features", and its token counts in tests/data/prompt_vectors.json.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.inference.picture_request import Emphasis
 from library.inference.prompt_syntax import Part, Prompt, Span, weighted_spans
-from library.inference.request import Emphasis
 from library.models.conditioning import CHUNK, Conditioning, checked_clip_skip, hidden_layer
 from library.models.load import TextPart
 from networks.families import TEXT_ENCODER_2, Family
 
-# A comma this close to the end of a full chunk takes what follows it into the next one: A1111's default.
+# Of a full chunk, what follows a comma within this many tokens of its end moves to the next chunk: A1111's default.
 COMMA_BACKTRACK = 20
 _COMMA = ",</w>"
-# Relative to the states. A final layer norm of untrained gain and bias leaves a mean of rounding errors, and the quotient of two
-# such means is noise; CLIP's own means are near 0.1.
+# Relative to the states. With untrained gain and bias, the mean after a layer norm consists of rounding errors, and the quotient
+# of two such means is noise; CLIP's own means are near 0.1.
 _NO_MEAN = 1e-5
 
 
 @dataclass
 class Chunk:
-    """Up to 75 token ids, without markers and padding, and the weight of each."""
+    """Up to 75 token ids, without start, end and padding, and the weight of each."""
 
     tokens: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
@@ -38,16 +38,16 @@ class Chunk:
 
 @dataclass(frozen=True)
 class EncodedPart:
-    """One side of an AND."""
+    """An encoded side of an AND."""
 
     weight: float
     untils: tuple[int, ...]
-    """last step of each text, the first step being 1"""
+    """last step of each text, counted from 1"""
     texts: tuple[Conditioning, ...]
     """of each text, a batch of one"""
 
     def at_step(self, step: int) -> Conditioning:
-        """The conditioning of a step, counted from 1; the last one after the end."""
+        """The conditioning at a step, counted from 1; after the last step, the last one."""
         return next(
             (text for until, text in zip(self.untils, self.texts, strict=True) if step <= until), self.texts[-1]
         )
@@ -56,9 +56,8 @@ class EncodedPart:
 class PromptEncoder:
     """The text encoders of a model as a function of parsed prompts.
 
-    clip_skip: as A1111 counts, 1 is the last layer; SDXL's layer is fixed. emphasis: what weights do to the states;
-    "original" scales them back to the mean they had without, "no norm" does not. Raises UserError for layers that are
-    not there.
+    clip_skip: as A1111 counts, 1 is the last layer; SDXL's layer is fixed. emphasis: "original" scales weighted states back to the
+    mean that they had without weights, "no norm" does not. Raises UserError for layers that do not exist.
     """
 
     def __init__(
@@ -69,16 +68,15 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(self, prompt: Prompt) -> tuple[EncodedPart, ...]:
-        """Each part of a prompt, every text of its schedule encoded once."""
+        """The parts of a prompt; equal texts of a schedule are encoded once."""
         return tuple(self._part(part) for part in prompt.parts)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[Sequence[Span]], counts: Sequence[int] | None = None) -> Conditioning:
         """One batch: states [B, 77 * chunks, D] in the encoders' dtype and pooled [B, P] of the first chunks (SDXL).
 
-        Shorter texts are filled with empty chunks. "original" takes its means over the batch, as A1111 does over the texts of one
-        schedule; counts: how often each text stands in that. Texts of several pictures therefore do not belong in
-        one batch.
+        Shorter texts are padded with empty chunks. "original" takes its means over the batch, as A1111 does over the texts of one
+        schedule; counts: how often each text occurs in it. So texts of different pictures must not share a batch.
         """
         chunked = [cut_into_chunks(spans, self.parts[0]) for spans in texts]
         length = max(map(len, chunked))
@@ -97,13 +95,15 @@ class PromptEncoder:
         return Conditioning(torch.cat(states, dim=-1), pooled)
 
     def _part(self, part: Part) -> EncodedPart:
-        """Alternations repeat their texts; each is encoded once, and counts for the mean as often as it stands there."""
+        """Encode a part. Texts that alternations repeat are encoded once, and count for the mean as often as they occur."""
         spans = [scheduled.spans for scheduled in part.schedule]
         unique = list(dict.fromkeys(spans))
-        batch = self.encode_texts(unique, [spans.count(one) for one in unique])
-        found = {one: _row(batch, index) for index, one in enumerate(unique)}
+        batch = self.encode_texts(unique, [spans.count(text) for text in unique])
+        found = {text: _row(batch, index) for index, text in enumerate(unique)}
         return EncodedPart(
-            part.weight, tuple(scheduled.until_step for scheduled in part.schedule), tuple(found[one] for one in spans)
+            part.weight,
+            tuple(scheduled.until_step for scheduled in part.schedule),
+            tuple(found[text] for text in spans),
         )
 
     def _run(self, part: TextPart, chunks: Sequence[Chunk]) -> Any:
@@ -118,7 +118,7 @@ class PromptEncoder:
         weighted = states * weights[..., None]
         if self.emphasis == "original":
             shares = shares.to(hidden.device)
-            before, after = (shares @ one.double().mean(dim=(1, 2)) / shares.sum() for one in (states, weighted))
+            before, after = (shares @ values.double().mean(dim=(1, 2)) / shares.sum() for values in (states, weighted))
             size = states.square().mean().sqrt()
             if min(abs(before), abs(after)) > _NO_MEAN * size:
                 weighted = weighted * (before / after).float()
@@ -126,12 +126,12 @@ class PromptEncoder:
 
 
 def empty_conditioning(like: Conditioning) -> Conditioning:
-    """Zeros of the same shape: what SDXL was trained to take for no prompt. A1111 and diffusers use it for an empty negative."""
+    """Zeros of the same shape, with which SDXL was trained for "no prompt"; A1111 and diffusers use them for an empty negative."""
     return Conditioning(torch.zeros_like(like.states), None if like.pooled is None else torch.zeros_like(like.pooled))
 
 
 def fill_to(conditioning: Conditioning, empty: Conditioning, length: int) -> Conditioning:
-    """Empty chunks behind the states, up to `length` positions. empty: the encoded empty prompt, one chunk."""
+    """The states padded with empty chunks to `length` positions. empty: the encoded empty prompt, one chunk."""
     missing = (length - conditioning.states.shape[1]) // empty.states.shape[1]
     if not missing:
         return conditioning
@@ -140,16 +140,16 @@ def fill_to(conditioning: Conditioning, empty: Conditioning, length: int) -> Con
 
 
 def same_length(conditionings: Sequence[Conditioning], encoder: PromptEncoder) -> list[Conditioning]:
-    """The shorter ones filled with empty chunks, so that positive and negative can go through the U-Net together."""
-    lengths = {one.states.shape[1] for one in conditionings}
+    """All padded with empty chunks to the longest, so that positive and negative prompts fit in one batch of the U-Net."""
+    lengths = {conditioning.states.shape[1] for conditioning in conditionings}
     if len(lengths) == 1:
         return list(conditionings)
     empty = encoder.encode_texts([weighted_spans("")])
-    return [fill_to(one, empty, max(lengths)) for one in conditionings]
+    return [fill_to(conditioning, empty, max(lengths)) for conditioning in conditionings]
 
 
 def cut_into_chunks(spans: Sequence[Span], part: TextPart, backtrack: int = COMMA_BACKTRACK) -> list[Chunk]:
-    """At least one chunk. A BREAK closes one; of a full one, what follows a comma in its last `backtrack` tokens moves on."""
+    """At least one chunk. A BREAK ends a chunk; of a full chunk, what follows a comma in the last `backtrack` tokens moves on."""
     tokenizer = part.tokenizer
     comma = tokenizer.get_vocab().get(_COMMA)
     chunks, current, last_comma = [], Chunk(), -1
@@ -179,14 +179,14 @@ def cut_into_chunks(spans: Sequence[Span], part: TextPart, backtrack: int = COMM
 
 
 def padded_ids(chunk: Chunk, part: TextPart) -> list[int]:
-    """77 ids: start, tokens, end, and the encoder's own padding: the end again for CLIP-L, 0 for SDXL's CLIP-G."""
+    """77 ids: start, tokens, end, and the tokenizer's padding: the end token for CLIP-L, 0 for SDXL's CLIP-G."""
     tokenizer = part.tokenizer
     ids = [tokenizer.bos_token_id, *chunk.tokens, tokenizer.eos_token_id]
     return ids + [tokenizer.pad_token_id] * (CHUNK + 2 - len(ids))
 
 
 def padded_weights(chunk: Chunk) -> list[float]:
-    """77 weights; 1 for markers and padding."""
+    """77 weights; 1 for start, end and padding."""
     return [1.0, *chunk.weights, *[1.0] * (CHUNK + 1 - len(chunk.weights))]
 
 

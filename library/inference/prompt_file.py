@@ -1,4 +1,4 @@
-"""Files of prompts in kohya's syntax: .txt (one a line, # comments, ` --x value`), .toml and .json.
+"""Files of prompts in kohya's syntax: .txt (a prompt a line, # comments, ` --x value`), .toml and .json.
 
 Format: kohya sd-scripts' --sample_prompts (library/train_util.py, line_to_prompt_dict).
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.inference.upscaling import SIZE_STEP
 from library.options.parser import nearest
 
 if sys.version_info >= (3, 11):
@@ -25,7 +26,7 @@ else:
 
 @dataclass(frozen=True)
 class PromptLine:
-    """One picture to draw; None is the default of whoever draws."""
+    """A prompt and its settings. None: the caller's default."""
 
     prompt: str
     negative_prompt: str = ""
@@ -46,16 +47,15 @@ _SWITCHES = {
     "n": ("negative_prompt", str),
     "ss": ("sample_sampler", str),
 }
-# Of kohya's other models and of ControlNet; there is nothing here that they could change.
-_FOREIGN = {"cn": "ControlNet", "g": "FLUX", "ctr": "Lumina", "rcfg": "Lumina", "fs": "FLUX and SD3"}
+# kohya's switches for ControlNet and for models that are not supported here.
+_UNSUPPORTED = {"cn": "ControlNet", "g": "FLUX", "ctr": "Lumina", "rcfg": "Lumina", "fs": "FLUX and SD3"}
 _KEYS = {field.name for field in fields(PromptLine)}
-_SIZE_STEP = 8
 
 
 def read_prompt_file(path: Path, notes: list[str] | None = None) -> list[PromptLine]:
-    """The prompts of a file. notes: gets a sentence for each size that is rounded.
+    """The prompts of a file. notes: a sentence is added for each size that is rounded.
 
-    Raises UserError, with file and line or entry, for what is not in this syntax.
+    Raises UserError, with file and line or entry, for mistakes in the syntax.
     """
     notes = [] if notes is None else notes
     try:
@@ -66,8 +66,8 @@ def read_prompt_file(path: Path, notes: list[str] | None = None) -> list[PromptL
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}.") from None
     if path.suffix.lower() == ".txt":
         lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-        said = [(line, f"{path}, line {number}") for number, line in lines if line and not line.startswith("#")]
-        found = [parse_prompt_line(line, where, notes) for line, where in said]
+        located = [(line, f"{path}, line {number}") for number, line in lines if line and not line.startswith("#")]
+        found = [parse_prompt_line(line, where, notes) for line, where in located]
     else:
         found = [_from_table(entry, f"{path}, prompt {i}", notes) for i, entry in enumerate(_tables(path, text), 1)]
     if not found:
@@ -82,8 +82,8 @@ def parse_prompt_line(line: str, where: str, notes: list[str]) -> PromptLine:
     for switch in switches:
         name, _, value = switch.strip().partition(" ")
         name = name.lower()
-        if name in _FOREIGN:
-            raise UserError(f"--{name} is for {_FOREIGN[name]} and has no effect here ({where}).")
+        if name in _UNSUPPORTED:
+            raise UserError(f"--{name} is for {_UNSUPPORTED[name]} and has no effect here ({where}).")
         if name not in _SWITCHES:
             known = ", ".join(f"--{known}" for known in _SWITCHES)
             raise UserError(f"--{name} is no switch of a prompt ({where}). Known are {known}.")
@@ -127,14 +127,14 @@ def _from_table(entry: Mapping[str, Any], where: str, notes: list[str]) -> Promp
 
 
 def _checked(line: PromptLine, where: str, notes: list[str]) -> PromptLine:
-    """The line with sizes that can be drawn: kohya's scripts round them down too."""
+    """The line, with sizes rounded down to what can be drawn, as in kohya's scripts."""
     for name in ("width", "height"):
         size = getattr(line, name)
-        if size is not None and size < _SIZE_STEP:
-            raise UserError(f"{name} must be at least {_SIZE_STEP}, got {size} ({where}).")
-        if size is not None and size % _SIZE_STEP:
-            rounded = size - size % _SIZE_STEP
-            notes.append(f"{name} {size} is rounded down to {rounded}, a multiple of {_SIZE_STEP} ({where}).")
+        if size is not None and size < SIZE_STEP:
+            raise UserError(f"{name} must be at least {SIZE_STEP}, got {size} ({where}).")
+        if size is not None and size % SIZE_STEP:
+            rounded = size - size % SIZE_STEP
+            notes.append(f"{name} {size} is rounded down to {rounded}, a multiple of {SIZE_STEP} ({where}).")
             line = replace(line, **{name: rounded})
     if line.sample_steps is not None and not 1 <= line.sample_steps <= 1000:
         raise UserError(f"steps must lie between 1 and 1000, got {line.sample_steps} ({where}).")

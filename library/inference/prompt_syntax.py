@@ -1,8 +1,8 @@
-"""A1111's prompt language, from text to weighted spans per step. Torch-free; no text makes it raise.
+"""A1111's prompt language, from text to weighted spans per step. No torch; it accepts every text.
 
-In A1111's order: `<lora:...>` tags are cut out (`prompt_networks`), AND parts are split off, each part's schedule
-(`[from:to:when]`, `[a|b]`) gives a text per step, and of each text the brackets give weighted spans. Behaviour: A1111's
-wiki, "Features", and its answers to the prompts of tests/data/prompt_vectors.json. reForge adds `(text:x2.5)`.
+In A1111's order: `<lora:...>` tags are cut out (`lora_tags`), the text is split at AND, each part's schedule (`[from:to:when]`,
+`[a|b]`) gives a text per step, and its brackets give weighted spans. Behaviour: A1111's wiki, "Features", and its results for the
+prompts of tests/data/prompt_vectors.json. reForge adds `(text:x2.5)`.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from library.inference.prompt_networks import NetworkTag, cut_out_networks
+from library.inference.lora_tags import PromptTag, cut_out_tags
 
 Dialect = Literal["a1111", "reforge"]
 
 BREAK = "BREAK"
 _BREAK_WEIGHT = -1.0
 _ROUND, _SQUARE = 1.1, 1 / 1.1
-# Brackets nested by the thousand overflow; what is larger than float32's range is of no use to a model.
+# Thousands of nested brackets overflow; weights are limited to float32's range.
 _LARGEST = 3.4e38
-# Of reForge's `:x`: a prompt of one token fills that many chunks, and more is a slip of the keyboard.
+# The largest count of reForge's `:x`: even one token then fills ten chunks, and more must be a typing error.
 _MOST_COPIES = 750
 _REFORGE_EQUAL = 1e-4
 
 
 @dataclass(frozen=True)
 class Span:
-    """Text of one weight."""
+    """A text and its weight."""
 
     text: str
     weight: float
 
     @property
     def closes_chunk(self) -> bool:
-        """A BREAK outside of brackets. Inside of them it is the word BREAK with a negative weight, as in A1111."""
+        """Whether it is a BREAK outside brackets. Inside, it is the word BREAK with a negative weight, as in A1111."""
         return self.text == BREAK and self.weight == _BREAK_WEIGHT
 
 
 @dataclass(frozen=True)
 class ScheduledText:
-    """What the prompt says in steps up to `until_step` (the first step is 1)."""
+    """The prompt's text in steps up to `until_step`, counted from 1."""
 
     until_step: int
     text: str
@@ -58,7 +58,7 @@ class Part:
     schedule: tuple[ScheduledText, ...]
 
     def at_step(self, step: int) -> ScheduledText:
-        """The text of a step, counted from 1; the last one after the end."""
+        """The text at a step, counted from 1; after the last step, the last one."""
         return next((text for text in self.schedule if step <= text.until_step), self.schedule[-1])
 
 
@@ -66,29 +66,29 @@ class Part:
 class Prompt:
     text: str
     """without the tags"""
-    networks: tuple[NetworkTag, ...]
+    tags: tuple[PromptTag, ...]
     parts: tuple[Part, ...]
 
 
 def parse_prompt(text: str, steps: int, *, dialect: Dialect = "a1111", hires_after: int | None = None) -> Prompt:
     """A positive prompt. steps: of the pass. hires_after: steps of the first pass, where this is the second (hires fix)."""
-    stripped, networks = cut_out_networks(text)
+    stripped, tags = cut_out_tags(text)
     parts = tuple(
         Part(part, weight, _schedule(part, steps, dialect, hires_after)) for part, weight in split_parts(stripped)
     )
-    return Prompt(stripped, networks, parts)
+    return Prompt(stripped, tags, parts)
 
 
 def parse_negative(text: str, steps: int, *, dialect: Dialect = "a1111", hires_after: int | None = None) -> Prompt:
     """A negative prompt: one part, in which AND and a trailing `:number` are text, as in A1111. Tags are cut out."""
-    stripped, networks = cut_out_networks(text)
-    return Prompt(stripped, networks, (Part(stripped, 1.0, _schedule(stripped, steps, dialect, hires_after)),))
+    stripped, tags = cut_out_tags(text)
+    return Prompt(stripped, tags, (Part(stripped, 1.0, _schedule(stripped, steps, dialect, hires_after)),))
 
 
 def unbalanced_brackets(text: str, *, negative: bool = False) -> str | None:
-    """A note for the user where brackets do not pair, which A1111 takes literally or to the end of the text.
+    """A note on unpaired brackets, which A1111 takes literally or extends to the end of the text; None without any.
 
-    As `weighted_spans` pairs them: each kind by itself, and within one side of an AND.
+    As in `weighted_spans`, each kind of bracket is paired by itself, and within one side of an AND.
     """
     sides: list[tuple[str, float | None]] = (
         [(text, None)] if negative else [_cut_weight(side) for side in _AND.split(text)]
@@ -100,9 +100,7 @@ def unbalanced_brackets(text: str, *, negative: bool = False) -> str | None:
             if token in opened:
                 opened[token] += 1
             elif token in _OPENING and opened[_OPENING[token]] == 0:
-                return (
-                    f"A {token!r} of {which} closes nothing and is taken literally. Write \\{token} if that is meant."
-                )
+                return f"A {token!r} of {which} closes no bracket and is taken literally. Write \\{token} to avoid this note."
             elif token in _OPENING:
                 opened[_OPENING[token]] -= 1
         if left := [f"{count} {bracket!r}" for bracket, count in opened.items() if count]:
@@ -110,7 +108,7 @@ def unbalanced_brackets(text: str, *, negative: bool = False) -> str | None:
             note = f"{' and '.join(left)} of {which} {verbs[0]} open and {verbs[1]} everything up to the end."
             if weight is None:
                 return note
-            return f"{note} The {weight:g} there is no weight of a bracket: it is how much all of {which} counts (guidance)."
+            return f"{note} The {weight:g} is not the weight of a bracket, but the guidance weight of all of {which}."
     return None
 
 
@@ -125,7 +123,7 @@ _PART_WEIGHT = re.compile(r"\s*:\s*([-+]?(?:\d+\.?|\d*\.\d+))\s*\Z")
 
 
 def split_parts(text: str) -> list[tuple[str, float]]:
-    """The sides of every AND with their weights. One side alone has a weight too: of `a (b:1.2` that is 1.2."""
+    """The sides of every AND with their weights. A text without AND has a weight too: that of `a (b:1.2` is 1.2."""
     return [_part(side) for side in _AND.split(text)]
 
 
@@ -135,7 +133,7 @@ def _part(side: str) -> tuple[str, float]:
 
 
 def _cut_weight(side: str) -> tuple[str, float | None]:
-    """The text without the number at its end, and that."""
+    """The text without the weight at its end, and the weight."""
     found = _PART_WEIGHT.search(side)
     weight = _number(found[1]) if found else None
     return (side, None) if found is None or weight is None else (side[: found.start()], weight)
@@ -146,7 +144,7 @@ def _cut_weight(side: str) -> tuple[str, float | None]:
 
 @dataclass(frozen=True)
 class _Switch:
-    """[before:after:when], when in steps."""
+    """[before:after:when]; when: a step."""
 
     before: _Nodes
     after: _Nodes
@@ -184,7 +182,7 @@ class _Frame:
 
 @dataclass(frozen=True)
 class _Clock:
-    """How `when` becomes a step."""
+    """Converts `when` to a step."""
 
     steps: int
     hires_after: int | None
@@ -199,10 +197,10 @@ class _Clock:
 
 
 def schedule_texts(text: str, steps: int, hires_after: int | None = None) -> list[tuple[int, str]]:
-    """(last step, text) in order. `when` with a point is a fraction of the steps, without one a step.
+    """(last step, text) in order. `when` is a fraction of the steps where it has a decimal point, else a step.
 
-    In the second pass of the hires fix, the first pass's steps are taken off a step, and 1 off a fraction. A text with a
-    `|` or a backslash that belongs to nothing is no schedule and stays as it is.
+    In the second pass of the hires fix, the steps of the first pass are subtracted from a step, and 1 from a fraction. A text
+    with a `|` or a backslash outside of brackets has no schedule and stays as it is.
     """
     nodes = _parse_schedule(text, _Clock(steps, hires_after))
     if nodes is None:
@@ -218,9 +216,9 @@ def _schedule(text: str, steps: int, dialect: Dialect, hires_after: int | None) 
 
 
 def _parse_schedule(text: str, clock: _Clock) -> _Nodes | None:
-    """None where the text is no schedule. One pass with a stack of open brackets, so depth and length cost nothing.
+    """None where the text has no schedule. One pass with a stack of open brackets: linear in the text, without recursion.
 
-    A bracket that turns out to be none makes text of all the brackets around it: their insides would not be whole.
+    A bracket that closes wrongly turns all brackets around it into text, because their contents would be incomplete.
     """
     root: list[_Node] = []
     frames: list[_Frame] = []
@@ -251,7 +249,7 @@ def _parse_schedule(text: str, clock: _Clock) -> _Nodes | None:
 
 
 def _close(frame: _Frame, bracket: str, clock: _Clock) -> list[_Node] | None:
-    """What a bracket and its closing stand for; None if nothing."""
+    """The nodes that a closed bracket stands for; None where it closes wrongly."""
     kinds, pieces = set(frame.separators), [tuple(piece) for piece in frame.pieces]
     if any("\\" in piece for piece in pieces):
         return None
@@ -317,11 +315,11 @@ _BREAKS = re.compile(r"\s*\bBREAK\b\s*")
 
 @lru_cache(maxsize=256)
 def weighted_spans(text: str, dialect: Dialect = "a1111") -> tuple[Span, ...]:
-    """Spans of a text by its brackets: (x) times 1.1, [x] divided by it, (x:w) times w. Neighbours of one weight are one span.
+    """Spans of a text by its brackets: (x) times 1.1, [x] divided by 1.1, (x:w) times w. Adjacent spans of equal weight are merged.
 
-    Brackets multiply; what stays open reaches to the end; what closes nothing is text. A backslash makes text of a
-    bracket or of another backslash, and is dropped before anything else. dialect reforge knows (x:x2.5): x twice, the last
-    copy at 1.5 times its weight.
+    Nested brackets multiply; an open one extends to the end; a closing one without an opening is text. A backslash escapes a
+    bracket or a backslash, and is dropped before other characters. Dialect reforge knows (x:x2.5): x twice,
+    the last copy at 1.5 times its weight.
     """
     spans: list[Span] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
@@ -337,7 +335,7 @@ def weighted_spans(text: str, dialect: Dialect = "a1111") -> tuple[Span, ...]:
         elif token["close"] == "]" and opened["["]:
             _multiply(spans, opened["["].pop(), _SQUARE)
         elif token["weight"] and opened["("]:
-            # The number is none of this dialect's; its bracket closes all the same.
+            # Not a weight in this dialect, but the bracket closes.
             spans.append(Span(token[0][:-1], 1.0))
             _multiply(spans, opened["("].pop(), _ROUND)
         else:
@@ -349,7 +347,7 @@ def weighted_spans(text: str, dialect: Dialect = "a1111") -> tuple[Span, ...]:
 
 
 def _closes_weighted(spans: list[Span], opened: list[int], token: re.Match[str], dialect: Dialect) -> bool:
-    """Close the innermost bracket at the number in front of it. False, and nothing done, where that is no weight."""
+    """Close the innermost bracket with its weight. Returns False, without closing, where the number is no weight."""
     weight = _number(token["weight"])
     if weight is None or (token["copies"] and (dialect != "reforge" or not 0 <= weight <= _MOST_COPIES)):
         return False
@@ -387,7 +385,7 @@ def _merged(spans: Sequence[Span], tolerance: float) -> Iterator[Span]:
 
 
 def _number(text: str) -> float | None:
-    """None for what looks like a number and is none (1.2.3), or is beyond all use."""
+    """None for text that is no number (1.2.3), or a number beyond float32's range."""
     try:
         value = float(text)
     except ValueError:

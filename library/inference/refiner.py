@@ -1,6 +1,6 @@
 """Refiners: models that draw the last steps. Any base of the same family, or SDXL's own refiner (arXiv 2307.01952, 2.5).
 
-SDXL's refiner reads prompts by the second text encoder alone, and is told an aesthetic score instead of a target size.
+SDXL's refiner uses the second text encoder alone, and is conditioned on an aesthetic score instead of a target size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.files import read_json
-from library.inference.model import DrawingModel, load_model
+from library.inference.drawing_model import DrawingModel, load_model
 from library.models.base_family import family_of
 from library.models.header import read_shapes
 from library.models.load import component_tensors, load_scheduler_config, text_part
@@ -21,22 +21,22 @@ from library.models.weights import assemble
 from networks.families import SDXL, TEXT_ENCODER_2, UNET, Family
 
 _FILE_MARK = "conditioner.embedders.0.model."  # where the base has its first text encoder
-# Of positive and negative prompts: diffusers' and A1111's.
-_GOOD, _BAD = 6.0, 2.5
+# Aesthetic scores of positive and negative prompts, as in diffusers and A1111.
+_POSITIVE_SCORE, _NEGATIVE_SCORE = 6.0, 2.5
 
 
 class SdxlRefiner(DrawingModel):
-    """SDXL's refiner. Its latents are decoded by the base's autoencoder."""
+    """SDXL's refiner. The base's autoencoder decodes its latents."""
 
     def size_ids(self, width: int, height: int) -> list[float]:
-        return [height, width, 0, 0, _GOOD]
+        return [height, width, 0, 0, _POSITIVE_SCORE]
 
     def negative_size_ids(self, width: int, height: int) -> list[float]:
-        return [height, width, 0, 0, _BAD]
+        return [height, width, 0, 0, _NEGATIVE_SCORE]
 
 
 def load_refiner(name: str, base: DrawingModel, *, dtype: torch.dtype, device: torch.device | str) -> DrawingModel:
-    """Raises UserError where it cannot be loaded, or its latents are not those of `base`."""
+    """Raises UserError where it cannot be loaded, or is of another family than `base`."""
     location = locate_refiner(name, base.family)
     if _is_sdxl_refiner(location):
         return _load_sdxl_refiner(location, base.vae, dtype=dtype, device=device)
@@ -44,18 +44,18 @@ def load_refiner(name: str, base: DrawingModel, *, dtype: torch.dtype, device: t
 
 
 def locate_refiner(name: str, family: Family) -> BaseLocation:
-    """Find or fetch it, without loading. Raises UserError where it is not of the base's family."""
+    """Find or download it, without loading. Raises UserError where it is not of the base's family."""
     location = _locate(name)
     found = SDXL if _is_sdxl_refiner(location) else family_of(location)
     if found != family:
         raise UserError(
-            f"refiner {name} is for {found.title}, and the base is {family.title}: neither understands the other's latents."
+            f"refiner {name} is for {found.title}, and the base is {family.title}: their latents are not compatible."
         )
     return location
 
 
 def _locate(name: str) -> BaseLocation:
-    """SDXL's refiner has no first text encoder, without which a base would be incomplete."""
+    """A base, or else SDXL's refiner, which has no first text encoder and would be incomplete as a base."""
     try:
         return locate_base(name)
     except UserError as as_base:
@@ -66,7 +66,7 @@ def _locate(name: str) -> BaseLocation:
 
 
 def _is_sdxl_refiner(location: BaseLocation) -> bool:
-    """Of a folder: whether its U-Net takes sizes, and text as wide as the second encoder's alone.
+    """Whether a folder's U-Net takes sizes, and text as wide as the second encoder's alone.
 
     Raises UserError for the refiner as a single file.
     """

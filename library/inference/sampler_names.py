@@ -1,4 +1,4 @@
-"""Names of samplers and schedules as A1111, kohya and people write them. No torch: options are checked with this."""
+"""Names of samplers and schedules as A1111, kohya and users write them. No torch: options are checked with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from library.errors import UserError
 
-# Sampler -> the schedule that A1111's "Automatic" takes.
+# Sampler -> the schedule that A1111's "Automatic" chooses.
 DEFAULT_SCHEDULES = {
     "Euler": "Normal",
     "Euler a": "Normal",
@@ -29,7 +29,7 @@ SAMPLER_NAMES = tuple(DEFAULT_SCHEDULES)
 SCHEDULE_NAMES = ("Normal", "Karras", "Exponential", "Align Your Steps 11", "Align Your Steps 32", "DDIM")
 DEFAULT_SAMPLER = "DPM++ 2M"
 
-# kohya's --sample_sampler: (sampler, schedule) of what diffusers makes of each.
+# kohya's --sample_sampler -> the sampler and schedule that diffusers runs for it.
 _KOHYA = {
     "ddim": ("DDIM", "DDIM"),
     "pndm": ("PLMS", "DDIM"),
@@ -54,7 +54,7 @@ _SHORT = {
 
 
 def sampler_named(text: str) -> tuple[str, str | None]:
-    """(sampler, schedule) of "DPM++ 2M", "dpm++ 2m karras" or kohya's "euler_a". A schedule of None is the sampler's own.
+    """(sampler, schedule) of "DPM++ 2M", "dpm++ 2m karras" or kohya's "euler_a". Schedule None: the sampler's default.
 
     Raises UserError for an unknown name, with the nearest one.
     """
@@ -74,7 +74,7 @@ def sampler_named(text: str) -> tuple[str, str | None]:
 
 
 def is_kohyas(text: str) -> bool:
-    """Whether the name is kohya's, whose schedule is a default rather than said."""
+    """Whether the name is kohya's, whose schedule is only a default."""
     return _plain(text) in _KOHYA
 
 

@@ -1,11 +1,11 @@
 """Samplers by the names people know, as functions of a denoiser and an array of noise levels.
 
-sampler(denoise, x, sigmas, noise) -> x at the last level. denoise(x, sigma) is the model's guess of the clean latents for
-x = latents + sigma * noise; x [B, ...] starts with noise of level sigmas[0]; sigmas fall and may end in 0; noise is asked
-for a standard normal between two levels (`library.inference.noise`). Formulas: k-diffusion (Katherine Crowson, MIT), where not
-said otherwise; the numbers agree with its own to rounding.
+sampler(denoise, x, sigmas, noise) -> x at the last level. denoise(x, sigma) is the model's prediction of the clean latents for
+x = latents + sigma * noise; x [B, ...] starts at noise level sigmas[0]; sigmas fall and may end in 0; noise(sigma, next) gives a
+standard normal for the step between two levels (`library.inference.sampler_noise`). Formulas: k-diffusion (Katherine Crowson, MIT),
+unless a docstring names another source; results agree with k-diffusion's to rounding.
 
-Every coefficient is a float64 number of the host, so there is no reading back from the device.
+Every coefficient is a float64 number on the host, so that nothing is read back from the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.polynomial import Polynomial
 from numpy.polynomial.polynomial import polyfromroots
 from torch import Tensor
 
-from library.inference.noise import NoiseSource
+from library.inference.sampler_noise import NoiseSource
 
 Denoiser = Callable[[Tensor, float], Tensor]
 
@@ -35,15 +35,15 @@ class SamplerFunction(Protocol):
 
 @dataclass(frozen=True)
 class Sampler:
-    """What the settings of a picture need to know of a sampler."""
+    """A sampler and its properties."""
 
     function: SamplerFunction
     noise: str = "none"
     """none, step (StepNoise) or brownian (BrownianNoise)"""
     calls_per_step: int = 1
-    """times the model is asked in each step but the last"""
+    """calls of the model in each step but the last"""
     extra_calls: int = 0
-    """in the first step"""
+    """more calls of the model in the first step"""
     discard_next_to_last: bool = False
     """A1111 leaves out the last level but one"""
 
@@ -88,7 +88,7 @@ def lms(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Ten
 def plms(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
     """Pseudo linear multistep (arXiv 2202.09778, section 3.3): Adams-Bashforth's weights whatever the widths of the steps.
 
-    The first step asks the model twice. On "DDIM" levels this is what diffusers calls PNDM.
+    The first step calls the model twice. On "DDIM" levels this is what diffusers calls PNDM.
     """
     slopes: list[Tensor] = []  # the newest first
     for sigma, after in _steps(sigmas):
@@ -137,12 +137,12 @@ def dpm_solver_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSour
     h_last = 0.0
     for sigma, after in _steps(sigmas):
         slope = (x - denoise(x, sigma)) / sigma
-        guess = slope
+        predicted = slope
         if after > 0:
             h = math.log(sigma / after)
-            guess = slope if last is None else slope + (slope - last) * (h / (2 * h_last))
+            predicted = slope if last is None else slope + (slope - last) * (h / (2 * h_last))
             last, h_last = slope, h
-        x = x + (after - sigma) * guess
+        x = x + (after - sigma) * predicted
     return x
 
 
@@ -162,8 +162,8 @@ def dpmpp_2s(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -
             x = (after / sigma) * x - math.expm1(-math.log(sigma / after)) * denoised
         else:
             h = math.log(begin_sigma / after)
-            guess = first + (denoised - first) * (h / (2 * math.log(begin_sigma / sigma)))
-            x = (after / begin_sigma) * begin - math.expm1(-h) * guess
+            predicted = first + (denoised - first) * (h / (2 * math.log(begin_sigma / sigma)))
+            x = (after / begin_sigma) * begin - math.expm1(-h) * predicted
     return x
 
 
@@ -176,8 +176,8 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -
         if after == 0:
             return denoised
         h = math.log(sigma / after)
-        guess = denoised if last is None else denoised + (denoised - last) * (h / (2 * h_last))
-        x = (after / sigma) * x - math.expm1(-h) * guess
+        predicted = denoised if last is None else denoised + (denoised - last) * (h / (2 * h_last))
+        x = (after / sigma) * x - math.expm1(-h) * predicted
         last, h_last = denoised, h
     return x
 
@@ -207,8 +207,8 @@ def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSourc
             return denoised
         h = math.log(sigma / after)
         gain = -math.expm1(-h * (1 + eta))
-        guess = denoised if last is None else denoised + (denoised - last) * (h / (2 * h_last))
-        x = math.exp(-h * (1 + eta)) * x + gain * guess
+        predicted = denoised if last is None else denoised + (denoised - last) * (h / (2 * h_last))
+        x = math.exp(-h * (1 + eta)) * x + gain * predicted
         x = _with_noise(x, noise, sigma, after, after * math.sqrt(-math.expm1(-2 * h * eta)))
         last, h_last = denoised, h
     return x
@@ -216,7 +216,7 @@ def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSourc
 
 def dpmpp_3m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, eta: float = 1.0) -> Tensor:
     """DPM-Solver++(3M) for the SDE. The third-order term has k-diffusion's sign; that of diffusers 0.42 is a mistake."""
-    guesses: list[Tensor] = []
+    predictions: list[Tensor] = []
     widths: list[float] = []
     for sigma, after in _steps(sigmas):
         denoised = denoise(x, sigma)
@@ -226,17 +226,17 @@ def dpmpp_3m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSourc
         decay = h * (1 + eta)
         x_next = math.exp(-decay) * x - math.expm1(-decay) * denoised
         phi_2 = math.expm1(-decay) / decay + 1
-        if guesses:
-            first = (denoised - guesses[0]) * (h / widths[0])
+        if predictions:
+            first = (denoised - predictions[0]) * (h / widths[0])
             slope = first
-            if len(guesses) > 1:
-                second = (guesses[0] - guesses[1]) * (h / widths[1])
+            if len(predictions) > 1:
+                second = (predictions[0] - predictions[1]) * (h / widths[1])
                 curve = (first - second) * (h / (widths[0] + widths[1]))
                 slope = first + curve * (widths[0] / h)
                 x_next = x_next - (phi_2 / decay - 0.5) * curve
             x_next = x_next + phi_2 * slope
         x = _with_noise(x_next, noise, sigma, after, after * math.sqrt(-math.expm1(-2 * h * eta)))
-        guesses, widths = [denoised, *guesses[:1]], [h, *widths[:1]]
+        predictions, widths = [denoised, *predictions[:1]], [h, *widths[:1]]
     return x
 
 
@@ -247,26 +247,26 @@ def unipc(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, o
     """
     levels = _levels(sigmas)
     last_step = len(levels) - 2
-    guesses: list[Tensor] = []  # of the levels passed, the newest first
+    predictions: list[Tensor] = []  # of the levels passed, the newest first
     before, used = x, 0
     for index, (sigma, after) in enumerate(_steps(sigmas)):
         denoised = denoise(x, sigma)
         if used:
-            x = _unipc_step(before, [denoised, *guesses], levels, index - 1, used, corrects=True)
-        guesses = [denoised, *guesses[: order - 1]]
+            x = _unipc_step(before, [denoised, *predictions], levels, index - 1, used, corrects=True)
+        predictions = [denoised, *predictions[: order - 1]]
         if after == 0:
             return denoised
-        used = min(order, len(guesses), last_step - index + 1)
-        before, x = x, _unipc_step(x, guesses, levels, index, used, corrects=False)
+        used = min(order, len(predictions), last_step - index + 1)
+        before, x = x, _unipc_step(x, predictions, levels, index, used, corrects=False)
     return x
 
 
 def _unipc_step(
-    x: Tensor, guesses: Sequence[Tensor], levels: Sequence[float], index: int, order: int, *, corrects: bool
+    x: Tensor, predictions: Sequence[Tensor], levels: Sequence[float], index: int, order: int, *, corrects: bool
 ) -> Tensor:
-    """From level `index` to the next one. corrects: guesses[0] is that of the next level, known already."""
-    ahead = list(guesses[:1]) if corrects else []
-    here, *back = guesses[len(ahead) :]
+    """From level `index` to the next one. corrects: predictions[0] is that of the next level, known already."""
+    ahead = list(predictions[:1]) if corrects else []
+    here, *back = predictions[len(ahead) :]
     sigma, after = levels[index], levels[index + 1]
     h = math.log(sigma / after)
     ratios = [math.log(sigma / levels[index - k]) / h for k in range(1, order)]  # negative
@@ -280,7 +280,7 @@ def _unipc_step(
 
 
 def _unipc_weights(ratios: Sequence[float], step: float) -> list[float]:
-    """Equation 8 of the paper times B = h. Of a single earlier value, the paper takes 1/2 (its section 3.4)."""
+    """Equation 8 of the paper times B = h. For a single earlier value the paper uses 1/2 (its section 3.4)."""
     count = len(ratios)
     if count == 0:
         return []
@@ -315,8 +315,8 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def no_noise(_sigma: float, _after: float) -> Tensor:
-    """Of samplers that are deterministic, a defect of the program if asked."""
-    raise ValueError("this sampler was not given a source of noise")
+    """The noise source of deterministic samplers; calling it is a bug."""
+    raise ValueError("this sampler was given no source of noise")
 
 
 def _levels(sigmas: Tensor) -> list[float]:
@@ -329,7 +329,7 @@ def _steps(sigmas: Tensor) -> list[tuple[float, float]]:
 
 
 def _ancestral(sigma: float, after: float, eta: float) -> tuple[float, float]:
-    """Level to go down to, and deviation of the noise that leads from there to `after`."""
+    """The level to denoise down to, and the deviation of the noise that leads from there up to `after`."""
     up = min(after, eta * math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2))
     return math.sqrt(after**2 - up**2), up
 
@@ -345,7 +345,7 @@ def _lagrange_integrals(nodes: Sequence[float], start: float, end: float) -> lis
     found = []
     for node in nodes:
         others = [other for other in nodes if other != node]
-        # From the middle, so that nothing cancels.
+        # Measured from the middle, which avoids cancellation.
         centre = (start + end) / 2
         integral = Polynomial(polyfromroots([other - centre for other in others])).integ()
         scale = math.prod(node - other for other in others)

@@ -1,6 +1,6 @@
-"""Noise levels of a picture's steps, highest first.
+"""The noise levels (sigmas) of a picture's steps, highest first.
 
-What a level is, `library.diffusion.noise_levels` says. Names are A1111's. All of this is computed in float64 on the CPU.
+Levels are those of `library.diffusion.noise_levels`; names are A1111's. Everything is computed in float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -22,107 +22,33 @@ _ALL = 0.999  # A1111's largest denoising strength
 
 # Align Your Steps (arXiv 2404.14507) as reForge has them: 11 levels from NVIDIA's how-to, and 32.
 _AYS: dict[int, dict[str, tuple[float, ...]]] = {
-    # fmt: off
     11: {
         "sd15": (
-            14.61464123,
-            6.475250877,
-            3.861199796,
-            2.69742363,
-            1.886003514,
-            1.395992094,
-            0.9630100968,
-            0.6520027316,
-            0.398990997,
-            0.1519967679,
-            0.029,
+            14.61464123, 6.475250877, 3.861199796, 2.69742363, 1.886003514, 1.395992094, 0.9630100968,
+            0.6520027316, 0.398990997, 0.1519967679, 0.029,
         ),
         "sdxl": (
-            14.61464123,
-            6.315748154,
-            3.771520317,
-            2.180964219,
-            1.342023988,
-            0.8620172956,
-            0.554993401,
-            0.3799958718,
-            0.2339952484,
-            0.1129974735,
-            0.029,
+            14.61464123, 6.315748154, 3.771520317, 2.180964219, 1.342023988, 0.8620172956, 0.554993401,
+            0.3799958718, 0.2339952484, 0.1129974735, 0.029,
         ),
     },
     32: {
         "sd15": (
-            14.61464123,
-            11.23923761,
-            8.643418625,
-            6.647131061,
-            5.572371825,
-            4.716369679,
-            3.991862655,
-            3.519474501,
-            3.134827704,
-            2.792219335,
-            2.487675211,
-            2.216584236,
-            1.975035025,
-            1.779273521,
-            1.614713711,
-            1.465373557,
-            1.314816723,
-            1.166396336,
-            1.034730069,
-            0.9157149604,
-            0.8074618678,
-            0.7120061312,
-            0.6217237375,
-            0.5306389935,
-            0.4528984819,
-            0.3749053466,
-            0.2746114486,
-            0.2011479621,
-            0.1410552673,
-            0.06682716948,
-            0.03166043278,
-            0.015,
+            14.61464123, 11.23923761, 8.643418625, 6.647131061, 5.572371825, 4.716369679, 3.991862655, 3.519474501,
+            3.134827704, 2.792219335, 2.487675211, 2.216584236, 1.975035025, 1.779273521, 1.614713711, 1.465373557,
+            1.314816723, 1.166396336, 1.034730069, 0.9157149604, 0.8074618678, 0.7120061312, 0.6217237375,
+            0.5306389935, 0.4528984819, 0.3749053466, 0.2746114486, 0.2011479621, 0.1410552673, 0.06682716948,
+            0.03166043278, 0.015,
         ),
         "sdxl": (
-            14.61464123,
-            11.14888811,
-            8.505012483,
-            6.488112235,
-            5.43694055,
-            4.603873171,
-            3.898451338,
-            3.273994198,
-            2.743897911,
-            2.299630137,
-            1.954437161,
-            1.671046128,
-            1.428746446,
-            1.231779851,
-            1.067870275,
-            0.9257717035,
-            0.8028891501,
-            0.6965841098,
-            0.6043541939,
-            0.5285125457,
-            0.467721958,
-            0.4139236287,
-            0.3625729593,
-            0.310077558,
-            0.2651827401,
-            0.2232591293,
-            0.1765344363,
-            0.1395884933,
-            0.105871211,
-            0.0551923351,
-            0.02877263367,
-            0.015,
+            14.61464123, 11.14888811, 8.505012483, 6.488112235, 5.43694055, 4.603873171, 3.898451338, 3.273994198,
+            2.743897911, 2.299630137, 1.954437161, 1.671046128, 1.428746446, 1.231779851, 1.067870275,
+            0.9257717035, 0.8028891501, 0.6965841098, 0.6043541939, 0.5285125457, 0.467721958, 0.4139236287,
+            0.3625729593, 0.310077558, 0.2651827401, 0.2232591293, 0.1765344363, 0.1395884933, 0.105871211,
+            0.0551923351, 0.02877263367, 0.015,
         ),
     },
-    # fmt: on
-}
+}  # fmt: skip
 
 
 def noise_levels(
@@ -133,10 +59,10 @@ def noise_levels(
     *,
     discard_next_to_last: bool = False,
 ) -> Tensor:
-    """[steps + 1] float64, falling, the last one 0 (of "DDIM": the lowest of the training).
+    """[steps + 1] float64, falling to 0 ("DDIM": to the lowest level of the training).
 
-    discard_next_to_last: one more level is made and the last but one left out, as A1111 does for some samplers. Raises
-    UserError for an unknown name (SCHEDULES has those known).
+    discard_next_to_last: of one more level, the last but one is left out, as A1111 does for some samplers. Raises UserError for a
+    name that is not in SCHEDULES.
     """
     make = SCHEDULES[schedule_named(name)]
     if steps < 1:
@@ -148,9 +74,9 @@ def noise_levels(
 
 
 def part_of(sigmas: Tensor, strength: float) -> Tensor:
-    """The end of the levels, over which img2img and the hires fix run: int(strength * steps) + 1 steps, as in A1111.
+    """The last levels, over which img2img runs: int(strength * steps) + 1 steps, as in A1111.
 
-    Of strength 1 that is all of them. The picture is noised to the first of these levels.
+    At strength 1 these are all levels. The picture is noised to the first of these levels.
     """
     if not 0 < strength <= 1:
         raise UserError(f"denoising strength must be above 0 and at most 1, got {strength}.")
@@ -162,9 +88,9 @@ def part_of(sigmas: Tensor, strength: float) -> Tensor:
 def last_steps(
     name: str, steps: int, strength: float, levels: NoiseLevels, family: Family, *, discard_next_to_last: bool = False
 ) -> Tensor:
-    """[steps + 1] levels: the end of as many as leave `steps` of them to a pass of this strength, as A1111's hires fix.
+    """[steps + 1] levels of the hires fix: the end of a schedule of int(steps / strength) steps, as in A1111.
 
-    The picture is noised to the first of these levels; of strength 1 that is nearly the highest.
+    The picture is noised to the first of these levels; at strength 1 that is nearly the highest.
     """
     if not 0 < strength <= 1:
         raise UserError(f"denoising strength must be above 0 and at most 1, got {strength}.")
@@ -173,7 +99,7 @@ def last_steps(
 
 
 def _normal(steps: int, levels: NoiseLevels, _: Family) -> Tensor:
-    """Equal steps of the timestep, from the last one to 0."""
+    """Equally spaced timesteps, from the last one to 0."""
     timesteps = np.linspace(len(levels.sigmas) - 1, 0, steps)
     return _with_zero([levels.sigma(timestep) for timestep in timesteps])
 
@@ -191,8 +117,8 @@ def _exponential(steps: int, levels: NoiseLevels, _: Family) -> Tensor:
 def _align_your_steps(table: int) -> Callable[[int, NoiseLevels, Family], Tensor]:
     """As A1111 and reForge: `steps` levels, interpolated in log sigma unless the table has as many, then 0.
 
-    ComfyUI takes steps + 1 and makes 0 of the last, so that its 10 steps are the table of 11. The table is the
-    paper's for SD1.5 and SDXL; a base with another noise schedule gets it all the same.
+    ComfyUI takes steps + 1 levels and replaces the last by 0, so that its 10 steps are the table of 11. The tables are the paper's
+    for SD1.5 and SDXL; bases with another noise schedule use them too.
     """
 
     def levels_of(steps: int, _: NoiseLevels, family: Family) -> Tensor:
@@ -206,7 +132,7 @@ def _align_your_steps(table: int) -> Callable[[int, NoiseLevels, Family], Tensor
 
 
 def _ddim(steps: int, levels: NoiseLevels, _: Family) -> Tensor:
-    """Timesteps 1 + k * (T // steps), and at the end that of 0: "leading" with an offset of 1 (DDIM, CompVis' code)."""
+    """Timesteps 1 + k * (T // steps), then 0: "leading" spacing with an offset of 1 (DDIM, CompVis' code)."""
     stride = len(levels.sigmas) // steps
     if stride < 1:
         raise UserError(f"DDIM's schedule has at most {len(levels.sigmas)} steps, got {steps}.")

@@ -1,7 +1,7 @@
 """Pictures from prompts: A1111's prompt language, samplers and passes over a base with adapters folded in.
 
-A picture depends on its request and its own seed, and on nothing that is drawn beside it: noise is drawn on the CPU from
-the seed (`noise`), and pictures are decoded one by one, which also keeps the memory of large ones down.
+A picture depends on its request and its own seed alone, not on the other pictures of its batch: noise is drawn on the CPU from the
+seed (`sampler_noise`), and pictures are decoded one by one, which also saves memory.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from library.errors import RunFailed, UserError
+from library.errors import RunFailed
 from library.inference.denoiser import GuidedDenoiser, HandOver
-from library.inference.model import DrawingModel
-from library.inference.noise import BrownianNoise, NoiseSource, StepNoise, initial_noise
+from library.inference.drawing_model import DrawingModel
+from library.inference.lora_tags import StepWeights
+from library.inference.picture_request import Hires, LoraUse, PictureRequest, base_steps, open_init_image
 from library.inference.prompt_encoding import EncodedPart, PromptEncoder, empty_conditioning, fill_to
-from library.inference.prompt_networks import StepWeights
 from library.inference.prompt_syntax import Prompt, parse_negative, parse_prompt, weighted_spans
-from library.inference.request import Hires, LoraUse, Request, base_steps
+from library.inference.sampler_noise import BrownianNoise, NoiseSource, StepNoise, initial_noise
 from library.inference.samplers import SAMPLERS, Sampler, no_noise
 from library.inference.sigmas import last_steps, noise_levels, part_of
 from library.inference.upscaling import LatentUpscaler, find_upscaler
@@ -30,12 +30,12 @@ from library.models.conditioning import Conditioning
 from networks.adapters import Adapter
 
 Adapters = Mapping[Path, Adapter]
-"""What the files of a request's adapters hold."""
+"""The adapters of a request, by their files."""
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One way through noise levels, the first or that of the hires fix."""
+    """One run over noise levels: the first pass, or the second one of the hires fix."""
 
     sigmas: Tensor
     width: int
@@ -55,7 +55,7 @@ def native_size(model: DrawingModel) -> int:
 @torch.no_grad()
 def draw(
     model: DrawingModel,
-    request: Request,
+    request: PictureRequest,
     seeds: Sequence[int],
     *,
     adapters: Adapters | None = None,
@@ -63,26 +63,25 @@ def draw(
 ) -> list[Image.Image]:
     """One RGB picture per seed, drawn together. adapters: those of request.loras, by their paths.
 
-    Raises RunFailed where the model's numbers overflow, UserError for what the base does not have.
+    Raises RunFailed where the model's numbers overflow, UserError where the request does not fit the base.
     """
-    return Artist(model, request, seeds, adapters or {}, refiner).draw()
+    return TextToImage(model, request, seeds, adapters or {}, refiner).draw()
 
 
-class Artist:
+@dataclass
+class TextToImage:
     """Draws the pictures of one request; see `draw`."""
 
-    def __init__(
-        self,
-        model: DrawingModel,
-        request: Request,
-        seeds: Sequence[int],
-        adapters: Adapters,
-        refiner: DrawingModel | None,
-    ) -> None:
-        self.model, self.request, self.seeds, self.adapters, self.refiner = model, request, seeds, adapters, refiner
-        name, self.schedule = request.sampler_and_schedule
+    model: DrawingModel
+    request: PictureRequest
+    seeds: Sequence[int]
+    adapters: Adapters
+    refiner: DrawingModel | None
+
+    def __post_init__(self) -> None:
+        name, self.schedule = self.request.sampler_and_schedule
         self.sampler: Sampler = SAMPLERS[name]
-        self.levels = model.parametrisation.levels
+        self.levels = self.model.parametrisation.levels
 
     def draw(self) -> list[Image.Image]:
         request = self.request
@@ -93,12 +92,12 @@ class Artist:
             self.model.family,
             discard_next_to_last=self.sampler.discard_next_to_last,
         )
-        begin = None
+        initial = None
         if request.init_image is not None:
             picture = fitted_picture(request.init_image, request.width, request.height)
-            begin = self._encode([picture]).expand(len(self.seeds), -1, -1, -1)
+            initial = self._encode([picture]).expand(len(self.seeds), -1, -1, -1)
             sigmas = part_of(sigmas, request.denoising_strength)
-        latents = self._run(_Pass(sigmas, request.width, request.height), begin)
+        latents = self._run(_Pass(sigmas, request.width, request.height), initial)
         if request.hires is not None:
             latents = self._run(self._second_pass(request.hires), self._enlarged(latents, request.hires))
         return self._decode(latents)
@@ -120,39 +119,39 @@ class Artist:
             return upscaler(latents, *size)
         return self._encode([upscaler(picture, *size) for picture in self._decode(latents)])
 
-    def _run(self, one: _Pass, begin: Tensor | None) -> Tensor:
-        """Clean latents [B, 4, h, w] float32. begin: those to start from, noised to the pass's first level."""
+    def _run(self, pass_: _Pass, initial: Tensor | None) -> Tensor:
+        """Clean latents [B, 4, h, w] float32. initial: latents to start from, noised to the pass's first level."""
         device, factor = self.model.device, self.model.factor
         channels = self.model.unet.config.in_channels
-        shape = (channels, one.height // factor, one.width // factor)
-        first, last = float(one.sigmas[0]), float(one.sigmas[-1])
-        noise = torch.cat([initial_noise(seed, shape, one.is_second) for seed in self.seeds]).to(device)
-        x = noise * first if begin is None else begin.float() + noise * first
-        denoiser = self._denoiser(one)
-        x = self.sampler.function(denoiser, x, one.sigmas, self._noise(one, shape))
+        shape = (channels, pass_.height // factor, pass_.width // factor)
+        first, last = float(pass_.sigmas[0]), float(pass_.sigmas[-1])
+        noise = torch.cat([initial_noise(seed, shape, pass_.is_second) for seed in self.seeds]).to(device)
+        x = noise * first if initial is None else initial.float() + noise * first
+        denoiser = self._denoiser(pass_)
+        x = self.sampler.function(denoiser, x, pass_.sigmas, self._noise(pass_, shape))
         return x / self.model.parametrisation.inverse_alpha(last)  # DDIM's levels end above 0
 
-    def _noise(self, one: _Pass, shape: Sequence[int]) -> NoiseSource:
+    def _noise(self, pass_: _Pass, shape: Sequence[int]) -> NoiseSource:
         if self.sampler.noise == "none":
             return no_noise
         kind = BrownianNoise if self.sampler.noise == "brownian" else StepNoise
-        return kind(self.seeds, shape, self.model.device, second_pass=one.is_second)
+        return kind(self.seeds, shape, self.model.device, second_pass=pass_.is_second)
 
     # Prompts and adapters
 
-    def _denoiser(self, one: _Pass) -> GuidedDenoiser | HandOver:
-        own = self._guided(self.model, one, self.request.loras)
+    def _denoiser(self, pass_: _Pass) -> GuidedDenoiser | HandOver:
+        own = self._guided(self.model, pass_, self.request.loras)
         switch_at = self.request.refiner_switch_at
-        if self.refiner is None or switch_at is None or one.is_second != (self.request.hires is not None):
+        if self.refiner is None or switch_at is None or pass_.is_second != (self.request.hires is not None):
             return own
-        return HandOver(own, self._guided(self.refiner, one, ()), base_steps(one.steps, switch_at))
+        return HandOver(own, self._guided(self.refiner, pass_, ()), base_steps(pass_.steps, switch_at))
 
-    def _guided(self, model: DrawingModel, one: _Pass, loras: Sequence[LoraUse]) -> GuidedDenoiser:
-        positive, negative = self._told(model, one, loras)
-        weights = [use.weights.hrunet if one.is_second else use.weights.unet for use in loras]
+    def _guided(self, model: DrawingModel, pass_: _Pass, loras: Sequence[LoraUse]) -> GuidedDenoiser:
+        positive, negative = self._encode_prompts(model, pass_, loras)
+        weights = [use.weights.hrunet if pass_.is_second else use.weights.unet for use in loras]
 
         def fold(step: int) -> None:
-            model.folded.set_unet(self._strengths(loras, weights, step, one.steps))
+            model.folded.set_unet(self._strengths(loras, weights, step, pass_.steps))
 
         return GuidedDenoiser(
             model.unet,
@@ -161,22 +160,24 @@ class Artist:
             positive,
             negative,
             cfg_scale=self.request.cfg_scale,
-            size_ids=model.size_ids(one.width, one.height),
-            negative_size_ids=model.negative_size_ids(one.width, one.height),
+            size_ids=model.size_ids(pass_.width, pass_.height),
+            negative_size_ids=model.negative_size_ids(pass_.width, pass_.height),
             calls_per_step=self.sampler.calls_per_step,
             extra_calls=self.sampler.extra_calls,
             dtype=model.dtype,
             on_step=fold,
         )
 
-    def _told(self, model: DrawingModel, one: _Pass, loras: Sequence[LoraUse]) -> tuple[list[EncodedPart], EncodedPart]:
-        """Positive parts and negative, all of one length. Where adapters of text encoders change, each step has its own."""
+    def _encode_prompts(
+        self, model: DrawingModel, pass_: _Pass, loras: Sequence[LoraUse]
+    ) -> tuple[list[EncodedPart], EncodedPart]:
+        """The positive parts and the negative prompt, all of one length; a text per step where text encoders' adapters change."""
         request, encoder = self.request, model.encoder(self.request.clip_skip, self.request.emphasis)
-        after, steps = (request.steps, request.hires_steps) if one.is_second else (None, request.steps)
+        after, steps = (request.steps, request.hires_steps) if pass_.is_second else (None, request.steps)
         positive = parse_prompt(request.prompt, steps, dialect=request.dialect, hires_after=after)
         negative = parse_negative(request.negative_prompt, steps, dialect=request.dialect, hires_after=after)
-        weights = [use.weights.hrte if one.is_second else use.weights.te for use in loras]
-        by_step = [self._strengths(loras, weights, step, one.steps) for step in range(1, one.steps + 1)]
+        weights = [use.weights.hrte if pass_.is_second else use.weights.te for use in loras]
+        by_step = [self._strengths(loras, weights, step, pass_.steps) for step in range(1, pass_.steps + 1)]
         known: dict[tuple[float, ...], list[EncodedPart]] = {}
         for strengths in by_step:
             key = tuple(ratio for _, ratio in strengths)
@@ -184,16 +185,16 @@ class Artist:
                 model.folded.set_text(strengths)
                 known[key] = encode_together(encoder, positive, negative)
         if len(known) == 1:
-            *parts, base = next(iter(known.values()))
-            return parts, base
+            *parts, encoded_negative = next(iter(known.values()))
+            return parts, encoded_negative
         rows = [known[tuple(ratio for _, ratio in strengths)] for strengths in by_step]
-        *parts, base = [_step_by_step(column) for column in zip(*rows, strict=True)]
-        return parts, base
+        *parts, encoded_negative = [_step_by_step(column) for column in zip(*rows, strict=True)]
+        return parts, encoded_negative
 
     def _strengths(
         self, loras: Sequence[LoraUse], weights: Sequence[StepWeights], step: int, steps: int
     ) -> list[tuple[Adapter, float]]:
-        """Of a step, counted from 1."""
+        """The adapters' weights at a step, counted from 1."""
         return [
             (self.adapters[use.path], weight.at(step - 1, steps)) for use, weight in zip(loras, weights, strict=True)
         ]
@@ -205,8 +206,8 @@ class Artist:
         scale = float(vae.config.scaling_factor)
         dtype = next(vae.parameters()).dtype
         pictures = []
-        for one in latents.split(1):
-            pixels = vae.decode((one / scale).to(dtype)).sample[0].float()
+        for latent in latents.split(1):
+            pixels = vae.decode((latent / scale).to(dtype)).sample[0].float()
             if not torch.isfinite(pixels).all():
                 raise RunFailed(
                     f"The picture has values that are not finite: {self.model.dtype} is too narrow. Use --dtype bf16 or float."
@@ -216,7 +217,7 @@ class Artist:
         return pictures
 
     def _encode(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """[B, 4, h, w] float32, the middle of what the encoder says: the same picture gives the same latents."""
+        """Latents [B, 4, h, w] float32: the mode of the encoder's distribution, so that equal pictures give equal latents."""
         vae = self.model.vae
         dtype, scale = next(vae.parameters()).dtype, float(vae.config.scaling_factor)
         found = []
@@ -228,7 +229,7 @@ class Artist:
 
 
 def encode_together(encoder: PromptEncoder, positive: Prompt, negative: Prompt) -> list[EncodedPart]:
-    """The parts of the positive prompt, then the negative one; shorter texts are filled with empty chunks.
+    """The parts of the positive prompt, then the negative prompt; shorter texts are padded with empty chunks.
 
     An empty negative prompt is zeros where the family was trained so.
     """
@@ -250,18 +251,11 @@ def encode_together(encoder: PromptEncoder, positive: Prompt, negative: Prompt) 
 
 
 def fitted_picture(path: Path, width: int, height: int) -> Image.Image:
-    """A picture file as RGB of this size: scaled to cover it, and what sticks out cut off evenly. Raises UserError."""
-    try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"init_image {path} does not exist.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"init_image {path} cannot be read: {error}.") from None
-    return ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+    """A picture file as RGB of this size: scaled to cover it, and cropped to the centre. Raises UserError."""
+    return ImageOps.fit(open_init_image(path), (width, height), Image.Resampling.LANCZOS)
 
 
 def _step_by_step(parts: Sequence[EncodedPart]) -> EncodedPart:
-    """Of one part, as it is encoded in each step: the part with a text for every step."""
+    """parts: one part as encoded at each step. Returns the part with a text for every step."""
     texts: list[Conditioning] = [part.at_step(step) for step, part in enumerate(parts, 1)]
     return EncodedPart(parts[0].weight, tuple(range(1, len(texts) + 1)), tuple(texts))

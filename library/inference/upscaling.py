@@ -1,7 +1,7 @@
-"""Upscalers of the hires fix by A1111's names: six on latents, three on pictures.
+"""Upscalers of the hires fix by A1111's names: six for latents, three for pictures.
 
-Those on latents need no decoding and leave artefacts that the second pass has to draw over (denoising strength from about 0.5);
-those on pictures are decoded, enlarged and encoded again. Sizes are in pixels, multiples of 8. Importing this takes no torch.
+Latent upscalers need no decoding but leave artefacts that the second pass has to remove (denoising strength of about 0.5 or more);
+for the others, pictures are decoded, enlarged and encoded again. Sizes are in pixels, multiples of 8. No torch on import.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from library.options.parser import nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-SIZE_STEP = 8  # pixels to a latent
+SIZE_STEP = 8  # pixels per latent
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ LATENT_UPSCALERS: dict[str, LatentUpscaler] = {
     "Latent (nearest-exact)": LatentUpscaler("nearest-exact"),
 }
 PICTURE_UPSCALERS: dict[str, PictureUpscaler] = {
-    # A1111 too resizes with Lanczos where no upscaler is chosen: the second pass has to get its size.
+    # As in A1111, pictures are resized with Lanczos where no upscaler is chosen: the second pass needs its size.
     "None": PictureUpscaler(Image.Resampling.LANCZOS),
     "Lanczos": PictureUpscaler(Image.Resampling.LANCZOS),
     "Nearest": PictureUpscaler(Image.Resampling.NEAREST),
@@ -64,13 +64,13 @@ UPSCALERS: dict[str, LatentUpscaler | PictureUpscaler] = {**LATENT_UPSCALERS, **
 
 
 def find_upscaler(name: str) -> LatentUpscaler | PictureUpscaler:
-    """By its name in any case. Raises UserError for an unknown one, with the nearest."""
+    """The upscaler of a name, in any case. Raises UserError for an unknown one, with the nearest."""
     by_word = {known.lower(): upscaler for known, upscaler in UPSCALERS.items()}
     found = by_word.get(" ".join(name.split()).lower())
     if found is None:
         known = ", ".join(UPSCALERS)
         raise UserError(
-            f"{name} is no upscaler{nearest(name, UPSCALERS)}. Known are {known}; those that are networks (ESRGAN) are not."
+            f"{name} is no upscaler{nearest(name, UPSCALERS)}. Known are {known}; neural upscalers (ESRGAN) are not supported."
         )
     return found
 
@@ -78,15 +78,15 @@ def find_upscaler(name: str) -> LatentUpscaler | PictureUpscaler:
 def target_size(width: int, height: int, scale: float) -> tuple[int, int]:
     """Width and height in pixels, `scale` times as large, each rounded down to a multiple of 8, as A1111 does.
 
-    Raises UserError where scale is no positive number, or nothing would be left.
+    Raises UserError where scale is not positive and finite, or a side would be below 8 pixels.
     """
     if not (math.isfinite(scale) and scale > 0):
         raise UserError(f"An upscaler's scale must be above 0 (2 doubles width and height), got {scale}.")
-    # 360 * 1.4 is 503.99999999999994 in floating point, and 504 is meant.
+    # 360 * 1.4 is 503.99999999999994 in floating point; it must become 504.
     sides = [math.floor(side * scale + 1e-6) // SIZE_STEP * SIZE_STEP for side in (width, height)]
     if min(sides) < SIZE_STEP:
         raise UserError(
-            f"{width} x {height} times {scale:g} leaves a side below {SIZE_STEP} pixels. Take a larger scale."
+            f"{width} x {height} times {scale:g} leaves a side below {SIZE_STEP} pixels. Use a larger scale."
         )
     return sides[0], sides[1]
 

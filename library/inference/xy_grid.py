@@ -1,4 +1,4 @@
-"""X/Y grids: one picture for every pair of two settings, on a sheet with headings. No torch.
+"""X/Y grids: a picture for every pair of values of two settings, on a sheet with headings. No torch.
 
 An axis is a line of text, `name: values`, with the values of A1111's X/Y/Z plot:
 
@@ -6,14 +6,13 @@ An axis is a line of text, `name: values`, with the values of A1111's X/Y/Z plot
     checkpoint: a.safetensors | b.safetensors   cfg: 3-9 [4]: four values, both ends among them
     prompt: cat, dog, "cat, sleeping"           seed: 1-4   steps: 10, 20-40:10
 
-Values are separated by commas; one with a comma in it stands in double quotes, as in CSV. Checkpoints may be separated by |.
-A prompt's first value is what is searched for in the prompts, and the others are what takes its place.
+Values are separated by commas; one that contains a comma is written in double quotes, as in CSV. Checkpoints may be separated by |.
+The first value of a prompt axis is searched for in the prompts and replaced by each value.
 """
 
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import math
 import re
@@ -27,18 +26,19 @@ from PIL import Image
 
 from library.errors import UserError
 from library.inference.grids import grid
-from library.inference.pictures import model_name
-from library.inference.request import Request
+from library.inference.picture_infotext import model_name
+from library.inference.picture_request import PictureRequest
 from library.inference.sampler_names import sampler_named, schedule_named
+from library.options.parser import nearest
 
 MOST_VALUES = 100
-# How often a setting should change while the cells are drawn: the dearest least.
+# The cost of changing a setting from cell to cell: the costliest changes least often.
 _LOADS_A_MODEL, _FOLDS_ADAPTERS, _ENCODES_PROMPTS, _FREE, _IN_ONE_BATCH = 4, 3, 2, 1, 0
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting and the values it takes. `field` is what a cell's changes call it."""
+    """A setting and its values. field: the name in a cell's changes."""
 
     name: str
     field: str
@@ -49,11 +49,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """A place of the sheet and what its picture differs in from the others.
+    """A place of the sheet, and the settings of its picture.
 
-    changes: some of the fields of Request (prompt, negative_prompt, steps, cfg_scale, sampler, schedule, clip_skip,
-    denoising_strength; see `changed`), and three that are none: checkpoint (a base, as text), adapter_weight (of every adapter)
-    and seed. Adapters of a changed prompt are looked up by whoever draws; tags in it have the adapter_weight already.
+    changes: some of the fields of PictureRequest (prompt, negative_prompt, steps, cfg_scale, sampler, schedule, clip_skip,
+    denoising_strength; see `changed`), and three others: checkpoint (a base, as text), adapter_weight (of every adapter) and seed.
+    The tags in a changed prompt already have the adapter_weight; the caller finds their files.
     """
 
     column: int
@@ -63,24 +63,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A setting that can be an axis. read: of one value, raises ValueError or UserError."""
+    """A setting that can be an axis. read: parses one value; raises ValueError or UserError."""
 
     field: str
     read: Callable[[str], Any]
     heading: str = ""
-    """Stands before the value; empty where a value says itself what it is."""
+    """Written before the value; empty where the value is self-explanatory."""
     cost: int = _FREE
     numbers: bool = False
     whole: bool = False
 
 
 def parse_axis(text: str) -> Axis:
-    """An axis of its line. Raises UserError: an unknown name (with the nearest), values of another type or out of bounds,
-    none, twice the same, or more than MOST_VALUES."""
-    said, colon, rest = text.partition(":")
+    """Parse an axis. Raises UserError for an unknown name (with the nearest), and for values of another type, out of bounds,
+    repeated, missing, or more than MOST_VALUES."""
+    written, colon, rest = text.partition(":")
     if not colon:
         raise UserError(f"An axis is written as name: values, for example cfg: 3-9:2. Got {text!r}.")
-    name = _name_of(said)
+    name = _name_of(written)
     kind = _KINDS[name]
     values: list[Any] = []
     for piece in _split(name, rest):
@@ -90,18 +90,18 @@ def parse_axis(text: str) -> Axis:
     _at_most(name, len(values))
     for place, value in enumerate(values):
         if value in values[:place]:
-            raise UserError(f"The axis {name} has {_said(value)} twice.")
+            raise UserError(f"The axis {name} has {_text(value)} twice.")
     return Axis(name, kind.field, tuple(values), _headings(kind, values), kind.cost)
 
 
 def plan_cells(x: Axis, y: Axis | None = None, *, prompt: str, negative_prompt: str = "") -> list[Cell]:
-    """All cells in the order to draw them in, which changes what is dear to change (a checkpoint, then adapters) least often,
-    and puts cells that differ in the seed alone next to each other.
+    """All cells in the order to draw them in: costly settings (a checkpoint, then adapters) change least often, and cells that
+    differ in the seed alone are adjacent.
 
-    Raises UserError where both axes are the same setting, or neither prompt has what a prompt axis searches for.
+    Raises UserError where both axes are the same setting, or neither prompt contains what a prompt axis searches for.
     """
     if y is not None and x.field == y.field and x.name != _PROMPT:
-        raise UserError(f"Both axes are {x.name}. Each picture has one: put another setting on one of them.")
+        raise UserError(f"Both axes are {x.name}. Put another setting on one of them.")
     for axis in (x, y):
         searched = axis.values[0] if axis is not None and axis.name == _PROMPT else ""
         if searched not in prompt and searched not in negative_prompt:
@@ -116,10 +116,10 @@ def plan_cells(x: Axis, y: Axis | None = None, *, prompt: str, negative_prompt: 
     return cells
 
 
-def changed(request: Request, changes: Mapping[str, Any]) -> Request:
-    """The request with those of a cell's changes that are its own; checkpoint, adapter_weight and seed are left to the caller.
+def changed(request: PictureRequest, changes: Mapping[str, Any]) -> PictureRequest:
+    """The request with a cell's changes, except checkpoint, adapter_weight and seed, which the caller applies.
 
-    A denoising strength is that of the hires fix where there is one. Raises UserError where it has nothing to act on.
+    A denoising strength is that of the hires fix where there is one. Raises UserError where it would have no effect.
     """
     own = {name: value for name, value in changes.items() if name not in _NOT_OF_REQUESTS}
     if "denoising_strength" in own:
@@ -159,44 +159,43 @@ def _changes(places: Sequence[tuple[Axis, int]], prompt: str, negative_prompt: s
     prompts = (prompt, negative_prompt)
     for axis, place in places:
         if axis.name == _PROMPT:
-            prompts = tuple(one.replace(axis.values[0], axis.values[place]) for one in prompts)  # type: ignore[assignment]
+            prompts = tuple(text.replace(axis.values[0], axis.values[place]) for text in prompts)  # type: ignore[assignment]
         else:
             changes[axis.field] = axis.values[place]
     if "adapter_weight" in changes:
         prompts = (_with_weight(prompts[0], changes["adapter_weight"]), prompts[1])
-    said = dict(zip(("prompt", "negative_prompt"), prompts, strict=True))
+    after = dict(zip(("prompt", "negative_prompt"), prompts, strict=True))
     before = {"prompt": prompt, "negative_prompt": negative_prompt}
-    return {**{name: text for name, text in said.items() if text != before[name]}, **changes}
+    return {**{name: text for name, text in after.items() if text != before[name]}, **changes}
 
 
 def _with_weight(prompt: str, weight: float) -> str:
-    """Every adapter's tag asks for this weight, so that what a picture's file says is what was drawn."""
+    """The prompt with this weight in every adapter's tag, so that the parameters text of the picture is right."""
     return _ADAPTER_TAG.sub(lambda tag: f"<{tag[1]}:{tag[2]}:{weight:g}>", prompt)
 
 
 # Values of an axis
 
 
-def _name_of(said: str) -> str:
-    word = " ".join(said.replace("_", " ").split()).lower()
+def _name_of(written: str) -> str:
+    word = " ".join(written.replace("_", " ").split()).lower()
     name = _ALIASES.get(word, word)
     if name not in _KINDS:
-        close = difflib.get_close_matches(word, [*_KINDS, *_ALIASES], n=1, cutoff=0.6)
-        near = f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(f"{said.strip() or 'Nothing'} is no axis of a grid{near}. Known are {', '.join(_KINDS)}.")
+        near = nearest(word, [*_KINDS, *_ALIASES])
+        raise UserError(f"{written.strip() or 'Nothing'} is no axis of a grid{near}. Known are {', '.join(_KINDS)}.")
     return name
 
 
 def _split(name: str, text: str) -> list[str]:
-    """Values of an axis as they are written, without their quotes; a line break separates too."""
+    """The values of an axis as text, without quotes; a line break separates them too."""
     delimiter = "|" if name == "checkpoint" and "|" in text else ","
     rows = csv.reader(io.StringIO(text.strip(), newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         return [value.strip() for row in rows for value in row if value.strip()]
     except csv.Error:
         raise UserError(
-            f"The quotes of the axis {name} do not pair: {text.strip()}. A value in quotes ends before the next comma, and a quote "
-            'inside of it is written twice ("").'
+            f"The axis {name} has unpaired quotes: {text.strip()}. A value in quotes ends before the next comma, and a quote "
+            'inside it is written twice ("").'
         ) from None
 
 
@@ -223,7 +222,7 @@ def _range(name: str, kind: _Kind, text: str) -> list[Any]:
         if found["signed"]:
             step = Decimal(found["signed"])
         if step == 0 or (end - start) / step < 0:
-            raise UserError(f"The axis {name} never gets from {start} to {end} in steps of {step}.")
+            raise UserError(f"The axis {name} cannot get from {start} to {end} in steps of {step}.")
         count = math.floor((end - start) / step) + 1
     _at_most(name, count)
     numbers = [round(start + step * place, 10) for place in range(count)]
@@ -234,19 +233,19 @@ def _range(name: str, kind: _Kind, text: str) -> list[Any]:
 
 def _at_most(name: str, count: int) -> None:
     if count > MOST_VALUES:
-        raise UserError(f"The axis {name} has {count} values, and {MOST_VALUES} are the most.")
+        raise UserError(f"The axis {name} has {count} values; at most {MOST_VALUES} are allowed.")
 
 
 def _headings(kind: _Kind, values: Sequence[Any]) -> tuple[str, ...]:
     if kind.field == "checkpoint":
         names = [model_name(value) for value in values]
         return tuple(names if len(set(names)) == len(names) else values)
-    said = [_said(value) for value in values]
-    return tuple(f"{kind.heading}: {one}" if kind.heading else one for one in said)
+    prefix = f"{kind.heading}: " if kind.heading else ""
+    return tuple(f"{prefix}{_text(value)}" for value in values)
 
 
-def _said(value: Any) -> str:
-    """3 for 3.0, and no digit of a seed left out."""
+def _text(value: Any) -> str:
+    """3 for 3.0, and all digits of a seed."""
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
@@ -273,7 +272,7 @@ def _number(wanted: str, holds: Callable[[float], bool]) -> Callable[[str], floa
 
 
 def _sampler(text: str) -> str:
-    """As Request takes it: "DPM++ 2M", or with its schedule, "DPM++ 2M Karras"."""
+    """The sampler of a request: "DPM++ 2M", or with a schedule, "DPM++ 2M Karras"."""
     name, schedule = sampler_named(text)
     return f"{name} {schedule}" if schedule else name
 

@@ -12,25 +12,25 @@ from library.options.model import ModelOptions
 from library.precision import Precision
 
 KOHYA = Dialect(aliases={"base_model": Alias("pretrained_model_name_or_path")})
-"""What the pipeline before this one called these options (evaluate_single_checkpoint)."""
+"""Option names of the former pipeline (evaluate_single_checkpoint)."""
 
 DEFAULT_REFERENCES = 64
 
 
 @dataclass(frozen=True)
-class JudgedOptions:
+class CheckpointOptions:
     checkpoint: tuple[Path, ...] = ()
-    """What to judge: adapter files, training states, or a folder of them, such as the output_dir of a training."""
+    """What to evaluate: adapter files, training states, or a folder of them, such as the output_dir of a training."""
     pretrained_model_name_or_path: str | None = None
     """Base model: a folder, a hub id, one .safetensors file, or a model of the project. Default: the one the adapters name."""
     weight: float = 1.0
-    """How strongly the adapters act: 1 is as trained."""
+    """Weight of the adapters; 1: as trained."""
     use_ema: bool = False
-    """Judge the averaged weights (NAME-ema.safetensors, and those of states)."""
+    """Evaluate the averaged weights (NAME-ema.safetensors, and those of states)."""
     output_dir: Path = Path("outputs/evaluation")
     """Folder for report.html, metrics.json, the sheets and all pictures."""
     overwrite: bool = False
-    """Replace an evaluation that is there."""
+    """Replace an evaluation in that folder."""
 
     def __post_init__(self) -> None:
         require(
@@ -51,25 +51,25 @@ class JudgedOptions:
 
 
 @dataclass(frozen=True)
-class DrawnOptions:
+class PictureOptions:
     prompt: tuple[str, ...] = ()
-    """Prompts with the subject, as in training: "a photo of zorb". Default: the captions of the held-out photos, else what
-    the adapter says of its training's captions."""
+    """Prompts with the subject, as in training: "a photo of zorb". Default: captions of the held-out photos, else those
+    of the training, from the adapter's metadata."""
     prompts: Path | None = None
-    """Instead of --prompt: a file of prompts in kohya's syntax (.txt, .toml, .json). What a line says of steps, scale, sampler
-    and negative prompt counts; its seed and size do not."""
+    """Instead of --prompt: a file of prompts in kohya's syntax (.txt, .toml, .json). A line's steps, scale, sampler
+    and negative prompt are used; its seed and size are not."""
     unrelated_prompts: Path | None = None
-    """A file of prompts that have nothing to do with the subject, for drift and adherence. Default: eight of ours."""
+    """A file of prompts that do not mention the subject, for drift and adherence. Default: eight built-in prompts."""
     num_samples: int = 16
-    """Pictures with the subject per checkpoint, spread over the prompts, and as many of unrelated ones; at least two seeds each."""
+    """Pictures of the subject per checkpoint, and as many of unrelated prompts; each prompt gets at least two seeds."""
     negative_prompt: str = ""
-    """What to stay away from, for all prompts that name nothing of their own."""
+    """What the pictures should not show, for prompts without a negative prompt of their own."""
     resolution: int | None = None
-    """Side of the pictures in pixels, a multiple of 8. Default: what the base was trained at."""
+    """Side of the pictures in pixels, a multiple of 8. Default: the size that the base was trained at."""
     seed: int = 42
     """The first seed; the next ones count up from it, the same for every prompt and every checkpoint."""
     batch_size: int = 1
-    """Pictures drawn at once. A picture is the same in every batch."""
+    """Pictures drawn at once. It does not change the pictures."""
 
     def __post_init__(self) -> None:
         require(not (self.prompt and self.prompts), "prompts", "and prompt exclude each other.")
@@ -82,7 +82,11 @@ class DrawnOptions:
                 f"must be a {', '.join(PROMPT_FILES)} file, got {file}.",
             )
         require(all(text.strip() for text in self.prompt), "prompt", "is empty.")
-        require(self.num_samples >= 2, "num_samples", f"must be at least 2, to know a spread, got {self.num_samples}.")
+        require(
+            self.num_samples >= 2,
+            "num_samples",
+            f"must be at least 2, to estimate a standard error, got {self.num_samples}.",
+        )
         require(self.batch_size >= 1, "batch_size", f"must be at least 1, got {self.batch_size}.")
         require(0 <= self.seed < 2**62, "seed", f"must lie between 0 and 2^62, got {self.seed}.")
         positive("resolution", self.resolution)
@@ -94,29 +98,29 @@ class DrawnOptions:
 
 
 @dataclass(frozen=True)
-class MeasuredOptions:
+class MeasureOptions:
     reference_dir: Path | None = None
-    """Folder of photos of the subject that were not trained on, captions beside them as .txt. Default: the training's
+    """Folder of photos of the subject that were not trained on, with captions as .txt beside them. Default: the training's
     val_data, or a folder held_out beside its pictures."""
     max_references: int = DEFAULT_REFERENCES
-    """Photos that are used at most, spread evenly over the folder."""
+    """At most so many photos are used, spread evenly over the folder."""
     dino_model: str = ModelOptions.dino_model
-    """DINOv2 that judges likeness, drift and diversity: a hub id (facebook/dinov2-large), a folder, Meta's .pth, or ours."""
+    """DINOv2 for likeness, drift and diversity: a hub id (facebook/dinov2-large), a folder, Meta's .pth, or the project's own."""
     clip_model: str | None = None
-    """CLIP that judges adherence: a hub id or folder of a transformers CLIPModel. Default: ours with a base of ours, else none."""
+    """CLIP for adherence: a hub id or folder of a transformers CLIPModel. Default: the project's own for its bases, else none."""
     representation: bool | None = None
-    """Compare what the newest training state with heads knows of the teacher with its baselines. Default: where its caches are."""
+    """Measure how well the newest state with heads predicts the teacher, beside baselines. Default: where its caches exist."""
     representation_samples: int = 512
-    """Training and held-out pictures for that, at most."""
+    """At most so many training pictures, and so many held-out ones, for --representation."""
     representation_timesteps: tuple[int, ...] = (1, 50, 100, 261, 400, 500, 750)
-    """Timesteps at which the network is looked at for that."""
+    """Timesteps at which --representation measures the network."""
 
     def __post_init__(self) -> None:
         require(bool(self.dino_model), "dino_model", "is empty.")
         require(
             self.max_references >= 2,
             "max_references",
-            f"must be at least 2, to know a spread, got {self.max_references}.",
+            f"must be at least 2, to estimate a standard error, got {self.max_references}.",
         )
         require(
             self.representation_samples >= 10,
@@ -135,10 +139,10 @@ class MeasuredOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    judged: JudgedOptions
-    drawn: DrawnOptions
+    checkpoints: CheckpointOptions
+    pictures: PictureOptions
     sampling: SamplingOptions
-    measured: MeasuredOptions
+    measures: MeasureOptions
     dtype: Precision | None = None
     """Number format of the base. Default: fp16 on a GPU, float elsewhere."""
     device: str | None = None

@@ -13,29 +13,29 @@ from library.precision import Precision
 
 PROMPT_FILES = (".txt", ".toml", ".json")
 IMAGES = 4
-"""Pictures of a prompt that is given alone."""
+"""Pictures of a single prompt, by default."""
 
 
 @dataclass(frozen=True)
-class WhatOptions:
+class PictureOptions:
     prompt: str | None = None
     """What to draw, in A1111's prompt language: (x:1.2), [a:b:0.5], [a|b], AND, BREAK, <lora:name:0.8>."""
     negative_prompt: str = ""
-    """What to stay away from."""
+    """What the pictures should not show."""
     prompt_file: Path | None = None
-    """Instead of --prompt: a file of prompts in kohya's syntax (.txt, .toml, .json). What a line does not say is as given here."""
+    """Instead of --prompt: a file of prompts in kohya's syntax (.txt, .toml, .json). Options fill in what a line leaves out."""
     width: int | None = None
-    """Pixels, a multiple of 8. Default: what the model was trained at, or the size of --init_image."""
+    """Pixels, a multiple of 8. Default: the size that the model was trained at, or that of --init_image."""
     height: int | None = None
-    """Pixels, a multiple of 8. Default: as for the width."""
+    """Pixels, a multiple of 8. Default: like the width."""
     seed: int = 42
     """Seed of the first picture; the next ones count up from it."""
     images: int | None = None
-    """How many pictures of each prompt. Default: 4, and 1 with --prompt_file or axes."""
+    """Number of pictures of each prompt. Default: 4; 1 with --prompt_file or axes."""
     batch_size: int = 1
-    """Pictures drawn at once. A picture is the same in every batch."""
+    """Pictures drawn at once. It does not change the pictures."""
     output: Path = Path("outputs/generated.png")
-    """PNG to write. Of several pictures, or with axes, it is the sheet, and each picture stands beside it under a longer name."""
+    """PNG to write. With several pictures or axes it is the sheet, and each picture is written beside it under a longer name."""
 
     def __post_init__(self) -> None:
         require(
@@ -66,23 +66,23 @@ class WhatOptions:
 
 
 @dataclass(frozen=True)
-class BaseOptions:
+class ModelsOptions:
     pretrained_model_name_or_path: str = ModelOptions.pretrained_model_name_or_path
     """Model: a diffusers folder, a hub id, one .safetensors file, or one of the project's own (the default is)."""
     vae: str | None = None
-    """Another autoencoder: a model that has one. Default: the base's own."""
+    """Another autoencoder: that of this model. Default: the base's own."""
     lora: tuple[str, ...] = ()
-    """Adapters (kohya, diffusers, PEFT) or training states, each as PATH or PATH:WEIGHT (1 is as trained, below 0 the opposite)."""
+    """Adapters (kohya, diffusers, PEFT) or training states, each as PATH or PATH:WEIGHT (1: as trained; below 0: the opposite)."""
     lora_dir: tuple[Path, ...] = ()
-    """Folders in which <lora:name:weight> finds name.safetensors, at any depth. Default: outputs, and those of --lora."""
+    """Folders that are searched for name.safetensors of <lora:name:weight>, at any depth. Default: outputs, and those of --lora."""
     refiner: str | None = None
     """A second model of the base's family, or SDXL's refiner, that draws the last steps."""
     refiner_switch_at: float = 0.8
-    """Share of the steps after which the refiner goes on; with a hires fix, of the second pass."""
+    """Share of the steps after which the refiner takes over; of the second pass, with a hires fix."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts, where its files do not tell. Default: what they say."""
+    """What the base predicts. Default: as its files say; needed only where they do not."""
     zero_terminal_snr: bool = False
-    """The base was trained on a schedule that ends in pure noise, and its files do not tell."""
+    """The base was trained on a schedule that ends in pure noise. Needed only where its files do not say so."""
     dtype: Precision | None = None
     """Number format of the model. Default: fp16 on a GPU, float elsewhere."""
     device: str | None = None
@@ -93,7 +93,7 @@ class BaseOptions:
         given = [split_weight(text) for text in self.lora]
         paths = [path for path, _ in given]
         for place, (path, weight) in enumerate(given):
-            require(math.isfinite(weight), "lora", f"{path} wants a finite number as its weight, got {weight}.")
+            require(math.isfinite(weight), "lora", f"{path} needs a finite number as its weight, got {weight}.")
             require(path.exists(), "lora", f"{path} does not exist.")
             require(path not in paths[:place], "lora", f"{path} is given twice; give it once with the weight you mean.")
         for folder in self.lora_dir:
@@ -104,7 +104,7 @@ class BaseOptions:
             f"must lie between 0 and 1, got {self.refiner_switch_at}.",
         )
         require(
-            self.refiner is not None or self.refiner_switch_at == BaseOptions.refiner_switch_at,
+            self.refiner is not None or self.refiner_switch_at == ModelsOptions.refiner_switch_at,
             "refiner_switch_at",
             "has no effect without refiner.",
         )
@@ -120,13 +120,13 @@ class SamplingOptions:
     steps: int = 25
     """Denoising steps."""
     cfg_scale: float = 7.5
-    """How much the prompt counts (classifier-free guidance); 1 turns guidance off."""
+    """Strength of the prompt (classifier-free guidance); 1 turns guidance off."""
     clip_skip: int | None = None
-    """Layer of SD1.5's text encoder, from its end: 1 is the last (the default), 2 what many anime models want. SDXL's is fixed."""
+    """Layer of SD1.5's text encoder, from its end: 1 is the last (default), 2 is for many anime models. SDXL's is fixed."""
     emphasis: Literal["original", "no norm"] = "original"
-    """What (x:1.2) does to a text's numbers: scaled back to the mean they had, as A1111's default, or not."""
+    """Whether a weighted text's embedding is scaled back to its mean before weighting (original, A1111's default) or not."""
     prompt_syntax: Literal["a1111", "reforge"] = "a1111"
-    """reforge reads (text:x2.5) as two copies of the text; A1111 reads it as text."""
+    """reforge: (text:x2.5) repeats the text; a1111: it is plain text."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}.")
@@ -138,17 +138,17 @@ class SamplingOptions:
 @dataclass(frozen=True)
 class PassOptions:
     hires_scale: float | None = None
-    """Enlarge the picture so many times and draw it over in a second pass (hires fix). Default: one pass."""
+    """Factor by which the picture is enlarged and drawn again in a second pass (hires fix). Default: one pass."""
     hires_upscaler: str = "Latent"
-    """How it is enlarged: Latent, Latent (bicubic), Latent (nearest-exact), ... on latents, Lanczos or Nearest on pixels."""
+    """How it is enlarged: Latent, Latent (bicubic), Latent (nearest-exact), ... for latents; Lanczos, Nearest for pixels."""
     hires_steps: int | None = None
     """Steps of the second pass. Default: those of the first."""
     hires_denoising_strength: float = 0.7
-    """How much the second pass may change, above 0 and at most 1."""
+    """How much the second pass may change the picture, above 0 and at most 1."""
     init_image: Path | None = None
-    """Begin with this picture instead of noise (img2img). It is scaled to the size and cut to its shape."""
+    """Start from this picture instead of noise (img2img). It is scaled and cropped to the size."""
     denoising_strength: float = 0.75
-    """How much of it is drawn over, above 0 and at most 1; so much of the steps are done."""
+    """How much --init_image may change, above 0 and at most 1: that share of the steps is done."""
 
     def __post_init__(self) -> None:
         for name in ("hires_denoising_strength", "denoising_strength"):
@@ -175,15 +175,15 @@ class PassOptions:
 @dataclass(frozen=True)
 class SheetOptions:
     x_axis: str | None = None
-    """What changes from column to column, as "sampler: Euler, DPM++ 2M", "cfg: 3, 5, 7" or "steps: 10-30 [3]"."""
+    """What differs between columns, as "sampler: Euler, DPM++ 2M", "cfg: 3, 5, 7" or "steps: 10-30 [3]"."""
     y_axis: str | None = None
-    """What changes from row to row, likewise."""
+    """What differs between rows, likewise."""
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    what: WhatOptions
-    base: BaseOptions
+    pictures: PictureOptions
+    models: ModelsOptions
     sampling: SamplingOptions
     passes: PassOptions
     sheet: SheetOptions

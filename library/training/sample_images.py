@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from library.errors import UserError
+from library.inference.drawing_model import DrawingModel, load_drawing_vae
 from library.inference.infotext import save_png
-from library.inference.model import DrawingModel, load_drawing_vae
-from library.inference.pictures import picture_info
+from library.inference.lora_tags import cut_out_tags
+from library.inference.picture_infotext import infotext_of
+from library.inference.picture_request import PictureRequest
 from library.inference.prompt_file import PromptLine, read_prompt_file
-from library.inference.prompt_networks import cut_out_networks
-from library.inference.request import Request
 from library.inference.sampler_names import DEFAULT_SAMPLER, sampler_named
 from library.inference.text_to_image import draw, native_size
 from library.models.conditioning import clip_skip
@@ -86,7 +86,7 @@ class Sampler:
                     seed = SEED + number if line.seed is None else line.seed
                     picture = draw(drawing, request, [seed])[0]
                     path = self._path(step, number, seed)
-                    save_png(picture, path, picture_info(request, seed, self.options.output.output_name))
+                    save_png(picture, path, infotext_of(request, seed, self.options.output.output_name))
                     files.append(path)
                     if self.run.log is not None:
                         self.run.log.picture(f"samples/{number:02d}", picture, step)
@@ -115,12 +115,12 @@ class Sampler:
             return self.task.text.conditioner.parts
         return load_frozen_text(self.options, self.prepared.base, self.prepared.family, self.run.processes.device)
 
-    def _request(self, line: PromptLine, native: int) -> Request:
+    def _request(self, line: PromptLine, native: int) -> PictureRequest:
         """Prompts are read as A1111 does, who will draw with the result; tags of other adapters have no place here."""
-        prompt, tags = cut_out_networks(line.prompt)
+        prompt, tags = cut_out_tags(line.prompt)
         if tags:
             self.run.processes.say(f"samples: {', '.join(map(str, tags))} left out, only what is trained is drawn with")
-        return Request(
+        return PictureRequest(
             prompt,
             line.negative_prompt,
             steps=STEPS if line.sample_steps is None else line.sample_steps,

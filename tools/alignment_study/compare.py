@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from library.evaluation.estimates import Estimate
+from library.evaluation.standard_errors import Estimate
 
 Numbers = Mapping[str, float]
 """Measure -> value, of one run."""
@@ -91,7 +91,7 @@ class Compared:
         """What the difference is, in words; within its spread it is none."""
         if self.seeds < 2:
             return "one seed: no spread"
-        if not self.gap.is_told_from_zero:
+        if not self.gap.is_significant:
             return "no difference beyond the spread"
         direction = MEASURES[self.measure].better
         if not direction:
@@ -139,7 +139,7 @@ def table(base: Numbers, without: Arm, with_: Arm, coefficient: str) -> list[str
                 _range([with_[seed][one.measure] for seed in sorted(with_)]),
                 signed(one.gap),
                 f"{one.better_in} of {one.seeds}" if measure.better else "",
-                f"**{one.verdict}**" if one.gap.is_told_from_zero else one.verdict,
+                f"**{one.verdict}**" if one.gap.is_significant else one.verdict,
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -17,18 +17,24 @@ from library.device import choose_device
 from library.evaluation import picture_measures
 from library.evaluation.baselines import RidgeHead
 from library.evaluation.denoising import QUARTERS, denoising_losses, encode_photos, log_ratios
-from library.evaluation.drawn import Worn, draw_task, pixels_of, save_pictures, wear
-from library.evaluation.estimates import jackknife, mean_of, of_all
-from library.evaluation.feature_model import FeatureModel, load_feature_model
-from library.evaluation.features import load_folded_model, tapped
-from library.evaluation.held_out import ProbedPictures, open_probed
-from library.evaluation.measures import Measures
+from library.evaluation.feature_model import FeatureModel, load_feature_model, load_folded_model
+from library.evaluation.generated_pictures import (
+    AppliedAdapter,
+    apply_adapter,
+    draw_prompt_set,
+    pixels_of,
+    save_pictures,
+)
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures, unit
-from library.evaluation.prompts import Task
+from library.evaluation.probe_pictures import ProbePictures, open_probe_pictures
+from library.evaluation.prompt_sets import PromptSet
 from library.evaluation.representation import TIMESTEPS
+from library.evaluation.representation_measures import RepresentationMeasures
 from library.evaluation.similarity import pool_tokens
+from library.evaluation.standard_errors import jackknife, mean_of, of_all
+from library.evaluation.tap_features import features_at_tap
 from library.files import read_json, write_json
-from library.inference.model import DrawingModel, load_model
+from library.inference.drawing_model import DrawingModel, load_model
 from library.merging.source import read_source
 from library.models.locate import locate_base
 from library.options.data import ClassCacheOptions, ClassPictureOptions
@@ -54,10 +60,16 @@ def measure(
     folder = measured_folder(run, study, folders)
     if (folder / MEASURED).exists():
         return
-    worn = None if run is None else Worn(adapter_file(run, folders), read_source(adapter_file(run, folders)).adapter)
+    applied = (
+        None
+        if run is None
+        else AppliedAdapter(adapter_file(run, folders), read_source(adapter_file(run, folders)).adapter)
+    )
     for kind, task in (("new", subject.new), ("old", subject.old)):
-        save_pictures(folder / "drawn", kind, task, draw_task(model, task, worn, BATCH), worn, settings.base)
-    wear(model, worn)
+        save_pictures(
+            folder / "drawn", kind, task, draw_prompt_set(model, task, applied, BATCH), applied, settings.base
+        )
+    apply_adapter(model, applied)
     noised = encode_photos(
         model, [p.picture for p in subject.photos], subject.photo_prompts, [p.name for p in subject.photos], SIDE
     )
@@ -93,18 +105,20 @@ def _features(run: Run | None, settings: Settings, folders: Folders) -> list[dic
     own = folders.pictures(CLASSES)
     classes = ClassPictureOptions(str(own / "train.csv"), str(own / "val.csv"), class_names=own / "class_names.json")
     caches = ClassCacheOptions(cache_dir=folders.caches(CLASSES))
-    pictures = open_probed(classes, caches, side=SIDE, fit=MOST_PROBED, test=MOST_PROBED)
+    pictures = open_probe_pictures(classes, caches, side=SIDE, fit=MOST_PROBED, test=MOST_PROBED)
     return [{"timestep": timestep, **_features_at(model, pictures, timestep)} for timestep in TIMESTEPS]
 
 
-def _features_at(model: FeatureModel, pictures: ProbedPictures, timestep: int) -> dict[str, float]:
+def _features_at(model: FeatureModel, pictures: ProbePictures, timestep: int) -> dict[str, float]:
     fit_set, test_set = pictures.fit, pictures.test
     fit, test = (
-        tapped(model, one.samples, pictures.empty_prompt, tap=TAP, timestep=timestep, seed=NOISE_SEED, batch_size=16)
+        features_at_tap(
+            model, one.samples, pictures.empty_prompt, tap=TAP, timestep=timestep, seed=NOISE_SEED, batch_size=16
+        )
         for one in (fit_set, test_set)
     )
     teacher = test_set.teacher()
-    measures = Measures(len(test_set), NEIGHBOURS, (1, 5, 10), probes=True)
+    measures = RepresentationMeasures(len(test_set), NEIGHBOURS, (1, 5, 10), probes=True)
     head = RidgeHead.fit(fit.maps, fit_set.teacher(), fit_set.ids)
     found = measures.of_probes(fit.trunk, fit_set.labels, test.trunk, test_set.labels, fit_set.ids)
     # In this order: of what both know, the trunk's is kept.
@@ -209,5 +223,5 @@ class Seen:
     features: list[Mapping[str, float]]
 
 
-def _saved(folder: Path, kind: str, task: Task) -> list[Image.Image]:
+def _saved(folder: Path, kind: str, task: PromptSet) -> list[Image.Image]:
     return [Image.open(folder / f"{kind}_{number:02d}_{seed}.png").convert("RGB") for number, seed in task.places]

@@ -11,8 +11,8 @@ from library.data.demo_pictures import NEW_CLASSES, make_demo_pictures
 from library.data.new_concept import NAME, make_concept_pictures
 from library.data.pixels import decode_rgb
 from library.evaluation.photos import Photo, read_photos
-from library.evaluation.prompts import UNRELATED_SHAPES, Task
-from library.inference.request import Request
+from library.evaluation.prompt_sets import UNRELATED_SHAPES, PromptSet
+from library.inference.picture_request import PictureRequest
 from tools.alignment_study.settings import CLASSES, SIDE, Folders, Settings
 
 CONCEPT_KIND = "purple cross"
@@ -32,9 +32,9 @@ class Subject:
     photos: list[Photo]
     kinds: list[str]
     photo_prompts: list[str]
-    new: Task
+    new: PromptSet
     asked_new: list[str]
-    old: Task
+    old: PromptSet
     asked_old: list[str]
 
 
@@ -86,9 +86,9 @@ def _held_out_of_classes(folders: Folders) -> tuple[list[Photo], list[str]]:
     return photos, kinds
 
 
-def _task(prompts: list[str] | tuple[str, ...], settings: Settings) -> Task:
+def _task(prompts: list[str] | tuple[str, ...], settings: Settings) -> PromptSet:
     requests = tuple(
-        Request(text, "", steps=settings.sampling_steps, cfg_scale=CFG_SCALE, width=SIDE, height=SIDE)
+        PictureRequest(text, "", steps=settings.sampling_steps, cfg_scale=CFG_SCALE, width=SIDE, height=SIDE)
         for text in prompts
     )
-    return Task(requests, tuple(range(FIRST_SEED, FIRST_SEED + settings.drawn_seeds)))
+    return PromptSet(requests, tuple(range(FIRST_SEED, FIRST_SEED + settings.drawn_seeds)))

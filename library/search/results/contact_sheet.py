@@ -76,7 +76,7 @@ def _prompts(adapter: Path) -> list[str]:
     """Captions that the adapter was trained with, from its metadata."""
     from safetensors import SafetensorError, safe_open
 
-    from library.evaluation.prompts import plain_text, trained_captions
+    from library.evaluation.prompt_sets import plain_text, trained_captions
 
     try:
         with safe_open(adapter, "numpy") as file:

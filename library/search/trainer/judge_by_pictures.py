@@ -24,9 +24,9 @@ from library.data.pixels import decode_rgb
 from library.errors import Diverged, RunFailed, UserError
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures, unit
 from library.evaluation.picture_measures import distances, likeness
-from library.evaluation.prompts import MOST_CAPTIONS, UNRELATED, UNRELATED_SHAPES, plain_text
-from library.inference.model import DrawingModel, load_drawing_vae
-from library.inference.request import Request
+from library.evaluation.prompt_sets import MOST_CAPTIONS, UNRELATED, UNRELATED_SHAPES, plain_text
+from library.inference.drawing_model import DrawingModel, load_drawing_vae
+from library.inference.picture_request import PictureRequest
 from library.inference.text_to_image import draw, native_size
 from library.models.conditioning import clip_skip
 from library.models.embedded import SHAPES_CLIP, TINY_BASES
@@ -145,7 +145,7 @@ class ImageJudge:
             side = self.judging.size or native_size(drawing)
             pictures = []
             for prompt in prompts:
-                request = Request(
+                request = PictureRequest(
                     prompt,
                     "",
                     steps=self.judging.steps,

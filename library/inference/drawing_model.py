@@ -1,4 +1,4 @@
-"""A base as drawing needs it: loaded once, with adapters folded in and out as prompts ask."""
+"""A base model for drawing: loaded once, with adapters folded into its weights and taken out again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from library.diffusion.parametrisation import Parametrisation
 from library.diffusion.scheduler_config import parametrisation_of
+from library.inference.picture_request import Emphasis
 from library.inference.prompt_encoding import PromptEncoder
-from library.inference.request import Emphasis
 from library.merging.merge import fold, place
 from library.merging.strength import Strength
 from library.models.base_family import family_of
@@ -29,13 +29,13 @@ class DrawingModel:
 
     family: Family
     unet: Any
-    """UNet2DConditionModel, perhaps compiled or with the layers of a training"""
+    """UNet2DConditionModel, perhaps compiled or with the adapter layers of a training"""
     parts: list[TextPart]
     vae: Any
     """AutoencoderKL"""
     parametrisation: Parametrisation
     dtype: torch.dtype
-    """Of what the U-Net is given."""
+    """Of the U-Net's inputs."""
     folded: FoldedAdapters = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,21 +48,21 @@ class DrawingModel:
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent."""
+        """Pixels per latent, along one side."""
         return pixels_of_latent(self.vae)
 
     def encoder(self, clip_skip: int, emphasis: Emphasis) -> PromptEncoder:
-        """Raises UserError for layers that are not there. SDXL's layer is fixed, whatever is asked."""
+        """Raises UserError for a layer that does not exist. SDXL's layer is fixed, whatever clip_skip says."""
         return PromptEncoder(
             self.family, self.parts, clip_skip=1 if self.family.text_layer is not None else clip_skip, emphasis=emphasis
         )
 
     def size_ids(self, width: int, height: int) -> list[float] | None:
-        """What SDXL is told of sizes: a picture of this size, not cut."""
+        """The size condition of a family that has one (SDXL): an uncropped picture of this size."""
         return [height, width, 0, 0, height, width] if self.family.has_size_conditions else None
 
     def negative_size_ids(self, width: int, height: int) -> list[float] | None:
-        """The same beside the negative prompt."""
+        """The size condition of the negative prompt."""
         return self.size_ids(width, height)
 
 
@@ -75,13 +75,13 @@ def load_model(
     prediction_type: str | None = None,
     zero_terminal_snr: bool = False,
 ) -> DrawingModel:
-    """Load a base. vae: another autoencoder. prediction_type, zero_terminal_snr: where the base's files do not tell.
+    """Load a base. vae: another autoencoder. prediction_type, zero_terminal_snr: for bases whose files do not say.
 
-    Raises UserError where something cannot be loaded.
+    Raises UserError where a part cannot be loaded.
     """
     family = family_of(base)
-    said = {} if prediction_type is None else {"prediction_type": prediction_type}
-    parametrisation = parametrisation_of(load_scheduler_config(base) | said)
+    given = {} if prediction_type is None else {"prediction_type": prediction_type}
+    parametrisation = parametrisation_of(load_scheduler_config(base) | given)
     if zero_terminal_snr:
         parametrisation = parametrisation.with_zero_terminal_snr()
     return DrawingModel(
@@ -108,10 +108,10 @@ def load_drawing_vae(
 
 
 class FoldedAdapters:
-    """Adapters inside of models, exchanged in place: W = W0 + sum of ratio * what each adds, rounded once from float32.
+    """Adapters folded into models' weights, exchanged in place: W = W0 + sum of ratio * update, rounded once from float32.
 
-    The models are changed from W0 each time, so nothing builds up. keeps_originals: whether W0 of what adapters touch is
-    kept, beside it on the device, to go back to; without it, adapters go in once.
+    Every change starts from W0, so that rounding errors do not add up. keeps_originals: whether W0 of the adapted weights is kept
+    on the device; without it, adapters can be folded in only once.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], family: Family) -> None:
@@ -121,7 +121,7 @@ class FoldedAdapters:
         self._now: dict[str, tuple[tuple[Adapter, float], ...]] = {}
 
     def check(self, adapters: Sequence[Adapter]) -> None:
-        """Raise UserError, with the guess why, for an adapter that is not for these models."""
+        """Raise UserError, with the likely reason, for an adapter that does not fit these models."""
         shapes = {
             component: {key: tuple(value.shape) for key, value in model.state_dict().items()}
             for component, model in self.models.items()

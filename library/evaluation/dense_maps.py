@@ -1,4 +1,4 @@
-"""Dense maps: where in a picture predicted tokens are the teacher's, and what both see, in colours."""
+"""Dense maps: the teacher's and the predicted tokens of a picture in colours, and their cosine at each position."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from library.diffusion.alignment_losses import normalize
 
 LOW, MIDDLE, HIGH = (59, 76, 192), (221, 221, 221), (180, 4, 38)
 """Moreland's diverging cool-warm colours, for -1, 0 and 1."""
-GAP, HEADING = 4, 18
-"""Pixels between pictures, and of the line above them."""
 
 
 @dataclass(frozen=True)
-class DensePicture:
-    """Of one held-out picture, all of the photo's size. Colours of teacher and predicted mean the same; the trunk's are its own."""
+class DenseMaps:
+    """The maps of one held-out picture, each of its size. teacher and predicted share their colours; trunk has others."""
 
     sample_id: str
     photo: Image.Image
@@ -41,18 +39,18 @@ class DensePicture:
         }
 
 
-def dense_pictures(
+def dense_maps(
     ids: Sequence[str], photos: Sequence[Image.Image], teacher: Tensor, predicted: Tensor, maps: Tensor
-) -> list[DensePicture]:
-    """Pictures of tokens [n, N, D] on a square grid and trunk maps [n, C, h, w], all of the same n photos."""
+) -> list[DenseMaps]:
+    """Maps of tokens [n, N, D] on a square grid and of trunk features [n, C, h, w], of the same n photos."""
     side = int(teacher.shape[1] ** 0.5)
     sides = [normalize(tokens).unflatten(1, (side, side)) for tokens in (teacher, predicted)]
     cosines = (sides[0] * sides[1]).sum(dim=-1)  # [n, side, side]
-    colours = [pca_colours(one, like=sides[0]) for one in sides]
+    colours = [pca_colours(tokens, like=sides[0]) for tokens in sides]
     trunk = maps.float().permute(0, 2, 3, 1)
     own = pca_colours(trunk, like=trunk)
     return [
-        DensePicture(
+        DenseMaps(
             sample_id=sample_id,
             photo=photo,
             teacher=_picture(colours[0][i], photo.size),
@@ -66,10 +64,10 @@ def dense_pictures(
 
 
 def pca_colours(features: Tensor, *, like: Tensor) -> Tensor:
-    """The first three principal components of `like` [..., D] as red, green and blue of `features`: [..., 3] in [0, 1].
+    """`features` [..., D] as red, green and blue by the first three principal components of `like`: [..., 3] in [0, 1].
 
-    Each component's 2nd to 98th percentile in `like` is stretched over the range. Signs are fixed, so that the same features
-    get the same colours; with fewer than three components the rest is grey.
+    The range of a colour is its component's 2nd to 98th percentile in `like`. Signs are fixed, so that equal features get equal
+    colours; with fewer than three components the remaining colours are 0.5.
     """
     rows = like.reshape(-1, like.shape[-1]).float()
     mean = rows.mean(dim=0)
@@ -90,20 +88,6 @@ def diverging(values: Tensor) -> Tensor:
     return middle + (torch.where(values[..., None] < 0, low, high) - middle) * strength
 
 
-def sheet(pictures: Sequence[DensePicture]) -> Image.Image:
-    """One row per picture under the names of the columns."""
-    names = list(pictures[0].columns())
-    width, height = pictures[0].photo.size
-    page = Image.new("RGB", (len(names) * (width + GAP) - GAP, HEADING + len(pictures) * (height + GAP) - GAP), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default()
-    for column, name in enumerate(names):
-        draw.text((column * (width + GAP) + 2, 3), name, fill="black", font=font)
-    for row, picture in enumerate(pictures):
-        for column, image in enumerate(picture.columns().values()):
-            page.paste(image, (column * (width + GAP), HEADING + row * (height + GAP)))
-    return page
-
-
 def _picture(colours: Tensor, size: tuple[int, int]) -> Image.Image:
     """[h, w, 3] in [0, 1] as an image of `size`, each token a block."""
     pixels = (colours * 255).round().to(torch.uint8).numpy()
@@ -111,5 +95,5 @@ def _picture(colours: Tensor, size: tuple[int, int]) -> Image.Image:
 
 
 def _thinned(rows: Tensor, limit: int = 1 << 20) -> Tensor:
-    """At most `limit` rows, evenly chosen: torch.quantile takes no more than 2^24 numbers."""
+    """At most `limit` rows, evenly spaced: torch.quantile accepts at most 2^24 numbers."""
     return rows[:: -(-len(rows) // limit)]

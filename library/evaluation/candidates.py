@@ -1,4 +1,4 @@
-"""Which checkpoints are to be judged: one file, a training state, or everything that a training left in its folder."""
+"""Finds the checkpoints to evaluate: a file, a training state, or everything that a training saved in its folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"-(?:step)?(\d+)(?:-ema)?$")
 
 @dataclass(frozen=True)
 class Candidate:
-    """path: an adapter file, or a state of train_repa.py. step: optimizer steps behind it, where it says so."""
+    """A checkpoint to evaluate. path: an adapter file, or a state of train_repa.py. step: its optimizer steps, where known."""
 
     name: str
     path: Path
@@ -29,7 +29,7 @@ class Candidate:
         return self.path.is_dir()
 
     def read(self, *, use_ema: bool) -> Source:
-        """Its adapter. Raises UserError where it is damaged, or a whole model."""
+        """Its adapter. Raises UserError where the file is damaged, or is a whole model."""
         source = read_source(self.path, use_ema=use_ema and self.is_state)
         if source.is_wrapped:
             raise UserError(
@@ -40,10 +40,10 @@ class Candidate:
 
 
 def find_candidates(paths: Sequence[Path], *, use_ema: bool = False) -> list[Candidate]:
-    """Everything that `paths` name, in the order of training, each with a name of its own.
+    """The checkpoints of all `paths`, in the order of training, with unique names.
 
-    A folder stands for the states of train_repa.py in it and the adapters beside them; a state of train_network.py for the
-    adapter that was saved with it. use_ema: the averaged weights instead. Raises UserError where there is nothing.
+    A folder stands for the states of train_repa.py in it and the adapters beside them; a state of train_network.py stands for the
+    adapter that was saved with it. use_ema: the averaged weights instead. Raises UserError where there is no checkpoint.
     """
     found: list[Candidate] = []
     for path in paths:
@@ -51,7 +51,7 @@ def find_candidates(paths: Sequence[Path], *, use_ema: bool = False) -> list[Can
     unique = list({candidate.path.resolve(): candidate for candidate in found}.values())
     if all(candidate.step is not None for candidate in unique):
         unique.sort(key=lambda candidate: candidate.step or 0)
-    return _named_apart(unique)
+    return _with_unique_names(unique)
 
 
 def _in_folder(folder: Path, use_ema: bool) -> list[Candidate]:
@@ -68,7 +68,7 @@ def _in_folder(folder: Path, use_ema: bool) -> list[Candidate]:
         for file in sorted(folder.glob("*.safetensors"), key=lambda file: (file.stat().st_mtime_ns, file.name))
         if file.stem.endswith("-ema") == use_ema and _is_adapter(file)
     ]
-    # The adapter that train_repa.py writes at its end is its last state once more.
+    # At its end train_repa.py writes its last state once more, as an adapter.
     adapters = [adapter for adapter in adapters if adapter.step is None or adapter.step not in steps]
     if not states and not adapters:
         averaged = " with averaged weights" if use_ema else ""
@@ -86,8 +86,8 @@ def _of_state(folder: Path) -> Candidate:
     adapter = folder.with_name(f"{folder.name.removesuffix('-state')}.safetensors")
     if not adapter.is_file():
         raise UserError(
-            f"{folder} is a state of train_network.py, which keeps its adapter in parts, and {adapter}, which would have been "
-            "saved with it, is not there. Name an adapter file."
+            f"{folder} is a state of train_network.py, which holds no adapter file, and {adapter}, which is saved beside it, "
+            "is missing. Name an adapter file."
         )
     return _of_file(adapter)
 
@@ -102,7 +102,7 @@ def _of_file(file: Path) -> Candidate:
 
 
 def _is_adapter(file: Path) -> bool:
-    """Whether a file beside others is a checkpoint of its own: no sum that merge_lora.py made, none being written."""
+    """Whether a file in a folder is a checkpoint: not merged by merge_lora.py, and not still being written."""
     if file.name.startswith("."):
         return False
     try:
@@ -111,10 +111,12 @@ def _is_adapter(file: Path) -> bool:
         return False
 
 
-def _named_apart(candidates: list[Candidate]) -> list[Candidate]:
-    """Where two of different folders have one name, each with the name of its folder before it."""
+def _with_unique_names(candidates: list[Candidate]) -> list[Candidate]:
+    """With the folder before the name, where two checkpoints have the same name."""
     names = [candidate.name for candidate in candidates]
     return [
-        replace(one, name=f"{one.path.resolve().parent.name}/{one.name}") if names.count(one.name) > 1 else one
-        for one in candidates
+        replace(candidate, name=f"{candidate.path.resolve().parent.name}/{candidate.name}")
+        if names.count(candidate.name) > 1
+        else candidate
+        for candidate in candidates
     ]

@@ -1,4 +1,4 @@
-"""What the file of a picture says of how it was made (`library.inference.infotext`), from the request it was made by."""
+"""The parameters text of a picture (`library.inference.infotext`), from the request that it was drawn from."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from library import project_version
 from library.inference.find_adapters import title_of
 from library.inference.infotext import Infotext
-from library.inference.prompt_networks import LoraWeights, StepWeights, cut_out_networks
-from library.inference.request import Request
+from library.inference.lora_tags import LoraWeights, StepWeights, cut_out_tags
+from library.inference.picture_request import PictureRequest
 
-# Before the version. A number alone would be taken for A1111's own, which then draws as that old version of it did.
+# Stands before the version: A1111 would take a number alone for its own version, and imitate that one.
 PROJECT = "repa-scripts"
 
 
-def picture_info(
-    request: Request,
+def infotext_of(
+    request: PictureRequest,
     seed: int,
     model: str,
     *,
@@ -25,14 +25,14 @@ def picture_info(
     refiner: str | None = None,
     vae: str | None = None,
 ) -> Infotext:
-    """What A1111 and others need to draw it again, as far as its text has words for it: not a picture to begin with, nor the
-    prompts' dialect, and the noise between the steps of ancestral samplers is another there.
+    """What A1111 and others need to draw the picture again. The text has no field for an init image or the prompt's dialect, and
+    ancestral samplers draw other noise there.
 
-    Adapters that no tag names stand as tags behind the prompt, as A1111 takes them. vae: the name of another autoencoder.
+    Adapters without a tag in the prompt are appended to it as tags. vae: the name of another autoencoder.
     """
     hires, other = request.hires, {}
     sampler, schedule = request.sampler_and_schedule
-    named = {tag.positional[0] for tag in cut_out_networks(request.prompt)[1] if tag.positional}
+    named = {tag.positional[0] for tag in cut_out_tags(request.prompt)[1] if tag.positional}
     tags = "".join(f" {tag_of(use.weights)}" for use in request.loras if use.weights.name not in named)
     if refiner is not None:
         other["Refiner switch by sampling steps"] = "True"
@@ -66,26 +66,26 @@ def picture_info(
 
 
 def tag_of(weights: LoraWeights) -> str:
-    """A tag that asks for these weights: <lora:name:0.8>."""
+    """The tag of these weights: <lora:name:0.8>."""
     return f"<lora:{weights.name}:{strength_of(weights)}>"
 
 
 def strength_of(weights: LoraWeights) -> str:
-    """The same without the name: 0.8, or 0.5:1 for text encoders and U-Net apart."""
-    te, unet, hrte, hrunet = (_written(one) for one in (weights.te, weights.unet, weights.hrte, weights.hrunet))
+    """The weights as in a tag: 0.8, or 0.5:1 where text encoders and U-Net differ."""
+    te, unet, hrte, hrunet = (_written(part) for part in (weights.te, weights.unet, weights.hrte, weights.hrunet))
     words = [te] if te == unet else [te, unet]
-    words += [f"{name}={said}" for name, said, first in (("hrte", hrte, te), ("hrunet", hrunet, unet)) if said != first]
+    words += [f"{name}={text}" for name, text, first in (("hrte", hrte, te), ("hrunet", hrunet, unet)) if text != first]
     return ":".join(words)
 
 
 def model_name(name: str) -> str:
-    """What a base is called: the last part of a path, a hub id as it is."""
+    """The name of a base: the last part of a path, or the whole hub id."""
     path = Path(name).expanduser()
     return title_of(path) if path.exists() else name
 
 
 def vae_name(name: str) -> str:
-    """The same of an autoencoder; A1111 calls one by its file, with the suffix."""
+    """The name of an autoencoder; A1111 names a file with its suffix."""
     path = Path(name).expanduser()
     return path.name if path.is_file() else model_name(name)
 

@@ -1,7 +1,7 @@
 """`<lora:name:weight>` tags of prompts, with weights that change from step to step.
 
-The plain tag is A1111's. The stepwise one, `<lora:name:0@0.4,0.7@0.8:hr=0.7@0,0@0.5>`, is that of the extension loractl
-(cheald/sd-webui-loractl), whose interpolation is followed; reForge's port switches in steps and ignores `hr` instead.
+The plain tag is A1111's. The stepwise one, `<lora:name:0@0.4,0.7@0.8:hr=0.7@0,0@0.5>`, is the extension loractl's
+(cheald/sd-webui-loractl), whose interpolation is followed here; reForge's port switches between the weights and ignores `hr`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAMED = ("te", "unet", "hr", "hrte", "hrunet")
 
 
 @dataclass(frozen=True)
-class NetworkTag:
+class PromptTag:
     """A tag as written: <kind:positional:...:name=value>."""
 
     kind: str
@@ -33,14 +33,14 @@ class NetworkTag:
         return f"<{':'.join([self.kind, *self.positional, *(f'{key}={value}' for key, value in self.named.items())])}>"
 
 
-def cut_out_networks(text: str) -> tuple[str, tuple[NetworkTag, ...]]:
-    """The text without its tags, wherever they stand, and the tags. An argument with exactly one `=` is named."""
+def cut_out_tags(text: str) -> tuple[str, tuple[PromptTag, ...]]:
+    """The text without its tags, and the tags. An argument with exactly one `=` is a named one."""
     tags = []
 
     def keep(found: re.Match[str]) -> str:
         arguments = found[2].split(":")
         named = dict(argument.split("=") for argument in arguments if argument.count("=") == 1)
-        tags.append(NetworkTag(found[1], tuple(a for a in arguments if a.count("=") != 1), named))
+        tags.append(PromptTag(found[1], tuple(a for a in arguments if a.count("=") != 1), named))
         return ""
 
     return _TAG.sub(keep, text), tuple(tags)
@@ -74,10 +74,10 @@ class LoraWeights:
     hrunet: StepWeights
 
 
-def lora_weights(tag: NetworkTag) -> LoraWeights:
-    """What a `lora` or `lyco` tag asks for. No weight is 1; `te` alone is `unet` too; without `hr` both passes are alike.
+def lora_weights(tag: PromptTag) -> LoraWeights:
+    """The weights of a `lora` or `lyco` tag. The default weight is 1, `unet` defaults to `te`, and the second pass to the first.
 
-    Raises UserError for weights that are no numbers, for names other than te, unet, hr, hrte and hrunet, and without a name.
+    Raises UserError for a missing name, for weights that are no numbers, and for arguments other than te, unet, hr, hrte, hrunet.
     """
     if not tag.positional or not tag.positional[0].strip():
         raise UserError(f"{tag} of the prompt names no file. Write <{tag.kind}:name:weight>.")
@@ -98,7 +98,7 @@ def lora_weights(tag: NetworkTag) -> LoraWeights:
     return LoraWeights(name, **{key: _step_weights(text, tag) for key, text in texts.items()})
 
 
-def _step_weights(text: str, tag: NetworkTag) -> StepWeights:
+def _step_weights(text: str, tag: PromptTag) -> StepWeights:
     """`0.7`, or `0@0.4,0.7@0.8` with `,` or `;` between; an entry without a position is at 1."""
     points = []
     for entry in re.split("[,;]", text):

@@ -1,4 +1,4 @@
-"""Draws lists of pictures: each model is loaded once, and what differs in its seed alone is drawn together."""
+"""Draws the pictures of a plan: each model is loaded once, and pictures that differ in their seeds alone are drawn in batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from library.errors import UserError
+from library.inference.drawing_model import DrawingModel, load_model
 from library.inference.infotext import Infotext, lora_hash, model_hash, model_title
-from library.inference.model import DrawingModel, load_model
-from library.inference.pictures import model_name, picture_info, vae_name
+from library.inference.picture_infotext import infotext_of, model_name, vae_name
+from library.inference.picture_plan import PlannedPicture
+from library.inference.picture_request import LoraUse, PictureRequest
 from library.inference.refiner import load_refiner, locate_refiner
-from library.inference.request import LoraUse, Request
-from library.inference.shots import Shot
 from library.inference.text_to_image import draw
 from library.merging.merge import place
 from library.merging.source import Source, read_source
@@ -30,8 +30,11 @@ from networks.families import VAE
 
 
 @dataclass
-class Studio:
-    """prediction_type, zero_terminal_snr: see `load_model`. say: is told of what a user should know."""
+class DrawingSession:
+    """Keeps what several pictures share: the base, the refiner, adapters and hashes.
+
+    prediction_type, zero_terminal_snr: see `load_model`. say: prints what the user should know.
+    """
 
     dtype: torch.dtype
     device: torch.device
@@ -48,7 +51,7 @@ class Studio:
     _hashing: Lock = field(default_factory=Lock, init=False)
 
     def model(self, base: str) -> DrawingModel:
-        """A base, loaded; the one before it is let go first."""
+        """The base, loaded. The one loaded before is released first."""
         if self._loaded is not None and self._loaded[0] == base:
             return self._loaded[1]
         self._loaded = None
@@ -66,20 +69,22 @@ class Studio:
         self._loaded = base, found
         return found
 
-    def check(self, shots: Sequence[Shot]) -> dict[str, int]:
-        """The side in pixels that each base was trained at. Bases on the hub are fetched; headers are read, and pickles.
+    def check(self, pictures: Sequence[PlannedPicture]) -> dict[str, int]:
+        """The side in pixels that each base was trained at. Fetches bases from the hub, and reads headers (of pickles, everything).
 
-        Raises UserError for a base, an autoencoder or a refiner that is not there, and where a base does not go with the refiner
-        or with an adapter of its pictures.
+        Raises UserError for a missing base, autoencoder or refiner, and where a base does not fit the refiner or an adapter of its
+        pictures.
         """
-        bases = {base: locate_base(base) for base in dict.fromkeys(shot.base for shot in shots)}
+        bases = {base: locate_base(base) for base in dict.fromkeys(picture.base for picture in pictures)}
         if self.vae is not None:
             family_of(locate_base(self.vae, ("vae",)))
         for base, location in bases.items():
             family = family_of(location)
             if self.refiner is not None:
                 locate_refiner(self.refiner, family)
-            paths = dict.fromkeys(use.path for shot in shots if shot.base == base for use in shot.request.loras)
+            paths = dict.fromkeys(
+                use.path for picture in pictures if picture.base == base for use in picture.request.loras
+            )
             shapes = open_checkpoint(location, without=(VAE,)).shapes if paths else {}
             for path in paths:
                 adapter = self._adapter(path)
@@ -89,45 +94,47 @@ class Studio:
                     raise UserError(f"{path} is not for {base}: {error}") from None
         return {base: native_side(location) for base, location in bases.items()}
 
-    def draw(self, shots: Sequence[Shot], batch_size: int = 1) -> Iterator[tuple[list[Shot], list[Image.Image]]]:
-        """Batches as they are drawn, in the order of the list; `check` them before."""
-        for base, of_base in groupby(shots, key=lambda shot: shot.base):
-            own = list(of_base)
+    def draw(
+        self, pictures: Sequence[PlannedPicture], batch_size: int = 1
+    ) -> Iterator[tuple[list[PlannedPicture], list[Image.Image]]]:
+        """Batches as they are drawn, in the order of `pictures`; call `check` first."""
+        for base, group in groupby(pictures, key=lambda picture: picture.base):
+            of_base = list(group)
             model = self.model(base)
-            self._prepare(model, own)
-            for request, alike in groupby(own, key=lambda shot: shot.request):
+            self._prepare(model, of_base)
+            for request, alike in groupby(of_base, key=lambda picture: picture.request):
                 together = list(alike)
                 for start in range(0, len(together), batch_size):
                     batch = together[start : start + batch_size]
-                    yield batch, self._drawn(model, request, [shot.seed for shot in batch])
+                    yield batch, self._draw_batch(model, request, [picture.seed for picture in batch])
 
     def hash_ahead(self, bases: Iterable[str]) -> None:
-        """Begin to hash the files of bases and refiner, which `info` names, beside loading and drawing: gigabytes take seconds."""
+        """Hash the files of bases and refiner in a thread, for `infotext`: gigabytes take seconds."""
         models = dict.fromkeys([*bases, *([] if self.refiner is None else [self.refiner])])
         Thread(target=lambda: [self._model_hash(name) for name in models], daemon=True).start()
 
-    def info(self, shot: Shot) -> Infotext:
-        """What the file of a picture says of it."""
+    def infotext(self, picture: PlannedPicture) -> Infotext:
+        """The parameters text for a picture's file."""
         refiner = None
         if self.refiner is not None:
             refiner = model_title(model_name(self.refiner), self._model_hash(self.refiner))
-        return picture_info(
-            shot.request,
-            shot.seed,
-            model_name(shot.base),
-            model_hash=self._model_hash(shot.base),
-            lora_hashes={use.weights.name: self._hash(use) for use in shot.request.loras},
+        return infotext_of(
+            picture.request,
+            picture.seed,
+            model_name(picture.base),
+            model_hash=self._model_hash(picture.base),
+            lora_hashes={use.weights.name: self._hash(use) for use in picture.request.loras},
             refiner=refiner,
             vae=None if self.vae is None else vae_name(self.vae),
         )
 
-    def _drawn(self, model: DrawingModel, request: Request, seeds: Sequence[int]) -> list[Image.Image]:
+    def _draw_batch(self, model: DrawingModel, request: PictureRequest, seeds: Sequence[int]) -> list[Image.Image]:
         refiner = None if request.refiner_switch_at is None else self._refiner
         adapters = {use.path: self._adapter(use.path) for use in request.loras}
         return draw(model, request, seeds, adapters=adapters, refiner=refiner)
 
-    def _prepare(self, model: DrawingModel, shots: Sequence[Shot]) -> None:
-        requests = list(dict.fromkeys(shot.request for shot in shots))
+    def _prepare(self, model: DrawingModel, pictures: Sequence[PlannedPicture]) -> None:
+        requests = list(dict.fromkeys(picture.request for picture in pictures))
         if self.refiner is not None and (self._refiner is None or self._refiner.family != model.family):
             self._refiner = load_refiner(self.refiner, model, dtype=self.dtype, device=self.device)
         model.folded.keeps_originals = adapters_change(requests)
@@ -143,7 +150,7 @@ class Studio:
         source = self._sources[path]
         if source.is_wrapped:
             raise UserError(
-                f"{path} holds a whole model with adapters in it. Merge it with merge_lora.py and name the result as base."
+                f"{path} holds a whole model with adapters in it. Merge it with merge_lora.py and name the result as the base."
             )
         return source.adapter
 
@@ -159,18 +166,18 @@ class Studio:
             return self._model_hashes[base]
 
 
-def adapters_change(requests: Sequence[Request]) -> bool:
-    """Whether the weights of adapters ever change, from picture to picture, pass to pass or step to step."""
+def adapters_change(requests: Sequence[PictureRequest]) -> bool:
+    """Whether any adapter's weight changes between pictures, passes or steps."""
     states = set()
     for request in requests:
         state = []
         for use in request.loras:
             weights = use.weights
-            ways = [weights.te, weights.unet] + ([weights.hrte, weights.hrunet] if request.hires else [])
-            if not all(way.is_constant for way in ways):
+            by_step = [weights.te, weights.unet] + ([weights.hrte, weights.hrunet] if request.hires else [])
+            if not all(weight.is_constant for weight in by_step):
                 return True
-            state.append((use.path, *(way.weights[0] for way in ways[:2])))
-            if request.hires and ways[:2] != ways[2:]:
+            state.append((use.path, *(weight.weights[0] for weight in by_step[:2])))
+            if request.hires and by_step[:2] != by_step[2:]:
                 return True
         states.add(tuple(state))
     return len(states) > 1

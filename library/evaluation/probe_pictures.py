@@ -1,4 +1,4 @@
-"""Pictures that representations are measured on: some to fit probes and heads on, others held out, read from the caches."""
+"""Cached pictures that representations are measured on: one set to fit probes and heads, another one held out."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from library.errors import UserError
 from library.models.encoders import dequantize_tokens
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.training.state import read_facts
+from library.words import plural
 
 Group = TypeVar("Group", ClassPictureOptions, ClassCacheOptions)
 
 
 @dataclass(frozen=True)
 class StoredPictures:
-    """Latents and teacher tokens of some pictures, in their stores."""
+    """The latents and teacher tokens of pictures, in their stores."""
 
     sample_ids: list[str]
     latents: TensorStore
@@ -59,8 +60,8 @@ class StoredPictures:
 
 
 @dataclass
-class ProbedSet:
-    """Cached pictures with teacher tokens. labels: [n] int64 class ids. photo: the picture by its place, as it was encoded."""
+class ProbeSet:
+    """Cached pictures with teacher tokens. labels: [n] int64 class ids. photo(place): the picture as it was encoded."""
 
     samples: StoredPictures
     labels: Tensor
@@ -80,26 +81,26 @@ class ProbedSet:
 
 
 @dataclass
-class ProbedPictures:
-    """fit: training pictures, for probes and heads. test: held-out ones, of which every number is."""
+class ProbePictures:
+    """fit: training pictures, for probes and heads. test: held-out pictures, on which everything is measured."""
 
-    fit: ProbedSet
-    test: ProbedSet
+    fit: ProbeSet
+    test: ProbeSet
     empty_prompt: Tensor
     """[77, D] float16."""
     notes: list[str]
-    """What of the pictures should be known beside the numbers."""
+    """Sentences about the pictures that the report shows."""
 
 
-def pictures_of_state(state: Path, *, fit: int, test: int) -> ProbedPictures:
-    """The pictures a train_repa state was trained and validated on, from the caches it names.
+def pictures_of_state(state: Path, *, fit: int, test: int) -> ProbePictures:
+    """The pictures that a train_repa state was trained and validated on, from its caches.
 
-    Raises UserError where `state` is no whole state, had no val_data, or its caches are gone or were made differently since.
+    Raises UserError where `state` is incomplete or had no val_data, or its caches are missing or were rebuilt differently.
     """
     facts = read_facts(state)
     options = facts["options"]
     classes, caches = _group(ClassPictureOptions, options, state), _group(ClassCacheOptions, options, state)
-    pictures = open_probed(classes, caches, side=options["resolution"][0], fit=fit, test=test)
+    pictures = open_probe_pictures(classes, caches, side=options["resolution"][0], fit=fit, test=test)
     for name, producer in facts.get("caches", {}).items():
         store = pictures.fit.samples.tokens if name.startswith("tokens ") else pictures.fit.samples.latents
         if not store.foreign and store.meta.producer != producer:
@@ -110,65 +111,66 @@ def pictures_of_state(state: Path, *, fit: int, test: int) -> ProbedPictures:
     return pictures
 
 
-def open_probed(
+def open_probe_pictures(
     classes: ClassPictureOptions, cache: ClassCacheOptions, *, side: int, fit: int, test: int
-) -> ProbedPictures:
-    """At most `fit` training and `test` validation pictures, chosen by a stable hash, of those that are cached.
+) -> ProbePictures:
+    """At most `fit` training and `test` validation pictures of those that are cached, chosen by a stable hash.
 
-    side: of the squares that they were encoded as. Nothing is built: prepare_cache.py does that.
-    Raises UserError where there is no validation set, no store, or nothing in it.
+    side: of the squares that they were encoded as. Caches are not built here: prepare_cache.py does that.
+    Raises UserError where there is no validation set, or a store is missing or empty.
     """
     pictures = open_pictures(classes)
     if pictures.val is None:
         raise UserError(
-            "Representations are measured on held-out pictures, and there are none: val_data was not given. Give val_data, "
+            "Representations are measured on held-out pictures, and there are none: the training had no val_data. Give val_data, "
             "and build its caches with prepare_cache.py."
         )
     text = read_text_embeddings(cache.text_embeddings_path)
     notes: list[str] = []
     sets = {
-        "train": _probed(pictures.train, side, cache, fit, notes),
-        "val": _probed(pictures.val, side, cache, test, notes),
+        "train": _probe_set(pictures.train, side, cache, fit, notes),
+        "val": _probe_set(pictures.val, side, cache, test, notes),
     }
     if shared := set(sets["train"].ids) & set(sets["val"].ids):
         notes.append(
-            f"{len(shared)} of {len(sets['val'])} held-out pictures have ids that are among the fitted ones (first: "
-            f"{min(shared)}): where these are the same pictures, the numbers are too good."
+            f"{len(shared)} of {plural(len(sets['val']), 'held-out picture')} share an id with a training picture (first: "
+            f"{min(shared)}): if the pictures are the same, the numbers are too good."
         )
-    return ProbedPictures(sets["train"], sets["val"], text.embeddings[text.empty_row], notes)
+    return ProbePictures(sets["train"], sets["val"], text.embeddings[text.empty_row], notes)
 
 
-def _probed(pictures: PictureSet, side: int, cache: ClassCacheOptions, limit: int, notes: list[str]) -> ProbedSet:
+def _probe_set(pictures: PictureSet, side: int, cache: ClassCacheOptions, limit: int, notes: list[str]) -> ProbeSet:
     stores = {
         kind: TensorStore(
             cache.store_path(f"{pictures.name}_{kind}"), kind, made_elsewhere=shape and ("float16", shape)
         )
         for kind, shape in (("latents", cache.latent_shape), ("tokens", cache.token_shape))
     }
-    cached = [one for one in pictures.samples if all(one.sample_id in store for store in stores.values())]
+    cached = [sample for sample in pictures.samples if all(sample.sample_id in store for store in stores.values())]
     if absent := len(pictures.samples) - len(cached):
-        notes.append(f"{absent} of {len(pictures.samples)} pictures of {pictures.source.location} are not cached.")
+        verb = "is" if absent == 1 else "are"
+        notes.append(f"{absent} of {len(pictures.samples)} pictures of {pictures.source.location} {verb} not cached.")
     if len(cached) < 2:
         raise UserError(
             f"{len(cached)} of {len(pictures.samples)} pictures of {pictures.source.location} are in {stores['latents'].path} "
-            f"and {stores['tokens'].path}; two at least are needed. prepare_cache.py builds what is missing."
+            f"and {stores['tokens'].path}; at least two are needed. prepare_cache.py builds the missing entries."
         )
     chosen = choose_samples(cached, limit)
-    samples = StoredPictures([one.sample_id for one in chosen], stores["latents"], stores["tokens"])
+    samples = StoredPictures([sample.sample_id for sample in chosen], stores["latents"], stores["tokens"])
 
     def photo(place: int) -> Image.Image:
-        one = chosen[place]
+        sample = chosen[place]
         try:
-            picture = decode_rgb(pictures.source.read(one), name=one.path)
+            picture = decode_rgb(pictures.source.read(sample), name=sample.path)
         except UnreadableImage as error:
-            raise UserError(f"{error}. It was readable when it was cached.") from None
+            raise UserError(f"{error}. It was readable when the cache was built.") from None
         return Image.fromarray(square_crop(picture, side))
 
-    return ProbedSet(samples, torch.tensor([one.class_id for one in chosen]), photo)
+    return ProbeSet(samples, torch.tensor([sample.class_id for sample in chosen]), photo)
 
 
 def _group(kind: type[Group], options: Mapping[str, Any], state: Path) -> Group:
-    """An option group as it was when the state was saved; what an older version did not have is at its default."""
+    """An option group of the training; options that its version did not have are at their defaults."""
     values = {field.name: options[field.name] for field in fields(kind) if field.name in options}
     try:
         return TypeAdapter(kind).validate_python(values)

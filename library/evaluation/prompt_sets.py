@@ -1,4 +1,4 @@
-"""What is drawn: prompts with the subject, and prompts that have nothing to do with it. No torch."""
+"""The prompts of an evaluation: those with the subject, and unrelated ones. No torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.errors import UserError
+from library.inference.lora_tags import cut_out_tags
+from library.inference.picture_request import PictureRequest, request_of
 from library.inference.prompt_file import PromptLine, read_prompt_file
-from library.inference.prompt_networks import cut_out_networks
 from library.inference.prompt_syntax import parse_prompt
-from library.inference.request import Request, request_of
 from library.models.embedded import TINY_BASES
 from library.options.evaluate import EvaluateOptions
 
 MOST_CAPTIONS = 4
-"""Captions that become prompts where none is given."""
+"""Captions that are used as prompts where no prompt is given."""
 FEWEST_SEEDS = 2
-"""Of a prompt: with one there is no spread."""
+"""Seeds of each prompt: a single one has no variance."""
 
 UNRELATED = (
     "a photo of a dog in a park",
@@ -42,22 +42,22 @@ UNRELATED_SHAPES = (
     "a medium yellow circle on the right on a plain brown background",
     "a large green circle at the bottom left on a dotted white background",
 )
-"""Of the bases that come with the project, which know nothing else."""
+"""For the bases that come with the project, which draw nothing else."""
 
 
 _SPECIAL = re.compile(r"[\\()\[\]|<>]")
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is drawn: every request with every seed. Seeds are the same for all requests."""
+class PromptSet:
+    """Requests, each of which is drawn with every seed."""
 
-    requests: tuple[Request, ...]
+    requests: tuple[PictureRequest, ...]
     seeds: tuple[int, ...]
 
     @property
     def places(self) -> list[tuple[int, int]]:
-        """(request, seed) of each picture, in the order in which they are drawn."""
+        """(request, seed) of each picture, in drawing order."""
         return [(number, seed) for number in range(len(self.requests)) for seed in self.seeds]
 
     @property
@@ -68,35 +68,35 @@ class Task:
 
 @dataclass(frozen=True)
 class Subject:
-    """lines: what is drawn. why: where the prompts come from, for the plan."""
+    """The prompts of the subject. source: where they come from, for the plan."""
 
     lines: list[PromptLine]
-    why: str
+    source: str
 
 
 def subject_prompts(
     options: EvaluateOptions, captions: Sequence[str | None], metadata: Mapping[str, str]
 ) -> Subject | None:
-    """As given, else captions of the photos, else of the training, as the adapter's metadata has them; else None."""
-    drawn = options.drawn
-    if drawn.prompts is not None:
-        return Subject(read_prompt_file(drawn.prompts), f"of {drawn.prompts}")
-    if drawn.prompt:
-        return Subject([PromptLine(text) for text in drawn.prompt], "as given")
-    if said := list(dict.fromkeys(caption for caption in captions if caption)):
-        chosen = [said[i * len(said) // MOST_CAPTIONS] for i in range(MOST_CAPTIONS)]
+    """The prompts of the options, else captions of the photos, else of the training by the adapter's metadata; else None."""
+    pictures = options.pictures
+    if pictures.prompts is not None:
+        return Subject(read_prompt_file(pictures.prompts), f"from {pictures.prompts}")
+    if pictures.prompt:
+        return Subject([PromptLine(text) for text in pictures.prompt], "as given")
+    if known := list(dict.fromkeys(caption for caption in captions if caption)):
+        chosen = [known[i * len(known) // MOST_CAPTIONS] for i in range(MOST_CAPTIONS)]
         return Subject(
             [PromptLine(plain_text(text)) for text in dict.fromkeys(chosen)], "captions of the held-out photos"
         )
     if trained := trained_captions(metadata):
         return Subject(
-            [PromptLine(plain_text(text)) for text in trained], "captions of the training, as the adapter says"
+            [PromptLine(plain_text(text)) for text in trained], "captions of the training, from the adapter's metadata"
         )
     return None
 
 
 def unrelated_prompts(file: Path | None, base: str, count: int) -> list[PromptLine]:
-    """At most so many that `count` pictures are FEWEST_SEEDS of each."""
+    """The prompts of the file, else of ours: at most so many that `count` pictures are FEWEST_SEEDS per prompt."""
     if file is not None:
         return read_prompt_file(file)
     texts = UNRELATED_SHAPES if is_ours(base) else UNRELATED
@@ -104,12 +104,12 @@ def unrelated_prompts(file: Path | None, base: str, count: int) -> list[PromptLi
 
 
 def is_ours(base: str) -> bool:
-    """Whether it is a base that comes with the project."""
+    """Whether the base comes with the project."""
     return base in TINY_BASES or Path(base).name in TINY_BASES
 
 
 def trained_captions(metadata: Mapping[str, str]) -> list[str]:
-    """From kohya's ss_tag_frequency: the tag that most captions have, or where all are different, some captions whole."""
+    """From kohya's ss_tag_frequency: the commonest tag, or some of the captions where no tag is repeated."""
     try:
         folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
         counts: dict[str, int] = {}
@@ -126,28 +126,28 @@ def trained_captions(metadata: Mapping[str, str]) -> list[str]:
     return common[:1] if most > 1 else common[:MOST_CAPTIONS]
 
 
-def task_of(options: EvaluateOptions, lines: Sequence[PromptLine], size: int) -> Task:
-    """Requests of these prompts, and seeds so that there are num_samples pictures, at least FEWEST_SEEDS of each."""
-    drawn, sampling = options.drawn, options.sampling
-    seeds = max(FEWEST_SEEDS, math.ceil(drawn.num_samples / len(lines)))
+def make_prompt_set(options: EvaluateOptions, lines: Sequence[PromptLine], size: int) -> PromptSet:
+    """Requests of these prompts, with seeds for num_samples pictures, at least FEWEST_SEEDS per prompt."""
+    pictures, sampling = options.pictures, options.sampling
+    seeds = max(FEWEST_SEEDS, math.ceil(pictures.num_samples / len(lines)))
     requests = tuple(
-        request_of(line, sampling, width=size, height=size, negative_prompt=drawn.negative_prompt) for line in lines
+        request_of(line, sampling, width=size, height=size, negative_prompt=pictures.negative_prompt) for line in lines
     )
     for request in requests:
-        if tags := cut_out_networks(request.prompt)[1]:
+        if tags := cut_out_tags(request.prompt)[1]:
             raise UserError(
-                f"{tags[0]} of the prompt names an adapter, and here adapters are compared: name it as --checkpoint instead."
+                f"{tags[0]} of the prompt names an adapter. Evaluated adapters are named with --checkpoint instead."
             )
-    return Task(requests, tuple(range(drawn.seed, drawn.seed + seeds)))
+    return PromptSet(requests, tuple(range(pictures.seed, pictures.seed + seeds)))
 
 
-def words_of(request: Request) -> str:
-    """What its prompt asks for in the last step, without the marks of the syntax: for those who read words, as CLIP does."""
+def words_of(request: PictureRequest) -> str:
+    """The plain words of a request's prompt at the last step, without its syntax: for CLIP."""
     parts = parse_prompt(request.prompt, request.steps, dialect=request.dialect).parts
     spans = (span for part in parts for span in part.schedule[-1].spans)
     return " ".join(" ".join(span.text for span in spans if not span.closes_chunk).split())
 
 
 def plain_text(caption: str) -> str:
-    """A caption as a prompt that means its letters: brackets and bars escaped."""
+    """A caption as a literal prompt: brackets and bars are escaped, < and > removed."""
     return _SPECIAL.sub(lambda found: "" if found[0] in "<>" else "\\" + found[0], caption)

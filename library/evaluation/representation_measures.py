@@ -1,4 +1,4 @@
-"""All measures of predicted tokens, or of any features, against the teacher's, by name; and what each name means."""
+"""All measures that compare predicted tokens, or any features, with the teacher's, by name, with their meanings."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from library.evaluation.similarity import (
 )
 
 MEANINGS = {
-    "token_cosine": "Cosine with the teacher's token, mean over tokens. Compare with the constants' rows, not with 0.",
-    "token_cosine_centred": "The same after each side lost the mean of all its tokens: a constant gets 0.",
-    "token_cosine_by_position": "The same after the mean at each position was taken away: what place alone says counts nothing.",
-    "token_cosine_by_image": "The same after each image's mean token was taken away: only how places of an image differ.",
-    "sample_mae": "Mean difference of the similarities between pictures, the teacher's against these. Lower is better, 0 is equal.",
-    "sample_mae_centred": "The same after each side lost its mean vector.",
+    "token_cosine": "Cosine with the teacher's token, mean over tokens. Compare it with the rows of constants, not with 0.",
+    "token_cosine_centred": "The same after the mean of all tokens was subtracted on each side: a constant gets 0.",
+    "token_cosine_by_position": "The same after each position's mean was subtracted: what the position alone predicts is 0.",
+    "token_cosine_by_image": "The same after each image's mean token was subtracted: only differences within an image count.",
+    "sample_mae": "Mean absolute difference between the teacher's and these similarities of pictures. Lower is better; 0 is equal.",
+    "sample_mae_centred": "The same after the mean vector was subtracted on each side.",
     "cka": "Debiased linear CKA of pooled features: 0 is unrelated, 1 equal up to rotation and scale.",
-    "cka_biased": "Linear CKA as first published: rises to 1 where there are fewer pictures than channels, whatever they are.",
+    "cka_biased": "Linear CKA as first published: near 1 for any features with more channels than pictures.",
     "cknna": "CKA on pairs that are neighbours on both sides (REPA's measure).",
-    "mutual_knn": "Share of nearest pictures that are the teacher's nearest too.",
+    "mutual_knn": "Share of nearest neighbours that are the teacher's nearest neighbours too.",
     "linear_probe": "Accuracy of a linear classifier on pooled features of held-out pictures.",
-    "linear_probe_fit": "Its accuracy on the pictures it was fitted on.",
-    "knn_accuracy": "Accuracy of the vote of the nearest fitted pictures.",
+    "linear_probe_fit": "The linear classifier's accuracy on the pictures that it was fitted on.",
+    "knn_accuracy": "Accuracy of a vote of the nearest training pictures.",
 }
-"""Of every measure but those numbered by k, recall@k and retrieval@k (`meaning`)."""
+"""The meanings of all measures except recall@k and retrieval@k; see `meaning`."""
 
 
 def meaning(measure: str) -> str:
-    """One sentence on a measure, for a table's legend."""
+    """A sentence on a measure, for the report."""
     name, _, k = measure.partition("@")
     if name == "recall":
         return f"Share of pictures whose nearest one to the teacher is among the {k} nearest here."
@@ -47,14 +47,14 @@ def meaning(measure: str) -> str:
 
 
 @dataclass(frozen=True)
-class Measures:
-    """Which measures there are for `count` held-out pictures: k is below count - 1, where everything would be a neighbour."""
+class RepresentationMeasures:
+    """The measures that `count` held-out pictures allow: those of k neighbours need more than k + 1 pictures."""
 
     count: int
     neighbours: int
     recall_at: tuple[int, ...]
     probes: bool
-    """Whether pictures have classes to be told apart."""
+    """Whether the pictures have at least two classes."""
 
     @property
     def ks(self) -> list[int]:
@@ -65,20 +65,22 @@ class Measures:
         return self.neighbours < self.count - 1
 
     def left_out(self) -> list[str]:
-        """One sentence for each kind of measure that these pictures do not allow."""
-        said = []
+        """A sentence for each kind of measure that these pictures do not allow."""
+        sentences = []
         if dropped := [k for k in self.recall_at if k not in self.ks]:
-            said.append(
+            sentences.append(
                 f"recall@{', @'.join(map(str, dropped))} is left out: {self.count} held-out pictures are too few."
             )
         if not self.has_neighbours:
-            said.append(f"mutual_knn and cknna are left out: {self.neighbours} neighbours of {self.count} pictures.")
+            sentences.append(
+                f"mutual_knn and cknna are left out: {self.count} pictures are too few for {self.neighbours} neighbours."
+            )
         if not self.probes:
-            said.append("linear_probe and knn_accuracy are left out: the fitted pictures are all of one class.")
-        return said
+            sentences.append("linear_probe and knn_accuracy are left out: all training pictures are of one class.")
+        return sentences
 
     def chance(self, fit_labels: Tensor, test_labels: Tensor) -> dict[str, float]:
-        """What features that know nothing get, where that is not 0."""
+        """The value of uninformative features, of measures where that is not 0."""
         others = self.count - 1
         values = {f"recall@{k}": k / others for k in self.ks} | {f"retrieval@{k}": k / self.count for k in self.ks}
         if self.has_neighbours:
@@ -88,13 +90,13 @@ class Measures:
         return values
 
     def of_tokens(self, predicted: Tensor, target: Tensor) -> dict[str, float]:
-        """Of tokens in the teacher's space against the teacher's, both [n, N, D]: token by token, and pooled."""
+        """Compares tokens in the teacher's space with the teacher's, both [n, N, D]: token by token, and pooled."""
         pooled, teacher = pool_tokens(predicted), pool_tokens(target)
         retrieval = {f"retrieval@{k}": retrieval_recall(pooled, teacher, k) for k in self.ks}
         return of_each_token(predicted, target) | self.of_features(pooled, teacher) | retrieval
 
     def of_features(self, features: Tensor, teacher: Tensor) -> dict[str, float]:
-        """Of features [n, C] against the teacher's [n, D], in whatever space. Neighbours are of clamped features."""
+        """Compares features [n, C] of any space with the teacher's [n, D]. Neighbours are those of clamped features."""
         values = {
             "sample_mae": sample_similarity_mae(features, teacher),
             "sample_mae_centred": sample_similarity_mae(features, teacher, centred=True),
@@ -109,7 +111,7 @@ class Measures:
     def of_probes(
         self, fit: Tensor, fit_labels: Tensor, test: Tensor, test_labels: Tensor, fit_ids: Sequence[str]
     ) -> dict[str, float]:
-        """Accuracies on features [m, C] to fit and [n, C] to judge; none where there is one class."""
+        """Accuracies of probes fitted on features [m, C] and judged on [n, C]; empty where there is one class."""
         if not self.probes:
             return {}
         probed = linear_probe(fit, fit_labels, test, test_labels, fit_ids)
@@ -122,7 +124,7 @@ class Measures:
 
 
 def of_each_token(predicted: Tensor, target: Tensor) -> dict[str, float]:
-    """The measures that compare token with token, both [n, N, D]; also of predictions that are the same for all pictures."""
+    """The measures that compare token by token, both [n, N, D]; valid also for predictions that are equal for all pictures."""
     return {
         "token_cosine": token_cosine(predicted, target),
         "token_cosine_centred": centred_token_cosine(predicted, target, "set"),

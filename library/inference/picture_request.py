@@ -1,4 +1,4 @@
-"""What to draw, as data. No torch: a request is checked and printed before anything is loaded."""
+"""What to draw, as data. No torch: a request is checked and printed before a model is loaded."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image, ImageOps
+
 from library.errors import UserError
+from library.inference.lora_tags import LoraWeights, cut_out_tags
 from library.inference.prompt_file import PromptLine
-from library.inference.prompt_networks import LoraWeights, cut_out_networks
 from library.inference.prompt_syntax import Dialect, split_parts
 from library.inference.sampler_names import DEFAULT_SAMPLER, DEFAULT_SCHEDULES, is_kohyas, sampler_named, schedule_named
 from library.inference.upscaling import target_size
@@ -38,56 +40,56 @@ class Hires:
 
 
 @dataclass(frozen=True)
-class Request:
-    """A picture but for its seed. Names are those of sampler_names and upscaling; "DPM++ 2M Karras" is a sampler too."""
+class PictureRequest:
+    """All settings of a picture except its seed. Names: see sampler_names and upscaling; "DPM++ 2M Karras" is a sampler too."""
 
     prompt: str
     negative_prompt: str
     steps: int
     cfg_scale: float
-    """1 and below: no guidance, and the negative prompt does nothing; see `is_guided`."""
+    """At 1 and below there is no guidance, and the negative prompt has no effect; see `is_guided`."""
     width: int
     height: int
     sampler: str = DEFAULT_SAMPLER
     schedule: str | None = None
     """None: the sampler's own."""
     clip_skip: int = 1
-    """As A1111 counts; SDXL's layer is fixed."""
+    """Counted as in A1111: 1 is the last layer. SDXL's layer is fixed."""
     loras: tuple[LoraUse, ...] = ()
-    """All that act: those of the prompt's tags are among them."""
+    """All adapters of the picture, those of the prompt's tags included."""
     hires: Hires | None = None
     init_image: Path | None = None
     """Begin with this picture instead of noise (img2img)."""
     denoising_strength: float = 0.75
-    """How much of the init_image is drawn over."""
+    """How much the init_image may change: the share of the steps that are done."""
     refiner_switch_at: float | None = None
-    """Share of the steps after which the refiner goes on; of the second pass, where there is one. None: no refiner."""
+    """Share of the steps after which the refiner takes over, in the second pass where there is one. None: no refiner."""
     dialect: Dialect = "a1111"
     emphasis: Emphasis = "original"
 
     @property
     def final_size(self) -> tuple[int, int]:
-        """Width and height that come out."""
+        """Width and height of the finished picture."""
         return (
             (self.width, self.height) if self.hires is None else target_size(self.width, self.height, self.hires.scale)
         )
 
     @property
     def is_guided(self) -> bool:
-        """Whether the negative prompt has an effect: also at cfg_scale 1 where parts of an AND or a prompt's weight ask for it."""
-        parts = split_parts(cut_out_networks(self.prompt)[0])
+        """Whether the negative prompt has an effect: at cfg_scale 1 only with an AND, or a weight of the whole prompt."""
+        parts = split_parts(cut_out_tags(self.prompt)[0])
         return self.cfg_scale > 1 or [weight for _, weight in parts] != [1]
 
     @property
     def sampler_and_schedule(self) -> tuple[str, str]:
-        """As they are called here. Raises UserError for unknown names."""
-        name, said = sampler_named(self.sampler)
+        """Their names in SAMPLERS and SCHEDULES. Raises UserError for unknown ones."""
+        name, named = sampler_named(self.sampler)
         if self.schedule is None:
-            return name, said or DEFAULT_SCHEDULES[name]
+            return name, named or DEFAULT_SCHEDULES[name]
         schedule = schedule_named(self.schedule)
-        if said not in (None, schedule) and not is_kohyas(self.sampler):
+        if named not in (None, schedule) and not is_kohyas(self.sampler):
             raise UserError(
-                f"The sampler {self.sampler} names a schedule, and the schedule says {schedule}. Leave one out."
+                f"The sampler {self.sampler} names a schedule, and the schedule is {schedule}. Leave one out."
             )
         return name, schedule
 
@@ -98,18 +100,18 @@ class Request:
 
 def request_of(
     line: PromptLine, sampling: SamplingOptions, *, width: int, height: int, negative_prompt: str = ""
-) -> Request:
-    """What a line asks for, and the options where it says nothing; the size is the caller's.
+) -> PictureRequest:
+    """The request of a line; the options fill in what it leaves out. The caller chooses the size.
 
-    `schedule` of the options is not for a line's own sampler that holds a schedule: "DPM++ 2M Karras", and all of kohya's.
-    Raises UserError for names that are not known.
+    The options' schedule does not apply to a line's sampler that names one itself: "DPM++ 2M Karras", and all of kohya's.
+    Raises UserError for unknown names.
     """
     sampler, schedule = line.sample_sampler, sampling.schedule
     if sampler is None:
         sampler = sampling.sampler
     elif sampler_named(sampler)[1] is not None:
         schedule = None
-    request = Request(
+    request = PictureRequest(
         line.prompt,
         line.negative_prompt or negative_prompt,
         steps=sampling.steps if line.sample_steps is None else line.sample_steps,
@@ -127,5 +129,16 @@ def request_of(
 
 
 def base_steps(steps: int, switch_at: float) -> int:
-    """Steps before the refiner's, of a pass of so many: the first one that is not below this share of them is the refiner's."""
+    """How many of `steps` the base draws: the refiner's first step is the first at or above this share of them."""
     return math.ceil(switch_at * steps - 1e-9)
+
+
+def open_init_image(path: Path) -> Image.Image:
+    """A picture file as RGB, turned as its EXIF says. Raises UserError where it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"init_image {path} does not exist.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"init_image {path} cannot be read: {error}.") from None
