@@ -55,16 +55,10 @@ def test_killed_in_the_middle_and_started_again_is_the_uninterrupted_run(
 ) -> None:
     """SIGKILL as soon as the first of the two epochs is on disk; the second is under way."""
     output = tmp_path / "out"
-    child = network_setting.start(output, **EXACT)
-    assert child.stdout is not None
-    said = []
-    for line in child.stdout:
-        said.append(line)
-        if line.startswith(f"saved {output / 'mio-000001-state'}"):
-            break
-    child.kill()
-    child.communicate()
-    assert child.returncode == -signal.SIGKILL, "".join(said)[-2000:]
+    run = network_setting.start(output, **EXACT)
+    run.until(lambda: f"saved {output / 'mio-000001-state'}" in run.said)
+    run.send(signal.SIGKILL)
+    run.end(-signal.SIGKILL)
     assert (output / "mio-000001-state").is_dir() and not (output / "mio.safetensors").exists()
     assert network_setting.train(output, **EXACT, max_data_loader_n_workers=3) == 0
     assert_same_end(finished_network, output)

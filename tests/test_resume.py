@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -33,23 +31,18 @@ def test_resuming_gives_the_bits_of_the_uninterrupted_run(
 def test_sigkill_and_the_same_command_again_give_the_bits_of_the_uninterrupted_run(
     repa_setting: RepaSetting, tmp_path: Path
 ) -> None:
-    changes = {"max_train_steps": 30, "save_every_n_steps": 3, "gradient_accumulation_steps": 2, "network_dropout": 0.1}
-    whole = repa_setting.start(tmp_path / "whole", **changes)
-    output, _ = whole.communicate(timeout=240)
-    assert whole.returncode == 0, output[-2000:]
-    for _ in range(2):
-        child = repa_setting.start(tmp_path / "killed", **changes)
-        seen = len(list((tmp_path / "killed").glob("step_*")))
-        while len(list((tmp_path / "killed").glob("step_*"))) <= seen and child.poll() is None:
-            time.sleep(0.01)
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
-        assert not (tmp_path / "killed" / "step_000030").exists()
-    child = repa_setting.start(tmp_path / "killed", **changes)
-    output, _ = child.communicate(timeout=240)
-    assert child.returncode == 0 and "resuming from" in output, output[-2000:]
-    assert_equal_states(tmp_path / "whole" / "step_000030", tmp_path / "killed" / "step_000030")
-    assert [p.name for p in (tmp_path / "killed").glob(".*")] == [".lock"]
+    changes = {"max_train_steps": 12, "save_every_n_steps": 2, "gradient_accumulation_steps": 2, "network_dropout": 0.1}
+    repa_setting.start(tmp_path / "whole", **changes).end()
+    killed = tmp_path / "killed"
+    for step in (2, 4):
+        run = repa_setting.start(killed, **changes)
+        run.until((killed / f"step_{step:06d}").exists)
+        run.send(signal.SIGKILL)
+        run.end(-signal.SIGKILL)
+        assert not (killed / "step_000012").exists()
+    assert "resuming from" in repa_setting.start(killed, **changes).end()
+    assert_equal_states(tmp_path / "whole" / "step_000012", killed / "step_000012")
+    assert [p.name for p in killed.glob(".*")] == [".lock"]
 
 
 @pytest.mark.bits
@@ -58,7 +51,7 @@ def test_the_same_command_after_the_end_has_nothing_to_do(
 ) -> None:
     before = (finished_run / "repa.safetensors").stat().st_mtime_ns
     assert repa_setting.train(finished_run, save_every_n_steps=2, validate_every_n_steps=2) == 0
-    assert "is the end of this run (4 steps). Nothing is left to do." in capsys.readouterr().out
+    assert "is the end of this run (step 4). Nothing is left to do." in capsys.readouterr().out
     assert (finished_run / "repa.safetensors").stat().st_mtime_ns == before
 
 
@@ -142,13 +135,12 @@ def test_a_stop_file_saves_a_state_and_the_run_goes_on_later(
 
 
 def test_sigterm_saves_a_resumable_state(repa_setting: RepaSetting, tmp_path: Path) -> None:
-    child = repa_setting.start(tmp_path, max_train_steps=100000, save_every_n_steps=100000)
+    run = repa_setting.start(tmp_path, max_train_steps=100000, save_every_n_steps=100000)
     rows = tmp_path / "metrics.jsonl"
-    while not (rows.exists() and rows.read_text().count("train/loss") > 2) and child.poll() is None:
-        time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
-    output, _ = child.communicate(timeout=240)
-    assert child.returncode == 75 and "by SIGTERM. Run the same command again to continue." in output
+    run.until(lambda: rows.exists() and rows.read_text().count("train/loss") > 2)
+    run.send(signal.SIGTERM)
+    output = run.end(75)
+    assert "by SIGTERM. Run the same command again to continue." in output
     assert len(list(tmp_path.glob("step_*"))) == 1 and "Traceback" not in output
 
 

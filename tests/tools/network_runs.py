@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.tools.runs import launch
+from tests.tools.warm import Run
 
 if TYPE_CHECKING:
     from library.data.order import BatchOrder
@@ -124,8 +123,8 @@ class NetworkSetting:
         task = build_task(options, processes, prepared, plan, context)
         return Built(options, prepared, order, plan, task, context)
 
-    def start(self, output: Path, *extra: str, processes: int = 1, **changes: object) -> subprocess.Popen[str]:
-        return launch("train_network.py", self.argv(output, *extra, **changes), processes)
+    def start(self, output: Path, *extra: str, processes: int = 1, **changes: object) -> Run:
+        return Run("train_network.py", self.argv(output, *extra, **changes), processes)
 
 
 @dataclass
