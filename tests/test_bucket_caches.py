@@ -28,7 +28,6 @@ from library.errors import UserError
 from library.models.encoders import LOG_VARIANCE_FLOOR, MomentsEncoder, latents_of
 from library.models.load import load_vae
 from library.models.locate import BaseLocation
-from library.options.toml_file import PROJECT_ROOT
 from library.processes import Processes
 from networks.original_names import SD15, SDXL
 from tests.tools.warm import Run

@@ -87,7 +87,7 @@ def test_the_same_command_after_the_end_has_nothing_to_do(
 
 
 SHORT = {
-    "network_train_unet_only": None, "cache_text_encoder_outputs": None, "gradient_accumulation_steps": 1, "max_train_steps": 3,
+    "network_train_unet_only": None, "cache_text_encoder_outputs": None, "gradient_accumulation_steps": 1, "max_train_steps": 2,
     "max_train_epochs": None, "ema_decay": 0.5,
 }  # fmt: skip
 

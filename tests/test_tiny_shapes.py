@@ -64,15 +64,15 @@ def test_the_autoencoder_gives_unseen_pictures_back(model: DrawingModel, renders
 
 
 def test_it_draws_what_it_is_asked_for(model: DrawingModel) -> None:
-    """One picture of each class; CLIP finds most of them among the sixteen, where chance is one. It reads 71 % of renders right."""
+    """Pictures of eight of the sixteen classes; CLIP, which reads 71 % of renders right, finds most, and chance half a one."""
     clip = ClipPictures(str(MODELS / SHAPES_CLIP))
     pictures = [
         draw_pictures(model, Request(f"a photo of a {name}", "", 12, 5.0, SIDE, SIDE, "DPM++ 2M"), [seed])[0]
-        for seed, name in enumerate(CLASSES)
+        for seed, name in [*enumerate(CLASSES)][::2]
     ]
     words = clip.prompts([f"a {name}" for name in CLASSES])
     found = (clip.pictures(pictures) @ words.T).argmax(1).tolist()
-    assert sum(index == place for place, index in enumerate(found)) >= 9
+    assert sum(index == 2 * place for place, index in enumerate(found)) >= 5
 
 
 def test_its_native_size_is_what_it_was_trained_on(model: DrawingModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -21,7 +22,7 @@ from tests.tools.waiting import wait_until
 
 IMPORTED = (
     "prepare_cache", "train_repa", "train_network", "library.training.session", "torch.utils.tensorboard",
-    "diffusers.optimization", "peft.tuners.lora.bnb",
+    "diffusers.optimization", "diffusers.schedulers.scheduling_ddpm", "peft.tuners.lora.bnb", "typeguard", "toml",
 )  # fmt: skip
 
 
@@ -32,6 +33,7 @@ def serve() -> None:
     quiet_libraries()
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()
     for line in sys.stdin:
         order = json.loads(line)
         if isinstance(order, int):
