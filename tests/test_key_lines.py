@@ -49,9 +49,7 @@ SCALARS = st.booleans() | st.integers(0, 9) | st.floats(-9, 9) | st.text("ab\n#=
 TREES = st.dictionaries(
     KEYS,
     st.recursive(
-        SCALARS,
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
-        max_leaves=10,
+        SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=10
     ),
     max_size=4,
 )

@@ -16,13 +16,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.files import read_json, write_json
 from library.models.clip_tokenizer import clip_tokenizer, tokenizer_for
-from library.models.load import (
-    load_scheduler_config,
-    load_text_encoder,
-    load_text_encoders,
-    load_unet,
-    load_vae,
-)
+from library.models.load import load_scheduler_config, load_text_encoder, load_text_encoders, load_unet, load_vae
 from library.models.locate import base_status, locate_base
 from library.models.sd15_configs import SD15_SCHEDULER
 from tests.tools.ldm_layout import ldm_checkpoint

@@ -62,6 +62,7 @@ def test_killed_in_the_middle_and_started_again_is_the_uninterrupted_run(
     assert (output / "mio-000001-state").is_dir() and not (output / "mio.safetensors").exists()
     assert network_setting.train(output, **EXACT, max_data_loader_n_workers=3) == 0
     assert_same_end(finished_network, output)
+    assert [path.name for path in output.glob(".*")] == [".lock"]
 
 
 @pytest.mark.bits

@@ -51,9 +51,7 @@ def worker() -> tuple[float, torch.Tensor]:
     return loss.item(), weight.grad
 
 
-def test_the_sample_loss_and_its_gradient_are_those_of_one_process_on_the_same_global_batch(
-    tmp_path: Path,
-) -> None:
+def test_the_sample_loss_and_its_gradient_are_those_of_one_process_on_the_same_global_batch(tmp_path: Path) -> None:
     inputs, weight, target = global_batch()
     weight = torch.nn.Parameter(weight)
     loss = losses.sample_manifold_loss(inputs @ weight, target)

@@ -79,15 +79,8 @@ def test_the_guides_command_trains_a_single_file_and_a_folder_alike(
     assert dtypes == {torch.float16}, "alphas too"
     assert_diffusers_uses_all_of(tmp_path / "file" / "luca_v1.safetensors", base, caplog)
     # One step is enough to see that the folder is the same model.
-    assert (
-        run_guide(
-            tmp_path,
-            base,
-            tmp_path / "folder",
-            " --max_train_epochs 1 --lr_warmup_steps 0 --max_data_loader_n_workers 1",
-        )
-        == 0
-    )
+    short = " --max_train_epochs 1 --lr_warmup_steps 0 --max_data_loader_n_workers 1"
+    assert run_guide(tmp_path, base, tmp_path / "folder", short) == 0
     assert (tmp_path / "folder" / "luca_v1.safetensors").exists()
     file, folder = (losses(tmp_path / name, "reference/frozen_base_loss") for name in ("file", "folder"))
     assert file == folder
