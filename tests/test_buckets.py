@@ -86,7 +86,6 @@ def slow_resolutions(area: int, low: int, high: int, steps: int) -> set[tuple[in
 
 
 @given(steps=st.sampled_from([8, 32, 64, 96]), low=st.integers(1, 6), extra=st.integers(0, 12), data=st.data())
-@settings(max_examples=80)
 def test_buckets_stay_within_area_and_limits(steps: int, low: int, extra: int, data: st.DataObject) -> None:
     least, most = low * steps, (low + extra) * steps
     resolution = (data.draw(st.integers(least, most)), data.draw(st.integers(least, most)))
@@ -132,7 +131,6 @@ def test_a_picture_of_the_size_of_a_bucket_is_left_as_it_is(buckets: Buckets) ->
 
 @pytest.mark.parametrize("enable_bucket", [True, False])
 @given(width=st.integers(1, 4000), height=st.integers(1, 4000))
-@settings(max_examples=80)
 def test_a_scaled_picture_covers_its_bucket_on_one_side_exactly(enable_bucket: bool, width: int, height: int) -> None:
     buckets = Buckets((512, 448), enable_bucket=enable_bucket)
     fitted = buckets.fit(width, height)
@@ -218,7 +216,6 @@ def test_sdxl_is_told_what_was_cut() -> None:
 
 
 @given(width=st.integers(1, 3000), height=st.integers(1, 3000), seed=st.integers(0, 100))
-@settings(max_examples=60)
 def test_a_mirrored_picture_is_told_what_a_crop_of_the_mirror_would_be(width: int, height: int, seed: int) -> None:
     fitted = random_crop(SDXL.fit(width, height), Random(seed))
     left, top, right, bottom = fitted.crop

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import plotly.graph_objects as go
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -86,7 +86,6 @@ def test_a_figure_is_as_wide_as_the_page_and_the_given_one_is_left_as_it_was():
     assert '"responsive": true' in page.html()
 
 
-@settings(max_examples=60)
 @given(st.text(max_size=60))
 def test_no_text_becomes_markup(text):
     plain = Outline(marked("words").html())
