@@ -56,7 +56,7 @@ def test_the_card_says_what_was_asked_for() -> None:
 
 def test_the_autoencoder_gives_unseen_pictures_back(model: DrawingModel, renders: list[Image.Image]) -> None:
     pixels = torch.from_numpy(np.stack([np.asarray(one) for one in renders[:16]])).permute(0, 3, 1, 2).contiguous()
-    latents, _ = VaeEncoder(model.vae).latents(pixels)
+    latents, _ = VaeEncoder(model.vae).moments(pixels)
     with torch.no_grad():
         decoded = model.vae.decode(latents.float()).sample.clamp(-1, 1)
     error = ((decoded - (pixels.float() / 127.5 - 1)) / 2).square().mean(dim=(1, 2, 3))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.tools.runs import metric_rows as rows
 from tests.tools.warm import Run
 
 if TYPE_CHECKING:
@@ -198,11 +198,6 @@ def metadata(path: Path) -> dict[str, str]:
 def names(folder: Path) -> list[str]:
     """What lies in a folder, but for the lock."""
     return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
-
-
-def rows(output: Path, name: str = "train/loss") -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in found if name in row]
 
 
 def losses(output: Path, name: str = "train/loss") -> list[float]:

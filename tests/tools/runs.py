@@ -75,6 +75,6 @@ def copy_until(source: Path, target: Path, step: int) -> None:
         adapter.unlink()
 
 
-def metric_rows(output: Path, name: str) -> list[dict[str, float]]:
+def metric_rows(output: Path, name: str = "train/loss") -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if name in row]
