@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 # No test depends on how fast the machine is.
-settings.register_profile("any machine", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
 LONGEST = (
@@ -47,12 +49,20 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda file: None)
 
 
+def built_once(name: str, build: Callable[[Path], Path], factory: pytest.TempPathFactory) -> Path:
+    """A folder that the processes of pytest-xdist share: who needs it first builds it."""
+    shared = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    with open(shared / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return shared / name if (shared / name).exists() else build(shared / name)
+
+
 @pytest.fixture(scope="session")
 def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder in SD1.5's layout with small widths. Read it; copy it before changing anything in it."""
     from library.models.tiny import build_tiny_sd15
 
-    return build_tiny_sd15(tmp_path_factory.mktemp("models") / "tiny-sd15")
+    return built_once("tiny-sd15", build_tiny_sd15, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +70,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder in SDXL's layout with small widths. Read it; copy it before changing anything in it."""
     from library.models.tiny import build_tiny_sdxl
 
-    return build_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")
+    return built_once("tiny-sdxl", build_tiny_sdxl, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +78,7 @@ def tiny_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformers folder of a three-layer Dinov2Model. Read it; copy it before changing anything in it."""
     from library.models.tiny import build_tiny_dinov2
 
-    return build_tiny_dinov2(tmp_path_factory.mktemp("models") / "tiny-dinov2")
+    return built_once("tiny-dinov2", build_tiny_dinov2, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
