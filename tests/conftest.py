@@ -38,9 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Longest files first, for pytest-xdist with --dist loadfile and --no-loadscope-reorder."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
-    # What is imported stays: looking through half a million objects for garbage would take a tenth of the time of the tests.
+    # Looking for garbage among half a million objects, of what is imported, would take a tenth of the time of the tests.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture
