@@ -114,11 +114,11 @@ class Run:
 
     def until(self, condition: Callable[[], object]) -> None:
         """Wait for something that comes about while it runs."""
-        wait_until(lambda: condition() or not self.running())
+        wait_until(lambda: condition() or not self.running(), 1200)
         assert self.running(), self.said[-3000:]
 
     def end(self, code: int = 0) -> str:
         """Wait for its end, which must have this exit code; what was said."""
-        wait_until(lambda: not self.running(), 240)
+        wait_until(lambda: not self.running(), 1200)
         assert self.code == code, (self.code, self.said[-3000:])
         return self.said
