@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,24 +26,11 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 LONGEST = (
-    "test_real_photos",
-    "test_resume",
-    "test_network_resume",
-    "test_processes",
-    "test_train_network",
-    "test_merge_interruption",
-    "test_cache_interruption",
-    "test_search_trainer",
-    "test_search_trial",
-    "test_search_faults",
-    "test_train_repa",
-    "test_network_alignment",
-    "test_tiny_shapes",
-    "test_bucket_caches",
-    "test_search_postgres",
-    "test_optimize",
-    "test_evaluate",
-)
+    "test_real_photos", "test_train_network", "test_train_repa", "test_network_resume", "test_search_trial",
+    "test_search_trainer", "test_network_alignment", "test_processes", "test_merge_interruption", "test_cache_interruption",
+    "test_train_repa_engine", "test_mistakes", "test_search_faults", "test_resume", "test_optimize", "test_network_kinds",
+    "test_search_postgres", "test_tiny_models", "test_bucket_caches", "test_evaluate",
+)  # fmt: skip
 """Files that take a quarter of a minute and more, the longest first: begun last, one process would work and the others wait."""
 
 
@@ -48,6 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Longest files first, for pytest-xdist with --dist loadfile and --no-loadscope-reorder."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    # Looking for garbage among half a million objects, of what is imported, would take a tenth of the time of the tests.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture
@@ -56,13 +50,21 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda file: None)
 
 
+def built_once(name: str, build: Callable[[Path], Path], factory: pytest.TempPathFactory) -> Path:
+    """A folder that the processes of pytest-xdist share: who needs it first builds it."""
+    shared = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    with open(shared / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return shared / name if (shared / name).exists() else build(shared / name)
+
+
 @pytest.fixture(scope="session")
 def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder in SD1.5's layout with small widths. Read it; copy it before changing anything in it."""
     from library.models.tiny import build_tiny_base
     from networks.families import SD15
 
-    return build_tiny_base(SD15, tmp_path_factory.mktemp("models") / "tiny-sd15")
+    return built_once("tiny-sd15", lambda folder: build_tiny_base(SD15, folder), tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +73,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from library.models.tiny import build_tiny_base
     from networks.families import SDXL
 
-    return build_tiny_base(SDXL, tmp_path_factory.mktemp("models") / "tiny-sdxl")
+    return built_once("tiny-sdxl", lambda folder: build_tiny_base(SDXL, folder), tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +81,7 @@ def tiny_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformers folder of a three-layer Dinov2Model. Read it; copy it before changing anything in it."""
     from library.models.tiny import build_tiny_dinov2
 
-    return build_tiny_dinov2(tmp_path_factory.mktemp("models") / "tiny-dinov2")
+    return built_once("tiny-dinov2", build_tiny_dinov2, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

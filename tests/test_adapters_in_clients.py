@@ -17,18 +17,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from networks.adapter_export import (
-    Form,
-)
+from networks.adapter_export import Form
 from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
 from networks.families import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from networks.names import Target
-from tests.tools.adapters import (
-    whole_adapter,
-    with_many_alphas,
-    write_adapter,
-)
+from tests.tools.adapters import whole_adapter, with_many_alphas, write_adapter
 from tests.tools.unets import small_unet
 
 SDXL_FILE = {"ss_base_model_version": "sdxl_base_v1-0"}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +27,9 @@ from library.errors import UserError
 from library.models.encoders import LOG_VARIANCE_FLOOR, MomentsEncoder
 from library.models.load import load_vae
 from library.models.locate import BaseLocation
-from library.options.toml_file import PROJECT_ROOT
 from library.processes import Processes
 from networks.families import SD15, SDXL
-from tests.tools.runs import launch
+from tests.tools.warm import Run
 
 SIZES = [(64, 64), (70, 66), (96, 64), (100, 66), (64, 96), (200, 130)]
 BUCKETS = Buckets((64, 64), min_bucket_reso=32, max_bucket_reso=128, bucket_reso_steps=16)
@@ -282,9 +279,6 @@ def test_kohyas_latents_of_another_image_size_or_crop_are_not_taken(setting: Lat
 CAPTIONS = ["one", "two", "three"]
 SCRIPT = """
 import os, signal, sys, time
-sys.path.insert(0, {root!r})
-from library.launch import start_cpu_processes
-start_cpu_processes(__file__, sys.argv[1:])
 from pathlib import Path
 import library.data.store_writer as writer
 from library.caching import latents
@@ -319,14 +313,12 @@ print("found", processes.rank, float(prompts.read(prompts.rows({captions!r})).st
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "script.py"
-    path.write_text(SCRIPT.format(root=str(PROJECT_ROOT), captions=CAPTIONS))
+    path.write_text(SCRIPT.format(captions=CAPTIONS))
     return path
 
 
 def test_sigkill_in_the_middle_keeps_what_was_committed(setting: LatentSetting, script: Path, tiny_sd15: Path) -> None:
-    command = [sys.executable, str(script), str(setting.images.parent), str(tiny_sd15), "5"]
-    child = subprocess.run(command, capture_output=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
+    Run(script, [str(setting.images.parent), str(tiny_sd15), "5"]).end(-signal.SIGKILL)
     pictures = setting.pictures(flip=True)
     caches = setting.build(pictures)
     assert setting.tells("4 of 12 present, 8 missing"), setting.said
@@ -339,9 +331,8 @@ def test_sigkill_in_the_middle_keeps_what_was_committed(setting: LatentSetting, 
 
 def test_two_processes_share_pictures_and_captions(setting: LatentSetting, script: Path, tiny_sd15: Path) -> None:
     folder = setting.images.parent
-    child = launch(str(script), [str(folder), str(tiny_sd15), "0"], processes=2)
-    output, _ = child.communicate(timeout=1200)
-    assert child.returncode == 0 and "latents: 6 encoded" in output, output[-2000:]
+    output = Run(script, [str(folder), str(tiny_sd15), "0"], processes=2).end()
+    assert "latents: 6 encoded" in output, output[-2000:]
     assert list(setting.cache_dir.glob("latents_*/*/shard-001/data.mdb"))
     caches = setting.build(setting.pictures(flip=True))
     assert not setting.built and sum(len(list(store.sample_ids())) for store in caches.stores.values()) == 6

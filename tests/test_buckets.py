@@ -78,7 +78,6 @@ def slow_resolutions(area: int, low: int, high: int, steps: int) -> set[tuple[in
 
 
 @given(steps=st.sampled_from([8, 32, 64, 96]), low=st.integers(1, 6), extra=st.integers(0, 12), data=st.data())
-@settings(max_examples=80)
 def test_buckets_stay_within_area_and_limits(steps: int, low: int, extra: int, data: st.DataObject) -> None:
     least, most = low * steps, (low + extra) * steps
     resolution = (data.draw(st.integers(least, most)), data.draw(st.integers(least, most)))
@@ -124,7 +123,6 @@ def test_a_picture_of_the_size_of_a_bucket_is_left_as_it_is(buckets: Buckets) ->
 
 @pytest.mark.parametrize("enable_bucket", [True, False])
 @given(width=st.integers(1, 4000), height=st.integers(1, 4000))
-@settings(max_examples=80)
 def test_a_scaled_picture_covers_its_bucket_on_one_side_exactly(enable_bucket: bool, width: int, height: int) -> None:
     buckets = Buckets((512, 448), enable_bucket=enable_bucket)
     fitted = buckets.fit(width, height)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from library.data.captions import cacheable_captions, is_static, make_caption, sample_random, variations
@@ -52,13 +52,11 @@ places = st.fixed_dictionaries({"seed": st.integers(0, 9), "epoch": st.integers(
 
 
 @given(text=st.text("ab,|{};\\ é", max_size=20).map(str.strip), place=places)
-@settings(max_examples=100)
 def test_a_caption_without_options_is_what_lies_on_disk(text: str, place: dict[str, int]) -> None:
     assert made(text, PLAIN, **place) == text
 
 
 @given(words=tags, place=places, keep=st.integers(0, 9))
-@settings(max_examples=100)
 def test_shuffling_keeps_every_tag_and_the_kept_ones_in_front(words: list[str], place: dict, keep: int) -> None:
     options = replace(PLAIN, shuffle_caption=True, keep_tokens=keep)
     shuffled = made(",".join(words), options, "x", **place).split(", ")
@@ -67,7 +65,6 @@ def test_shuffling_keeps_every_tag_and_the_kept_ones_in_front(words: list[str], 
 
 
 @given(front=tags, middle=tags, back=st.lists(tag, max_size=3), place=places)
-@settings(max_examples=60)
 def test_what_stands_outside_the_keep_separators_stays(
     front: list[str], middle: list[str], back: list[str], place: dict
 ) -> None:
@@ -176,7 +173,6 @@ def test_tags_joined_by_the_secondary_separator_stay_together() -> None:
 
 
 @given(count=st.integers(1, 12), least=st.integers(1, 6), length=st.integers(1, 50), step=st.integers(0, 60))
-@settings(max_examples=100)
 def test_tags_are_warmed_up_linearly(count: int, least: int, length: int, step: int) -> None:
     words = [f"t{number}" for number in range(count)]
     options = replace(PLAIN, token_warmup_step=length, token_warmup_min=least)

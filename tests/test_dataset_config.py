@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from hypothesis import strategies as st
 
 from library.data.dataset_config import Dataset, Subset, read_dataset_config
 from library.data.dataset_schema import DATASET_KEYS, SUBSET_KEYS, SUBSET_ONLY
-from library.options.toml_file import PROJECT_ROOT
 from tests.tools.dataset_files import picture, refusal
 
 LEAST = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'pics'\n"
@@ -335,12 +332,3 @@ def test_a_file_that_is_none_is_refused(here: Path) -> None:
 def test_keys_that_only_a_subset_has_are_not_keys_of_datasets() -> None:
     assert SUBSET_ONLY < SUBSET_KEYS and not SUBSET_ONLY & DATASET_KEYS
     assert {"resize_interpolation"} == DATASET_KEYS & SUBSET_KEYS
-
-
-def test_nothing_heavy_is_imported() -> None:
-    code = (
-        "import sys, library.data.dataset_config, library.data.training_images\n"
-        "print({'torch', 'diffusers', 'transformers', 'accelerate', 'lmdb'} & sys.modules.keys())"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT_ROOT, check=True)
-    assert result.stdout == "set()\n"

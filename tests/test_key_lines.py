@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from library.data.key_lines import key_lines
@@ -49,9 +49,7 @@ SCALARS = st.booleans() | st.integers(0, 9) | st.floats(-9, 9) | st.text("ab\n#=
 TREES = st.dictionaries(
     KEYS,
     st.recursive(
-        SCALARS,
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
-        max_leaves=10,
+        SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=10
     ),
     max_size=4,
 )
@@ -70,7 +68,6 @@ def inline(value: Any) -> str:
     return f"[\n{', '.join(map(inline, value))} ,]" if isinstance(value, list) and value else json.dumps(value)
 
 
-@settings(max_examples=100)
 @given(TREES)
 def test_every_key_of_any_json_or_toml_has_a_line(content: dict[str, Any]) -> None:
     toml = "".join(f"\n{json.dumps(key)} = {inline(value)} # = [\n" for key, value in content.items())

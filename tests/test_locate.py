@@ -138,6 +138,20 @@ def test_a_cached_hub_model_loads(tiny_sd15: Path, tmp_path: Path, monkeypatch: 
     assert all(torch.equal(cached[name], expected[name]) for name in expected)
 
 
+def hub_of(files: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """A hub all of whose models have these files; what is asked of each."""
+    asked: dict[str, list[str]] = {}
+
+    def snapshot_download(hub_id: str, *, allow_patterns: list[str]) -> str:
+        asked[hub_id] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, hub_id: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
 def test_of_a_hub_model_only_what_is_needed_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [
         "README.md", "model_index.json", "v1-5-pruned.safetensors", "v1-5-pruned.ckpt",
@@ -147,15 +161,7 @@ def test_of_a_hub_model_only_what_is_needed_is_fetched(tmp_path: Path, monkeypat
         "text_encoder/model.safetensors", "text_encoder/pytorch_model.bin", "tokenizer/vocab.json", "tokenizer/merges.txt",
         "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json", "safety_checker/model.safetensors",
     ]  # fmt: skip
-    asked: dict[str, list[str]] = {}
-
-    def snapshot_download(hub_id: str, *, allow_patterns: list[str]) -> str:
-        asked[hub_id] = allow_patterns
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, hub_id: files)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    asked = hub_of(files, tmp_path, monkeypatch)
     locate_base("someone/base", COMPONENTS)
     wanted = set(files) - {f for f in files if f.endswith((".bin", ".ckpt", ".md")) or "non_ema" in f or "pruned" in f}
     assert set(asked["someone/base"]) == wanted - {
@@ -179,15 +185,7 @@ def test_of_sdxl_on_the_hub_both_text_encoders_are_fetched(tmp_path: Path, monke
         *(f"text_encoder{n}/{name}" for n in ("", "_2") for name in ("config.json", "model.safetensors", "flax_model.msgpack")),
         *(f"tokenizer{n}/{name}" for n in ("", "_2") for name in ("vocab.json", "merges.txt", "tokenizer_config.json")),
     ]  # fmt: skip
-    asked: dict[str, list[str]] = {}
-
-    def snapshot_download(hub_id: str, *, allow_patterns: list[str]) -> str:
-        asked[hub_id] = allow_patterns
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, hub_id: files)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    asked = hub_of(files, tmp_path, monkeypatch)
     sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
     locate_base(sdxl)
     left = ("sd_xl_base_1.0.safetensors", "vae_1_0/config.json", "unet/diffusion_pytorch_model.fp16.safetensors")

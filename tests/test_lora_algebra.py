@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.merging.algebra import (
-    DynamicRank,
-    concatenate,
-    factor_svd,
-    reduce_rank,
-)
+from library.merging.algebra import DynamicRank, concatenate, factor_svd, reduce_rank
 from networks.adapters import Adapter
 from networks.kinds.lora import LoraModule
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target

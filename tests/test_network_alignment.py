@@ -13,17 +13,7 @@ from safetensors.torch import load_file
 
 from library.training.stop import STOP
 from tests.test_network_resume import assert_same_end
-from tests.tools.network_runs import (
-    EXACT,
-    Built,
-    NetworkSetting,
-    adapter,
-    asked,
-    draw_pictures,
-    losses,
-    metadata,
-    rows,
-)
+from tests.tools.network_runs import EXACT, Built, NetworkSetting, adapter, asked, draw_pictures, losses, metadata, rows
 
 
 @pytest.fixture(scope="module")

@@ -55,19 +55,14 @@ def test_killed_in_the_middle_and_started_again_is_the_uninterrupted_run(
 ) -> None:
     """SIGKILL as soon as the first of the two epochs is on disk; the second is under way."""
     output = tmp_path / "out"
-    child = network_setting.start(output, **EXACT)
-    assert child.stdout is not None
-    said = []
-    for line in child.stdout:
-        said.append(line)
-        if line.startswith(f"saved {output / 'mio-000001-state'}"):
-            break
-    child.kill()
-    child.communicate()
-    assert child.returncode == -signal.SIGKILL, "".join(said)[-2000:]
+    run = network_setting.start(output, **EXACT)
+    run.until(lambda: f"saved {output / 'mio-000001-state'}" in run.said)
+    run.send(signal.SIGKILL)
+    run.end(-signal.SIGKILL)
     assert (output / "mio-000001-state").is_dir() and not (output / "mio.safetensors").exists()
     assert network_setting.train(output, **EXACT, max_data_loader_n_workers=3) == 0
     assert_same_end(finished_network, output)
+    assert [path.name for path in output.glob(".*")] == [".lock"]
 
 
 @pytest.mark.bits
@@ -92,7 +87,7 @@ def test_the_same_command_after_the_end_has_nothing_to_do(
 
 
 SHORT = {
-    "network_train_unet_only": None, "cache_text_encoder_outputs": None, "gradient_accumulation_steps": 1, "max_train_steps": 3,
+    "network_train_unet_only": None, "cache_text_encoder_outputs": None, "gradient_accumulation_steps": 1, "max_train_steps": 2,
     "max_train_epochs": None, "ema_decay": 0.5,
 }  # fmt: skip
 
@@ -132,30 +127,24 @@ def test_a_save_file_leaves_a_state_and_the_run_goes_on(network_setting: Network
     assert "mio.safetensors" in names(tmp_path) and "mio-state" not in names(tmp_path)
 
 
+@pytest.fixture
+def halfway(finished_network: Path, tmp_path: Path) -> Path:
+    """The output as it was after the first epoch."""
+    shutil.copytree(finished_network, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "mio-state")
+    return tmp_path / "out"
+
+
 def test_what_changes_the_run_is_named_and_what_does_not_may_change(
-    finished_network: Path, network_setting: NetworkSetting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    halfway: Path, network_setting: NetworkSetting, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "out"
-    shutil.copytree(finished_network, output)
-    shutil.rmtree(output / "mio-state")
-    for changes, words in (
-        ({"learning_rate": 1e-3}, "belongs to a run with other options: learning_rate was 0.01, is 0.001."),
-        (
-            {"dataset_config": network_setting.dataset("other", subset="num_repeats = 2")},
-            "the training samples or their",
-        ),
-        (
-            {"dataset_config": network_setting.dataset("keep", subset="keep_tokens = 1")},
-            "the training samples or their",
-        ),
-        (
-            {"dataset_config": network_setting.dataset("batch", dataset="batch_size = 3")},
-            "the training samples or their",
-        ),
-    ):
-        assert network_setting.train(output, **{**EXACT, **changes}) == 2
-        assert words in capsys.readouterr().err
-    state = output / "mio-000001-state" / "state.json"
+    assert network_setting.train(halfway, **{**EXACT, "learning_rate": 1e-3}) == 2
+    assert "belongs to a run with other options: learning_rate was 0.01, is 0.001." in capsys.readouterr().err
+    for name, lines in (("subset", "num_repeats = 2"), ("subset", "keep_tokens = 1"), ("dataset", "batch_size = 3")):
+        config = network_setting.dataset("other", **{name: lines})
+        assert network_setting.train(halfway, **EXACT, dataset_config=config) == 2
+        assert "the training samples or their" in capsys.readouterr().err
+    state = halfway / "mio-000001-state" / "state.json"
     facts = json.loads(state.read_text())
     del facts["options"]["objective"]  # an option that is younger than the state
     state.write_text(json.dumps(facts))
@@ -163,20 +152,17 @@ def test_what_changes_the_run_is_named_and_what_does_not_may_change(
         "save_state": None, "save_every_n_epochs": None, "training_comment": "x", "save_precision": "fp16",
         "dataset_config": network_setting.dataset("renamed"),
     }  # fmt: skip
-    assert network_setting.train(output, **{**EXACT, **harmless}) == 0
-    assert "mio-state" not in names(output)
+    assert network_setting.train(halfway, **{**EXACT, **harmless}) == 0
+    assert "mio-state" not in names(halfway)
 
 
 def test_other_frozen_weights_are_not_continued_silently(
-    finished_network: Path, network_setting: NetworkSetting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    halfway: Path, network_setting: NetworkSetting, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "out"
-    shutil.copytree(finished_network, output)
-    shutil.rmtree(output / "mio-state")
-    file = output / "mio-000001-state" / "state.json"
+    file = halfway / "mio-000001-state" / "state.json"
     facts = json.loads(file.read_text())
     file.write_text(json.dumps(facts | {"base_weights": facts["base_weights"] | {"text_encoder": "other"}}))
-    assert network_setting.train(output, **EXACT) == 2
+    assert network_setting.train(halfway, **EXACT) == 2
     assert "the weights of the base model changed since it was saved" in capsys.readouterr().err
 
 

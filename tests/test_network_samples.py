@@ -120,6 +120,7 @@ def test_the_prompts_are_read_by_the_encoders_of_the_run(network_setting: Networ
         sampler._draw(lines, 0)
         (short, multiplier), (of_long, _) = told
         assert multiplier == 1.0 and of_long.shape[1] == 154
+        assert built.task.text.conditioner is not None
         alone = TextConditioner(built.prepared.family, built.task.text.conditioner.parts, clip_skip=2)
         torch.testing.assert_close(short, alone(["a cat"]).states)
     assert all(model.training for model in built.task.models.values())

@@ -66,7 +66,6 @@ sizes = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 5)), min_size=1, m
     seed=st.integers(0, 5),
     pad_short=st.booleans(),
 )
-@settings(max_examples=80)
 def test_processes_keep_step_and_count_the_real_pictures(
     sizes: list[tuple[int, int]], world_size: int, accumulation: int, seed: int, pad_short: bool
 ) -> None:
@@ -199,7 +198,6 @@ def slow_balance(repeats: list[int], training: int) -> list[int]:
 
 
 @given(repeats=st.lists(st.integers(1, 5), min_size=1, max_size=10), training=st.integers(0, 60))
-@settings(max_examples=100)
 def test_regularisation_pictures_are_cycled_until_they_match(repeats: list[int], training: int) -> None:
     found = balance_regularisation(repeats, training)
     assert found == slow_balance(repeats, training)

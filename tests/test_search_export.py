@@ -262,10 +262,7 @@ def test_the_same_pictures_are_held_out_as_in_the_study(data: Path, given: str) 
 
 def test_a_file_that_holds_none_out_by_itself_is_refused(data: Path) -> None:
     (data / "none.toml").write_text(DATASETS.replace("[general]", "[general]\nvalidation_split = 0.0"))
-    with pytest.raises(
-        UserError,
-        match="holds out none of 24 pictures, .* Remove it from the file",
-    ):
+    with pytest.raises(UserError, match="holds out none of 24 pictures, .* Remove it from the file"):
         network_data(best_params({"dataset_config": "none.toml"}).train_config)
 
 

@@ -31,7 +31,7 @@ from tests.tools.search import (
 )
 from tests.tools.waiting import wait_until
 
-KILLS = int(os.environ.get("SEARCH_KILLS", "20"))
+KILLS = int(os.environ.get("SEARCH_KILLS", "12"))
 
 
 class ChildTrainer(FakeTrainer):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from library.errors import UserError
-from library.options.toml_file import PROJECT_ROOT
 from library.search.run import gpus
 
 
@@ -47,8 +43,3 @@ def test_what_the_environment_hides_is_not_used(monkeypatch: pytest.MonkeyPatch)
     for nothing in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
         assert gpus.visible_gpus() == []
-
-
-def test_the_parent_of_a_study_never_loads_torch() -> None:
-    code = "import sys, library.search.run.driver, library.search.space_file; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0

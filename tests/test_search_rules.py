@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from library.data.buckets import Buckets
@@ -256,7 +256,6 @@ def test_a_study_that_held_pictures_out_keeps_them_out() -> None:
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
-@settings(max_examples=50)
 def test_warm_up_becomes_a_share_of_the_run(warm_up: int, steps: int) -> None:
     recipe = carried(lr_warmup_steps=warm_up, steps=steps)
     after = recipe.options["lr_warmup_steps"]

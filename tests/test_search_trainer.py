@@ -20,6 +20,7 @@ from library.search.trainer.parent_side import TrainerProcess, memory_kills
 from tests.tools.network_runs import NetworkSetting
 from tests.tools.trials import job, network_options
 from tests.tools.waiting import wait_until
+from tests.tools.warm import Run
 
 # -------------------------------------------------------------------------------------- the process, with stand-ins
 
@@ -172,14 +173,12 @@ process.run(job(sys.argv[1], json.loads(sys.argv[2])), lambda slot: True,
 
 def test_trainer_does_not_outlive_its_parent(network_setting: NetworkSetting, tmp_path: Path) -> None:
     options = network_options(network_setting, max_train_epochs=1000)
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path), json.dumps(options)], cwd=PROJECT_ROOT, stdout=subprocess.PIPE
-    )
-    assert parent.stdout is not None
-    number = int(parent.stdout.readline())
+    parent = Run("-c", [PARENT, str(tmp_path), json.dumps(options)])
+    parent.until(lambda: parent.said.endswith("\n"))
+    number = int(parent.said.splitlines()[-1])
     assert psutil.pid_exists(number)
-    parent.kill()
-    parent.wait()
+    parent.send(signal.SIGKILL)
+    parent.end(-signal.SIGKILL)
     wait_until(lambda: is_gone(number))
 
 

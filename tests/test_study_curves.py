@@ -27,9 +27,7 @@ def curves(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def trial(value: float, slots: int = 10, **attrs: Any) -> FrozenTrial:
     return create_trial(
-        value=value,
-        user_attrs={"steps": 40, **attrs},
-        intermediate_values=dict.fromkeys(range(1, slots + 1), value),
+        value=value, user_attrs={"steps": 40, **attrs}, intermediate_values=dict.fromkeys(range(1, slots + 1), value)
     )
 
 

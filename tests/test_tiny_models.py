@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +24,7 @@ from library.models.encoders import DinoEncoder
 from library.models.load import load_text_encoders, load_unet, load_vae
 from library.models.sd15_configs import SD15_SCHEDULER, SD15_UNET, SD15_VAE
 from networks.families import SD15
+from tests.tools.warm import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -183,7 +182,5 @@ def test_the_command_line_builds_a_folder_and_refuses_to_overwrite_it(tmp_path: 
 
 
 def test_the_module_runs_as_a_program() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "library.models.tiny", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "--kind" in result.stdout
+    code = "import runpy; runpy.run_module('library.models.tiny', run_name='__main__')"
+    assert "--kind" in Run("-c", [code, "--help"]).end()

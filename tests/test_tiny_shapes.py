@@ -13,7 +13,6 @@ from library.data.demo_pictures import CLASSES, draw, imagine
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures
 from library.files import file_hash, read_json
 from library.inference.drawing_model import DrawingModel, load_model
-from library.inference.picture_request import PictureRequest
 from library.inference.text_to_image import draw as draw_pictures
 from library.inference.text_to_image import native_size
 from library.models.embedded import MODELS, SHAPES, SHAPES_CLIP, SHAPES_DINOV2
@@ -57,7 +56,7 @@ def test_the_card_says_what_was_asked_for() -> None:
 
 def test_the_autoencoder_gives_unseen_pictures_back(model: DrawingModel, renders: list[Image.Image]) -> None:
     pixels = torch.from_numpy(np.stack([np.asarray(one) for one in renders[:16]])).permute(0, 3, 1, 2).contiguous()
-    latents, _ = VaeEncoder(model.vae).latents(pixels)
+    latents, _ = VaeEncoder(model.vae).moments(pixels)
     with torch.no_grad():
         decoded = model.vae.decode(latents.float()).sample.clamp(-1, 1)
     error = ((decoded - (pixels.float() / 127.5 - 1)) / 2).square().mean(dim=(1, 2, 3))
@@ -65,15 +64,15 @@ def test_the_autoencoder_gives_unseen_pictures_back(model: DrawingModel, renders
 
 
 def test_it_draws_what_it_is_asked_for(model: DrawingModel) -> None:
-    """One picture of each class; CLIP finds most of them among the sixteen, where chance is one. It reads 71 % of renders right."""
+    """Pictures of eight of the sixteen classes; CLIP, which reads 71 % of renders right, finds most, and chance half a one."""
     clip = ClipPictures(str(MODELS / SHAPES_CLIP))
     pictures = [
         draw_pictures(model, PictureRequest(f"a photo of a {name}", "", 12, 5.0, SIDE, SIDE, "DPM++ 2M"), [seed])[0]
-        for seed, name in enumerate(CLASSES)
+        for seed, name in [*enumerate(CLASSES)][::2]
     ]
     words = clip.prompts([f"a {name}" for name in CLASSES])
     found = (clip.pictures(pictures) @ words.T).argmax(1).tolist()
-    assert sum(index == place for place, index in enumerate(found)) >= 9
+    assert sum(index == 2 * place for place, index in enumerate(found)) >= 5
 
 
 def test_its_native_size_is_what_it_was_trained_on(model: DrawingModel) -> None:

@@ -79,7 +79,8 @@ def test_the_guides_command_trains_a_single_file_and_a_folder_alike(
     assert dtypes == {torch.float16}, "alphas too"
     assert_diffusers_uses_all_of(tmp_path / "file" / "luca_v1.safetensors", base, caplog)
     # One step is enough to see that the folder is the same model.
-    assert run_guide(tmp_path, base, tmp_path / "folder", " --max_train_epochs 1 --lr_warmup_steps 0") == 0
+    short = " --max_train_epochs 1 --lr_warmup_steps 0 --max_data_loader_n_workers 1"
+    assert run_guide(tmp_path, base, tmp_path / "folder", short) == 0
     assert (tmp_path / "folder" / "luca_v1.safetensors").exists()
     file, folder = (losses(tmp_path / name, "reference/frozen_base_loss") for name in ("file", "folder"))
     assert file == folder
@@ -196,10 +197,8 @@ def test_two_processes_share_an_epoch(network_setting: NetworkSetting, tmp_path:
         **network_setting.quick, "save_state": "", "gradient_accumulation_steps": 1, "alignment": "",
         "dino_model": tiny_dinov2, "dino_resolution": 56, "token_grid": 4, "manifold_mode": "token",
     }  # fmt: skip
-    child = network_setting.start(tmp_path, processes=2, **options)
-    output, _ = child.communicate(timeout=1200)
-    assert child.returncode == 0, output[-2000:]
-    assert "3 samples an epoch, 2 steps per epoch, 4 steps, up to batch 1 x 1 accumulated x 2 processes" in output
+    output = network_setting.start(tmp_path, processes=2, **options).end()
+    assert "3 samples, 2 steps per epoch, 4 steps, up to batch 1 x 1 accumulated x 2 processes" in output
     assert {"mio.safetensors", "mio-state"} <= set(names(tmp_path))
     facts = json.loads((tmp_path / "mio-state" / "state.json").read_text())
     assert (facts["step"], facts["samples_seen"], facts["world_size"]) == (4, 6, 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -298,7 +298,6 @@ def image_named(name: str, dataset: str = "512x512", is_reg: bool = False) -> Tr
     return TrainingImage(f"{dataset}:{name}", Path(name), (8, 8), "", "none", None, Subset(is_reg=is_reg))
 
 
-@settings(max_examples=60)
 @given(st.sets(st.text(min_size=1, max_size=8), max_size=30), st.floats(0, 1), st.none() | st.integers(), st.data())
 def test_no_image_changes_sides_when_others_come_or_go(
     names: set[str], share: float, seed: int | None, data: st.DataObject

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -218,9 +216,3 @@ def test_the_sheet_has_each_picture_where_its_values_cross() -> None:
     assert corners[2, 0][1] > corners[1, 0][1] > corners[0, 0][1] and corners[0, 1][0] > corners[0, 0][0]
     assert (found[corners[0, 1][0], corners[1, 0][1] + 20] == 240).any(), "the missing one's place"
     assert sheet(x, None, {(0, 0): Image.new("RGB", (64, 64))}).height < found.shape[0]
-
-
-def test_nothing_of_this_imports_torch() -> None:
-    modules = ", ".join(f"library.inference.{name}" for name in ("infotext", "grids", "xy_grid", "upscaling"))
-    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

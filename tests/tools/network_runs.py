@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import numpy as np
@@ -17,7 +15,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.tools.runs import launch
+from tests.tools.runs import metric_rows as rows
+from tests.tools.warm import Run
 
 if TYPE_CHECKING:
     from library.data.cached_samples import Batch, CachedSamples
@@ -124,8 +123,8 @@ class NetworkSetting:
         task = build_task(options, processes, prepared, plan, context)
         return Built(options, prepared, order, plan, task, context)
 
-    def start(self, output: Path, *extra: str, processes: int = 1, **changes: object) -> subprocess.Popen[str]:
-        return launch("train_network.py", self.argv(output, *extra, **changes), processes)
+    def start(self, output: Path, *extra: str, processes: int = 1, **changes: object) -> Run:
+        return Run("train_network.py", self.argv(output, *extra, **changes), processes)
 
 
 @dataclass
@@ -199,11 +198,6 @@ def metadata(path: Path) -> dict[str, str]:
 def names(folder: Path) -> list[str]:
     """What lies in a folder, but for the lock."""
     return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
-
-
-def rows(output: Path, name: str = "train/loss") -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in found if name in row]
 
 
 def losses(output: Path, name: str = "train/loss") -> list[float]:

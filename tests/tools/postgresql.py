@@ -7,7 +7,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from tests.tools.warm import free_port
 
 USER, PASSWORD = "search", "p4ss-of-the-test"
 START_SECONDS = 120.0
@@ -106,7 +107,7 @@ def postgresql_server(*, durable: bool = False) -> Iterator[Server]:
         if who:
             os.chown(folder, pwd.getpwnam(who["user"]).pw_uid, who["group"])
         _make_cluster(programs, folder, who)
-        server = Server(programs, folder, _free_port(), () if durable else ("-F",), who)
+        server = Server(programs, folder, free_port(), () if durable else ("-F",), who)
         server.start()
         try:
             yield server
@@ -159,12 +160,6 @@ def _end_with_parent() -> None:
     """A killed test leaves no server behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _last_line(text: str) -> str:

@@ -5,40 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from library.options.toml_file import PROJECT_ROOT
 from tests.tools.pictures import draw_picture
+from tests.tools.warm import Run
 
 IMAGES = 12
-
-
-def launch(script: str, argv: list[str], processes: int = 1) -> subprocess.Popen[str]:
-    """Start a script as a process of its own, or as several CPU processes under accelerate."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += [
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            str(processes),
-            "--num_machines",
-            "1",
-        ]
-        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    return subprocess.Popen(
-        [*launcher, script, *argv],
-        cwd=PROJECT_ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 class RepaSetting:
@@ -73,9 +48,9 @@ class RepaSetting:
 
         return train_repa.main(self.argv(output, *extra, **changes))
 
-    def start(self, output: Path, *extra: str, processes: int = 1, **changes: object) -> subprocess.Popen[str]:
-        """Start train_repa.py as a process of its own, or as several under accelerate."""
-        return launch("train_repa.py", self.argv(output, *extra, **changes), processes)
+    def start(self, output: Path, *extra: str, processes: int = 1, **changes: object) -> Run:
+        """Start train_repa.py as a process of its own, or as several."""
+        return Run("train_repa.py", self.argv(output, *extra, **changes), processes)
 
 
 def state_tensors(state: Path) -> dict[str, torch.Tensor]:
@@ -100,6 +75,6 @@ def copy_until(source: Path, target: Path, step: int) -> None:
         adapter.unlink()
 
 
-def metric_rows(output: Path, name: str) -> list[dict[str, float]]:
+def metric_rows(output: Path, name: str = "train/loss") -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if name in row]

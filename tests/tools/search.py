@@ -153,11 +153,7 @@ def trial(number: int, value: float | None, state: str = "COMPLETE", rate: float
     """Trial `number`, from 1, which took a minute. params: others than learning_rate `rate`, a little more for each number."""
     params = {**SPACE.defaults, "learning_rate": rate * (1 + number / 1000), **attrs.pop("params", {})}
     found = create_trial(
-        state=TrialState[state],
-        value=value,
-        params=params,
-        distributions=DISTRIBUTIONS,
-        user_attrs=attrs,
+        state=TrialState[state], value=value, params=params, distributions=DISTRIBUTIONS, user_attrs=attrs
     )
     found.number = number - 1
     found.datetime_start = datetime(2026, 1, 1) + timedelta(minutes=number)
