@@ -13,6 +13,7 @@ from library.data.demo_pictures import CLASSES, draw, imagine
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures
 from library.files import file_hash, read_json
 from library.inference.drawing_model import DrawingModel, load_model
+from library.inference.picture_request import PictureRequest
 from library.inference.text_to_image import draw as draw_pictures
 from library.inference.text_to_image import native_size
 from library.models.embedded import MODELS, SHAPES, SHAPES_CLIP, SHAPES_DINOV2
