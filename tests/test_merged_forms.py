@@ -236,7 +236,7 @@ def test_a_loha_is_merged_by_its_own_formula(
     loha: Path, tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = merge(tmp_path / "a.safetensors", tiny_sd15, "--models", loha, "--ratios", 0.5)
-    assert f"adapter    {loha}: 1 modules, rank 2, alpha 1, LoHa\n" in capsys.readouterr().out
+    assert f"adapter    {loha}: 1 module, rank 2, alpha 1, LoHa\n" in capsys.readouterr().out
     w1_a, w1_b, w2_a, w2_b = (load_file(loha)[f"lora_unet_mid_block_attentions_0_proj_in.hada_{n}"] for n in
                               ("w1_a", "w1_b", "w2_a", "w2_b"))  # fmt: skip
     before = merging_of(tiny_sd15).base.read(UNET, "mid_block.attentions.0.proj_in.weight")

@@ -164,7 +164,7 @@ def test_a_wrong_value_in_a_file_is_one_clear_sentence(tmp_path: Path, text: str
         ("--adaptive_noise_scale 0.1", r"adaptive_noise_scale has no effect without noise_offset"),
         ("--noise_offset_random_strength", r"noise_offset_random_strength has no effect without noise_offset"),
         ("--huber_c 0.2", r"huber_c has no effect with loss_type l2"),
-        ("--scale_v_pred_loss_like_noise_pred", r"is for velocity models. Give --v_parameterization too"),
+        ("--scale_v_pred_loss_like_noise_pred", r"is for losses on velocities. Give --v_parameterization too"),
         ("--v_pred_like_loss 0.5 --v_parameterization", r"v_pred_like_loss is for noise models"),
         ("--output_name a/b", r"output_name .* must have no path separators, got 'a/b'"),
         ("--save_model_as ckpt", r"save_model_as ckpt is a pickle, .* Use safetensors"),

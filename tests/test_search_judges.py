@@ -198,8 +198,8 @@ def test_picture_objective_is_0_for_the_base_and_keeps_its_pictures(
 
     task, prepared = built.task, built.prepared
     vae = load_drawing_vae(prepared.base, prepared.family, dtype=torch.float32, device="cpu")
-    assert task.conditioner is not None
-    parts = task.conditioner.parts
+    assert task.text.conditioner is not None
+    parts = task.text.conditioner.parts
 
     def drawing() -> DrawingModel:
         parametrisation = task.objective.parametrisation

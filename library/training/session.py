@@ -24,6 +24,7 @@ from library.training.preflight import preflight
 from library.training.run import build_run
 from library.training.sample_images import Sampler
 from library.training.speed import prepare_environment, with_usable_attention
+from library.words import plural
 
 
 def run_training(options: RunOptions, context: ExitStack) -> None:
@@ -52,7 +53,8 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     plan = make_plan(order, options.training, options.optimizer)
     upper = "" if order.whole_steps else "up to "
     processes.say(
-        f"{order.samples_per_epoch} samples, {plan.steps_per_epoch} steps per epoch, {plan.last_step} steps, {upper}batch "
+        f"{plural(order.samples_per_epoch, 'sample')}, {plural(plan.steps_per_epoch, 'step')} per epoch, "
+        f"{plural(plan.last_step, 'step')}, {upper}batch "
         f"{plan.batch_size} x {plan.accumulation} accumulated x {plan.world_size} processes on {processes.device}"
     )
     metrics = Path(facts["log_folder"]) if "log_folder" in facts else options.metrics_folder(datetime.now())

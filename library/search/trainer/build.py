@@ -35,6 +35,7 @@ from library.training.plan import make_order, make_plan
 from library.training.run import build_run
 from library.training.speed import prepare_environment, with_usable_attention
 from library.training.task import LoraTask
+from library.words import plural
 from networks.families import UNET, Family
 
 # Groups of options that decide nothing about pictures and caches, but for the batch size, the dataset file and base_weights.
@@ -72,7 +73,9 @@ def script_training(job: Job, config: Path, warm: KeptModels, context: ExitStack
     prepared.models = warm
     order = make_order(prepared.data, options)
     plan = make_plan(order, options.training, options.optimizer)
-    processes.say(f"{order.samples_per_epoch} samples an epoch, {plan.last_step} steps on {processes.device}")
+    processes.say(
+        f"{plural(order.samples_per_epoch, 'sample')} per epoch, {plural(plan.last_step, 'step')} on {processes.device}"
+    )
     run, task = build_run(options, processes, prepared, order, plan, Path(job.folder) / "logs", context)
     judge = _judge(job, options, prepared, task, warm)
 

@@ -214,7 +214,7 @@ def network_image_judge(
         task.objective.parametrisation.output.name,
     ]
     known = warm.base_scores.setdefault(f"image {hashlib.sha256(repr(facts).encode()).hexdigest()}", {})
-    folder = Path(job.folder) / "realtime_evaluations"
+    folder = Path(job.folder)
     skip = clip_skip(options.text, prepared.family)
     return ImageJudge(judging, models, task, drawing, photos, folder, known, skip)
 
