@@ -76,7 +76,7 @@ def test_prompts_are_drawn_in_every_precision(
     options = {**owner.quick, "network_train_unet_only": None, "cache_text_encoder_outputs": None, **changes}
     options |= {"max_train_steps": 1, "max_train_epochs": None, "sample_prompts": tmp_path / "p.json"}
     assert owner.train(tmp_path / "out", **options) == 0
-    assert "drew 1 samples" in capsys.readouterr().out and pictures(tmp_path / "out") == ["mio_000001_00_7.png"]
+    assert "drew 1 sample in" in capsys.readouterr().out and pictures(tmp_path / "out") == ["mio_000001_00_7.png"]
 
 
 def test_a_failing_sample_is_a_warning(

@@ -20,7 +20,9 @@ def captioned(sdxl_setting: NetworkSetting, tiny_dinov2: Path, tmp_path_factory:
     """Words of a run on SDXL over captioned pictures in three buckets, options and data sets in one file."""
     folder = tmp_path_factory.mktemp("captioned")
     (folder / "prompts.txt").write_text("mio --w 64 --h 64 --s 2\n")
-    file = folder / "run.toml"
+    file = (
+        sdxl_setting.folder / "captioned.toml"
+    )  # from where pictures have the same names anywhere, so the same are held out
     file.write_text(
         f"""
         [run]
@@ -51,7 +53,7 @@ def captioned(sdxl_setting: NetworkSetting, tiny_dinov2: Path, tmp_path_factory:
         validation_split = 0.3
         [[datasets]]
         [[datasets.subsets]]
-        image_dir = "{sdxl_setting.data}"
+        image_dir = "{sdxl_setting.data.name}"
         flip_aug = true
         shuffle_caption = true
         caption_extension = ".txt"

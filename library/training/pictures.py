@@ -120,7 +120,7 @@ def print_data(data: TrainingData) -> None:
         print(f"dataset {dataset.name}, batch size {dataset.batch_size}")
         print(table)
     if data.validation:
-        print(f"{len(data.validation)} pictures are held out for validation")
+        print(f"{plural(len(data.validation), 'picture is', 'pictures are')} held out for validation")
     if data.without_caption:
         first = ", ".join(str(path) for path in data.without_caption[:3])
         print(f"{len(data.without_caption)} pictures have no caption of their own (first: {first})")

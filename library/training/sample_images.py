@@ -29,6 +29,7 @@ from library.training.loop import Run
 from library.training.models import load_frozen_text
 from library.training.task import LoraTask
 from library.training.text import EncodedText
+from library.words import plural
 from networks.families import UNET
 
 STEPS, SCALE, SEED = 30, 7.5, 42  # kohya's, but for the seed, without which nothing could be compared
@@ -64,7 +65,9 @@ class Sampler:
             start = time.perf_counter()
             try:
                 files = self._draw(read_prompt_file(prompts), step)
-                processes.say(f"drew {len(files)} samples in {time.perf_counter() - start:.1f} s: {files[0].parent}")
+                processes.say(
+                    f"drew {plural(len(files), 'sample')} in {time.perf_counter() - start:.1f} s: {files[0].parent}"
+                )
             except Exception as error:  # whatever it is, the training is worth more
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 processes.say(f"warning: samples at step {step} could not be drawn: {reason}")
