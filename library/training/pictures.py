@@ -11,6 +11,7 @@ from library.errors import UserError
 from library.models.base_family import native_side
 from library.models.locate import BaseLocation
 from library.options.run import RunOptions
+from library.words import plural
 
 _FRESH_PIXELS = ("color_aug", "random_crop", "face_crop_aug_range")
 
