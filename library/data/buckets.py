@@ -62,7 +62,7 @@ class BucketSettings(Protocol):
 
 
 class Conditioning(NamedTuple):
-    """What SDXL is told about a picture, each (height, width) or (top, left) in pixels."""
+    """SDXL's size conditions of a picture, each (height, width) or (top, left) in pixels."""
 
     original_size: Size
     crop_top_left: Size

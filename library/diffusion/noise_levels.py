@@ -34,7 +34,7 @@ class NoiseLevels:
         return math.exp(np.interp(timestep, positions, self.sigmas.log().numpy()))
 
     def timestep(self, sigma: float) -> float:
-        """Inverse of `sigma`: what the U-Net is told. A1111 and ComfyUI hand such fractions over as they are."""
+        """Inverse of `sigma`: the timestep that the U-Net is given. A1111 and ComfyUI hand such fractions over as they are."""
         if sigma <= 0:
             return 0.0
         return float(np.interp(math.log(sigma), self.sigmas.log().numpy(), np.arange(len(self.sigmas))))

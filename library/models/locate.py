@@ -87,7 +87,7 @@ def base_status(name: str, components: Sequence[str] | None = None) -> str | Non
 
 
 def check_base(name: str, components: Sequence[str] | None = None) -> None:
-    """Raise UserError where `locate_base` would, as far as that can be told without fetching or building anything."""
+    """Raise UserError where `locate_base` would, as far as that can be known without fetching or building anything."""
     if name not in TINY_BASES and _local_base(name, components) is None and not _is_hub_id(name):
         raise UserError(_absent(name, SHAPES))
 

@@ -58,7 +58,7 @@ class OptimizerOptions:
     lr_scheduler: Schedule = "cosine"
     """Learning rate after the warm-up, as diffusers and transformers define it."""
     lr_scheduler_type: str = ""
-    """Scheduler class to use instead: a name in torch.optim.lr_scheduler, or a dotted path. It warms up only if told to."""
+    """Scheduler class to use instead: a name in torch.optim.lr_scheduler, or a dotted path. It warms up only if asked to."""
     lr_scheduler_args: tuple[str, ...] = ()
     """Arguments of the schedule as key=value, such as T_max=1000, or step_rules=1:500,0.1 for piecewise_constant."""
     lr_warmup_steps: float = 0.1

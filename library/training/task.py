@@ -156,7 +156,7 @@ class LoraTask:
         return Conditioning(text.states.to(self.compute_dtype), pooled)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Tensor) -> Tensor:
-        """The U-Net's output [B, C, h, w] in the compute dtype. sizes: [B, 6], for families whose U-Net is told them."""
+        """The U-Net's output [B, C, h, w] in the compute dtype. sizes: [B, 6], for families whose U-Net takes them."""
         inputs = noisy.to(self.compute_dtype)
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)

@@ -96,8 +96,8 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
     Difference(
         "cache_latents_to_disk, cache_text_encoder_outputs_to_disk",
-        "off: in memory; on: beside the pictures, told by name",
-        "always in `cache_dir`, told by content",
+        "off: in memory; on: beside the pictures, recognised by name",
+        "always in `cache_dir`, recognised by content",
         "an edited picture or caption is encoded anew; a stale cache would be trained on",
     ),
     Difference(

@@ -46,7 +46,7 @@ REFUSED: dict[str, Refused] = _table(
     ),
     ("--dry_run shows the data sets, buckets and dropped pictures.", "", {"debug_dataset": False}),
     (
-        "Caches are told by content: checking takes seconds, and trusting a stale one trains on it.",
+        "Caches are recognised by content: checking takes seconds, and trusting a stale one trains on it.",
         "",
         {"skip_cache_check": False},
     ),
