@@ -89,7 +89,7 @@ def build(options: MergeLoraOptions) -> Plan:
 
 
 def output_of(options: MergeLoraOptions, adapter: Path) -> Output:
-    """Where the result goes: as the options say, else a folder "merged" (or a file "merged_lora.safetensors") beside the adapter."""
+    """Where the result goes: as the options say, or a folder "merged" (file "merged_lora.safetensors") beside the adapter."""
     from library.merging.write import SINGLE_FILE, Output, followed
 
     # A state lies in the folder of its run.

@@ -138,7 +138,7 @@ def test_an_edited_picture_is_encoded_again_and_said_and_a_touched_one_is_not(se
 def test_one_picture_at_two_resolutions_has_two_entries(
     setting: LatentSetting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("library.caching.build.MOST_OPEN", 1)
+    monkeypatch.setattr("library.caching.pipeline.MOST_OPEN", 1)
     larger = Buckets((128, 128), min_bucket_reso=32, max_bucket_reso=256, bucket_reso_steps=16)
     pictures = [*setting.pictures(), *setting.pictures(larger)]
     caches = setting.build(pictures)

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from library.caching.build import PixelEncoder
 from library.caching.decoding import Importer
 from library.caching.fill import Filling, Say, dropped_of, list_dropped, nothing_usable
 from library.caching.geometry import BucketCrop, Cut
+from library.caching.pipeline import PixelEncoder
 from library.caching.producers import Wanted, fingerprint
 from library.caching.survey import Survey, Target
 from library.data.buckets import Fitted, Size

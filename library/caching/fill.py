@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from library.caching.build import BuildResult, PixelEncoder, build
 from library.caching.decoding import Importer
 from library.caching.geometry import Geometry
+from library.caching.pipeline import BuildResult, PixelEncoder, build
 from library.caching.survey import Survey, Target, survey
 from library.data.sources import ImageSource, Sample
 from library.data.store import lock_store
