@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from library.data.store_writer import StoreWriter
 from library.evaluation.feature_model import extract_features, load_feature_model
+from library.options.toml_file import PROJECT_ROOT
 from tests.test_dinov2 import meta_weights
 from tests.tools.ldm_layout import ldm_checkpoint
 from tests.tools.runs import RepaSetting, assert_equal_states, copy_until, metric_rows, state_tensors
@@ -28,6 +30,18 @@ def test_a_run_leaves_states_adapters_metrics_and_its_options(finished_run: Path
     adapter = load_file(finished_run / "repa.safetensors")
     assert len(adapter) == 8 * 3 and all(name.startswith("lora_unet_mid_block_") for name in adapter)
     assert any(finished_run.joinpath("logs").iterdir())
+
+
+def test_the_demo_sums_up_what_a_run_logs(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = runpy.run_path(str(PROJECT_ROOT / "tools" / "demo.py"))
+    summary = demo["print_summary"]
+    monkeypatch.setitem(summary.__globals__, "OUTPUT", finished_run)
+    monkeypatch.setitem(summary.__globals__, "ROOT", finished_run.parent)
+    summary(finished_run / "repa.safetensors", finished_run, finished_run, 1.0)
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("train/diffusion", "val/loss", "val/manifold", "repa.safetensors"))
 
 
 def test_training_changes_every_trained_weight_and_lowers_the_token_loss(

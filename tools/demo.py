@@ -45,13 +45,10 @@ def main() -> int:
 
 def print_summary(adapter: Path, merged: Path, picture: Path, seconds: float) -> None:
     rows = [json.loads(line) for line in (OUTPUT / "metrics.jsonl").read_text().splitlines()]
-    training = [row for row in rows if "train/loss" in row]
-    validation = [row for row in rows if "val/total" in row]
-    print(f"\n{'':14}{'start':>10}{'end':>10}")
-    for name, of in (("train", training), ("val", validation)):
-        for part in ("diffusion", "token", "manifold"):
-            first, last = of[0][f"{name}/{part}"], of[-1][f"{name}/{part}"]
-            print(f"{name + '/' + part:14}{first:10.4f}{last:10.4f}")
+    print(f"\n{'':16}{'start':>10}{'end':>10}")
+    for name in ("train/diffusion", "train/token", "train/manifold", "val/loss", "val/token", "val/manifold"):
+        values = [row[name] for row in rows if name in row]
+        print(f"{name:16}{values[0]:10.4f}{values[-1]:10.4f}")
     reference = next(row for row in rows if "reference/constant_token_loss" in row)
     print(f"The token loss of the best constant is {reference['reference/constant_token_loss']:.4f}.\n")
     print(f"adapter        {adapter.relative_to(ROOT)}")
