@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.tools.runs import RepaSetting, assert_equal_states, copy_until, metric_rows
 
@@ -24,6 +25,47 @@ def test_resuming_gives_the_bits_of_the_uninterrupted_run(
     assert [(r["step"], r["train/loss"]) for r in whole] == [(r["step"], r["train/loss"]) for r in resumed]
     whole, resumed = (metric_rows(p, "val/total") for p in (finished_run, tmp_path / "out"))
     assert [r["val/total"] for r in whole] == [r["val/total"] for r in resumed]
+
+
+@pytest.mark.bits
+def test_sigkill_and_the_same_command_again_give_the_bits_of_the_uninterrupted_run(
+    repa_setting: RepaSetting, tmp_path: Path
+) -> None:
+    changes = {"max_train_steps": 18, "save_every_n_steps": 3, "gradient_accumulation_steps": 2, "network_dropout": 0.1}
+    killed = tmp_path / "killed"
+    repa_setting.start(tmp_path / "whole", **changes).end()
+    for _ in range(2):
+        seen = len(list(killed.glob("step_*")))
+        run = repa_setting.start(killed, **changes)
+        run.until(lambda seen=seen: len(list(killed.glob("step_*"))) > seen)  # type: ignore[misc]
+        run.send(signal.SIGKILL)
+        run.end(-signal.SIGKILL)
+        assert not (killed / "step_000018").exists()
+    assert "resuming from" in repa_setting.start(killed, **changes).end()
+    assert_equal_states(tmp_path / "whole" / "step_000018", killed / "step_000018")
+    assert [path.name for path in killed.glob(".*")] == [".lock"]
+
+
+def test_the_same_command_after_the_end_has_nothing_to_do(
+    finished_run: Path, repa_setting: RepaSetting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished_run / "repa.safetensors").stat().st_mtime_ns
+    assert repa_setting.train(finished_run, save_every_n_steps=2, validate_every_n_steps=2) == 0
+    assert "is the end of this run (step 4). Nothing is left to do." in capsys.readouterr().out
+    assert (finished_run / "repa.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.bits
+def test_adapters_lost_after_the_last_state_are_written_by_the_same_command(
+    finished_run: Path, repa_setting: RepaSetting, tmp_path: Path
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "out")
+    for name in ("repa.safetensors", "repa-ema.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    assert repa_setting.train(tmp_path / "out", save_every_n_steps=2, validate_every_n_steps=2) == 0
+    for name in ("repa.safetensors", "repa-ema.safetensors"):
+        a, b = load_file(finished_run / name), load_file(tmp_path / "out" / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_state_of_other_samples_or_base_weights_is_not_continued_silently(
@@ -61,6 +103,35 @@ def test_moments_come_back_in_the_layout_of_their_weights(repa_setting: RepaSett
     for key in ("exp_avg", "exp_avg_sq"):
         moment = loaded.optimizer.state[weight][key]
         assert moment.stride() == weight.stride() and torch.equal(moment, saved.optimizer.state[original][key])
+
+
+@pytest.mark.bits
+def test_a_stop_file_saves_a_state_and_the_run_goes_on_later(
+    finished_run: Path,
+    repa_setting: RepaSetting,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from library.training.stop import Requests
+
+    # Looks at the folder each time, and the file appears while step 3 runs.
+    looks = iter(range(100))
+    original = Requests.look
+
+    def look(self: Requests) -> int:
+        if next(looks) == 3:
+            (tmp_path / "stop").touch()
+        self._looked = 0.0
+        return original(self)
+
+    monkeypatch.setattr(Requests, "look", look)
+    assert repa_setting.train(tmp_path, save_every_n_steps=2, validate_every_n_steps=2) == 75
+    assert "Stopped at step 3 of 4 by the file" in capsys.readouterr().err
+    assert (tmp_path / "step_000003").is_dir() and not (tmp_path / "stop").exists()
+    monkeypatch.undo()
+    assert repa_setting.train(tmp_path, save_every_n_steps=2, validate_every_n_steps=2) == 0
+    assert_equal_states(finished_run / "step_000004", tmp_path / "step_000004")
 
 
 def test_sigterm_saves_a_resumable_state(repa_setting: RepaSetting, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# What comes with the project, trained: the base that every script defaults to, its teacher and its CLIP.
+# What comes with the project, trained: the base that training and drawing default to, its teacher and its CLIP.
 SHAPES = "tiny-shapes"
 SHAPES_DINOV2 = "tiny-shapes-dinov2"
 SHAPES_CLIP = "tiny-shapes-clip"

@@ -134,27 +134,24 @@ def prepared_classes(caches: Caches, base: BaseLocation, family: Family, data: T
         return Stores(by_kind["latents"], by_kind.get("tokens"))
 
     held_out = caches.val or caches.train
-    dropped = caches.train.dropped | held_out.dropped
-    paths = {picture.image.sample_id: str(picture.image.path) for picture in data.every} if dropped else {}
-    data = replace(
-        data,
-        training=[picture for picture in data.training if picture.image.sample_id not in caches.train.dropped],
-        validation=[picture for picture in data.validation if picture.image.sample_id not in held_out.dropped],
-        dropped=data.dropped | {paths[name]: reason for name, reason in dropped.items()},
-    )
+    data = _without(data, caches.train.dropped, held_out.dropped)
     caches.text.rows_of([picture.class_id for picture in data.every if picture.class_id is not None], caches.text_path)
     return Prepared(base, family, data, stores(caches.train), stores(held_out), caches.text)
 
 
-def _without(data: TrainingData, dropped: Mapping[str, str]) -> TrainingData:
-    """The data without the pictures of these sample ids, for the reasons beside them."""
+def _without(
+    data: TrainingData, of_training: Mapping[str, str], of_validation: Mapping[str, str] | None = None
+) -> TrainingData:
+    """The data without the pictures of these sample ids, for the reasons beside them. of_validation None: the same."""
+    of_validation = of_training if of_validation is None else of_validation
+    dropped = {**of_training, **of_validation}
     if not dropped:
         return data
     paths = {picture.image.sample_id: str(picture.image.path) for picture in data.every}
     data = replace(
         data,
-        training=[picture for picture in data.training if picture.image.sample_id not in dropped],
-        validation=[picture for picture in data.validation if picture.image.sample_id not in dropped],
+        training=[picture for picture in data.training if picture.image.sample_id not in of_training],
+        validation=[picture for picture in data.validation if picture.image.sample_id not in of_validation],
         dropped=data.dropped | {paths[name]: reason for name, reason in dropped.items()},
     )
     if not data.training:
