@@ -17,6 +17,7 @@ from library.errors import EXIT_OK, script
 from library.options.checks import not_negative, positive, require
 from library.options.parser import parse
 from library.precision import Precision
+from library.progress import doing
 
 if TYPE_CHECKING:
     from library.merging.extract import ExtractReport
@@ -100,7 +101,6 @@ def print_plan(options: ExtractLoraOptions, base: Checkpoint, tuned: Checkpoint)
 
 def run(options: ExtractLoraOptions, base: Checkpoint, tuned: Checkpoint) -> None:
     import torch
-    from tqdm import tqdm
 
     from library.device import choose_device, named_dtype
     from library.merging.extract import extract
@@ -110,11 +110,10 @@ def run(options: ExtractLoraOptions, base: Checkpoint, tuned: Checkpoint) -> Non
     device = choose_device(options.device, needs=torch.float64)
     hashes = Hashes([*base.files(), *tuned.files()])
     hashes.start()
-    with tqdm(unit="layer", mininterval=1) as bar:
+    with doing("extracting layer") as activity:
 
         def show(number: int, total: int) -> None:
-            bar.total = total
-            bar.update(number - bar.n)
+            activity.done, activity.total = number, total
 
         adapter, report = extract(
             base,

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 
+from library.progress import doing
 from library.quiet import quiet_libraries
 
 EXIT_OK = 0
@@ -52,7 +53,8 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int
     def run(argv: list[str]) -> int:
         quiet_libraries()
         try:
-            return main(argv) or EXIT_OK
+            with doing(os.path.basename(main.__code__.co_filename)):
+                return main(argv) or EXIT_OK
         except UserError as error:
             print(f"error: {error}" if error.exit_code != EXIT_STOPPED else str(error), file=sys.stderr)
             return error.exit_code

@@ -14,6 +14,7 @@ from typing import IO, Any
 from uuid import uuid4
 
 from library.errors import RunFailed, UserError
+from library.progress import doing
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -269,7 +270,8 @@ def remembered_hash(path: Path | str, memory: Path | str) -> str:
     entry = known.get(str(path))
     if entry and entry["size"] == status.st_size and entry["mtime_ns"] == status.st_mtime_ns:
         return entry["sha256"]
-    digest = file_hash(path)
+    with doing(f"hashing {path.name}"):
+        digest = file_hash(path)
     known[str(path)] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest}
     write_json(memory, known)
     return digest

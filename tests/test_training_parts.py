@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from library.errors import Diverged, UserError
 from library.options.training import OptimizerOptions, TrainingOptions
@@ -21,7 +23,7 @@ from library.training.plan import make_plan
 from library.training.randomness import StepRandomness, sample_noise, seed_of, stratified_timesteps
 from library.training.schedules import rate_multiplier
 from library.training.stop import NOTHING, SAVE, STOP, Requests
-from library.training.tracking import AnomalyWatch, MetricLog, MetricWindow, clock_text, status_line
+from library.training.tracking import AnomalyWatch, MetricLog, MetricWindow, status_words
 from tests.tools.orders import whole_steps
 
 
@@ -201,14 +203,25 @@ def test_metric_rows_after_the_resumed_step_are_written_again(tmp_path: Path) ->
     assert [row["step"] for row in rows] == [10, 20, 30] and rows[-1]["train/loss"] == 5.0
 
 
+ROW = {
+    "train/loss": 0.0812, "lr/lora": 8.1e-5, "time/step_ms": 412.0, "time/samples_per_second": 310.0,
+    "time/data_wait_share": 0.004, "memory/peak_gb": 38.0, "memory/total_gb": 139.0,
+}  # fmt: skip
+ALIGNED = ROW | {"train/diffusion": 0.0502, "train/token": 0.671, "train/manifold": 0.02, "lambda": 0.045}
+
+
 def test_the_status_line_reads_as_documented() -> None:
-    values = {
-        "train/loss": 0.0812, "train/token": 0.671, "train/manifold": 0.02, "lr/lora": 8.1e-5, "time/step_ms": 412.0,
-        "time/samples_per_second": 310.0, "time/data_wait_share": 0.004, "memory/peak_gb": 38.0, "memory/total_gb": 139.0,
-        "time/train_s": 494.0, "time/other_s": 41.0,
-    }  # fmt: skip
-    assert status_line(1200, 4000, values, 1160.0) == (
-        "step 1200/4000 30%  loss 0.0812  token 0.671  manifold 0.020  lr 8.1e-05  412 ms  310 img/s  wait 0.4%  38/139 GB  "
-        "train 8:14  other 0:41  left 19:20"
+    assert status_words("epoch 2/4", ROW, 1160.0, 120) == (
+        "epoch 2/4  left 19:20  loss 0.0812  lr 8.1e-05  412 ms  310 img/s  wait 0.4%  38/139 GB"
     )
-    assert clock_text(3661) == "1:01:01"
+    assert status_words("epoch 2/4", ALIGNED, 1160.0, 120) == (
+        "epoch 2/4  left 19:20  L_diff 0.0502  token 0.671  manifold 0.020  lambda 0.045  lr 8.1e-05  412 ms  38/139 GB"
+    )
+    assert status_words("epoch 1/4", {}, None, 120) == "epoch 1/4"
+
+
+@given(st.integers(1, 200))
+def test_a_status_line_is_never_wider_than_there_is_room_and_keeps_the_time_left_longest(width: int) -> None:
+    line = status_words("epoch 2/4", ALIGNED, 1160.0, width)
+    assert len(line) <= width or line == "left 19:20"
+    assert "left 19:20" in line

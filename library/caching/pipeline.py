@@ -10,7 +10,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from library.caching.decoding import Importer, Job, Picture, PictureBatch, picture_batches
 from library.caching.geometry import Geometry
@@ -20,6 +19,7 @@ from library.data.sources import ImageSource, Sample
 from library.data.store import pack_source, shard_folder
 from library.data.store_writer import StoreWriter
 from library.models.encoders import quantize_tokens
+from library.progress import doing
 
 # Stores that are open for writing at once. Pictures come bucket by bucket, so older ones are done with.
 MOST_OPEN = 16
@@ -106,11 +106,11 @@ def build(
     batches = iter(picture_batches(source, jobs, geometry, batch_size, workers, importer))
     writer = _Writer(surveys, planned, result)
     try:
-        with tqdm(total=len(planned), unit="img", desc=f"{label}{f' (process 1 of {world_size})' if world_size > 1 else ''}",
-                  disable=rank != 0, smoothing=0.05) as progress:  # fmt: skip
+        share = f" (process 1 of {world_size})" if world_size > 1 else ""
+        with doing(f"caching {label}{share}", len(planned)) as activity:
             for batch in batches:
                 writer.put(batch, _encode(batch, encoders, device))
-                progress.update(len(batch.decoded) + len(batch.settled))
+                activity.advance(len(batch.decoded) + len(batch.settled))
     finally:
         # Also after Ctrl-C: what was encoded is committed.
         writer.close()

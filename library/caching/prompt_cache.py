@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from library.caching.fill import Say, locked
 from library.caching.producers import fingerprint
@@ -27,6 +26,7 @@ from library.files import require_space
 from library.models.conditioning import Conditioning, TextConditioner
 from library.models.encoders import PROMPTS_AT_ONCE
 from library.processes import Processes
+from library.progress import doing
 from library.words import plural
 
 STORES = {"states": "prompts", "pooled": "pooled"}
@@ -159,16 +159,18 @@ class _Share:
         """Write the embeddings. Returns the captions of which the encoders do not see the end."""
         writers: dict[str, StoreWriter] = {}
         try:
-            for start in tqdm(range(0, len(self.captions), PROMPTS_AT_ONCE), desc="prompts", disable=self.rank != 0):
-                part = self.captions[start : start + PROMPTS_AT_ONCE]
-                with torch.no_grad():
-                    found = conditioner(part)
-                values = {"states": _to_host(found.states)}
-                if found.pooled is not None:
-                    values["pooled"] = _to_host(found.pooled)
-                writers = writers or self._open({name: value.shape[1:] for name, value in values.items()})
-                for row, caption in enumerate(part):
-                    self._put(writers, caption, {name: value[row] for name, value in values.items()})
+            with doing("caching prompts", len(self.captions)) as activity:
+                for start in range(0, len(self.captions), PROMPTS_AT_ONCE):
+                    part = self.captions[start : start + PROMPTS_AT_ONCE]
+                    with torch.no_grad():
+                        found = conditioner(part)
+                    values = {"states": _to_host(found.states)}
+                    if found.pooled is not None:
+                        values["pooled"] = _to_host(found.pooled)
+                    writers = writers or self._open({name: value.shape[1:] for name, value in values.items()})
+                    for row, caption in enumerate(part):
+                        self._put(writers, caption, {name: value[row] for name, value in values.items()})
+                    activity.advance(len(part))
         finally:
             # Also after Ctrl-C: what was encoded is committed.
             for writer in writers.values():

@@ -37,6 +37,7 @@ from library.inference.infotext import model_hash
 from library.inference.picture_infotext import model_name
 from library.models.embedded import TINY_TEACHERS
 from library.models.locate import locate_base
+from library.progress import doing
 from library.words import plural
 from networks.adapters import Adapter
 
@@ -200,8 +201,8 @@ def evaluate_generation(
     on_loaded()
     drawn = _draw_all(model, plan, pictures_folder, say)
     del model
-    say("measuring")
-    return _Measurement(plan, drawn, dino, clip).result()
+    with doing("measuring the pictures"):
+        return _Measurement(plan, drawn, dino, clip).result()
 
 
 def _draw_all(
@@ -219,7 +220,8 @@ def _draw_all(
     base = model_name(plan.base), None if folder is None else model_hash(Path(plan.base).expanduser())
     for number, (name, adapter) in enumerate(models, start=1):
         say(f"{number}/{len(models)} {name}")
-        drawn[name] = _draw_one(model, plan, adapter, encoded)
+        with doing(f"drawing with {name}"):
+            drawn[name] = _draw_one(model, plan, adapter, encoded)
         if folder is not None:
             for kind, prompts, made in _by_kind(plan, drawn[name]):
                 save_pictures(folder / name.replace("/", "_"), kind, prompts, made, adapter, *base)

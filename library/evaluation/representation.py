@@ -28,6 +28,7 @@ from library.evaluation.standard_errors import Spread, transposed
 from library.evaluation.tap_features import TapFeatures, features_at_tap
 from library.models.fingerprint import weight_fingerprint
 from library.models.locate import locate_base
+from library.progress import doing
 from library.training.saving import StepSaving
 from library.training.state import read_facts
 from networks.families import UNET
@@ -270,7 +271,8 @@ class _Evaluation:
         for trunk in self._trunks():
             with trunk.context():
                 for timestep in self.settings.timesteps:
-                    side = self._measure(trunk, timestep)
+                    with doing(f"measuring the {trunk.name}'s representation at timestep {timestep}"):
+                        side = self._measure(trunk, timestep)
         if self.settings.baselines:
             self._add_baselines(side)
         return self.result

@@ -25,6 +25,7 @@ from library.merging.strength import Strength
 from library.models.base_family import family_of, native_side
 from library.models.checkpoint import open_checkpoint
 from library.models.locate import locate_base
+from library.progress import doing
 from networks.adapters import Adapter
 from networks.families import VAE
 
@@ -98,15 +99,18 @@ class DrawingSession:
         self, pictures: Sequence[PlannedPicture], batch_size: int = 1
     ) -> Iterator[tuple[list[PlannedPicture], list[Image.Image]]]:
         """Batches as they are drawn, in the order of `pictures`; call `check` first."""
-        for base, group in groupby(pictures, key=lambda picture: picture.base):
-            of_base = list(group)
-            model = self.model(base)
-            self._prepare(model, of_base)
-            for request, alike in groupby(of_base, key=lambda picture: picture.request):
-                together = list(alike)
-                for start in range(0, len(together), batch_size):
-                    batch = together[start : start + batch_size]
-                    yield batch, self._draw_batch(model, request, [picture.seed for picture in batch])
+        with doing("drawing pictures", len(pictures)) as activity:
+            for base, group in groupby(pictures, key=lambda picture: picture.base):
+                of_base = list(group)
+                model = self.model(base)
+                self._prepare(model, of_base)
+                for request, alike in groupby(of_base, key=lambda picture: picture.request):
+                    together = list(alike)
+                    for start in range(0, len(together), batch_size):
+                        batch = together[start : start + batch_size]
+                        drawn = self._draw_batch(model, request, [picture.seed for picture in batch])
+                        activity.advance(len(batch))
+                        yield batch, drawn
 
     def hash_ahead(self, bases: Iterable[str]) -> None:
         """Hash the files of bases and refiner in a thread, for `infotext`: gigabytes take seconds."""

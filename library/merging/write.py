@@ -22,6 +22,7 @@ from library.merging.source import PROVENANCE_KEY
 from library.models.checkpoint import Checkpoint, open_checkpoint
 from library.models.locate import BaseLocation
 from library.models.tensor_files import NewTensor, TensorFile, file_bytes, write_tensor_file
+from library.progress import doing
 from networks.families import Family
 from networks.prediction_names import PredictionName, name_by_marks
 
@@ -94,8 +95,10 @@ def write_merged(
     require_space(output.path.parent, plan.bytes(), "The merged model")
     hashes.start()
     with _in_place(output) as target:
-        absent = plan.write(target)
-        checks = plan.verify(target)
+        with doing("merging"):
+            absent = plan.write(target)
+        with doing("verifying"):
+            checks = plan.verify(target)
         report = plan.report(target, checks, absent, time.perf_counter() - started)
         if not report.passed:
             raise RunFailed(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.models.header import with_safetensors
 from library.models.locate import conversion_command
+from library.progress import doing
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -65,7 +66,10 @@ def assemble(
     Strict: from_pretrained would draw missing weights at random and only log it. Raises UserError with the count and the
     first of the missing, unexpected and misshapen names. `where` names the source in that sentence.
     """
-    with init_empty_weights():  # parameters without memory, buffers real
+    with (
+        doing(f"building {where[0].lower()}{where[1:]}"),
+        init_empty_weights(),
+    ):  # parameters without memory, buffers real
         model = build()
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import ceil
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,13 +15,15 @@ from library.data.batches import AnyBatch
 from library.errors import Stopped
 from library.options.training import OutputOptions
 from library.processes import Processes
+from library.progress import Activity, doing
 from library.training.checkpoints import Checkpoints
 from library.training.optimizers import ParameterGroup, learning_rates, set_rates
+from library.training.pace import Pace
 from library.training.plan import Plan
 from library.training.randomness import StepRandomness
 from library.training.state import Trained
 from library.training.stop import NOTHING, STOP, Requests
-from library.training.tracking import AnomalyWatch, Clock, MetricLog, MetricWindow, status_line
+from library.training.tracking import AnomalyWatch, Clock, MetricLog, MetricWindow, status_words
 
 
 class Batches(Protocol):
@@ -49,15 +52,24 @@ class Task(Protocol):
     def sample_ids(self, indices: np.ndarray) -> list[str]: ...
 
 
+class Look(Protocol):
+    """Draws pictures after a step where they are due."""
+
+    def due(self, step: int, finished: bool) -> bool: ...
+
+    def __call__(self, step: int, finished: bool) -> None: ...
+
+
 @dataclass
 class Run:
     """All that the loop works with, built by a script.
 
     micro_batches: how many a step has, where not every step has as many as the plan says.
-    look: called before each step and at the end with (step, finished), to draw pictures where they are due.
+    look: called before each step and at the end.
     after_step: called when the optimizer has stepped, before the average takes the weights; gives metrics on the device.
     validation_due: whether to validate after so many steps; default: every output.validate_every_n_steps.
     enough: asked after each validation, with its metrics, whether the run may end there as if this were its last step.
+    guesses: seconds of a "step", "validation", "save" and "samples", for the time left until one was measured.
     """
 
     task: Task
@@ -74,9 +86,24 @@ class Run:
     log: MetricLog | None = None
     after_step: Callable[[], dict[str, torch.Tensor]] | None = None
     micro_batches: Callable[[int], int] | None = None
-    look: Callable[[int, bool], None] | None = None
+    look: Look | None = None
     validation_due: Callable[[int], bool] | None = None
     enough: Callable[[dict[str, float]], bool] | None = None
+    guesses: dict[str, float] = field(default_factory=dict)
+
+    def validation_comes(self, step: int) -> bool:
+        """Whether to validate after so many steps, the end apart."""
+        due = self.validation_due or (lambda step: _due(step, self.output.validate_every_n_steps, finished=False))
+        return self.validates and due(step)
+
+    def pace(self, first_step: int) -> Pace:
+        last = self.plan.last_step
+        due: dict[str, Callable[[int], bool]] = {"save": lambda step: self.checkpoints.due(step, step == last)}
+        if self.validates:
+            due["validation"] = lambda step: step == last or self.validation_comes(step)
+        if (look := self.look) is not None:
+            due["samples"] = lambda step: look.due(step, step == last)
+        return Pace(first_step, last, due, self.guesses)
 
 
 def train(run: Run, first_step: int) -> dict[str, float]:
@@ -86,33 +113,35 @@ def train(run: Run, first_step: int) -> dict[str, float]:
     """
     plan, output, processes = run.plan, run.output, run.processes
     requests, window, clock = Requests(output.output_dir), MetricWindow(), Clock()
-    lookout = _Lookout(processes, first_step)
+    lookout, pace = _Lookout(processes, first_step), run.pace(first_step)
     batches = run.batches(first_step)
-    report = _Reporter(run, clock, batches)
     randomness = StepRandomness(run.seed, processes.rank, processes.device)
     parameters = list(run.trained.parameters.values())
     peaks = [group.learning_rate for group in run.task.groups]
-    validation_due = run.validation_due or (lambda step: _due(step, output.validate_every_n_steps, finished=False))
     step, results = first_step, {}
 
-    with requests.listening():
+    with requests.listening(), doing("step", plan.last_step, done=first_step) as activity:
+        report = _Reporter(run, clock, batches, pace, activity)
         while True:
             # Report status: the only read from the device.
             finished = step >= plan.last_step
-            validating = run.validates and (finished or validation_due(step)) and step > first_step
+            validating = step > first_step and (run.validates and finished or run.validation_comes(step))
             saving = run.checkpoints.due(step, finished) and step > first_step
             request = lookout(step, requests.look()) if lookout.due(step) or finished else NOTHING
             if window and (_due(step, output.log_every_n_steps, finished) or validating or saving or request):
                 report(step, window)
 
-            # Validate, save, obey a stop: maintenance, timed apart.
+            # Validate, save, draw, obey a stop: maintenance, timed apart.
             if validating:
-                results = _validate(run, step)
+                with pace.interruption("validation", "validating"):
+                    results = _validate(run, step)
                 finished = finished or (run.enough is not None and run.enough(results))
             if (saving or request or finished) and step > first_step:
-                run.checkpoints.save(step, finished=finished, asked=request != NOTHING)
-            if run.look is not None and request != STOP:
-                run.look(step, finished)
+                with pace.interruption("save", "saving"):
+                    run.checkpoints.save(step, finished=finished, asked=request != NOTHING)
+            if run.look is not None and request != STOP and run.look.due(step, finished):
+                with pace.interruption("samples", "drawing samples"):
+                    run.look(step, finished)
             if request:
                 requests.done(request)
             clock.to_other()
@@ -137,6 +166,7 @@ def train(run: Run, first_step: int) -> dict[str, float]:
                 run.trained.average.update()
             window.add(step, metrics, indices)
             step += 1
+            activity.advance()
             clock.to_train()
 
 
@@ -220,14 +250,14 @@ class _Lookout:
 class _Reporter:
     """Turns a window of device metrics into a status line, metric rows, warnings, or the end of a diverged run."""
 
-    def __init__(self, run: Run, clock: Clock, batches: Batches) -> None:
-        self.run, self.clock, self.batches = run, clock, batches
+    def __init__(self, run: Run, clock: Clock, batches: Batches, pace: Pace, activity: Activity) -> None:
+        self.run, self.clock, self.batches, self.pace, self.activity = run, clock, batches, pace, activity
+        self.newest: dict[str, float] = {}
+        activity.words = self._words
         self.watch = AnomalyWatch(run.output.output_dir / "anomalies.jsonl")
-        self.rate: float | None = None
         self.last_time = time.perf_counter()
         self.last_other = 0.0
         self.last_waited = 0.0
-        self.reports = 0
 
     def __call__(self, step: int, window: MetricWindow) -> None:
         run = self.run
@@ -245,11 +275,17 @@ class _Reporter:
                     run.processes.say(self.watch.record(at, values, ids))
             self.watch.remember(values)
         means = dict(zip(names, shared.mean(axis=0).tolist(), strict=True))
-        row_out = self._row(means, len(set(steps)))
+        self.newest = self._row(means, len(set(steps)))
         if run.log is not None:
-            run.log.add(step, row_out)
-        left = (run.plan.last_step - step) * (self.rate or 0.0)
-        run.processes.say(status_line(step, run.plan.last_step, row_out, left))
+            run.log.add(step, self.newest)
+        if not self.activity.live:
+            run.processes.say(self.activity.line())
+
+    def _words(self, width: int) -> str:
+        """What stands behind "step 12/400": all from the host, and the losses as last read."""
+        plan, step = self.run.plan, self.activity.done
+        epoch = f"epoch {min(step // plan.steps_per_epoch, ceil(plan.epochs) - 1) + 1}/{ceil(plan.epochs)}"
+        return status_words(epoch, self.newest, self.pace.left(step), width)
 
     def _row(self, means: dict[str, float], steps: int) -> dict[str, float]:
         run = self.run
@@ -258,10 +294,8 @@ class _Reporter:
         seconds = max(now - self.last_time - other, 1e-9)
         waited = self.batches.waited - self.last_waited
         self.last_time, self.last_other, self.last_waited = now, self.clock.other, self.batches.waited
-        self.reports += 1
         per_step = seconds / max(steps, 1)
-        # The first report holds the warm-up (kernels chosen, compilation); it is no measure of what is to come.
-        self.rate = per_step if self.rate is None or self.reports == 2 else 0.7 * self.rate + 0.3 * per_step
+        self.pace.stepped(seconds, steps)
         row = {f"train/{name}": value for name, value in means.items() if name not in ("lambda",)}
         if "lambda" in means:
             row["lambda"] = means["lambda"]

@@ -37,6 +37,10 @@ def preflight(run: Run, task: LoraTask, say: Callable[..., None]) -> dict[str, f
         seconds["validation batch"] = _time(run, lambda: _try_validation(task))
     if run.processes.is_main:
         seconds["save"] = _time(run, lambda: _try_save(run.checkpoints))
+    run.guesses |= {"step": seconds["training batch"] * run.plan.accumulation, "save": seconds.get("save", 0.0)}
+    if task.validation:
+        batches = sum(math.ceil(len(samples) / run.plan.batch_size) for samples in task.validation.values())
+        run.guesses["validation"] = seconds["validation batch"] * min(batches, task.validation_batches or batches)
     say("preflight: " + ", ".join(f"{what} {taken:.2f} s" for what, taken in seconds.items()))
     # Without heads there are no token losses to compare, and 256 pictures would take minutes on a large base.
     chosen = _spread(task.training) if task.alignment is not None else [largest]

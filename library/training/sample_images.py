@@ -55,10 +55,14 @@ class Sampler:
             return options.sample_at_first and not self.resumed
         return finished or (every is not None and step % every == 0)
 
+    def guess(self, step_seconds: float) -> float:
+        """Seconds that drawing takes: two forward passes a step of the sampler, a third of a training step each."""
+        assert self.options.samples.sample_prompts is not None
+        lines = read_prompt_file(self.options.samples.sample_prompts)
+        return sum(line.sample_steps or STEPS for line in lines) * 2 / 3 * step_seconds / self.run.plan.samples_per_step
+
     def __call__(self, step: int, finished: bool) -> None:
-        """Draw, by the main process, if it is time."""
-        if not self.due(step, finished):
-            return
+        """Draw, by the main process."""
         processes, prompts = self.run.processes, self.options.samples.sample_prompts
         if processes.is_main:
             assert prompts is not None

@@ -13,6 +13,7 @@ from library.models.locate import BaseLocation
 from library.options.parser import flatten
 from library.options.run import RunOptions
 from library.processes import Processes
+from library.progress import doing
 from library.training.caches import prepare_caches
 from library.training.checkpoints import is_early_end, state_to_resume
 from library.training.inputs import check_start
@@ -58,7 +59,8 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
         f"{plan.batch_size} x {plan.accumulation} accumulated x {plan.world_size} processes on {processes.device}"
     )
     metrics = Path(facts["log_folder"]) if "log_folder" in facts else options.metrics_folder(datetime.now())
-    run, task = build_run(options, processes, prepared, order, plan, metrics, context)
+    with doing("loading the models"):
+        run, task = build_run(options, processes, prepared, order, plan, metrics, context)
     if processes.is_main:
         context.enter_context(own_output(output.output_dir))
     step = first if state is None else run.checkpoints.resume(state)
@@ -67,11 +69,13 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
         return
     if step:
         processes.say(f"resuming from {state} at step {step}" if state else f"beginning with step {step}")
-    references = preflight(run, task, processes.say)
+    with doing("preflight"):
+        references = preflight(run, task, processes.say)
     if processes.is_main:
         run.log = open_log(output.output_dir, metrics, flatten(options), step, references)
     if options.samples.sample_prompts is not None:
-        run.look = Sampler(options, prepared, run, task, step, resumed=state is not None)
+        run.look = sampler = Sampler(options, prepared, run, task, step, resumed=state is not None)
+        run.guesses["samples"] = sampler.guess(run.guesses["step"])
     train(run, step)
     if processes.is_main:
         _finish(run, options)

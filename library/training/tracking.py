@@ -17,6 +17,7 @@ import torch
 
 from library.errors import Diverged
 from library.files import write_text
+from library.progress import clock_text
 
 
 class MetricWindow:
@@ -102,27 +103,33 @@ class Clock:
         self.other, self._mark = self.other + now - self._mark, now
 
 
-def clock_text(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def status_words(epoch: str, values: dict[str, float], left: float | None, width: int) -> str:
+    """What a line tells people, in at most `width` characters: where it is too narrow, the least telling parts go.
 
-
-def status_line(step: int, last_step: int, values: dict[str, float], left: float) -> str:
-    """One line for people. values: the row that goes to the metrics."""
-    parts = [f"step {step}/{last_step} {100 * step // last_step}%", f"loss {values['train/loss']:.4f}"]
-    parts += [f"{name} {values[f'train/{name}']:.3f}" for name in ("token", "manifold") if f"train/{name}" in values]
-    rates = [value for name, value in values.items() if name.startswith("lr/")]
-    parts.append(f"lr {rates[0]:.1e}")
-    parts.append(f"{values['time/step_ms']:.0f} ms")
-    parts.append(f"{values['time/samples_per_second']:.4g} img/s")
-    parts.append(f"wait {100 * values['time/data_wait_share']:.1f}%")
+    values: the row that goes to the metrics, or nothing before there is one. left: seconds, None where it is not known.
+    """
+    # (in which order parts go, the part)
+    parts = [(2, epoch)]
+    if left is not None:
+        parts.append((9, f"left {clock_text(left)}"))
+    if "train/diffusion" in values:
+        parts.append((7, f"L_diff {values['train/diffusion']:.4f}"))
+        parts += [
+            (6, f"{name} {values[f'train/{name}']:.3f}") for name in ("token", "manifold") if f"train/{name}" in values
+        ]
+        parts.append((5, f"lambda {values['lambda']:.2g}"))
+    elif values:
+        parts.append((8, f"loss {values['train/loss']:.4f}"))
+    if values:
+        parts.append((4, f"lr {next(value for name, value in values.items() if name.startswith('lr/')):.1e}"))
+        parts.append((3, f"{values['time/step_ms']:.0f} ms"))
+        parts.append((1, f"{values['time/samples_per_second']:.4g} img/s"))
+        parts.append((0, f"wait {100 * values['time/data_wait_share']:.1f}%"))
     if "memory/peak_gb" in values:
-        parts.append(f"{values['memory/peak_gb']:.0f}/{values['memory/total_gb']:.0f} GB")
-    parts.append(f"train {clock_text(values['time/train_s'])}")
-    parts.append(f"other {clock_text(values['time/other_s'])}")
-    parts.append(f"left {clock_text(left)}")
-    return "  ".join(parts)
+        parts.append((1, f"{values['memory/peak_gb']:.0f}/{values['memory/total_gb']:.0f} GB"))
+    while len(line := "  ".join(text for _, text in parts)) > width and len(parts) > 1:
+        parts.remove(min(parts, key=lambda part: part[0]))
+    return line
 
 
 class MetricLog:

@@ -127,6 +127,9 @@ class Trial:
             for one in opened:
                 one.close()
 
+    def due(self, step: int, finished: bool) -> bool:
+        return True  # the parent hears of every step
+
     def __call__(self, step: int, finished: bool) -> None:
         self.parent.alive(step, self._measured_speed(step))
         if step == 0:
