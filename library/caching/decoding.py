@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -124,7 +125,11 @@ def picture_batches(
     workers: int,
     importer: Importer | None = None,
 ) -> DataLoader:
-    """Batches of decoded pictures in the order of `jobs`, each of one size."""
+    """Batches of decoded pictures in the order of `jobs`, each of one size.
+
+    workers: processes that decode; more than there are cores for would only wait for each other.
+    """
+    workers = min(workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     return DataLoader(
         _Pictures(source, jobs, geometry, importer),
         batch_sampler=list(_batches(jobs, geometry, batch_size)),

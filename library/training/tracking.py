@@ -112,7 +112,7 @@ def status_words(epoch: str, values: dict[str, float], left: float | None, width
     parts = [(2, epoch)]
     if left is not None:
         parts.append((9, f"left {clock_text(left)}"))
-    if "train/diffusion" in values:
+    if "lambda" in values:
         parts.append((7, f"L_diff {values['train/diffusion']:.4f}"))
         parts += [
             (6, f"{name} {values[f'train/{name}']:.3f}") for name in ("token", "manifold") if f"train/{name}" in values
