@@ -6,8 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from textwrap import fill
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -17,7 +16,6 @@ from accelerate.utils import reduce
 from library.errors import UserError
 
 Item = TypeVar("Item")
-WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 class Processes:
@@ -45,10 +43,9 @@ class Processes:
         return self.rank == 0
 
     def say(self, *words: object) -> None:
-        """Print, once; what is longer than a line goes on in the next."""
+        """Print, once."""
         if self.is_main:
-            for line in " ".join(map(str, words)).split("\n"):
-                print(line if len(line) <= 120 else fill(line, 120, subsequent_indent="  ", **WHOLE_WORDS), flush=True)
+            print(*words, flush=True)
 
     def main_first(self) -> AbstractContextManager[None]:
         """A context that the main process goes through before the others: what it makes they find."""

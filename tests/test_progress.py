@@ -10,9 +10,9 @@ import pytest
 
 import library.progress as progress
 from library.errors import script
-from library.processes import Processes
 from library.progress import clock_text, doing
 from library.training.pace import Pace
+from library.words import wrapped
 from tests.tools.waiting import wait_until
 
 
@@ -104,9 +104,8 @@ def test_lines_stand_above_the_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch
     assert terminal.getvalue().endswith("\r")  # the bar has gone
 
 
-def test_long_lines_go_on_in_the_next(capsys: pytest.CaptureFixture[str]) -> None:
-    Processes("cpu").say("reference " + "0.123 " * 30)
-    lines = capsys.readouterr().out.splitlines()
+def test_long_lines_go_on_in_the_next() -> None:
+    lines = wrapped("reference " + "0.123 " * 30).splitlines()
     assert len(lines) == 2 and max(map(len, lines)) <= 120 and lines[1].startswith("  0.123")
 
 

@@ -24,6 +24,7 @@ from library.training.randomness import StepRandomness
 from library.training.state import Trained
 from library.training.stop import NOTHING, STOP, Requests
 from library.training.tracking import AnomalyWatch, Clock, MetricLog, MetricWindow, status_words
+from library.words import wrapped
 
 
 class Batches(Protocol):
@@ -219,7 +220,7 @@ def _validate(run: Run, step: int) -> dict[str, float]:
     if run.log is not None:
         run.log.add(step, results)
     parts = "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in results.items())
-    run.processes.say(f"validation at step {step}: {parts}")
+    run.processes.say(wrapped(f"validation at step {step}: {parts}"))
     return results
 
 

@@ -23,6 +23,7 @@ from library.training.randomness import StepRandomness, sample_noise, stratified
 from library.training.speed import explained_kernels
 from library.training.state import save_state
 from library.training.task import LoraTask
+from library.words import wrapped
 from networks.features import tap_channels
 
 REFERENCE_SAMPLES = 256
@@ -46,8 +47,10 @@ def preflight(run: Run, task: LoraTask, say: Callable[..., None]) -> dict[str, f
     chosen = _spread(task.training) if task.alignment is not None else [largest]
     facts = reference_values(task, chosen)
     say(
-        f"frozen base's loss {facts['frozen_base_loss']:.4f}, zero predictor's {facts['zero_predictor_loss']:.4f}, standard "
-        f"deviation of latents {facts['latent_std']:.3f} (over {int(facts['samples'])} training samples)"
+        wrapped(
+            f"frozen base's loss {facts['frozen_base_loss']:.4f}, zero predictor's {facts['zero_predictor_loss']:.4f}, standard "
+            f"deviation of latents {facts['latent_std']:.3f} (over {int(facts['samples'])} training samples)"
+        )
     )
     if "constant_token_loss" in facts:
         ceilings = ", ".join(
@@ -56,9 +59,11 @@ def preflight(run: Run, task: LoraTask, say: Callable[..., None]) -> dict[str, f
             if name.startswith("grid_ceiling")
         )
         say(
-            f"token loss of the heads as they are {facts['token_loss']:.4f}, of the best constant "
-            f"{facts['constant_token_loss']:.4f}, of the best per position "
-            f"{facts['positional_token_loss']:.4f}; grid ceiling of the token cosine: {ceilings}"
+            wrapped(
+                f"token loss of the heads as they are {facts['token_loss']:.4f}, of the best constant "
+                f"{facts['constant_token_loss']:.4f}, of the best per position "
+                f"{facts['positional_token_loss']:.4f}; grid ceiling of the token cosine: {ceilings}"
+            )
         )
     return {f"reference/{name}": value for name, value in facts.items() if math.isfinite(value)}
 

@@ -58,7 +58,10 @@ class Sampler:
     def guess(self, step_seconds: float) -> float:
         """Seconds that drawing takes: two forward passes a step of the sampler, a third of a training step each."""
         assert self.options.samples.sample_prompts is not None
-        lines = read_prompt_file(self.options.samples.sample_prompts)
+        try:
+            lines = read_prompt_file(self.options.samples.sample_prompts)
+        except UserError:  # said when they are drawn
+            return 0.0
         return sum(line.sample_steps or STEPS for line in lines) * 2 / 3 * step_seconds / self.run.plan.samples_per_step
 
     def __call__(self, step: int, finished: bool) -> None:
