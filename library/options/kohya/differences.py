@@ -71,6 +71,19 @@ DIFFERENCES: tuple[Difference, ...] = (
         "most data sets carry `.txt`, and train on empty captions without a word",
     ),
     Difference(
+        "caption_separator",
+        "tags are split at it, and joined with `, ` after shuffling or dropout",
+        "they are joined with it, too",
+        "`a; b` is not to become `a, b` where a tag holds a comma",
+    ),
+    Difference(
+        "alpha_mask",
+        "off: the colours under transparent pixels are trained, which nobody sees",
+        "off: transparent pictures are laid on white; on: as in kohya's, the colours count and the alpha is their mask, "
+        "also where a picture is enlarged, which turns them black there",
+        "a cut-out saved on black is not to be trained as a picture with a black background",
+    ),
+    Difference(
         "resolution",
         "none: stops without a dataset_config",
         "the base's own, 512 for SD1.5 and 1024 for SDXL",
