@@ -29,7 +29,7 @@ from library.data.dataset_schema import (
     check_given,
     read_document,
 )
-from library.data.training_images import has_images
+from library.data.picture_files import has_images
 from library.errors import UserError
 
 __all__ = ["Dataset", "Subset", "dataset_from_metadata", "datasets_from_folders", "read_dataset_config"]

@@ -34,15 +34,16 @@ class UnreadableImage(Exception):
         return f"{self.name}: {self.reason}"
 
 
-def decode_rgb(data: bytes | Path, *, name: str) -> Image.Image:
+def decode_rgb(data: bytes | Path, *, name: str, hidden_colours: bool = False) -> Image.Image:
     """Decode an image file to upright 8-bit RGB; of an animation, the first frame.
 
-    The EXIF orientation is applied, transparency is laid on white, 16-bit and float grey are scaled to 8 bits
+    The EXIF orientation is applied, transparency is laid on white or ignored, 16-bit and float grey are scaled to 8 bits
     (see `_grey_to_8_bits`). Colour profiles are not applied: values are taken as sRGB, as the VAE's training did.
 
     Args:
         data: the bytes of the file, or its path.
         name: how to call it in an error.
+        hidden_colours: keep the colours under transparent pixels, as kohya's scripts do, instead of laying them on white.
 
     Returns:
         A loaded image of mode RGB.
@@ -57,7 +58,7 @@ def decode_rgb(data: bytes | Path, *, name: str) -> Image.Image:
         # Damaged EXIF says nothing about the pixels, which are already loaded.
         with suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return _to_rgb(image, hidden_colours)
     except (UnreadableImage, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -110,10 +111,10 @@ def _open(content: bytes, name: str) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, hidden_colours: bool) -> Image.Image:
     if image.mode in (*_16_BIT_GREY, "I", "F"):
         image = _grey_to_8_bits(image)
-    if image.has_transparency_data:
+    if image.has_transparency_data and not hidden_colours:
         picture = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture)
     return image.convert("RGB")

@@ -122,11 +122,8 @@ def print_data(data: TrainingData) -> None:
         print(table)
     if data.validation:
         print(f"{plural(len(data.validation), 'picture is', 'pictures are')} held out for validation")
-    if data.without_caption:
-        first = ", ".join(str(path) for path in data.without_caption[:3])
-        print(f"{len(data.without_caption)} pictures have no caption of their own (first: {first})")
     if data.dropped:
-        print(f"{len(data.dropped)} pictures are left out:")
+        print(f"{plural(len(data.dropped), 'picture is', 'pictures are')} left out:")
         for path, reason in list(data.dropped.items())[:10]:
             print(f"  {path}: {reason}")
     for note in data.notes:
