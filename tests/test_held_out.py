@@ -103,7 +103,7 @@ def test_data_sets_of_one_share_and_seed_choose_together(tmp_path: Path) -> None
 def test_class_pictures_are_held_out_likewise() -> None:
     for count, least in ((2, 1), (10, 1), (20, 2)):
         for seed in range(20):
-            pictures = numbered_pictures(count, 2)
+            pictures = numbered_pictures(count, ["cat", "dog"])
             data = collect_classes(
                 pictures, ClassPictureOptions(), side=64, batch_size=1, validation_split=0.01, seed=seed
             )

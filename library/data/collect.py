@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from library.data.buckets import Buckets, BucketTable, Fitted, UnfitImage, bucket_table
 from library.data.caption_files import some
-from library.data.class_pictures import Pictures, PictureSet
+from library.data.class_pictures import IMAGENET_NAMES, Pictures, PictureSet
 from library.data.dataset_config import (
     dataset_from_metadata,
     datasets_from_folders,
@@ -18,6 +19,7 @@ from library.data.dataset_config import (
 from library.data.dataset_schema import Dataset, Subset
 from library.data.demo_pictures import ensure_demo_pictures
 from library.data.order import balance_regularisation
+from library.data.sources import is_wnid
 from library.data.trained_image import TrainedImage
 from library.data.training_images import (
     MissingCaption,
@@ -153,7 +155,26 @@ def collect_classes(
         validation = [picture for picture in training if picture.image.sample_id in held]
         training = [picture for picture in training if picture.image.sample_id not in held]
     table = bucket_table([picture.fitted for picture in training], [picture.repeats for picture in training])
-    return TrainingData([dataset], training, validation, [table], classes=pictures)
+    notes = [*(note for one in pictures.sets for note in one.source.notes), _about_prompts(pictures, prompts)]
+    return TrainingData([dataset], training, validation, [table], notes=notes, classes=pictures)
+
+
+def _about_prompts(pictures: Pictures, prompts: Mapping[int, str]) -> str:
+    """The first prompts of classes; a warning where the names of classes say nothing to a text encoder."""
+    said = some([f'"{prompts[class_id]}"' for class_id in sorted(prompts)])
+    codes = pictures.codes
+    if not codes:
+        return f"prompts: {said}"
+    here = os.path.relpath(IMAGENET_NAMES)
+    remedy = (
+        f"--class_names {IMAGENET_NAMES if here.startswith('..') else here} has the names of ImageNet's classes"
+        if all(is_wnid(name) for name in codes)
+        else f'Give class_names a JSON of names, such as {{"{codes[0]}": "tench"}}'
+    )
+    return (
+        f"warning: {len(codes)} of {plural(len(prompts), 'class', 'classes')} are called by codes ({some(codes)}), which say "
+        f"nothing to a text encoder. The prompts are {said}. {remedy}."
+    )
 
 
 def _fitted(dataset: Dataset, images: Sequence[TrainingImage], dropped: dict[str, str]) -> list[TrainedImage]:

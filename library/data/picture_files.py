@@ -139,7 +139,8 @@ def in_folder(subset: Subset, dropped: dict[str, str], notes: list[str]) -> list
         folders = [name for name in names_in(folder) if (folder / name).is_dir()]
         hint = f" It has folders ({some(folders)}), which are not looked into: name one of them." if folders else ""
         place = f" ({subset.place})" if subset.place else ""
-        raise UserError(f"{folder} has no images{place}. Read are {kinds}.{hint}")
+        unread = f" Not read are {others}." if others else ""
+        raise UserError(f"{folder} has no images{place}. Read are {kinds}.{unread}{hint}")
     return found
 
 

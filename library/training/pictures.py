@@ -112,15 +112,15 @@ def _check_effects(options: RunOptions, data: TrainingData) -> None:
 
 
 def print_data(data: TrainingData) -> None:
-    """Buckets of each dataset, what was left out and why, and what else a user should hear."""
+    """Buckets of each dataset or sets of class pictures, what was left out and why, and what else a user should hear."""
     if data.classes is not None:
         for pictures in data.classes.sets:
             print(f"{pictures.name}: {pictures.source.describe()}, {len(pictures.samples)} used")
-        return
-    for dataset, table in zip(data.datasets, data.tables, strict=True):
-        print(f"dataset {dataset.name}, batch size {dataset.batch_size}")
-        print(table)
-    if data.validation:
+    else:
+        for dataset, table in zip(data.datasets, data.tables, strict=True):
+            print(f"dataset {dataset.name}, batch size {dataset.batch_size}")
+            print(table)
+    if data.validation and (data.classes is None or data.classes.val is None):
         print(f"{plural(len(data.validation), 'picture is', 'pictures are')} held out for validation")
     if data.dropped:
         print(f"{plural(len(data.dropped), 'picture is', 'pictures are')} left out:")
