@@ -67,7 +67,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         "caption_extension",
         "`.caption`",
-        "`.caption`, else `.txt`, whichever lies beside the picture",
+        "`.caption`, else `.txt`, whichever lies beside each picture; found by another Unicode form or case of the ending, too",
         "most data sets carry `.txt`, and train on empty captions without a word",
     ),
     Difference(
@@ -186,7 +186,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         "validation_split",
         "parts overlap; timesteps and pictures differ between validations",
-        "a stable hash, fixed noise and timesteps",
+        "a stable hash, of few pictures one at least and of twenty two; fixed noise and timesteps",
         "two validations differ by the weights alone",
     ),
     Difference(
