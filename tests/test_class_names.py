@@ -10,7 +10,7 @@ import pytest
 
 from library.data.class_pictures import IMAGENET_NAMES, Pictures, numbered_pictures, open_pictures
 from library.data.collect import TrainingData, collect_classes
-from library.data.sources import load_class_names, open_source
+from library.data.sources import load_class_names, missing_files, open_source
 from library.options.data import ClassPictureOptions
 from tests.tools.dataset_files import picture, refusal, text
 
@@ -111,3 +111,23 @@ def test_a_manifest_that_names_a_picture_twice_is_warned_of(tmp_path: Path) -> N
     assert source.notes == [
         f"warning: {tmp_path / 'm.csv'}: pictures that are there twice under two ids (a.png in line 2 and line 3; 1 in all)."
     ]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_manifest_finds_pictures_by_another_unicode_form_and_case_of_the_ending(tmp_path: Path, packed: bool) -> None:
+    names = {"1": "pics/cafe\u0301.png", "2": "pics/B.PNG", "3": "pics/c.png"}
+    for name in names.values():
+        picture(tmp_path / name)
+    rows = "sample_id,path,class_id\n1,pics/caf\u00e9.png,0\n2,pics/B.png,0\n3,pics/c.png,1\n4,pics/C.png,1\n"
+    manifest = text(tmp_path / "manifest.csv", rows)
+    if packed:
+        with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+            for file in [manifest, *(tmp_path / name for name in names.values())]:
+                archive.write(file, file.relative_to(tmp_path))
+    source = open_source(tmp_path / "set.zip" if packed else manifest)
+    where = "" if packed else f"{tmp_path}/"
+    assert {sample.sample_id: sample.path for sample in source.samples} == {
+        **{key: where + name for key, name in names.items()},
+        "4": f"{where}pics/C.png",
+    }
+    assert [sample.sample_id for sample in missing_files(source)] == ["4"]

@@ -15,10 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
-import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from library.data.pixels import FORMATS, UnreadableImage, decode_rgb
+from library.data.pixels import FORMATS, UnreadableImage, hides_colours
 
 _FORMATS_BY_ENDING = {
     ".png": "PNG",
@@ -117,14 +116,13 @@ def read_headers(paths: Iterable[Path]) -> list[Header | UnreadableImage]:
 
 
 def hiding_colours(paths: Iterable[Path]) -> set[Path]:
-    """Those of some pictures with transparency that look otherwise laid on white than with the colours under it."""
+    """Those of some pictures with transparency of which `hides_colours` holds."""
 
     def hides(path: Path) -> bool:
         try:
-            seen, kept = (np.asarray(decode_rgb(path, name=str(path), hidden_colours=keep)) for keep in (False, True))
+            return hides_colours(path)
         except UnreadableImage:
             return False  # to be found when it is encoded
-        return not np.array_equal(seen, kept)
 
     chosen = list(paths)
     with ThreadPoolExecutor(_READERS) as pool:

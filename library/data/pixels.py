@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 _16_BIT_GREY = ("I;16", "I;16B", "I;16L", "I;16N")
 _WHITE = (255, 255, 255, 255)
+
+
+T = TypeVar("T")
 
 
 class UnreadableImage(Exception):
@@ -51,6 +55,20 @@ def decode_rgb(data: bytes | Path, *, name: str, hidden_colours: bool = False) -
     Raises:
         UnreadableImage: missing, truncated or damaged, not one of `FORMATS`, or above `Image.MAX_IMAGE_PIXELS`.
     """
+    return _decoded(data, name, lambda image: _to_rgb(image, hidden_colours))
+
+
+def hides_colours(path: Path) -> bool:
+    """Whether a picture laid on white looks otherwise than with the colours under its transparency. Raises as `decode_rgb`."""
+    return _decoded(
+        path,
+        str(path),
+        lambda image: not np.array_equal(_to_rgb(image, False), _to_rgb(image, True)),
+    )
+
+
+def _decoded(data: bytes | Path, name: str, made: Callable[[Image.Image], T]) -> T:
+    """What is made of the upright image of a file."""
     try:
         content = data.read_bytes() if isinstance(data, Path) else data
         image = _open(content, name)
@@ -58,7 +76,7 @@ def decode_rgb(data: bytes | Path, *, name: str, hidden_colours: bool = False) -
         # Damaged EXIF says nothing about the pixels, which are already loaded.
         with suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image, hidden_colours)
+        return made(image)
     except (UnreadableImage, MemoryError):
         raise
     except UnidentifiedImageError:

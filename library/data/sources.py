@@ -11,9 +11,11 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from library.data.caption_files import ByName, alike
 from library.data.image_headers import unread_pictures
 from library.data.manifests import CLASS_ID, COLUMNS, Sample, check_ids, check_paths, examples, parse_manifest, refuse
 from library.data.pixels import UnreadableImage
@@ -266,10 +268,10 @@ def _open_manifest(path: Path, image_root: Path | None) -> FileSource:
     rows, places = _read_manifest(source, str(path), str(path))
     remedy = f"Write paths relative to {root}, or give another folder for them to start in with --image_root."
     check_paths(str(path), rows, places, remedy)
-    source.samples = [
-        Sample(row.sample_id, os.path.normpath(os.path.join(root, row.path)), row.class_id) for row in rows
-    ]
-    if outside := _links_outside(root, source.samples):
+    samples = [Sample(row.sample_id, os.path.normpath(os.path.join(root, row.path)), row.class_id) for row in rows]
+    entries = [entry for folder in {os.path.dirname(sample.path) for sample in samples} for entry in _scan(folder)]
+    source.samples = _as_spelled_there(samples, [entry.path for entry in entries])
+    if outside := _links_outside(root, source.samples, entries):
         found = [
             f"{place}: {row.path!r}"
             for place, row, sample in zip(places, rows, source.samples, strict=True)
@@ -289,11 +291,20 @@ def _twice(where: str, samples: list[Sample], places: list[str]) -> list[str]:
     return [f"warning: {where}: pictures that are there twice under two ids ({examples(twice)})."] if twice else []
 
 
-def _links_outside(root: str, samples: list[Sample]) -> set[str]:
+def _as_spelled_there(samples: list[Sample], there: Collection[str]) -> list[Sample]:
+    """The samples with the paths that there are, where they differ in Unicode form or the case of the ending alone."""
+    present = set(there)
+    if all(sample.path in present for sample in samples):
+        return samples
+    spelled = ByName({path: path for path in there}, alike)
+    return [replace(sample, path=spelled.get(sample.path) or sample.path) for sample in samples]
+
+
+def _links_outside(root: str, samples: list[Sample], entries: list[os.DirEntry[str]]) -> set[str]:
     """The folders and files in use that are symbolic links, or lie behind one, to outside of `root`."""
     real_root = os.path.realpath(root)
     folders = {os.path.dirname(sample.path) for sample in samples}
-    links = (entry.path for folder in folders for entry in _scan(folder) if entry.is_symlink())
+    links = (entry.path for entry in entries if entry.is_symlink())
     return {path for path in (*folders, *links) if not Path(os.path.realpath(path)).is_relative_to(real_root)}
 
 
@@ -307,7 +318,8 @@ def _open_archive(path: Path) -> ZipSource:
         manifest = "manifest.csv" if "manifest.csv" in manifests else manifests[0]
         where = f"{path}:{manifest}"
         _check_members(path, archive, [manifest])
-        source.samples, places = _read_manifest(source, manifest, where)
+        samples, places = _read_manifest(source, manifest, where)
+        source.samples = _as_spelled_there(samples, names)
         check_paths(where, source.samples, places, "Write the member names of the archive.")
         source.notes += _twice(where, source.samples, places)
     else:
