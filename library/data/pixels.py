@@ -60,11 +60,11 @@ def decode_rgb(data: bytes | Path, *, name: str, hidden_colours: bool = False) -
 
 def hides_colours(path: Path) -> bool:
     """Whether a picture laid on white looks otherwise than with the colours under its transparency. Raises as `decode_rgb`."""
-    return _decoded(
-        path,
-        str(path),
-        lambda image: not np.array_equal(_to_rgb(image, False), _to_rgb(image, True)),
-    )
+
+    def differ(image: Image.Image) -> bool:
+        return not np.array_equal(np.asarray(_to_rgb(image, False)), np.asarray(_to_rgb(image, True)))
+
+    return _decoded(path, str(path), differ)
 
 
 def _decoded(data: bytes | Path, name: str, made: Callable[[Image.Image], T]) -> T:
