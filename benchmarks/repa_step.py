@@ -47,6 +47,7 @@ TARGETS = {"step_seconds": 0.55, "peak_gb": 60.0, "data_wait_share": 0.02}
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 CLASSES = 1000
+NAMES = [f"class {number}" for number in range(CLASSES)]
 
 
 def main() -> None:
@@ -81,7 +82,7 @@ def measure(
     config = unet_config(base)
     caches = make_caches(folder, arguments.samples, resolution // 8, (grid**2, width), config["cross_attention_dim"])
     data = collect_classes(
-        numbered_pictures(arguments.samples, CLASSES), options.classes, side=resolution, batch_size=arguments.batch,
+        numbered_pictures(arguments.samples, NAMES), options.classes, side=resolution, batch_size=arguments.batch,
         validation_split=0.0, seed=0,
     )  # fmt: skip
     prepared = prepared_classes(caches, BaseLocation(base, folder), SD15_FAMILY, data)

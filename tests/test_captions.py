@@ -163,7 +163,31 @@ def test_tags_are_dropped_at_their_rate_but_not_the_kept_ones() -> None:
 def test_empty_tags_vanish_when_tags_are_split() -> None:
     options = replace(PLAIN, shuffle_caption=True, keep_tokens=2)
     assert made(" a,, b , ", options) == "a, b"
-    assert made("a; b;c", replace(options, keep_tokens=3, caption_separator=";")) == "a, b, c"
+    assert made("a; b;c", replace(options, keep_tokens=3, caption_separator=";")) == "a; b; c"
+
+
+@pytest.mark.parametrize(
+    ("separator", "text", "expected"),
+    [
+        (",", "a,b , c", "a, b, c"),
+        (", ", "a, b, c", "a, b, c"),
+        (";", "a;b, with a comma;c", "a; b, with a comma; c"),
+        (" | ", "a | b | c", "a | b | c"),
+        ("|", "a|b", "a| b"),
+        (" ", "a b  c", "a b c"),
+        ("\u3001", "a\u3001b", "a\u3001 b"),
+    ],
+)
+def test_tags_are_joined_with_the_separator_they_were_split_at(separator: str, text: str, expected: str) -> None:
+    kept = replace(PLAIN, shuffle_caption=True, keep_tokens=9, caption_separator=separator)
+    assert made(text, kept) == expected
+    # The same tags, whatever their order and however they are changed.
+    for options in (
+        replace(kept, keep_tokens=0),
+        replace(PLAIN, caption_tag_dropout_rate=1e-9, caption_separator=separator),
+    ):
+        join = expected[1 : expected.index("b")]
+        assert sorted(made(text, options).split(join)) == sorted(expected.split(join))
 
 
 def test_tags_joined_by_the_secondary_separator_stay_together() -> None:

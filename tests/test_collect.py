@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -117,8 +118,9 @@ def test_what_was_left_out_is_said(
     config = network_setting.dataset("bad", folder=folder)
     print_data(collected(network_setting, dataset_config=config))
     said = capsys.readouterr().out
-    assert "2 pictures have no caption of their own" in said or "1 pictures have no caption of their own" in said
-    assert "1 pictures are left out:" in said and "broken.png: unreadable" in said
+    bare = folder / "images" / "p1.png"
+    assert f"warning: 1 of 2 pictures have no caption of their own ({bare}). Trained instead: an empty caption." in said
+    assert "1 picture is left out:" in said and "broken.png: unreadable" in said
     dropped = collected(network_setting, dataset_config=config, missing_caption="drop")
     assert [name for name, *_ in images_in(dropped)] == ["p0.png"] and len(dropped.dropped) == 2
     assert "images have no caption (" in refusal(
@@ -161,3 +163,30 @@ def test_bad_pictures_are_one_sentence_that_says_where(network_setting: NetworkS
             lambda config=config, changes=changes: collected(network_setting, dataset_config=config, **changes)
         )  # type: ignore[misc]
         assert words in said, (words, said)
+
+
+def test_what_is_trained_without_captions_is_said(network_setting: NetworkSetting, tmp_path: Path) -> None:
+    for folder in ("one/a.png", "one/b.png", "10_mio/a.png", "10_mio/b.png", "5_ann/a.png"):
+        picture(tmp_path / folder, (96, 96))
+
+    def said(folder: str, **changes: object) -> list[str]:
+        data = collected(network_setting, train_data_dir=tmp_path / folder, resolution=96, **changes)
+        return [note for note in data.notes if note.startswith("warning: ")]
+
+    looked_for = "Looked for: .caption or .txt files of the same name."
+    none = "warning: none of 2 pictures has a caption of its own. Trained instead: an empty caption. "
+    assert said("one") == [none + looked_for]
+    tags = none.replace("an empty caption", '"p s"') + "Looked for: .tags files of the same name."
+    assert said("one", caption_extension="tags", caption_prefix="p", caption_suffix="s") == [tags]
+    text(tmp_path / "one" / "a.txt", "a cat")
+    assert said("one")[0].startswith("warning: 1 of 2 pictures have no caption of their own (")
+    text(tmp_path / "one" / "b.caption", "")
+    assert said("one") == []  # an empty file is a caption, and that is said elsewhere
+    shutil.rmtree(tmp_path / "one")
+    assert said(".") == [
+        "warning: none of 3 pictures has a caption of its own. Trained instead: "
+        f'"mio"; "ann" (class tokens). {looked_for}'
+    ]
+    meta = text(tmp_path / "m.json", '{"a": {}, "b": {"caption": ""}}')
+    (words,) = said("10_mio", in_json=meta)
+    assert words.endswith(f"a.png). Trained instead: an empty caption. Looked for: captions or tags in {meta}.")

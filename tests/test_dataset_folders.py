@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from library.data.dataset_config import dataset_from_metadata, datasets_from_folders
-from tests.tools.dataset_files import picture, refusal
+from library.data.dataset_config import Dataset, Subset, dataset_from_metadata, datasets_from_folders
+from library.data.training_images import collect_images
+from tests.tools.dataset_files import picture, refusal, text
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +69,12 @@ def test_a_metadata_file_is_one_subset(here: Path) -> None:
     assert dataset_from_metadata(Path("m.json"), None, {"resolution": 512})[0].subsets[0].name == "m.json"
     message = refusal(lambda: dataset_from_metadata(Path("gone.json"), None, {"resolution": 512}))
     assert message == "metadata_file gone.json does not exist (--in_json)."
+
+
+def test_a_folder_of_pictures_that_are_not_read_says_which(tmp_path: Path) -> None:
+    for name in ("a.heic", "b.HEIC", "c.tga", "notes.txt"):
+        text(tmp_path / "heic" / name, "x")
+    unread = "Not read are 2 .heic (a.heic; b.HEIC), 1 .tga (c.tga)."
+    assert refusal(lambda: datasets_from_folders(tmp_path / "heic", None, {"resolution": 64})).endswith(unread)
+    subset = Subset(image_dir=tmp_path / "heic", name="x")
+    assert unread in refusal(lambda: collect_images(Dataset((64, 64), subsets=(subset,))))

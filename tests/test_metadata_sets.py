@@ -90,3 +90,49 @@ def test_metadata_cannot_leave_their_root(key: str) -> None:
 )  # fmt: skip
 def test_bad_metadata_are_one_sentence(name: str, content: str | bytes, expected: str) -> None:
     assert refusal(lambda: from_metadata(content, name=name)).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"a": {"caption": "1"}, "a.png": {"caption": "2"}}', "('a' and 'a.png')"),
+        ('{"a.png": {"caption": "1"}, "a.png": {"caption": "2"}}', "('a.png')"),
+        ('{"a": {}, "b": {}, "a": {}, "b": {}}', "('a'; 'b')"),
+        ('{"a.png": {"tags": "1"}, "./a.png": {"tags": "1"}}', "('a.png' and './a.png')"),
+        ('{"x/../a.png": {}, "deep//c.png": {}, "a": {}, "deep/c": {}}', "('x/../a.png' and 'a'; 'deep//c.png' and 'deep/c')"),
+        ('{"deep\\\\c.png": {"caption": "1"}, "deep/c.png": {"caption": "2"}}', "('deep\\\\c.png' and 'deep/c.png')"),
+        ('{"a.png": {"caption": "1"}, "HERE/mio/a.png": {"caption": "2"}}', "('a.png' and 'HERE/mio/a.png')"),
+        ('{"linked/c.png": {"caption": "1"}, "deep/c.png": {"caption": "2"}}', "('linked/c.png' and 'deep/c.png')"),
+        ('{"cafe\\u0301.png": {"caption": "1"}, "caf\\u00e9.png": {"caption": "2"}}', "('cafe\u0301.png' and 'caf\u00e9.png')"),
+        ('{"a.PNG": {"caption": "1"}, "a.png": {"caption": "2"}}', "('a.PNG' and 'a.png')"),
+        ('{"a.png": {"caption": "1", "caption": "2"}}', "(the caption of 'a.png')"),
+        ('{"image_path": "a", "tags": "x"}\n{"image_path": "a.png"}', "('a' and 'a.png')"),
+        ('{"image_path": "a.png", "image_path": "b.png"}', "(the image_path of line 1)"),
+    ],
+)  # fmt: skip
+def test_a_picture_that_is_named_twice_is_refused(here: Path, content: str, expected: str) -> None:
+    for name in ("a.png", "b.png", "deep/c.png", "caf\u00e9.png"):
+        picture(here / "mio" / name)
+    (here / "mio" / "linked").symlink_to("deep")
+    (here / "mio" / "x").mkdir()
+    name = "m.jsonl" if content.startswith('{"image_path"') else "m.json"
+    said = refusal(lambda: from_metadata(content.replace("HERE", str(here)), name=name))
+    expected = expected.replace("HERE", str(here))
+    assert said == f"{name}: images that are there twice {expected}. Keep one entry of each."
+
+
+def test_pictures_of_one_stem_and_of_one_name_in_two_folders_are_two() -> None:
+    for name in ("a.png", "a.jpg", "deep/a.png"):
+        picture(f"mio/{name}")
+    collected = from_metadata({name: {"caption": name} for name in ("a.png", "a.jpg", "deep/a.png")})
+    assert len(collected.images) == 3
+
+
+def test_metadata_find_pictures_by_another_unicode_form_and_case_of_the_ending() -> None:
+    for name in ("caf\u00e9.png", "B.PNG", "x.y.jfif"):
+        picture(f"mio/{name}", format="JPEG" if name.endswith("jfif") else "PNG")
+    keys = ["cafe\u0301.png", "B.png", "x.y"]
+    collected = from_metadata({key: {"caption": key} for key in keys})
+    assert list(captions(collected).values()) == keys and not collected.dropped
+    collected = from_metadata({"cafe\u0301": {"caption": "1"}, "b.PNG": {"caption": "2"}})
+    assert captions(collected) == {"caf\u00e9.png": "1"} and collected.dropped == {"b.PNG": "not there"}

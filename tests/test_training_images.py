@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
-import library.data.training_images as training_images
+import library.data.picture_files as picture_files
 from library.data.dataset_config import Dataset, Subset, datasets_from_folders
 from library.data.image_headers import read_header
-from library.data.training_images import MAX_ID_BYTES, Collected, TrainingImage, collect_images, split_validation
+from library.data.picture_files import MAX_ID_BYTES
+from library.data.training_images import Collected, collect_images
 from tests.tools.dataset_files import captions, picture, refusal, text
 
 DREAMBOOTH = Path(__file__).resolve().parents[2] / "shared" / "data" / "dreambooth"
@@ -42,7 +41,7 @@ def test_images_of_a_folder_are_those_directly_in_it_in_any_letter_case(here: Pa
     assert [image.sample_id for image in collected.images] == [
         f"512x512:mio/{name}" for name in ("a.jpg", "b.PNG", "c.Jpeg", "d.webp", "e.bmp")
     ]
-    assert collected.notes == ["mio: pictures of kinds that are not read are left out (g.tif)."]
+    assert collected.notes == ["mio: pictures of kinds that are not read are left out: 1 .tif (g.tif)."]
     assert collected.dropped == {} and len(collected.without_caption) == 5
 
 
@@ -75,12 +74,61 @@ def test_txt_captions_are_found_where_there_are_no_caption_files() -> None:
     text("mio/a.txt", "from txt")
     collected = collect()
     assert captions(collected) == {"a.png": "from txt", "b.png": ""}
-    assert collected.notes == ["mio: captions are taken from 1 .txt files, since there are no .caption files."]
+    assert collected.notes == ["mio: captions are taken from 1 .txt file, since there are no .caption files."]
     assert collected.without_caption == ["mio/b.png"]
+    # Picture by picture: one .caption does not hide the .txt of the others.
     text("mio/b.caption", "from caption")
-    assert captions(collect()) == {"a.png": "", "b.png": "from caption"}
-    # An extension that the user chose is taken at its word.
+    text("mio/b.txt", "not this one")
+    collected = collect()
+    assert captions(collected) == {"a.png": "from txt", "b.png": "from caption"}
+    assert collected.notes == ["mio: captions are taken from 1 .txt file, since these pictures have no .caption files."]
+    # An extension that the user chose is taken at its word, and what else lies there is named.
     assert captions(collect(caption_extension=".tags")) == {"a.png": "", "b.png": ""}
+    Path("mio/b.txt").unlink()
+    collected = collect(caption_extension=".txt")
+    assert captions(collected) == {"a.png": "from txt", "b.png": ""}
+    assert collected.notes == ["mio: 1 .caption file is not read, since caption_extension is .txt (b.caption)."]
+
+
+@pytest.mark.parametrize(
+    ("name", "caption", "extension"),
+    [
+        ("café.png", "café.txt", ".caption"),
+        ("café.png", "café.txt", ".txt"),
+        ("café.PNG", "café.Caption", ".caption"),
+        ("a.jpg", "a.TXT", ".txt"),
+        ("a.jpg", "a.txt", ".TXT"),
+        ("a.b.webp", "a.b.Wd14.Txt", ".wd14.txt"),
+        ("が_10_20_30_40.png", "が.TXT", ".txt"),
+    ],
+)
+def test_captions_are_found_by_another_unicode_form_and_case_of_the_ending(
+    name: str, caption: str, extension: str
+) -> None:
+    picture(f"mio/{name}", format="PNG")
+    text(f"mio/{caption}", "words")
+    assert captions(collect(caption_extension=extension)) == {name: "words"}
+
+
+def test_a_caption_of_the_very_name_comes_first_and_the_case_of_the_stem_counts() -> None:
+    for name in ("café", "café", "B"):
+        picture(f"mio/{name}.png")
+    for name, words in (("café.txt", "one"), ("café.txt", "two"), ("café.TXT", "3"), ("b.txt", "4")):
+        text(f"mio/{name}", words)
+    assert captions(collect()) == {"B.png": "", "café.png": "two", "café.png": "one"}
+
+
+def test_jpegs_of_every_ending_are_read_and_other_pictures_are_named_and_counted() -> None:
+    for name in ("a.jfif", "b.JPE", "c.jpg"):
+        picture(f"mio/{name}", format="JPEG")
+    for name in ("d.jp2", "e.HEIF", "f.tga", "g.heif", "h.tga", "i.tga", "j.tga", ".hidden.tga", "notes.md", "k.npz"):
+        text(f"mio/{name}", "x")
+    collected = collect()
+    assert list(captions(collected)) == ["a.jfif", "b.JPE", "c.jpg"]
+    assert collected.notes == [
+        "mio: pictures of kinds that are not read are left out: 4 .tga (f.tga; h.tga; i.tga; ...), "
+        "2 .heif (e.HEIF; g.heif), 1 .jp2 (d.jp2)."
+    ]
 
 
 def test_the_first_line_is_the_caption_and_a_wildcard_keeps_all_that_say_something() -> None:
@@ -294,40 +342,6 @@ def test_an_image_that_two_subsets_name_has_two_ids() -> None:
     assert images[0].identity == images[1].identity
 
 
-def image_named(name: str, dataset: str = "512x512", is_reg: bool = False) -> TrainingImage:
-    return TrainingImage(f"{dataset}:{name}", Path(name), (8, 8), "", "none", None, Subset(is_reg=is_reg))
-
-
-@given(st.sets(st.text(min_size=1, max_size=8), max_size=30), st.floats(0, 1), st.none() | st.integers(), st.data())
-def test_no_image_changes_sides_when_others_come_or_go(
-    names: set[str], share: float, seed: int | None, data: st.DataObject
-) -> None:
-    images = [image_named(name) for name in sorted(names)]
-    training, validation = split_validation(images, share, seed)
-    assert sorted(i.sample_id for i in training + validation) == sorted(i.sample_id for i in images)
-    fewer = [image for image in images if data.draw(st.booleans())]
-    some_training, some_validation = split_validation(reversed(fewer), share, seed)
-    kept = {i.sample_id for i in fewer}
-    assert {i.sample_id for i in some_training} == {i.sample_id for i in training} & kept
-    assert {i.sample_id for i in some_validation} == {i.sample_id for i in validation} & kept
-
-
-def test_the_share_is_met_and_the_seed_matters() -> None:
-    images = [image_named(f"mio/{number}.png") for number in range(2000)]
-    assert split_validation(images, 0.0, 1) == (images, []) and split_validation(images, 1.0, 1) == ([], images)
-    first, second = (split_validation(images, 0.2, seed)[1] for seed in (1, 2))
-    assert 340 < len(first) < 460 and first != second  # 4 sigma are 72
-    assert {i.path for i in first}.isdisjoint({i.path for i in split_validation(images, 0.2, 1)[0]})
-
-
-def test_all_resolutions_of_an_image_are_on_one_side_and_regularisation_is_never_held_out() -> None:
-    small, large = ([image_named(f"{n}.png", side) for n in range(99)] for side in ("512x512", "768x768#2"))
-    held_out = [{i.identity for i in split_validation(images, 0.3, 5)[1]} for images in (small, large)]
-    assert held_out[0] == held_out[1] != set()
-    regularisation = [image_named(f"{n}.png", is_reg=True) for n in range(99)]
-    assert split_validation(regularisation, 1.0, 5) == (regularisation, [])
-
-
 def test_photographs_are_found_with_their_captions() -> None:
     if not DREAMBOOTH.is_dir():
         pytest.skip("the DreamBooth photographs are not here")
@@ -341,7 +355,7 @@ def test_listing_many_images_reads_each_folder_a_few_times(monkeypatch: pytest.M
     for number in range(40):
         picture(f"mio/{number}.png")
     listed: list[Path] = []
-    real = training_images.names_in
-    monkeypatch.setattr(training_images, "names_in", lambda folder: listed.append(folder) or real(folder))
+    real = picture_files.names_in
+    monkeypatch.setattr(picture_files, "names_in", lambda folder: listed.append(folder) or real(folder))
     collect()
     assert len(listed) <= 4

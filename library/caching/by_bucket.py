@@ -37,6 +37,7 @@ class BucketedPicture:
     """A picture that is to be cached, and what its bucket keeps of it.
 
     sample_id is unique in a run: a picture that is trained at two resolutions has two. flip: its mirror image, too.
+    hidden_colours: see `Cut`.
     """
 
     sample_id: str
@@ -44,6 +45,7 @@ class BucketedPicture:
     fitted: Fitted
     interpolation: str | None
     flip: bool
+    hidden_colours: bool = False
 
 
 @dataclass
@@ -115,7 +117,9 @@ def plan_stores(pictures: Sequence[BucketedPicture], kind: BucketKind, *, accept
         name = "{:04d}x{:04d}".format(*bucket) + "_flipped" * flipped
         own = members[bucket, flipped]
         targets[name] = Target(kind.folder / name, kind.wanted(bucket), own, accept_imported=accept_imported)
-    crop = BucketCrop({picture.sample_id: Cut(picture.fitted, picture.interpolation) for picture in pictures})
+    crop = BucketCrop(
+        {one.sample_id: Cut(one.fitted, one.interpolation, one.hidden_colours) for one in pictures},
+    )
     return StorePlan(list(samples.values()), targets, crop)
 
 

@@ -91,7 +91,9 @@ class _Pictures(Dataset):
         if not picture.stores:
             return picture, None
         try:
-            return picture, self.geometry(job.sample, decode_rgb(data, name=job.sample.path))
+            hidden = self.geometry.hidden_colours(job.sample)
+            image = decode_rgb(data, name=job.sample.path, hidden_colours=hidden)
+            return picture, self.geometry(job.sample, image)
         except UnreadableImage as error:
             picture.error = str(error)
             return picture, None

@@ -31,6 +31,9 @@ class Geometry(Protocol):
     def facts(self, sample: Sample) -> dict[str, Any] | None:
         """What decides the pixels of this picture beside its file and the facts of the store; None where nothing does."""
 
+    def hidden_colours(self, sample: Sample) -> bool:
+        """Whether the colours under its transparent pixels are seen (see `decode_rgb`)."""
+
     def __call__(self, sample: Sample, image: Image.Image) -> npt.NDArray[np.uint8]:
         """RGB image -> uint8 [height, width, 3], contiguous. Raises UnreadableImage where the image cannot be cut so."""
 
@@ -48,15 +51,22 @@ class SquareCrop:
     def facts(self, sample: Sample) -> None:
         return None
 
+    def hidden_colours(self, sample: Sample) -> bool:
+        return False
+
     def __call__(self, sample: Sample, image: Image.Image) -> npt.NDArray[np.uint8]:
         return square_crop(image, self.resolution)
 
 
 class Cut(NamedTuple):
-    """What is kept of one picture, and by which filter it is scaled (a name of `INTERPOLATIONS`, None: by the direction)."""
+    """What is kept of one picture, and by which filter it is scaled (a name of `INTERPOLATIONS`, None: by the direction).
+
+    hidden_colours: the picture has transparency, and the colours under it are kept.
+    """
 
     fitted: Fitted
     interpolation: str | None
+    hidden_colours: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,17 +80,22 @@ class BucketCrop:
         return self.cuts[sample.sample_id].fitted.bucket
 
     def facts(self, sample: Sample) -> dict[str, Any]:
-        fitted, interpolation = self.cuts[sample.sample_id]
+        fitted, interpolation, hidden_colours = self.cuts[sample.sample_id]
         scaled = fitted.original != fitted.resized
-        return {
+        facts = {
             "resized": fitted.resized,
             "crop": fitted.crop,
             "interpolation": interpolation if scaled else None,
             "bucket_pixels": BUCKET_PIXELS_VERSION,
         }
+        # Not where it changes nothing, so that entries stay what they are.
+        return facts | ({"hidden_colours": True} if hidden_colours else {})
+
+    def hidden_colours(self, sample: Sample) -> bool:
+        return self.cuts[sample.sample_id].hidden_colours
 
     def __call__(self, sample: Sample, image: Image.Image) -> npt.NDArray[np.uint8]:
-        fitted, interpolation = self.cuts[sample.sample_id]
+        fitted, interpolation, _ = self.cuts[sample.sample_id]
         if image.size != fitted.original:
             raise UnreadableImage(
                 sample.path, "{} x {} pixels, not the {} x {} of its header".format(*image.size, *fitted.original)

@@ -21,8 +21,8 @@ def latent_mask(mask: Path | npt.NDArray[Any], fitted: Fitted, size: Size, flipp
     """The weight of each latent of a picture, from 0 to 1: the mean of the mask over the pixels that it stands for.
 
     Args:
-        mask: an image file of the picture's aspect and any size, of which the red channel counts; or values from 0 to
-            255 [H, W] of the picture's own size, as from `alpha_channel`.
+        mask: an image file of the picture's aspect and any size, of which the red channel counts, under transparency too; or
+            values from 0 to 255 [H, W] of the picture's own size, as from `alpha_channel`.
         fitted: how the picture is cut. size: rows and columns of its latents. flipped: it is mirrored then.
 
     Returns:
@@ -33,7 +33,8 @@ def latent_mask(mask: Path | npt.NDArray[Any], fitted: Fitted, size: Size, flipp
         UserError: its aspect is another than the picture's.
     """
     if isinstance(mask, Path):
-        values = Image.fromarray(np.asarray(decode_rgb(mask, name=str(mask)))[..., 0].astype(np.float32))
+        colours = np.asarray(decode_rgb(mask, name=str(mask), hidden_colours=True))
+        values = Image.fromarray(colours[..., 0].astype(np.float32))
         _require_aspect(mask, values.size, fitted.original)
     else:
         values = Image.fromarray(np.asarray(mask, np.float32))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from library.errors import UserError
 
@@ -30,6 +33,32 @@ def some(found: Sequence[object]) -> str:
     return "; ".join([*(str(one) for one in found[:3]), *([f"{len(found)} in all"] if len(found) > 3 else [])])
 
 
+def one_form(text: str) -> str:
+    """The text in one of the forms in which Unicode writes it: macOS splits letters from accents, others do not."""
+    return unicodedata.normalize("NFC", text)
+
+
+def alike(name: str, ending: str | None = None) -> str:
+    """What a file name shares with those that differ only in Unicode form or in the case of the ending (default: its own)."""
+    name = one_form(name)
+    cut = len(name) - len(os.path.splitext(name)[1] if ending is None else one_form(ending))
+    return name[:cut] + name[cut:].lower()
+
+
+T = TypeVar("T")
+
+
+class ByName(Generic[T]):
+    """Values by file name, found by the very name, else by what is the same for names that differ only in spelling."""
+
+    def __init__(self, values: Mapping[str, T], same: Callable[[str], str]) -> None:
+        self._values, self._same = values, same
+        self._spelled_otherwise = {same(name): values[name] for name in sorted(values, reverse=True)}
+
+    def get(self, name: str) -> T | None:
+        return self._values[name] if name in self._values else self._spelled_otherwise.get(self._same(name))
+
+
 class CaptionFolders:
     """Where the captions of the images in one folder may lie: beside them, and in `captions/` beside `images/`."""
 
@@ -37,16 +66,20 @@ class CaptionFolders:
         folders = [images]
         if images.absolute().name.lower() == "images":
             folders.append(images.parent / "captions" if images.name else images.absolute().parent / "captions")
-        self._folders = [(folder, set(names_in(folder))) for folder in folders]
+        self._folders = [{name: folder / name for name in names_in(folder)} for folder in folders]
+        self._by_ending: dict[str, list[ByName[Path]]] = {}
 
     def find(self, stem: str, extension: str) -> Path | None:
         """The caption file of an image. `name_cx_cy_w_h`, as kohya's face cropper names them, may share that of `name`."""
         whole, *fields = stem.rsplit("_", 4)
         is_cut_out = len(fields) == 4 and all(number.isdecimal() for number in fields)
+        if extension not in self._by_ending:
+            same = partial(alike, ending=extension)
+            self._by_ending[extension] = [ByName(files, same) for files in self._folders]
         for candidate in [stem, whole] if is_cut_out else [stem]:
-            for folder, names in self._folders:
-                if candidate + extension in names:
-                    return folder / (candidate + extension)
+            for files in self._by_ending[extension]:
+                if (file := files.get(candidate + extension)) is not None:
+                    return file
         return None
 
 
@@ -100,7 +133,7 @@ def read_metadata(file: Path) -> list[MetadataEntry]:
     """Read kohya's metadata: JSON `{"<key>": {"caption": "", "tags": ""}}` or, of the name `.jsonl`, lines of
     `{"image_path": "<key>", "caption": "", "tags": ""}`. Other values of an entry, such as its size, are left alone.
 
-    Raises UserError: not UTF-8, not JSON, another form, no entries, or an image that is there twice.
+    Raises UserError: not UTF-8, not JSON, another form, no entries, or a key, caption or tags that are there twice.
     """
     try:
         text = file.read_bytes().decode("utf-8-sig")
@@ -109,6 +142,7 @@ def read_metadata(file: Path) -> list[MetadataEntry]:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file} is not UTF-8 text (line {line}). Save it as UTF-8.") from None
+    content: Any = None
     if file.suffix.lower() == ".jsonl":
         lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
         rows = [(place, _parsed(file, line, place)) for place, line in lines]
@@ -121,8 +155,11 @@ def read_metadata(file: Path) -> list[MetadataEntry]:
     if not pairs:
         raise UserError(f"{file} names no images.")
     entries: dict[str, tuple[str, MetadataEntry]] = {}
-    wrong, twice = [], []
+    wrong, twice = [], [repr(key) for key in content.twice] if isinstance(content, _Repeating) else []
     for place, key, row in pairs:
+        if isinstance(row, _Repeating):
+            fields = [name for name in row.twice if name in ("image_path", "caption", "tags")]
+            twice += [f"the {name} of {place}" for name in fields]
         texts = [row.get("caption"), row.get("tags")] if isinstance(row, dict) else [0]
         if not isinstance(key, str) or not key.strip() or not all(isinstance(text, str | None) for text in texts):
             wrong.append(place)
@@ -137,9 +174,22 @@ def read_metadata(file: Path) -> list[MetadataEntry]:
     return [entry for _, entry in entries.values()]
 
 
+class _Repeating(dict[str, Any]):
+    """An object whose text has some keys twice; a dict keeps the last of each."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.twice = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    kept = dict(pairs)
+    return kept if len(kept) == len(pairs) else _Repeating(pairs)
+
+
 def _parsed(file: Path, text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         where = place or f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{file} is not valid JSON ({where}: {error.msg}).") from None

@@ -3,13 +3,15 @@
 1. One line of a caption of several (with enable_wildcard any of them, else the first), between prefix and suffix.
 2. Dropout of the whole caption.
 3. Wildcards: `{a|b|c}` becomes one of the three; `{{` and `}}` are braces.
-4. Tags: those kept in place, token warm-up, shuffling, tag dropout, and all joined with ", ".
+4. Tags: those kept in place, token warm-up, shuffling, tag dropout, and all joined again.
 5. The secondary separator becomes the separator: `a;;;b` is one tag up to here, and then `a,b`.
 
 Where this differs from kohya, on purpose:
 - Every choice is drawn from (seed, epoch, picture, repeat), each kind of choice from a stream of its own. Workers,
   processes and a resumed run see the same captions, and one option does not change what another draws.
 - Prefix and suffix are added to the line that was chosen. There they go to the first and last line before the choice.
+- Tags are joined with the separator they were split at, and a blank: `a; b` of caption_separator ";" stays `a; b`. There
+  they are always joined with ", ".
 - keep_tokens_separator never reaches the model. There it stays in the caption unless something is shuffled or dropped.
 - Empty tags (`a,,b`, a comma at the end) vanish when tags are split, and do not count as kept.
 - `{{{a|b}}}` is a choice in braces.
@@ -187,13 +189,13 @@ def _with_tags_changed(
     caption: str, settings: CaptionSettings, drawn: Callable[[str], Random], step: int, last_step: int | None
 ) -> str:
     """Split into tags, change those that may be, and join. Untouched where there is nothing to do."""
-    separator = settings.keep_tokens_separator
-    parted = bool(separator) and str(separator) in caption
+    keep = settings.keep_tokens_separator
+    parted = bool(keep) and str(keep) in caption
     rate = settings.caption_tag_dropout_rate
-    if not (parted or settings.shuffle_caption or settings.token_warmup_step > 0 or rate > 0):
+    if not parted and not changes_tags(settings):
         return caption
     if parted:  # fixed ||| flexible ||| fixed
-        first, middle, *last = caption.split(separator)
+        first, middle, *last = caption.split(keep)
         front, flexible = _tags(first, settings), _tags(middle, settings)
         back = [tag for part in last for tag in _tags(part, settings)]
     else:
@@ -205,7 +207,18 @@ def _with_tags_changed(
     if rate > 0:
         random = drawn("tag dropout")
         flexible = [tag for tag in flexible if random.random() >= rate]
-    return ", ".join(front + flexible + back)  # this separator whatever caption_separator is
+    return tag_joint(settings).join(front + flexible + back)
+
+
+def changes_tags(settings: CaptionSettings) -> bool:
+    """Whether every caption is split into tags and joined again; a keep_tokens_separator in one splits it in any case."""
+    return settings.shuffle_caption or settings.token_warmup_step > 0 or settings.caption_tag_dropout_rate > 0
+
+
+def tag_joint(settings: CaptionSettings) -> str:
+    """What stands between tags that were split and joined again."""
+    separator = settings.caption_separator
+    return separator if separator[-1].isspace() else f"{separator} "
 
 
 def _tags(caption: str, settings: CaptionSettings) -> list[str]:

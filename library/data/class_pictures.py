@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,11 @@ from library.errors import UserError
 from library.options.data import ClassPictureOptions
 from library.options.kohya.dataset import DEMO_DATA
 from library.options.toml_file import PROJECT_ROOT
+
+IMAGENET_NAMES = PROJECT_ROOT / "dataset_configs" / "imagenet_classes.json"
+"""The names of ImageNet's 1,000 classes by their WordNet id, as torchvision has them."""
+
+_DIGIT, _WORD = re.compile(r"[0-9]"), re.compile(r"[A-Za-z]{2}|[^\W\d_A-Za-z]")
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,11 @@ class Pictures:
     def prompts(self, template: str) -> dict[int, str]:
         """Class id -> prompt."""
         return {class_id: template.replace("{name}", name) for class_id, name in self.class_names.items()}
+
+    @property
+    def codes(self) -> list[str]:
+        """Names of classes that say nothing to a text encoder: digits, and no two letters in a row."""
+        return [name for _, name in sorted(self.class_names.items()) if _DIGIT.search(name) and not _WORD.search(name)]
 
     @property
     def sets(self) -> list[PictureSet]:
@@ -67,13 +79,11 @@ def check_pictures(data: ClassPictureOptions) -> None:
             raise UserError(f"{option} {value} does not exist.")
 
 
-def numbered_pictures(count: int, classes: int = 1) -> Pictures:
-    """As many pictures without files: for a plan of pictures that are not there yet, and for benchmarks."""
-    samples = [Sample(f"n{i}", f"n{i}.png", i % classes) for i in range(count)]
+def numbered_pictures(count: int, names: Sequence[str]) -> Pictures:
+    """As many pictures without files, of classes called so: for a plan of pictures that are not there, and for benchmarks."""
+    samples = [Sample(f"n{i}", f"n{i}.png", i % len(names)) for i in range(count)]
     source = FileSource(Path("pictures"), samples)
-    return Pictures(
-        PictureSet("train", source, samples), None, {class_id: str(class_id) for class_id in range(classes)}
-    )
+    return Pictures(PictureSet("train", source, samples), None, dict(enumerate(names)))
 
 
 def _check_ids(pictures: PictureSet) -> None:

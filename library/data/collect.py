@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from library.data.buckets import Buckets, BucketTable, Fitted, UnfitImage, bucket_table
-from library.data.class_pictures import Pictures, PictureSet
+from library.data.caption_files import some
+from library.data.class_pictures import IMAGENET_NAMES, Pictures, PictureSet
 from library.data.dataset_config import (
     dataset_from_metadata,
     datasets_from_folders,
@@ -17,12 +19,14 @@ from library.data.dataset_config import (
 from library.data.dataset_schema import Dataset, Subset
 from library.data.demo_pictures import ensure_demo_pictures
 from library.data.order import balance_regularisation
+from library.data.sources import is_wnid
 from library.data.trained_image import TrainedImage
 from library.data.training_images import (
     MissingCaption,
     TrainingImage,
+    caption_endings,
     collect_images,
-    is_held_out,
+    held_out,
     split_validation,
 )
 from library.errors import UserError
@@ -44,7 +48,6 @@ class TrainingData:
     """One for each dataset, of the training pictures."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Path -> why it is not trained on."""
-    without_caption: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     classes: Pictures | None = None
     """Where the pictures are of classes: their source."""
@@ -83,22 +86,21 @@ def collect(
     refuse: why a dataset cannot be trained on, if it cannot. Raises UserError for that, and where nothing is left.
     """
     data = TrainingData(list(datasets), [], [], [])
+    pictures = []
     for dataset in datasets:
         if reason := refuse(dataset):
             raise UserError(reason)
         found = collect_images(dataset, missing_caption=_MISSING[missing_caption])
         data.dropped |= found.dropped
-        data.without_caption += found.without_caption
         data.notes += found.notes
-        fitted = _fitted(dataset, found.images, data.dropped)
+        pictures.append(_fitted(dataset, found.images, data.dropped))
+    data.notes += _without_caption([picture.image for fitted in pictures for picture in fitted])
+    held = _held_out(pictures, seed)
+    for dataset, fitted in zip(datasets, pictures, strict=True):
         chosen = [picture.image for picture in fitted]
-        _, held_out = split_validation(
-            chosen, dataset.validation_split, seed if dataset.validation_seed is None else dataset.validation_seed
-        )
-        held = {image.sample_id for image in held_out}
-        if dataset.validation_split > 0 and not held:
+        if dataset.validation_split > 0 and not any(image.sample_id in held for image in chosen):
             data.notes.append(
-                f"validation_split {dataset.validation_split:g} of {len(chosen)} pictures of {dataset.name} is none"
+                f"validation_split {dataset.validation_split:g} of {plural(len(chosen), 'picture')} of {dataset.name} is none"
             )
         training = [picture for picture in fitted if picture.image.sample_id not in held]
         training = _balanced(training, prior_loss_weight, data.notes)
@@ -149,11 +151,30 @@ def collect_classes(
     dataset, training = trained(pictures.train)
     validation = [] if pictures.val is None else trained(pictures.val)[1]
     if pictures.val is None and validation_split > 0:
-        held_out = [is_held_out(picture.image.sample_id, validation_split, seed) for picture in training]
-        validation = [picture for picture, held in zip(training, held_out, strict=True) if held]
-        training = [picture for picture, held in zip(training, held_out, strict=True) if not held]
+        held = held_out((picture.image.sample_id for picture in training), validation_split, seed)
+        validation = [picture for picture in training if picture.image.sample_id in held]
+        training = [picture for picture in training if picture.image.sample_id not in held]
     table = bucket_table([picture.fitted for picture in training], [picture.repeats for picture in training])
-    return TrainingData([dataset], training, validation, [table], classes=pictures)
+    notes = [*(note for one in pictures.sets for note in one.source.notes), _about_prompts(pictures, prompts)]
+    return TrainingData([dataset], training, validation, [table], notes=notes, classes=pictures)
+
+
+def _about_prompts(pictures: Pictures, prompts: Mapping[int, str]) -> str:
+    """The first prompts of classes; a warning where the names of classes say nothing to a text encoder."""
+    said = some([f'"{prompts[class_id]}"' for class_id in sorted(prompts)])
+    codes = pictures.codes
+    if not codes:
+        return f"prompts: {said}"
+    here = os.path.relpath(IMAGENET_NAMES)
+    remedy = (
+        f"--class_names {IMAGENET_NAMES if here.startswith('..') else here} has the names of ImageNet's classes"
+        if all(is_wnid(name) for name in codes)
+        else f'Give class_names a JSON of names, such as {{"{codes[0]}": "tench"}}'
+    )
+    return (
+        f"warning: {len(codes)} of {plural(len(prompts), 'class', 'classes')} are called by codes ({some(codes)}), which say "
+        f"nothing to a text encoder. The prompts are {said}. {remedy}."
+    )
 
 
 def _fitted(dataset: Dataset, images: Sequence[TrainingImage], dropped: dict[str, str]) -> list[TrainedImage]:
@@ -169,6 +190,49 @@ def _fitted(dataset: Dataset, images: Sequence[TrainingImage], dropped: dict[str
             f"No images left in {dataset.name}: none of {len(images)} fits a bucket (first: {next(iter(dropped.values()))})."
         )
     return fitted
+
+
+def _held_out(pictures: Sequence[Sequence[TrainedImage]], seed: int) -> set[str]:
+    """Sample ids of what is held out of datasets. Those with one share and seed choose together, which holds the same
+    pictures out at every resolution.
+    """
+    together: dict[tuple[float, int], list[TrainingImage]] = {}
+    for dataset, images in ((fitted[0].dataset, [picture.image for picture in fitted]) for fitted in pictures):
+        own = seed if dataset.validation_seed is None else dataset.validation_seed
+        together.setdefault((dataset.validation_split, own), []).extend(images)
+    return {image.sample_id for key, images in together.items() for image in split_validation(images, *key)[1]}
+
+
+def _without_caption(images: Sequence[TrainingImage]) -> list[str]:
+    """What is trained of pictures that have no caption: a warning for class tokens and one for empty captions."""
+    warnings = []
+    for source in ("class_tokens", "none"):
+        bare = [image for image in images if image.caption_source == source]
+        if not bare:
+            continue
+        which = (
+            f"none of {plural(len(images), 'picture')} has a caption of its own"
+            if len(bare) == len(images)
+            else f"{len(bare)} of {len(images)} pictures have no caption of their own ({some([str(one.path) for one in bare])})"
+        )
+        trained = dict.fromkeys(_with_affixes(image) for image in bare)
+        said = some([f'"{text}"' if text else "an empty caption" for text in trained])
+        whose = " (class tokens)" if source == "class_tokens" else ""
+        warnings.append(f"warning: {which}. Trained instead: {said}{whose}. Looked for: {_looked_for(bare)}.")
+    return warnings
+
+
+def _with_affixes(image: TrainingImage) -> str:
+    parts = (image.subset.caption_prefix, image.caption, image.subset.caption_suffix)
+    return " ".join(part for part in parts if part)
+
+
+def _looked_for(images: Sequence[TrainingImage]) -> str:
+    """Where a caption would have been found."""
+    endings = {" or ".join(caption_endings(one.subset)) for one in images if one.subset.metadata_file is None}
+    files = {str(one.subset.metadata_file) for one in images if one.subset.metadata_file is not None}
+    places = [f"{ending} files of the same name" for ending in sorted(endings)]
+    return some([*places, *(f"captions or tags in {file}" for file in sorted(files))])
 
 
 def _balanced(images: Sequence[TrainedImage], prior_loss_weight: float, notes: list[str]) -> list[TrainedImage]:

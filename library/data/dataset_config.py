@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data.buckets import Buckets
-from library.data.caption_files import some
+from library.data.caption_files import names_in, some
 from library.data.dataset_schema import (
     CLI_NAMES,
     DATASET_KEYS,
@@ -29,7 +29,8 @@ from library.data.dataset_schema import (
     check_given,
     read_document,
 )
-from library.data.training_images import has_images
+from library.data.image_headers import endings, unread_pictures
+from library.data.picture_files import has_images
 from library.errors import UserError
 
 __all__ = ["Dataset", "Subset", "dataset_from_metadata", "datasets_from_folders", "read_dataset_config"]
@@ -254,9 +255,10 @@ def _class_folders(root: Path, kind: str, command_line: _Level, notes: list[str]
         notes.append(f"{root} has no <repeats>_<class tokens> folders: its images are taken as they are.")
         return [subset(root, option)]
     if not found:
+        unread = unread_pictures(names_in(root), endings())
         raise UserError(
             f"{option} {root} has no images, and no folder named <repeats>_<class tokens>, such as 10_mio girl"
-            f"{f' (but {some(folders)})' if folders else ''}."
+            f"{f' (but {some(folders)})' if folders else ''}.{f' Not read are {unread}.' if unread else ''}"
         )
     if others := [name for name in folders if name not in found]:
         notes.append(

@@ -1,9 +1,14 @@
-"""What a picture's header tells, without decoding it: the size it is seen in, and whether it has transparency."""
+"""What a picture's header tells, without decoding it: the size it is seen in, and whether it has transparency.
+
+Only of pictures with transparency whose colours under it count are the pixels looked at.
+"""
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -12,7 +17,7 @@ from typing import IO, NamedTuple
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from library.data.pixels import FORMATS, UnreadableImage
+from library.data.pixels import FORMATS, UnreadableImage, hides_colours
 
 _FORMATS_BY_ENDING = {
     ".png": "PNG",
@@ -22,7 +27,18 @@ _FORMATS_BY_ENDING = {
     ".bmp": "BMP",
     ".avif": "AVIF",
     ".jxl": "JXL",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
 }
+# Pictures all the same, which a user may wonder about. What Pillow knows would hold PDFs and films as well.
+_PICTURES = frozenset(
+    """
+    .png .apng .jpg .jpeg .jpe .jfif .pjp .pjpeg .jif .jfi .webp .bmp .dib .gif .tif .tiff .avif .avifs .jxl .jp2 .j2k .jpf .jpx
+    .jpm .j2c .jpc .heic .heics .heif .heifs .hif .tga .icb .vda .vst .psd .psb .xcf .kra .svg .svgz .ico .cur .icns .dds .exr
+    .hdr .qoi .pcx .ppm .pgm .pbm .pnm .pam .pfm .sgi .rgb .rgba .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef
+    .srw .x3f .3fr .raw
+    """.split()  # noqa: SIM905
+)
 _READERS = 8  # threads: reading headers waits for the disk
 _TURNED = range(5, 9)  # values of the EXIF orientation that swap width and height
 
@@ -35,9 +51,25 @@ class Header(NamedTuple):
 
 @cache
 def endings() -> tuple[str, ...]:
-    """File name endings of the pictures to train on, lower case: kohya's, as far as `decode_rgb` reads their formats."""
+    """File name endings of the pictures to train on, lower case: kohya's and JPEG's, as far as `decode_rgb` reads them."""
     Image.init()
     return tuple(ending for ending, kind in _FORMATS_BY_ENDING.items() if kind in FORMATS and kind in Image.OPEN)
+
+
+def unread_pictures(names: Sequence[str], read: Sequence[str]) -> str | None:
+    """A phrase such as "2 .heic (a.heic; b.heic), 1 .tga (c.tga)" for the pictures among file names that are not read.
+
+    read: endings of those that are, lower case. Hidden files do not count. None where there is none.
+    """
+    kinds = {name: os.path.splitext(name)[1].lower() for name in names if not os.path.basename(name).startswith(".")}
+    found = {name: kind for name, kind in kinds.items() if kind in _PICTURES and kind not in read}
+    counted = sorted(Counter(found.values()).items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{n} {kind} ({_first(found, kind)})" for kind, n in counted) or None
+
+
+def _first(found: dict[str, str], kind: str) -> str:
+    own = [name for name, its in found.items() if its == kind]
+    return "; ".join([*own[:3], *(["..."] if len(own) > 3 else [])])
 
 
 def read_header(path: Path) -> Header:
@@ -81,6 +113,20 @@ def read_headers(paths: Iterable[Path]) -> list[Header | UnreadableImage]:
     with ThreadPoolExecutor(_READERS) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such sizes are refused
         return list(pool.map(read, paths))
+
+
+def hiding_colours(paths: Iterable[Path]) -> set[Path]:
+    """Those of some pictures with transparency of which `hides_colours` holds."""
+
+    def hides(path: Path) -> bool:
+        try:
+            return hides_colours(path)
+        except UnreadableImage:
+            return False  # to be found when it is encoded
+
+    chosen = list(paths)
+    with ThreadPoolExecutor(_READERS) as pool:
+        return {path for path, hiding in zip(chosen, pool.map(hides, chosen), strict=True) if hiding}
 
 
 def _has_text_behind_pixels(file: IO[bytes]) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,9 @@ _16_BIT_GREY = ("I;16", "I;16B", "I;16L", "I;16N")
 _WHITE = (255, 255, 255, 255)
 
 
+T = TypeVar("T")
+
+
 class UnreadableImage(Exception):
     """A file that gives no picture. `name` says which one, `reason` why, in a few words."""
 
@@ -34,15 +38,16 @@ class UnreadableImage(Exception):
         return f"{self.name}: {self.reason}"
 
 
-def decode_rgb(data: bytes | Path, *, name: str) -> Image.Image:
+def decode_rgb(data: bytes | Path, *, name: str, hidden_colours: bool = False) -> Image.Image:
     """Decode an image file to upright 8-bit RGB; of an animation, the first frame.
 
-    The EXIF orientation is applied, transparency is laid on white, 16-bit and float grey are scaled to 8 bits
+    The EXIF orientation is applied, transparency is laid on white or ignored, 16-bit and float grey are scaled to 8 bits
     (see `_grey_to_8_bits`). Colour profiles are not applied: values are taken as sRGB, as the VAE's training did.
 
     Args:
         data: the bytes of the file, or its path.
         name: how to call it in an error.
+        hidden_colours: keep the colours under transparent pixels, as kohya's scripts do, instead of laying them on white.
 
     Returns:
         A loaded image of mode RGB.
@@ -50,6 +55,20 @@ def decode_rgb(data: bytes | Path, *, name: str) -> Image.Image:
     Raises:
         UnreadableImage: missing, truncated or damaged, not one of `FORMATS`, or above `Image.MAX_IMAGE_PIXELS`.
     """
+    return _decoded(data, name, lambda image: _to_rgb(image, hidden_colours))
+
+
+def hides_colours(path: Path) -> bool:
+    """Whether a picture laid on white looks otherwise than with the colours under its transparency. Raises as `decode_rgb`."""
+
+    def differ(image: Image.Image) -> bool:
+        return not np.array_equal(np.asarray(_to_rgb(image, False)), np.asarray(_to_rgb(image, True)))
+
+    return _decoded(path, str(path), differ)
+
+
+def _decoded(data: bytes | Path, name: str, made: Callable[[Image.Image], T]) -> T:
+    """What is made of the upright image of a file."""
     try:
         content = data.read_bytes() if isinstance(data, Path) else data
         image = _open(content, name)
@@ -57,7 +76,7 @@ def decode_rgb(data: bytes | Path, *, name: str) -> Image.Image:
         # Damaged EXIF says nothing about the pixels, which are already loaded.
         with suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return made(image)
     except (UnreadableImage, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -110,10 +129,10 @@ def _open(content: bytes, name: str) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, hidden_colours: bool) -> Image.Image:
     if image.mode in (*_16_BIT_GREY, "I", "F"):
         image = _grey_to_8_bits(image)
-    if image.has_transparency_data:
+    if image.has_transparency_data and not hidden_colours:
         picture = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture)
     return image.convert("RGB")

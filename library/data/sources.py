@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
 import itertools
 import os
 import posixpath
@@ -14,31 +11,21 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from library.data.caption_files import ByName, alike
+from library.data.image_headers import unread_pictures
+from library.data.manifests import CLASS_ID, COLUMNS, Sample, check_ids, check_paths, examples, parse_manifest, refuse
 from library.data.pixels import UnreadableImage
 from library.errors import UserError
 from library.files import human_bytes, read_json
 
-COLUMNS = ("sample_id", "path", "class_id")
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MAX_ID_BYTES = 480  # LMDB keys end at 511, and the stores append "_mid" and "#shape"
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_MEMBER_BYTES = 256 << 20  # a ZIP member that declares more is a bomb or no picture
 
-_CLASS_ID = re.compile(r"\s*[0-9]{1,9}\s*")
-# Empty, absolute, upward. Either separator and drive letters, whatever the system that reads it.
-_OUTSIDE = re.compile(r"\A(?:\Z|[/\\]|[A-Za-z]:)|(?:\A|[/\\])\.\.(?:[/\\]|\Z)|\0")
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One picture: its key in every cache, its file path or ZIP member name, and its class number."""
-
-    sample_id: str
-    path: str
-    class_id: int
+_WNID = re.compile(r"n[0-9]{8}")  # of WordNet 3.0, as ImageNet names its class folders
 
 
 class ImageSource(ABC):
@@ -49,6 +36,8 @@ class ImageSource(ABC):
         self.samples = samples
         self.folder_names = folder_names
         """Class folders in the order of their class ids; None where a manifest gave the ids."""
+        self.notes: list[str] = []
+        """What the user should hear about it."""
 
     def describe(self) -> str:
         """Say in one phrase what is here: `data/demo/train.csv (images: 400, classes: 16)`."""
@@ -174,9 +163,11 @@ def load_class_names(path: Path | str | None, *, folder_names: Sequence[str] | N
     """Read what each class id is called.
 
     The JSON is `["tench", ...]`, `{"0": "tench"}`, `{"0": ["n01440764", "tench"]}` (torchvision's
-    imagenet_class_index) or `{"n01440764": "tench"}`. Where the source has class folders and the JSON knows their
-    names, these decide, so that a subset of ImageNet's folders gets the right names from the whole list.
-    Without a JSON the folder names serve. Underscores of folder names and of torchvision's list become spaces.
+    imagenet_class_index) or `{"n01440764": "tench"}`, as dataset_configs/imagenet_classes.json is. Where the source has
+    class folders and the JSON knows their names, these decide, so that a subset of ImageNet's folders gets the right
+    names from the whole list. Where a manifest numbers the classes, those of WordNet ids are numbered in their order,
+    which is ImageNet's. Without a JSON the folder names serve. Underscores of folder names and of torchvision's list
+    become spaces.
 
     Raises:
         UserError: not JSON, none of these forms, or neither a JSON nor folder names.
@@ -200,12 +191,19 @@ def load_class_names(path: Path | str | None, *, folder_names: Sequence[str] | N
         named.append((folder, name))
     if any(folder in folders for folder, _ in named):
         return {folders[folder]: name for folder, name in named if folder in folders}
-    if unknown := [folder for folder, _ in named if not _CLASS_ID.fullmatch(folder)]:
+    if folder_names is None and all(is_wnid(key) for key, _ in named):
+        return dict(enumerate(name for _, name in sorted(named)))
+    if unknown := [folder for folder, _ in named if not CLASS_ID.fullmatch(folder)]:
         raise UserError(
-            f"{path} has keys that are neither a class id nor a class folder of the data set ({_examples(unknown)}). "
+            f"{path} has keys that are neither a class id nor a class folder of the data set ({examples(unknown)}). "
             "Name the classes by number, or use a folder of class folders."
         )
     return {int(number): name for number, name in named}
+
+
+def is_wnid(name: str) -> bool:
+    """Whether a class is called by its WordNet id."""
+    return _WNID.fullmatch(name) is not None
 
 
 def check_class_names(samples: Sequence[Sample], names: dict[int, str]) -> None:
@@ -214,7 +212,7 @@ def check_class_names(samples: Sequence[Sample], names: dict[int, str]) -> None:
     if nameless:
         known = f"names for ids {min(names)} to {max(names)} ({len(names)} in all)" if names else "no names"
         raise UserError(
-            f"The data set has class ids without a name ({_examples(nameless)}); there are {known}. "
+            f"The data set has class ids without a name ({examples(nameless)}); there are {known}. "
             "Add the missing names, or correct the class ids."
         )
 
@@ -223,19 +221,31 @@ def _open_folder(path: Path) -> FileSource:
     root = os.path.abspath(path)
     entries = sorted(_scan(root), key=lambda entry: entry.name)
     # Not is_file(): a broken symlink is a missing picture, to be reported, not one that never was.
-    folders = {
-        folder.name: sorted(file.path for file in _scan(folder.path) if _is_image(file.name) and not file.is_dir())
+    files = {
+        folder.name: [file for file in _scan(folder.path) if not file.is_dir()]
         for folder in entries
         if folder.is_dir() and not folder.name.startswith(".")
     }
+    folders = {name: sorted(file.path for file in found if _is_image(file.name)) for name, found in files.items()}
+    unread = _unread([f"{name}/{file.name}" for name, found in files.items() for file in found])
     empty = [name for name, images in folders.items() if not images]
     if len(empty) == len(folders):
         manifests = [entry.name for entry in entries if entry.name.lower().endswith(".csv")]
-        hint = f" Or name a manifest in it ({_examples(manifests)})." if manifests else ""
-        raise UserError(f"{path} has no class folders with images; expected {path}/<class name>/*.jpg.{hint}")
+        hint = f" Or name a manifest in it ({examples(manifests)})." if manifests else ""
+        raise UserError(
+            f"{path} has no class folders with images; expected {path}/<class name>/*.jpg.{hint}{' '.join(['', *unread])}"
+        )
     remedy = "Class ids follow the sorted folder names, so none is skipped: fill or remove it."
-    _refuse(str(path), empty, "class folders without images", remedy)
-    return FileSource(path, _samples_of_classes(path, folders), list(folders))
+    refuse(str(path), empty, "class folders without images", " ".join([remedy, *unread]))
+    source = FileSource(path, _samples_of_classes(path, folders), list(folders))
+    source.notes += [f"{path}: {sentence}" for sentence in unread]
+    return source
+
+
+def _unread(names: list[str]) -> list[str]:
+    """A sentence about the pictures among file names that are not read, if there are any."""
+    unread = unread_pictures(sorted(names), EXTENSIONS)
+    return [f"Pictures of kinds that are not read are left out: {unread}."] if unread else []
 
 
 def _samples_of_classes(where: Path, folders: dict[str, list[str]]) -> list[Sample]:
@@ -246,7 +256,7 @@ def _samples_of_classes(where: Path, folders: dict[str, list[str]]) -> list[Samp
         for class_id, (folder, paths) in enumerate(folders.items())
         for path in paths
     ]
-    _check_ids(str(where), samples, [sample.path for sample in samples])
+    check_ids(str(where), samples, [sample.path for sample in samples])
     return samples
 
 
@@ -255,27 +265,46 @@ def _open_manifest(path: Path, image_root: Path | None) -> FileSource:
     if not os.path.isdir(root):
         raise UserError(f"--image_root {image_root} is not a folder. Give the one that the paths of {path} start in.")
     source = FileSource(path, [])
-    rows, places = _parse_manifest(source, str(path), str(path))
+    rows, places = _read_manifest(source, str(path), str(path))
     remedy = f"Write paths relative to {root}, or give another folder for them to start in with --image_root."
-    _check_paths(str(path), rows, places, remedy)
-    source.samples = [
-        Sample(row.sample_id, os.path.normpath(os.path.join(root, row.path)), row.class_id) for row in rows
-    ]
-    if outside := _links_outside(root, source.samples):
+    check_paths(str(path), rows, places, remedy)
+    samples = [Sample(row.sample_id, os.path.normpath(os.path.join(root, row.path)), row.class_id) for row in rows]
+    entries = [entry for folder in {os.path.dirname(sample.path) for sample in samples} for entry in _scan(folder)]
+    source.samples = _as_spelled_there(samples, [entry.path for entry in entries])
+    if outside := _links_outside(root, source.samples, entries):
         found = [
             f"{place}: {row.path!r}"
             for place, row, sample in zip(places, rows, source.samples, strict=True)
             if sample.path in outside or os.path.dirname(sample.path) in outside
         ]
-        _refuse(str(path), found, f"path is a link to outside of {root}", remedy)
+        refuse(str(path), found, f"path is a link to outside of {root}", remedy)
+    source.notes += _twice(str(path), source.samples, places)
     return source
 
 
-def _links_outside(root: str, samples: list[Sample]) -> set[str]:
+def _twice(where: str, samples: list[Sample], places: list[str]) -> list[str]:
+    """A warning about pictures with two ids, if there are any: they are trained twice, perhaps as two classes."""
+    named: dict[str, list[str]] = {}
+    for place, sample in zip(places, samples, strict=True):
+        named.setdefault(sample.path, []).append(place)
+    twice = [f"{os.path.basename(path)} in {' and '.join(at)}" for path, at in named.items() if len(at) > 1]
+    return [f"warning: {where}: pictures that are there twice under two ids ({examples(twice)})."] if twice else []
+
+
+def _as_spelled_there(samples: list[Sample], there: Collection[str]) -> list[Sample]:
+    """The samples with the paths that there are, where they differ in Unicode form or the case of the ending alone."""
+    present = set(there)
+    if all(sample.path in present for sample in samples):
+        return samples
+    spelled = ByName({path: path for path in there}, alike)
+    return [replace(sample, path=spelled.get(sample.path) or sample.path) for sample in samples]
+
+
+def _links_outside(root: str, samples: list[Sample], entries: list[os.DirEntry[str]]) -> set[str]:
     """The folders and files in use that are symbolic links, or lie behind one, to outside of `root`."""
     real_root = os.path.realpath(root)
     folders = {os.path.dirname(sample.path) for sample in samples}
-    links = (entry.path for folder in folders for entry in _scan(folder) if entry.is_symlink())
+    links = (entry.path for entry in entries if entry.is_symlink())
     return {path for path in (*folders, *links) if not Path(os.path.realpath(path)).is_relative_to(real_root)}
 
 
@@ -289,10 +318,13 @@ def _open_archive(path: Path) -> ZipSource:
         manifest = "manifest.csv" if "manifest.csv" in manifests else manifests[0]
         where = f"{path}:{manifest}"
         _check_members(path, archive, [manifest])
-        source.samples, places = _parse_manifest(source, manifest, where)
-        _check_paths(where, source.samples, places, "Write the member names of the archive.")
+        samples, places = _read_manifest(source, manifest, where)
+        source.samples = _as_spelled_there(samples, names)
+        check_paths(where, source.samples, places, "Write the member names of the archive.")
+        source.notes += _twice(where, source.samples, places)
     else:
         images = sorted(name for name in names if _is_image(posixpath.basename(name)))
+        source.notes += [f"{path}: {sentence}" for sentence in _unread(names)]
         folders = {folder: list(paths) for folder, paths in itertools.groupby(images, posixpath.dirname)}
         if manifests or "" in folders or len({posixpath.dirname(folder) for folder in folders}) != 1:
             found = f"{len(manifests)} CSV files and {len(images)} images in {len(folders)} folders"
@@ -302,7 +334,7 @@ def _open_archive(path: Path) -> ZipSource:
             )
         classes = {posixpath.basename(folder): paths for folder, paths in sorted(folders.items())}
         samples = _samples_of_classes(path, classes)
-        _check_paths(str(path), samples, [sample.path for sample in samples], "Pack it again without such names.")
+        check_paths(str(path), samples, [sample.path for sample in samples], "Pack it again without such names.")
         source.samples, source.folder_names = samples, list(classes)
     _check_members(path, archive, [sample.path for sample in source.samples])
     return source
@@ -317,61 +349,15 @@ def _check_members(path: Path, archive: zipfile.ZipFile, names: list[str]) -> No
         if info.file_size > MAX_MEMBER_BYTES or info.flag_bits & 1 or info.compress_type not in usual
     ]
     remedy = f"Pack it again: stored or deflated, no password, no member above {human_bytes(MAX_MEMBER_BYTES)}."
-    _refuse(str(path), found, "members that are not read", remedy)
+    refuse(str(path), found, "members that are not read", remedy)
 
 
-def _parse_manifest(source: ImageSource, name: str, where: str) -> tuple[list[Sample], list[str]]:
-    """The rows of a CSV as samples, with their paths as written, and the place of each: `line 2`."""
+def _read_manifest(source: ImageSource, name: str, where: str) -> tuple[list[Sample], list[str]]:
     try:
-        text = source.read(Sample("manifest", name, 0)).decode("utf-8-sig")
+        data = source.read(Sample("manifest", name, 0))
     except UnreadableImage as error:
         raise UserError(f"{error}. Make it readable, or get it again.") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where} is not UTF-8 (line {line}, byte {error.start}). Save it as CSV UTF-8.") from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        table = [(f"line {reader.line_num}", row) for row in reader if row]
-    except csv.Error as error:
-        raise UserError(f"{where}, line {reader.line_num}, is not CSV ({error}). Check its quotes.") from None
-    header = [name.strip() for name in table[0][1]] if table else []
-    if missing := [name for name in COLUMNS if name not in header]:
-        near = [(found, name) for name in missing for found in difflib.get_close_matches(name, header, n=1)]
-        hints = "".join(f" Is {found!r} meant to be {name!r}?" for found, name in near)
-        raise UserError(
-            f"{where} has no column {' or '.join(missing)}; its first line is {','.join(header)!r}.{hints} "
-            f"The first line must name {', '.join(COLUMNS)}."
-        )
-    if len(table) == 1:
-        raise UserError(f"{where} has a header but no rows. Write one row per image.")
-    id_at, path_at, class_at = (header.index(name) for name in COLUMNS)
-    ragged = [f"{place}: {len(row)}" for place, row in table if len(row) != len(header)]
-    _refuse(where, ragged, f"the number of columns is not {len(header)}", "Put quotes around a path with a comma.")
-    places, rows = [place for place, _ in table[1:]], [row for _, row in table[1:]]
-    unnumbered = [f"{place}: {row[class_at]!r}" for place, row in table[1:] if not _CLASS_ID.fullmatch(row[class_at])]
-    _refuse(where, unnumbered, "class_id is not a whole number from 0", "Number the classes, the first one 0.")
-    samples = [Sample(row[id_at], row[path_at], int(row[class_at])) for row in rows]
-    _check_ids(where, samples, places)
-    return samples, places
-
-
-def _check_ids(where: str, samples: list[Sample], places: list[str]) -> None:
-    first: dict[str, str] = {}
-    unusable, repeated = [], []
-    for place, sample in zip(places, samples, strict=True):
-        key = sample.sample_id.encode("utf-8", "replace")
-        if not sample.sample_id.strip() or len(key) > MAX_ID_BYTES or key.decode() != sample.sample_id:
-            unusable.append(f"{place}: {sample.sample_id[:24]!r}, {len(key)} bytes")
-        elif first.setdefault(sample.sample_id, place) is not place:
-            repeated.append(f"{sample.sample_id!r} in {first[sample.sample_id]} and {place}")
-    _refuse(where, unusable, f"sample_id is not 1 to {MAX_ID_BYTES} bytes of UTF-8", "It is a cache key: rename it.")
-    _refuse(where, repeated, "sample_id is there twice", "Give every image a name of its own.")
-
-
-def _check_paths(where: str, samples: list[Sample], places: list[str], remedy: str) -> None:
-    """Refuse paths that are empty or could name anything outside of the folder or archive they start in."""
-    found = [f"{place}: {s.path!r}" for place, s in zip(places, samples, strict=True) if _OUTSIDE.search(s.path)]
-    _refuse(where, found, "path is empty, absolute or leaves the folder it starts in", remedy)
+    return parse_manifest(data, where)
 
 
 def _scan(folder: str) -> list[os.DirEntry[str]]:
@@ -387,12 +373,3 @@ def _scan(folder: str) -> list[os.DirEntry[str]]:
 
 def _is_image(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
-
-
-def _refuse(where: str, found: Sequence[str], problem: str, remedy: str) -> None:
-    if found:
-        raise UserError(f"{where}: {problem} ({_examples(found)}). {remedy}")
-
-
-def _examples(found: Sequence[object]) -> str:
-    return "; ".join([*(str(one) for one in found[:3]), f"{len(found)} in all"])

@@ -6,18 +6,17 @@ Only headers of images are read here; pixels are the business of the caches.
 from __future__ import annotations
 
 import os
-import posixpath
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from library.data.caption_files import CaptionFolders, names_in, read_captions, read_metadata, some
+from library.data.caption_files import ByName, CaptionFolders, names_in, one_form, read_captions, some
 from library.data.dataset_schema import Dataset, Subset
-from library.data.image_headers import Header, endings, read_headers
+from library.data.image_headers import Header, endings, hiding_colours, read_headers, unread_pictures
+from library.data.picture_files import Found, image_names, in_folder, in_metadata
 from library.data.pixels import UnreadableImage
 from library.errors import UserError
 from library.words import plural
@@ -25,12 +24,9 @@ from library.words import plural
 CaptionSource = Literal["file", "class_tokens", "metadata", "none", "class"]
 MissingCaption = Literal["empty", "class_tokens", "skip", "error"]
 
-MAX_ID_BYTES = 400  # LMDB keys end at 511, and stores append what they hold
 DEFAULT_EXTENSION = ".caption"
 
 _NO_CAPTION = "without a caption"
-_IMAGE_LIKE = (".tif", ".tiff", ".gif", ".avif", ".jxl", ".heic")  # pictures that a user may wonder about
-_DRIVE = re.compile(r"[A-Za-z]:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +44,12 @@ class TrainingImage:
     mask: Path | None
     """Image of the same aspect. None also where the mask is the image's own alpha (`subset.alpha_mask`)."""
     subset: Subset
+    hidden_colours: bool = False
+    """Whether colours under transparent pixels count: the image's own, with `subset.alpha_mask`, or those of its mask."""
+
+    @property
+    def shows_hidden_colours(self) -> bool:
+        return self.hidden_colours and self.mask is None
 
     @property
     def identity(self) -> str:
@@ -65,20 +67,6 @@ class Collected:
     without_caption: list[str] = field(default_factory=list)
     """Paths of images that have neither a caption of their own nor class_tokens, whatever was done about them."""
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """An image file that is to be looked at."""
-
-    path: Path
-    identity: str
-    metadata_caption: str | None = None
-
-
-def has_images(folder: Path) -> bool:
-    """Whether `folder`, or `images/` in it, has pictures to train on."""
-    return any(_image_names(folder)) or any(_image_names(folder / "images"))
 
 
 def collect_images(dataset: Dataset, *, missing_caption: MissingCaption = "class_tokens") -> Collected:
@@ -115,21 +103,33 @@ def collect_images(dataset: Dataset, *, missing_caption: MissingCaption = "class
 def split_validation(
     images: Iterable[TrainingImage], share: float, seed: int | None
 ) -> tuple[list[TrainingImage], list[TrainingImage]]:
-    """(training, validation): about `share` of the images, chosen by a hash of each one's identity and the seed.
-
-    No image changes sides when others come or go, and one that is trained at several resolutions is on the same side
-    in all of them. Of few images, the validation part may well be empty. Regularisation images are never held out.
+    """(training, validation), as `held_out` chooses by the images' identities: one that is trained at several resolutions is
+    on the same side in all of them. Regularisation images are never held out.
     """
+    images = list(images)
+    held = held_out((image.identity for image in images if not image.subset.is_reg), share, seed)
     training: list[TrainingImage] = []
     validation: list[TrainingImage] = []
     for image in images:
-        held_out = is_held_out(image.identity, share, seed) and not image.subset.is_reg
-        (validation if held_out else training).append(image)
+        (validation if image.identity in held and not image.subset.is_reg else training).append(image)
     return training, validation
 
 
-def is_held_out(identity: str, share: float, seed: int | None) -> bool:
-    return split_place(identity, seed) < share * 2**64
+def caption_endings(subset: Subset) -> tuple[str, ...]:
+    """Endings of caption files, the first one first; of a picture. Nobody has to say which of the two usual ones it is."""
+    extension = subset.caption_extension
+    return (extension, ".txt") if extension == DEFAULT_EXTENSION else (extension,)
+
+
+def held_out(identities: Iterable[str], share: float, seed: int | None) -> set[str]:
+    """About `share` of the identities, chosen by a hash of each and the seed; of two or more one at least, of twenty two.
+
+    None that stands below the share changes sides when others come or go. Where fewer than the least number do, the
+    lowest of the others are held out too, and one that comes may take the place of one of these.
+    """
+    places = sorted((split_place(identity, seed), identity) for identity in set(identities))
+    least = 0 if share <= 0 or len(places) < 2 else 1 if len(places) < 20 else 2
+    return {name for rank, (place, name) in enumerate(places) if rank < least or place < share * 2**64}
 
 
 def split_place(identity: str, seed: int | None) -> int:
@@ -146,18 +146,24 @@ def _collect_subset(
 ) -> None:
     dropped: dict[str, str] = {}
     if subset.metadata_file is not None:
-        found = _in_metadata(subset, dropped)
+        found = in_metadata(subset, dropped)
         captions: list[str | None] = [image.metadata_caption for image in found]
         source: CaptionSource = "metadata"
     else:
-        found = _in_folder(subset, dropped, collected.notes)
+        found = in_folder(subset, dropped, collected.notes)
         captions = _captions(found, subset, collected.notes)
         source = "file"
     total = len(found) + len(dropped)
     headers = read_headers([image.path for image in found])
     masks = _masks(found, headers, subset, collected.notes)
+    own_alpha = [
+        image.path
+        for image, header in zip(found, headers, strict=True)
+        if subset.alpha_mask and isinstance(header, Header) and header.has_alpha
+    ]
+    hiding = hiding_colours([*own_alpha, *masks.with_alpha])
     images, without_caption = [], []
-    for image, caption, header, mask in zip(found, captions, headers, masks, strict=True):
+    for image, caption, header, mask in zip(found, captions, headers, masks.files, strict=True):
         if isinstance(header, UnreadableImage):
             dropped[str(image.path)] = f"unreadable: {header.reason}"
             continue
@@ -173,7 +179,8 @@ def _collect_subset(
                 continue
         times[image.identity] += 1
         sample_id = _sample_id(dataset.name, image.identity, times[image.identity])
-        images.append(TrainingImage(sample_id, image.path, header.size, *chosen, mask, subset))
+        hides = (image.path if mask is None else mask) in hiding
+        images.append(TrainingImage(sample_id, image.path, header.size, *chosen, mask, subset, hides))
     if without_caption and missing_caption == "error":
         raise UserError(
             f"{_where(subset)}: {len(without_caption)} of {total} images have no caption ({some(without_caption)}). "
@@ -209,64 +216,27 @@ def _sample_id(dataset: str, identity: str, occurrence: int) -> str:
     return prefix + identity
 
 
-def _identity(*parts: str) -> str:
-    """The parts as one path; a long one as its hash and its end. 360 bytes leave room for the name of the dataset."""
-    whole = posixpath.join(*parts).encode("utf-8", "backslashreplace")
-    if len(whole) <= MAX_ID_BYTES - 40:
-        return whole.decode()
-    return f"{blake2b(whole, digest_size=16).hexdigest()}/{whole[-200:].decode('utf-8', 'ignore')}"
-
-
-def _image_names(folder: Path) -> list[str]:
-    return [name for name in names_in(folder) if name.lower().endswith(endings()) and not name.startswith(".")]
-
-
-def _in_folder(subset: Subset, dropped: dict[str, str], notes: list[str]) -> list[_Found]:
-    assert subset.image_dir is not None  # checked when the subset was made
-    folder = subset.image_dir
-    names = _image_names(folder)
-    inner = _image_names(folder / "images")
-    name_parts: tuple[str, ...] = (subset.name,)
-    if names and inner:
-        notes.append(f"{folder}/images is left out, since {folder} has images itself.")
-    elif inner:
-        folder, names, name_parts = folder / "images", inner, (subset.name, "images")
-    others = [name for name in names_in(folder) if name.lower().endswith(_IMAGE_LIKE) and name not in names]
-    if others:
-        notes.append(f"{folder}: pictures of kinds that are not read are left out ({some(others)}).")
-    found = []
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            dropped[_printable(path)] = "not a file: " + ("a link to nothing" if path.is_symlink() else "a folder")
-        elif _printable(path) != str(path):
-            dropped[_printable(path)] = "with a name that is not UTF-8"
-        else:
-            found.append(_Found(path, _identity(*name_parts, name)))
-    if not found and not dropped:
-        kinds = ", ".join(ending[1:] for ending in endings())
-        folders = [name for name in names_in(folder) if (folder / name).is_dir()]
-        hint = f" It has folders ({some(folders)}), which are not looked into: name one of them." if folders else ""
-        place = f" ({subset.place})" if subset.place else ""
-        raise UserError(f"{folder} has no images{place}. Read are {kinds}.{hint}")
-    return found
-
-
-def _printable(path: Path) -> str:
-    return str(path).encode("utf-8", "backslashreplace").decode()
-
-
-def _captions(found: Sequence[_Found], subset: Subset, notes: list[str]) -> list[str | None]:
+def _captions(found: Sequence[Found], subset: Subset, notes: list[str]) -> list[str | None]:
     """The caption of each image in its file, None where there is no such file."""
     if not found:
         return []
     folder, extension = found[0].path.parent, subset.caption_extension
     folders = CaptionFolders(folder)
     files = [folders.find(image.path.stem, extension) for image in found]
-    if extension == DEFAULT_EXTENSION and not any(files):
-        files = [folders.find(image.path.stem, ".txt") for image in found]
-        if count := sum(file is not None for file in files):
-            notes.append(f"{folder}: captions are taken from {count} .txt files, since there are no {extension} files.")
+    without = [index for index, file in enumerate(files) if file is None]
+    other = ".txt" if extension == DEFAULT_EXTENSION else DEFAULT_EXTENSION
+    instead = {index: file for index in without if (file := folders.find(found[index].path.stem, other))}
+    if instead and other in caption_endings(subset):
+        files = [instead.get(index, file) for index, file in enumerate(files)]
+        notes.append(
+            f"{folder}: captions are taken from {plural(len(instead), f'{other} file')}, since "
+            f"{'there are' if len(without) == len(found) else 'these pictures have'} no {extension} files."
+        )
+    elif instead:
+        notes.append(
+            f"{folder}: {plural(len(instead), f'{other} file is', f'{other} files are')} not read, since caption_extension is "
+            f"{extension} ({some([file.name for file in instead.values()])})."
+        )
     there = sorted({file for file in files if file is not None})
     texts = dict(zip(there, read_captions(there), strict=True))
     if empty := [file.name for file in there if not texts[file].lines]:
@@ -280,73 +250,33 @@ def _captions(found: Sequence[_Found], subset: Subset, notes: list[str]) -> list
     return [None if file is None else texts[file].caption(all_lines=subset.enable_wildcard) for file in files]
 
 
-def _in_metadata(subset: Subset, dropped: dict[str, str]) -> list[_Found]:
-    assert subset.metadata_file is not None
-    entries = read_metadata(subset.metadata_file)
-    roots = [Path(), subset.metadata_file.parent] if subset.image_dir is None else [subset.image_dir]
-    outside = [entry.key for entry in entries if not _stays_inside(entry.key, subset.image_dir)]
-    if outside:
-        root = subset.image_dir or subset.metadata_file.parent
-        raise UserError(
-            f"{subset.metadata_file} names images outside of {root} ({some(outside)}). "
-            "Write paths that start in it, or leave image_dir out and write whole paths."
-        )
-    found, listings = [], dict[Path, dict[str, str]]()
-    for entry in entries:
-        path = _locate(entry.key, roots, listings)
-        if path is None:
-            dropped[entry.key] = "not there"
-            continue
-        caption = entry.joined(subset.caption_separator, all_lines=subset.enable_wildcard)
-        if subset.image_dir is not None:
-            name = os.path.relpath(path, subset.image_dir)
-        else:
-            name = os.path.join(os.path.dirname(entry.key), path.name)
-        found.append(_Found(path, _identity(subset.name, posixpath.normpath(Path(name).as_posix())), caption))
-    return found
-
-
-def _stays_inside(key: str, image_dir: Path | None) -> bool:
-    """Whether a key does not climb out of the folder it starts in. A whole path may be anywhere if there is no image_dir."""
-    key = posixpath.normpath(key.replace("\\", "/"))
-    if key.startswith("/") or _DRIVE.match(key):
-        roots = [] if image_dir is None else [os.path.abspath(image_dir), os.path.realpath(image_dir)]
-        return image_dir is None or any(Path(key).is_relative_to(root) for root in roots)
-    return key.split("/")[0] != ".." and "\0" not in key
-
-
-def _locate(key: str, roots: Sequence[Path], listings: dict[Path, dict[str, str]]) -> Path | None:
-    """The file of a metadata key, which may lack its ending, as kohya's older tools write it."""
-    for root in roots:
-        for spelling in dict.fromkeys([key, key.replace("\\", "/")]):
-            path = root / spelling
-            if path.is_file():
-                return path
-            if path.parent not in listings:
-                # Of several endings the first by name.
-                listings[path.parent] = {Path(name).stem: name for name in reversed(_image_names(path.parent))}
-            if path.name in listings[path.parent]:
-                return path.parent / listings[path.parent][path.name]
-    return None
+class _Masks(NamedTuple):
+    files: Sequence[Path | None]
+    """Of each image."""
+    with_alpha: Sequence[Path] = ()
 
 
 def _masks(
-    found: Sequence[_Found], headers: Sequence[Header | UnreadableImage], subset: Subset, notes: list[str]
-) -> list[Path | None]:
+    found: Sequence[Found], headers: Sequence[Header | UnreadableImage], subset: Subset, notes: list[str]
+) -> _Masks:
     """The mask of each image in conditioning_data_dir, checked to be there and of the same aspect."""
     folder = subset.conditioning_data_dir
     if folder is None:
-        return [None] * len(found)
+        return _Masks([None] * len(found))
     by_stem: dict[str, list[str]] = {}
-    for name in _image_names(folder):
+    for name in image_names(folder):
         by_stem.setdefault(Path(name).stem, []).append(name)
     masks: dict[Path, Path] = {}
+    of_stem = ByName(by_stem, one_form)
     for image in found:
-        if names := by_stem.get(image.path.stem):
+        if names := of_stem.get(image.path.stem):
             masks[image.path] = folder / (image.path.name if image.path.name in names else names[0])
     if missing := [image.path.name for image in found if image.path not in masks]:
-        raise UserError(f"{folder} has no mask for {len(missing)} of {len(found)} images ({some(missing)}).")
-    if unused := sorted(by_stem.keys() - {image.path.stem for image in found}):
+        unread = unread_pictures(names_in(folder), endings())
+        hint = f" Pictures of kinds that are not read: {unread}." if unread else ""
+        raise UserError(f"{folder} has no mask for {len(missing)} of {len(found)} images ({some(missing)}).{hint}")
+    used = {mask.stem for mask in masks.values()}
+    if unused := sorted(by_stem.keys() - used):
         notes.append(f"{folder}: masks without an image are left out ({some(unused)}).")
     paths = sorted(set(masks.values()))
     sizes = dict(zip(paths, read_headers(paths), strict=True))
@@ -361,7 +291,8 @@ def _masks(
         raise UserError(f"Masks that cannot be read: {some(unreadable)}.")
     if wrong:
         raise UserError(f"{folder}: masks of another shape than their image ({some(wrong)}). Cut them alike.")
-    return [masks[image.path] for image in found]
+    with_alpha = [path for path in paths if isinstance(header := sizes[path], Header) and header.has_alpha]
+    return _Masks([masks[image.path] for image in found], with_alpha)
 
 
 def _same_aspect(mask: tuple[int, int], image: tuple[int, int]) -> bool:

@@ -11,10 +11,10 @@ from PIL import Image
 
 from library.data.caption_files import CaptionFolders, read_captions
 from library.data.pixels import UnreadableImage, decode_rgb
+from library.data.sources import EXTENSIONS
 from library.errors import UserError
 from library.evaluation.candidates import Candidate
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HELD_OUT = "held_out"
 """Name of a folder of held-out photos beside that of the training pictures."""
 LEAST = 2
@@ -34,7 +34,7 @@ def read_photos(folder: Path, limit: int | None = None) -> list[Photo]:
     """
     if not folder.is_dir():
         raise UserError(f"reference_dir {folder} is no folder. Name one with held-out photos of the subject.")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
     if len(files) < LEAST:
         found = "no pictures" if not files else f"one picture, {files[0].name}"
         raise UserError(

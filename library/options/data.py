@@ -21,7 +21,8 @@ class ClassPictureOptions:
     image_root: Path | None = None
     """Folder that the paths of a CSV manifest are relative to. Default: the folder of the manifest."""
     class_names: Path | None = None
-    """JSON of class names, {"0": "tench", ...} or a list. Class folders without it are named by their folder."""
+    """JSON of class names, {"0": "tench", ...} or a list; ImageNet's: dataset_configs/imagenet_classes.json. Class folders without
+    it are named by their folder."""
     prompt_template: str = "a photo of a {name}"
     """Prompt of a class; {name} becomes the class name."""
     class_dropout: float = 0.1

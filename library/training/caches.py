@@ -68,6 +68,7 @@ def prepare_caches(
             picture.fitted,
             picture.image.subset.resize_interpolation or picture.dataset.resize_interpolation,
             picture.image.subset.flip_aug,
+            picture.image.shows_hidden_colours,
         )
         for picture in data.every
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from library.data.captions import changes_tags, tag_joint
 from library.data.collect import TrainingData
 from library.data.dataset_schema import Dataset, Subset
 from library.diffusion.objective import Objective
@@ -51,9 +52,14 @@ def samples_digest(data: TrainingData) -> str:
         if key not in drawn:
             drawn[key] = repr(sorted((_shown(picture.dataset) | _shown(image.subset)).items()))
         line = repr((image.sample_id, picture.repeats, picture.loss_weight, picture.fitted, image.caption))
-        digest.update(f"{line[:-1]}, {drawn[key]})\n".encode("utf-8", "surrogatepass"))
+        hidden = ", hidden colours" * image.hidden_colours
+        digest.update(f"{line[:-1]}, {drawn[key]}{hidden})\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
 def _shown(settings: Dataset | Subset) -> dict[str, Any]:
-    return {name: value for name, value in vars(settings).items() if name not in _NOT_SHOWN}
+    shown = {name: value for name, value in vars(settings).items() if name not in _NOT_SHOWN}
+    # Of what has come to be read otherwise, only where it makes a difference, so that states of other data stay valid.
+    if isinstance(settings, Subset) and (changes_tags(settings) or settings.keep_tokens_separator):
+        shown |= {} if (joint := tag_joint(settings)) == ", " else {"tag_joint": joint}
+    return shown

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from library.data.class_pictures import numbered_pictures
 from library.data.collect import TrainingData, collect_classes
-from library.data.demo_pictures import DEFAULT_TRAINING_IMAGES
+from library.data.demo_pictures import CLASSES, DEFAULT_TRAINING_IMAGES
 from library.data.store import StoreMeta, disk_bytes, shard_folders
 from library.device import named_dtype
 from library.errors import UserError
@@ -68,8 +69,6 @@ def print_plan(options: RunOptions) -> None:
         raise UserError(missing[0])
     data = _data(options, location, missing)
     if data is not None:
-        if data.classes is None:
-            print_data(data)
         order = make_order(data, options, 0, _world_size())
         plan = make_plan(order, options.training, options.optimizer)
         print(f"base             {name}{f', {family.title}' if family else ''}")
@@ -99,22 +98,28 @@ def _data(options: RunOptions, location: BaseLocation | None, missing: list[str]
     """The pictures, or a planned number of class pictures; None where the base that decides their buckets is absent."""
     classes = options.class_pictures
     if classes is None:
-        return None if location is None else collect_pictures(options, location, _world_size())
-    if classes.train_data == DEMO_DATA:
-        return _planned(options, min(DEFAULT_TRAINING_IMAGES, classes.max_train_samples or DEFAULT_TRAINING_IMAGES))
-    try:
-        return class_data(options)
-    except UserError as error:
-        if classes.max_train_samples is None:
-            raise
-        missing.append(f"{error} Planning with max_train_samples, {classes.max_train_samples}.")
-        return _planned(options, classes.max_train_samples)
+        if location is None:
+            return None
+        data = collect_pictures(options, location, _world_size())
+    elif classes.train_data == DEMO_DATA:
+        count = min(DEFAULT_TRAINING_IMAGES, classes.max_train_samples or DEFAULT_TRAINING_IMAGES)
+        data = _planned(options, count, CLASSES)
+    else:
+        try:
+            data = class_data(options)
+        except UserError as error:
+            if classes.max_train_samples is None:
+                raise
+            missing.append(f"{error} Planning with max_train_samples, {classes.max_train_samples}.")
+            return _planned(options, classes.max_train_samples, ["unknown"])
+    print_data(data)
+    return data
 
 
-def _planned(options: RunOptions, count: int) -> TrainingData:
+def _planned(options: RunOptions, count: int, names: Sequence[str]) -> TrainingData:
     assert options.class_pictures is not None and options.data.resolution is not None
     return collect_classes(
-        numbered_pictures(count),
+        numbered_pictures(count, names),
         options.class_pictures,
         side=options.data.resolution[0],
         batch_size=options.training.train_batch_size,

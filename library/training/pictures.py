@@ -112,21 +112,18 @@ def _check_effects(options: RunOptions, data: TrainingData) -> None:
 
 
 def print_data(data: TrainingData) -> None:
-    """Buckets of each dataset, what was left out and why, and what else a user should hear."""
+    """Buckets of each dataset or sets of class pictures, what was left out and why, and what else a user should hear."""
     if data.classes is not None:
         for pictures in data.classes.sets:
             print(f"{pictures.name}: {pictures.source.describe()}, {len(pictures.samples)} used")
-        return
-    for dataset, table in zip(data.datasets, data.tables, strict=True):
-        print(f"dataset {dataset.name}, batch size {dataset.batch_size}")
-        print(table)
-    if data.validation:
+    else:
+        for dataset, table in zip(data.datasets, data.tables, strict=True):
+            print(f"dataset {dataset.name}, batch size {dataset.batch_size}")
+            print(table)
+    if data.validation and (data.classes is None or data.classes.val is None):
         print(f"{plural(len(data.validation), 'picture is', 'pictures are')} held out for validation")
-    if data.without_caption:
-        first = ", ".join(str(path) for path in data.without_caption[:3])
-        print(f"{len(data.without_caption)} pictures have no caption of their own (first: {first})")
     if data.dropped:
-        print(f"{len(data.dropped)} pictures are left out:")
+        print(f"{plural(len(data.dropped), 'picture is', 'pictures are')} left out:")
         for path, reason in list(data.dropped.items())[:10]:
             print(f"  {path}: {reason}")
     for note in data.notes:

@@ -67,8 +67,21 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         "caption_extension",
         "`.caption`",
-        "`.caption`, else `.txt`, whichever lies beside the picture",
+        "`.caption`, else `.txt`, whichever lies beside each picture; found by another Unicode form or case of the ending, too",
         "most data sets carry `.txt`, and train on empty captions without a word",
+    ),
+    Difference(
+        "caption_separator",
+        "tags are split at it, and joined with `, ` after shuffling or dropout",
+        "they are joined with it, too",
+        "`a; b` is not to become `a, b` where a tag holds a comma",
+    ),
+    Difference(
+        "alpha_mask",
+        "off: the colours under transparent pixels are trained, which nobody sees",
+        "off: transparent pictures are laid on white; on: as in kohya's, the colours count and the alpha is their mask, "
+        "also where a picture is enlarged, which turns them black there",
+        "a cut-out saved on black is not to be trained as a picture with a black background",
     ),
     Difference(
         "resolution",
@@ -173,7 +186,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         "validation_split",
         "parts overlap; timesteps and pictures differ between validations",
-        "a stable hash, fixed noise and timesteps",
+        "a stable hash, of few pictures one at least and of twenty two; fixed noise and timesteps",
         "two validations differ by the weights alone",
     ),
     Difference(

@@ -197,7 +197,7 @@ def _native_side(options: TrainNetworkOptions) -> int:
 
 
 def _validation_share(datasets: tuple[Dataset, ...], images: list[list[TrainingImage]]) -> float | None:
-    """See `Sd15Training.validation_share`. A hash of their names holds pictures out, so a share of few may hold out none."""
+    """See `Sd15Training.validation_share`; None where a data set's own share holds pictures out."""
     from library.data.training_images import split_validation
 
     every = [image for of_dataset in images for image in of_dataset]

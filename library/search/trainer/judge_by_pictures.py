@@ -204,7 +204,8 @@ def network_image_judge(
         parametrisation = task.objective.parametrisation
         return DrawingModel(prepared.family, task.models[UNET], parts, models.vae, parametrisation, task.compute_dtype)
 
-    photos = [decode_rgb(picture.image.path, name=str(picture.image.path)) for picture in held_out]
+    images = [picture.image for picture in held_out]
+    photos = [decode_rgb(one.path, name=str(one.path), hidden_colours=one.shows_hidden_colours) for one in images]
     components = (UNET, *prepared.family.text_encoders)
     facts: list[Any] = [base_weights_facts(options, prepared.base, components), flatten(options.model)]
     facts += [repr(judging), key]
