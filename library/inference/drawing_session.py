@@ -170,6 +170,8 @@ def adapters_change(requests: Sequence[PictureRequest]) -> bool:
     """Whether any adapter's weight changes between pictures, passes or steps."""
     states = set()
     for request in requests:
+        if request.fills_conds and request.loras:
+            return True  # the filling is encoded without adapters
         state = []
         for use in request.loras:
             weights = use.weights
