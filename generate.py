@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import EXIT_OK, check_all, script
-from library.files import require_writable
+from library.files import read_json, require_writable
 from library.inference.picture_infotext import strength_of
 from library.inference.picture_plan import PicturePlan, PlannedPicture, plan_pictures
 from library.models.embedded import TINY_BASES
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from library.inference.drawing_session import DrawingSession
+    from library.models.locate import BaseLocation
 
 
 SEEDS_LISTED = 8
@@ -127,7 +128,7 @@ def check(options: GenerateOptions, plan: PicturePlan) -> None:
 
 def try_out(options: GenerateOptions, plan: PicturePlan) -> None:
     """What the run would stop at, as far as the models are on this machine; which of them are not. Reads headers alone."""
-    from library.models.base_family import family_of
+    from library.models.base_family import check_headers
     from library.models.locate import base_status, locate_base, refiner_status
 
     models = options.models
@@ -138,13 +139,20 @@ def try_out(options: GenerateOptions, plan: PicturePlan) -> None:
     for sentence in filter(None, [*absent.values(), vae, refiner]):
         print(f"missing    {sentence}")
     there = [picture for picture in plan.pictures if picture.base not in absent]
-    if plan.adapters or models.vae or models.refiner or any(picture.request.clip_skip > 1 for picture in there):
+    located = [locate_base(base) for base in bases if base not in (*absent, *TINY_BASES)]
+    more = plan.adapters or models.vae or models.refiner or any(picture.request.clip_skip > 1 for picture in there)
+    if more or not all(map(has_betas, located)):
         session = new_session(options)
         session.vae, session.refiner = (None if vae else models.vae), (None if refiner else models.refiner)
         session.check(there)
         check_all(*(partial(session.adapter, path) for path in plan.adapters))  # those of bases that are not there, too
     else:  # without torch
-        check_all(*(partial(family_of, locate_base(base)) for base in bases if base not in (*absent, *TINY_BASES)))
+        check_all(*(partial(check_headers, location) for location in located))
+
+
+def has_betas(base: BaseLocation) -> bool:
+    """Whether a base has an ordinary noise schedule, as single files do, so that no table of schedules need be asked about it."""
+    return base.is_file or "beta_schedule" in read_json(base.path / "scheduler" / "scheduler_config.json")
 
 
 def new_session(options: GenerateOptions) -> DrawingSession:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,12 @@ def test_a_dry_run_refuses_what_the_run_would(
     (tmp_path / "x.safetensors").write_bytes(b"torn")
     assert "not a whole safetensors file" in both(["--pretrained_model_name_or_path", "x.safetensors"], capsys)
     both([*base, "--lora", tmp_path / "x.safetensors"], capsys)
+    torn = shutil.copytree(base[1], tmp_path / "torn")
+    next((torn / "vae").glob("*.safetensors")).write_bytes(b"torn")
+    for more in ([], ["--lora", adapter_file]):
+        assert "not a whole safetensors file" in both(["--pretrained_model_name_or_path", torn, *more], capsys)
+    (torn / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "flow_prediction"}')
+    assert "flow_prediction" in both(["--pretrained_model_name_or_path", torn], capsys)
     assert (
         run("--pretrained_model_name_or_path", "my/base", "--lora", tmp_path / "x.safetensors", "--dry_run")
         == EXIT_BAD_INPUT

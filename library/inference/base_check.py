@@ -10,7 +10,7 @@ from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError, check_all
 from library.merging.merge import Shapes, place
 from library.merging.strength import Strength
-from library.models.base_family import family_of
+from library.models.base_family import check_headers, family_of
 from library.models.checkpoint import open_checkpoint
 from library.models.conditioning import checked_layer
 from library.models.load import load_scheduler_config
@@ -37,9 +37,10 @@ def check_base_fits(
     given = {} if prediction_type is None else {"prediction_type": prediction_type}
     parametrisation_of(load_scheduler_config(base) | given)
     needs_layer = clip_skip > 1 and family.text_layer is None
+    without = () if own_vae else (VAE,)
     if not adapters and not needs_layer:
-        return
-    shapes = open_checkpoint(base, without=() if own_vae else (VAE,)).shapes
+        return check_headers(base, without=without)
+    shapes = open_checkpoint(base, without=without).shapes
     checks: list[Callable[[], object]] = [
         partial(_check_adapter, path, adapter, shapes, family, base) for path, adapter in adapters.items()
     ]
