@@ -93,12 +93,19 @@ def test_a_dry_run_refuses_what_the_run_would(
     next((torn / "vae").glob("*.safetensors")).write_bytes(b"torn")
     for more in ([], ["--lora", adapter_file]):
         assert "not a whole safetensors file" in both(["--pretrained_model_name_or_path", torn, *more], capsys)
+    assert "not a whole safetensors file" in both([*base, "--vae", torn], capsys)
+    assert run("--pretrained_model_name_or_path", torn, "--vae", base[1], "--dry_run") == EXIT_OK, "it has another one"
     (torn / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "flow_prediction"}')
     assert "flow_prediction" in both(["--pretrained_model_name_or_path", torn], capsys)
     assert (
         run("--pretrained_model_name_or_path", "my/base", "--lora", tmp_path / "x.safetensors", "--dry_run")
         == EXIT_BAD_INPUT
     )
+
+
+def test_switches_in_a_prompt_are_noted(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*base, "--dry_run", prompt="a cat --shift 3 --w 512") == EXIT_OK
+    assert "note       --shift and --w of the prompt are drawn as words, as A1111 does:" in capsys.readouterr().out
 
 
 def test_without_the_hub_a_dry_run_refuses_what_is_not_there(

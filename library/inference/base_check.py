@@ -49,6 +49,11 @@ def check_base_fits(
     check_all(*checks)
 
 
+def check_vae(base: BaseLocation) -> None:
+    """Raise UserError where the autoencoder of a base cannot be read, by its headers."""
+    check_headers(base, without=[component for component in family_of(base).original if component != VAE])
+
+
 def _check_adapter(
     path: Path, adapter: Adapter, shapes: Mapping[str, Shapes], family: Family, base: BaseLocation
 ) -> None:

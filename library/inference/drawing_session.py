@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from library.errors import UserError, check_all
-from library.inference.base_check import check_base_fits
+from library.inference.base_check import check_base_fits, check_vae
 from library.inference.drawing_model import DrawingModel, load_model
 from library.inference.infotext import Infotext, lora_hash, model_hash, model_title
 from library.inference.picture_infotext import infotext_of, model_name, vae_name
@@ -76,7 +76,7 @@ class DrawingSession:
         bases = {base: locate_base(base) for base in dict.fromkeys(picture.base for picture in pictures)}
         checks: list[Callable[[], object]] = []
         if (vae := self.vae) is not None:
-            checks.append(lambda: family_of(locate_base(vae, ("vae",))))
+            checks.append(lambda: check_vae(locate_base(vae, ("vae",))))
         for base, location in bases.items():
             requests = [picture.request for picture in pictures if picture.base == base]
             checks.append(partial(self._check_base, location, requests))
