@@ -14,12 +14,14 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import EXIT_OK, UserError, script
+from library.errors import EXIT_OK, UserError, check_all, script
 from library.inference.sampler_names import sampler_named, schedule_named
 from library.options.evaluate import KOHYA, EvaluateOptions
 from library.options.parser import flatten, parse
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
     from library.evaluation.generation import GenerationPlan, GenerationResult
     from library.evaluation.photos import Photo
     from library.evaluation.prompt_sets import PromptSet, Subject
-    from library.evaluation.representation import RepresentationResult
+    from library.evaluation.representation import RepresentationResult, RepresentationSettings
+    from networks.families import Family
 
 REPORT, METRICS, PICTURES, SHEETS = "report.html", "metrics.json", "pictures", "sheets"
 UNFINISHED = ".unfinished"
@@ -60,6 +63,8 @@ def main(argv: list[str]) -> int:
     check_output(options)
     plan = build(options)
     print_plan(options, plan)
+    check(options, plan)
+    print_missing(plan.generation)
     if not options.dry_run:
         run(options, plan)
     return EXIT_OK
@@ -94,8 +99,9 @@ def build(options: EvaluateOptions) -> Plan:
     sources = {candidate.name: candidate.read(use_ema=checkpoints.use_ema) for candidate in candidates}
     base, why = base_model_of(list(sources.values()), checkpoints.pretrained_model_name_or_path)
     photos, folder = find_photos(options, candidates)
-    size = pictures.resolution or native_side(base)
-    metadata = next(reversed(sources.values())).adapter.metadata
+    newest = next(reversed(sources.values())).adapter
+    size = pictures.resolution or native_side(base, newest.family, fetch=not options.dry_run)
+    metadata = newest.metadata
     subject = subject_prompts(options, [photo.caption for photo in photos], metadata)
     subject_set = None if subject is None else make_prompt_set(options, subject.lines, size)
     first = words_of(subject_set.requests[0]) if subject_set is not None else ""
@@ -125,14 +131,18 @@ def find_photos(options: EvaluateOptions, candidates: list[Candidate]) -> tuple[
     return ([], None) if folder is None else (read_photos(folder, options.measures.max_references), folder)
 
 
-def native_side(base: str) -> int:
-    """Pixels that the base was trained at."""
+def native_side(base: str, adapters: Family, *, fetch: bool) -> int:
+    """Pixels that the base was trained at; those of the adapters' family for a base that is not here and not to be fetched."""
     from library.models.base_family import native_side
     from library.models.configs import published_family
-    from library.models.locate import base_status, locate_base
+    from library.models.locate import base_status, is_fetchable, locate_base
 
-    published = published_family(base) if base_status(base, ("unet",)) else None
-    return native_side(locate_base(base, ("unet",))) if published is None else published.native_side
+    if base_status(base, ("unet",)):
+        if published := published_family(base):
+            return published.native_side
+        if not (fetch and is_fetchable(base)):
+            return adapters.native_side
+    return native_side(locate_base(base, ("unet",)))
 
 
 def own_clip(base: str) -> str | None:
@@ -161,7 +171,7 @@ def states_with_heads(options: EvaluateOptions, candidates: list[Candidate]) -> 
 
 
 def print_plan(options: EvaluateOptions, plan: Plan) -> None:
-    from library.models.locate import base_status, clip_status, dino_status
+    from library.inference.prompt_file import note_on_switches
 
     generation = plan.generation
     for candidate in generation.candidates:
@@ -187,9 +197,42 @@ def print_plan(options: EvaluateOptions, plan: Plan) -> None:
     for state in plan.states:
         print(f"states     representation of {state}")
     print(f"output     {options.checkpoints.output_dir}")
-    clip = None if generation.clip_model is None else clip_status(generation.clip_model)
-    for missing in filter(None, (base_status(generation.base), dino_status(generation.dino_model), clip)):
+    for text in options.pictures.prompt:
+        if note := note_on_switches(text, "a file of --prompts has switches."):
+            print(f"note       {note}")
+
+
+def print_missing(plan: GenerationPlan) -> None:
+    """What the hub is to be asked for."""
+    from library.models.locate import base_status, clip_status, dino_status
+
+    clip = None if plan.clip_model is None else clip_status(plan.clip_model)
+    for missing in filter(None, (base_status(plan.base), dino_status(plan.dino_model), clip)):
         print(f"missing    {missing}")
+
+
+def check(options: EvaluateOptions, plan: Plan) -> None:
+    """Raise UserError, a line for each fault, for what the evaluation would stop at later. Reads headers and configurations."""
+    from library.device import choose_device
+    from library.evaluation.readiness import check_generation
+    from library.evaluation.representation import check_states
+
+    checks: list[Callable[[], object]] = [
+        partial(choose_device, options.device),
+        partial(check_generation, plan.generation),
+    ]
+    if options.measures.representation:
+        checks.append(partial(check_states, plan.states, representation_settings(options)))
+    check_all(*checks)
+
+
+def representation_settings(options: EvaluateOptions) -> RepresentationSettings:
+    from library.evaluation.representation import RepresentationSettings
+
+    samples = options.measures.representation_samples
+    return RepresentationSettings(
+        timesteps=options.measures.representation_timesteps, fit_samples=samples, test_samples=samples
+    )
 
 
 def size_of(prompts: PromptSet) -> str:
@@ -239,14 +282,11 @@ def measure_representation(
     options: EvaluateOptions, states: list[Path], device: torch.device, result: GenerationResult
 ) -> RepresentationResult | None:
     """The representation of the states. Without --representation, an obstacle becomes a note instead of an error."""
-    from library.evaluation.representation import RepresentationSettings, evaluate_states
+    from library.evaluation.representation import evaluate_states
 
     if not states:
         return None
-    samples = options.measures.representation_samples
-    settings = RepresentationSettings(
-        timesteps=options.measures.representation_timesteps, fit_samples=samples, test_samples=samples
-    )
+    settings = representation_settings(options)
     try:
         return evaluate_states(states, settings, use_ema=options.checkpoints.use_ema, device=device, say=print)
     except UserError as error:

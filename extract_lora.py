@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     options = parse(ExtractLoraOptions, argv, prog="extract_lora.py", description=__doc__)
     base, tuned = build(options)
     print_plan(options, base, tuned)
+    check(options, base, tuned)
     if not options.dry_run:
         run(options, base, tuned)
     return EXIT_OK
@@ -97,6 +98,17 @@ def print_plan(options: ExtractLoraOptions, base: Checkpoint, tuned: Checkpoint)
     print(f"text       encoders where a value differs by more than {options.min_diff:g}")
     print(f"precision  {options.save_precision}")
     print(f"output     {options.output}{' (replacing what is there)' if options.output.exists() else ''}")
+
+
+def check(options: ExtractLoraOptions, base: Checkpoint, tuned: Checkpoint) -> None:
+    """Raise UserError for a device that is not there, and for models that cannot be compared."""
+    import torch
+
+    from library.device import choose_device
+    from library.merging.extract import comparable
+
+    choose_device(options.device, needs=torch.float64)
+    comparable(base, tuned, convolutions=options.conv_dim is not None)
 
 
 def run(options: ExtractLoraOptions, base: Checkpoint, tuned: Checkpoint) -> None:

@@ -14,13 +14,17 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import EXIT_OK, script
+from library.errors import EXIT_OK, check_all, script
+from library.files import read_json, require_writable
 from library.inference.picture_infotext import strength_of
 from library.inference.picture_plan import PicturePlan, PlannedPicture, plan_pictures
-from library.models.locate import check_base
+from library.models.embedded import TINY_BASES
+from library.models.locate import check_base, check_refiner
 from library.options.generate import GenerateOptions
 from library.options.parser import parse
 from library.words import plural
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from library.inference.drawing_session import DrawingSession
+    from library.models.locate import BaseLocation
 
 
 SEEDS_LISTED = 8
@@ -39,12 +44,11 @@ def main(argv: list[str]) -> int:
     options = parse(GenerateOptions, argv, prog="generate.py", description=__doc__)
     plan = plan_pictures(options)
     print_plan(options, plan)
+    check(options, plan)
     if options.dry_run:
-        print_missing(options, plan)
-        return EXIT_OK
-    for base in dict.fromkeys(picture.base for picture in plan.pictures):
-        check_base(base)
-    run(options, plan)
+        try_out(options, plan)
+    else:
+        run(options, plan)
     return EXIT_OK
 
 
@@ -105,17 +109,66 @@ def seeds_text(seeds: set[int]) -> str:
     return f"seeds {listed}" if len(seeds) <= SEEDS_LISTED else f"{len(seeds)} seeds: {listed}, ..."
 
 
-def print_missing(options: GenerateOptions, plan: PicturePlan) -> None:
-    """Which models are not on this machine."""
-    from library.models.locate import base_status, refiner_status
-
-    missing = [base_status(base) for base in dict.fromkeys(picture.base for picture in plan.pictures)]
+def check(options: GenerateOptions, plan: PicturePlan) -> None:
+    """Raise UserError for what can be refused by names alone: models that are nowhere, a device that is not there."""
+    checks: list[Callable[[], object]] = [
+        partial(check_base, base) for base in dict.fromkeys(picture.base for picture in plan.pictures)
+    ]
     if options.models.vae is not None:
-        missing.append(base_status(options.models.vae, ("vae",)))
+        checks.append(partial(check_base, options.models.vae, ("vae",)))
     if options.models.refiner is not None:
-        missing.append(refiner_status(options.models.refiner))
-    for sentence in filter(None, missing):
+        checks.append(partial(check_refiner, options.models.refiner))
+    checks.append(partial(require_writable, options.pictures.output.parent))
+    if options.models.device is not None:
+        from library.device import choose_device
+
+        checks.append(partial(choose_device, options.models.device))
+    check_all(*checks)
+
+
+def try_out(options: GenerateOptions, plan: PicturePlan) -> None:
+    """What the run would stop at, as far as the models are on this machine; which of them are not. Reads headers alone."""
+    from library.models.base_family import check_headers
+    from library.models.locate import base_status, locate_base, refiner_status
+
+    models = options.models
+    bases = dict.fromkeys(picture.base for picture in plan.pictures)
+    absent = {base: sentence for base in bases if (sentence := base_status(base))}
+    vae = None if models.vae is None else base_status(models.vae, ("vae",))
+    refiner = None if models.refiner is None else refiner_status(models.refiner)
+    for sentence in filter(None, [*absent.values(), vae, refiner]):
         print(f"missing    {sentence}")
+    there = [picture for picture in plan.pictures if picture.base not in absent]
+    located = [locate_base(base) for base in bases if base not in (*absent, *TINY_BASES)]
+    more = plan.adapters or models.vae or models.refiner or any(picture.request.clip_skip > 1 for picture in there)
+    if more or not all(map(has_betas, located)):
+        session = new_session(options)
+        session.vae, session.refiner = (None if vae else models.vae), (None if refiner else models.refiner)
+        session.check(there)
+        check_all(*(partial(session.adapter, path) for path in plan.adapters))  # those of bases that are not there, too
+    else:  # without torch
+        check_all(*(partial(check_headers, location) for location in located))
+
+
+def has_betas(base: BaseLocation) -> bool:
+    """Whether a base has an ordinary noise schedule, as single files do, so that no table of schedules need be asked about it."""
+    return base.is_file or "beta_schedule" in read_json(base.path / "scheduler" / "scheduler_config.json")
+
+
+def new_session(options: GenerateOptions) -> DrawingSession:
+    from library.device import choose_device, choose_dtype
+    from library.inference.drawing_session import DrawingSession
+
+    models = options.models
+    device = choose_device(models.device)
+    return DrawingSession(
+        choose_dtype(models.dtype, device),
+        device,
+        vae=models.vae,
+        refiner=models.refiner,
+        prediction_type=models.prediction_type,
+        zero_terminal_snr=models.zero_terminal_snr,
+    )
 
 
 def build(options: GenerateOptions, plan: PicturePlan) -> tuple[DrawingSession, PicturePlan]:
@@ -123,19 +176,7 @@ def build(options: GenerateOptions, plan: PicturePlan) -> tuple[DrawingSession, 
 
     Raises UserError where a model is missing, or the models and adapters do not fit each other.
     """
-    from library.device import choose_device, choose_dtype
-    from library.inference.drawing_session import DrawingSession
-
-    base = options.models
-    device = choose_device(base.device)
-    session = DrawingSession(
-        choose_dtype(base.dtype, device),
-        device,
-        vae=base.vae,
-        refiner=base.refiner,
-        prediction_type=base.prediction_type,
-        zero_terminal_snr=base.zero_terminal_snr,
-    )
+    session = new_session(options)
     sides = session.check(plan.pictures)
     first = plan.pictures[0].base
     for other, side in sides.items():

@@ -127,15 +127,19 @@ def print_plan(options: MergeLoraOptions, plan: Plan) -> None:
 
 
 def try_out(options: MergeLoraOptions, plan: Plan) -> None:
-    """Whether the adapters fit their base, where that is on this machine; reads headers alone."""
-    from library.models.locate import base_status
+    """What the merge would stop at: adapters that do not fit their base or each other, a full disk. Of bases, headers are read."""
+    from library.merging.lora_file import check_combined
+    from library.merging.write import check_space
+    from library.models.locate import base_status, check_base
 
     if options.lora_only:
+        check_combined(plan.ingredients, options.lora_format, resized=options.new_rank is not None)
         return
+    check_base(plan.base)
     if missing := base_status(plan.base):
         print(f"missing    {missing}")
     else:
-        prepare(options, plan)
+        check_space(prepare(options, plan), plan.ingredients, plan.output)
 
 
 def prepare(options: MergeLoraOptions, plan: Plan) -> Merging:

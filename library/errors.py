@@ -42,6 +42,18 @@ class Stopped(UserError):
     exit_code = EXIT_STOPPED
 
 
+def check_all(*checks: Callable[[], object]) -> None:
+    """Run every check, and raise one UserError of all that they object to, a line each."""
+    found: dict[str, None] = {}
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found[str(error)] = None
+    if found:
+        raise UserError("\n".join(found))
+
+
 def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
     """Make `main(argv)` return an exit code whatever happens that a user can cause.
 

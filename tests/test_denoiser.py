@@ -11,7 +11,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDif
 
 from library.diffusion.scheduler_config import parametrisation_of
 from library.inference.denoiser import GuidedDenoiser
-from library.inference.prompt_encoding import EncodedPart, PromptEncoder
+from library.inference.prompt_encoding import EncodedPart, PromptEncoder, same_length
 from library.inference.prompt_syntax import parse_negative, parse_prompt
 from library.inference.samplers import euler, no_noise
 from library.inference.sigmas import noise_levels
@@ -61,7 +61,6 @@ class Drawn:
         return GuidedDenoiser(
             self.pipeline.unet,
             self.parametrisation,
-            self.encoder,
             encoded,
             plain,
             cfg_scale=cfg_scale,
@@ -75,6 +74,11 @@ def sd15(tiny_sd15: Path) -> Drawn:
     return Drawn(SD15, tiny_sd15)
 
 
+@pytest.fixture(scope="module")
+def sdxl(tiny_sdxl: Path) -> Drawn:
+    return Drawn(SDXL, tiny_sdxl)
+
+
 @pytest.mark.parametrize("cfg_scale", [1.0, 5.0])
 def test_sd15_is_the_pipelines(sd15: Drawn, cfg_scale: float) -> None:
     asked = ("a red circle", "blue", cfg_scale)
@@ -86,9 +90,9 @@ def test_velocity_is_the_pipelines(tiny_sd15: Path) -> None:
     torch.testing.assert_close(drawn.ours(*asked), drawn.theirs(*asked), rtol=1e-3, atol=1e-3)
 
 
-def test_sdxl_is_the_pipelines(tiny_sdxl: Path) -> None:
-    drawn, asked = Drawn(SDXL, tiny_sdxl), ("a red circle", "blue", 5.0)
-    torch.testing.assert_close(drawn.ours(*asked), drawn.theirs(*asked), rtol=1e-3, atol=1e-3)
+def test_sdxl_is_the_pipelines(sdxl: Drawn) -> None:
+    asked = ("a red circle", "blue", 5.0)
+    torch.testing.assert_close(sdxl.ours(*asked), sdxl.theirs(*asked), rtol=1e-3, atol=1e-3)
 
 
 def test_a_picture_does_not_depend_on_its_batch(sd15: Drawn) -> None:
@@ -112,8 +116,37 @@ def test_a_weight_counts_without_guidance_too(sd15: Drawn) -> None:
     torch.testing.assert_close(weighted(sd15.noise, 1.0), expected(sd15.noise, 1.0), rtol=1e-4, atol=1e-4)
 
 
-def test_a_negative_prompt_of_other_length_is_filled(sd15: Drawn) -> None:
-    assert torch.isfinite(sd15.ours("a red circle", "blue BREAK green", 5.0)).all()
+LONG, LONGER = "a red circle BREAK blue", "a green star BREAK red BREAK blue"
+
+
+@pytest.mark.parametrize(("prompt", "negative"), [(LONG, "green"), ("a red circle", LONGER), (LONG, LONGER)])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_prompts_of_unequal_length_are_drawn_as_in_passes_of_their_own(
+    family: str, prompt: str, negative: str, request: pytest.FixtureRequest
+) -> None:
+    """The reference asks the U-Net once for each prompt, and guides by hand: A1111's way, slow and without any common length."""
+    drawn = request.getfixturevalue(family)
+    alone = [drawn.denoiser(text, "", 1.0) for text in (prompt, negative)]
+    assert len({one.positive[0].length for one in alone}) == 2
+    sigmas = [14.6, 1.3, 0.2]
+    guided = drawn.denoiser(prompt, negative, 5.0)
+    for sigma in sigmas:
+        wanted, unwanted = (one(drawn.noise, sigma) for one in alone)
+        expected = unwanted + 5 * (wanted - unwanted)
+        torch.testing.assert_close(guided(drawn.noise, sigma), expected, rtol=1e-3, atol=1e-3 * sigma)
+
+
+def test_attention_does_not_notice_keys_that_are_all_repeated_alike() -> None:
+    """softmax by hand in float64, over 2 and 3 chunks and over the least common multiple of both."""
+    draw = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, n, 8, generator=draw, dtype=torch.float64) for n in (2 * 77, 3 * 77)]
+    query = torch.randn(1, 5, 8, generator=draw, dtype=torch.float64)
+    repeated = same_length(states)
+    assert [one.shape[1] for one in repeated] == [6 * 77] * 2
+    for short, long in zip(states, repeated, strict=True):
+        found, expected = (torch.softmax(query @ keys.mT, dim=-1) @ keys for keys in (long, short))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert all(one is other for one, other in zip(same_length(states[:1] * 2), states[:1] * 2, strict=True))
 
 
 @pytest.mark.bits

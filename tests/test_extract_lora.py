@@ -277,7 +277,9 @@ def test_sdxl_models_give_an_sdxl_lora(tiny_sdxl: Path, tmp_path: Path, capsys: 
     assert {module.down.dtype for module in adapter.modules.values()} == {torch.float16}
 
 
-def test_the_script_refuses_in_a_sentence(tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_refuses_in_a_sentence(
+    tiny_sd15: Path, tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     both = ("--model_org", tiny_sd15, "--model_tuned", tiny_sd15)
     out = tmp_path / "lora.safetensors"
     for words, sentence in (
@@ -287,7 +289,10 @@ def test_the_script_refuses_in_a_sentence(tiny_sd15: Path, tmp_path: Path, capsy
         ((*both, "--save_to", out, "--device", "nowhere"), "device nowhere cannot be used"),
         ((*both, "--save_to", out), "are alike in every layer that a LoRA can adapt"),
         ((*both[:3], tmp_path / "absent", "--save_to", out), "absent does not exist"),
+        ((*both[:3], tiny_sdxl, "--save_to", out), "a LoRA is the difference of two models of one kind"),
     ):
         code, _, error = run(capsys, *words)
         assert code == EXIT_BAD_INPUT and sentence in error, error
         assert not out.exists()
+        if "alike" not in sentence:  # that only the weights tell
+            assert run(capsys, *words, "--dry_run")[::2] == (code, error), "the dry run in the same words"

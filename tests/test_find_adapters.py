@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from library.errors import UserError
 from library.inference.find_adapters import AdapterFolders, loras_of, title_of, unique_names
@@ -95,6 +97,73 @@ def test_what_is_not_there_is_told(folder: Path, prompt: str, words: str) -> Non
     with pytest.raises(UserError) as refused:
         found(folder, prompt)
     assert words.format(folder=folder) in str(refused.value)
+
+
+# Names in metadata, links, and names that several files have
+
+
+def named_inside(path: Path, name: str) -> Path:
+    """An adapter whose metadata has the name, as kohya's scripts write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"x": np.zeros(1)}, path, {"ss_output_name": name})
+    return path
+
+
+def test_the_name_in_the_metadata_counts_where_no_file_has_it(tmp_path: Path) -> None:
+    renamed = named_inside(tmp_path / "a" / "download(3).safetensors", "mio v2.1")
+    notes: list[str] = []
+    uses = loras_of("<lora:mio v2.1:0.7>", AdapterFolders([tmp_path]), {}, notes)
+    assert [(use.path, use.weights.name) for use in uses] == [(renamed, "mio v2.1")]
+    assert notes == [
+        f"<lora:mio v2.1:0.7> of the prompt is {renamed}, which its metadata names mio v2.1 (ss_output_name)."
+    ]
+    own = named_inside(tmp_path / "mio v2.1.safetensors", "x")
+    assert AdapterFolders([tmp_path]).find("mio v2.1", "tag") == own, "a file's name goes first"
+
+
+def test_the_metadata_of_a_given_file_counts_too(tmp_path: Path) -> None:
+    given = named_inside(tmp_path / "a.safetensors", "mio")
+    assert AdapterFolders([], [given]).find("mio", "tag") == given
+
+
+def test_a_name_in_several_files_metadata_is_refused(tmp_path: Path) -> None:
+    for name in ("x-000001", "x-000002"):
+        named_inside(tmp_path / f"{name}.safetensors", "mio")
+    with pytest.raises(UserError, match=r"could be 2 files: .*Write the name of the file, as in <lora:x-000001:1>\.$"):
+        AdapterFolders([tmp_path]).find("mio", "<lora:mio:1>")
+    with pytest.raises(UserError, match=r"no mioo.safetensors in .* \(did you mean mio\?\)"):
+        AdapterFolders([tmp_path]).find("mioo", "<lora:mioo:1>")
+
+
+def test_folders_and_files_are_found_through_links(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    far = named_inside(elsewhere / "deep" / "far.safetensors", "inside")
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "alias.safetensors").symlink_to(far)
+    (folder / "broken.safetensors").symlink_to(elsewhere / "gone.safetensors")
+    folders = AdapterFolders([folder])
+    assert folders.find("far", "tag") == folder / "link" / "deep" / "far.safetensors"
+    assert folders.find("link/deep/far", "tag").samefile(far)
+    assert folders.find("alias", "tag").samefile(far)
+    assert folders.find("inside", "tag").samefile(far), "one file by two paths is no two files"
+    with pytest.raises(UserError, match="no broken.safetensors"):
+        folders.find("broken", "tag")
+
+
+def test_links_in_a_circle_end(folder: Path) -> None:
+    for name, target in (("loop", "."), ("a/up", "/"), ("one/two", "../two"), ("two/one", "../one"), ("me", "me")):
+        (folder / name).symlink_to(target)
+    folders = AdapterFolders([folder])
+    assert folders.find("dog", "tag") == folder / "a" / "dog.safetensors"
+    assert folders.find("one/same", "tag") == folder / "one" / "same.safetensors"
+    assert len(folders.known) < 20
+
+
+def test_which_of_several_files_is_taken_is_said(folder: Path) -> None:
+    notes: list[str] = []
+    loras_of("<lora:cat:1>", AdapterFolders([folder]), {}, notes)
+    deep = folder / "deep" / "cat.safetensors"
+    assert notes == [f"<lora:cat:1> of the prompt is {folder / 'cat.safetensors'}; {deep} has the same name."]
 
 
 def test_without_any_adapter_that_is_said(tmp_path: Path) -> None:

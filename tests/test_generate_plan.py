@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,11 +55,64 @@ def test_the_plan_says_what_will_be_drawn(
     assert "pictures   2 at the base's own size, seed 42\n" in said
 
 
-def test_a_plan_lists_every_model_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--x_axis", "checkpoint: one | two", "--vae", "three", "--refiner", "four", "--dry_run"]
+def test_a_plan_lists_every_model_that_is_to_be_fetched(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--x_axis", "checkpoint: my/one | my/two", "--vae", "my/three", "--refiner", "my/four", "--dry_run"]
     assert run(*words) == EXIT_OK
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing")]
-    assert [line.split()[1] for line in said] == ["one", "two", "three", "four"]
+    assert [line.split()[1] for line in said] == ["my/one", "my/two", "my/three", "my/four"]
+
+
+def both(words: list[object], capsys: pytest.CaptureFixture[str], prompt: str = "a") -> str:
+    """What the dry run refuses to do, and the real run in the same words."""
+    said = []
+    for more in (["--dry_run"], []):
+        assert run(*words, *more, prompt=prompt) == EXIT_BAD_INPUT
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1] and said[0].startswith("error: ")
+    return said[0].removeprefix("error: ")
+
+
+def test_a_dry_run_refuses_what_the_run_would(
+    base: list[str], adapter_file: Path, tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sdxl = ["--pretrained_model_name_or_path", tiny_sdxl]
+    words = ["--x_axis", "checkpoint: one | two", "--vae", "three", "--refiner", "four"]
+    assert [line.split()[0] for line in both(words, capsys).splitlines()] == ["one", "two", "three", "four"]
+    said = both([*sdxl, "--lora", adapter_file], capsys)
+    assert said.startswith(f"{adapter_file} is not for {tiny_sdxl}: ") and "looks like an SD1.5 LoRA on an SDXL" in said
+    assert both([*sdxl, "--lora_dir", adapter_file.parent], capsys, f"a <lora:{adapter_file.stem}>") == said
+    assert "--refiner" not in both([*base, "--refiner", tiny_sdxl], capsys)
+    assert "device cuda:7 cannot be used" in both([*base, "--device", "cuda:7"], capsys)
+    assert "clip_skip must lie between 1 and 12" in both([*base, "--clip_skip", 99], capsys)
+    (tmp_path / "file").touch()
+    assert "cannot be written to" in both([*base, "--output", tmp_path / "file" / "x.png"], capsys)
+    (tmp_path / "x.safetensors").write_bytes(b"torn")
+    assert "not a whole safetensors file" in both(["--pretrained_model_name_or_path", "x.safetensors"], capsys)
+    both([*base, "--lora", tmp_path / "x.safetensors"], capsys)
+    torn = shutil.copytree(base[1], tmp_path / "torn")
+    next((torn / "vae").glob("*.safetensors")).write_bytes(b"torn")
+    for more in ([], ["--lora", adapter_file]):
+        assert "not a whole safetensors file" in both(["--pretrained_model_name_or_path", torn, *more], capsys)
+    assert "not a whole safetensors file" in both([*base, "--vae", torn], capsys)
+    assert run("--pretrained_model_name_or_path", torn, "--vae", base[1], "--dry_run") == EXIT_OK, "it has another one"
+    (torn / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "flow_prediction"}')
+    assert "flow_prediction" in both(["--pretrained_model_name_or_path", torn], capsys)
+    assert (
+        run("--pretrained_model_name_or_path", "my/base", "--lora", tmp_path / "x.safetensors", "--dry_run")
+        == EXIT_BAD_INPUT
+    )
+
+
+def test_switches_in_a_prompt_are_noted(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*base, "--dry_run", prompt="a cat --shift 3 --w 512") == EXIT_OK
+    assert "note       --shift and --w of the prompt are drawn as words, as A1111 does:" in capsys.readouterr().out
+
+
+def test_without_the_hub_a_dry_run_refuses_what_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in both(["--pretrained_model_name_or_path", "my/base"], capsys)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library import files
 from library.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, UserError
 from library.files import file_hash
 from library.merging import lora_file
@@ -17,7 +19,16 @@ from library.merging.source import newest_output, read_source
 from library.models.header import read_shapes
 from networks.adapter_file import BASE_MODEL_KEY, read_adapter
 from networks.adapters import Adapter
-from tests.tools.merging import assert_same_tensors, left_over, metadata_of, run_merge, save, single_file
+from tests.tools.adapters import text_lora
+from tests.tools.merging import (
+    assert_same_tensors,
+    left_over,
+    metadata_of,
+    run_merge,
+    save,
+    single_file,
+    write_whole_adapter,
+)
 
 
 def test_kohyas_commands_run(adapter_file: Path, tiny_sd15: Path, tmp_path: Path) -> None:
@@ -88,12 +99,49 @@ def test_an_alpha_that_is_not_needed_is_told(
 def test_a_dry_run_tells_what_the_merge_would_stop_at(
     adapter_file: Path, tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--models", adapter_file, "--save_to", tmp_path / "a.safetensors", "--dry_run", "--sd_model"]
-    assert run_merge(*words, tiny_sdxl) == EXIT_BAD_INPUT
-    assert "It looks like an SD1.5 LoRA on an SDXL model." in capsys.readouterr().err
-    assert run_merge(*words, "owner/other") == EXIT_OK
+    words = ["--models", adapter_file, "--save_to", tmp_path / "a.safetensors", "--sd_model"]
+    assert "It looks like an SD1.5 LoRA on an SDXL model." in refused_by_both([*words, tiny_sdxl], capsys)
+    assert "gone does not exist" in refused_by_both([*words, tmp_path / "gone"], capsys)
+    assert run_merge(*words, "owner/other", "--dry_run") == EXIT_OK
     assert "missing    owner/other is not on this machine" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def refused_by_both(words: Sequence[object], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the dry run says, and the real run in the same words."""
+    said = []
+    for more in (["--dry_run"], []):
+        assert run_merge(*words, *more) == EXIT_BAD_INPUT
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1] and said[0].count("\n") == 1
+    return said[0]
+
+
+def test_a_dry_run_of_a_sum_tells_what_the_sum_would_stop_at(
+    adapter_file: Path, tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sdxl = write_whole_adapter(tiny_sdxl, tmp_path)
+    text = save(text_lora(), tmp_path / "text.safetensors", {"ss_base_model_version": "sd_v1"})
+    out = ["--lora_only", "--save_to", tmp_path / "out.safetensors"]
+    for words, said in (
+        ([adapter_file, sdxl], "Adapters of SD1.5 and SDXL cannot be added"),
+        ([text, "--lora_format", "peft"], "PEFT's format holds an adapter of one model"),
+        ([adapter_file, "--ratios", 0], "Nothing remains of the sum"),
+        ([adapter_file, "--ratios", 0, "--new_rank", 2], "Nothing remains of the sum"),
+    ):
+        assert said in refused_by_both(["--models", *words, *out], capsys)
+
+
+def test_a_dry_run_finds_a_full_disk(
+    adapter_file: Path,
+    tiny_sd15: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
+    words = ["--models", adapter_file, "--sd_model", tiny_sd15, "--output_dir", tmp_path / "out", "--save_single_file"]
+    assert "The merged model needs" in refused_by_both(words, capsys)
 
 
 def test_home_is_meant_by_a_tilde_and_an_empty_folder_is_filled(

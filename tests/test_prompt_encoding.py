@@ -17,7 +17,6 @@ from library.inference.prompt_encoding import (
     cut_into_chunks,
     empty_conditioning,
     padded_ids,
-    same_length,
 )
 from library.inference.prompt_syntax import Span, parse_prompt, weighted_spans
 from library.models.clip_tokenizer import CLIP_VOCABULARY_SIZE, tokenizer_for
@@ -182,13 +181,13 @@ def test_each_encoder_of_sdxl_keeps_its_own_mean(sdxl: PromptEncoder) -> None:
         assert not torch.allclose(plain[:, side], weighted[:, side])
 
 
-def test_shorter_prompts_get_empty_chunks(sd15: PromptEncoder) -> None:
-    long, short = (sd15.encode_texts([weighted_spans(text)]) for text in (LONG, "blue"))
-    filled = same_length([long, short], sd15)
-    assert filled[0] is long and filled[1].states.shape == long.states.shape
-    together = sd15.encode_texts([weighted_spans(LONG), weighted_spans("blue")]).states[1]
-    torch.testing.assert_close(filled[1].states[0], together)
-    assert same_length([short, short], sd15)[0] is short
+def test_the_shorter_texts_of_a_schedule_get_empty_chunks(sd15: PromptEncoder) -> None:
+    (part,) = sd15.encode(parse_prompt(f"[blue:{LONG}:1]", 2))
+    (short,) = sd15.encode(parse_prompt("blue", 2))
+    filling = sd15.encode_texts([weighted_spans("")]).states
+    assert part.length > short.length
+    torch.testing.assert_close(part.at_step(1).states, short.filled(part.length, filling).at_step(1).states)
+    assert short.filled(77, filling) is short
 
 
 @pytest.mark.bits

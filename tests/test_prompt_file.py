@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from library.inference.prompt_file import PromptLine, parse_prompt_line, read_prompt_file
+from library.inference.prompt_file import PromptLine, note_on_switches, parse_prompt_line, read_prompt_file
 from tests.tools.dataset_files import refusal, text
 
 CAT = PromptLine(
@@ -37,6 +37,7 @@ def test_what_only_looks_like_a_switch_is_prompt() -> None:
     assert parse_prompt_line("a t-shirt -- red--blue, 2--3", "x", []).prompt == "a t-shirt -- red--blue, 2--3"
     assert parse_prompt_line("a cat --n bad hands, a--b --w 64", "x", []).negative_prompt == "bad hands, a--b"
     assert parse_prompt_line("a cat --W 72", "x", []).width == 72, "switches in either case"
+    assert parse_prompt_line("a cat --n --w 64", "x", []) == PromptLine("a cat", "", width=64), "no negative prompt"
 
 
 def test_sizes_are_rounded_as_kohyas_are_and_that_is_said(tmp_path: Path) -> None:
@@ -52,6 +53,31 @@ def test_sizes_are_rounded_as_kohyas_are_and_that_is_said(tmp_path: Path) -> Non
     ("name", "content", "words"),
     [
         ("p.txt", "a\n\na cat --ar 16:9", "--ar is no switch of a prompt ({path}, line 3). Known are --w, --h, --d"),
+        (
+            "p.txt",
+            "a cat --ar 16:9",
+            "--ss (width, height, seed, steps, scale, negative prompt, sampler).",
+        ),
+        ("p.txt", "a cat --width 512", "--width is no switch of a prompt (did you mean --w?) ({path}, line 1)."),
+        ("p.txt", "a cat --cfg-scale 7", "--cfg-scale is no switch of a prompt (did you mean --l?) ({path}, line 1)."),
+        ("p.txt", "a cat --no hats", "--no is no switch of a prompt (did you mean --n?)"),
+        ("p.txt", "a cat --num_inference_step 9", "--num_inference_step is no switch of a prompt (did you mean --s?)"),
+        ("p.txt", "a cat --hr, a dog", "--hr is no switch of a prompt ({path}, line 1). Known are"),
+        ("p.txt", "a cat --s=20", "--s wants a number, got '=20' ({path}, line 1)."),
+        (
+            "p.txt",
+            "a cat --shift 3",
+            "--shift is for flow models (FLUX, SD3) and has no effect here ({path}, line 1). Leave it out.",
+        ),
+        ("p.txt", "a cat --flow-shift 3", "--flow-shift is for flow models"),
+        ("p.json", '[{"prompt": "x", "flow_shift": 3}]', "flow_shift is for flow models"),
+        ("p.toml", '[prompt]\nprompt = "x"\nsteps = 3', "steps is no key of a prompt (did you mean sample_steps?)"),
+        (
+            "p.json",
+            '[{"prompt": "x", "hat": 3}]',
+            "hat is no key of a prompt ({path}, prompt 1). Known are prompt, negative_prompt, width, height, seed, "
+            "sample_steps, scale, sample_sampler.",
+        ),
         ("p.txt", "a cat --w wide", "--w wants a number, got 'wide' ({path}, line 1)."),
         ("p.txt", "a cat --w", "--w wants a number, got '' ({path}, line 1)."),
         ("p.txt", "a cat --cn edges.png", "--cn is for ControlNet and has no effect here ({path}, line 1)."),
@@ -84,6 +110,21 @@ def test_sizes_are_rounded_as_kohyas_are_and_that_is_said(tmp_path: Path) -> Non
 def test_a_slip_is_one_sentence_with_file_and_line(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
     path = text(tmp_path / name, content)
     assert words.format(path=path) in refusal(lambda: read_prompt_file(path))
+
+
+def test_switches_where_none_are_read_are_noted(tmp_path: Path) -> None:
+    notes: list[str] = []
+    path = text(tmp_path / "p.toml", '[prompt]\nprompt = "a cat --shift 3 --w 512"')
+    assert read_prompt_file(path, notes) == [PromptLine("a cat --shift 3 --w 512")]
+    assert notes == [
+        "--shift and --w of the prompt are drawn as words, as A1111 does: in a .toml or .json file, each setting has a key "
+        f"of its own ({path}, prompt 1)."
+    ]
+    assert note_on_switches("a well-known cat -- red--blue", "x") is None
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_text(tmp_path: Path) -> None:
+    assert read_prompt_file(text(tmp_path / "p.txt", "﻿a cat")) == [PromptLine("a cat")]
 
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from library.inference.drawing_model import DrawingModel, load_model
 from library.inference.find_adapters import constant_weights
 from library.inference.lora_tags import LoraWeights, cut_out_tags, lora_weights
 from library.inference.picture_request import Hires, LoraUse, PictureRequest, base_steps
-from library.inference.prompt_encoding import empty_conditioning
-from library.inference.prompt_syntax import parse_negative, parse_prompt
+from library.inference.prompt_syntax import parse_negative, parse_prompt, weighted_spans
 from library.inference.sampler_names import SAMPLER_NAMES
 from library.inference.samplers import SAMPLERS
 from library.inference.text_to_image import draw, encode_together, fitted_picture, native_size
@@ -151,18 +150,11 @@ def test_an_empty_negative_prompt_of_sdxl_is_zeros(sdxl: DrawingModel) -> None:
     encoder = sdxl.encoder(1, "original")
     positive = parse_prompt("a red square BREAK blue", 2)
     part, empty = encode_together(encoder, positive, parse_negative("", 2))
-    assert part.texts[0].states.shape[1] == 154
-    for mine, zeros in zip(empty.texts[0], empty_conditioning(part.texts[0]), strict=True):
-        assert mine is not None and zeros is not None and torch.equal(mine, zeros)
-
-
-@pytest.mark.bits
-def test_texts_are_filled_to_one_length_once(model: DrawingModel) -> None:
-    encoder = model.encoder(1, "original")
-    encoded = encode_together(encoder, parse_prompt("[a:b BREAK c:1] AND d", 2), parse_negative("e", 2))
-    assert {text.states.shape[1] for part in encoded for text in part.texts} == {154}
-    alone = encode_together(encoder, parse_prompt("d", 2), parse_negative("", 2))
-    assert torch.equal(encoded[1].texts[0].states, torch.cat([alone[0].texts[0].states, alone[1].texts[0].states], 1))
+    assert (part.length, empty.length) == (154, 77)
+    assert not any(values is None or values.any() for values in empty.texts[0])
+    filling = encoder.encode_texts([weighted_spans("")]).states
+    *_, filled = encode_together(encoder, positive, parse_negative("", 2), filling)
+    assert torch.equal(filled.texts[0].states, torch.cat([empty.texts[0].states, filling], dim=1))
 
 
 def test_numbers_that_overflow_are_told(base: BaseLocation) -> None:

@@ -55,7 +55,8 @@ def spread_timesteps(count: int) -> Tensor:
 def denoising_losses(model: DrawingModel, photos: EncodedPhotos, seed: int, clip_skip: int = 1) -> Tensor:
     """Mean squared error of the predicted noise or velocity, [photos, timesteps] float64 on the CPU."""
     objective = Objective(model.parametrisation)
-    conditioner = TextConditioner(model.family, model.parts, clip_skip=clip_skip)
+    skip = 1 if model.family.text_layer is not None else clip_skip  # that family's layer is fixed
+    conditioner = TextConditioner(model.family, model.parts, clip_skip=skip)
     timesteps = spread_timesteps(model.parametrisation.timesteps)
     shape = tuple(photos.latents.shape[1:])
     losses = torch.zeros(len(photos.ids), len(timesteps), dtype=torch.float64)

@@ -16,8 +16,9 @@ from torch import Tensor
 from library.errors import UserError
 from library.files import read_json
 from library.models.dinov2 import load_dinov2
+from library.models.embedded import SHAPES_CLIP
 from library.models.encoders import IMAGENET_MEAN, IMAGENET_STD
-from library.models.locate import locate_dino
+from library.models.locate import check_clip, locate_clip, locate_dino
 
 BATCH_SIZE = 16
 DINO_RESOLUTION = 224  # published numbers of DINO-I are at 224
@@ -54,7 +55,8 @@ class ClipPictures:
         """name: a folder or hub id of a transformers CLIPModel. Raises UserError where it is none."""
         from transformers import CLIPModel, CLIPTokenizer
 
-        folder = Path(name).expanduser()
+        check_clip_pictures(name)
+        folder = _clip_folder(name)
         try:
             where = folder if folder.is_dir() else name
             loaded: Any = CLIPModel.from_pretrained(where, use_safetensors=True, output_loading_info=True)
@@ -97,6 +99,24 @@ class ClipPictures:
         ).to(self.model.device)
         pooled = self.model.text_model(input_ids=words.input_ids, attention_mask=words.attention_mask).pooler_output
         return F.normalize(self.model.text_projection(pooled).float().cpu(), dim=1)
+
+
+def check_clip_pictures(name: str) -> None:
+    """Raise UserError where `ClipPictures` would, as far as names and configuration tell; nothing is fetched."""
+    folder = _clip_folder(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise _no_clip(name, "it has no config.json.")
+        if (kind := read_json(folder / "config.json").get("model_type")) != "clip":
+            raise _no_clip(name, f"its config.json describes a {kind}.")
+        if not [*folder.glob("*.safetensors")]:
+            raise _no_clip(name, "it has no weights (model.safetensors).")
+    else:
+        check_clip(name)
+
+
+def _clip_folder(name: str) -> Path:
+    return locate_clip(name).path if name == SHAPES_CLIP else Path(name).expanduser()
 
 
 def _no_clip(name: str, reason: str) -> UserError:

@@ -167,6 +167,13 @@ def evaluate_states(
     return result
 
 
+def check_states(states: Sequence[Path], settings: RepresentationSettings) -> None:
+    """Raise UserError where a state, its base or its caches would stop `evaluate_states`, without loading a model."""
+    for state in states:
+        _check_state(state)
+        pictures_of_state(state, fit=settings.fit_samples, test=settings.test_samples)
+
+
 def evaluate_representation(
     checkpoint: Path | FeatureModel,
     settings: RepresentationSettings | None = None,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.diffusion.parametrisation import Parametrisation
-from library.inference.prompt_encoding import EncodedPart, PromptEncoder, same_length
+from library.inference.prompt_encoding import EncodedPart, same_length
 from library.models.conditioning import Conditioning
 
 
@@ -27,7 +27,6 @@ class GuidedDenoiser:
         self,
         unet: nn.Module,
         parametrisation: Parametrisation,
-        encoder: PromptEncoder,
         positive: Sequence[EncodedPart],
         negative: EncodedPart,
         *,
@@ -39,7 +38,7 @@ class GuidedDenoiser:
         dtype: torch.dtype | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
-        self.unet, self.parametrisation, self.encoder = unet, parametrisation, encoder
+        self.unet, self.parametrisation = unet, parametrisation
         self.positive, self.negative = list(positive), negative
         self.size_ids, self.negative_size_ids = size_ids, negative_size_ids or size_ids
         self.calls_per_step, self.extra_calls, self.on_step = calls_per_step, extra_calls, on_step
@@ -57,7 +56,7 @@ class GuidedDenoiser:
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         prompts = [part.at_step(self.step) for part in self.positive]
         if self.guided:
-            prompts = same_length([*prompts, self.negative.at_step(self.step)], self.encoder)
+            prompts.append(self.negative.at_step(self.step))
         if self.on_step is not None and self.step != self._announced:
             self.on_step(self.step)
         self._announced = self.step
@@ -76,7 +75,8 @@ class GuidedDenoiser:
         inputs = (x * (1 / self.parametrisation.inverse_alpha(sigma))).to(dtype).repeat(len(prompts), 1, 1, 1)
         timestep = self.parametrisation.levels.timestep(sigma)
         timesteps = torch.full((len(inputs),), timestep, dtype=torch.float32, device=x.device)
-        states = torch.cat([prompt.states.expand(count, -1, -1) for prompt in prompts]).to(x.device, dtype)
+        texts = same_length([prompt.states for prompt in prompts])
+        states = torch.cat([text.expand(count, -1, -1) for text in texts]).to(x.device, dtype)
         more: dict[str, Any] = {}
         if self.size_ids is not None and self.negative_size_ids is not None:
             pooled = torch.cat([prompt.pooled.expand(count, -1) for prompt in prompts if prompt.pooled is not None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from threading import Lock, Thread
@@ -11,7 +12,8 @@ from threading import Lock, Thread
 import torch
 from PIL import Image
 
-from library.errors import UserError
+from library.errors import UserError, check_all
+from library.inference.base_check import check_base_fits, check_vae
 from library.inference.drawing_model import DrawingModel, load_model
 from library.inference.infotext import Infotext, lora_hash, model_hash, model_title
 from library.inference.picture_infotext import infotext_of, model_name, vae_name
@@ -19,15 +21,11 @@ from library.inference.picture_plan import PlannedPicture
 from library.inference.picture_request import LoraUse, PictureRequest
 from library.inference.refiner import load_refiner, locate_refiner
 from library.inference.text_to_image import draw
-from library.merging.merge import place
 from library.merging.source import Source, read_source
-from library.merging.strength import Strength
 from library.models.base_family import family_of, native_side
-from library.models.checkpoint import open_checkpoint
-from library.models.locate import locate_base
+from library.models.locate import BaseLocation, locate_base
 from library.progress import doing
 from networks.adapters import Adapter
-from networks.families import VAE
 
 
 @dataclass
@@ -73,27 +71,30 @@ class DrawingSession:
     def check(self, pictures: Sequence[PlannedPicture]) -> dict[str, int]:
         """The side in pixels that each base was trained at. Fetches bases from the hub, and reads headers (of pickles, everything).
 
-        Raises UserError for a missing base, autoencoder or refiner, and where a base does not fit the refiner or an adapter of its
-        pictures.
+        Raises UserError, a line for each fault, for a missing base, autoencoder or refiner, and where a base does not fit the
+        refiner or its pictures: their adapters, their clip_skip.
         """
         bases = {base: locate_base(base) for base in dict.fromkeys(picture.base for picture in pictures)}
-        if self.vae is not None:
-            family_of(locate_base(self.vae, ("vae",)))
+        checks: list[Callable[[], object]] = []
+        if (vae := self.vae) is not None:
+            checks.append(lambda: check_vae(locate_base(vae, ("vae",))))
         for base, location in bases.items():
-            family = family_of(location)
+            requests = [picture.request for picture in pictures if picture.base == base]
+            checks.append(partial(self._check_base, location, requests))
             if self.refiner is not None:
-                locate_refiner(self.refiner, family)
-            paths = dict.fromkeys(
-                use.path for picture in pictures if picture.base == base for use in picture.request.loras
-            )
-            shapes = open_checkpoint(location, without=(VAE,)).shapes if paths else {}
-            for path in paths:
-                adapter = self._adapter(path)
-                try:
-                    place([(adapter, Strength())], shapes, family)
-                except UserError as error:
-                    raise UserError(f"{path} is not for {base}: {error}") from None
+                checks.append(partial(locate_refiner, self.refiner, family_of(location)))
+        check_all(*checks)
         return {base: native_side(location) for base, location in bases.items()}
+
+    def _check_base(self, base: BaseLocation, requests: Sequence[PictureRequest]) -> None:
+        paths = dict.fromkeys(use.path for request in requests for use in request.loras)
+        check_base_fits(
+            base,
+            {path: self.adapter(path) for path in paths},
+            clip_skip=max(request.clip_skip for request in requests),
+            prediction_type=self.prediction_type,
+            own_vae=self.vae is None,
+        )
 
     def draw(
         self, pictures: Sequence[PlannedPicture], batch_size: int = 1
@@ -134,7 +135,7 @@ class DrawingSession:
 
     def _draw_batch(self, model: DrawingModel, request: PictureRequest, seeds: Sequence[int]) -> list[Image.Image]:
         refiner = None if request.refiner_switch_at is None else self._refiner
-        adapters = {use.path: self._adapter(use.path) for use in request.loras}
+        adapters = {use.path: self.adapter(use.path) for use in request.loras}
         return draw(model, request, seeds, adapters=adapters, refiner=refiner)
 
     def _prepare(self, model: DrawingModel, pictures: Sequence[PlannedPicture]) -> None:
@@ -148,7 +149,8 @@ class DrawingSession:
                 f"clip_skip has no effect: {model.family.title} always takes layer {layer} from the end of its text encoders."
             )
 
-    def _adapter(self, path: Path) -> Adapter:
+    def adapter(self, path: Path) -> Adapter:
+        """The adapter in a file or folder, read once. Raises UserError for a damaged file, and for a whole model."""
         if path not in self._sources:
             self._sources[path] = read_source(path)
         source = self._sources[path]
@@ -174,6 +176,8 @@ def adapters_change(requests: Sequence[PictureRequest]) -> bool:
     """Whether any adapter's weight changes between pictures, passes or steps."""
     states = set()
     for request in requests:
+        if request.fills_conds and request.loras:
+            return True  # the filling is encoded without adapters
         state = []
         for use in request.loras:
             weights = use.weights

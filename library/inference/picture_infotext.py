@@ -38,6 +38,8 @@ def infotext_of(
         other["Refiner switch by sampling steps"] = "True"
     if request.emphasis != "original":
         other["Emphasis"] = "No norm"
+    if request.fills_conds:
+        other["Pad conds"] = "True"
     strength = request.denoising_strength if request.init_image is not None else None
     return Infotext(
         prompt=f"{request.prompt}{tags}".strip(),

@@ -9,7 +9,7 @@ from library.errors import UserError
 from library.inference.find_adapters import AdapterFolders, loras_of
 from library.inference.lora_tags import cut_out_tags
 from library.inference.picture_request import Hires, PictureRequest, open_init_image, request_of
-from library.inference.prompt_file import PromptLine, read_prompt_file
+from library.inference.prompt_file import PromptLine, note_on_switches, read_prompt_file
 from library.inference.prompt_syntax import unbalanced_brackets
 from library.inference.upscaling import SIZE_STEP, find_upscaler
 from library.inference.xy_grid import Axis, Cell, changed, parse_axis, plan_cells
@@ -17,6 +17,10 @@ from library.options.checks import require
 from library.options.generate import IMAGES, GenerateOptions, split_weight
 
 OUTPUTS = Path("outputs")
+IN_PROMPT = (
+    "switches are for prompt files. Beside --prompt, options do the same: --width, --height, --seed, --steps, --cfg_scale, "
+    "--negative_prompt, --sampler."
+)
 # The side in pixels of a base whose native size is not known yet.
 _ASSUMED_SIDE = 512
 
@@ -66,6 +70,8 @@ class _Planner:
 
     def plan(self) -> PicturePlan:
         given, axes = self.options.pictures, _axes(self.options)
+        if given.prompt is not None and (note := note_on_switches(given.prompt, IN_PROMPT)):
+            self.notes.append(note)
         lines = (
             [PromptLine(given.prompt or "")]
             if given.prompt_file is None

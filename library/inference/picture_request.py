@@ -66,6 +66,8 @@ class PictureRequest:
     """Share of the steps after which the refiner takes over, in the second pass where there is one. None: no refiner."""
     dialect: Dialect = "a1111"
     emphasis: Emphasis = "original"
+    pad_cond_uncond: bool = False
+    """Fill the shorter of prompt and negative prompt with empty chunks (A1111's option of that name)."""
 
     @property
     def final_size(self) -> tuple[int, int]:
@@ -79,6 +81,11 @@ class PictureRequest:
         """Whether the negative prompt has an effect: at cfg_scale 1 only with an AND, or a weight of the whole prompt."""
         parts = split_parts(cut_out_tags(self.prompt)[0])
         return self.cfg_scale > 1 or [weight for _, weight in parts] != [1]
+
+    @property
+    def fills_conds(self) -> bool:
+        """Whether prompts of unequal length are filled; without guidance there is one prompt."""
+        return self.pad_cond_uncond and self.is_guided
 
     @property
     def sampler_and_schedule(self) -> tuple[str, str]:
@@ -123,6 +130,7 @@ def request_of(
         clip_skip=sampling.clip_skip or 1,
         dialect=sampling.prompt_syntax,
         emphasis=sampling.emphasis,
+        pad_cond_uncond=sampling.pad_cond_uncond,
     )
     request.sampler_and_schedule  # noqa: B018
     return request

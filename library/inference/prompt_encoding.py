@@ -7,15 +7,16 @@ joins chunks without the inner start and end tokens, as kohya: `library.models.c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.inference.picture_request import Emphasis
-from library.inference.prompt_syntax import Part, Prompt, Span, weighted_spans
+from library.inference.prompt_syntax import Part, Prompt, Span
 from library.models.conditioning import CHUNK, Conditioning, checked_clip_skip, hidden_layer
 from library.models.load import TextPart
 from networks.families import TEXT_ENCODER_2, Family
@@ -44,7 +45,23 @@ class EncodedPart:
     untils: tuple[int, ...]
     """last step of each text, counted from 1"""
     texts: tuple[Conditioning, ...]
-    """of each text, a batch of one"""
+    """of each text, a batch of one; all of one length"""
+
+    @property
+    def length(self) -> int:
+        """Positions of each text."""
+        return self.texts[0].states.shape[1]
+
+    def filled(self, length: int, filling: Tensor | None = None) -> EncodedPart:
+        """Each text filled to `length` positions with copies of `filling` [1, n, D], or else of its own last position."""
+        if length == self.length:
+            return self
+        texts = []
+        for text in self.texts:
+            copied = text.states[:, -1:] if filling is None else filling
+            copies = copied.repeat(1, (length - self.length) // copied.shape[1], 1)
+            texts.append(text._replace(states=torch.cat([text.states, copies], dim=1)))
+        return replace(self, texts=tuple(texts))
 
     def at_step(self, step: int) -> Conditioning:
         """The conditioning at a step, counted from 1; after the last step, the last one."""
@@ -75,8 +92,8 @@ class PromptEncoder:
     def encode_texts(self, texts: Sequence[Sequence[Span]], counts: Sequence[int] | None = None) -> Conditioning:
         """One batch: states [B, 77 * chunks, D] in the encoders' dtype and pooled [B, P] of the first chunks (SDXL).
 
-        Shorter texts are padded with empty chunks. "original" takes its means over the batch, as A1111 does over the texts of one
-        schedule; counts: how often each text occurs in it. So texts of different pictures must not share a batch.
+        A batch is the texts of one schedule, and treated as A1111 treats these: shorter texts are filled with empty chunks, and
+        "original" takes its means over the batch; counts: how often each text occurs in the schedule.
         """
         chunked = [cut_into_chunks(spans, self.parts[0]) for spans in texts]
         length = max(map(len, chunked))
@@ -126,26 +143,19 @@ class PromptEncoder:
 
 
 def empty_conditioning(like: Conditioning) -> Conditioning:
-    """Zeros of the same shape, with which SDXL was trained for "no prompt"; A1111 and diffusers use them for an empty negative."""
-    return Conditioning(torch.zeros_like(like.states), None if like.pooled is None else torch.zeros_like(like.pooled))
+    """One chunk of zeros, with which SDXL was trained for "no prompt"; A1111 and diffusers use them for an empty negative."""
+    states = torch.zeros_like(like.states[:, : CHUNK + 2])
+    return Conditioning(states, None if like.pooled is None else torch.zeros_like(like.pooled))
 
 
-def fill_to(conditioning: Conditioning, empty: Conditioning, length: int) -> Conditioning:
-    """The states padded with empty chunks to `length` positions. empty: the encoded empty prompt, one chunk."""
-    missing = (length - conditioning.states.shape[1]) // empty.states.shape[1]
-    if not missing:
-        return conditioning
-    filling = empty.states.expand(conditioning.states.shape[0], -1, -1).repeat(1, missing, 1)
-    return conditioning._replace(states=torch.cat([conditioning.states, filling], dim=1))
+def same_length(states: Sequence[Tensor]) -> list[Tensor]:
+    """States [B, n, D], each repeated to the least common multiple of all n: they fit in one batch of the U-Net, as in ComfyUI.
 
-
-def same_length(conditionings: Sequence[Conditioning], encoder: PromptEncoder) -> list[Conditioning]:
-    """All padded with empty chunks to the longest, so that positive and negative prompts fit in one batch of the U-Net."""
-    lengths = {conditioning.states.shape[1] for conditioning in conditionings}
-    if len(lengths) == 1:
-        return list(conditionings)
-    empty = encoder.encode_texts([weighted_spans("")])
-    return [fill_to(conditioning, empty, max(lengths)) for conditioning in conditionings]
+    Attention does not notice: of k equal keys each gets 1/k of the weight that one of them gets alone. So the output is, up to
+    rounding, that of a pass for each n, as in A1111.
+    """
+    common = math.lcm(*(one.shape[1] for one in states))
+    return [one if one.shape[1] == common else one.repeat(1, common // one.shape[1], 1) for one in states]
 
 
 def cut_into_chunks(spans: Sequence[Span], part: TextPart, backtrack: int = COMMA_BACKTRACK) -> list[Chunk]:

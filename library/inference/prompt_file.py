@@ -5,6 +5,7 @@ Format: kohya sd-scripts' --sample_prompts (library/train_util.py, line_to_promp
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
@@ -16,7 +17,6 @@ from typing import Any
 
 from library.errors import UserError
 from library.inference.upscaling import SIZE_STEP
-from library.options.parser import nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -47,9 +47,27 @@ _SWITCHES = {
     "n": ("negative_prompt", str),
     "ss": ("sample_sampler", str),
 }
-# kohya's switches for ControlNet and for models that are not supported here.
-_UNSUPPORTED = {"cn": "ControlNet", "g": "FLUX", "ctr": "Lumina", "rcfg": "Lumina", "fs": "FLUX and SD3"}
-_KEYS = {field.name for field in fields(PromptLine)}
+# kohya's switches and keys for ControlNet and for models that are not supported here, and what others call them.
+_UNSUPPORTED = {
+    **dict.fromkeys(("cn", "controlnet_image"), "ControlNet"),
+    **dict.fromkeys(("g", "distilled_guidance"), "FLUX"),
+    **dict.fromkeys(("ctr", "cfg_trunc_ratio", "rcfg", "renorm_cfg"), "Lumina"),
+    **dict.fromkeys(("fs", "flow_shift", "shift", "discrete_flow_shift"), "flow models (FLUX, SD3)"),
+    **dict.fromkeys(("img", "image"), "inpainting models"),
+    **dict.fromkeys(("f", "frames", "fps"), "video models"),
+}
+_KEYS = tuple(field.name for field in fields(PromptLine))
+# What people call a setting, in A1111, ComfyUI, Midjourney and elsewhere: its key.
+_WORDS = {
+    **{key: key for key in _KEYS},
+    **dict.fromkeys(("negative", "neg", "no", "uncond"), "negative_prompt"),
+    **dict.fromkeys(("steps", "step", "num_inference_steps"), "sample_steps"),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "guidance_scale"), "scale"),
+    **dict.fromkeys(("sampler", "sampler_name", "sample_sampler", "scheduler"), "sample_sampler"),
+}
+# Whatever begins like a switch is one, as in kohya's scripts, which leave out the unknown ones without a word.
+_SWITCH = re.compile(r"\s--(?=[^\W\d_])")
+_NAME = re.compile(r"[\w-]+")
 
 
 def read_prompt_file(path: Path, notes: list[str] | None = None) -> list[PromptLine]:
@@ -59,7 +77,7 @@ def read_prompt_file(path: Path, notes: list[str] | None = None) -> list[PromptL
     """
     notes = [] if notes is None else notes
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -77,22 +95,57 @@ def read_prompt_file(path: Path, notes: list[str] | None = None) -> list[PromptL
 
 def parse_prompt_line(line: str, where: str, notes: list[str]) -> PromptLine:
     """`a cat --n blurry --w 768 --d 42`"""
-    prompt, *switches = re.split(r"\s--(?=[A-Za-z]+(?:\s|$))", f" {line}")
+    prompt, *switches = _SWITCH.split(f" {line}")
     values: dict[str, Any] = {}
     for switch in switches:
-        name, _, value = switch.strip().partition(" ")
-        name = name.lower()
-        if name in _UNSUPPORTED:
-            raise UserError(f"--{name} is for {_UNSUPPORTED[name]} and has no effect here ({where}).")
-        if name not in _SWITCHES:
-            known = ", ".join(f"--{known}" for known in _SWITCHES)
-            raise UserError(f"--{name} is no switch of a prompt ({where}). Known are {known}.")
-        key, kind = _SWITCHES[name]
+        name = _NAME.match(switch)[0]  # type: ignore[index]
+        value = switch[len(name) :].strip()
+        if name.lower() not in _SWITCHES:
+            raise _unknown_switch(name, where)
+        key, kind = _SWITCHES[name.lower()]
         try:
-            values[key] = kind(value.strip())
+            values[key] = kind(value)
         except ValueError:
-            raise UserError(f"--{name} wants a number, got {value.strip()!r} ({where}).") from None
+            raise UserError(f"--{name} wants a number, got {value!r} ({where}).") from None
     return _checked(PromptLine(prompt.strip(), **values), where, notes)
+
+
+def note_on_switches(text: str, instead: str) -> str | None:
+    """A note on what looks like switches in a text that is all prompt; None where there are none. instead: what to do."""
+    names = dict.fromkeys(f"--{_NAME.match(switch)[0]}" for switch in _SWITCH.split(f" {text}")[1:])  # type: ignore[index]
+    verb = "is" if len(names) == 1 else "are"
+    return f"{' and '.join(names)} of the prompt {verb} drawn as words, as A1111 does: {instead}" if names else None
+
+
+def _unknown_switch(name: str, where: str) -> UserError:
+    if (model := _UNSUPPORTED.get(_plain(name))) is not None:
+        return UserError(f"--{name} is for {model} and has no effect here ({where}). Leave it out.")
+    meant = _meant(name)
+    near = next((f" (did you mean --{switch}?)" for switch, (key, _) in _SWITCHES.items() if key == meant), "")
+    known, keys = (", ".join(words) for words in ([f"--{switch}" for switch in _SWITCHES], _meanings()))
+    return UserError(f"--{name} is no switch of a prompt{near} ({where}). Known are {known} ({keys}).")
+
+
+def _unknown_key(key: str, where: str) -> UserError:
+    if (model := _UNSUPPORTED.get(_plain(key))) is not None:
+        return UserError(f"{key} is for {model} and has no effect here ({where}). Leave it out.")
+    meant = _meant(key)
+    near = f" (did you mean {meant}?)" if meant else ""
+    return UserError(f"{key} is no key of a prompt{near} ({where}). Known are {', '.join(_KEYS)}.")
+
+
+def _meanings() -> list[str]:
+    return [key.removeprefix("sample_").replace("_", " ") for key, _ in _SWITCHES.values()]
+
+
+def _meant(word: str) -> str | None:
+    """The key that an unknown word probably stands for."""
+    close = difflib.get_close_matches(_plain(word), _WORDS, n=1, cutoff=0.6)
+    return _WORDS[close[0]] if close else None
+
+
+def _plain(word: str) -> str:
+    return word.lower().replace("-", "_")
 
 
 def _tables(path: Path, text: str) -> list[Mapping[str, Any]]:
@@ -115,7 +168,7 @@ def _from_table(entry: Mapping[str, Any], where: str, notes: list[str]) -> Promp
     entry = {("scale" if key == "guidance_scale" else key): value for key, value in entry.items()}
     for key in entry:
         if key not in _KEYS:
-            raise UserError(f"{key} is no key of a prompt{nearest(key, _KEYS)} ({where}).")
+            raise _unknown_key(key, where)
     if "prompt" not in entry:
         raise UserError(f"prompt is missing ({where}).")
     kinds = dict(_SWITCHES.values()) | {"prompt": str}
@@ -128,6 +181,8 @@ def _from_table(entry: Mapping[str, Any], where: str, notes: list[str]) -> Promp
 
 def _checked(line: PromptLine, where: str, notes: list[str]) -> PromptLine:
     """The line, with sizes rounded down to what can be drawn, as in kohya's scripts."""
+    if note := note_on_switches(line.prompt, f"in a .toml or .json file, each setting has a key of its own ({where})."):
+        notes.append(note)
     for name in ("width", "height"):
         size = getattr(line, name)
         if size is not None and size < SIZE_STEP:

@@ -20,7 +20,7 @@ from library.inference.denoiser import GuidedDenoiser, HandOver
 from library.inference.drawing_model import DrawingModel
 from library.inference.lora_tags import StepWeights
 from library.inference.picture_request import Hires, LoraUse, PictureRequest, base_steps, open_init_image
-from library.inference.prompt_encoding import EncodedPart, PromptEncoder, empty_conditioning, fill_to
+from library.inference.prompt_encoding import EncodedPart, PromptEncoder, empty_conditioning
 from library.inference.prompt_syntax import Prompt, parse_negative, parse_prompt, weighted_spans
 from library.inference.sampler_noise import BrownianNoise, NoiseSource, StepNoise, initial_noise
 from library.inference.samplers import SAMPLERS, Sampler, no_noise
@@ -156,7 +156,6 @@ class TextToImage:
         return GuidedDenoiser(
             model.unet,
             model.parametrisation,
-            model.encoder(self.request.clip_skip, self.request.emphasis),
             positive,
             negative,
             cfg_scale=self.request.cfg_scale,
@@ -171,19 +170,23 @@ class TextToImage:
     def _encode_prompts(
         self, model: DrawingModel, pass_: _Pass, loras: Sequence[LoraUse]
     ) -> tuple[list[EncodedPart], EncodedPart]:
-        """The positive parts and the negative prompt, all of one length; a text per step where text encoders' adapters change."""
+        """The positive parts, of one length, and the negative prompt; a text per step where text encoders' adapters change."""
         request, encoder = self.request, model.encoder(self.request.clip_skip, self.request.emphasis)
         after, steps = (request.steps, request.hires_steps) if pass_.is_second else (None, request.steps)
         positive = parse_prompt(request.prompt, steps, dialect=request.dialect, hires_after=after)
         negative = parse_negative(request.negative_prompt, steps, dialect=request.dialect, hires_after=after)
         weights = [use.weights.hrte if pass_.is_second else use.weights.te for use in loras]
         by_step = [self._strengths(loras, weights, step, pass_.steps) for step in range(1, pass_.steps + 1)]
+        filling = None
+        if request.fills_conds:
+            model.folded.set_text(())  # A1111 encodes its filling when it loads a base, before any adapter
+            filling = encoder.encode_texts([weighted_spans("")]).states
         known: dict[tuple[float, ...], list[EncodedPart]] = {}
         for strengths in by_step:
             key = tuple(ratio for _, ratio in strengths)
             if key not in known:
                 model.folded.set_text(strengths)
-                known[key] = encode_together(encoder, positive, negative)
+                known[key] = encode_together(encoder, positive, negative, filling)
         if len(known) == 1:
             *parts, encoded_negative = next(iter(known.values()))
             return parts, encoded_negative
@@ -228,26 +231,24 @@ class TextToImage:
         return torch.cat(found)
 
 
-def encode_together(encoder: PromptEncoder, positive: Prompt, negative: Prompt) -> list[EncodedPart]:
-    """The parts of the positive prompt, then the negative prompt; shorter texts are padded with empty chunks.
+def encode_together(
+    encoder: PromptEncoder, positive: Prompt, negative: Prompt, filling: Tensor | None = None
+) -> list[EncodedPart]:
+    """The parts of the positive prompt, then the negative prompt.
 
-    An empty negative prompt is zeros where the family was trained so.
+    As in A1111, shorter parts of an AND repeat their last position, and the negative prompt has a length of its own; filling
+    [1, 77, D], the empty prompt, fills the shorter of the two sides. An empty negative prompt is zeros where the family was
+    trained so.
     """
     parts = list(encoder.encode(positive))
-    length = max(text.states.shape[1] for part in parts for text in part.texts)
+    parts = [part.filled(max(other.length for other in parts)) for part in parts]
     if encoder.family.zeros_for_no_prompt and not negative.text.strip():
-        like = next(text for part in parts for text in part.texts if text.states.shape[1] == length)
-        parts.append(EncodedPart(1.0, (1,), (empty_conditioning(like),)))
+        parts.append(EncodedPart(1.0, (1,), (empty_conditioning(parts[0].texts[0]),)))
     else:
         parts += encoder.encode(negative)
-    length = max(text.states.shape[1] for part in parts for text in part.texts)
-    if all(text.states.shape[1] == length for part in parts for text in part.texts):
+    if filling is None:
         return parts
-    empty = encoder.encode_texts([weighted_spans("")])
-    return [
-        EncodedPart(part.weight, part.untils, tuple(fill_to(text, empty, length) for text in part.texts))
-        for part in parts
-    ]
+    return [part.filled(max(other.length for other in parts), filling) for part in parts]
 
 
 def fitted_picture(path: Path, width: int, height: int) -> Image.Image:

@@ -146,14 +146,8 @@ def extract(
     Weights are float32, the scale is 1; layers that are alike get no adapter. One layer at a time is in memory.
     Raises UserError for models that do not fit together, that are equal, or that hold values which are not finite.
     """
-    if base.family is not tuned.family:
-        raise UserError(
-            f"{tuned.location.name} is {tuned.family.title}, {base.location.name} is {base.family.title}: a LoRA is the "
-            "difference of two models of one kind."
-        )
     base_shapes, tuned_shapes = base.shapes, tuned.shapes
-    every = adaptable(base_shapes, convolutions=conv_rank is not None)
-    _require_same_shapes(every, tuned_shapes, tuned)
+    every = comparable(base, tuned, convolutions=conv_rank is not None)
     wanted = (UNET, *base.family.text_encoders) if components is None else components
     too_close = _too_close(base, tuned, every, [part for part in wanted if part != UNET], min_diff)
     targets = {
@@ -210,6 +204,18 @@ def _is_adaptable(component: str, path: str, shape: Sequence[int], convolutions:
             return all(side == 1 for side in shape[2:])
         return convolutions and _CONVOLUTIONS.fullmatch(path) is not None
     return component in (TEXT_ENCODER, TEXT_ENCODER_2) and _TEXT_LAYER.fullmatch(path) is not None
+
+
+def comparable(base: Checkpoint, tuned: Checkpoint, *, convolutions: bool) -> dict[Target, tuple[int, ...]]:
+    """The layers that a LoRA can adapt, with their shapes, by headers alone. Raises UserError for models of different sizes."""
+    if base.family is not tuned.family:
+        raise UserError(
+            f"{tuned.location.name} is {tuned.family.title}, {base.location.name} is {base.family.title}: a LoRA is the "
+            "difference of two models of one kind."
+        )
+    every = adaptable(base.shapes, convolutions=convolutions)
+    _require_same_shapes(every, tuned.shapes, tuned)
+    return every
 
 
 def _require_same_shapes(targets: Mapping[Target, Sequence[int]], shapes: Shapes, tuned: Checkpoint) -> None:

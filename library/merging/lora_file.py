@@ -56,6 +56,20 @@ def write_combined(
     return "\n".join([write_adapter(adapter, path, form=form, dtype=dtype), *_kept(changes)])
 
 
+def check_combined(ingredients: Sequence[Ingredient], form: Form, *, resized: bool) -> None:
+    """Raise UserError where `write_combined` would, short of the decompositions that a new rank takes."""
+    for ingredient in ingredients:
+        _lora_modules(ingredient.source.adapter)
+    adapter, _ = _combined(ingredients, None, None, None)
+    if resized:
+        adapter = concatenate([(adapter, 1.0)])
+    try:
+        adapter_tensors(adapter, form)
+        _ = peft_config(adapter) if form == "peft" else None
+    except AdapterError as error:
+        raise UserError(str(error)) from None
+
+
 def write_adapter(adapter: Adapter, path: Path, *, form: Form = "kohya", dtype: torch.dtype) -> str:
     """Write an adapter file, which takes its place when it has been read back; returns what to say of it.
 

@@ -78,6 +78,11 @@ def is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
+def check_space(merging: Merging, ingredients: Sequence[Ingredient], output: Output) -> None:
+    """Raise UserError where `write_merged` would find the disk too small."""
+    require_space(output.path.parent, _Plan(merging, ingredients, output, Hashes([])).bytes(), "The merged model")
+
+
 def write_merged(
     merging: Merging,
     ingredients: Sequence[Ingredient],

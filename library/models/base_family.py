@@ -9,7 +9,7 @@ from typing import Any
 from library.errors import UserError
 from library.files import read_json
 from library.models.header import read_shapes
-from library.models.locate import BaseLocation
+from library.models.locate import BaseLocation, weight_files
 from networks.families import SD15, SDXL, TEXT_ENCODER_2, UNET, Family
 
 _UNET = SD15.original[UNET]
@@ -42,6 +42,19 @@ def family_of(location: BaseLocation, allowed: Collection[Family] = (SD15, SDXL)
     """
     found = _family_of_file(location.path) if location.is_file else _family_of_folder(location.path)
     return require_family(found, allowed, str(location.path))
+
+
+def check_headers(location: BaseLocation, *, without: Collection[str] = ()) -> None:
+    """Raise UserError for a base of no family, and for files of tensors that are damaged or not there. Of pickles, nothing is read.
+
+    without: components that are not asked for.
+    """
+    family = family_of(location)  # which reads the header of a single file
+    if not location.is_file:
+        for component in (name for name in family.original if name not in without):
+            for path in weight_files(location.path, component):
+                if path.suffix == ".safetensors":
+                    read_shapes(path)
 
 
 def require_family(found: Family | str, allowed: Collection[Family], where: str) -> Family:

@@ -87,7 +87,11 @@ def clip_skip(options: TextEncoderOptions, family: Family) -> int:
 
 def checked_clip_skip(parts: Sequence[TextPart], clip_skip: int) -> int:
     """Raises UserError for layers that are not there."""
-    layers = min(int(part.model.config.num_hidden_layers) for part in parts)
+    return checked_layer(clip_skip, min(int(part.model.config.num_hidden_layers) for part in parts))
+
+
+def checked_layer(clip_skip: int, layers: int) -> int:
+    """Of a text encoder with so many layers, whose last one is 1. Raises UserError for one that is not there."""
     if not 1 <= clip_skip <= layers:
         raise UserError(f"clip_skip must lie between 1 and {layers}, the text encoder's layers, got {clip_skip}.")
     return clip_skip

@@ -13,7 +13,8 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, D
 
 from library.errors import UserError
 from library.files import read_json
-from library.models.locate import DINOV2, BaseLocation, locate_dino, weight_files
+from library.models.header import read_shapes
+from library.models.locate import DINOV2, BaseLocation, check_dino, dino_status, locate_dino, weight_files
 from library.models.weights import assemble, read_tensors
 
 Dinov2: TypeAlias = Dinov2Model | Dinov2WithRegistersModel
@@ -59,6 +60,19 @@ def load_dinov2(
         tensors = read_tensors(weight_files(location.path, DINOV2))
     cls: Any = Dinov2WithRegistersModel if isinstance(config, Dinov2WithRegistersConfig) else Dinov2Model
     return assemble(lambda: cls(config), tensors, f"The DINOv2 in {location.path}", dtype=dtype, device=device)
+
+
+def check_dinov2(name: str) -> None:
+    """Raise UserError where `load_dinov2(locate_dino(name))` would, as far as names, configuration and headers tell.
+
+    Nothing is fetched, and of Meta's `.pth` nothing is read.
+    """
+    check_dino(name)
+    if dino_status(name) is None and not (location := locate_dino(name)).is_file:
+        _folder_config(location.path)
+        for path in weight_files(location.path, DINOV2):
+            if path.suffix == ".safetensors":
+                read_shapes(path)
 
 
 def dinov2_width(location: BaseLocation | str) -> int:

@@ -88,14 +88,31 @@ def base_status(name: str, components: Sequence[str] | None = None) -> str | Non
 
 def check_base(name: str, components: Sequence[str] | None = None) -> None:
     """Raise UserError where `locate_base` would, as far as that can be known without fetching or building anything."""
-    if name not in TINY_BASES and _local_base(name, components) is None and not _is_hub_id(name):
-        raise UserError(_absent(name, SHAPES))
+    if name not in TINY_BASES and _local_base(name, components) is None:
+        _require_fetchable(name, SHAPES)
 
 
 def check_dino(name: str) -> None:
     """The same for `locate_dino`."""
-    if name not in TINY_TEACHERS and _local_dino(name) is None and not _is_hub_id(name):
-        raise UserError(_absent(name, SHAPES_DINOV2))
+    if name not in TINY_TEACHERS and _local_dino(name) is None:
+        _require_fetchable(name, SHAPES_DINOV2)
+
+
+def check_refiner(name: str) -> None:
+    """The same for what can be a refiner: a base, or SDXL's refiner."""
+    try:
+        check_base(name)
+    except UserError as as_base:
+        try:
+            check_base(name, REFINER_COMPONENTS)
+        except UserError:
+            raise as_base from None
+
+
+def check_clip(name: str) -> None:
+    """The same for a CLIPModel of transformers."""
+    if clip_status(name) is not None:
+        _require_fetchable(name, SHAPES_CLIP)
 
 
 def refiner_status(name: str) -> str | None:
@@ -292,13 +309,10 @@ def _cached(name: str, components: Sequence[str] | None) -> BaseLocation | None:
 
 def _fetch(name: str, components: Sequence[str] | None) -> BaseLocation:
     tiny = SHAPES_DINOV2 if components == (DINOV2,) else SHAPES
-    if not _is_hub_id(name):
-        raise UserError(_absent(name, tiny))
+    _require_fetchable(name, tiny)
     import httpx
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-    if constants.is_offline_mode():
-        raise UserError(_absent(name, tiny))
     hub_id = MOVED.get(name, name)
     try:
         files = HfApi().list_repo_files(hub_id)
@@ -328,6 +342,21 @@ def _wanted(files: Collection[str], components: Sequence[str]) -> list[str]:
         texts = [n for n in names if n.endswith((".json", ".txt")) and not n.endswith(".index.json")]
         wanted += [_in_component(component, n) for n in [*weights, *texts]]
     return sorted(set(wanted))
+
+
+def _require_fetchable(name: str, tiny: str) -> None:
+    """Raise UserError for what is not on this machine and not to be fetched from the hub. tiny: to name in its place."""
+    if not is_fetchable(name):
+        raise UserError(_absent(name, tiny))
+
+
+def is_fetchable(name: str) -> bool:
+    """Whether the hub is asked for it."""
+    if not _is_hub_id(name):
+        return False
+    from huggingface_hub import constants
+
+    return not constants.is_offline_mode()
 
 
 def _is_hub_id(name: str) -> bool:

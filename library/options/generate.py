@@ -125,6 +125,8 @@ class SamplingOptions:
     """Layer of SD1.5's text encoder, from its end: 1 is the last (default), 2 is for many anime models. SDXL's is fixed."""
     emphasis: Literal["original", "no norm"] = "original"
     """Whether a weighted text's embedding is scaled back to its mean before weighting (original, A1111's default) or not."""
+    pad_cond_uncond: bool = False
+    """Fill the shorter of prompt and negative prompt with empty chunks: another picture, as A1111's option of that name makes."""
     prompt_syntax: Literal["a1111", "reforge"] = "a1111"
     """reforge: (text:x2.5) repeats the text; a1111: it is plain text."""
 

@@ -147,6 +147,12 @@ DIFFERENCES: tuple[Difference, ...] = (
         "an option that does nothing is a mistake",
     ),
     Difference(
+        "sample_prompts",
+        "prompts are cut after 225 tokens; the shorter of prompt and negative prompt is filled with empty chunks",
+        "prompts of any length; unequal ones are not filled, as in A1111 and ComfyUI ([generate](generate.md))",
+        "filling draws another picture than the adapter will give there",
+    ),
+    Difference(
         "sdpa",
         "off: attention step by step",
         "on; `--no_sdpa` turns it off",

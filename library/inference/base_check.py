@@ -1,0 +1,71 @@
+"""Whether a base can be drawn with and adapters fit it, from headers and configurations: before it is loaded, and in dry runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from library.diffusion.scheduler_config import parametrisation_of
+from library.errors import UserError, check_all
+from library.merging.merge import Shapes, place
+from library.merging.strength import Strength
+from library.models.base_family import check_headers, family_of
+from library.models.checkpoint import open_checkpoint
+from library.models.conditioning import checked_layer
+from library.models.load import load_scheduler_config
+from library.models.locate import BaseLocation
+from networks.adapters import Adapter
+from networks.families import VAE, Family
+
+_LAYERS = "text_model.encoder.layers."
+
+
+def check_base_fits(
+    base: BaseLocation,
+    adapters: Mapping[Path, Adapter],
+    *,
+    clip_skip: int = 1,
+    prediction_type: str | None = None,
+    own_vae: bool = True,
+) -> None:
+    """Raise UserError for a base that cannot be drawn with, and for adapters that do not fit it: a line for each fault.
+
+    clip_skip: the largest that is asked for. own_vae: whether the base's autoencoder is needed. Of pickles, everything is read.
+    """
+    family = family_of(base)
+    given = {} if prediction_type is None else {"prediction_type": prediction_type}
+    parametrisation_of(load_scheduler_config(base) | given)
+    needs_layer = clip_skip > 1 and family.text_layer is None
+    without = () if own_vae else (VAE,)
+    if not adapters and not needs_layer:
+        return check_headers(base, without=without)
+    shapes = open_checkpoint(base, without=without).shapes
+    checks: list[Callable[[], object]] = [
+        partial(_check_adapter, path, adapter, shapes, family, base) for path, adapter in adapters.items()
+    ]
+    if needs_layer:
+        checks.append(partial(checked_layer, clip_skip, _text_layers(shapes, family)))
+    check_all(*checks)
+
+
+def check_vae(base: BaseLocation) -> None:
+    """Raise UserError where the autoencoder of a base cannot be read, by its headers."""
+    check_headers(base, without=[component for component in family_of(base).original if component != VAE])
+
+
+def _check_adapter(
+    path: Path, adapter: Adapter, shapes: Mapping[str, Shapes], family: Family, base: BaseLocation
+) -> None:
+    try:
+        place([(adapter, Strength())], shapes, family)
+    except UserError as error:
+        raise UserError(f"{path} is not for {base.name}: {error}") from None
+
+
+def _text_layers(shapes: Mapping[str, Shapes], family: Family) -> int:
+    """Layers of the text encoder that has the fewest."""
+    names = {
+        part: {key.split(".")[3] for key in shapes[part] if key.startswith(_LAYERS)} for part in family.text_encoders
+    }
+    return min(map(len, names.values()))
