@@ -20,7 +20,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from networks import AdapterError
-from networks.adapter_file import BASE_MODEL_KEY, DIFFUSERS_CONFIG_KEY, SPEC_KEYS
+from networks.adapter_alphas import DIFFUSERS_CONFIG_KEY, SPEC_KEYS
+from networks.adapter_file import BASE_MODEL_KEY
 from networks.adapter_module import AdapterModule
 from networks.adapters import Adapter
 from networks.families import SD15, UNET, Family

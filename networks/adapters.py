@@ -19,9 +19,11 @@ class Adapter:
     modules: Mapping[Target, AdapterModule]
     metadata: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
-    """Keys that are no part of the adapter (AlignHeads in a training state)."""
+    """Keys that are no part of the adapter: AlignHeads in a training state, embeddings bundled with it."""
     frozen: tuple[str, ...] = ()
     """Keys of the weights it was trained on, in a checkpoint of a whole model wrapped by PEFT. They are not read."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of the file: what was left out, where an alpha came from that it does not say. A phrase each."""
 
     @property
     def family(self) -> Family:

@@ -147,6 +147,8 @@ class DrawingSession:
     def _adapter(self, path: Path) -> Adapter:
         if path not in self._sources:
             self._sources[path] = read_source(path)
+            for note in self._sources[path].adapter.notes:
+                self.say(f"{path}: {note}")
         source = self._sources[path]
         if source.is_wrapped:
             raise UserError(

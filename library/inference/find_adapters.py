@@ -16,7 +16,8 @@ from library.inference.lora_tags import LoraWeights, StepWeights, cut_out_tags, 
 from library.inference.picture_request import LoraUse
 
 _KINDS = ("lora", "lyco")  # lyco: the tag of LyCORIS files before A1111 1.5
-_SUFFIX = ".safetensors"
+_SUFFIX = ".safetensors"  # Windows' users have it in capitals, too
+_FILES = "*." + "".join(f"[{letter}{letter.upper()}]" for letter in _SUFFIX[1:])
 # Folders of these names hold parts of models and of training states, not adapters.
 _NO_ADAPTERS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _LISTED = 8
@@ -55,7 +56,7 @@ class AdapterFolders:
 
     @cached_property
     def known(self) -> list[Path]:
-        found = {path for folder in self.folders for path in folder.rglob(f"*{_SUFFIX}") if _may_be_adapter(path)}
+        found = {path for folder in self.folders for path in folder.rglob(_FILES) if _may_be_adapter(path)}
         return sorted(found, key=lambda path: (len(path.parts), str(path)))
 
 
@@ -107,13 +108,17 @@ def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
 
 def title_of(path: Path) -> str:
     """The name of a model: its file's without .safetensors. Other suffixes stay: a folder's name may contain a dot."""
-    return path.name.removesuffix(_SUFFIX)
+    return _without_suffix(path.name)
 
 
 def _is_named(path: Path, name: str) -> bool:
     """`name` or `folder/name`, with the suffix or without."""
-    wanted = Path(name.removesuffix(_SUFFIX)).parts
+    wanted = Path(_without_suffix(name)).parts
     return wanted == _parts(path)[-len(wanted) :] if wanted else False
+
+
+def _without_suffix(name: str) -> str:
+    return name[: -len(_SUFFIX)] if name.lower().endswith(_SUFFIX) else name
 
 
 def _parts(path: Path) -> tuple[str, ...]:

@@ -23,13 +23,22 @@ from library.merging.merge_report import Ingredient
 from library.merging.source import PROVENANCE_KEY
 from library.words import plural
 from networks import AdapterError
+from networks.adapter_alphas import PEFT_CONFIG, PEFT_WEIGHTS
 from networks.adapter_export import Form, adapter_tensors, form_metadata, peft_config
 from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
 from networks.kinds.lora import LoraModule
 from networks.names import Target
 
-PEFT_CONFIG = "adapter_config.json"
+
+def check_peft_folder(folder: Path) -> None:
+    """Raise UserError where a folder for an adapter in PEFT's form holds other files, of which its configuration would speak."""
+    others = sorted(path.name for path in folder.glob("*") if path.name not in (PEFT_WEIGHTS, PEFT_CONFIG))
+    if others:
+        raise UserError(
+            f"{folder} holds {plural(len(others), 'other file')} (first: {others[0]}). An adapter in PEFT's form wants a folder of "
+            f"its own, for its {PEFT_CONFIG} would be taken for that of any adapter beside it. Name another --save_to."
+        )
 
 
 def write_combined(

@@ -41,8 +41,9 @@ class Source:
     def describe(self) -> str:
         """ "a.safetensors: 128 modules, rank 8, alpha 8" """
         modules = self.adapter.modules.values()
+        ranked = [m for m in modules if m.rank > 0]  # the others have neither
         sizes = [f"{what} {_span(values)}" for what, values in
-                 (("rank", {m.rank for m in modules}), ("alpha", {m.alpha for m in modules}))]  # fmt: skip
+                 (("rank", {m.rank for m in ranked}), ("alpha", {m.alpha for m in ranked})) if values]  # fmt: skip
         kinds = sorted({m.kind.title for m in modules} - {"LoRA"})
         return f"{self.file}: {', '.join([plural(len(modules), 'module'), *sizes, *kinds])}"
 
