@@ -176,6 +176,7 @@ _LONG_WORDS = (
 )
 _WORD = re.compile("|".join(sorted(_LONG_WORDS, key=len, reverse=True)) + r"|[a-z]+\d*|\d+")
 _KOHYA_PREFIXES = ("lora_unet", "lora_te", "lora_te1", "lora_te2")
+_SD15_UPSAMPLER = re.compile(r"output_blocks\.\d+\.1\.conv")
 _SGM_SECTIONS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 
 
@@ -216,7 +217,9 @@ def parse_module_name(name: str) -> Target | None:
     if path is None:
         return None
     if component in (UNET, None) and path.startswith(_SGM_SECTIONS):
-        found = unet_from_original(SDXL, path) or unet_from_original(SD15, path)
+        # An upsampler stands where the other family has attention; all else is named alike.
+        families = (SD15, SDXL) if _SD15_UPSAMPLER.fullmatch(path) else (SDXL, SD15)
+        found = next((found for family in families if (found := unet_from_original(family, path))), None)
         return None if found is None else Target(UNET, found)
     return _target(component, path)
 
