@@ -93,7 +93,7 @@ class Alphas:
         ranks = sorted({module.rank for module in self._modules.values()})
         if len(ranks) > 1 and self._given is not None:
             scales = ", ".join(f"{self._given / rank:.3g} at rank {rank}" for rank in ranks)
-            self._note(f"--network_alpha {self._given:g} is the alpha of every module, so its scales differ: {scales}")
+            self._note(f"alpha {self._given:g}, as given, is that of every module, so its scales differ: {scales}")
 
     def _alpha_in(self, config: Mapping[str, Any], target: Target, module: AdapterModule) -> float | None:
         patterns = config.get("alpha_pattern") or {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import networks
 from networks import AdapterError
 from networks.adapter_file import read_adapter
 from tests.tools.adapters import one_module, write_tensors
@@ -107,3 +110,14 @@ def test_a_runs_configuration_of_another_rank_is_passed_over(name: str, tmp_path
     adapter = read_adapter(path)
     assert [module.alpha for module in adapter.modules.values()] == [2.0]
     assert "it is of a run of rank 16, and the file is of 2" in adapter.notes[0]
+
+
+def test_what_every_script_may_say_of_a_file_names_the_script_that_has_the_option() -> None:
+    """Reading knows of no script: an option that one of them lacks would send its user astray."""
+    sentences = []
+    for file in sorted(Path(networks.__file__).parent.rglob("*.py")):
+        if file.name.startswith(("adapter_", "foreign_")) or file.name in ("names.py", "adapters.py"):
+            nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.expr)]
+            texts = [ast.unparse(node) for node in nodes if isinstance(node, (ast.JoinedStr, ast.Constant))]
+            sentences += [text for text in texts if re.search(r"--[a-z]", text)]
+    assert sentences and all(re.search(r"\w+\.py\b", sentence) for sentence in sentences)

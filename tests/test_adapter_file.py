@@ -243,7 +243,7 @@ def test_an_alpha_that_is_given_is_that_of_every_module_whatever_its_rank_as_of_
     other = {key.replace("conv_in", "conv_out"): value for key, value in one_module(rank=8).items()}
     adapter = read_adapter(write_tensors(tmp_path, {**one_module(rank=4), **other}), alpha=4.0)
     assert sorted((module.rank, module.scale) for module in adapter.modules.values()) == [(4, 1.0), (8, 0.5)]
-    said = "--network_alpha 4 is the alpha of every module, so its scales differ: 1 at rank 4, 0.5 at rank 8"
+    said = "alpha 4, as given, is that of every module, so its scales differ: 1 at rank 4, 0.5 at rank 8"
     assert adapter.notes == (said,)
     assert read_adapter(write_tensors(tmp_path, one_module()), alpha=3.0).notes == ()
 
