@@ -129,14 +129,65 @@ def test_a_picture_with_it_is_that_of_the_merged_base(
 
 
 @pytest.mark.parametrize("words", [[], ["--new_rank", "2"], ["--lora_format", "diffusers"], ["--lora_format", "peft"]])
-def test_it_is_neither_summed_nor_resized_nor_converted(
+def test_glora_and_ia3_are_neither_summed_nor_resized_nor_converted(
     words: list[str], sd15_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out.safetensors"
     assert run_merge("--models", sd15_file, "--lora_only", "--save_to", output, *words) == EXIT_BAD_INPUT
-    said = "error: 6 of 8 modules are Full (diff) and GLoRA and IA3, and --lora_only is for LoRA. Merge the adapter into a base"
+    said = "error: 2 of 8 modules are GLoRA and IA3, and --lora_only is for LoRA. Merge the adapter into a base model instead."
     assert said in capsys.readouterr().err
-    assert not output.exists() and not (tmp_path / "out").exists()
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_comfyui_saves_is_summed_resized_and_converted_with_its_whole_differences(
+    family: str, tiny_sd15: Path, tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {"sd15": tiny_sd15, "sdxl": tiny_sdxl}[family]
+    tensors = foreign_adapter(base, family)[0]
+    metadata = {"ss_base_model_version": FAMILIES[family].base_version}
+    kept = {key: value for key, value in tensors.items() if not key.startswith(("lora_unet", "bundle"))}
+    file = save(kept, tmp_path / "comfyui.safetensors", metadata)
+    # A LoRA on a module that is a whole difference in the other file: the sum is one.
+    key = next(
+        key
+        for key in kept
+        if key.endswith(".clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.lora_up.weight")
+    )
+    diff = {key.replace("lora_up.weight", "diff"): draw(len(kept[key]), len(kept[key]), seed=3)}
+    other = save(diff, tmp_path / "other.safetensors", metadata)
+
+    def merged(name: str, *files: Path, ratios: tuple[float, ...]) -> dict[str, Tensor]:
+        words = ["--models", *files, "--ratios", *ratios, "--pretrained_model_name_or_path", base]
+        assert run_merge(*words, "--save_to", tmp_path / f"{name}-merged.safetensors") == EXIT_OK
+        return load_file(tmp_path / f"{name}-merged.safetensors")
+
+    def made(name: str, *words: object) -> Path:
+        output = tmp_path / f"{name}.safetensors"
+        assert run_merge(*words, "--lora_only", "--save_precision", "float", "--save_to", output) == EXIT_OK
+        return output
+
+    converted = made("converted", "--models", file)
+    assert all(key.startswith("lora_") for key in load_file(converted))
+    assert_same_tensors(merged("converted", converted, ratios=(0.5,)), merged("itself", file, ratios=(0.5,)))
+    resized = made("resized", "--models", file, "--new_rank", 2)
+    summed = made("summed", "--models", file, other, "--ratios", 0.5, -1)
+    for found, expected in (
+        (merged("resized", resized, ratios=(1,)), merged("one", file, ratios=(1,))),
+        (merged("summed", summed, ratios=(1,)), merged("both", file, other, ratios=(0.5, -1))),
+    ):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+    for form in ("diffusers", "peft"):
+        words = ["--models", file, "--lora_only", "--lora_format", form, "--save_to", tmp_path / f"{form}.safetensors"]
+        capsys.readouterr()
+        assert run_merge(*words) == EXIT_BAD_INPUT
+        said = (
+            "modules are Full (diff), and the diffusers form is for"
+            if form == "diffusers"
+            else "an adapter of one model"
+        )
+        assert said in capsys.readouterr().err
 
 
 def test_it_is_looked_into(sd15_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

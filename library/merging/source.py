@@ -120,7 +120,7 @@ def base_model_of(sources: Sequence[Source], given: str | None) -> tuple[str, st
     kohyas = first.adapter.metadata.get("ss_sd_model_name")
     said = f"only says that its base was called {kohyas}" if kohyas else "does not say which base model it belongs to"
     raise UserError(
-        f"{first.file} {said}. Name the base with --pretrained_model_name_or_path (a LoRA alone needs none: merge_lora.py --lora_only)."
+        f"{first.file} {said}. Name the base with --pretrained_model_name_or_path (merge_lora.py --lora_only needs none)."
     )
 
 

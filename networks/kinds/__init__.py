@@ -127,6 +127,7 @@ READ_ONLY = {
             data="networks.kinds.full:FullModule",
             layer="",
             formula="diff",
+            readers="Whole differences (diff, diff_b) beside LoRA: for ComfyUI, A1111 and LyCORIS, not for diffusers.",
             note="of weights and biases, without a rank.",
         ),
         Kind(

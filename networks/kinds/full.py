@@ -53,6 +53,10 @@ class FullModule(AdapterModule):
         """A matrix serves a 1x1 convolution and the other way round."""
         return _without_ones(self.shape) == _without_ones(shape)
 
+    def product(self) -> Tensor:
+        """As of LoRA: what is added, float32, of `shape`."""
+        return self.diff.float()
+
     def delta(self, weight: Tensor) -> Tensor:
         return self.diff.to(weight.device).float().reshape(weight.shape)
 
