@@ -70,8 +70,8 @@ class Alphas:
                 '--network_alpha, or in a config.json beside the file, as {"lora_alpha": 8}.'
             )
         self._note(
-            "it does not say its alpha: taken as each module's rank (scale 1), as ComfyUI and diffusers do; for another write "
-            '{"lora_alpha": 4} into a config.json beside it'
+            "it does not say its alpha: the rank is taken (scale 1), as ComfyUI does; for another write "
+            '{"lora_alpha": 4} to config.json beside'
         )
         return float(module.rank)
 

@@ -19,6 +19,7 @@ _KINDS_OF_ADAPTERS = {
     r"\.lora_\w+(\.\w+)?\.bias$": "LoRA with biases (lora_bias)",
     r"\.modules_to_save\.": "a set of layers trained whole (modules_to_save)",
     r"\.set_weight$|\.reshape_weight$": "a set of weights that take the place of the model's (set_weight)",
+    r"\.bias_(indices|values|size)$": "LoCon with sparse biases",
     r"^lora_controlnet": "Control-LoRA",
 }
 _ADAPTERS_FOR = {

@@ -232,8 +232,8 @@ def test_an_alpha_that_nothing_says_is_the_rank_of_each_module_and_that_is_said(
     adapter = read_adapter(path)
     assert [module.alpha / module.rank for module in adapter.modules.values()] == [1.0, 1.0]
     assert adapter.notes == (
-        "it does not say its alpha: taken as each module's rank (scale 1), as ComfyUI and diffusers do; for another write "
-        '{"lora_alpha": 4} into a config.json beside it',
+        "it does not say its alpha: the rank is taken (scale 1), as ComfyUI does; for another write "
+        '{"lora_alpha": 4} to config.json beside',
     )
 
 
