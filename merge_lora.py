@@ -11,7 +11,7 @@ Without --pretrained_model_name_or_path the base is the one the adapters were tr
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,7 @@ def build(options: MergeLoraOptions) -> Plan:
     from library.merging.source import base_model_of, newest_output, read_source
     from library.merging.strength import Strength, parse_blocks
     from library.merging.write import check_output
+    from networks.adapter_alphas import PEFT_CONFIG
 
     models = options.chosen or (newest_output(OUTPUTS, use_ema=options.use_ema),)
     if not options.chosen:
@@ -84,6 +85,7 @@ def build(options: MergeLoraOptions) -> Plan:
     check_output(output, files)
     if options.lora_only and options.lora_format == "peft":
         check_peft_folder(output.path.parent)
+        check_output(replace(output, single_file=output.path.with_name(PEFT_CONFIG)), files)
     return Plan(ingredients, base, why, output)
 
 

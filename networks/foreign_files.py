@@ -26,7 +26,7 @@ _ADAPTERS_FOR = {
     r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]": "Flux",
     r"(^|[._])joint_blocks[._]": "SD3",
     r"transformer_blocks[._]\d+[._](img_mlp|txt_mlp|img_mod|txt_mod|attn[._]add_[qkv]_proj)": "Flux, SD3 or Qwen-Image",
-    r"^transformer\.(.*\.)?blocks\.\d+|(^|[._])blocks[._]\d+[._](self_attn|cross_attn|attn1|attn2|ffn)[._]": "Wan",
+    r"(^|\.|^lora_unet_|^lycoris_)blocks[._]\d+[._](self_attn|cross_attn|attn1|attn2|ffn)[._]": "a video model such as Wan",
     r"^transformer\.|^lora_transformer_|^(base_model\.model\.)?transformer_blocks\.|^lora_te3_|\bt5xxl\b": "Flux or SD3",
     r"^lora_prior_|^prior\.": "Stable Cascade",
     r"(^|\.)layers\.\d+\.(attention|feed_forward|adaLN_modulation)\.": "Lumina or Z-Image",
