@@ -72,7 +72,8 @@ def read_adapter(path: Path | str, *, alpha: float | None = None) -> Adapter:
     for target, module in without.items():
         own = alphas.of(target, module, needed=bool(found.frozen))
         modules[target] = replace(module, alpha=own)  # type: ignore[type-var]  # each kind is a dataclass
-    return Adapter(modules, metadata, tuple(found.left_out), tuple(found.frozen), (*found.notes, *alphas.notes))
+    notes = (*found.notes, *alphas.notes)
+    return Adapter(modules, metadata, tuple(found.left_out), tuple(found.frozen), notes=notes)
 
 
 @contextmanager

@@ -110,8 +110,8 @@ class Ia3Module(AdapterModule):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the one axis that the tensors tell."""
-        return (self.factors.numel(),)
+        """[out], or [0, in] where the tensors tell the inputs alone."""
+        return (0, self.factors.numel()) if self.on_input else (self.factors.numel(),)
 
     def fits(self, shape: Sequence[int]) -> bool:
         return len(shape) >= 2 and self.factors.numel() == shape[1 if self.on_input else 0]
