@@ -12,10 +12,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from networks.adapter_file import read_adapter
-from networks.families import FAMILIES, TEXT_ENCODER, TEXT_ENCODER_2, UNET, Family
+from networks.families import FAMILIES, SD15, TEXT_ENCODER, TEXT_ENCODER_2, UNET, Family
 from networks.names import Target, parse_module_name, with_text_model
+from networks.network import add_network
 from networks.original_names import unet_to_original
 from tests.tools.adapters import kohya_module, model_without_weights, one_module, write_tensors
+from tests.tools.networks import assert_same_outputs, few, small_models, trained_network
 from tests.tools.unets import small_unet
 
 CONV_IN = Target(UNET, "conv_in")
@@ -157,3 +159,19 @@ def test_what_is_no_part_of_the_adapter_is_left_out_and_that_is_said(
     adapter = read_adapter(write_tensors(tmp_path, {**kohya_module(), **rest}))
     assert list(adapter.modules) == [CONV_IN]
     assert adapter.notes == (note,) and set(adapter.left_out) == set(others)
+
+
+@pytest.mark.parametrize(
+    "spelling", [comfyui, onetrainer, onetrainers_backup, kohya_of_diffusers_converter, peft_within]
+)
+def test_training_goes_on_from_a_file_in_any_programs_names(spelling: Spelling, tmp_path: Path) -> None:
+    models, trained = trained_network(few())
+    tensors = {
+        f"{spelling(SD15, target)}.{suffix}": value
+        for target, module in trained.adapter().modules.items()
+        for suffix, value in {**module.tensors(), "alpha": torch.tensor(module.alpha)}.items()
+    }
+    fresh = small_models()
+    network = add_network(fresh, few(), seed=1)
+    network.load(read_adapter(write_tensors(tmp_path, tensors)))
+    assert_same_outputs(fresh, models)
