@@ -176,7 +176,7 @@ def _misfit(config: Mapping[str, Any], modules: Mapping[Target, AdapterModule]) 
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         return f"it is of {kind}"
-    if config.get("task_type") is not None:
+    if config.get("task_type") not in (None, "FEATURE_EXTRACTION"):
         return f"it is of a language model ({config['task_type']})"
     try:
         for target, module in modules.items():

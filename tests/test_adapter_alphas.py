@@ -47,6 +47,7 @@ FITTING = {
         {**FITTING, "target_modules": ["conv_in", "to_q"]},
         {**FITTING, "target_modules": r"conv_in|.*\.attn\d\.to_[qkv]"},
         {**FITTING, "target_modules": ["to_k", TO_Q, "conv_in"], "task_type": None},
+        {**FITTING, "task_type": "FEATURE_EXTRACTION"},
         FITTING,
     ],
 )
