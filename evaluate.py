@@ -176,6 +176,8 @@ def print_plan(options: EvaluateOptions, plan: Plan) -> None:
     generation = plan.generation
     for candidate in generation.candidates:
         print(f"checkpoint {candidate.path}{'' if candidate.step is None else f', step {candidate.step}'}")
+        for note in generation.adapters[candidate.name].notes:
+            print(f"           {note}")
     print(f"base       {generation.base} ({plan.why_base})")
     if generation.subject is None or plan.subject is None:
         print("subject    no prompt names it: likeness and diversity are left out. Give one with --prompt.")
@@ -198,8 +200,8 @@ def print_plan(options: EvaluateOptions, plan: Plan) -> None:
         print(f"states     representation of {state}")
     print(f"output     {options.checkpoints.output_dir}")
     for text in options.pictures.prompt:
-        if note := note_on_switches(text, "a file of --prompts has switches."):
-            print(f"note       {note}")
+        if switches := note_on_switches(text, "a file of --prompts has switches."):
+            print(f"note       {switches}")
 
 
 def print_missing(plan: GenerationPlan) -> None:

@@ -11,7 +11,7 @@ Without --pretrained_model_name_or_path the base is the one the adapters were tr
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,11 +57,12 @@ def main(argv: list[str]) -> int:
 
 def build(options: MergeLoraOptions) -> Plan:
     """The adapters, read and checked, the name of the base, and where the result goes."""
-    from library.merging.lora_file import PEFT_CONFIG
+    from library.merging.lora_file import check_peft_folder
     from library.merging.merge_report import Ingredient
     from library.merging.source import base_model_of, newest_output, read_source
     from library.merging.strength import Strength, parse_blocks
-    from library.merging.write import Output, check_output
+    from library.merging.write import check_output
+    from networks.adapter_alphas import PEFT_CONFIG
 
     models = options.chosen or (newest_output(OUTPUTS, use_ema=options.use_ema),)
     if not options.chosen:
@@ -82,15 +83,19 @@ def build(options: MergeLoraOptions) -> Plan:
     output = output_of(options, sources[0].file)
     files = [source.file for source in sources]
     check_output(output, files)
-    if options.lora_only and options.lora_format == "peft":  # writes its configuration beside
-        config = Output(None, output.path.with_name(PEFT_CONFIG), options.overwrite)
-        check_output(config, [file.with_name(PEFT_CONFIG) for file in files])
+    if options.lora_only and options.lora_format == "peft":
+        check_peft_folder(output.path.parent)
+        check_output(replace(output, single_file=output.path.with_name(PEFT_CONFIG)), files)
     return Plan(ingredients, base, why, output)
 
 
 def output_of(options: MergeLoraOptions, adapter: Path) -> Output:
-    """Where the result goes: as the options say, or a folder "merged" (file "merged_lora.safetensors") beside the adapter."""
+    """Where the result goes: as the options say, or a folder "merged" (file "merged_lora.safetensors") beside the adapter.
+
+    PEFT's form is a folder of its own, of the file's name without .safetensors.
+    """
     from library.merging.write import SINGLE_FILE, Output, followed
+    from networks.adapter_alphas import PEFT_WEIGHTS
 
     # A state lies in the folder of its run.
     run_folder = adapter.parent.parent if (adapter.parent / "state.json").exists() else adapter.parent
@@ -98,6 +103,8 @@ def output_of(options: MergeLoraOptions, adapter: Path) -> Output:
     file = None if options.save_to is None else followed(options.save_to)
     if file is None and options.lora_only:
         file = (given or run_folder) / "merged_lora.safetensors"
+    if file is not None and options.lora_format == "peft" and file.name != PEFT_WEIGHTS:
+        file = file.with_suffix("") / PEFT_WEIGHTS
     if file is not None:
         return Output(None, file, options.overwrite)
     folder = given or run_folder / "merged"
@@ -114,10 +121,8 @@ def print_plan(options: MergeLoraOptions, plan: Plan) -> None:
         alphas = {module.alpha for module in one.source.adapter.modules.values()}
         if options.network_alpha is not None and options.network_alpha not in alphas:
             print(f"           its alpha is known, so --network_alpha {options.network_alpha:g} is not taken")
-        if one.source.adapter.left_out:
-            print(
-                f"           left out: {len(one.source.adapter.left_out)} tensors of AlignHeads, which only training needs"
-            )
+        for note in one.source.adapter.notes:
+            print(f"           {note}")
         print(f"ratio      {one.strength.describe()}")
     if plan.base:
         print(f"base       {plan.base} ({plan.why})")

@@ -20,11 +20,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from networks import AdapterError
-from networks.adapter_file import BASE_MODEL_KEY, DIFFUSERS_CONFIG_KEY, SPEC_KEYS
+from networks.adapter_alphas import DIFFUSERS_CONFIG_KEY, SPEC_KEYS
+from networks.adapter_file import BASE_MODEL_KEY
 from networks.adapter_module import AdapterModule
 from networks.adapters import Adapter
 from networks.families import SD15, UNET, Family
 from networks.kinds import Kind
+from networks.kinds.full import FullModule
 from networks.kinds.lora import LoraModule
 from networks.names import Target, peft_key
 from networks.prediction_names import BY_SCHEDULER, EPSILON_NAME, PredictionName, name_by_metadata
@@ -60,7 +62,7 @@ def adapter_tensors(
         return {
             f"{names[target]}.{suffix}": value
             for target, module in adapter.modules.items()
-            for suffix, value in _kohya_parts(module, dtype).items()
+            for suffix, value in _kohya_parts(target, module, dtype).items()
         }
     tensors: dict[str, Tensor] = {}
     for target, module in adapter.lora_modules(f"the {form} form").items():
@@ -71,12 +73,14 @@ def adapter_tensors(
     return tensors
 
 
-def _kohya_parts(module: AdapterModule, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _kohya_parts(target: Target, module: AdapterModule, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Suffix of the key -> tensor. Not in `dtype`: alpha, for half precision would round rsLoRA's alpha * sqrt(rank)."""
     parts = {
         suffix: _on_host(value, torch.float32 if suffix in module.in_float32 else dtype)
         for suffix, value in module.tensors().items()
     }
+    if isinstance(module, FullModule):
+        return {"diff_b" if target == target.bias else "diff": parts["diff"]}
     return {**parts, "alpha": torch.tensor(module.alpha_in_file, dtype=torch.float32)}
 
 
@@ -275,7 +279,8 @@ def _identity(family: Family, prediction: PredictionName, *, output_name: str, t
 def _sizes(modules: Iterable[AdapterModule]) -> dict[str, str]:
     kinds: dict[bool, list[AdapterModule]] = {True: [], False: []}
     for module in modules:
-        kinds[module.kernel == 1].append(module)
+        if module.rank > 0:
+            kinds[module.kernel == 1].append(module)
     linear, conv = ([_one(m.rank for m in kind), _one(m.alpha for m in kind)] for kind in (kinds[True], kinds[False]))
     rank, alpha = linear if kinds[True] else conv
     sizes = {"ss_network_dim": rank, "ss_network_alpha": alpha}

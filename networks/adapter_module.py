@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from networks import AdapterError
-from networks.kinds import KINDS, Kind
+from networks.kinds import KINDS, READ_ONLY, Kind
 
 
 class AdapterModule(ABC):
@@ -90,8 +90,8 @@ class AdapterModule(ABC):
 
 
 def data_forms() -> list[type[AdapterModule]]:
-    """The data of every kind, in the table's order."""
-    return list(dict.fromkeys(resolve_name(kind.data) for kind in KINDS.values()))
+    """The data of every kind, in the tables' order."""
+    return list(dict.fromkeys(resolve_name(kind.data) for kind in (KINDS | READ_ONLY).values()))
 
 
 def require_fit(name: str, holds: bool, **tensors: Tensor) -> None:

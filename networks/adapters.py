@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from networks import AdapterError
 from networks.adapter_module import AdapterModule
 from networks.families import Family
+from networks.kinds.full import FullModule
 from networks.kinds.lora import LoraModule
 from networks.names import Target, adapter_family, kohya_name
 
@@ -19,9 +20,11 @@ class Adapter:
     modules: Mapping[Target, AdapterModule]
     metadata: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
-    """Keys that are no part of the adapter (AlignHeads in a training state)."""
+    """Keys that are no part of the adapter: AlignHeads in a training state, embeddings bundled with it."""
     frozen: tuple[str, ...] = ()
     """Keys of the weights it was trained on, in a checkpoint of a whole model wrapped by PEFT. They are not read."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of the file: what was left out, where an alpha came from that it does not say. A phrase each."""
 
     @property
     def family(self) -> Family:
@@ -30,12 +33,22 @@ class Adapter:
     def lora_modules(self, what: str) -> dict[Target, LoraModule]:
         """Its modules, all of them LoRA or DoRA. what: that needs such, "resizing". Raises AdapterError for others."""
         found = {target: module for target, module in self.modules.items() if isinstance(module, LoraModule)}
-        if others := sorted({m.kind.title for m in self.modules.values() if not isinstance(m, LoraModule)}):
+        self._refuse_others(found, what)
+        return found
+
+    def summands(self, what: str) -> dict[Target, LoraModule | FullModule]:
+        """Its modules, all of them LoRA, DoRA or whole differences, as `lora_modules`."""
+        found = {t: module for t, module in self.modules.items() if isinstance(module, (LoraModule, FullModule))}
+        self._refuse_others(found, what)
+        return found
+
+    def _refuse_others(self, found: Mapping[Target, AdapterModule], what: str) -> None:
+        others = sorted({module.kind.title for target, module in self.modules.items() if target not in found})
+        if others:
             raise AdapterError(
                 f"{len(self.modules) - len(found)} of {len(self.modules)} modules are {' and '.join(others)}, and {what} is "
                 "for LoRA. Merge the adapter into a base model instead."
             )
-        return found
 
     def names(self) -> dict[Target, str]:
         """Kohya's name of each module, as users know it."""

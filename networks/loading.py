@@ -13,6 +13,18 @@ from networks.names import Target
 from networks.spec import NetworkSpec
 
 
+def require_trainable(adapter: Adapter) -> None:
+    """Raises AdapterError where modules are of kinds that are merged and drawn with alone."""
+    others = [target for target, module in adapter.modules.items() if not module.kind.layer]
+    kinds = ", ".join(sorted({adapter.modules[target].kind.title for target in others}))
+    _refuse(
+        others,
+        len(adapter.modules),
+        f"modules are {kinds}, which cannot be trained",
+        "Fold the file into the base with --base_weights, and train a new adapter on that.",
+    )
+
+
 def check_fits(adapter: Adapter, layers: Mapping[Target, AdaptedLayer], spec: NetworkSpec) -> None:
     """Raises AdapterError where an adapter is not of the modules, kind, ranks and shapes of these layers."""
     extra = [target for target in adapter.modules if target not in layers]

@@ -20,12 +20,30 @@ from networks.original_names import unet_from_original, unet_to_original, with_t
 COMPONENTS = (UNET, VAE, TEXT_ENCODER, TEXT_ENCODER_2)
 
 
+_BIAS = ".bias"
+
+
 class Target(NamedTuple):
-    """A module that an adapter sits on."""
+    """What an adapter changes: the weight of a module, or its bias."""
 
     component: str
     path: str
-    """In the diffusers or transformers model."""
+    """Of the module in the diffusers or transformers model; of a bias with `.bias` behind."""
+
+    @property
+    def module(self) -> str:
+        """Path of the module."""
+        return self.path.removesuffix(_BIAS)
+
+    @property
+    def key(self) -> str:
+        """Of the tensor, in its model."""
+        return self.path if self.path.endswith(_BIAS) else f"{self.path}.weight"
+
+    @property
+    def bias(self) -> Target:
+        """The bias of the same module."""
+        return Target(self.component, f"{self.module}{_BIAS}")
 
 
 # diffusers 0.17 and before; SD1.5's own VAE on the hub still says so.
@@ -45,13 +63,24 @@ def current_key(component: str, key: str) -> str | None:
     return key
 
 
-_PEFT_PREFIX = r"(?:(?P<component>unet|vae|text_encoder_2|text_encoder)\.)?(?:base_model\.model\.)?"
-_PEFT_KEY = re.compile(
-    _PEFT_PREFIX + r"(?P<path>.+?)(?:\.processor\.(?P<old>to_[qkv]|to_out)_lora\.(?P<old_down_up>down|up)\.weight"
-    r"|\.lora_(?P<AB>[AB])(?:\.\w+)?\.weight|\.lora(?:_linear_layer)?\.(?P<down_up>down|up)\.weight"
-    r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.\w+)?(?:\.weight)?)"
+_WRAPPER = r"(?:base_model[._]model[._])?"  # PEFT's
+# Kohya, its OFT, diffusers, ComfyUI ("diffusion_model.", "text_encoders."), OneTrainer ("clip_l."), SimpleTuner ("lycoris_").
+_MODULE_NAME = re.compile(
+    rf"{_WRAPPER}(?:(?P<unet>(?:lora|oft)_unet[._]|unet\.|(?:model\.)?diffusion_model\.)"
+    r"|(?P<text_encoder_2>(?:lora|oft)_te2[._]|text_encoder_2\.|(?:text_encoders\.)?clip_g\.(?:transformer\.)?)"
+    r"|(?P<text_encoder>(?:lora|oft)_te1?[._]|text_encoder\.|(?:text_encoders\.)?clip_l\.(?:transformer\.)?)"
+    rf"|(?P<vae>vae\.)|lycoris[._])?{_WRAPPER}(?P<path>.+)"
 )
+_PEFT_SUFFIX = re.compile(
+    r"(?:\.processor)?\.(?P<old>to_[qkv]|to_out)_lora\.(?P<old_down_up>down|up)\.weight"
+    r"|\.lora_(?P<ab>[ab])(?:\.[^.]+)?\.weight|\.lora(?:_linear_layer)?\.(?P<down_up>down|up)\.weight"
+    r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?",
+    re.IGNORECASE,
+)
+_PEFT_PREFIX = r"(?:(?P<component>unet|vae|text_encoder_2|text_encoder)\.)?(?:base_model\.model\.)?"
 _WRAPPED_KEY = re.compile(_PEFT_PREFIX + r"(?P<path>.+?)(?:\.base_layer)?\.(?P<leaf>\w+)")
+# diffusers 0.20 and before, in text encoders.
+_TEXT_ATTENTION_OLD = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 # What the paths of each model begin with; those of other models (Flux, SD3, T5) do not.
 _UNET_SECTIONS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "conv_norm_out")
 _TEXT_SECTIONS = ("text_model.encoder.layers.", "text_model.embeddings.", "text_model.final_layer_norm")
@@ -73,21 +102,25 @@ def split_peft_key(key: str) -> PeftKey | None:
     """What a tensor of a PEFT or diffusers LoRA file is of; None for any other key.
 
     Known: `unet.X.lora_A.weight`, with or without `unet.`, `base_model.model.` and the adapter's name after lora_A, diffusers'
-    older `unet.X.lora.down.weight` and `X.processor.to_q_lora.down.weight`, and DoRA's `lora_magnitude_vector`. A key that
-    names no component is of the first text encoder where its path says so, else of the U-Net.
+    older `unet.X.lora.down.weight` and `X.processor.to_q_lora.down.weight`, of text encoders `self_attn.to_q_lora.down.weight`,
+    and DoRA's `lora_magnitude_vector`; the ending in capitals too. A key that names no component is of the first text encoder
+    where its path says so, else of the U-Net.
     """
-    match = _PEFT_KEY.fullmatch(key)
+    match = next((m for m in _PEFT_SUFFIX.finditer(key) if m.end() == len(key)), None)
     if match is None:
         return None
-    path, old = match["path"], match["old"]
-    if old:
-        path = f"{path}.{'to_out.0' if old == 'to_out' else old}"
-    target = _target(match["component"], path)
+    name, old = key[: match.start()], match["old"]
+    if old and ".self_attn" in name:
+        name = f"{name}.{_TEXT_ATTENTION_OLD[old.lower()]}"
+    elif old:
+        name = f"{name}.{'to_out.0' if old.lower() == 'to_out' else old.lower()}"
+    target = parse_module_name(name)
     if match["magnitude"]:
         part = "magnitude"
     else:
-        part = match["old_down_up"] or match["down_up"] or {"A": "down", "B": "up"}[match["AB"]]
-    return PeftKey(target, part) if target is not None and target.component != VAE else None
+        down_up = match["old_down_up"] or match["down_up"] or {"a": "down", "b": "up"}[match["ab"].lower()]
+        part = down_up.lower()
+    return None if target is None else PeftKey(target, part)
 
 
 def peft_key(target: Target, part: str) -> str:
@@ -142,12 +175,8 @@ _LONG_WORDS = (
     *("in_layers", "emb_layers", "out_layers", "skip_connection", "time_embed", "label_emb"),
 )
 _WORD = re.compile("|".join(sorted(_LONG_WORDS, key=len, reverse=True)) + r"|[a-z]+\d*|\d+")
-_KOHYA_COMPONENTS = {
-    "lora_unet": UNET,
-    "lora_te": TEXT_ENCODER,
-    "lora_te1": TEXT_ENCODER,
-    "lora_te2": TEXT_ENCODER_2,
-}
+_KOHYA_PREFIXES = ("lora_unet", "lora_te", "lora_te1", "lora_te2")
+_SD15_UPSAMPLER = re.compile(r"output_blocks\.\d+\.1\.conv")
 _SGM_SECTIONS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 
 
@@ -157,7 +186,7 @@ def kohya_name(target: Target, family: Family = SD15) -> str:
     Text encoders always say text_model_, which transformers >= 5.6 dropped from the paths of CLIPTextModel and
     every reader of these files expects.
     """
-    path = target.path
+    path = target.module
     if target.component == UNET:
         path = unet_to_original(family, path) if family.sgm_adapters else path
     else:
@@ -170,16 +199,29 @@ def parse_kohya_name(name: str) -> Target | None:
 
     `lora_te_` and `lora_te1_` both mean the first text encoder: diffusers writes the latter even for SD1.5.
     """
-    prefix = next((p for p in ("lora_unet", "lora_te1", "lora_te2", "lora_te") if name.startswith(f"{p}_")), None)
-    if prefix is None:
+    return parse_module_name(name) if name.startswith(tuple(f"{p}_" for p in _KOHYA_PREFIXES)) else None
+
+
+def parse_module_name(name: str) -> Target | None:
+    """The module that a name in an adapter file means, whichever program wrote it; None for names of other models.
+
+    Kohya's, with underscores or dots; diffusers' and PEFT's; ComfyUI's (`diffusion_model.`, `text_encoders.clip_l.`), OneTrainer's
+    (`unet.` and `clip_l.` before the original names), SimpleTuner's (`lycoris_`). The U-Net's path may be the original code's.
+    A name that says no component is of the first text encoder where its path says so, else of the U-Net.
+    """
+    match = _MODULE_NAME.fullmatch(name)
+    if match is None or match["vae"]:
         return None
-    path = _dotted(name.removeprefix(f"{prefix}_"))
+    component = next((c for c in (UNET, TEXT_ENCODER, TEXT_ENCODER_2) if match[c]), None)
+    path = match["path"] if "." in match["path"] else _dotted(match["path"])
     if path is None:
         return None
-    if prefix == "lora_unet" and path.startswith(_SGM_SECTIONS):
-        found = unet_from_original(SDXL, path) or unet_from_original(SD15, path)
+    if component in (UNET, None) and path.startswith(_SGM_SECTIONS):
+        # An upsampler stands where the other family has attention; all else is named alike.
+        families = (SD15, SDXL) if _SD15_UPSAMPLER.fullmatch(path) else (SDXL, SD15)
+        found = next((found for family in families if (found := unet_from_original(family, path))), None)
         return None if found is None else Target(UNET, found)
-    return _target(_KOHYA_COMPONENTS[prefix], path)
+    return _target(component, path)
 
 
 def _dotted(words: str) -> str | None:

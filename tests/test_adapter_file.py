@@ -209,9 +209,8 @@ def test_a_configuration_that_cannot_be_read_or_says_nothing_is_passed_over(tmp_
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "config.toml").write_text("[[[")
     (tmp_path / "args.json").write_text('{"lora_alpha": null, "network_alpha": true}')
-    path = write_tensors(tmp_path, one_module())
-    with pytest.raises(AdapterError, match="does not say its alpha"):
-        read_adapter(path)
+    adapter = read_adapter(write_tensors(tmp_path, one_module()))
+    assert adapter.modules[CONV_IN].alpha == 2.0 and "does not say its alpha" in adapter.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -227,12 +226,26 @@ def test_the_alpha_is_found_in_the_metadata(metadata: dict[str, str], alpha: flo
     assert alpha_of(tmp_path, one_module(), metadata) == alpha
 
 
-def test_an_alpha_that_no_file_says_is_asked_for(tmp_path: Path) -> None:
-    path = write_tensors(tmp_path, one_module(), {"ss_network_alpha": "Dynamic"})
-    expected = "a.safetensors does not say its alpha: .* Give the alpha .* --network_alpha"
-    with pytest.raises(AdapterError, match=expected):
-        read_adapter(path)
-    assert read_adapter(path, alpha=3.0).modules[CONV_IN].alpha == 3.0
+def test_an_alpha_that_nothing_says_is_the_rank_of_each_module_and_that_is_said(tmp_path: Path) -> None:
+    other = {key.replace("conv_in", "conv_out"): value for key, value in one_module(rank=8).items()}
+    path = write_tensors(tmp_path, {**one_module(rank=4), **other}, {"ss_network_alpha": "Dynamic"})
+    adapter = read_adapter(path)
+    assert [module.alpha / module.rank for module in adapter.modules.values()] == [1.0, 1.0]
+    assert adapter.notes == (
+        "it does not say its alpha: the rank is taken (scale 1), as ComfyUI does; for another write "
+        '{"lora_alpha": 4} to config.json beside',
+    )
+
+
+def test_an_alpha_that_is_given_is_that_of_every_module_whatever_its_rank_as_of_kohyas_block_dims(
+    tmp_path: Path,
+) -> None:
+    other = {key.replace("conv_in", "conv_out"): value for key, value in one_module(rank=8).items()}
+    adapter = read_adapter(write_tensors(tmp_path, {**one_module(rank=4), **other}), alpha=4.0)
+    assert sorted((module.rank, module.scale) for module in adapter.modules.values()) == [(4, 1.0), (8, 0.5)]
+    said = "alpha 4, as given, is that of every module, so its scales differ: 1 at rank 4, 0.5 at rank 8"
+    assert adapter.notes == (said,)
+    assert read_adapter(write_tensors(tmp_path, one_module()), alpha=3.0).notes == ()
 
 
 def test_what_the_file_says_of_its_alpha_wins_and_then_the_argument(tmp_path: Path) -> None:
@@ -271,6 +284,12 @@ def test_the_adapter_in_a_wrapped_checkpoint_is_read(prefix: str, wrapped: dict[
     assert {module.alpha / module.rank for module in adapter.modules.values()} == {2.0}
     target = next(iter(adapter.modules))
     assert torch.equal(adapter.modules[target].up, tensors[f"{prefix}{target.path}.lora_B.default.weight"])
+
+
+def test_the_alpha_of_a_whole_model_is_asked_for(wrapped: dict[str, Tensor], tmp_path: Path) -> None:
+    expected = "a.safetensors does not say its alpha: .* Give the alpha .* to merge_lora.py as --network_alpha"
+    with pytest.raises(AdapterError, match=expected):
+        read_adapter(write_tensors(tmp_path, wrapped))
 
 
 def test_no_frozen_weight_is_loaded(

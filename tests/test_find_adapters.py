@@ -173,3 +173,11 @@ def test_without_any_adapter_that_is_said(tmp_path: Path) -> None:
 
 def test_only_the_suffix_is_left_out_of_a_title() -> None:
     assert [title_of(Path(name)) for name in ("v1.5", "v1.5.safetensors")] == ["v1.5", "v1.5"]
+
+
+def test_the_ending_may_be_in_capitals(tmp_path: Path) -> None:
+    for name in ("Mio.SAFETENSORS", "luca.SafeTensors"):
+        (tmp_path / name).touch()
+    folders = AdapterFolders([tmp_path])
+    assert folders.find("Mio", "<lora:Mio>") == folders.find("Mio.safetensors", "") == tmp_path / "Mio.SAFETENSORS"
+    assert title_of(folders.find("luca", "<lora:luca>")) == "luca"

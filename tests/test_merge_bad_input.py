@@ -195,7 +195,7 @@ CASES: dict[str, tuple[Callable[[Case], None], str]] = {
     ),
     "no_lora": (
         spoil_adapter(lambda tensors: (tensors.clear(), tensors.update({"emb_params": torch.zeros(2, 4)}))),
-        "It is textual inversion, which is not supported.",
+        "It looks like a textual inversion embedding.",
     ),
     "dora_as_lora": (dora, "1 of 278 modules are DoRA"),
     "output_exists": (output_exists, "m.safetensors exists already. Name another output, or replace it with --overwrite."),

@@ -19,7 +19,7 @@ from library.merging.source import base_model_of, read_source
 from library.merging.write import Output, check_output
 from networks.adapter_file import read_adapter
 from networks.network import Network
-from tests.tools.adapters import write_lora
+from tests.tools.adapters import one_module, write_lora
 from tests.tools.merging import FILES, assert_same_tensors, metadata_of, run_merge, save, single_file, write_state
 
 
@@ -309,18 +309,27 @@ def test_a_lora_can_be_cut_to_a_rank(adapter_file: Path, tmp_path: Path, capsys:
     assert metadata["ss_network_dim"] == "2" and metadata["ss_base_model_version"] == "sd_v1"
 
 
-def test_a_peft_folder_is_written_whole_and_never_over_anothers_configuration(
+def test_pefts_form_is_a_folder_of_its_own_so_that_its_configuration_speaks_of_no_other_adapter(
     adapter_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    other = save(one_module(), tmp_path / "other.safetensors")
     options = ["--models", adapter_file, "--lora_only", "--lora_format", "peft", "--save_to"]
-    first, second = tmp_path / "adapter_model.safetensors", tmp_path / "second.safetensors"
-    assert run_merge(*options, first) == EXIT_OK
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 2.0
-    assert run_merge(*options, second) == EXIT_BAD_INPUT
-    assert "adapter_config.json exists already. Name another output, or" in capsys.readouterr().err
-    options[1] = first  # whose configuration it is
-    assert run_merge(*options, second, "--overwrite") == EXIT_BAD_INPUT
-    assert "adapter_config.json is to be read. Name another output." in capsys.readouterr().err
+    assert run_merge(*options, tmp_path / "mine.safetensors") == EXIT_OK
+    folder = tmp_path / "mine"
+    assert {path.name for path in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == 2.0
+    assert read_source(folder).adapter.modules.keys() == read_adapter(adapter_file).modules.keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "other.safetensors"}
+    capsys.readouterr()
+    assert run_merge(*options, tmp_path / "mine.safetensors") == EXIT_BAD_INPUT
+    assert "adapter_model.safetensors exists already. Name another output, or" in capsys.readouterr().err
+    assert run_merge(*options, tmp_path / "mine.safetensors", "--overwrite") == EXIT_OK
+    assert run_merge(*options, tmp_path / "adapter_model.safetensors") == EXIT_BAD_INPUT
+    said = (
+        f"{tmp_path} holds 2 other files (first: mine). An adapter in PEFT's form wants a folder of its own, for its "
+    )
+    assert said in capsys.readouterr().err
+    assert read_adapter(other).notes[0].startswith("it does not say its alpha")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

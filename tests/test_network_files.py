@@ -22,7 +22,7 @@ from library.training.patience import validation_due
 from library.training.pictures import collect_pictures
 from library.training.plan import Plan, make_order, make_plan
 from library.training.saving import KohyaSaving
-from networks.adapter_file import NETWORK_SPEC_KEY
+from networks.adapter_alphas import NETWORK_SPEC_KEY
 from tests.tools.network_runs import NetworkSetting, draw_pictures, metadata, names
 from tests.tools.network_runs import adapter as tensors_of
 

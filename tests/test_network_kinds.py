@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks import AdapterError
+from networks.adapter_alphas import NETWORK_SPEC_KEY
 from networks.adapter_export import adapter_metadata, adapter_tensors, form_metadata
-from networks.adapter_file import NETWORK_SPEC_KEY, read_adapter
+from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
 from networks.families import TEXT_ENCODER_2, UNET
 from networks.kinds import KINDS

@@ -95,7 +95,7 @@ def _of_state(folder: Path) -> Candidate:
 def _of_file(file: Path) -> Candidate:
     if not file.is_file():
         raise UserError(f"{file} does not exist. Name an adapter, a training state, or a folder of them.")
-    steps = TensorFile(file).metadata.get("ss_steps", "") if file.suffix == ".safetensors" else ""
+    steps = TensorFile(file).metadata.get("ss_steps", "") if file.suffix.lower() == ".safetensors" else ""
     in_name = _NUMBER.search(file.stem)
     number = int(steps) if steps.isdigit() else int(in_name[1]) if in_name else None
     return Candidate(file.stem, file, number)

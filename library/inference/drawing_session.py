@@ -153,6 +153,8 @@ class DrawingSession:
         """The adapter in a file or folder, read once. Raises UserError for a damaged file, and for a whole model."""
         if path not in self._sources:
             self._sources[path] = read_source(path)
+            for note in self._sources[path].adapter.notes:
+                self.say(f"{path}: {note}")
         source = self._sources[path]
         if source.is_wrapped:
             raise UserError(

@@ -19,7 +19,7 @@ from library.inference.picture_request import LoraUse
 from library.models.header import with_safetensors
 
 _KINDS = ("lora", "lyco")  # lyco: the tag of LyCORIS files before A1111 1.5
-_SUFFIX = ".safetensors"
+_SUFFIX = ".safetensors"  # Windows' users have it in capitals, too
 # Folders of these names hold parts of models and of training states, not adapters.
 _NO_ADAPTERS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _LISTED = 8

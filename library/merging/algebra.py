@@ -17,6 +17,7 @@ from library.errors import UserError
 from library.options.checks import require
 from networks.adapter_file import BASE_MODEL_KEY
 from networks.adapters import Adapter
+from networks.kinds.full import FullModule
 from networks.kinds.lora import LoraModule
 from networks.names import Target
 
@@ -53,17 +54,18 @@ class RankChange:
 def concatenate(adapters: Sequence[tuple[Adapter, Ratio]]) -> Adapter:
     """The sum of adapters, exactly: per module ratio * alpha / rank * up @ down added up over all that have it.
 
-    Ranks add up; alpha is the rank, so that the scale is 1; weights are float32. A module with ratio 0 is left out.
+    Ranks add up; alpha is the rank, so that the scale is 1; weights are float32. A module with ratio 0 is left out. Whole
+    differences are added up as they are, and where one meets a LoRA, the sum is one.
     Metadata keeps what all inputs say alike of their base. Raises UserError for DoRA, for adapters of different families or
     sizes, and where nothing remains.
     """
     _require_one_family([adapter for adapter, _ in adapters])
-    parts: dict[Target, list[LoraModule]] = {}
+    parts: dict[Target, list[LoraModule | FullModule]] = {}
     for adapter, ratio in adapters:
         for target, module in _plain(adapter).items():
             strength = ratio(target) if callable(ratio) else ratio
             if strength != 0:
-                parts.setdefault(target, []).append(_at_scale_one(module.without_mid(), strength))
+                parts.setdefault(target, []).append(_at_scale_one(module, strength))
     if not parts:
         raise UserError("Nothing remains of the sum: every ratio is 0, or there is no module to add.")
     for target, modules in parts.items():
@@ -73,8 +75,9 @@ def concatenate(adapters: Sequence[tuple[Adapter, Ratio]]) -> Adapter:
                     f"{target.component} {target.path} is for a weight {list(modules[0].shape)} in one adapter and "
                     f"{list(module.shape)} in another: they were trained on models of different sizes."
                 )
-    stacked = {target: _stack(found) for target, found in parts.items()}
-    return Adapter(stacked, _shared([adapter.metadata for adapter, _ in adapters]))
+    return Adapter(
+        {target: _sum(found) for target, found in parts.items()}, _shared([adapter.metadata for adapter, _ in adapters])
+    )
 
 
 def reduce_rank(
@@ -83,12 +86,16 @@ def reduce_rank(
     """The nearest adapter (in the Frobenius norm) of at most `rank`, and of at most `conv_rank` on 3x3 convolutions.
 
     conv_rank: None means `rank`. No module's rank grows. Alpha is the new rank, so that the scale is 1; weights are float32,
-    the singular values shared evenly between up and down. Metadata stays as it is.
+    the singular values shared evenly between up and down. Whole differences and metadata stay as they are.
     Raises UserError for DoRA, and OptionError for ranks and conditions that cannot be.
     """
     _check_ranks(rank, conv_rank, dynamic)
-    modules, changes = {}, []
+    modules: dict[Target, LoraModule | FullModule] = {}
+    changes = []
     for target, module in _plain(adapter).items():
+        if isinstance(module, FullModule):
+            modules[target] = module
+            continue
         limit = rank if module.kernel == 1 or conv_rank is None else conv_rank
         u, s, vh = factor_svd(module)
         kept = min(limit, module.rank, len(s))
@@ -122,12 +129,25 @@ def from_svd(u: Tensor, s: Tensor, vh: Tensor, shape: Sequence[int]) -> LoraModu
     return LoraModule(down, up, alpha=float(rank))
 
 
-def _at_scale_one(module: LoraModule, ratio: float) -> LoraModule:
+def _at_scale_one(module: LoraModule | FullModule, ratio: float) -> LoraModule | FullModule:
+    if isinstance(module, FullModule):
+        return FullModule(ratio * module.product())
+    module = module.without_mid()
     scale = ratio * module.alpha / module.rank
     # Half on either side: a small scale in up alone would leave half precision's normal range (below 6e-5) when saved.
     root = abs(scale) ** 0.5
     up = module.up.float() * (root if scale > 0 else -root)
     return replace(module, down=module.down.float() * root, up=up, alpha=float(module.rank))
+
+
+def _sum(modules: Sequence[LoraModule | FullModule]) -> LoraModule | FullModule:
+    """Of modules of scale 1 for one weight."""
+    lora = [module for module in modules if isinstance(module, LoraModule)]
+    whole = [module for module in modules if isinstance(module, FullModule)]
+    if not whole:
+        return _stack(lora)
+    shape = whole[0].shape
+    return FullModule(torch.stack([module.product().reshape(shape) for module in modules]).sum(dim=0))
 
 
 def _stack(modules: Sequence[LoraModule]) -> LoraModule:
@@ -161,10 +181,10 @@ def _check_ranks(rank: int, conv_rank: int | None, dynamic: DynamicRank | None) 
         require(holds, "dynamic_param", f"of {dynamic.method} must be above 0 and at most 1, got {dynamic.value}.")
 
 
-def _plain(adapter: Adapter) -> dict[Target, LoraModule]:
-    """The modules, all of them LoRA. Raises UserError for other kinds."""
-    plain = {target: module for target, module in adapter.modules.items() if isinstance(module, LoraModule)}
-    others = [target for target in adapter.modules if target not in plain or plain[target].magnitude is not None]
+def _plain(adapter: Adapter) -> dict[Target, LoraModule | FullModule]:
+    """The modules, all of them LoRA or whole differences. Raises UserError for other kinds."""
+    plain = {t: module for t, module in adapter.modules.items() if isinstance(module, (LoraModule, FullModule))}
+    others = [t for t, module in adapter.modules.items() if t not in plain or module.kind.algo == "dora"]
     if others:
         kinds = sorted({adapter.modules[target].kind.title for target in others})
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class Inspection:
     family: str
     modules: tuple[ModuleFacts, ...]
     notes: tuple[str, ...]
-    """What the numbers leave out, by kind."""
+    """What the numbers leave out, by kind; and what the file leaves out or open."""
     left_out: tuple[str, ...]
     metadata: dict[str, str]
 
@@ -113,7 +114,7 @@ def inspect(adapter: Adapter) -> Inspection:
         for target, module in adapter.modules.items()
     ]
     kinds = {module.kind for module in adapter.modules.values()}
-    notes = sorted(f"{kind.title}: {kind.note}" for kind in kinds if kind.note)
+    notes = [*sorted(f"{kind.title}: {kind.note}" for kind in kinds if kind.note), *adapter.notes]
     return Inspection(adapter.family.title, tuple(modules), tuple(notes), adapter.left_out, dict(adapter.metadata))
 
 
@@ -178,7 +179,7 @@ def _cells(modules: Sequence[ModuleFacts]) -> tuple[str, ...]:
 
 
 def _warnings(found: Inspection) -> list[str]:
-    lines = list(found.notes)
+    lines = [line for note in found.notes for line in textwrap.wrap(note, WIDTH)]
     if found.modules and all(module.norm == 0 for module in found.modules):
         lines.append("Every module is zero: the adapter does nothing.")
     if found.left_out:

@@ -23,13 +23,23 @@ from library.merging.merge_report import Ingredient
 from library.merging.source import PROVENANCE_KEY
 from library.words import plural
 from networks import AdapterError
+from networks.adapter_alphas import PEFT_CONFIG, PEFT_WEIGHTS
 from networks.adapter_export import Form, adapter_tensors, form_metadata, peft_config
 from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
+from networks.kinds.full import FullModule
 from networks.kinds.lora import LoraModule
 from networks.names import Target
 
-PEFT_CONFIG = "adapter_config.json"
+
+def check_peft_folder(folder: Path) -> None:
+    """Raise UserError where a folder for an adapter in PEFT's form holds other files, of which its configuration would speak."""
+    others = sorted(path.name for path in folder.glob("*") if path.name not in (PEFT_WEIGHTS, PEFT_CONFIG))
+    if others:
+        raise UserError(
+            f"{folder} holds {plural(len(others), 'other file')} (first: {others[0]}). An adapter in PEFT's form wants a folder of "
+            f"its own, for its {PEFT_CONFIG} would be taken for that of any adapter beside it. Name another --save_to."
+        )
 
 
 def write_combined(
@@ -48,9 +58,10 @@ def write_combined(
     number the nearest adapter of that rank, or with `dynamic` of no more. dtype: None keeps that of the adapters.
     Raises UserError where adapters cannot be added or written in that form, RunFailed where the file reads back otherwise.
     """
-    modules = [module for ingredient in ingredients for module in _lora_modules(ingredient.source.adapter).values()]
+    modules = [module for ingredient in ingredients for module in _summands(ingredient.source.adapter).values()]
     if dtype is None:  # the widest among the inputs
-        dtype = max((module.down.dtype for module in modules), key=lambda found: found.itemsize)
+        dtypes = (tensor.dtype for module in modules for tensor in module.tensors().values())
+        dtype = max(dtypes, key=lambda found: found.itemsize)
     adapter, changes = _combined(ingredients, rank, conv_rank, dynamic)
     adapter = replace(adapter, metadata={**adapter.metadata, PROVENANCE_KEY: _provenance(ingredients)})
     return "\n".join([write_adapter(adapter, path, form=form, dtype=dtype), *_kept(changes)])
@@ -59,7 +70,7 @@ def write_combined(
 def check_combined(ingredients: Sequence[Ingredient], form: Form, *, resized: bool) -> None:
     """Raise UserError where `write_combined` would, short of the decompositions that a new rank takes."""
     for ingredient in ingredients:
-        _lora_modules(ingredient.source.adapter)
+        _summands(ingredient.source.adapter)
     adapter, _ = _combined(ingredients, None, None, None)
     if resized:
         adapter = concatenate([(adapter, 1.0)])
@@ -99,7 +110,7 @@ def write_adapter(adapter: Adapter, path: Path, *, form: Form = "kohya", dtype: 
                 missing_ok=True
             )  # its alpha is in the configuration: one never stands beside the other's weights
             write_json(path.with_name(PEFT_CONFIG), config)
-    ranks = sorted({module.rank for module in adapter.modules.values()})
+    ranks = sorted({module.rank for module in adapter.modules.values() if module.rank > 0} or {0})
     size = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     weight = human_bytes(path.stat().st_size)
     return f"Wrote {path}: {adapter.family.title}, {plural(len(adapter.modules), 'module')}, {size}, {weight}."
@@ -121,9 +132,9 @@ def _provenance(ingredients: Sequence[Ingredient]) -> str:
     return json.dumps({"version": project_version(), "adapters": adapters})
 
 
-def _lora_modules(adapter: Adapter) -> dict[Target, LoraModule]:
+def _summands(adapter: Adapter) -> dict[Target, LoraModule | FullModule]:
     try:
-        return adapter.lora_modules("--lora_only")
+        return adapter.summands("--lora_only")
     except AdapterError as error:
         raise UserError(str(error)) from None
 
@@ -141,13 +152,13 @@ def _combined(
 
 def _verify(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
     """Read the file as any other adapter, and compare what each module adds to a weight."""
-    written = _lora_modules(read_adapter(path))
+    written = _summands(read_adapter(path))
     tolerance = max(1e-5, 3 * torch.finfo(dtype).eps)  # two factors, each rounded by up to eps / 2; and float32's own
     if written.keys() != adapter.modules.keys():
         raise RunFailed(
             f"{path.name} reads back with other modules than were written, so it was removed. Check the disk and try again."
         )
-    for target, module in _lora_modules(adapter).items():
+    for target, module in _summands(adapter).items():
         expected, found = module.product(), written[target].product()
         if not torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.abs().max())):
             raise RunFailed(

@@ -46,16 +46,14 @@ def place(adapters: Sequence[tuple[Adapter, Strength]], shapes: Mapping[str, Sha
     """
     folds: Folds = {component: {} for component in shapes}
     for adapter, strength in adapters:
-        homeless = [
-            target for target in adapter.modules if f"{target.path}.weight" not in shapes.get(target.component, {})
-        ]
+        homeless = [target for target in adapter.modules if target.key not in shapes.get(target.component, {})]
         there = [target for target in adapter.modules if target not in set(homeless)]
-        misfits = [t for t in there if not adapter.modules[t].fits(shapes[t.component][f"{t.path}.weight"])]
+        misfits = [t for t in there if not adapter.modules[t].fits(shapes[t.component][t.key])]
         if homeless or misfits:
             raise UserError(_objection(adapter, homeless, misfits, shapes, family))
         for target, module in adapter.modules.items():
             if (ratio := strength.of(target)) != 0:
-                folds[target.component].setdefault(f"{target.path}.weight", []).append((module, ratio))
+                folds[target.component].setdefault(target.key, []).append((module, ratio))
     return folds
 
 
@@ -149,7 +147,8 @@ def _guess(
     adapter: Adapter, homeless: list[Target], misfits: list[Target], shapes: Mapping[str, Shapes], family: Family
 ) -> str:
     """Why an adapter may not fit."""
-    text_widths = {m.shape[1] for target, m in adapter.modules.items() if target.path.endswith(".attn2.to_k")}
+    shapes_there = (m.shape for target, m in adapter.modules.items() if target.path.endswith(".attn2.to_k"))
+    text_widths = {shape[1] for shape in shapes_there if len(shape) > 1}
     by_width = next((f for f in FAMILIES.values() if configs_of(f).unet["cross_attention_dim"] in text_widths), None)
     looks = by_width or adapter.family
     # An adapter that says nothing of its family passes for SD1.5.
@@ -162,7 +161,7 @@ def _guess(
     if misfits and not homeless:
         target = min(misfits)
         found = list(adapter.modules[target].shape)
-        wanted = list(shapes[target.component][f"{target.path}.weight"])
+        wanted = list(shapes[target.component][target.key])
         name = _name(target, adapter)
         return f"{name} is for a weight {found}, the base has {wanted}: it was trained on a model of another size."
     if not any(target.component == UNET for target in adapter.modules):

@@ -158,13 +158,13 @@ class MergeReport:
         return f"Left behind: {count} no part of the models"
 
     def _deltas(self) -> str:
-        """How each kind of module that was merged makes its delta, and what the dropped keys are."""
+        """How each kind of module that was merged makes its delta, and what the files' readers should know."""
         kinds = {
             module.kind for ingredient in self.ingredients for module in ingredient.source.adapter.modules.values()
         }
         said = "; ".join(sorted(f"{kind.title}: delta = {kind.formula}" for kind in kinds))
-        dropped = any(ingredient.keys["dropped"] for ingredient in self.ingredients)
-        return f"{said}.{' Dropped keys are heads that only training needs.' if dropped else ''}"
+        notes = [f" {i.source.file.name}: {note}." for i in self.ingredients for note in i.source.adapter.notes]
+        return f"{said}.{''.join(notes)}"
 
     def as_text(self) -> str:
         """For the screen: the table of keys, the checks, and a word on what changed."""

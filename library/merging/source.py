@@ -41,8 +41,9 @@ class Source:
     def describe(self) -> str:
         """ "a.safetensors: 128 modules, rank 8, alpha 8" """
         modules = self.adapter.modules.values()
+        ranked = [m for m in modules if m.rank > 0]  # the others have neither
         sizes = [f"{what} {_span(values)}" for what, values in
-                 (("rank", {m.rank for m in modules}), ("alpha", {m.alpha for m in modules}))]  # fmt: skip
+                 (("rank", {m.rank for m in ranked}), ("alpha", {m.alpha for m in ranked})) if values]  # fmt: skip
         kinds = sorted({m.kind.title for m in modules} - {"LoRA"})
         return f"{self.file}: {', '.join([plural(len(modules), 'module'), *sizes, *kinds])}"
 
@@ -119,7 +120,7 @@ def base_model_of(sources: Sequence[Source], given: str | None) -> tuple[str, st
     kohyas = first.adapter.metadata.get("ss_sd_model_name")
     said = f"only says that its base was called {kohyas}" if kohyas else "does not say which base model it belongs to"
     raise UserError(
-        f"{first.file} {said}. Name the base with --pretrained_model_name_or_path (a LoRA alone needs none: --lora_only)."
+        f"{first.file} {said}. Name the base with --pretrained_model_name_or_path (merge_lora.py --lora_only needs none)."
     )
 
 

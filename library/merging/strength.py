@@ -67,7 +67,7 @@ def block_of(target: Target) -> str:
     if target.component != UNET:
         return BASE
     try:
-        section, index, *_ = unet_to_original(SD15, target.path).split(".")
+        section, index, *_ = unet_to_original(SD15, target.module).split(".")
     except (KeyError, ValueError):
         return BASE
     # SDXL's lists are numbered alike, only shorter.

@@ -64,5 +64,6 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
             "text encoders, counted from the end."
         )
     options.optimizer.text_encoder_rates(len(family.text_encoders))
-    check_weights(options, base, family)
+    for note in check_weights(options, base, family):
+        processes.say(note)
     return base, family

@@ -30,6 +30,7 @@ from networks.align_head import AlignHeads
 from networks.blocks import block_weights
 from networks.families import SD15, TEXT_ENCODER_2, UNET, Family
 from networks.kinds.lora import LORA_DOWN
+from networks.loading import require_trainable
 from networks.names import Target
 from networks.network import Network, add_network, weight_name
 from networks.spec import NetworkSpec
@@ -90,19 +91,35 @@ def meta_models(
     return models
 
 
-def check_weights(options: RunOptions, base: BaseLocation, family: Family) -> None:
-    """See that network_weights and base_weights fit the base and the network. Raises UserError; nothing heavy is loaded."""
+def check_weights(options: RunOptions, base: BaseLocation, family: Family) -> list[str]:
+    """See that network_weights and base_weights fit the base and the network; returns what the user should know of these files.
+
+    Raises UserError; nothing heavy is loaded.
+    """
+    notes = []
     for path in options.network.base_weights:
-        _require_family("base_weights", path, read_source(path).adapter, family)
+        adapter = read_source(path).adapter
+        _require_family("base_weights", path, adapter, family)
+        notes += [f"base_weights {path}: {note}" for note in adapter.notes]
     start = start_weights(options)
     if start is not None:
         _require_family("network_weights", options.network.network_weights, start, family)
+        notes += [f"network_weights {options.network.network_weights}: {note}" for note in start.notes]
         build_network(meta_models(options, base, family, text=options.trains_text_encoders), options, family, start)
+    return notes
 
 
 def start_weights(options: RunOptions) -> Adapter | None:
+    """Raises UserError where network_weights cannot be trained on."""
     path = options.network.network_weights
-    return None if path is None else read_source(path).adapter
+    if path is None:
+        return None
+    adapter = read_source(path).adapter
+    try:
+        require_trainable(adapter)
+    except AdapterError as error:
+        raise UserError(f"network_weights {path}: {error}") from None
+    return adapter
 
 
 def build_network(

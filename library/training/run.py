@@ -61,7 +61,7 @@ from library.training.speed import set_up_determinism, set_up_speed
 from library.training.state import Trained
 from library.training.task import LoraTask
 from library.training.text import CachedText, EncodedText, PromptTable, Text
-from networks.adapter_file import NETWORK_SPEC_KEY
+from networks.adapter_alphas import NETWORK_SPEC_KEY
 from networks.families import UNET, Family
 
 COMPARED: dict[str, Prediction | None] = {"auto": None, "epsilon": EPSILON, "v": VELOCITY}

@@ -20,7 +20,7 @@ class Kind:
     data: str
     """Its AdapterModule, as "module:class": the tensors of a file, and what they make of a weight."""
     layer: str
-    """Its AdaptedLayer, as "module:class": what is trained."""
+    """Its AdaptedLayer, as "module:class": what is trained; "" for kinds that are read alone."""
     formula: str
     """What it adds to a weight W, for reports."""
     options: tuple[str, ...] = ()
@@ -101,6 +101,56 @@ KINDS = {
         ),
     )
 }
+
+READ_ONLY = {
+    kind.algo: kind
+    for kind in (
+        Kind(
+            "dora-loha",
+            "LoHa with DoRA's magnitudes",
+            data=KINDS["loha"].data,
+            layer="",
+            formula="m * V / norm of V - W with V = W + alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b)",
+            note=KINDS["dora"].note,
+        ),
+        Kind(
+            "dora-lokr",
+            "LoKr with DoRA's magnitudes",
+            data=KINDS["lokr"].data,
+            layer="",
+            formula="m * V / norm of V - W with V = W + alpha / rank * kron(w1, w2)",
+            note=KINDS["dora"].note,
+        ),
+        Kind(
+            "full",
+            "Full (diff)",
+            data="networks.kinds.full:FullModule",
+            layer="",
+            formula="diff",
+            readers="Whole differences (diff, diff_b) beside LoRA: for ComfyUI, A1111 and LyCORIS, not for diffusers.",
+            note="of weights and biases, without a rank.",
+        ),
+        Kind(
+            "glora",
+            "GLoRA",
+            data="networks.kinds.of_weights:GloraModule",
+            layer="",
+            formula="alpha / rank * (b1 @ b2 + W @ a1 @ a2)",
+            adds=False,
+            note="what it adds only the base would tell.",
+        ),
+        Kind(
+            "ia3",
+            "IA3",
+            data="networks.kinds.of_weights:Ia3Module",
+            layer="",
+            formula="W times a factor for each output or input",
+            adds=False,
+            note="it has neither rank nor alpha; what it adds only the base would tell.",
+        ),
+    )
+}
+"""Kinds that are read, merged and drawn with, and not trained."""
 
 
 def without_effect(options: Any) -> dict[str, list[str]]:

@@ -20,6 +20,7 @@ from networks.adapter_module import AdapterModule
 from networks.dropouts import drop_ranks
 from networks.injection import PeftLayer
 from networks.kinds import KINDS, Kind
+from networks.kinds.dora import read_magnitude, with_magnitude
 from networks.spec import NetworkSpec
 from networks.targets import ADAPTER
 from networks.trained_weights import Conv2d, Linear
@@ -56,7 +57,9 @@ class LoraModule(AdapterModule):
         module = cls(down, up, float(down.shape[0]) if alpha is None else alpha, mid)
         for part in ("magnitude", "vector"):
             if part in parts:
-                module = replace(module, magnitude=_magnitude(name, parts.pop(part), module.shape, part == "vector"))
+                module = replace(
+                    module, magnitude=read_magnitude(name, parts.pop(part), module.shape, part == "vector")
+                )
         return module
 
     @property
@@ -108,21 +111,8 @@ class LoraModule(AdapterModule):
         return (self.alpha / self.rank * whole).reshape(self.shape)
 
     def delta(self, weight: Tensor) -> Tensor:
-        """What the adapter at ratio 1 adds to `weight`, float32, of its shape and on its device.
-
-        DoRA: m * V / ||V|| - W with V = W + alpha / rank * up @ down; the norm is that of PEFT and LyCORIS, over everything
-        but the axis that m keeps.
-        """
         added = self.product(weight.device).reshape(weight.shape)
-        if self.magnitude is None:
-            return added
-        before = weight.float()
-        direction = before + added
-        magnitude = self.magnitude.to(weight.device, torch.float32)
-        magnitude = magnitude.reshape(*magnitude.shape[:2], *(1 for _ in direction.shape[2:]))
-        other_axes = [axis for axis in range(direction.ndim) if magnitude.shape[axis] == 1]
-        norm = torch.linalg.vector_norm(direction, dim=other_axes, keepdim=True)
-        return magnitude * direction / norm.clamp(min=torch.finfo(torch.float32).tiny) - before
+        return with_magnitude(weight, added, self.magnitude)
 
     def norm(self) -> float:
         """Of alpha / rank * up @ down (of DoRA: before the magnitude): sqrt(trace((up^T up) (down down^T)))."""
@@ -147,22 +137,6 @@ def _check_shapes(name: str, down: Tensor, up: Tensor, mid: Tensor | None) -> No
         kernel = list(down.shape[2:])
         if mid.ndim != 4 or list(mid.shape[:2]) != [down.shape[0]] * 2 or any(side != 1 for side in kernel):
             raise AdapterError(f"{name} has {shapes}, to which mid {list(mid.shape)} does not belong.")
-
-
-def _magnitude(name: str, value: Tensor, shape: tuple[int, ...], is_pefts: bool) -> Tensor:
-    """As [out, 1, ...] or [1, in, ...]. PEFT keeps [out], of convolutions [1, out, 1, 1]; LyCORIS either of the two forms."""
-    out, inner = shape[:2]
-    ones = [1] * (len(shape) - 2)
-    found = list(value.shape)
-    if is_pefts:
-        fits = found in ([out], [1, out, 1, 1])
-        wanted = [out, 1, *ones]
-    else:
-        fits = len(found) in (2, 4) and found[:2] in ([out, 1], [1, inner]) and all(side == 1 for side in found[2:])
-        wanted = [*found[:2], *ones]
-    if not fits:
-        raise AdapterError(f"the DoRA magnitude of {name} has the shape {found}, which is of no weight {list(shape)}.")
-    return value.reshape(wanted)
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:

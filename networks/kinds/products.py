@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoHaConfig, LoKrConfig
@@ -21,7 +21,8 @@ from networks.adapted_layer import AdaptedLayer, Draw, copy_weights
 from networks.adapter_module import AdapterModule, require_fit
 from networks.dropouts import kept
 from networks.injection import PeftLayer
-from networks.kinds import KINDS
+from networks.kinds import KINDS, READ_ONLY, Kind
+from networks.kinds.dora import magnitude_fits, read_magnitude, with_magnitude
 from networks.spec import NetworkSpec
 from networks.targets import ADAPTER
 
@@ -32,17 +33,52 @@ _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
 
+class ProductModule(AdapterModule):
+    """A product of factors is added, perhaps with DoRA's magnitude around it."""
+
+    in_float32 = ("dora_scale",)
+
+    algo: ClassVar[str]
+    magnitude: Tensor | None
+    """DoRA's, [out, 1, ...] or [1, in, ...]. None: no DoRA."""
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.algo] if self.magnitude is None else READ_ONLY[f"dora-{self.algo}"]
+
+    @property
+    def label(self) -> str:
+        return KINDS[self.algo].title if self.magnitude is None else f"DoRA {KINDS[self.algo].title}"
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        return super().fits(shape) and magnitude_fits(self.magnitude, shape)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return with_magnitude(weight, self.product(weight), self.magnitude)
+
+    def norm(self) -> float:
+        return float(self.product(torch.zeros(self.shape)).norm())
+
+    def product(self, like: Tensor) -> Tensor:
+        """The product, float32, of the shape and on the device of the weight `like`."""
+        raise NotImplementedError
+
+    def _magnitude_tensors(self) -> dict[str, Tensor]:
+        return {} if self.magnitude is None else {"dora_scale": self.magnitude}
+
+
 @dataclass(frozen=True)
-class LohaModule(AdapterModule):
+class LohaModule(ProductModule):
     """W' = W + ratio * alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), entry by entry."""
 
-    kind = KINDS["loha"]
-    parts = {name: name for name in (*_LOHA, "hada_t1", "hada_t2")}
+    algo = "loha"
+    parts = {name: name for name in (*_LOHA, "hada_t1", "hada_t2")} | {"dora_scale": "magnitude"}
 
     w1: Factor
     """(w1_a [out, rank], w1_b [rank, in * kh * kw]), or with t1 [rank, rank, kh, kw] ([rank, out], [rank, in])"""
     w2: Factor
     alpha: float
+    magnitude: Tensor | None = None
 
     @classmethod
     def read(cls, name: str, parts: dict[str, Tensor], alpha: float | None) -> LohaModule:
@@ -53,7 +89,8 @@ class LohaModule(AdapterModule):
                 f"{name} has w1 {list(_shape_of(w1))} and w2 {list(_shape_of(w2))}, which do not fit together."
             )
         module = cls(w1, w2, 0.0)
-        return replace(module, alpha=float(module.rank) if alpha is None else alpha)
+        magnitude = _read_magnitude(name, parts, module.shape)
+        return replace(module, alpha=float(module.rank) if alpha is None else alpha, magnitude=magnitude)
 
     @property
     def rank(self) -> int:
@@ -67,26 +104,28 @@ class LohaModule(AdapterModule):
     def shape(self) -> tuple[int, ...]:
         return _shape_of(self.w1)
 
-    def delta(self, weight: Tensor) -> Tensor:
-        w1, w2 = (_whole(factor, weight.device).reshape(weight.shape) for factor in (self.w1, self.w2))
+    def product(self, like: Tensor) -> Tensor:
+        w1, w2 = (_whole(factor, like.device).reshape(like.shape) for factor in (self.w1, self.w2))
         return self.alpha / self.rank * w1 * w2
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**_named("hada_w1", "hada_t1", self.w1), **_named("hada_w2", "hada_t2", self.w2)}
+        factors = {**_named("hada_w1", "hada_t1", self.w1), **_named("hada_w2", "hada_t2", self.w2)}
+        return {**factors, **self._magnitude_tensors()}
 
 
 @dataclass(frozen=True)
-class LokrModule(AdapterModule):
+class LokrModule(ProductModule):
     """W' = W + ratio * alpha / rank * kron(w1, w2); where neither is decomposed, alpha counts for nothing."""
 
-    kind = KINDS["lokr"]
-    parts = {name: name for name in (*_LOKR, "lokr_t2")}
+    algo = "lokr"
+    parts = {name: name for name in (*_LOKR, "lokr_t2")} | {"dora_scale": "magnitude"}
 
     w1: Factor
     """Whole [a, c], or ([a, rank], [rank, c]); the weight is [a * b, c * d, kh, kw]"""
     w2: Factor
     """Whole [b, d] or [b, d, kh, kw], ([b, rank], [rank, d * kh * kw]), or ([rank, b], [rank, d], [rank, rank, kh, kw])"""
     alpha: float
+    magnitude: Tensor | None = None
 
     @classmethod
     def read(cls, name: str, parts: dict[str, Tensor], alpha: float | None) -> LokrModule:
@@ -94,7 +133,9 @@ class LokrModule(AdapterModule):
         w1, w2 = _read_factor(name, parts, "lokr_w1", None), _read_factor(name, parts, "lokr_w2", "lokr_t2")
         require_fit(name, w1[0].ndim == 2, lokr_w1=w1[0])
         module = cls(w1, w2, 0.0)
-        return replace(module, alpha=float(module.rank) if alpha is None or module.is_whole else alpha)
+        magnitude = _read_magnitude(name, parts, module.shape)
+        own = float(module.rank) if alpha is None or module.is_whole else alpha
+        return replace(module, alpha=own, magnitude=magnitude)
 
     @property
     def is_whole(self) -> bool:
@@ -116,13 +157,18 @@ class LokrModule(AdapterModule):
         (a, c), (b, d, *kernel) = _shape_of(self.w1), _shape_of(self.w2)
         return (a * b, c * d, *kernel)
 
-    def delta(self, weight: Tensor) -> Tensor:
-        w1, w2 = _whole(self.w1, weight.device), _whole(self.w2, weight.device).flatten(1)
+    def product(self, like: Tensor) -> Tensor:
+        w1, w2 = _whole(self.w1, like.device), _whole(self.w2, like.device).flatten(1)
         scale = 1.0 if self.is_whole else self.alpha / self.rank
-        return scale * torch.kron(w1, w2).reshape(weight.shape)
+        return scale * torch.kron(w1, w2).reshape(like.shape)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**_named("lokr_w1", "lokr_t1", self.w1), **_named("lokr_w2", "lokr_t2", self.w2)}
+        factors = {**_named("lokr_w1", "lokr_t1", self.w1), **_named("lokr_w2", "lokr_t2", self.w2)}
+        return {**factors, **self._magnitude_tensors()}
+
+
+def _read_magnitude(name: str, parts: dict[str, Tensor], shape: Sequence[int]) -> Tensor | None:
+    return read_magnitude(name, parts.pop("magnitude"), shape) if "magnitude" in parts else None
 
 
 def _read_factor(name: str, parts: dict[str, Tensor], part: str, core: str | None) -> Factor:

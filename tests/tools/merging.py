@@ -30,7 +30,8 @@ from library.merging.strength import Strength
 from library.models.checkpoint import Checkpoint, open_checkpoint
 from library.models.locate import BaseLocation
 from library.options.toml_file import PROJECT_ROOT
-from networks.adapter_file import BASE_MODEL_KEY, NETWORK_SPEC_KEY
+from networks.adapter_alphas import NETWORK_SPEC_KEY
+from networks.adapter_file import BASE_MODEL_KEY
 from networks.adapters import Adapter
 from networks.families import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from networks.network import Network
