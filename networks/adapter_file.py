@@ -277,7 +277,9 @@ class _Alphas:
             return configs
         beside = self._path.with_name("adapter_config.json")
         return (
-            {"": _json(beside.read_text(encoding="utf-8", errors="replace"), str(beside))} if beside.is_file() else {}
+            {"": _json(beside.read_text(encoding="utf-8-sig", errors="replace"), str(beside))}
+            if beside.is_file()
+            else {}
         )
 
     @cached_property
@@ -306,7 +308,7 @@ class _Alphas:
 def _options_in(path: Path) -> dict[str, Any]:
     """Options in a run's configuration, sections opened; none where it cannot be read, for it may be of something else."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (OSError, ValueError):
         return {}

@@ -21,6 +21,7 @@ from pathlib import Path
 from library.data.pixels import UnreadableImage
 from library.errors import UserError
 from library.files import human_bytes, read_json
+from library.text_files import NotText, decoded
 
 COLUMNS = ("sample_id", "path", "class_id")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -323,12 +324,11 @@ def _check_members(path: Path, archive: zipfile.ZipFile, names: list[str]) -> No
 def _parse_manifest(source: ImageSource, name: str, where: str) -> tuple[list[Sample], list[str]]:
     """The rows of a CSV as samples, with their paths as written, and the place of each: `line 2`."""
     try:
-        text = source.read(Sample("manifest", name, 0)).decode("utf-8-sig")
+        text = decoded(source.read(Sample("manifest", name, 0)))
     except UnreadableImage as error:
         raise UserError(f"{error}. Make it readable, or get it again.") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where} is not UTF-8 (line {line}, byte {error.start}). Save it as CSV UTF-8.") from None
+    except NotText as error:
+        raise UserError(f"{where} is {error}. Save it as CSV UTF-8.") from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         table = [(f"line {reader.line_num}", row) for row in reader if row]

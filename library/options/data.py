@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.options.checks import positive, require, share
+from library.options.given import Needed, Verbatim
 from library.options.kohya.dataset import DEMO_DATA, NetworkCacheOptions
 
 
@@ -14,7 +15,7 @@ from library.options.kohya.dataset import DEMO_DATA, NetworkCacheOptions
 class ClassPictureOptions:
     """Pictures of classes, each trained with its class's prompt, in squares."""
 
-    train_data: str = DEMO_DATA
+    train_data: Needed = DEMO_DATA
     """Training pictures: a folder of class folders, a CSV manifest (sample_id,path,class_id), a ZIP with one, or demo."""
     val_data: str | None = None
     """Validation pictures, in any of the same forms. Without them there is no validation."""
@@ -22,7 +23,7 @@ class ClassPictureOptions:
     """Folder that the paths of a CSV manifest are relative to. Default: the folder of the manifest."""
     class_names: Path | None = None
     """JSON of class names, {"0": "tench", ...} or a list. Class folders without it are named by their folder."""
-    prompt_template: str = "a photo of a {name}"
+    prompt_template: Verbatim = "a photo of a {name}"
     """Prompt of a class; {name} becomes the class name."""
     class_dropout: float = 0.1
     """Share of samples whose class prompt is replaced by the empty one, for classifier-free guidance."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.options.checks import finite, positive, require
+from library.options.given import Needed, Verbatim
 from library.options.model import ModelOptions
 from library.precision import Precision
 
@@ -18,9 +19,9 @@ IMAGES = 4
 
 @dataclass(frozen=True)
 class PictureOptions:
-    prompt: str | None = None
+    prompt: Verbatim | None = None
     """What to draw, in A1111's prompt language: (x:1.2), [a:b:0.5], [a|b], AND, BREAK, <lora:name:0.8>."""
-    negative_prompt: str = ""
+    negative_prompt: Verbatim = ""
     """What the pictures should not show."""
     prompt_file: Path | None = None
     """Instead of --prompt: a file of prompts in kohya's syntax (.txt, .toml, .json). Options fill in what a line leaves out."""
@@ -67,7 +68,7 @@ class PictureOptions:
 
 @dataclass(frozen=True)
 class ModelsOptions:
-    pretrained_model_name_or_path: str = ModelOptions.pretrained_model_name_or_path
+    pretrained_model_name_or_path: Needed = ModelOptions.pretrained_model_name_or_path
     """Model: a diffusers folder, a hub id, one .safetensors file, or one of the project's own (the default is)."""
     vae: str | None = None
     """Another autoencoder: that of this model. Default: the base's own."""

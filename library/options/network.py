@@ -13,6 +13,7 @@ from library.options.checks import require
 from library.options.dialect import Dialect
 from library.options.kohya.dataset import DEMO_DATA
 from library.options.kohya.network import NetworkAlignmentOptions
+from library.options.kohya.network_args import NetworkArgs
 from library.options.kohya.refused import ALIASES, REFUSED
 from library.options.kohya.training import NetworkConfigOptions, NetworkOutputOptions
 from library.options.kohya.watching import LoggingOptions
@@ -27,6 +28,7 @@ KOHYA = Dialect(
     loose_values=True,
     aliases=ALIASES,
     refused=REFUSED,
+    words_of={"network_args": frozenset(field.name for field in dataclasses.fields(NetworkArgs))},
 )
 
 # What is about reading and writing such a file, not about training.

@@ -11,6 +11,7 @@ from library.options.alignment import AlignmentOptions
 from library.options.checks import positive, require
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.options.dialect import Dialect
+from library.options.given import OptionalCount
 from library.options.kohya.dataset import DatasetOptions
 from library.options.kohya.network import NetworkOptions
 from library.options.kohya.network_args import NetworkArgs
@@ -49,7 +50,7 @@ class RepaNetworkOptions(NetworkOptions):
     """Adapters on the U-Net alone; --no_network_train_unet_only trains the text encoders too (captioned pictures only)."""
     lora_scope: Literal["mid", "down_mid", "all"] = "mid"
     """Blocks with adapters on their attention: mid (as documented), down_mid (what the alignment gradient reaches), all."""
-    conv_dim: int | None = None
+    conv_dim: OptionalCount = None
     """Rank of adapters on the convolutions of these blocks. Default: none there."""
     conv_alpha: float = 1.0
     """Alpha of these adapters."""
@@ -117,7 +118,7 @@ class RepaOptimizerOptions(NetworkOptimizerOptions):
 class RepaTrainingOptions(NetworkTrainingOptions):
     train_batch_size: int = 128
     """Samples per step and process. A dataset TOML's batch_size has the last word."""
-    max_train_epochs: int | None = 40
+    max_train_epochs: OptionalCount = 40
     """Passes over the data."""
     max_train_steps: int | None = None
     """Optimizer steps; given, it decides the length instead of max_train_epochs."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from library.options.arguments import parse_arguments
 from library.options.checks import not_negative, positive, require, share
+from library.options.given import OptionalCount
 from library.precision import Precision
 
 Schedule = Literal[
@@ -69,7 +70,7 @@ class OptimizerOptions:
     """cosine_with_restarts: cycles. cosine_with_min_lr, warmup_stable_decay: half waves."""
     lr_scheduler_power: float = 1.0
     """polynomial: exponent of the decay."""
-    lr_scheduler_timescale: int | None = None
+    lr_scheduler_timescale: OptionalCount = None
     """inverse_sqrt: steps over which the rate falls to 1 / sqrt(2). Default: the warm-up."""
     lr_scheduler_min_lr_ratio: float | None = None
     """cosine_with_min_lr, warmup_stable_decay: share of the peak learning rate that is left at the end."""
@@ -178,7 +179,7 @@ class TrainingOptions:
     """Samples per step and process."""
     gradient_accumulation_steps: int = 1
     """Batches whose gradients make one optimizer step."""
-    max_train_epochs: int | None = 40
+    max_train_epochs: OptionalCount = 40
     """Passes over the data."""
     max_train_steps: int | None = None
     """Optimizer steps; given, it decides the length instead of max_train_epochs."""
@@ -210,11 +211,11 @@ class OutputOptions:
     """TensorBoard folder. Default: logs in output_dir."""
     log_every_n_steps: int = 10
     """Optimizer steps between status lines and metric rows."""
-    validate_every_n_steps: int | None = 3000
+    validate_every_n_steps: OptionalCount = 3000
     """Optimizer steps between validations; there is always one at the end."""
-    save_every_n_steps: int | None = 6000
+    save_every_n_steps: OptionalCount = 6000
     """Optimizer steps between saved states; there is always one at the end."""
-    save_last_n_states: int | None = None
+    save_last_n_states: OptionalCount = None
     """Keep only the newest N states. Default: all."""
     resume: str = "auto"
     """State to continue from: auto (the newest in output_dir, if any), none, or a state's folder."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.options.checks import not_negative, positive, require, share
+from library.options.given import Verbatim
 from library.options.kohya.values import OptionalSize, OptionalSpan
 
 DEMO_DATA = "demo"
@@ -127,19 +128,19 @@ class CaptionOptions:
     """Ending of the caption files beside the pictures. Default: .caption, else .txt."""
     shuffle_caption: bool = False
     """Shuffle the tags of a caption each time, except the first keep_tokens."""
-    caption_separator: str = ","
+    caption_separator: Verbatim = ","
     """What separates the tags of a caption."""
     keep_tokens: int = 0
     """So many tags at the beginning keep their place and are never dropped."""
-    keep_tokens_separator: str = ""
+    keep_tokens_separator: Verbatim = ""
     """Text in a caption (such as |||) before which tags keep their place, instead of keep_tokens. Default: none."""
-    secondary_separator: str | None = None
+    secondary_separator: Verbatim | None = None
     """Separator of tags that stay together; becomes caption_separator at the end."""
     enable_wildcard: bool = False
     """Captions may hold {a|b|c}, of which one is drawn, and several lines, of which one is drawn."""
-    caption_prefix: str | None = None
+    caption_prefix: Verbatim | None = None
     """Text put before every caption, with a blank."""
-    caption_suffix: str | None = None
+    caption_suffix: Verbatim | None = None
     """Text put after every caption, with a blank."""
     caption_dropout_rate: float = 0.0
     """Share of the captions that are replaced by the empty one."""

@@ -9,6 +9,7 @@ from typing import Literal
 
 from library.options.alignment import AlignmentOptions
 from library.options.checks import not_negative, positive, require
+from library.options.given import OptionalAmount
 from library.options.kohya.network_args import NetworkArgs, parse_network_args
 from networks.kinds import KINDS
 
@@ -49,7 +50,7 @@ class NetworkOptions:
     """Adapter files that are folded into the base before training."""
     base_weights_multiplier: tuple[float, ...] = ()
     """Strength of each of them; 1 where none is given."""
-    scale_weight_norms: float | None = None
+    scale_weight_norms: OptionalAmount = None
     """Greatest norm of an adapter's product; larger ones are scaled down after each step. 1 is usual."""
 
     def __post_init__(self) -> None:

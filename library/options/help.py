@@ -1,0 +1,2 @@
+def answer_help(argv, options_type, prog, description):
+    pass
