@@ -38,14 +38,14 @@ def learning_rates_of(
     given = options.scheduler_arguments
     named_classes.check_arguments("lr_scheduler_args", function, f"the schedule {options.lr_scheduler}", given)
     arguments = _arguments(options, plan) | given
-    shares = [
-        named_classes.call(
-            "lr_scheduler_args" if given else "lr_scheduler",
-            options.lr_scheduler,
-            lambda group=group: function(_dummy_optimizer([group], group.learning_rate), **arguments),
-        ).lr_lambdas[0]
-        for group in groups
-    ]
+    option = "lr_scheduler_args" if given else "lr_scheduler"
+
+    def share_of(group: ParameterGroup) -> Callable[[int], float]:
+        optimizer = _dummy_optimizer([group], group.learning_rate)
+        made = named_classes.call(option, options.lr_scheduler, lambda: function(optimizer, **arguments))
+        return made.lr_lambdas[0]  # type: ignore[no-any-return]
+
+    shares = [share_of(group) for group in groups]
     return lambda step: [peak * share(step) for peak, share in zip(peaks, shares, strict=True)]
 
 
