@@ -42,6 +42,8 @@ class ClassPictureOptions:
 
 @dataclass(frozen=True)
 class ClassCacheOptions(NetworkCacheOptions):
+    """Where latents, tokens and prompts are kept, and how they are encoded."""
+
     train_latents: Path | None = None
     """LMDB store of the training latents. Default: train_latents in cache_dir."""
     train_tokens: Path | None = None

@@ -13,6 +13,8 @@ Precision = Literal["bf16", "no"]
 
 @dataclass(frozen=True)
 class ModelOptions:
+    """The base model, and the number formats it computes in."""
+
     pretrained_model_name_or_path: Needed = "tiny-shapes"
     """Base model: a hub id, a diffusers folder, one .safetensors file, or tiny-shapes, the embedded default."""
     dino_model: Needed = "tiny-shapes-dinov2"
@@ -29,6 +31,8 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class SpeedOptions:
+    """Memory and speed; the result stays the same."""
+
     sdpa: bool = True
     """Attention by torch's fused scaled_dot_product_attention; --no_sdpa computes the attention matrix step by step."""
     xformers: bool = False

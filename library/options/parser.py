@@ -33,7 +33,7 @@ Options = TypeVar("Options")
 
 @dataclasses.dataclass(frozen=True)
 class ConfigOptions:
-    """The file of options, and whether to train at all."""
+    """The file of options, and --dry_run."""
 
     dataset_config: str | None = None
     """TOML file with any of these options, looked up as given, then in dataset_configs/. The command line overrides it."""

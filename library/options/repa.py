@@ -146,6 +146,12 @@ class TrainRepaOptions(RunOptions):
     output: OutputOptions = field(default_factory=OutputOptions)
 
     options_beside_datasets: ClassVar[bool] = True
+    most_used: ClassVar[tuple[str, ...]] = (
+        *("dataset_config", "train_data", "val_data", "class_names", "pretrained_model_name_or_path", "dino_model"),
+        *("output_dir", "output_name", "cache_dir", "network_dim", "network_alpha", "lora_scope", "align_coeff"),
+        *("train_batch_size", "gradient_accumulation_steps", "max_train_epochs", "learning_rate", "mixed_precision"),
+        *("gradient_checkpointing", "dry_run"),
+    )
 
     @property
     def dataset_file(self) -> Path | None:

@@ -201,6 +201,8 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
+    """What is saved, when, and what is resumed."""
+
     output_dir: Path = Path("outputs/repa")
     """Folder of everything the run leaves: states, adapters, metrics, the resolved options."""
     output_name: str = "repa"

@@ -18,6 +18,8 @@ Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "
 
 @dataclass(frozen=True)
 class DatasetOptions:
+    """Which pictures are trained on, in which sizes."""
+
     train_data_dir: Path | None = None
     """Folder with folders named REPEATS_CLASS TOKENS, or with pictures, or with images/ and captions/; demo is generated."""
     reg_data_dir: Path | None = None
@@ -124,6 +126,8 @@ class DatasetOptions:
 
 @dataclass(frozen=True)
 class CaptionOptions:
+    """How captions are found and changed."""
+
     caption_extension: str | None = None
     """Ending of the caption files beside the pictures. Default: .caption, else .txt."""
     shuffle_caption: bool = False
@@ -187,6 +191,8 @@ class CaptionOptions:
 
 @dataclass(frozen=True)
 class NetworkCacheOptions:
+    """What is encoded once, and where it is kept."""
+
     cache_dir: Path = Path("data/cache")
     """Folder of the caches. Entries are keyed by content and geometry, so runs and data sets may share it."""
     cache_latents: bool | None = None

@@ -28,6 +28,8 @@ _INSTEAD = {
 
 @dataclass(frozen=True)
 class NetworkOptions:
+    """The adapters: kind, size, where they sit, what they start from."""
+
     network_module: str = _LORA
     """Kind of network: networks.lora, the only one. Other kinds of adapter than LoRA are algo=... of network_args."""
     network_dim: int | None = None

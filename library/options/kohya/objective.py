@@ -14,7 +14,7 @@ TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class NoiseOptions:
-    """Departures from plain Gaussian noise at any timestep, which is what the defaults are; `library.diffusion.noise` draws it."""
+    """Departures from plain Gaussian noise at any timestep, which is what the defaults are."""
 
     min_timestep: int | None = None
     """First timestep that is drawn, 0 to 999. Default: 0."""
@@ -76,6 +76,8 @@ class NoiseOptions:
 
 @dataclass(frozen=True)
 class NetworkObjectiveOptions:
+    """The loss, and how it is weighted."""
+
     v_parameterization: bool = False
     """The base predicts velocities. Not needed where the base's own scheduler configuration says so."""
     objective: Literal["auto", "epsilon", "v"] = "auto"

@@ -14,6 +14,8 @@ _WITHOUT_WARMUP = ("constant", "piecewise_constant", "adafactor")
 
 @dataclass(frozen=True)
 class NetworkOptimizerOptions(OptimizerOptions):
+    """Optimizer, learning rates and their course."""
+
     optimizer_type: str = ""
     """AdamW (the default), AdamW8bit, Lion, Prodigy, Adafactor, AdamWScheduleFree, ..., any class of torch.optim,
     bitsandbytes or pytorch_optimizer by its name, or any other by its dotted path."""

@@ -14,6 +14,8 @@ from library.options.training import OutputOptions, TrainingOptions
 
 @dataclass(frozen=True)
 class NetworkConfigOptions:
+    """Files of options, and --dry_run."""
+
     config_file: str | None = None
     """TOML file with any of these options, in any sections; .toml may be left out. The command line overrides it."""
     dataset_config: Path | None = None
@@ -76,6 +78,8 @@ class NetworkModelOptions(ModelOptions):
 
 @dataclass(frozen=True)
 class TextEncoderOptions:
+    """How captions are encoded."""
+
     clip_skip: OptionalCount = None
     """Layer of CLIP-L that the U-Net sees, counted from the end; 1 is the last, SD1.5's. SDXL always sees the second last."""
     max_token_length: Literal[75, 150, 225] | None = None
@@ -97,6 +101,8 @@ class TextEncoderOptions:
 
 @dataclass(frozen=True)
 class NetworkTrainingOptions(TrainingOptions):
+    """How long, in what batches and from which seed."""
+
     train_batch_size: int = 1
     """Samples per step and process. A dataset TOML's batch_size has the last word."""
     max_train_epochs: OptionalCount = None
@@ -134,6 +140,8 @@ class NetworkTrainingOptions(TrainingOptions):
 
 @dataclass(frozen=True)
 class NetworkOutputOptions(OutputOptions):
+    """What is saved, when, and what is resumed."""
+
     output_dir: Path = Path("outputs/network")
     """Folder of everything the run leaves: adapters, states, pictures, metrics, the resolved options."""
     output_name: str = "last"

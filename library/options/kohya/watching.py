@@ -14,6 +14,8 @@ PROMPT_FILES = (".txt", ".toml", ".json")
 
 @dataclass(frozen=True)
 class ValidationOptions:
+    """Pictures held out to measure the loss on."""
+
     validation_split: float = 0.0
     """Share of the training pictures that is held out, chosen by a stable hash, to measure the loss on."""
     validation_seed: int | None = None
@@ -42,6 +44,8 @@ class ValidationOptions:
 
 @dataclass(frozen=True)
 class SampleOptions:
+    """Pictures drawn while training."""
+
     sample_prompts: Path | None = None
     """Prompts to draw while training, .txt (one a line), .toml or .json. Read anew each time."""
     sample_every_n_steps: OptionalCount = None
@@ -75,6 +79,8 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class LoggingOptions:
+    """Metrics for TensorBoard."""
+
     log_with: Literal["tensorboard", "wandb", "all"] | None = None
     """Where metrics go. They go to TensorBoard and metrics.jsonl in any case; wandb is not offered."""
     log_prefix: str | None = None
@@ -102,6 +108,8 @@ class LoggingOptions:
 
 @dataclass(frozen=True)
 class MetadataOptions:
+    """What the adapter file says about itself."""
+
     no_metadata: bool = False
     """Leave all ss_* metadata out of the adapter but what is needed to load it."""
     training_comment: Verbatim | None = None
