@@ -48,8 +48,9 @@ def value_given(value: Any, kind: Any) -> Any:
             return None
         if bool in leaves:
             return False
-        if not leaves & {int, float}:
-            return NOT_GIVEN if NEEDED not in marks else ""
+        if leaves & {int, float}:
+            return 0  # of a number, false is 0, as in Python
+        return "" if NEEDED in marks else NOT_GIVEN
     return value
 
 

@@ -120,7 +120,7 @@ class RepaTrainingOptions(NetworkTrainingOptions):
     """Samples per step and process. A dataset TOML's batch_size has the last word."""
     max_train_epochs: OptionalCount = 40
     """Passes over the data."""
-    max_train_steps: int | None = None
+    max_train_steps: OptionalCount = None
     """Optimizer steps; given, it decides the length instead of max_train_epochs."""
 
     def __post_init__(self) -> None:

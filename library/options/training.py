@@ -80,7 +80,8 @@ class OptimizerOptions:
     """Decay of the exponential moving average of the trained weights; 0 turns it off."""
 
     def __post_init__(self) -> None:
-        positive("learning_rate", self.learning_rate)
+        has_rate = self.learning_rate > 0 or (self.learning_rate == 0 and self._has_other_rates)
+        require(has_rate, "learning_rate", f"must be positive, got {self.learning_rate}.")
         positive("align_learning_rate", self.align_learning_rate)
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             value = getattr(self, name)
@@ -91,6 +92,11 @@ class OptimizerOptions:
         not_negative("max_grad_norm", self.max_grad_norm)
         self._check_optimizer()
         self._check_schedule()
+
+    @property
+    def _has_other_rates(self) -> bool:
+        """Whether a part has a rate of its own."""
+        return False
 
     @property
     def optimizer_name(self) -> str:
@@ -144,15 +150,15 @@ class OptimizerOptions:
                 name,
                 f"must be a whole number of steps or a share below 1, got {value}.",
             )
-        positive("lr_scheduler_num_cycles", self.lr_scheduler_num_cycles)
-        positive("lr_scheduler_power", self.lr_scheduler_power)
         positive("lr_scheduler_timescale", self.lr_scheduler_timescale)
         share("lr_scheduler_min_lr_ratio", self.lr_scheduler_min_lr_ratio)
         schedule = self.lr_scheduler_type or self.lr_scheduler
         defaults = {field.name: field.default for field in fields(self)}
         for name, readers in READ_BY.items():
-            unread = schedule not in readers and getattr(self, name) != defaults[name]
+            unread = schedule not in readers and getattr(self, name) not in (0, defaults[name])
             require(not unread, name, f"has no effect with the schedule {schedule}; it is for {' and '.join(readers)}.")
+            if schedule in readers and name in ("lr_scheduler_num_cycles", "lr_scheduler_power"):
+                positive(name, getattr(self, name))
         given = self.scheduler_arguments
         if schedule == "cosine_with_min_lr":
             ratio = self.lr_scheduler_min_lr_ratio is not None or given.keys() & {"min_lr", "min_lr_rate"}

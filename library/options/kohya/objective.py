@@ -52,7 +52,7 @@ class NoiseOptions:
         require(first < end, "min_timestep", f"{first} is not below max_timestep {end}; no timestep is left.")
         not_negative("noise_offset", self.noise_offset)
         positive("multires_noise_iterations", self.multires_noise_iterations)
-        positive("multires_noise_discount", self.multires_noise_discount)
+        not_negative("multires_noise_discount", self.multires_noise_discount)
         not_negative("ip_noise_gamma", self.ip_noise_gamma)
         for name, needed in (
             ("noise_offset_random_strength", "noise_offset"),
@@ -62,7 +62,7 @@ class NoiseOptions:
             given = getattr(self, name) not in (None, False)
             require(not given or getattr(self, needed) is not None, name, f"has no effect without {needed}.")
         require(
-            self.multires_noise_discount == 0.3 or self.multires_noise_iterations is not None,
+            self.multires_noise_discount in (0, 0.3) or self.multires_noise_iterations is not None,
             "multires_noise_discount",
             "has no effect without multires_noise_iterations.",
         )

@@ -20,7 +20,8 @@ class NetworkOptimizerOptions(OptimizerOptions):
     """AdamW (the default), AdamW8bit, Lion, Prodigy, Adafactor, AdamWScheduleFree, ..., any class of torch.optim,
     bitsandbytes or pytorch_optimizer by its name, or any other by its dotted path."""
     learning_rate: float = 1e-4
-    """Peak learning rate where unet_lr and text_encoder_lr say nothing. Prodigy and D-Adaptation want 1.0."""
+    """Peak learning rate where unet_lr and text_encoder_lr say nothing; 0 beside one of them trains that one alone. Prodigy and
+    D-Adaptation want 1.0."""
     unet_lr: float | None = None
     """Peak learning rate of adapters on the U-Net; 0 trains none there. Default: learning_rate."""
     text_encoder_lr: tuple[float, ...] = ()
@@ -61,6 +62,10 @@ class NetworkOptimizerOptions(OptimizerOptions):
         )
 
     @property
+    def _has_other_rates(self) -> bool:
+        return bool(self.unet_lr) or any(self.text_encoder_lr)
+
+    @property
     def unet_rate(self) -> float:
         """Peak learning rate of adapters on the U-Net."""
         return self.learning_rate if self.unet_lr is None else self.unet_lr
@@ -68,7 +73,7 @@ class NetworkOptimizerOptions(OptimizerOptions):
     @property
     def trains_text_encoders(self) -> bool:
         """Whether any rate is above 0; network_train_unet_only is not asked here."""
-        return not self.text_encoder_lr or any(rate > 0 for rate in self.text_encoder_lr)
+        return any(rate > 0 for rate in self.text_encoder_lr or (self.learning_rate,))
 
     def text_encoder_rates(self, count: int) -> tuple[float, ...]:
         """Peak learning rate of each of `count` text encoders. Raises OptionError where more rates are given."""

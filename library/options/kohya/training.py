@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from library.options.checks import positive, require
-from library.options.given import Needed, OptionalCount
+from library.options.given import OFF_AT_ZERO, Needed, OptionalCount
 from library.options.model import ModelOptions, SpeedOptions
 from library.options.training import OutputOptions, TrainingOptions
 
@@ -82,7 +82,7 @@ class TextEncoderOptions:
 
     clip_skip: OptionalCount = None
     """Layer of CLIP-L that the U-Net sees, counted from the end; 1 is the last, SD1.5's. SDXL always sees the second last."""
-    max_token_length: Literal[75, 150, 225] | None = None
+    max_token_length: Annotated[Literal[75, 150, 225] | None, OFF_AT_ZERO] = None
     """Longest caption in tokens; longer ones are cut, and the cut is said. Default: 75."""
 
     def __post_init__(self) -> None:
