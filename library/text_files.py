@@ -24,15 +24,15 @@ def decoded(data: bytes) -> str:
     Raises NotText. UTF-16 without a mark is legal UTF-8, with a NUL beside each letter; text that people write has none.
     """
     mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "utf-8"))
+    if not mark and data.count(0) > len(data) // 4:
+        raise NotText("UTF-16 text without a byte order mark", data.count(b"\n", 0, data.index(0)) + 1)
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, len(mark) + error.start) + 1
         raise NotText("not UTF-8 text" if encoding == "utf-8" else "not UTF-16 text", line) from None
     if "\0" in text:
-        is_utf16 = not mark and data.count(0) > len(data) // 4
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise NotText("UTF-16 text without a byte order mark" if is_utf16 else "no text, for it has NUL bytes", line)
+        raise NotText("no text, for it has NUL bytes", text.count("\n", 0, text.index("\0")) + 1)
     return text
 
 

@@ -1,4 +1,4 @@
-"""0, false and "" for each of kohya's options: what happens here is what the table says, and the command line agrees with a file."""
+"""0, false and "" for each of kohya's options: what happens is what the table says, and the command line agrees with a file."""
 
 from __future__ import annotations
 

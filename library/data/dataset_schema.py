@@ -45,7 +45,7 @@ def _range(value: Any) -> Any:
 
 
 def _path(value: Any) -> Any:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not (value := value.strip()):
         return value
     return Path.home() / value[2:] if value.startswith("~/") else Path(value)
 
