@@ -247,3 +247,15 @@ def test_a_terminal_without_utf8_shows_sentences_too(words: str, said: str) -> N
     text = done.stderr.decode("ascii")
     assert done.returncode == EXIT_BAD_INPUT and text.startswith("error: ") and said in text
     assert not set("|+") & set(text) and "---" not in text and "Traceback" not in text
+
+
+def test_optimizer_arguments_that_stand_alone_do_so_too(tmp_path: Path) -> None:
+    (said,) = faults("--config_file", config(tmp_path, "betas = [0.9, 0.99]\ndecouple = true\n"))
+    assert said.endswith('Write optimizer_args = ["betas=0.9,0.99", "decouple=True"].')
+    with pytest.raises(UserError, match=r"--algo: no option but a part of network_args. Write --network_args algo=lokr"):
+        parse_repa_options(["--train_data", "x", "--algo", "lokr"], prog="x", description="")
+
+
+def test_a_stray_word_is_the_only_fault_that_is_told(tmp_path: Path) -> None:
+    (said,) = faults("stray", "--pretrained_model_name_or_path", "x.safetensors", "--train_data_dir", "demo")
+    assert said == "Unrecognized options: stray."

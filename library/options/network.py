@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 from library.errors import UserError
 from library.options.checks import require
 from library.options.dialect import Dialect
+from library.options.kohya import network_args
 from library.options.kohya.dataset import DEMO_DATA
 from library.options.kohya.network import NetworkAlignmentOptions
-from library.options.kohya.network_args import NetworkArgs
+from library.options.kohya.optimizer import OPTIMIZER_KEYS
 from library.options.kohya.refused import ALIASES, REFUSED
 from library.options.kohya.training import NetworkConfigOptions, NetworkOutputOptions
 from library.options.kohya.watching import LoggingOptions
@@ -28,7 +29,7 @@ KOHYA = Dialect(
     loose_values=True,
     aliases=ALIASES,
     refused=REFUSED,
-    words_of={"network_args": frozenset(field.name for field in dataclasses.fields(NetworkArgs))},
+    words_of={"network_args": network_args.KEYS, "optimizer_args": OPTIMIZER_KEYS},
 )
 
 # What is about reading and writing such a file, not about training.

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 import sys
 import typing
@@ -65,7 +66,7 @@ def parse(
     words, wrong = dialect.words(argv)
     config = next((word.strip() for word in reversed(values_in(words, dialect.config_option))), "") or None
     if config is None and default_config is not None and not values_in(words, "train_data"):
-        print(f"No --{dialect.config_option} given: using the embedded {default_config}.", file=sys.stderr)
+        _say(f"No --{dialect.config_option} given: using the embedded {default_config}.")
         config = default_config
         words = [*words, f"--{dialect.config_option}", config]
     known = set(kinds).union(*(fields_of(other) for other in also_known))
@@ -81,14 +82,14 @@ def parse(
         from_file = _typed(from_file, kinds, wrong, loose=dialect.loose_values)
     words, empty = words_given(words, kinds)
     for name in empty:
-        print(f"note: --{name} is empty and counts as not given.", file=sys.stderr)
+        _say(f"note: --{name} is empty and counts as not given.")
         from_file.pop(name, None)
     given = _command_line(words, kinds, wrong)
     values = values_of(from_file)
     replaced = beaten({name: value for name, value in given.items() if name != dialect.config_option}, values)
     for loser, winner in replaced.items():
         place = from_file[option_of(loser, values)].place
-        print(f"note: --{winner.partition(':')[0]} replaces {loser.replace(':', ' ')} of {place}.", file=sys.stderr)
+        _say(f"note: --{winner.partition(':')[0]} replaces {loser.replace(':', ' ')} of {place}.")
     values = without(values, replaced) | given
     options, failed = _checked(options_type, values, kinds, wrong)
     checks = [_with_place(error, from_file, given) for error in failed]
@@ -97,6 +98,12 @@ def parse(
     if wrong := [*wrong, *map(str, checks)]:
         raise UserError("\n".join(wrong))
     return options
+
+
+def _say(sentence: str) -> None:
+    """Once, of all processes of a training."""
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr)
 
 
 def _known_words(words: list[str], kinds: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -160,7 +167,7 @@ def _file_values(
     values, faults = dialect.values(read)
     strangers = _unknown(values, known)
     if strangers and dialect.ignore_option is not None and _switched_on(dialect.ignore_option, words, values):
-        print(f"warning: {strangers} They are ignored, as --{dialect.ignore_option} asks.", file=sys.stderr)
+        _say(f"warning: {strangers} They are ignored, as --{dialect.ignore_option} asks.")
     elif strangers:
         faults.insert(0, strangers)
     if faults:
@@ -314,7 +321,7 @@ def _command_line(words: list[str], kinds: dict[str, Any], wrong: list[str]) -> 
         wrong.append(_sentence(message))
         named = [name for name in re.findall(r"--(\w+)", message) if name in given]
         if not named:
-            return {}
+            raise UserError("\n".join(wrong))
         del given[named[0]]
         words = _without_option(words, named[0])
 

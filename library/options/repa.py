@@ -12,11 +12,12 @@ from library.options.checks import positive, require
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.options.dialect import Dialect
 from library.options.given import OptionalCount
+from library.options.kohya import network_args
 from library.options.kohya.dataset import DatasetOptions
 from library.options.kohya.network import NetworkOptions
 from library.options.kohya.network_args import NetworkArgs
 from library.options.kohya.objective import NetworkObjectiveOptions
-from library.options.kohya.optimizer import NetworkOptimizerOptions
+from library.options.kohya.optimizer import OPTIMIZER_KEYS, NetworkOptimizerOptions
 from library.options.kohya.training import NetworkModelOptions, NetworkTrainingOptions
 from library.options.kohya.values import OptionalSize, StepsOrShare
 from library.options.parser import ConfigOptions, parse
@@ -24,7 +25,10 @@ from library.options.run import RunOptions
 from library.options.toml_file import find_config, read_toml
 from library.options.training import OutputOptions, Schedule
 
-REPA = Dialect(datasets_beside=True)
+REPA = Dialect(
+    datasets_beside=True,
+    words_of={"network_args": network_args.KEYS - {"conv_dim", "conv_alpha"}, "optimizer_args": OPTIMIZER_KEYS},
+)
 
 
 @dataclass(frozen=True)

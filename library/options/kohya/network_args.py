@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from library.options.arguments import pair_of
@@ -129,6 +129,9 @@ _LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 
 def _require(holds: bool, name: str, message: str) -> None:
     require(holds, "network_args", f"{name} {message}")
+
+
+KEYS = frozenset(field.name for field in fields(NetworkArgs))
 
 
 def parse_network_args(words: Sequence[str]) -> NetworkArgs:

@@ -11,6 +11,14 @@ from library.options.training import OptimizerOptions, Schedule
 # Schedules that begin at the full rate whatever lr_warmup_steps says.
 _WITHOUT_WARMUP = ("constant", "piecewise_constant", "adafactor")
 
+OPTIMIZER_KEYS = frozenset(
+    """
+    betas eps amsgrad momentum nesterov d0 d_coef growth_rate decouple use_bias_correction safeguard_warmup relative_step
+    scale_parameter warmup_init
+    """.split()  # noqa: SIM905
+)
+"""Arguments of optimizers that people write as options of their own."""
+
 
 @dataclass(frozen=True)
 class NetworkOptimizerOptions(OptimizerOptions):

@@ -116,23 +116,23 @@ class MetadataOptions:
     """Text for ss_training_comment, such as the trigger words."""
     metadata_title: Verbatim | None = None
     """modelspec.title. Default: output_name."""
-    metadata_author: str | None = None
+    metadata_author: Verbatim | None = None
     """modelspec.author of the adapter file."""
     metadata_description: Verbatim | None = None
     """modelspec.description of the adapter file."""
-    metadata_license: str | None = None
+    metadata_license: Verbatim | None = None
     """modelspec.license of the adapter file."""
-    metadata_tags: str | None = None
+    metadata_tags: Verbatim | None = None
     """modelspec.tags, separated by commas."""
-    metadata_usage_hint: str | None = None
+    metadata_usage_hint: Verbatim | None = None
     """modelspec.usage_hint of the adapter file."""
     metadata_thumbnail: str | None = None
     """modelspec.thumbnail, a picture as a data: URL."""
     metadata_merged_from: str | None = None
     """modelspec.merged_from, where the adapter is a mixture."""
-    metadata_trigger_phrase: str | None = None
+    metadata_trigger_phrase: Verbatim | None = None
     """modelspec.trigger_phrase of the adapter file."""
-    metadata_preprocessor: str | None = None
+    metadata_preprocessor: Verbatim | None = None
     """modelspec.preprocessor of the adapter file."""
     metadata_is_negative_embedding: str | None = None
     """modelspec.is_negative_embedding of the adapter file."""
