@@ -259,3 +259,8 @@ def test_optimizer_arguments_that_stand_alone_do_so_too(tmp_path: Path) -> None:
 def test_a_stray_word_is_the_only_fault_that_is_told(tmp_path: Path) -> None:
     (said,) = faults("stray", "--pretrained_model_name_or_path", "x.safetensors", "--train_data_dir", "demo")
     assert said == "Unrecognized options: stray."
+
+
+def test_a_mistyped_option_is_not_missed_in_a_second_sentence() -> None:
+    words = ["--pretrained_model_name_or_path", "x.safetensors", "--train_data_dirr", "demo"]
+    assert faults(*words) == ["Unknown option: --train_data_dirr (did you mean train_data_dir?)."]

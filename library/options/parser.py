@@ -139,7 +139,7 @@ def _checked(
                 errors.append(error)
             gone = {error.option} & values.keys() or about & values.keys()
             if not gone:
-                return None, errors or [error]  # type: ignore[return-value]
+                return None, errors or ([] if wrong else [error])  # type: ignore[return-value]
             named |= gone
             values = {name: value for name, value in values.items() if name not in gone}
 
@@ -266,11 +266,11 @@ def _typed(values: dict[str, Located], kinds: dict[str, Any], wrong: list[str], 
 
 def _misread(value: Any, kind: Any) -> str | None:
     """What to say of a path that TOML has read otherwise than it was meant: "data\\new" has a line end in it."""
-    signs = {"\t": r"\t", "\n": r"\n", "\r": r"\r", "\b": r"\b", "\f": r"\f", "\x1b": r"\e", "\x07": r"\a"}
+    signs = {"\t": r"\t", "\n": r"\n", "\r": r"\r", "\b": r"\b", "\f": r"\f"}
     if VERBATIM in markers(kind) or not plain_kinds(kind) & {str, Path}:
         return None
     for text in value if isinstance(value, list) else [value]:
-        if isinstance(text, str) and len(text.splitlines()) <= 2 and set(text) & set(signs):
+        if isinstance(text, str) and "=" not in text and set(text) & set(signs):
             return in_single_quotes("".join(signs.get(sign, sign) for sign in text))
     return None
 
