@@ -252,7 +252,9 @@ def test_a_terminal_without_utf8_shows_sentences_too(words: str, said: str) -> N
 def test_optimizer_arguments_that_stand_alone_do_so_too(tmp_path: Path) -> None:
     (said,) = faults("--config_file", config(tmp_path, "betas = [0.9, 0.99]\ndecouple = true\n"))
     assert said.endswith('Write optimizer_args = ["betas=0.9,0.99", "decouple=True"].')
-    with pytest.raises(UserError, match=r"--algo: no option but a part of network_args. Write --network_args algo=lokr"):
+    with pytest.raises(
+        UserError, match=r"--algo: no option but a part of network_args. Write --network_args algo=lokr"
+    ):
         parse_repa_options(["--train_data", "x", "--algo", "lokr"], prog="x", description="")
 
 

@@ -155,6 +155,8 @@ def test_a_rate_depends_on_the_step_alone() -> None:
         ({"lr_scheduler_type": "CosineAnealingLR"}, "is no scheduler of torch (did you mean CosineAnnealingLR?)."),
         ({"lr_scheduler_type": "torch.optim.AdamW"}, "torch.optim.AdamW is not a torch scheduler class."),
         ({"lr_scheduler_type": "StepLR"}, "lr_scheduler_args does not suit StepLR: "),
+        ({"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ("max_lr=1", "total_steps=100")},
+         "lr_scheduler_args lacks cycle_momentum=False: OneCycleLR would change the momentum too"),
         ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ("step=3",)}, "gives StepLR what it does not take: step"),
         ({"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ("max_lr=1", "total_steps=5", "cycle_momentum=False")},
          "lr_scheduler_args does not suit OneCycleLR: Tried to step 6 times"),

@@ -116,6 +116,12 @@ def _replayed(options: OptimizerOptions, plan: Plan, groups: Sequence[ParameterG
     kind = _scheduler_class(options.lr_scheduler_type)
     arguments = options.scheduler_arguments
     named_classes.check_arguments("lr_scheduler_args", kind, kind.__name__, arguments)
+    cycles = "cycle_momentum" in named_classes.argument_names(kind) and arguments.get("cycle_momentum", True)
+    require(
+        not cycles,
+        "lr_scheduler_args",
+        f"lacks cycle_momentum=False: {kind.__name__} would change the momentum too, and a schedule here sets rates alone.",
+    )
 
     def rates() -> list[list[float]]:
         optimizer = _dummy_optimizer(groups, options.learning_rate)
