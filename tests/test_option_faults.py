@@ -42,7 +42,7 @@ conv_dim = 32
 seed = "x"
 save_precision = "half"
 min_snr_gamma = -1
-vae_batch_size = 0
+vae_batch_size = -1
 huber_c = 0.5
 train_data_dir = "nowhere"
 noise_offset_random_strength = true
@@ -72,7 +72,7 @@ noise_offset_random_strength = true
         "network_dim is 'y': expected INT.",
         "clip_skip must lie between 1 and 12, the layers of CLIP-L, got 13.",
         "train_data_dir nowhere does not exist (my.toml, line 9).",
-        "vae_batch_size must be positive, got 0 (my.toml, line 7).",
+        "vae_batch_size must be positive, got -1 (my.toml, line 7).",
         "noise_offset_random_strength has no effect without noise_offset (my.toml, line 10).",
         "min_snr_gamma must be positive, got -1.0 (my.toml, line 6).",
         "huber_c has no effect with loss_type l2. Use huber (my.toml, line 8).",

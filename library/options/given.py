@@ -26,6 +26,8 @@ VERBATIM = Marker("blanks around it count")
 
 Needed = Annotated[str, NEEDED]
 Verbatim = Annotated[str, VERBATIM]
+Count = Annotated[int, OFF_AT_ZERO]
+"""A whole number above 0; 0 and false are not given."""
 OptionalCount = Annotated[int | None, OFF_AT_ZERO]
 """A whole number above 0, or None: off, which 0 and false mean too."""
 OptionalAmount = Annotated[float | None, OFF_AT_ZERO]
@@ -43,9 +45,9 @@ def value_given(value: Any, kind: Any) -> Any:
     if isinstance(value, str):
         text = value if VERBATIM in marks else value.strip()
         return text if text or NEEDED in marks else NOT_GIVEN
-    if value == 0 and isinstance(value, int):  # False too
-        if OFF_AT_ZERO in marks:
-            return None
+    if OFF_AT_ZERO in marks and value == 0:  # False too
+        return None if _may_be_none(kind) else NOT_GIVEN
+    if value == 0 and isinstance(value, int):
         if bool in leaves:
             return False
         if leaves & {int, float}:
@@ -54,12 +56,12 @@ def value_given(value: Any, kind: Any) -> Any:
     return value
 
 
-def words_given(argv: list[str], kinds: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """`argv` without empty values and blanks around values, and the options whose value is empty: they are not given, here nor
-    in a file. What is turned off by 0 says None, as the parser wants it.
+def words_given(argv: list[str], kinds: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """`argv` without empty values and blanks around values, and the options that are not given then, here nor in a file, with
+    what they say. What is turned off by 0 says None, as the parser wants it.
     """
     parts: list[tuple[str, list[str]]] = []
-    empty: dict[str, None] = {}
+    empty: dict[str, str] = {}
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -75,18 +77,26 @@ def words_given(argv: list[str], kinds: Mapping[str, Any]) -> tuple[list[str], l
         read = [_word_given(value, kind) for value in values]
         kept = read if NEEDED in markers(kind) else [word for word in read if word]
         if values and not kept:
-            empty[name] = None
+            empty[name] = "".join(values).strip()
             parts = [part for part in parts if part[0] != name]
             continue
         empty.pop(name, None)
         parts.append((name, [f"{option}={kept[0]}"] if equals else [option, *kept]))
-    return [word for _, words in parts for word in words], list(empty)
+    return [word for _, words in parts for word in words], empty
 
 
 def _word_given(word: str, kind: Any) -> str:
     marks = markers(kind)
     text = word if VERBATIM in marks else word.strip()
-    return "None" if OFF_AT_ZERO in marks and _is_zero(text) else text
+    if OFF_AT_ZERO in marks and _is_zero(text):
+        return "None" if _may_be_none(kind) else ""
+    return text
+
+
+def _may_be_none(kind: Any) -> bool:
+    return kind is types.NoneType or any(
+        _may_be_none(part) for part in typing.get_args(kind) if not isinstance(part, Marker)
+    )
 
 
 def _is_zero(text: str) -> bool:

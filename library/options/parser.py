@@ -81,8 +81,8 @@ def parse(
             raise UserError("\n".join([*wrong, str(error)])) from None
         from_file = _typed(from_file, kinds, wrong, loose=dialect.loose_values)
     words, empty = words_given(words, kinds)
-    for name in empty:
-        _say(f"note: --{name} is empty and counts as not given.")
+    for name, word in empty.items():
+        _say(f"note: --{name} {word or 'is empty and'} counts as not given.")
         from_file.pop(name, None)
     given = _command_line(words, kinds, wrong)
     values = values_of(from_file)

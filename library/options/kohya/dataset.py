@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.options.checks import not_negative, positive, require, share
-from library.options.given import Verbatim
+from library.options.given import Count, Verbatim
 from library.options.kohya.values import OptionalSize, OptionalSpan
 
 DEMO_DATA = "demo"
@@ -200,7 +200,7 @@ class NetworkCacheOptions:
     color_aug, random_crop or face_crop_aug_range forbid it."""
     cache_latents_to_disk: bool = False
     """The same as cache_latents: caches are always on disk, in cache_dir, and outlive the run."""
-    vae_batch_size: int = 1
+    vae_batch_size: Count = 1
     """Pictures of one shape per batch while encoding."""
     cache_text_encoder_outputs: bool = False
     """Encode captions once and keep the result. The text encoders cannot be trained then, nor captions changed."""

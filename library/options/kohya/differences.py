@@ -214,9 +214,9 @@ DIFFERENCES: tuple[Difference, ...] = (
         "nobody means that; every option at 0, false and the empty value is in [kohya_values.tsv](kohya_values.tsv)",
     ),
     Difference(
-        "vae_batch_size, token_warmup_min, dataset_repeats, huber_c, huber_scale, lr_scheduler_num_cycles, lr_scheduler_power, "
+        "token_warmup_min, dataset_repeats, huber_c, huber_scale, lr_scheduler_num_cycles, lr_scheduler_power, "
         "max_validation_steps, initial_epoch",
-        "0 and false are taken: as 1, as nothing, or as a number that computes nonsense",
+        "0 and false are taken: as nothing, or as a number that computes nonsense",
         "refused at 0 and false (the two lr_scheduler_* where the schedule reads them)",
         "what is meant cannot be told",
     ),
