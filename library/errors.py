@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -64,11 +65,13 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int
     @wraps(main)
     def run(argv: list[str]) -> int:
         quiet_libraries()
+        _readable_output()
         try:
             with doing(os.path.basename(main.__code__.co_filename)):
                 return main(argv) or EXIT_OK
         except UserError as error:
-            print(f"error: {error}" if error.exit_code != EXIT_STOPPED else str(error), file=sys.stderr)
+            lines = str(error).replace("\n", "\n       ")
+            print(f"error: {lines}" if error.exit_code != EXIT_STOPPED else str(error), file=sys.stderr)
             return error.exit_code
         except KeyboardInterrupt:
             print("Interrupted. Nothing half-written was left; run the same command again to go on.", file=sys.stderr)
@@ -90,3 +93,9 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int
             return EXIT_OUT_OF_MEMORY
 
     return run
+
+
+def _readable_output() -> None:
+    """Escape what the terminal's encoding has not, rather than end with a UnicodeEncodeError, as stderr does anyway."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from library.errors import RunFailed, UserError
 from library.progress import doing
+from library.text_files import NotText, decoded
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -206,12 +207,14 @@ def write_json(path: Path | str, value: Any) -> None:
 def read_json(path: Path | str) -> Any:
     """Parse a JSON file. Raises UserError naming file, line and column where it is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(decoded(Path(path).read_bytes()))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {_reason(error)}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except NotText as error:
+        raise UserError(f"{path} is not valid JSON: it is {error}.") from None
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
 
 

@@ -131,7 +131,7 @@ class Alphas:
         if self._path.name != PEFT_WEIGHTS and file.with_name(PEFT_WEIGHTS).is_file():
             return self._refused(file, f"it belongs to {PEFT_WEIGHTS}")
         try:
-            config = _json(file.read_text(encoding="utf-8", errors="replace"), str(file))
+            config = _json(file.read_text(encoding="utf-8-sig", errors="replace"), str(file))
         except AdapterError as error:
             if self._path.name == PEFT_WEIGHTS:
                 raise
@@ -215,7 +215,7 @@ def _listed(ranks: set[int]) -> str:
 def _options_in(path: Path) -> dict[str, Any]:
     """Options in a run's configuration, sections opened; none where it cannot be read, for it may be of something else."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (OSError, ValueError):
         return {}

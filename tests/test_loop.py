@@ -19,7 +19,7 @@ from library.training.loop import Run, train
 from library.training.loss_scaling import LossScaler
 from library.training.optimizers import ParameterGroup, make_optimizer
 from library.training.plan import make_plan
-from library.training.schedules import rate_multiplier
+from library.training.schedules import learning_rates_of
 from library.training.state import Trained
 from library.training.tracking import MetricLog
 from tests.tools.orders import whole_steps
@@ -99,7 +99,7 @@ def run_of(
         plan=plan,
         trained=trained,
         batches=Counted,
-        multiplier=rate_multiplier(options, plan),
+        rates=learning_rates_of(options, plan, task.groups),
         max_grad_norm=1.0,
         seed=0,
         output=output,

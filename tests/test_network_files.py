@@ -212,6 +212,31 @@ def test_adapters_are_due_by_epochs_steps_or_number() -> None:
     assert due(save_every_n_steps=15, save_every_n_epochs=5) == [15, 20, 30, 40]
 
 
+def test_a_last_step_that_is_due_is_saved_under_its_own_name_too() -> None:
+    """As in kohya: the step's file, and its state with save_state; save_state_on_train_end is about the last one alone."""
+    kept = saving(save_every_n_steps=20)
+    assert kept.adapters(40, True, PLAN) == ["mio-step00000040", "mio"] and kept.states(40, True, False, PLAN) == []
+    assert saving(save_every_n_steps=15).adapters(40, True, PLAN) == ["mio"]
+    kept = saving(save_every_n_steps=20, save_state=True)
+    assert kept.states(40, True, False, PLAN) == ["mio-step00000040-state", "mio-state"]
+    kept = saving(save_every_n_steps=20, save_state_on_train_end=True)
+    assert kept.states(40, True, False, PLAN) == ["mio-state"] and kept.states(20, False, False, PLAN) == []
+
+
+def test_the_last_step_removes_old_steps_and_no_epochs(tmp_path: Path) -> None:
+    there = [
+        "mio-000008.safetensors",
+        "mio-000009.safetensors",
+        "mio-step00000020.safetensors",
+        "mio-step00000030.safetensors",
+    ]
+    for name in there:
+        (tmp_path / name).write_text("")
+    changes = {"save_every_n_epochs": 1, "save_last_n_epochs": 2, "save_every_n_steps": 10, "save_last_n_steps": 10}
+    saving(output_dir=tmp_path, **changes).prune(40, True, None, PLAN)
+    assert set(there) - set(names(tmp_path)) == {"mio-step00000020.safetensors"}
+
+
 def test_old_files_go_as_kohyas_do(tmp_path: Path) -> None:
     """By distance in steps and epochs; the newest state stays, and so does what another run is called."""
     there = [f"mio-00000{n}{ending}" for n in (2, 4, 6) for ending in (".safetensors", "-ema.safetensors", "-state")]

@@ -134,7 +134,7 @@ def test_a_wrong_value_in_a_file_is_one_clear_sentence(tmp_path: Path, text: str
         ("--lr_warmup_steps x", r"--lr_warmup_steps: expected STEPS, SHARE or N%, got 'x'"),
         ("--learnin_rate 1", r"Unknown option: --learnin_rate \(did you mean learning_rate\?\)"),
         ("--max_train_steps 0", r"max_train_steps must be positive, got 0"),
-        ("--max_train_epochs 0", r"max_train_epochs must be positive, got 0"),
+        ("--max_train_epochs -1", r"max_train_epochs must be positive, got -1"),
         ("--max_train_epochs 3 --initial_epoch 4", r"initial_epoch 4 leaves nothing to train: max_train_epochs is 3"),
         ("--initial_step 1600", r"initial_step 1600 leaves nothing to train"),
         ("--initial_step 5 --initial_epoch 2", r"initial_step and initial_epoch are both given"),

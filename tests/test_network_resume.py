@@ -97,11 +97,15 @@ SHORT = {
     ("base", "changes"),
     [
         ("network_setting", {"optimizer_type": "Prodigy", "learning_rate": 1.0}),
+        ("network_setting", {
+            "network_args": "loraplus_unet_lr_ratio=4", "lr_scheduler_type": "OneCycleLR",
+            "lr_scheduler_args": "max_lr=[1e-2,5e-3] total_steps=5 cycle_momentum=False",
+        }),
         ("sdxl_setting", {"optimizer_type": "AdamW8bit", "mixed_precision": "fp16", **SHORT}),
     ],
-    ids=["prodigy", "adamw8bit-fp16"],
-)
-def test_other_optimizers_and_the_loss_scaler_resume_exactly(
+    ids=["prodigy", "scheduler-of-two-groups", "adamw8bit-fp16"],
+)  # fmt: skip
+def test_other_optimizers_schedules_and_the_loss_scaler_resume_exactly(
     base: str, changes: dict[str, object], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     setting: NetworkSetting = request.getfixturevalue(base)

@@ -65,7 +65,7 @@ class Tiny:
     def train(self, first: int, last: int) -> None:
         for step in range(first, last):
             torch.manual_seed(step)
-            set_rates(self.trained.optimizer, [g.learning_rate for g in self.groups], 0.5 + step / 10)
+            set_rates(self.trained.optimizer, [g.learning_rate * (0.5 + step / 10) for g in self.groups])
             for weight in self.trained.parameters.values():
                 noise = torch.randn(weight.shape)
                 weight.grad = torch.empty_like(weight).copy_(weight.detach() * 0.3 + noise)
@@ -190,7 +190,7 @@ def test_adafactor_sets_its_own_rate_unless_relative_step_is_off_and_the_options
     parameters = [ParameterGroup("x", [torch.nn.Parameter(torch.full((4, 4), 2.0))], 1e-3)]
     options = options_of("Adafactor", "warmup_init=True")
     optimizer = make_optimizer(parameters, options)
-    set_rates(optimizer, [1e-3], 1.0)
+    set_rates(optimizer, [1e-3])
     assert optimizer.param_groups[0]["lr"] is None and learning_rates(optimizer) == {"lr/x": 0.0}
     parameters[0].parameters[0].grad = torch.ones(4, 4)
     optimizer.step()
@@ -198,7 +198,7 @@ def test_adafactor_sets_its_own_rate_unless_relative_step_is_off_and_the_options
     assert learning_rates(optimizer) == {"lr/x": pytest.approx(2e-6)}
     assert "relative_step=False goes by them" in " ".join(optimizer_notes(options, parameters))
     fixed = make_optimizer(parameters, options_of("Adafactor", "relative_step=False", "scale_parameter=False"))
-    set_rates(fixed, [1e-3], 0.5)
+    set_rates(fixed, [5e-4])
     assert learning_rates(fixed) == {"lr/x": 5e-4}
     assert options == options_of("Adafactor", "warmup_init=True")
 

@@ -92,7 +92,7 @@ def test_sizes_are_rounded_as_kohyas_are_and_that_is_said(tmp_path: Path) -> Non
         ("p.txt", "a cat --l inf", "scale must be a finite number"),
         ("p.json", '[{"prompt": "x", "scale": NaN}]', "scale must be a finite number"),
         ("p.txt", "# nothing", "{path} has no prompts."),
-        ("p.txt", b"caf\xe9", "{path} cannot be read as UTF-8 text"),
+        ("p.txt", b"caf\xe9", "{path} is not UTF-8 text (line 1)"),
         ("p.toml", "[prompt", "{path} is not valid TOML"),
         ("p.toml", 'prompt = "a cat"', "needs a table [prompt] with defaults and [[prompt.subset]]"),
         ("p.toml", '[prompt]\nprompt = "x"\n[other]\na = 1', "needs a table [prompt]"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typing
-
 import pytest
 
 from library.errors import UserError
@@ -18,7 +16,6 @@ from library.inference.sampler_names import (
 )
 from library.inference.sigmas import SCHEDULES
 from library.options.generate import SamplingOptions
-from library.options.kohya import watching
 
 
 def request(sampler: str, schedule: str | None = None) -> PictureRequest:
@@ -36,7 +33,11 @@ def test_the_tables_hold_the_same_names() -> None:
     assert set(SCHEDULES) == set(SCHEDULE_NAMES) >= set(DEFAULT_SCHEDULES.values())
 
 
-@pytest.mark.parametrize("name", typing.get_args(watching.Sampler))
+KOHYAS = """ddim pndm lms euler euler_a heun dpm_2 dpm_2_a dpmsolver dpmsolver++ dpmsingle k_lms k_euler k_euler_a k_dpm_2
+k_dpm_2_a"""
+
+
+@pytest.mark.parametrize("name", KOHYAS.split())
 def test_kohyas_names_are_known_with_their_schedules(name: str) -> None:
     sampler, schedule = request(name).sampler_and_schedule
     assert sampler in SAMPLER_NAMES and schedule == ("DDIM" if name in ("ddim", "pndm") else "Normal")
@@ -94,3 +95,21 @@ def test_unknown_samplers_are_named_with_the_nearest(text: str, near: str) -> No
 def test_unknown_schedules_are_named_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"^karas is no schedule \(did you mean Karras\?\). Known are Normal, Karras,"):
         schedule_named("karas")
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("dpmpp_2m_karras", ("DPM++ 2M", "Karras")),
+        ("dpm++_2m", ("DPM++ 2M", None)),
+        ("k_dpmpp_2s_a_karras", ("DPM++ 2S a", "Karras")),
+        ("dpmpp_2s_ancestral", ("DPM++ 2S a", None)),
+        ("euler_ancestral", ("Euler a", None)),
+        ("dpm_2_ancestral", ("DPM2 a", None)),
+        ("dpmpp_3m_sde_gpu_exponential", ("DPM++ 3M SDE", "Exponential")),
+        ("uni_pc", ("UniPC", None)),
+        ("Heun_Karras", ("Heun", "Karras")),
+    ],
+)
+def test_words_of_other_programs_are_understood(word: str, expected: tuple[str, str | None]) -> None:
+    assert sampler_named(word) == expected

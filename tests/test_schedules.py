@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch.optim import lr_scheduler as schedulers
+from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import UserError
 from library.options.training import OptimizerOptions, TrainingOptions
+from library.training.optimizers import ParameterGroup
 from library.training.plan import Plan, make_plan
-from library.training.schedules import rate_multiplier
+from library.training.schedules import learning_rates_of
 from tests.tools.orders import whole_steps
 
 STEPS, WARMUP = 100, 10
@@ -22,8 +26,15 @@ def plan_of(options: OptimizerOptions) -> Plan:
 
 def rates(lr_scheduler: str = "cosine", **changes: object) -> list[float]:
     options = OptimizerOptions(lr_scheduler=lr_scheduler, lr_warmup_steps=WARMUP, **changes)  # type: ignore[arg-type]
-    multiplier = rate_multiplier(options, plan_of(options))
-    return [multiplier(step) for step in range(STEPS)]
+    function = learning_rates_of(options, plan_of(options), [ParameterGroup("x", [], options.learning_rate)])
+    return [function(step)[0] / options.learning_rate for step in range(STEPS)]
+
+
+def rates_of_groups(peaks: list[float], *arguments: str, **changes: object) -> list[list[float]]:
+    options = OptimizerOptions(lr_scheduler_args=arguments, **changes)  # type: ignore[arg-type]
+    groups = [ParameterGroup(f"group {number}", [], peak) for number, peak in enumerate(peaks)]
+    function = learning_rates_of(options, plan_of(options), groups)
+    return [function(step) for step in range(STEPS)]
 
 
 def progress(step: int) -> float:
@@ -87,10 +98,54 @@ def test_any_torch_scheduler_gives_the_rates_it_gives_by_itself(name, arguments,
     assert rates(lr_scheduler_type=name, lr_scheduler_args=arguments) == pytest.approx(expected, rel=1e-12)
 
 
+def by_itself(peaks: list[float], make: Callable[[torch.optim.Optimizer], LRScheduler]) -> list[list[float]]:
+    """The rates that torch's class gives the groups of a real optimizer."""
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": peak} for peak in peaks])
+    scheduler, found = make(optimizer), []
+    for _ in range(STEPS):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        if len(found) < STEPS:
+            scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "make"),
+    [
+        ("CosineAnnealingLR", ("T_max=100", "eta_min=0.1"), lambda o: schedulers.CosineAnnealingLR(o, 100, 0.1)),
+        ("OneCycleLR", ("max_lr=5e-4", "total_steps=100", "cycle_momentum=False"),
+         lambda o: schedulers.OneCycleLR(o, 5e-4, 100, cycle_momentum=False)),
+        ("OneCycleLR", ("max_lr=[5e-4, 1e-5]", "total_steps=100", "cycle_momentum=False"),
+         lambda o: schedulers.OneCycleLR(o, [5e-4, 1e-5], 100, cycle_momentum=False)),
+        ("CyclicLR", ("base_lr=[1e-5,2e-5]", "max_lr=1e-3", "step_size_up=20", "cycle_momentum=False"),
+         lambda o: schedulers.CyclicLR(o, [1e-5, 2e-5], 1e-3, 20, cycle_momentum=False)),
+        ("CosineAnnealingWarmRestarts", ("T_0=30", "eta_min=1e-6"), 
+         lambda o: schedulers.CosineAnnealingWarmRestarts(o, 30, eta_min=1e-6)),
+        ("ExponentialLR", ("gamma=0.9",), lambda o: schedulers.ExponentialLR(o, 0.9)),
+    ],
+)  # fmt: skip
+def test_every_group_gets_what_torch_gives_it(name, arguments, make) -> None:  # type: ignore[no-untyped-def]
+    peaks = [1.0, 5e-5]
+    assert rates_of_groups(peaks, *arguments, lr_scheduler_type=name) == by_itself(peaks, make)
+
+
+def test_a_rate_among_a_named_schedules_arguments_is_a_rate_of_each_group() -> None:
+    floors = rates_of_groups([1.0, 1e-4], "min_lr=1e-5", lr_scheduler="cosine_with_min_lr", lr_warmup_steps=0)
+    assert floors[-1] == pytest.approx([1e-5 + (peak - 1e-5) * half_wave(0.99) for peak in (1.0, 1e-4)], rel=1e-9)
+
+
+def test_a_list_that_does_not_fit_the_groups_names_them() -> None:
+    with pytest.raises(UserError, match=r"does not suit OneCycleLR and its 2 groups of weights \(group 0, group 1\): "):
+        rates_of_groups(
+            [1.0, 1.0], "max_lr=[1,2,3]", "total_steps=100", "cycle_momentum=False", lr_scheduler_type="OneCycleLR"
+        )
+
+
 def test_a_rate_depends_on_the_step_alone() -> None:
     options = OptimizerOptions(lr_scheduler_type="ExponentialLR", lr_scheduler_args=("gamma=0.9",))
-    multiplier = rate_multiplier(options, plan_of(options))
-    assert multiplier(70) == multiplier(70) == pytest.approx(0.9**70) and multiplier(3) == pytest.approx(0.9**3)
+    function = learning_rates_of(options, plan_of(options), [ParameterGroup("x", [], 1.0)])
+    assert function(70) == function(70) == pytest.approx([0.9**70]) and function(3) == pytest.approx([0.9**3])
 
 
 @pytest.mark.parametrize(
@@ -100,6 +155,8 @@ def test_a_rate_depends_on_the_step_alone() -> None:
         ({"lr_scheduler_type": "CosineAnealingLR"}, "is no scheduler of torch (did you mean CosineAnnealingLR?)."),
         ({"lr_scheduler_type": "torch.optim.AdamW"}, "torch.optim.AdamW is not a torch scheduler class."),
         ({"lr_scheduler_type": "StepLR"}, "lr_scheduler_args does not suit StepLR: "),
+        ({"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ("max_lr=1", "total_steps=100")},
+         "lr_scheduler_args lacks cycle_momentum=False: OneCycleLR would change the momentum too"),
         ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ("step=3",)}, "gives StepLR what it does not take: step"),
         ({"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ("max_lr=1", "total_steps=5", "cycle_momentum=False")},
          "lr_scheduler_args does not suit OneCycleLR: Tried to step 6 times"),

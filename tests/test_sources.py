@@ -145,7 +145,7 @@ def test_missing_files_are_found_by_listing_each_folder_once(tmp_path: Path, mon
         (HEADER + "é" * 240 + ",b,0\n" + "é" * 241 + ",c,0\n", "(line 3: '" + "é" * 24 + "', 482 bytes; 1 in all). "),
         (HEADER + "a,a,0\nb,b, c,0\nd,d\n", ": the number of columns is not 3 (line 3: 4; line 4: 2; 2 in all). Put"),
         (HEADER + 'a,"a,0\n', ", line 2, is not CSV (unexpected end of data). Check its quotes."),
-        (HEADER.encode() + b"a,a,0\nb,\xe9,0\n", " is not UTF-8 (line 3, byte 32). Save it as CSV UTF-8."),
+        (HEADER.encode() + b"a,a,0\nb,\xe9,0\n", " is not UTF-8 text (line 3). Save it as CSV UTF-8."),
     ],
 )
 def test_a_bad_manifest_says_what_is_wrong_where(tmp_path: Path, text: str | bytes, expected: str) -> None:

@@ -21,7 +21,7 @@ from library.training.loop import clip_gradients
 from library.training.optimizers import ParameterGroup, make_optimizer
 from library.training.plan import make_plan
 from library.training.randomness import StepRandomness, sample_noise, seed_of, stratified_timesteps
-from library.training.schedules import rate_multiplier
+from library.training.schedules import learning_rates_of
 from library.training.stop import NOTHING, SAVE, STOP, Requests
 from library.training.tracking import AnomalyWatch, MetricLog, MetricWindow, status_words
 from tests.tools.orders import whole_steps
@@ -57,7 +57,7 @@ def test_steps_beat_epochs_and_warm_up_is_a_share_or_a_count() -> None:
 def test_the_learning_rate_is_the_documents_warm_up_and_cosine() -> None:
     options = OptimizerOptions()
     plan = make_plan(whole_steps(200_000, 128), TrainingOptions(), options)
-    multiplier = rate_multiplier(options, plan)
+    rates = learning_rates_of(options, plan, [ParameterGroup("x", [], 1.0)])
 
     def reference(step: int) -> float:
         if step < 6248:
@@ -65,8 +65,8 @@ def test_the_learning_rate_is_the_documents_warm_up_and_cosine() -> None:
         return 0.5 * (1 + math.cos(math.pi * (step - 6248) / (62480 - 6248)))
 
     for step in (0, 1, 3124, 6248, 34364, 62479):
-        assert multiplier(step) == pytest.approx(reference(step), abs=1e-12)
-    assert multiplier(3124) == 0.5 and multiplier(34364) == pytest.approx(0.5)
+        assert rates(step) == pytest.approx([reference(step)], abs=1e-12)
+    assert rates(3124) == [0.5] and rates(34364) == pytest.approx([0.5])
 
 
 def test_adamw_is_the_published_formula() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from library.errors import UserError
+from library.text_files import NotText, decoded, read_text
 
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 
@@ -95,20 +96,24 @@ class CaptionText:
 
 def read_captions(paths: Sequence[Path]) -> list[CaptionText]:
     """Read caption files. Raises UserError naming all that cannot be read and all that are not UTF-8."""
-    texts, unreadable, foreign = [], [], []
+    texts, unreadable = [], []
+    foreign: dict[str, list[str]] = {}
     for path in paths:
         try:
-            lines = _LINE_ENDS.split(path.read_bytes().decode("utf-8-sig"))
+            lines = _LINE_ENDS.split(decoded(path.read_bytes()))
             texts.append(CaptionText([stripped for line in lines if (stripped := line.strip())]))
         except OSError as error:
             unreadable.append(f"{path}: {error.strerror or error}")
-        except UnicodeDecodeError as error:
-            line = error.object.count(b"\n", 0, error.start) + 1
-            foreign.append(f"{path}, line {line}")
+        except NotText as error:
+            foreign.setdefault(error.what, []).append(f"{path}, line {error.line}")
     if unreadable:
         raise UserError(f"Caption files that cannot be read: {some(unreadable)}. Make them readable, or remove them.")
     if foreign:
-        raise UserError(f"Caption files that are not UTF-8 text: {some(foreign)}. Save them as UTF-8.")
+        raise UserError(
+            " ".join(
+                f"Caption files that are {what}: {some(found)}. Save them as UTF-8." for what, found in foreign.items()
+            )
+        )
     return texts
 
 
@@ -135,13 +140,7 @@ def read_metadata(file: Path) -> list[MetadataEntry]:
 
     Raises UserError: not UTF-8, not JSON, another form, no entries, or a key, caption or tags that are there twice.
     """
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{file} could not be read: {error.strerror or error}.") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file} is not UTF-8 text (line {line}). Save it as UTF-8.") from None
+    text = read_text(file)
     content: Any = None
     if file.suffix.lower() == ".jsonl":
         lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]

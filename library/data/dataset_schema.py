@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,11 +20,8 @@ from pydantic_core import PydanticCustomError
 from library.data.key_lines import KeyPath, key_lines
 from library.errors import UserError
 from library.options.parser import nearest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from library.options.toml_file import parse_toml
+from library.text_files import read_text
 
 
 def _pair(value: Any) -> Any:
@@ -49,7 +45,7 @@ def _range(value: Any) -> Any:
 
 
 def _path(value: Any) -> Any:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not (value := value.strip()):
         return value
     return Path.home() / value[2:] if value.startswith("~/") else Path(value)
 
@@ -233,26 +229,19 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     kind = file.suffix.lower()
     if kind not in (".toml", ".json"):
         raise UserError(f"{file} is no dataset file: its name must end in .toml or .json.")
-    text = ""
+    text = read_text(file)
     try:
-        text = file.read_bytes().decode("utf-8-sig")
         if kind == ".toml":
-            content = tomllib.loads(text)
+            content = parse_toml(text, file)
         else:
             content = json.loads(text, object_pairs_hook=_no_key_twice) if text.strip() else {}
             if not isinstance(content, dict):
                 raise UserError(f'{file} holds a {type(content).__name__}. Expected {{"datasets": [...]}}.')
         return content, key_lines(text, json_text=kind == ".json")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file} is not UTF-8 text (line {line}). Save it as UTF-8.") from None
-    except OSError as error:
-        raise UserError(f"{file} could not be read: {error.strerror or error}.") from None
     except RecursionError:
         raise UserError(f"{file} is nested too deeply to be a dataset file.") from None
     except ValueError as error:
-        hint = " Write Windows paths in single quotes, or with /." if "\\" in text and kind == ".toml" else ""
-        raise UserError(f"{file} is not valid {kind[1:].upper()}: {error}.{hint}") from None
+        raise UserError(f"{file} is not valid JSON: {error}.") from None
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

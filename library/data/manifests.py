@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from library.errors import UserError
+from library.text_files import NotText, decoded
 
 COLUMNS = ("sample_id", "path", "class_id")
 MAX_ID_BYTES = 480  # LMDB keys end at 511, and the stores append "_mid" and "#shape"
@@ -31,10 +32,9 @@ class Sample:
 def parse_manifest(data: bytes, where: str) -> tuple[list[Sample], list[str]]:
     """The rows of a CSV as samples, with their paths as written, and the place of each: `line 2`."""
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where} is not UTF-8 (line {line}, byte {error.start}). Save it as CSV UTF-8.") from None
+        text = decoded(data)
+    except NotText as error:
+        raise UserError(f"{where} is {error}. Save it as CSV UTF-8.") from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         table = [(f"line {reader.line_num}", row) for row in reader if row]

@@ -76,6 +76,6 @@ def _options_of(path: Path) -> dict[str, Any]:
 
     file = path.parent / "options.toml"
     try:
-        return toml.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return toml.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
     except (OSError, ValueError):
         return {}

@@ -9,7 +9,6 @@ import difflib
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,11 +16,8 @@ from typing import Any
 
 from library.errors import UserError
 from library.inference.upscaling import SIZE_STEP
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from library.options.toml_file import parse_toml
+from library.text_files import read_text
 
 
 @dataclass(frozen=True)
@@ -76,12 +72,9 @@ def read_prompt_file(path: Path, notes: list[str] | None = None) -> list[PromptL
     Raises UserError, with file and line or entry, for mistakes in the syntax.
     """
     notes = [] if notes is None else notes
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+    if not path.exists():
+        raise UserError(f"{path} does not exist.")
+    text = read_text(path)
     if path.suffix.lower() == ".txt":
         lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
         located = [(line, f"{path}, line {number}") for number, line in lines if line and not line.startswith("#")]
@@ -150,9 +143,9 @@ def _plain(word: str) -> str:
 
 def _tables(path: Path, text: str) -> list[Mapping[str, Any]]:
     try:
-        value = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+        value: Any = parse_toml(text, path) if path.suffix.lower() == ".toml" else json.loads(text)
     except ValueError as error:
-        raise UserError(f"{path} is not valid {path.suffix[1:].upper()}: {error}.") from None
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
     if path.suffix.lower() == ".toml":
         shared = value.get("prompt", {})
         subsets = shared.pop("subset", [{}]) if isinstance(shared, dict) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 from library.errors import UserError
@@ -44,6 +45,16 @@ _KOHYA = {
     "dpmsingle": ("DPM++ 2S", "Normal"),
 }
 _KOHYA |= {f"k_{name}": _KOHYA[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
+# Parts of ComfyUI's and diffusers' words -> A1111's.
+_PARTS = {
+    "ancestral": "a",
+    "uni pc": "unipc",
+    "unipc bh2": "unipc",
+    "dpm 2": "dpm2",
+    "pndm": "plms",
+    "sde gpu": "sde",
+    "simple": "normal",
+}
 _SHORT = {
     "uniform": "Normal",
     "align your steps": "Align Your Steps 11",
@@ -54,7 +65,8 @@ _SHORT = {
 
 
 def sampler_named(text: str) -> tuple[str, str | None]:
-    """(sampler, schedule) of "DPM++ 2M", "dpm++ 2m karras" or kohya's "euler_a". Schedule None: the sampler's default.
+    """(sampler, schedule) of "DPM++ 2M", "dpm++ 2m karras", kohya's "euler_a" or ComfyUI's "dpmpp_2m_karras". Schedule None: the
+    sampler's default.
 
     Raises UserError for an unknown name, with the nearest one.
     """
@@ -63,14 +75,23 @@ def sampler_named(text: str) -> tuple[str, str | None]:
         return samplers[word], None
     if word in _KOHYA:
         return _KOHYA[word]
-    for ending, schedule in _schedules().items():
-        sampler = word.removesuffix(f" {ending}")
-        if sampler != word and sampler in samplers:
-            return samplers[sampler], schedule
+    for spelling in dict.fromkeys((word, _spelt_out(word))):
+        for ending, schedule in {"": None, **_schedules()}.items():
+            sampler = spelling.removesuffix(f" {ending}") if ending else spelling
+            if sampler in samplers and (not ending or sampler != spelling):
+                return samplers[sampler], schedule
     near = _nearest(word, {**{name: name for name in _KOHYA}, **samplers})
     raise UserError(
         f"{text} is no sampler{near}. Known are {', '.join(SAMPLER_NAMES)}, and kohya's {', '.join(_KOHYA)}."
     )
+
+
+def _spelt_out(word: str) -> str:
+    """A1111's spelling of an identifier: "dpmpp_2s_ancestral_karras" and "k_dpmpp_2s_a_karras" as "dpm++ 2s a karras"."""
+    word = word.replace("_", " ").replace("-", " ").removeprefix("k ").replace("dpmpp", "dpm++")
+    for theirs, ours in _PARTS.items():
+        word = re.sub(rf"(?<!\S){theirs}(?!\S)", ours, word)
+    return _plain(word)
 
 
 def is_kohyas(text: str) -> bool:

@@ -39,6 +39,8 @@ class TokenOptions:
 
 @dataclass(frozen=True)
 class AlignmentOptions(TokenOptions):
+    """AlignHeads, which pull features of the U-Net towards those of a vision model."""
+
     alignment: bool = True
     """Train with AlignHeads, supervised by cached tokens of dino_model. Without, this is plain LoRA training."""
     taps: tuple[Tap, ...] = ("mid",)

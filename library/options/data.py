@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.options.checks import positive, require, share
+from library.options.given import Needed, Verbatim
 from library.options.kohya.dataset import DEMO_DATA, NetworkCacheOptions
 
 
@@ -14,7 +15,7 @@ from library.options.kohya.dataset import DEMO_DATA, NetworkCacheOptions
 class ClassPictureOptions:
     """Pictures of classes, each trained with its class's prompt, in squares."""
 
-    train_data: str = DEMO_DATA
+    train_data: Needed = DEMO_DATA
     """Training pictures: a folder of class folders, a CSV manifest (sample_id,path,class_id), a ZIP with one, or demo."""
     val_data: str | None = None
     """Validation pictures, in any of the same forms. Without them there is no validation."""
@@ -23,7 +24,7 @@ class ClassPictureOptions:
     class_names: Path | None = None
     """JSON of class names, {"0": "tench", ...} or a list; ImageNet's: dataset_configs/imagenet_classes.json. Class folders without
     it are named by their folder."""
-    prompt_template: str = "a photo of a {name}"
+    prompt_template: Verbatim = "a photo of a {name}"
     """Prompt of a class; {name} becomes the class name."""
     class_dropout: float = 0.1
     """Share of samples whose class prompt is replaced by the empty one, for classifier-free guidance."""
@@ -42,6 +43,8 @@ class ClassPictureOptions:
 
 @dataclass(frozen=True)
 class ClassCacheOptions(NetworkCacheOptions):
+    """Where latents, tokens and prompts are kept, and how they are encoded."""
+
     train_latents: Path | None = None
     """LMDB store of the training latents. Default: train_latents in cache_dir."""
     train_tokens: Path | None = None

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from library.errors import UserError
-from library.options.toml_file import Located
+from library.options.toml_file import Located, as_toml
+
+_NOTHING = (None, "", False, 0)
+"""Values that ask for nothing."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,7 @@ class Refused:
         return self.default is False
 
     def asks_for_something(self, value: Any) -> bool:
-        nothing = (None, "", False, self.default, *self.harmless)
-        return str(value) not in {str(item) for item in nothing}
+        return str(value) not in {str(item) for item in (*_NOTHING, self.default, *self.harmless)}
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,15 @@ class Dialect:
     """A file with [[datasets]] may hold options beside them; its [general] is theirs then."""
     aliases: Mapping[str, Alias] = field(default_factory=dict)
     refused: Mapping[str, Refused] = field(default_factory=dict)
+    words_of: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Options that take words KEY=VALUE, with those keys that are no options themselves: people write them as such."""
 
-    def words(self, argv: list[str]) -> list[str]:
-        """The command line with aliases replaced and refused options that ask for nothing left out.
-
-        Raises UserError with every refused option that asks for something, or where two names say different things.
-        """
+    def words(self, argv: list[str]) -> tuple[list[str], list[str]]:
+        """The command line with aliases replaced and refused options left out, and what is wrong with it: a sentence for each
+        refused option that asks for something, and where two names say different things."""
         kept: list[str] = []
         refused: list[str] = []
+        misplaced: dict[str, str] = {}
         replaced: dict[str, tuple[str, str]] = {}
         rest = list(argv)
         while rest:
@@ -73,6 +75,11 @@ class Dialect:
                     value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
                 if rule.is_flag or rule.asks_for_something(value):
                     refused.append(f"--{name}: {rule.reason}")
+            elif self._list_of(name) is not None:
+                values = [value] if equals else []
+                while not equals and rest and not rest[0].startswith("--"):
+                    values.append(rest.pop(0))
+                misplaced[name] = ",".join(values)
             elif name in self.aliases and self.aliases[name].value is not None:
                 alias = self.aliases[name]
                 assert alias.value is not None
@@ -82,26 +89,41 @@ class Dialect:
                 kept.append(f"--{self.aliases[name].option}{'=' + value if equals else ''}")
             else:
                 kept.append(word)
-        if refused:
-            raise UserError(refusal(refused))
+        wrong = [refusal(refused)] if refused else []
+        for option, pairs in self._by_list(misplaced).items():
+            names = ", ".join(f"--{name}" for name in pairs)
+            wrong.append(f"{names}: no option but a part of {option}. Write --{option} {' '.join(pairs.values())}.")
         for option, (name, meant) in replaced.items():
             said = values_in(kept, option)
             if any(value != meant for value in said):
                 other = next(value for value in said if value != meant)
-                raise UserError(
+                wrong.append(
                     f"--{name} means --{option} {meant}, and --{option} {other} is given too. Keep one of them."
                 )
-        return kept
+        return kept, wrong
 
     def values(self, values: dict[str, Located]) -> tuple[dict[str, Located], list[str]]:
-        """A file's values in the same way, and what is wrong with them: a sentence for each refused key."""
+        """A file's values in the same way."""
         kept: dict[str, Located] = {}
+        refused: list[str] = []
         wrong: list[str] = []
+        misplaced = {
+            name: located.value
+            for name, located in values.items()
+            if self._list_of(name) and located.value not in _NOTHING
+        }
+        for option, pairs in self._by_list(misplaced).items():
+            names = ", ".join(f"{name} ({values[name].place})" for name in pairs)
+            wrong.append(
+                f"{names}: no option but a part of {option}. Write {option} = {as_toml(list(pairs.values()))}."
+            )
         for name, located in values.items():
+            if self._list_of(name) is not None:
+                continue
             if name in self.refused:
                 rule = self.refused[name]
                 if rule.asks_for_something(located.value):
-                    wrong.append(f"{name} ({located.place}): {rule.reason}")
+                    refused.append(f"{name} ({located.place}): {rule.reason}")
                 continue
             alias = self.aliases.get(name)
             if alias is None:
@@ -112,12 +134,23 @@ class Dialect:
             meant = located if alias.value is None else dataclasses.replace(located, value=alias.value)
             other = values.get(alias.option)
             if other is not None and other.value not in ("", meant.value):
-                raise UserError(
+                wrong.append(
                     f"{name} ({located.place}) means {alias.option} {meant.value}, and {alias.option} is {other.value!r} "
                     f"({other.place}). Keep one of them."
                 )
             kept[alias.option] = meant
-        return kept, wrong
+        return kept, [*([refusal(refused)] if refused else []), *wrong]
+
+    def _list_of(self, name: str) -> str | None:
+        return next((option for option, keys in self.words_of.items() if name in keys), None)
+
+    def _by_list(self, misplaced: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+        """List option -> key -> its word, of keys that were written as options."""
+        found: dict[str, dict[str, str]] = {}
+        for name, value in misplaced.items():
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            found.setdefault(str(self._list_of(name)), {})[name] = f"{name}={text}"
+        return found
 
 
 PLAIN = Dialect()

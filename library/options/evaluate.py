@@ -19,6 +19,8 @@ DEFAULT_REFERENCES = 64
 
 @dataclass(frozen=True)
 class CheckpointOptions:
+    """What is judged."""
+
     checkpoint: tuple[Path, ...] = ()
     """What to evaluate: adapter files, training states, or a folder of them, such as the output_dir of a training."""
     pretrained_model_name_or_path: str | None = None
@@ -52,6 +54,8 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class PictureOptions:
+    """Which pictures are drawn to judge by."""
+
     prompt: tuple[str, ...] = ()
     """Prompts with the subject, as in training: "a photo of zorb". Default: captions of the held-out photos, else those
     of the training, from the adapter's metadata."""
@@ -99,6 +103,8 @@ class PictureOptions:
 
 @dataclass(frozen=True)
 class MeasureOptions:
+    """What is measured, and how."""
+
     reference_dir: Path | None = None
     """Folder of photos of the subject that were not trained on, with captions as .txt beside them. Default: the training's
     val_data, or a folder held_out beside its pictures."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from library.options.checks import finite, positive, require
+from library.options.given import Needed, Verbatim
 from library.options.model import ModelOptions
 from library.precision import Precision
 
@@ -18,9 +19,11 @@ IMAGES = 4
 
 @dataclass(frozen=True)
 class PictureOptions:
-    prompt: str | None = None
+    """What is drawn, how large and how often, and where it goes."""
+
+    prompt: Verbatim | None = None
     """What to draw, in A1111's prompt language: (x:1.2), [a:b:0.5], [a|b], AND, BREAK, <lora:name:0.8>."""
-    negative_prompt: str = ""
+    negative_prompt: Verbatim = ""
     """What the pictures should not show."""
     prompt_file: Path | None = None
     """Instead of --prompt: a file of prompts in kohya's syntax (.txt, .toml, .json). Options fill in what a line leaves out."""
@@ -67,7 +70,9 @@ class PictureOptions:
 
 @dataclass(frozen=True)
 class ModelsOptions:
-    pretrained_model_name_or_path: str = ModelOptions.pretrained_model_name_or_path
+    """Base model, adapters and refiner."""
+
+    pretrained_model_name_or_path: Needed = ModelOptions.pretrained_model_name_or_path
     """Model: a diffusers folder, a hub id, one .safetensors file, or one of the project's own (the default is)."""
     vae: str | None = None
     """Another autoencoder: that of this model. Default: the base's own."""
@@ -112,6 +117,8 @@ class ModelsOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
+    """How noise becomes a picture."""
+
     sampler: str = "DPM++ 2M"
     """Euler, Euler a, DDIM, LMS, DPM++ 2M, DPM++ 2S a, DPM++ 2M SDE, DPM++ 3M SDE, UniPC, ... in A1111's spelling or kohya's;
     "DPM++ 2M Karras" names the schedule too."""
@@ -139,6 +146,8 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class PassOptions:
+    """A second pass in a larger size (hires fix), or a picture to start from (img2img)."""
+
     hires_scale: float | None = None
     """Factor by which the picture is enlarged and drawn again in a second pass (hires fix). Default: one pass."""
     hires_upscaler: str = "Latent"
@@ -176,6 +185,8 @@ class PassOptions:
 
 @dataclass(frozen=True)
 class SheetOptions:
+    """A sheet of pictures that differ along one or two axes."""
+
     x_axis: str | None = None
     """What differs between columns, as "sampler: Euler, DPM++ 2M", "cfg: 3, 5, 7" or "steps: 10-30 [3]"."""
     y_axis: str | None = None
@@ -184,6 +195,21 @@ class SheetOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
+    most_used: ClassVar[tuple[str, ...]] = (
+        *(
+            "prompt",
+            "negative_prompt",
+            "prompt_file",
+            "pretrained_model_name_or_path",
+            "lora",
+            "lora_dir",
+            "width",
+            "height",
+        ),
+        *("seed", "images", "output", "sampler", "steps", "cfg_scale", "clip_skip", "hires_scale", "init_image"),
+        *("x_axis", "y_axis", "dry_run"),
+    )
+
     pictures: PictureOptions
     models: ModelsOptions
     sampling: SamplingOptions

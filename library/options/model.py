@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from library.options.checks import require
+from library.options.given import Needed
 
 Precision = Literal["bf16", "no"]
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    pretrained_model_name_or_path: str = "tiny-shapes"
+    """The base model, and the number formats it computes in."""
+
+    pretrained_model_name_or_path: Needed = "tiny-shapes"
     """Base model: a hub id, a diffusers folder, one .safetensors file, or tiny-shapes, the embedded default."""
-    dino_model: str = "tiny-shapes-dinov2"
+    dino_model: Needed = "tiny-shapes-dinov2"
     """Teacher: a hub id (facebook/dinov2-large), a folder, Meta's dinov2_vit*14*.pth, or tiny-shapes-dinov2."""
     mixed_precision: Precision = "bf16"
     """Number format in which frozen weights are kept and everything but losses and trained weights is computed."""
@@ -28,6 +31,8 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class SpeedOptions:
+    """Memory and speed; the result stays the same."""
+
     sdpa: bool = True
     """Attention by torch's fused scaled_dot_product_attention; --no_sdpa computes the attention matrix step by step."""
     xformers: bool = False

@@ -6,13 +6,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from library.errors import UserError
 from library.options.checks import require
 from library.options.dialect import Dialect
+from library.options.kohya import network_args
 from library.options.kohya.dataset import DEMO_DATA
 from library.options.kohya.network import NetworkAlignmentOptions
+from library.options.kohya.optimizer import OPTIMIZER_KEYS
 from library.options.kohya.refused import ALIASES, REFUSED
 from library.options.kohya.training import NetworkConfigOptions, NetworkOutputOptions
 from library.options.kohya.watching import LoggingOptions
@@ -27,6 +29,7 @@ KOHYA = Dialect(
     loose_values=True,
     aliases=ALIASES,
     refused=REFUSED,
+    words_of={"network_args": network_args.KEYS, "optimizer_args": OPTIMIZER_KEYS},
 )
 
 # What is about reading and writing such a file, not about training.
@@ -41,6 +44,20 @@ class TrainNetworkOptions(RunOptions):
     alignment: NetworkAlignmentOptions = field(default_factory=NetworkAlignmentOptions)
     output: NetworkOutputOptions = field(default_factory=NetworkOutputOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
+
+    most_used: ClassVar[tuple[str, ...]] = (
+        *(
+            "config_file",
+            "dataset_config",
+            "train_data_dir",
+            "pretrained_model_name_or_path",
+            "output_dir",
+            "output_name",
+        ),
+        *("network_dim", "network_alpha", "network_args", "network_train_unet_only", "resolution", "train_batch_size"),
+        *("max_train_epochs", "learning_rate", "optimizer_type", "mixed_precision"),
+        *("gradient_checkpointing", "save_every_n_epochs", "sample_prompts", "dry_run"),
+    )
 
     def _check_data(self) -> None:
         super()._check_data()

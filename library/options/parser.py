@@ -10,10 +10,11 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 import sys
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,15 +22,20 @@ import tyro
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from library.errors import UserError
-from library.options.checks import OptionError
-from library.options.dialect import PLAIN, Dialect, refusal, values_in
-from library.options.toml_file import Located, find_config, read_options
+from library.options.checks import OptionError, require
+from library.options.dialect import PLAIN, Dialect, values_in
+from library.options.given import NOT_GIVEN, VERBATIM, markers, plain_kinds, value_given, words_given
+from library.options.help import answer_help
+from library.options.rivals import beaten, option_of, without
+from library.options.toml_file import Located, find_config, in_single_quotes, read_options, values_of
 
 Options = TypeVar("Options")
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfigOptions:
+    """The file of options, and --dry_run."""
+
     dataset_config: str | None = None
     """TOML file with any of these options, looked up as given, then in dataset_configs/. The command line overrides it."""
     dry_run: bool = False
@@ -51,49 +57,122 @@ def parse(
     default_config: the file taken when `argv` names none and no `--train_data`.
     also_known: option types of other scripts, whose keys the same file may carry for them.
     dialect: another name for the file's option, names to replace or refuse, looser spelling.
-    Raises UserError: unknown keys (all of them, with the nearest names), mistyped values, failed cross-checks, each
-    with file and line where the value came from a file.
+    Raises SystemExit after printing the help that `argv` asks for; UserError with all that is wrong, a line each: unknown
+    keys and options (with the nearest names), mistyped values, failed checks, with file and line where the value came from
+    a file.
     """
-    file_values: dict[str, Located] = {}
-    types = fields_of(options_type)
-    argv = dialect.words(argv)
-    config = _option_in(argv, dialect.config_option)
-    if config is None and default_config is not None and _option_in(argv, "train_data") is None:
-        wants_help = "-h" in argv or "--help" in argv
-        if not wants_help:
-            print(f"No --{dialect.config_option} given: using the embedded {default_config}.", file=sys.stderr)
+    answer_help(argv, options_type, prog, description)
+    kinds = fields_of(options_type)
+    words, wrong = dialect.words(argv)
+    config = next((word.strip() for word in reversed(values_in(words, dialect.config_option))), "") or None
+    if config is None and default_config is not None and not values_in(words, "train_data"):
+        _say(f"No --{dialect.config_option} given: using the embedded {default_config}.")
         config = default_config
-        argv = [*argv, f"--{dialect.config_option}", config]
-    to_be_written = dialect.output_option is not None and _switched_on(dialect.output_option, argv, {})
+        words = [*words, f"--{dialect.config_option}", config]
+    known = set(kinds).union(*(fields_of(other) for other in also_known))
+    words, unknown = _known_words(words, kinds)
+    wrong = [*unknown, *wrong]
+    from_file: dict[str, Located] = {}
+    to_be_written = dialect.output_option is not None and _switched_on(dialect.output_option, words, {})
     if config is not None and not to_be_written:
-        known = set(types).union(*(fields_of(other) for other in also_known))
-        file_values = _file_values(config, dialect, known, argv)
-        file_values = _typed(file_values, types, loose=dialect.loose_values)
-    try:
-        return _command_line(options_type, argv, file_values, prog, description)
-    except OptionError as error:
-        source = file_values.get(error.option)
-        if source is None or _option_in(argv, error.option) is not None:
-            raise
-        raise UserError(f"{str(error).rstrip('.')} ({source.place}).") from None
+        try:
+            from_file = _file_values(config, dialect, known, words, wrong)
+        except UserError as error:
+            raise UserError("\n".join([*wrong, str(error)])) from None
+        from_file = _typed(from_file, kinds, wrong, loose=dialect.loose_values)
+    words, empty = words_given(words, kinds)
+    for name, word in empty.items():
+        _say(f"note: --{name} {word or 'is empty and'} counts as not given.")
+        from_file.pop(name, None)
+    given = _command_line(words, kinds, wrong)
+    values = values_of(from_file)
+    replaced = beaten({name: value for name, value in given.items() if name != dialect.config_option}, values)
+    for loser, winner in replaced.items():
+        place = from_file[option_of(loser, values)].place
+        _say(f"note: --{winner.partition(':')[0]} replaces {loser.replace(':', ' ')} of {place}.")
+    values = without(values, replaced) | given
+    options, failed = _checked(options_type, values, kinds, wrong)
+    checks = [_with_place(error, from_file, given) for error in failed]
+    if len(checks) == 1 and not wrong:
+        raise checks[0]
+    if wrong := [*wrong, *map(str, checks)]:
+        raise UserError("\n".join(wrong))
+    return options
 
 
-def _file_values(config: str, dialect: Dialect, known: set[str], argv: list[str]) -> dict[str, Located]:
-    """Known keys of the file with their values as read; everything that is wrong with its keys in one UserError."""
+def _say(sentence: str) -> None:
+    """Once, of all processes of a training."""
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr)
+
+
+def _known_words(words: list[str], kinds: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The words of known options, and the sentence about those of unknown ones."""
+    kept, unknown, is_known = [], [], True
+    for word in words:
+        if word.startswith("--"):
+            name = word.partition("=")[0][2:].replace("-", "_")
+            is_known = name in kinds or name.removeprefix("no_") in kinds
+            if not is_known:
+                unknown.append(f"--{name}{nearest(name, kinds)}")
+        if is_known:
+            kept.append(word)
+    if not unknown:
+        return kept, []
+    return kept, [f"Unknown {'option' if len(unknown) == 1 else 'options'}: {'; '.join(unknown)}."]
+
+
+def _checked(
+    options_type: type[Options], values: dict[str, Any], kinds: Mapping[str, Any], wrong: list[str]
+) -> tuple[Options, list[OptionError]]:
+    """The options with these values, and every check that fails: after each, what failed takes its default and the checks run
+    again. What may follow from a fault that is named already is left out.
+    """
+    errors: list[OptionError] = []
+    named = _words_of(" ".join(wrong)) & kinds.keys()
+    while True:
+        try:
+            return _built(options_type, values), errors
+        except OptionError as error:
+            about = _words_of(str(error)) & kinds.keys()
+            if not about & named:
+                errors.append(error)
+            gone = {error.option} & values.keys() or about & values.keys()
+            if not gone:
+                return None, errors or ([] if wrong else [error])  # type: ignore[return-value]
+            named |= gone
+            values = {name: value for name, value in values.items() if name not in gone}
+
+
+def _words_of(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
+
+
+def _with_place(
+    error: OptionError, from_file: Mapping[str, Located], given: Mapping[str, Any]
+) -> OptionError | UserError:
+    source = from_file.get(error.option)
+    if source is None or error.option in given:
+        return error
+    return UserError(f"{str(error).rstrip('.')} ({source.place}).")
+
+
+def _file_values(
+    config: str, dialect: Dialect, known: set[str], words: list[str], wrong: list[str]
+) -> dict[str, Located]:
+    """Known keys of the file with their values as read; what is wrong with its keys is added to `wrong`, in one sentence."""
     read = read_options(
         find_config(config), later_section_wins=dialect.later_section_wins, datasets_beside=dialect.datasets_beside
     )
-    values, refused = dialect.values(read)
-    wrong = [refusal(refused)] if refused else []
+    values, faults = dialect.values(read)
     strangers = _unknown(values, known)
-    if strangers and dialect.ignore_option is not None and _switched_on(dialect.ignore_option, argv, values):
-        print(f"warning: {strangers} They are ignored, as --{dialect.ignore_option} asks.", file=sys.stderr)
-        values = {name: located for name, located in values.items() if name in known}
+    if strangers and dialect.ignore_option is not None and _switched_on(dialect.ignore_option, words, values):
+        _say(f"warning: {strangers} They are ignored, as --{dialect.ignore_option} asks.")
     elif strangers:
-        wrong.insert(0, strangers)
-    if wrong:
-        raise UserError(" ".join(wrong))
-    return values
+        faults.insert(0, strangers)
+    if faults:
+        wrong.append(" ".join(faults))
+    return {name: located for name, located in values.items() if name in known}
 
 
 def fields_of(options_type: type) -> dict[str, Any]:
@@ -137,11 +216,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _option_in(argv: list[str], name: str) -> str | None:
-    """Value of the last `--name` in argv, in any spelling; "" where it is the last word."""
-    return next(reversed(values_in(argv, name)), None)
-
-
 def _switched_on(name: str, argv: list[str], values: dict[str, Located]) -> bool:
     """Whether the command line, else the file, turns the flag `name` on."""
     words = [word.replace("-", "_") for word in argv]
@@ -160,42 +234,50 @@ def _unknown(values: dict[str, Located], known: set[str]) -> str | None:
     return f"Unknown {'key' if len(unknown) == 1 else 'keys'}: {'; '.join(unknown)}." if unknown else None
 
 
-def _typed(values: dict[str, Located], types: dict[str, Any], *, loose: bool) -> dict[str, Located]:
-    """The values that belong to `types`, checked strictly: "10" is no number, 1 is no switch, 1 is a legal float.
+def _typed(values: dict[str, Located], kinds: dict[str, Any], wrong: list[str], *, loose: bool) -> dict[str, Located]:
+    """The values that belong to `kinds`, checked strictly: "10" is no number, 1 is no switch, 1 is a legal float. What does not
+    fit is left out and added to `wrong`.
 
-    loose: "" is None where that may be, and a single value is a list of one where a list is wanted.
+    loose: a single value is a list of one where a list is wanted.
     """
     typed: dict[str, Located] = {}
     for name, located in values.items():
-        if name not in types:
+        if name not in kinds:
             continue
-        adapter = (
-            TypeAdapter(types[name], config=ConfigDict(strict=True))
-            if not _has_config(types[name])
-            else TypeAdapter(types[name])
-        )
-        value = _tightened(located.value, types[name]) if loose else located.value
-        if _wants_path(types[name]):
+        kind, value = kinds[name], value_given(located.value, kinds[name])
+        if value is NOT_GIVEN:
+            continue
+        if loose and _is_list(kind) and not isinstance(value, list):
+            value = [value]
+        if reason := _misread(value, kind):
+            wrong.append(f"{name} in {located.place}: {reason}")
+            continue
+        if Path in plain_kinds(kind):
             value = _as_paths(value)
         value = tuple(value) if isinstance(value, list) else value
         try:
-            typed[name] = dataclasses.replace(located, value=adapter.validate_python(value))
+            checked = TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
+            typed[name] = dataclasses.replace(located, value=checked)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise UserError(
-                f"{name} is {located.value!r} in {located.place}: {reason[0].lower()}{reason[1:]}."
-            ) from None
+            wrong.append(f"{name} is {located.value!r} in {located.place}: {reason[0].lower()}{reason[1:]}.")
     return typed
 
 
-def _tightened(value: Any, kind: Any) -> Any:
-    """What a loose file value stands for: "" for None or no items, one value for a list of one."""
-    bare = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
-    if value == "" and type(None) in typing.get_args(bare):
+def _misread(value: Any, kind: Any) -> str | None:
+    """What to say of a path that TOML has read otherwise than it was meant: "data\\new" has a line end in it."""
+    signs = {"\t": r"\t", "\n": r"\n", "\r": r"\r", "\b": r"\b", "\f": r"\f"}
+    if VERBATIM in markers(kind) or not plain_kinds(kind) & {str, Path}:
         return None
-    if typing.get_origin(bare) is tuple and not isinstance(value, list):
-        return [] if value == "" else [value]
-    return value
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and "=" not in text and set(text) & set(signs):
+            return in_single_quotes("".join(signs.get(sign, sign) for sign in text))
+    return None
+
+
+def _is_list(kind: Any) -> bool:
+    bare = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+    return typing.get_origin(bare) is tuple
 
 
 def _as_paths(value: Any) -> Any:
@@ -204,52 +286,53 @@ def _as_paths(value: Any) -> Any:
     return Path(value) if isinstance(value, str) else value
 
 
-def _has_config(kind: Any) -> bool:
-    return dataclasses.is_dataclass(kind)
-
-
-def _wants_path(kind: Any) -> bool:
-    return kind is Path or Path in typing.get_args(kind)
-
-
-def _unchecked(options_type: type, values: dict[str, Located]) -> Any:
-    """An instance made of defaults and file values whose checks have not run: the command line may still mend it."""
+def _built(options_type: type, values: Mapping[str, Any]) -> Any:
+    """An instance with these values, and defaults for the others. Raises OptionError."""
     hints = typing.get_type_hints(options_type, include_extras=True)
-    instance: Any = object.__new__(options_type)
+    arguments: dict[str, Any] = {}
     for field in dataclasses.fields(options_type):
         if dataclasses.is_dataclass(hints[field.name]):
-            value = _unchecked(hints[field.name], values)
+            arguments[field.name] = _built(hints[field.name], values)
         elif field.name in values:
-            value = values[field.name].value
-        elif field.default is not dataclasses.MISSING:
-            value = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            value = field.default_factory()
+            arguments[field.name] = values[field.name]
         else:
-            value = tyro.MISSING
-        object.__setattr__(instance, field.name, value)
-    return instance
+            is_needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            require(not is_needed, field.name, "is missing.")
+    return options_type(**arguments)
 
 
-def _command_line(
-    options_type: type[Options], argv: list[str], values: dict[str, Located], prog: str, description: str | None
-) -> Options:
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                options_type,
-                args=_full_words(argv, fields_of(options_type)),
-                default=_unchecked(options_type, values),
-                prog=prog,
-                description=description,
-                use_underscores=True,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UserError(_sentence(said.getvalue(), argv, fields_of(options_type))) from None
+def _command_line(words: list[str], kinds: dict[str, Any], wrong: list[str]) -> dict[str, Any]:
+    """Values of the options that `words` give. What cannot be read is left out and added to `wrong`."""
+    given = {name: kind for name, kind in kinds.items() if values_in(words, name)}
+    while True:
+        # One flat class of what is given: what is checked together is checked when everything is known.
+        fields = [
+            (name, kind, dataclasses.field(default=False)) if kind is bool else (name, kind)
+            for name, kind in given.items()
+        ]
+        flat = dataclasses.make_dataclass("Options", fields, kw_only=True)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                read: Any = tyro.cli(flat, args=_full_words(words, kinds), use_underscores=True, add_help=False)
+            return {name: getattr(read, name) for name in given}
+        except SystemExit:
+            message = _message(said.getvalue())
+        wrong.append(_sentence(message))
+        named = [name for name in re.findall(r"--(\w+)", message) if name in given]
+        if not named:
+            raise UserError("\n".join(wrong))
+        del given[named[0]]
+        words = _without_option(words, named[0])
+
+
+def _without_option(words: list[str], name: str) -> list[str]:
+    kept, drops = [], False
+    for word in words:
+        if word.startswith("--"):
+            drops = word.partition("=")[0][2:].replace("-", "_") in (name, f"no_{name}")
+        kept += [] if drops else [word]
+    return kept
 
 
 def _full_words(argv: list[str], types: dict[str, Any]) -> list[str]:
@@ -277,29 +360,20 @@ def _is_automatic(kind: Any) -> bool:
     return set(typing.get_args(kind)) == {bool, type(None)}
 
 
-def _sentence(message: str, argv: list[str], known: dict[str, Any]) -> str:
-    """tyro's boxed message as one sentence."""
-    unknown = []
-    for word in argv:
-        name = word.partition("=")[0][2:].replace("-", "_")
-        if word.startswith("--") and name not in known and name.removeprefix("no_") not in known and name != "help":
-            unknown.append(f"--{name}{nearest(name, known)}")
-    if unknown:
-        return f"Unknown {'option' if len(unknown) == 1 else 'options'}: {'; '.join(unknown)}."
-    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in message.splitlines()]
-    body: list[str] = []
-    for line in lines:
-        if set(line) & set("╭╰"):
-            continue
-        if line and set(line) <= set("─"):
-            break
-        body.append(line)
-    text = " ".join(" ".join(body).split())
+def _message(box: str) -> str:
+    """What tyro says in its box, which has a title and lines of Unicode or of dashes, by what the terminal can show."""
+    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in box.splitlines()]
+    body = [line for line in lines if line and not set(line) & set("╭╰")]
+    if len(body) == len([line for line in lines if line]):
+        body = body[2:]  # without corners, the title is a line of its own, with a rule under it
+    end = next((number for number, line in enumerate(body) if set(line) <= set("─-")), len(body))
+    return " ".join(" ".join(body[:end]).split())
+
+
+def _sentence(text: str) -> str:
     if match := re.match(r"Error parsing --(\S+): no type matching (.+?) could be instantiated from \['(.*?)'\]", text):
         kind = match[2].replace("{None}|", "")
         return f"{match[1].replace('-', '_')} is {match[3]!r}: expected {kind}."
-    return (
-        f"{text[:1].upper()}{text[1:]}."
-        if text and not text.endswith(".")
-        else text or "The command line could not be read."
-    )
+    if not text:
+        return "The command line could not be read."
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."

@@ -11,11 +11,13 @@ from library.options.alignment import AlignmentOptions
 from library.options.checks import positive, require
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.options.dialect import Dialect
+from library.options.given import OptionalCount
+from library.options.kohya import network_args
 from library.options.kohya.dataset import DatasetOptions
 from library.options.kohya.network import NetworkOptions
 from library.options.kohya.network_args import NetworkArgs
 from library.options.kohya.objective import NetworkObjectiveOptions
-from library.options.kohya.optimizer import NetworkOptimizerOptions
+from library.options.kohya.optimizer import OPTIMIZER_KEYS, NetworkOptimizerOptions
 from library.options.kohya.training import NetworkModelOptions, NetworkTrainingOptions
 from library.options.kohya.values import OptionalSize, StepsOrShare
 from library.options.parser import ConfigOptions, parse
@@ -23,7 +25,10 @@ from library.options.run import RunOptions
 from library.options.toml_file import find_config, read_toml
 from library.options.training import OutputOptions, Schedule
 
-REPA = Dialect(datasets_beside=True)
+REPA = Dialect(
+    datasets_beside=True,
+    words_of={"network_args": network_args.KEYS - {"conv_dim", "conv_alpha"}, "optimizer_args": OPTIMIZER_KEYS},
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class RepaNetworkOptions(NetworkOptions):
     """Adapters on the U-Net alone; --no_network_train_unet_only trains the text encoders too (captioned pictures only)."""
     lora_scope: Literal["mid", "down_mid", "all"] = "mid"
     """Blocks with adapters on their attention: mid (as documented), down_mid (what the alignment gradient reaches), all."""
-    conv_dim: int | None = None
+    conv_dim: OptionalCount = None
     """Rank of adapters on the convolutions of these blocks. Default: none there."""
     conv_alpha: float = 1.0
     """Alpha of these adapters."""
@@ -117,9 +122,9 @@ class RepaOptimizerOptions(NetworkOptimizerOptions):
 class RepaTrainingOptions(NetworkTrainingOptions):
     train_batch_size: int = 128
     """Samples per step and process. A dataset TOML's batch_size has the last word."""
-    max_train_epochs: int | None = 40
+    max_train_epochs: OptionalCount = 40
     """Passes over the data."""
-    max_train_steps: int | None = None
+    max_train_steps: OptionalCount = None
     """Optimizer steps; given, it decides the length instead of max_train_epochs."""
 
     def __post_init__(self) -> None:
@@ -145,6 +150,12 @@ class TrainRepaOptions(RunOptions):
     output: OutputOptions = field(default_factory=OutputOptions)
 
     options_beside_datasets: ClassVar[bool] = True
+    most_used: ClassVar[tuple[str, ...]] = (
+        *("dataset_config", "train_data", "val_data", "class_names", "pretrained_model_name_or_path", "dino_model"),
+        *("output_dir", "output_name", "cache_dir", "network_dim", "network_alpha", "lora_scope", "align_coeff"),
+        *("train_batch_size", "gradient_accumulation_steps", "max_train_epochs", "learning_rate", "mixed_precision"),
+        *("gradient_checkpointing", "dry_run"),
+    )
 
     @property
     def dataset_file(self) -> Path | None:

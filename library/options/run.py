@@ -108,6 +108,11 @@ class RunOptions:
             "alignment",
             "trains features of the U-Net, and the U-Net is not trained.",
         )
+        require(
+            not self.alignment.alignment or optimizer.learning_rate > 0 or optimizer.align_learning_rate is not None,
+            "align_learning_rate",
+            "is missing: AlignHeads learn at learning_rate, which is 0.",
+        )
 
     def _check_effects(self) -> None:
         """What would have no effect beside the rest."""

@@ -10,6 +10,7 @@ from typing import Literal
 from library.errors import UserError
 from library.options.checks import positive, require
 from library.options.dialect import Alias, Dialect
+from library.options.given import Needed
 from networks.families import SDXL
 
 DIALECT = Dialect(config_option="study_config", aliases={"pretrained_model_name_or_path": Alias("base_model")})
@@ -48,7 +49,7 @@ def without_password(url: str) -> str:
 class PlaceOptions:
     """Which study, and where it is stored."""
 
-    study_name: str = "search"
+    study_name: Needed = "search"
     """Name of the study. Give the same name to continue it."""
     output_dir: Path | None = None
     """Folder of the study: trials, best_params.json, report.html, study.db. Default: outputs/ and the study's name."""

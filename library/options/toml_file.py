@@ -6,11 +6,13 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.options.rivals import beaten, without
+from library.text_files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,6 +21,10 @@ else:
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 CONFIG_FOLDER = "dataset_configs"
+
+# A drive or a share in double quotes whose backslashes are not doubled, and any text in double quotes with a backslash.
+_DRIVE = re.compile(r'''"((?:[A-Za-z]:|\\\\[\w.$-]+)\\(?![\\"])[^"]*)"''')
+_BACKSLASH = re.compile(r'''"([^"]*\\[^"]*)"''')
 
 
 @dataclass(frozen=True)
@@ -52,14 +58,37 @@ def find_config(name: str) -> Path:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file. Raises UserError where it cannot be read, is no text or not TOML."""
+    return parse_toml(read_text(path), path)
+
+
+def parse_toml(text: str, path: Path) -> dict[str, Any]:
+    """The content of the TOML file `path`, whose text this is.
+
+    Raises UserError where it is not TOML, or where a Windows path stands in double quotes: "C:\\train\\new" is legal TOML,
+    whose \\t is a tab and whose \\n ends the line.
+    """
+    lines = text.splitlines()
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}.") from None
+        content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}.") from None
-    except OSError as error:
-        raise UserError(f"{path} could not be read: {error.strerror}.") from None
+        place = re.search(r"at line (\d+)", str(error))
+        wrong = _BACKSLASH.search(lines[int(place[1]) - 1]) if place else None
+        reason = f"{error}." if place is None or wrong is None else f"line {place[1]}: {in_single_quotes(wrong[1])}"
+        raise UserError(f"{path} is not valid TOML: {reason}") from None
+    for number, line in enumerate(lines, start=1):
+        if (found := _DRIVE.search(line)) and "#" not in line[: found.start()]:
+            raise UserError(f"{path}, line {number}: {in_single_quotes(found[1])}")
+    return content
+
+
+def in_single_quotes(written: str) -> str:
+    """How TOML wants a text with backslashes, such as a Windows path, that stands in double quotes."""
+    single, slashes = written.rstrip("\\"), written.replace("\\\\", "/").replace("\\", "/")
+    return (
+        f'"{written}" has backslashes in double quotes, which TOML reads as signs of their own (\\t is a tab). '
+        f"Write '{single}' in single quotes, or \"{slashes}\"."
+    )
 
 
 def read_options(path: Path, *, later_section_wins: bool = False, datasets_beside: bool = False) -> dict[str, Located]:
@@ -78,7 +107,7 @@ def _read_options(
     if path.resolve() in seen:
         raise UserError(f"{path} extends itself, by way of {', '.join(p.name for p in seen)}.")
     document = read_toml(path)
-    lines = _lines_of_keys(path.read_text(encoding="utf-8"))
+    lines = _lines_of_keys(read_text(path))
     options: dict[str, Located] = {}
     if datasets_beside and document.pop("datasets", None) is not None:
         document.pop("general", None)
@@ -100,7 +129,12 @@ def _read_options(
             if name in own and not later_section_wins:
                 raise UserError(f"{name} is given twice: {own[name].place} and {located.place}. Keep one of them.")
             own[name] = located
-    return options | own
+    kept = without(values_of(options), beaten(values_of(own), values_of(options)))
+    return {name: replace(options[name], value=value) for name, value in kept.items()} | own
+
+
+def values_of(options: Mapping[str, Located]) -> dict[str, Any]:
+    return {name: located.value for name, located in options.items()}
 
 
 def _lines_of_keys(text: str) -> dict[tuple[str, str], int]:

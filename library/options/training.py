@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from library.options.arguments import parse_arguments
 from library.options.checks import not_negative, positive, require, share
+from library.options.given import OptionalCount
 from library.precision import Precision
 
 Schedule = Literal[
@@ -69,7 +70,7 @@ class OptimizerOptions:
     """cosine_with_restarts: cycles. cosine_with_min_lr, warmup_stable_decay: half waves."""
     lr_scheduler_power: float = 1.0
     """polynomial: exponent of the decay."""
-    lr_scheduler_timescale: int | None = None
+    lr_scheduler_timescale: OptionalCount = None
     """inverse_sqrt: steps over which the rate falls to 1 / sqrt(2). Default: the warm-up."""
     lr_scheduler_min_lr_ratio: float | None = None
     """cosine_with_min_lr, warmup_stable_decay: share of the peak learning rate that is left at the end."""
@@ -79,7 +80,8 @@ class OptimizerOptions:
     """Decay of the exponential moving average of the trained weights; 0 turns it off."""
 
     def __post_init__(self) -> None:
-        positive("learning_rate", self.learning_rate)
+        has_rate = self.learning_rate > 0 or (self.learning_rate == 0 and self._has_other_rates)
+        require(has_rate, "learning_rate", f"must be positive, got {self.learning_rate}.")
         positive("align_learning_rate", self.align_learning_rate)
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             value = getattr(self, name)
@@ -90,6 +92,11 @@ class OptimizerOptions:
         not_negative("max_grad_norm", self.max_grad_norm)
         self._check_optimizer()
         self._check_schedule()
+
+    @property
+    def _has_other_rates(self) -> bool:
+        """Whether a part has a rate of its own."""
+        return False
 
     @property
     def optimizer_name(self) -> str:
@@ -143,15 +150,15 @@ class OptimizerOptions:
                 name,
                 f"must be a whole number of steps or a share below 1, got {value}.",
             )
-        positive("lr_scheduler_num_cycles", self.lr_scheduler_num_cycles)
-        positive("lr_scheduler_power", self.lr_scheduler_power)
         positive("lr_scheduler_timescale", self.lr_scheduler_timescale)
         share("lr_scheduler_min_lr_ratio", self.lr_scheduler_min_lr_ratio)
         schedule = self.lr_scheduler_type or self.lr_scheduler
         defaults = {field.name: field.default for field in fields(self)}
         for name, readers in READ_BY.items():
-            unread = schedule not in readers and getattr(self, name) != defaults[name]
+            unread = schedule not in readers and getattr(self, name) not in (0, defaults[name])
             require(not unread, name, f"has no effect with the schedule {schedule}; it is for {' and '.join(readers)}.")
+            if schedule in readers and name in ("lr_scheduler_num_cycles", "lr_scheduler_power"):
+                positive(name, getattr(self, name))
         given = self.scheduler_arguments
         if schedule == "cosine_with_min_lr":
             ratio = self.lr_scheduler_min_lr_ratio is not None or given.keys() & {"min_lr", "min_lr_rate"}
@@ -178,7 +185,7 @@ class TrainingOptions:
     """Samples per step and process."""
     gradient_accumulation_steps: int = 1
     """Batches whose gradients make one optimizer step."""
-    max_train_epochs: int | None = 40
+    max_train_epochs: OptionalCount = 40
     """Passes over the data."""
     max_train_steps: int | None = None
     """Optimizer steps; given, it decides the length instead of max_train_epochs."""
@@ -200,6 +207,8 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
+    """What is saved, when, and what is resumed."""
+
     output_dir: Path = Path("outputs/repa")
     """Folder of everything the run leaves: states, adapters, metrics, the resolved options."""
     output_name: str = "repa"
@@ -210,11 +219,11 @@ class OutputOptions:
     """TensorBoard folder. Default: logs in output_dir."""
     log_every_n_steps: int = 10
     """Optimizer steps between status lines and metric rows."""
-    validate_every_n_steps: int | None = 3000
+    validate_every_n_steps: OptionalCount = 3000
     """Optimizer steps between validations; there is always one at the end."""
-    save_every_n_steps: int | None = 6000
+    save_every_n_steps: OptionalCount = 6000
     """Optimizer steps between saved states; there is always one at the end."""
-    save_last_n_states: int | None = None
+    save_last_n_states: OptionalCount = None
     """Keep only the newest N states. Default: all."""
     resume: str = "auto"
     """State to continue from: auto (the newest in output_dir, if any), none, or a state's folder."""

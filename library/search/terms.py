@@ -23,7 +23,7 @@ DECIDED_BY_TRIALS = frozenset(
 )
 # Options that change where and how fast a trial runs, and not its value.
 HARMLESS = DECIDED_BY_TRIALS | {
-    *("device", "log_with", "log_every_n_steps", "cache_dir"),
+    *("device", "sdxl", "log_with", "log_every_n_steps", "cache_dir"),
     *("max_data_loader_n_workers", "persistent_data_loader_workers", "vae_batch_size", "xformers", "sdpa"),
 }
 

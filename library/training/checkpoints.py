@@ -38,7 +38,7 @@ HARMLESS = frozenset(
     save_every_n_steps save_every_n_epochs save_n_epoch_ratio save_last_n_states save_last_n_epochs save_last_n_steps
     save_last_n_epochs_state save_last_n_steps_state save_state save_state_on_train_end save_model_as save_precision
     validate_every_n_steps validate_every_n_epochs max_validation_steps early_stop
-    sample_prompts sample_every_n_steps sample_every_n_epochs sample_at_first sample_sampler
+    sdxl sample_prompts sample_every_n_steps sample_every_n_epochs sample_at_first sample_sampler
     no_metadata training_comment metadata_title metadata_author metadata_description metadata_license metadata_tags
     metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase metadata_preprocessor
     metadata_is_negative_embedding

@@ -26,7 +26,7 @@ from library.options.data import ClassCacheOptions
 from library.options.kohya.dataset import DEMO_DATA
 from library.options.run import RunOptions
 from library.training.alignment import head_group
-from library.training.inputs import base_components
+from library.training.inputs import base_components, check_sampler, family_note
 from library.training.memory import kept_bytes
 from library.training.models import (
     build_heads,
@@ -60,6 +60,7 @@ WORKSPACE_BYTES = 2 << 30
 def print_plan(options: RunOptions) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
+    check_sampler(options.samples)
     name = options.model.pretrained_model_name_or_path
     components = base_components(options)
     missing = [sentence for sentence in [base_status(name, components)] if sentence]
@@ -72,6 +73,8 @@ def print_plan(options: RunOptions) -> None:
         order = make_order(data, options, 0, _world_size())
         plan = make_plan(order, options.training, options.optimizer)
         print(f"base             {name}{f', {family.title}' if family else ''}")
+        if family is not None and (note := family_note(options, family)):
+            print(note)
         print(f"samples          {order.samples_per_epoch} an epoch, of {len(data.training)} pictures")
         upper = "" if order.whole_steps else "up to "
         print(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
+from library.options.checks import OptionError
+from library.options.kohya.watching import SampleOptions
 from library.options.run import RunOptions
+from networks.families import SD15, SDXL, Family
 
 if TYPE_CHECKING:
     from library.models.locate import BaseLocation
     from library.processes import Processes
-    from networks.families import Family
 
 
 def check_inputs(options: RunOptions) -> None:
@@ -19,8 +21,8 @@ def check_inputs(options: RunOptions) -> None:
     from library.data.collect import read_datasets
     from library.models.locate import check_base, check_dino
     from library.options.kohya.dataset import DEMO_DATA
-    from networks.families import SD15
 
+    check_sampler(options.samples)
     name, classes = options.model.pretrained_model_name_or_path, options.class_pictures
     check_base(name, base_components(options))
     if options.alignment.alignment:
@@ -29,6 +31,25 @@ def check_inputs(options: RunOptions) -> None:
         read_datasets(options, native_side=SD15.native_side)
     elif classes is not None and classes.train_data != DEMO_DATA:
         check_pictures(classes)
+
+
+def family_note(options: RunOptions, family: Family) -> str | None:
+    """What to say where --sdxl means another family than the base's own, by which it is trained."""
+    said, name = options.model.sdxl, options.model.pretrained_model_name_or_path
+    if said is None or said == (family is SDXL):
+        return None
+    return f"note: sdxl is {str(said).lower()}, and {name} is {family.title}. It is trained as what it is."
+
+
+def check_sampler(samples: SampleOptions) -> None:
+    """Raises OptionError where the option names no sampler."""
+    from library.inference.sampler_names import sampler_named
+
+    if samples.sample_sampler is not None:
+        try:
+            sampler_named(samples.sample_sampler)
+        except UserError as error:
+            raise OptionError("sample_sampler", str(error)) from None
 
 
 def base_components(options: RunOptions) -> tuple[str, ...] | None:
@@ -57,6 +78,8 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
     if base.note:
         processes.say(base.note)
     family = family_of(base)
+    if note := family_note(options, family):
+        processes.say(note)
     check_prompts(options.samples, processes.say)
     if family.text_layer is not None and options.text.clip_skip not in (None, family.text_layer):
         raise UserError(

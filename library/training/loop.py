@@ -65,6 +65,7 @@ class Look(Protocol):
 class Run:
     """All that the loop works with, built by a script.
 
+    rates: learning rate of each group in a step.
     micro_batches: how many a step has, where not every step has as many as the plan says.
     look: called before each step and at the end.
     after_step: called when the optimizer has stepped, before the average takes the weights; gives metrics on the device.
@@ -77,7 +78,7 @@ class Run:
     plan: Plan
     trained: Trained
     batches: Callable[[int], Batches]
-    multiplier: Callable[[int], float]
+    rates: Callable[[int], list[float]]
     max_grad_norm: float
     seed: int
     output: OutputOptions
@@ -118,7 +119,6 @@ def train(run: Run, first_step: int) -> dict[str, float]:
     batches = run.batches(first_step)
     randomness = StepRandomness(run.seed, processes.rank, processes.device)
     parameters = list(run.trained.parameters.values())
-    peaks = [group.learning_rate for group in run.task.groups]
     step, results = first_step, {}
 
     with requests.listening(), doing("step", plan.last_step, done=first_step) as activity:
@@ -155,7 +155,7 @@ def train(run: Run, first_step: int) -> dict[str, float]:
                 )
 
             # Forward and backward, each micro-batch with its own randomness from (seed, rank, step).
-            set_rates(run.trained.optimizer, peaks, run.multiplier(step))
+            set_rates(run.trained.optimizer, run.rates(step))
             metrics, indices = _accumulate(run, batches, randomness, step)
 
             # Clip, step, average.

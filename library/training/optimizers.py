@@ -204,10 +204,10 @@ def has_modes(optimizer: torch.optim.Optimizer) -> bool:
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
-def set_rates(optimizer: torch.optim.Optimizer, peaks: Sequence[float], multiplier: float) -> None:
-    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if group["lr"] is not None:
-            group["lr"] = peak * multiplier
+            group["lr"] = rate
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

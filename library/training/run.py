@@ -56,7 +56,7 @@ from library.training.optimizers import make_optimizer, optimizer_notes
 from library.training.patience import Patience, validation_due
 from library.training.plan import Plan
 from library.training.saving import saving_of
-from library.training.schedules import rate_multiplier
+from library.training.schedules import learning_rates_of
 from library.training.speed import set_up_determinism, set_up_speed
 from library.training.state import Trained
 from library.training.task import LoraTask
@@ -137,7 +137,7 @@ def build_run(
         plan=plan,
         trained=trained,
         batches=lambda step: Prefetcher(task.training, requests(order, step), processes.device, workers=task.workers),
-        multiplier=rate_multiplier(options.optimizer, plan),
+        rates=learning_rates_of(options.optimizer, plan, task.groups),
         max_grad_norm=options.optimizer.max_grad_norm,
         seed=options.training.seed,
         output=options.output,

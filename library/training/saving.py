@@ -95,26 +95,27 @@ class KohyaSaving:
 
     def adapters(self, step: int, finished: bool, plan: Plan) -> list[str]:
         name, every = self.output.output_name, self.output.save_every_n_steps
-        if finished:
-            return [name]
         names = []
+        if every is not None and step > 0 and step % every == 0:
+            names.append(self._step_name(step))
+        if finished:
+            return [*names, name]
         epoch, rest = divmod(step, plan.steps_per_epoch)
         between = self._epochs_between(plan)
         if between is not None and rest == 0 and epoch > 0 and epoch % between == 0:
-            names.append(f"{name}-{epoch:06d}")
-        if every is not None and step > 0 and step % every == 0:
-            names.append(self._step_name(step))
+            names.insert(0, f"{name}-{epoch:06d}")
         return names
 
     def states(self, step: int, finished: bool, asked: bool, plan: Plan) -> list[str]:
-        wanted = self.output.save_state or (finished and self.output.save_state_on_train_end)
-        names = self.adapters(step, finished, plan) if wanted else []
+        names = self.adapters(step, finished, plan) if self.output.save_state else []
+        if finished and not names and self.output.save_state_on_train_end:
+            names = [self.output.output_name]
         if asked and not names:
             names = [self._step_name(step)]
         return [f"{name}-state" for name in names]
 
     def prune(self, step: int, finished: bool, newest: Path | None, plan: Plan) -> None:
-        if finished or not self.adapters(step, finished, plan):
+        if self.adapters(step, finished, plan) in ([], [self.output.output_name]):
             return
         output = self.output
         epochs, steps = output.save_last_n_epochs, output.save_last_n_steps
@@ -132,7 +133,8 @@ class KohyaSaving:
             else:
                 keep = keep_epochs if is_state else epochs
                 between = self._epochs_between(plan) or 1
-                old = keep is not None and number <= step // plan.steps_per_epoch - keep * between
+                # As in kohya, the last epoch saves under the run's name and removes nothing.
+                old = keep is not None and not finished and number <= step // plan.steps_per_epoch - keep * between
             if old and is_state:
                 shutil.rmtree(path)
             elif old:

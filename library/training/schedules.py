@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,33 +11,49 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from library.options.checks import require
 from library.options.training import OptimizerOptions
 from library.training import named_classes
+from library.training.optimizers import ParameterGroup
 from library.training.plan import Plan
 
 # The schedules that transformers has and diffusers has not.
 OF_TRANSFORMERS = ("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay")
 
 
-def rate_multiplier(options: OptimizerOptions, plan: Plan) -> Callable[[int], float]:
-    """step -> share of the peak learning rate, for steps from 0 to below the plan's last.
+def learning_rates_of(
+    options: OptimizerOptions, plan: Plan, groups: Sequence[ParameterGroup]
+) -> Callable[[int], list[float]]:
+    """step -> learning rate of each group, for steps from 0 to below the plan's last.
 
     The schedules are those of diffusers and transformers (functions of the step), or any torch scheduler class by
-    lr_scheduler_type, which is run through once beforehand. Raises OptionError where its arguments do not fit.
+    lr_scheduler_type, which is run through once beforehand. Either acts on groups that have the peaks of these, so a rate among
+    its arguments (eta_min, max_lr, min_lr) is the rate of a group and not a share of anything, and a list has a value for
+    each group, in their order. Raises OptionError where its arguments do not fit.
     """
     if options.lr_scheduler_type:
-        return _replayed(options, plan)
+        return _replayed(options, plan, groups)
+    peaks = [group.learning_rate for group in groups]
     if options.lr_scheduler == "adafactor":
         # Adafactor's relative steps: the optimizer sets its own rate.
-        return lambda step: 1.0
+        return lambda step: peaks
     function = _named_schedule(options.lr_scheduler)
     given = options.scheduler_arguments
     named_classes.check_arguments("lr_scheduler_args", function, f"the schedule {options.lr_scheduler}", given)
     arguments = _arguments(options, plan) | given
-    scheduler = named_classes.call(
-        "lr_scheduler_args" if given else "lr_scheduler",
-        options.lr_scheduler,
-        lambda: function(_dummy_optimizer(options), **arguments),
-    )
-    return scheduler.lr_lambdas[0]
+    option = "lr_scheduler_args" if given else "lr_scheduler"
+
+    def share_of(group: ParameterGroup) -> Callable[[int], float]:
+        optimizer = _dummy_optimizer([group], group.learning_rate)
+        made = named_classes.call(option, options.lr_scheduler, lambda: function(optimizer, **arguments))
+        return made.lr_lambdas[0]  # type: ignore[no-any-return]
+
+    shares = [share_of(group) for group in groups]
+    return lambda step: [peak * share(step) for peak, share in zip(peaks, shares, strict=True)]
+
+
+def check_schedule(options: OptimizerOptions, plan: Plan) -> None:
+    """See before a model is loaded that the schedule and its arguments fit the plan; a list may want a value for each group,
+    which only the model tells. Raises OptionError."""
+    if not any(isinstance(value, list | tuple) for value in options.scheduler_arguments.values()):
+        learning_rates_of(options, plan, [ParameterGroup("trial", [], options.learning_rate)])
 
 
 def decay_steps(options: OptimizerOptions, plan: Plan) -> int:
@@ -46,9 +62,10 @@ def decay_steps(options: OptimizerOptions, plan: Plan) -> int:
     return int(share * plan.last_step) if share < 1 else int(share)
 
 
-def _dummy_optimizer(options: OptimizerOptions) -> torch.optim.Optimizer:
-    """What a scheduler acts on. Its rate is the run's: some schedules take rates (eta_min, max_lr, min_lr) and not shares."""
-    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=options.learning_rate)
+def _dummy_optimizer(groups: Sequence[ParameterGroup], rate: float) -> torch.optim.Optimizer:
+    """What a scheduler acts on: groups with the peaks of these. `rate` is the optimizer's own, which some schedules read."""
+    entries = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": group.learning_rate} for group in groups]
+    return torch.optim.SGD(entries, lr=rate)
 
 
 def _named_schedule(name: str) -> Callable[..., Any]:
@@ -94,23 +111,35 @@ def _arguments(options: OptimizerOptions, plan: Plan) -> dict[str, Any]:
     return arguments
 
 
-def _replayed(options: OptimizerOptions, plan: Plan) -> Callable[[int], float]:
+def _replayed(options: OptimizerOptions, plan: Plan, groups: Sequence[ParameterGroup]) -> Callable[[int], list[float]]:
     """The rates of a scheduler class, from running it through every step of the plan on a dummy."""
     kind = _scheduler_class(options.lr_scheduler_type)
     arguments = options.scheduler_arguments
     named_classes.check_arguments("lr_scheduler_args", kind, kind.__name__, arguments)
+    cycles = "cycle_momentum" in named_classes.argument_names(kind) and arguments.get("cycle_momentum", True)
+    require(
+        not cycles,
+        "lr_scheduler_args",
+        f"lacks cycle_momentum=False: {kind.__name__} would change the momentum too, and a schedule here sets rates alone.",
+    )
 
-    def shares() -> list[float]:
-        optimizer = _dummy_optimizer(options)
+    def rates() -> list[list[float]]:
+        optimizer = _dummy_optimizer(groups, options.learning_rate)
         scheduler = kind(optimizer, **arguments)
-        found = [optimizer.param_groups[0]["lr"] / options.learning_rate]
+        found = [_rates_in(optimizer)]
         for _ in range(1, plan.last_step):
             optimizer.step()
             scheduler.step()
-            found.append(optimizer.param_groups[0]["lr"] / options.learning_rate)
-        return [float(share) for share in found]
+            found.append(_rates_in(optimizer))
+        return found
 
-    return named_classes.call("lr_scheduler_args", kind.__name__, shares).__getitem__
+    names = ", ".join(group.name for group in groups)
+    where = f" and its {len(groups)} groups of weights ({names})" if len(groups) > 1 else ""
+    return named_classes.call("lr_scheduler_args", f"{kind.__name__}{where}", rates).__getitem__
+
+
+def _rates_in(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def _scheduler_class(name: str) -> type[LRScheduler]:

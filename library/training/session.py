@@ -24,6 +24,7 @@ from library.training.plan import Plan, make_order, make_plan
 from library.training.preflight import preflight
 from library.training.run import build_run
 from library.training.sample_images import Sampler
+from library.training.schedules import check_schedule
 from library.training.speed import prepare_environment, with_usable_attention
 from library.words import plural
 
@@ -43,6 +44,7 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     plan = make_plan(
         make_order(data, options, processes.rank, processes.world_size), options.training, options.optimizer
     )
+    check_schedule(options.optimizer, plan)
     first = first_step(options, plan)
     ended = state is not None and (facts["step"] >= plan.last_step or is_early_end(facts, plan))
     if ended and (output.output_dir / f"{output.output_name}.safetensors").exists():

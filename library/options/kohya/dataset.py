@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.options.checks import not_negative, positive, require, share
+from library.options.given import Count, Verbatim
 from library.options.kohya.values import OptionalSize, OptionalSpan
 
 DEMO_DATA = "demo"
@@ -17,6 +18,8 @@ Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "
 
 @dataclass(frozen=True)
 class DatasetOptions:
+    """Which pictures are trained on, in which sizes."""
+
     train_data_dir: Path | None = None
     """Folder with folders named REPEATS_CLASS TOKENS, or with pictures, or with images/ and captions/; demo is generated."""
     reg_data_dir: Path | None = None
@@ -123,23 +126,25 @@ class DatasetOptions:
 
 @dataclass(frozen=True)
 class CaptionOptions:
+    """How captions are found and changed."""
+
     caption_extension: str | None = None
     """Ending of the caption files beside the pictures. Default: .caption, else .txt."""
     shuffle_caption: bool = False
     """Shuffle the tags of a caption each time, except the first keep_tokens."""
-    caption_separator: str = ","
+    caption_separator: Verbatim = ","
     """What separates the tags of a caption."""
     keep_tokens: int = 0
     """So many tags at the beginning keep their place and are never dropped."""
-    keep_tokens_separator: str = ""
+    keep_tokens_separator: Verbatim = ""
     """Text in a caption (such as |||) before which tags keep their place, instead of keep_tokens. Default: none."""
-    secondary_separator: str | None = None
+    secondary_separator: Verbatim | None = None
     """Separator of tags that stay together; becomes caption_separator at the end."""
     enable_wildcard: bool = False
     """Captions may hold {a|b|c}, of which one is drawn, and several lines, of which one is drawn."""
-    caption_prefix: str | None = None
+    caption_prefix: Verbatim | None = None
     """Text put before every caption, with a blank."""
-    caption_suffix: str | None = None
+    caption_suffix: Verbatim | None = None
     """Text put after every caption, with a blank."""
     caption_dropout_rate: float = 0.0
     """Share of the captions that are replaced by the empty one."""
@@ -186,6 +191,8 @@ class CaptionOptions:
 
 @dataclass(frozen=True)
 class NetworkCacheOptions:
+    """What is encoded once, and where it is kept."""
+
     cache_dir: Path = Path("data/cache")
     """Folder of the caches. Entries are keyed by content and geometry, so runs and data sets may share it."""
     cache_latents: bool | None = None
@@ -193,7 +200,7 @@ class NetworkCacheOptions:
     color_aug, random_crop or face_crop_aug_range forbid it."""
     cache_latents_to_disk: bool = False
     """The same as cache_latents: caches are always on disk, in cache_dir, and outlive the run."""
-    vae_batch_size: int = 1
+    vae_batch_size: Count = 1
     """Pictures of one shape per batch while encoding."""
     cache_text_encoder_outputs: bool = False
     """Encode captions once and keep the result. The text encoders cannot be trained then, nor captions changed."""

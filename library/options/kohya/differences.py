@@ -225,6 +225,33 @@ DIFFERENCES: tuple[Difference, ...] = (
         "a typing error would train something else",
     ),
     Difference(
+        "max_train_epochs, clip_skip, save_every_n_epochs, save_every_n_steps, save_last_n_epochs, save_last_n_steps, "
+        "validate_every_n_epochs, validate_every_n_steps, max_token_length, lr_scheduler_timescale",
+        "at 0 or false the script stops, shows the U-Net CLIP's first layer (clip_skip) or keeps the newest file alone "
+        "(save_last_n_*)",
+        "0 and false are off",
+        "nobody means that; every option at 0, false and the empty value is in [kohya_values.tsv](kohya_values.tsv)",
+    ),
+    Difference(
+        "token_warmup_min, dataset_repeats, huber_c, huber_scale, lr_scheduler_num_cycles, lr_scheduler_power, "
+        "max_validation_steps, initial_epoch",
+        "0 and false are taken: as nothing, or as a number that computes nonsense",
+        "refused at 0 and false (the two lr_scheduler_* where the schedule reads them)",
+        "what is meant cannot be told",
+    ),
+    Difference(
+        "train_data_dir, reg_data_dir, logging_dir, output_name, caption_extension",
+        "an empty value is the working folder, the root folder, a file without a stem, or no captions",
+        "an empty value is not given, for these and for all options; pretrained_model_name_or_path must not be empty",
+        "a variable of a shell script that was not set trains something else",
+    ),
+    Difference(
+        "lr_scheduler_args",
+        "min_lr and lr_end are shares of learning_rate in every group",
+        "they are the rates that each group comes to",
+        "with unet_lr 1 and learning_rate 1e-4, min_lr 1e-5 is a tenth of 1",
+    ),
+    Difference(
         "output_config",
         "writes what differs from the defaults",
         "writes every option that has a value",

@@ -9,6 +9,7 @@ from typing import Literal
 
 from library.options.alignment import AlignmentOptions
 from library.options.checks import not_negative, positive, require
+from library.options.given import OptionalAmount
 from library.options.kohya.network_args import NetworkArgs, parse_network_args
 from networks.kinds import KINDS
 
@@ -27,6 +28,8 @@ _INSTEAD = {
 
 @dataclass(frozen=True)
 class NetworkOptions:
+    """The adapters: kind, size, where they sit, what they start from."""
+
     network_module: str = _LORA
     """Kind of network: networks.lora, the only one. Other kinds of adapter than LoRA are algo=... of network_args."""
     network_dim: int | None = None
@@ -49,7 +52,7 @@ class NetworkOptions:
     """Adapter files that are folded into the base before training."""
     base_weights_multiplier: tuple[float, ...] = ()
     """Strength of each of them; 1 where none is given."""
-    scale_weight_norms: float | None = None
+    scale_weight_norms: OptionalAmount = None
     """Greatest norm of an adapter's product; larger ones are scaled down after each step. 1 is usual."""
 
     def __post_init__(self) -> None:

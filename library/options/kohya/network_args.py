@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from library.options.arguments import pair_of
 from library.options.checks import require
 from networks.kinds import KINDS, LORAPLUS, Kind, without_effect
 
@@ -130,6 +131,9 @@ def _require(holds: bool, name: str, message: str) -> None:
     require(holds, "network_args", f"{name} {message}")
 
 
+KEYS = frozenset(field.name for field in fields(NetworkArgs))
+
+
 def parse_network_args(words: Sequence[str]) -> NetworkArgs:
     """`words` such as conv_dim=4 and algo=dora, typed and checked.
 
@@ -138,8 +142,8 @@ def parse_network_args(words: Sequence[str]) -> NetworkArgs:
     """
     values: dict[str, Any] = {}
     for word in words:
-        name, equals, text = (part.strip() for part in word.partition("="))
-        require(bool(equals), "network_args", f"wants KEY=VALUE, got {word!r}.")
+        require("=" in word, "network_args", f"wants KEY=VALUE, got {word!r}.")
+        name, text = pair_of("network_args", word)
         close = difflib.get_close_matches(name, list(_READ), n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}?" if close else f"There are {', '.join(_READ)}."
         require(name in _READ, "network_args", f"has the unknown key {name}; {hint}")

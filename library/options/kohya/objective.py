@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from library.options.checks import not_negative, positive, require
+from library.options.given import OptionalAmount, OptionalCount
 
 # Of DDPM, in SD1.5 and SDXL.
 TRAIN_TIMESTEPS = 1000
@@ -13,23 +14,23 @@ TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class NoiseOptions:
-    """Departures from plain Gaussian noise at any timestep, which is what the defaults are; `library.diffusion.noise` draws it."""
+    """Departures from plain Gaussian noise at any timestep, which is what the defaults are."""
 
     min_timestep: int | None = None
     """First timestep that is drawn, 0 to 999. Default: 0."""
     max_timestep: int | None = None
     """Timesteps are drawn below this, 1 to 1000. Default: 1000."""
-    noise_offset: float | None = None
+    noise_offset: OptionalAmount = None
     """Strength of noise that is the same all over a channel, so that very dark and light pictures are learnt; 0.05 is usual."""
     noise_offset_random_strength: bool = False
     """Draw the strength between 0 and noise_offset for each batch."""
-    adaptive_noise_scale: float | None = None
+    adaptive_noise_scale: OptionalAmount = None
     """Add this times the mean brightness of each latent channel to noise_offset."""
-    multires_noise_iterations: int | None = None
+    multires_noise_iterations: OptionalCount = None
     """Pyramid noise: so many coarser layers are added; 6 to 10 are usual."""
     multires_noise_discount: float = 0.3
     """Pyramid noise: each coarser layer counts this times the one before."""
-    ip_noise_gamma: float | None = None
+    ip_noise_gamma: OptionalAmount = None
     """Input perturbation (arXiv 2301.11706): the input gets this much more noise than the target knows; 0.1 is the paper's."""
     ip_noise_gamma_random_strength: bool = False
     """Draw this amount between 0 and ip_noise_gamma for each batch."""
@@ -51,7 +52,7 @@ class NoiseOptions:
         require(first < end, "min_timestep", f"{first} is not below max_timestep {end}; no timestep is left.")
         not_negative("noise_offset", self.noise_offset)
         positive("multires_noise_iterations", self.multires_noise_iterations)
-        positive("multires_noise_discount", self.multires_noise_discount)
+        not_negative("multires_noise_discount", self.multires_noise_discount)
         not_negative("ip_noise_gamma", self.ip_noise_gamma)
         for name, needed in (
             ("noise_offset_random_strength", "noise_offset"),
@@ -61,7 +62,7 @@ class NoiseOptions:
             given = getattr(self, name) not in (None, False)
             require(not given or getattr(self, needed) is not None, name, f"has no effect without {needed}.")
         require(
-            self.multires_noise_discount == 0.3 or self.multires_noise_iterations is not None,
+            self.multires_noise_discount in (0, 0.3) or self.multires_noise_iterations is not None,
             "multires_noise_discount",
             "has no effect without multires_noise_iterations.",
         )
@@ -75,6 +76,8 @@ class NoiseOptions:
 
 @dataclass(frozen=True)
 class NetworkObjectiveOptions:
+    """The loss, and how it is weighted."""
+
     v_parameterization: bool = False
     """The base predicts velocities. Not needed where the base's own scheduler configuration says so."""
     objective: Literal["auto", "epsilon", "v"] = "auto"
@@ -87,13 +90,13 @@ class NetworkObjectiveOptions:
     """Width at the noisy end (exponential, snr) or everywhere (constant) beyond which a difference counts linearly."""
     huber_scale: float = 1.0
     """Factor of this width."""
-    min_snr_gamma: float | None = None
+    min_snr_gamma: OptionalAmount = None
     """Min-SNR weighting of the diffusion loss (arXiv 2303.09556); 5 is the paper's value."""
     debiased_estimation_loss: bool = False
     """Weight with 1 / sqrt(SNR), for velocities 1 / (SNR + 1) (arXiv 2310.08442)."""
     scale_v_pred_loss_like_noise_pred: bool = False
     """Weight a velocity loss with SNR / (SNR + 1), as if noise were predicted."""
-    v_pred_like_loss: float | None = None
+    v_pred_like_loss: OptionalAmount = None
     """Add this times the loss that a velocity model would have, to a noise model's."""
     prior_loss_weight: float = 1.0
     """Weight of the loss of regularisation pictures."""

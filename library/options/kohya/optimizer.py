@@ -11,14 +11,25 @@ from library.options.training import OptimizerOptions, Schedule
 # Schedules that begin at the full rate whatever lr_warmup_steps says.
 _WITHOUT_WARMUP = ("constant", "piecewise_constant", "adafactor")
 
+OPTIMIZER_KEYS = frozenset(
+    """
+    betas eps amsgrad momentum nesterov d0 d_coef growth_rate decouple use_bias_correction safeguard_warmup relative_step
+    scale_parameter warmup_init
+    """.split()  # noqa: SIM905
+)
+"""Arguments of optimizers that people write as options of their own."""
+
 
 @dataclass(frozen=True)
 class NetworkOptimizerOptions(OptimizerOptions):
+    """Optimizer, learning rates and their course."""
+
     optimizer_type: str = ""
     """AdamW (the default), AdamW8bit, Lion, Prodigy, Adafactor, AdamWScheduleFree, ..., any class of torch.optim,
     bitsandbytes or pytorch_optimizer by its name, or any other by its dotted path."""
     learning_rate: float = 1e-4
-    """Peak learning rate where unet_lr and text_encoder_lr say nothing. Prodigy and D-Adaptation want 1.0."""
+    """Peak learning rate where unet_lr and text_encoder_lr say nothing; 0 beside one of them trains that one alone. Prodigy and
+    D-Adaptation want 1.0."""
     unet_lr: float | None = None
     """Peak learning rate of adapters on the U-Net; 0 trains none there. Default: learning_rate."""
     text_encoder_lr: tuple[float, ...] = ()
@@ -59,6 +70,10 @@ class NetworkOptimizerOptions(OptimizerOptions):
         )
 
     @property
+    def _has_other_rates(self) -> bool:
+        return bool(self.unet_lr) or any(self.text_encoder_lr)
+
+    @property
     def unet_rate(self) -> float:
         """Peak learning rate of adapters on the U-Net."""
         return self.learning_rate if self.unet_lr is None else self.unet_lr
@@ -66,7 +81,7 @@ class NetworkOptimizerOptions(OptimizerOptions):
     @property
     def trains_text_encoders(self) -> bool:
         """Whether any rate is above 0; network_train_unet_only is not asked here."""
-        return not self.text_encoder_lr or any(rate > 0 for rate in self.text_encoder_lr)
+        return any(rate > 0 for rate in self.text_encoder_lr or (self.learning_rate,))
 
     def text_encoder_rates(self, count: int) -> tuple[float, ...]:
         """Peak learning rate of each of `count` text encoders. Raises OptionError where more rates are given."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from library.options.checks import positive, require
+from library.options.given import OFF_AT_ZERO, Needed, OptionalCount
 from library.options.model import ModelOptions, SpeedOptions
 from library.options.training import OutputOptions, TrainingOptions
 
 
 @dataclass(frozen=True)
 class NetworkConfigOptions:
+    """Files of options, and --dry_run."""
+
     config_file: str | None = None
     """TOML file with any of these options, in any sections; .toml may be left out. The command line overrides it."""
     dataset_config: Path | None = None
@@ -34,10 +37,12 @@ class NetworkConfigOptions:
 
 @dataclass(frozen=True)
 class NetworkModelOptions(ModelOptions):
-    pretrained_model_name_or_path: str = "tiny-shapes"
+    pretrained_model_name_or_path: Needed = "tiny-shapes"
     """Base model, SD1.5 or SDXL: a hub id, a diffusers folder, one .safetensors file, tiny-shapes or tiny-sdxl."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # type: ignore[assignment]
     """Number format in which frozen weights are kept and everything but losses and trained weights is computed; no is float32."""
+    sdxl: bool | None = None
+    """Whether the base is SDXL. Not needed: bases are told apart by their weights, and a wrong word is said."""
     vae: str | None = None
     """Another VAE than the base's: a hub id, a folder or one .safetensors file."""
     no_half_vae: bool = False
@@ -53,7 +58,6 @@ class NetworkModelOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.vae != "", "vae", "is empty. Leave it out for the base's own.")
         require(
             not self.full_bf16 or self.mixed_precision == "bf16",
             "full_bf16",
@@ -74,9 +78,11 @@ class NetworkModelOptions(ModelOptions):
 
 @dataclass(frozen=True)
 class TextEncoderOptions:
-    clip_skip: int | None = None
+    """How captions are encoded."""
+
+    clip_skip: OptionalCount = None
     """Layer of CLIP-L that the U-Net sees, counted from the end; 1 is the last, SD1.5's. SDXL always sees the second last."""
-    max_token_length: Literal[75, 150, 225] | None = None
+    max_token_length: Annotated[Literal[75, 150, 225] | None, OFF_AT_ZERO] = None
     """Longest caption in tokens; longer ones are cut, and the cut is said. Default: 75."""
 
     def __post_init__(self) -> None:
@@ -95,13 +101,15 @@ class TextEncoderOptions:
 
 @dataclass(frozen=True)
 class NetworkTrainingOptions(TrainingOptions):
+    """How long, in what batches and from which seed."""
+
     train_batch_size: int = 1
     """Samples per step and process. A dataset TOML's batch_size has the last word."""
-    max_train_epochs: int | None = None
+    max_train_epochs: OptionalCount = None
     """Passes over the data; given, it decides the length instead of max_train_steps."""
     max_train_steps: int | None = 1600
     """Optimizer steps."""
-    initial_step: int | None = None
+    initial_step: OptionalCount = None
     """Begin as if so many optimizer steps were done: for runs that go on from network_weights without a state."""
     initial_epoch: int | None = None
     """The same, counted in epochs: 1 is the first."""
@@ -132,31 +140,33 @@ class NetworkTrainingOptions(TrainingOptions):
 
 @dataclass(frozen=True)
 class NetworkOutputOptions(OutputOptions):
+    """What is saved, when, and what is resumed."""
+
     output_dir: Path = Path("outputs/network")
     """Folder of everything the run leaves: adapters, states, pictures, metrics, the resolved options."""
     output_name: str = "last"
     """Stem of the adapter files."""
     save_model_as: Literal["safetensors", "ckpt", "pt"] = "safetensors"
     """Format of the adapter files: safetensors."""
-    save_every_n_epochs: int | None = None
+    save_every_n_epochs: OptionalCount = None
     """Epochs between saved adapters; there is always one at the end."""
-    save_every_n_steps: int | None = None
+    save_every_n_steps: OptionalCount = None
     """Optimizer steps between saved adapters."""
-    save_n_epoch_ratio: int | None = None
+    save_n_epoch_ratio: OptionalCount = None
     """Save at least so many adapters over the run, at even distances in epochs."""
-    save_last_n_epochs: int | None = None
+    save_last_n_epochs: OptionalCount = None
     """Keep only the adapters of the newest N epochs. Default: all."""
-    save_last_n_steps: int | None = None
+    save_last_n_steps: OptionalCount = None
     """Keep only adapters saved in the newest N steps. Default: all."""
     save_state: bool = False
     """Save the training state beside each adapter, to go on from exactly there. An interrupted run saves one anyway."""
     save_state_on_train_end: bool = False
     """Save the training state at the end, whatever save_state says."""
-    save_last_n_epochs_state: int | None = None
+    save_last_n_epochs_state: OptionalCount = None
     """Keep only the states of the newest N epochs. Default: save_last_n_epochs."""
-    save_last_n_steps_state: int | None = None
+    save_last_n_steps_state: OptionalCount = None
     """Keep only states saved in the newest N steps. Default: save_last_n_steps."""
-    validate_every_n_steps: int | None = None
+    validate_every_n_steps: OptionalCount = None
     """Optimizer steps between validations, beside validate_every_n_epochs. Default: none."""
 
     def __post_init__(self) -> None:

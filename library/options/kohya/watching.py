@@ -7,39 +7,24 @@ from pathlib import Path
 from typing import Literal
 
 from library.options.checks import positive, require
+from library.options.given import OptionalCount, Verbatim
 
-Sampler = Literal[
-    "ddim",
-    "pndm",
-    "lms",
-    "euler",
-    "euler_a",
-    "heun",
-    "dpm_2",
-    "dpm_2_a",
-    "dpmsolver",
-    "dpmsolver++",
-    "dpmsingle",
-    "k_lms",
-    "k_euler",
-    "k_euler_a",
-    "k_dpm_2",
-    "k_dpm_2_a",
-]
 PROMPT_FILES = (".txt", ".toml", ".json")
 
 
 @dataclass(frozen=True)
 class ValidationOptions:
+    """Pictures held out to measure the loss on."""
+
     validation_split: float = 0.0
     """Share of the training pictures that is held out, chosen by a stable hash, to measure the loss on."""
     validation_seed: int | None = None
     """Seed of the noise of validation, and of this choice. Default: seed."""
-    validate_every_n_epochs: int | None = None
+    validate_every_n_epochs: OptionalCount = None
     """Epochs between validations. Default: 1, or none where validate_every_n_steps is given."""
     max_validation_steps: int | None = None
     """Batches of a validation at most. Default: all that was held out."""
-    early_stop: int | None = None
+    early_stop: OptionalCount = None
     """Stop after so many validations without a better loss. Default: never."""
 
     def __post_init__(self) -> None:
@@ -59,16 +44,19 @@ class ValidationOptions:
 
 @dataclass(frozen=True)
 class SampleOptions:
+    """Pictures drawn while training."""
+
     sample_prompts: Path | None = None
     """Prompts to draw while training, .txt (one a line), .toml or .json. Read anew each time."""
-    sample_every_n_steps: int | None = None
+    sample_every_n_steps: OptionalCount = None
     """Optimizer steps between pictures. With neither this nor sample_every_n_epochs they are drawn at the end."""
-    sample_every_n_epochs: int | None = None
+    sample_every_n_epochs: OptionalCount = None
     """Epochs between pictures; decides where both are given."""
     sample_at_first: bool = False
     """Draw pictures before the first step too."""
-    sample_sampler: Sampler | None = None
-    """Sampler of prompts that name none. Default: DPM++ 2M Karras."""
+    sample_sampler: str | None = None
+    """Sampler of prompts that name none: kohya's word (euler_a), A1111's (DPM++ 2M Karras) or ComfyUI's (dpmpp_2m_karras).
+    Default: DPM++ 2M Karras."""
 
     def __post_init__(self) -> None:
         positive("sample_every_n_steps", self.sample_every_n_steps)
@@ -91,6 +79,8 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class LoggingOptions:
+    """Metrics for TensorBoard."""
+
     log_with: Literal["tensorboard", "wandb", "all"] | None = None
     """Where metrics go. They go to TensorBoard and metrics.jsonl in any case; wandb is not offered."""
     log_prefix: str | None = None
@@ -118,29 +108,31 @@ class LoggingOptions:
 
 @dataclass(frozen=True)
 class MetadataOptions:
+    """What the adapter file says about itself."""
+
     no_metadata: bool = False
     """Leave all ss_* metadata out of the adapter but what is needed to load it."""
-    training_comment: str | None = None
+    training_comment: Verbatim | None = None
     """Text for ss_training_comment, such as the trigger words."""
-    metadata_title: str | None = None
+    metadata_title: Verbatim | None = None
     """modelspec.title. Default: output_name."""
-    metadata_author: str | None = None
+    metadata_author: Verbatim | None = None
     """modelspec.author of the adapter file."""
-    metadata_description: str | None = None
+    metadata_description: Verbatim | None = None
     """modelspec.description of the adapter file."""
-    metadata_license: str | None = None
+    metadata_license: Verbatim | None = None
     """modelspec.license of the adapter file."""
-    metadata_tags: str | None = None
+    metadata_tags: Verbatim | None = None
     """modelspec.tags, separated by commas."""
-    metadata_usage_hint: str | None = None
+    metadata_usage_hint: Verbatim | None = None
     """modelspec.usage_hint of the adapter file."""
     metadata_thumbnail: str | None = None
     """modelspec.thumbnail, a picture as a data: URL."""
     metadata_merged_from: str | None = None
     """modelspec.merged_from, where the adapter is a mixture."""
-    metadata_trigger_phrase: str | None = None
+    metadata_trigger_phrase: Verbatim | None = None
     """modelspec.trigger_phrase of the adapter file."""
-    metadata_preprocessor: str | None = None
+    metadata_preprocessor: Verbatim | None = None
     """modelspec.preprocessor of the adapter file."""
     metadata_is_negative_embedding: str | None = None
     """modelspec.is_negative_embedding of the adapter file."""
