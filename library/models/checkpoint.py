@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.files import read_json
 from library.models.base_family import family_of
+from library.models.base_schedule import folder_scheduler_config
 from library.models.locate import BaseLocation, weight_files
 from library.models.tensor_files import Range, TensorFile, open_pickled
 from library.models.weights import read_tensors
 from networks.families import Family
 from networks.names import VAE, current_key
 from networks.original_names import Form, diffusers_keys, original_place
-from networks.prediction_names import BY_SCHEDULER, EPSILON_NAME, PREDICTION_NAMES
+from networks.prediction_names import BY_SCHEDULER, PREDICTION_NAMES, schedule_of, type_in_file
 
 
 class StoredTensor(NamedTuple):
@@ -108,10 +108,12 @@ def open_checkpoint(location: BaseLocation, *, without: Collection[str] = ()) ->
 
 
 def _marks_of_folder(folder: Path) -> tuple[str, ...]:
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    name = BY_SCHEDULER.get(config.get("prediction_type", EPSILON_NAME.scheduler), EPSILON_NAME)
-    found = {name.mark, ZTSNR if config.get("rescale_betas_zero_snr") else None}
-    return tuple(mark for mark in MARKS if mark in found)
+    config = folder_scheduler_config(folder)
+    found = schedule_of(config)
+    if isinstance(found, str):
+        raise UserError(f"The scheduler of {folder} {found}")
+    true = {found[1].mark, ZTSNR if config.get("rescale_betas_zero_snr") else None}
+    return tuple(mark for mark in MARKS if mark in true)
 
 
 def _open(path: Path) -> TensorFile:
@@ -151,7 +153,8 @@ def _open_single_file(location: BaseLocation, family: Family, without: Collectio
                 f"{location.path} has no {component}: none of its {len(file.tensors)} tensors begins with "
                 f"{family.original[component]}. A complete {family.title} checkpoint or a diffusers folder is needed."
             )
-    marks = tuple(mark for mark in MARKS if mark in file.tensors)
+    prediction = BY_SCHEDULER.get(type_in_file(file.tensors, file.metadata))
+    marks = tuple(mark for mark in MARKS if mark in file.tensors or (prediction and mark == prediction.mark))
     return Checkpoint(location, family, tensors, counts, tuple(others), marks)
 
 

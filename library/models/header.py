@@ -21,6 +21,11 @@ def read_shapes(path: Path) -> Shapes:
     )
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    return with_safetensors(path, lambda file: file.metadata() or {}, "numpy")
+
+
 def with_safetensors(path: Path, read: Callable[[Any], Result], framework: str = "pt") -> Result:
     """What `read` makes of the opened file. Raises UserError for one that is truncated, corrupt or absent."""
     try:

@@ -18,6 +18,7 @@ from library.errors import UserError
 from library.files import read_json
 from library.models import single_file
 from library.models.base_family import family_of, require_family
+from library.models.base_schedule import folder_scheduler_config
 from library.models.clip_tokenizer import PADS, tokenizer_for
 from library.models.configs import configs_of, published_family
 from library.models.locate import BaseLocation, base_status, locate_base, weight_files
@@ -86,7 +87,7 @@ def load_scheduler_config(base: Base) -> dict[str, Any]:
     location = _located(base, "scheduler")
     if location.is_file:
         return single_file.file_scheduler_config(location.path, family_of(location))
-    return read_json(location.path / "scheduler" / "scheduler_config.json")
+    return folder_scheduler_config(location.path)
 
 
 def unet_config(base: Base, *, families: Families = (SD15,)) -> dict[str, Any]:

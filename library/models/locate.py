@@ -12,6 +12,7 @@ from pathlib import Path
 
 from library.errors import UserError
 from library.files import read_json
+from library.models.base_schedule import check_schedule
 from library.models.embedded import MODELS, SHAPES, SHAPES_CLIP, SHAPES_DINOV2, TINY_BASES, TINY_TEACHERS
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -63,7 +64,7 @@ def locate_base(name: str, components: Sequence[str] | None = None) -> BaseLocat
     """
     if name in TINY_BASES:
         return _tiny(name)
-    return _local_base(name, components) or _fetch(name, components)
+    return _judged(_local_base(name, components) or _fetch(name, components), components)
 
 
 def locate_dino(name: str) -> BaseLocation:
@@ -77,18 +78,27 @@ def base_status(name: str, components: Sequence[str] | None = None) -> str | Non
     """None when `locate_base(name, components)` needs no network, else a sentence saying what is missing.
 
     Looks at names of files and the model's index: nothing is fetched or built. A tiny model counts as there, since it is
-    built when it is needed.
+    built when it is needed. Raises UserError for one that is there and of a noise schedule that is not known here.
     """
+    if name in TINY_BASES:
+        return None
     try:
-        there = name in TINY_BASES or _local_base(name, components) is not None
+        found = _local_base(name, components)
     except UserError as error:
         return str(error)
-    return None if there else _absent(name, SHAPES)
+    if found is None:
+        return _absent(name, SHAPES)
+    _judged(found, components)
+    return None
 
 
 def check_base(name: str, components: Sequence[str] | None = None) -> None:
     """Raise UserError where `locate_base` would, as far as that can be known without fetching or building anything."""
-    if name not in TINY_BASES and _local_base(name, components) is None and not _is_hub_id(name):
+    if name in TINY_BASES:
+        return
+    if (found := _local_base(name, components)) is not None:
+        _judged(found, components)
+    elif not _is_hub_id(name):
         raise UserError(_absent(name, SHAPES))
 
 
@@ -189,6 +199,13 @@ def _tiny(name: str) -> BaseLocation:
     from library.models.tiny import ensure_tiny
 
     return BaseLocation(name, ensure_tiny(name))
+
+
+def _judged(location: BaseLocation, components: Sequence[str] | None) -> BaseLocation:
+    """The same, whose noise schedule is known here, where that is asked for."""
+    if components is None or "scheduler" in components:
+        check_schedule(location.path)
+    return location
 
 
 def _local_base(name: str, components: Sequence[str] | None) -> BaseLocation | None:

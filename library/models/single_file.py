@@ -14,11 +14,11 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.configs import configs_of
-from library.models.header import Shapes, read_shapes
+from library.models.header import Shapes, read_metadata, read_shapes
 from library.models.weights import read_tensors
 from networks.families import TEXT_ENCODER_2, UNET, VAE, Family
 from networks.original_names import Form, Place, diffusers_keys, original_place
-from networks.prediction_names import name_by_marks
+from networks.prediction_names import type_in_file
 
 
 def file_unet_config(path: Path, family: Family) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def file_text_config(path: Path, family: Family, component: str) -> dict[str, An
 
 
 def file_scheduler_config(path: Path, family: Family) -> dict[str, Any]:
-    """The family's schedule, and what the file's marks say."""
+    """The family's schedule, and what the file's marks and metadata say."""
     shapes = read_shapes(path)
-    config = {**configs_of(family).scheduler, "prediction_type": name_by_marks(shapes).scheduler}
+    config = {**configs_of(family).scheduler, "prediction_type": type_in_file(shapes, read_metadata(path))}
     if "ztsnr" in shapes:
         config["rescale_betas_zero_snr"] = True
     return config
