@@ -34,7 +34,7 @@ _VAE_ATTENTION_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 
 def current_key(component: str, key: str) -> str | None:
     """The key of a tensor in a diffusers folder as today's models have it; None for buffers that are no part of them."""
-    if key.endswith("embeddings.position_ids"):
+    if key.endswith("embeddings.position_ids") or (component == TEXT_ENCODER and key.startswith("text_projection")):
         return None
     if component in (TEXT_ENCODER, TEXT_ENCODER_2):
         return with_text_model(key)

@@ -14,6 +14,7 @@ from library.errors import UserError
 from library.merging.merge import Change, Folds, cast_finite, fold_and_cast
 from library.models.checkpoint import Checkpoint, StoredTensor
 from library.models.tensor_files import NewTensor, in_library_order
+from library.words import plural
 from networks.original_names import Form, Place, original_place
 
 
@@ -21,7 +22,16 @@ class Merging:
     """A base, what is to be folded into it, and the number format of the result."""
 
     def __init__(self, base: Checkpoint, folds: Folds, dtype: torch.dtype | None = None) -> None:
-        """dtype: of every floating-point tensor; None keeps each as the base has it."""
+        """dtype: of every floating-point tensor; None keeps each as the base has it.
+
+        Raises UserError without one where the base has scaled weights, which are multiplied out.
+        """
+        if base.scaled and dtype is None:
+            raise UserError(
+                f"{base.location.path} has {plural(len(base.scaled), 'weight')} stored as small numbers with a scale (scaled "
+                f"fp8; first: {base.scaled[0]}), which a merge multiplies out. Say in which number format to write them: "
+                "--save_precision fp16 (or bf16, float)."
+            )
         self.base = base
         self.folds = folds
         self.changes: dict[tuple[str, str], Change] = {}
@@ -29,7 +39,8 @@ class Merging:
         self._dtype = dtype
 
     def describe_dtype(self) -> str:
-        return "as the base" if self._dtype is None else str(self._dtype).removeprefix("torch.")
+        named = "as the base" if self._dtype is None else str(self._dtype).removeprefix("torch.")
+        return named + (f", {len(self.base.scaled)} scaled weights multiplied out" if self.base.scaled else "")
 
     def dtype_of(self, component: str, key: str) -> torch.dtype:
         """Of the merged tensor."""
@@ -38,7 +49,8 @@ class Merging:
 
     def is_kept(self, component: str, key: str) -> bool:
         """Whether the merged tensor is the base's to the bit."""
-        same_format = self.dtype_of(component, key) == self.base.tensors[component][key].dtype
+        stored = self.base.tensors[component][key]
+        same_format = stored.scale is None and self.dtype_of(component, key) == stored.dtype
         return same_format and key not in self.folds.get(component, {})
 
     def make(self, component: str, key: str) -> Tensor:

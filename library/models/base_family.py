@@ -9,7 +9,8 @@ from typing import Any
 from library.errors import UserError
 from library.files import read_json
 from library.models.header import read_shapes
-from library.models.locate import BaseLocation
+from library.models.locate import BaseLocation, choose_weights
+from library.models.quantised import check_number_formats
 from networks.families import SD15, SDXL, TEXT_ENCODER_2, UNET, Family
 
 _UNET = SD15.original[UNET]
@@ -38,10 +39,23 @@ _OTHER_INPUTS = {9: "an inpainting model (9 input channels)", 8: "an editing mod
 def family_of(location: BaseLocation, allowed: Collection[Family] = (SD15, SDXL)) -> Family:
     """The family of a located base, from names of tensors and configurations alone.
 
-    Raises UserError, with what the base looks like, where that is none of the `allowed` ones.
+    Raises UserError, with what the base looks like, where that is none of the `allowed` ones, and where its weights are
+    quantised in a form that is not read.
     """
-    found = _family_of_file(location.path) if location.is_file else _family_of_folder(location.path)
-    return require_family(found, allowed, str(location.path))
+    path = location.path
+    found = require_family(_family_of_file(path) if location.is_file else _family_of_folder(path), allowed, str(path))
+    check_number_formats(*_weights(path, found))
+    return found
+
+
+def _weights(path: Path, family: Family) -> tuple[list[Path], tuple[str, ...]]:
+    """The safetensors files that a base's weights lie in, and what their names begin with."""
+    if path.is_file():
+        return [path], tuple(family.original.values())
+    parts = [part for part in family.original if (path / part).is_dir()]
+    names = {part: choose_weights([file.name for file in (path / part).iterdir()], part) for part in parts}
+    files = [path / part / name for part, found in names.items() for name in found]
+    return [file for file in files if file.suffix == ".safetensors"], ("",)
 
 
 def require_family(found: Family | str, allowed: Collection[Family], where: str) -> Family:

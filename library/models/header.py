@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
 from library.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+class Entry(NamedTuple):
+    """What a header says of a tensor."""
+
+    dtype: str
+    """As the format calls it, "F16"."""
+    shape: tuple[int, ...]
+
+
 Result = TypeVar("Result")
 
 
@@ -19,6 +29,15 @@ def read_shapes(path: Path) -> Shapes:
     return with_safetensors(
         path, lambda file: {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, "numpy"
     )
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """Name -> number format and shape of every tensor."""
+
+    def entry(found: Any) -> Entry:
+        return Entry(found.get_dtype(), tuple(found.get_shape()))
+
+    return with_safetensors(path, lambda file: {name: entry(file.get_slice(name)) for name in file.keys()}, "numpy")
 
 
 def read_metadata(path: Path) -> dict[str, str]:

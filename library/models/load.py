@@ -22,6 +22,7 @@ from library.models.base_schedule import folder_scheduler_config
 from library.models.clip_tokenizer import PADS, tokenizer_for
 from library.models.configs import configs_of, published_family
 from library.models.locate import BaseLocation, base_status, locate_base, weight_files
+from library.models.quantised import unscaled
 from library.models.weights import assemble, read_tensors
 from networks.families import SD15, SDXL, TEXT_ENCODER_2, TOKENIZERS, UNET, VAE, Family
 from networks.names import current_key
@@ -135,7 +136,7 @@ def component_tensors(location: BaseLocation, family: Family, component: str) ->
     """A component's tensors under the names of today's models."""
     if location.is_file:
         return single_file.file_tensors(location.path, family, component)
-    stored = read_tensors(weight_files(location.path, component))
+    stored = unscaled(read_tensors(weight_files(location.path, component)))
     named = ((current_key(component, name), value) for name, value in stored.items())
     return {key: value for key, value in named if key is not None}
 

@@ -217,7 +217,8 @@ def _local_base(name: str, components: Sequence[str] | None) -> BaseLocation | N
         )
     if path.is_file():
         if path.suffix.lower() != ".safetensors":
-            raise UserError(f"{name} is not a base model: a diffusers folder or a .safetensors file is needed.")
+            what = "quantised (GGUF), which is not read here" if path.suffix.lower() == ".gguf" else "not a base model"
+            raise UserError(f"{name} is {what}: a diffusers folder or a .safetensors file is needed.")
         return BaseLocation(name, path)
     if path.is_dir():
         if not ((path / "model_index.json").exists() or (path / "unet" / "config.json").exists()):
