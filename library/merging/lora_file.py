@@ -18,9 +18,10 @@ from library import project_version
 from library.errors import RunFailed, UserError
 from library.files import file_hash, human_bytes, recover_folders, require_space, whole_file, write_json
 from library.merging.algebra import DynamicRank, RankChange, concatenate, reduce_rank
-from library.merging.merge import all_finite, not_finite_as
+from library.merging.merge import not_finite_as
 from library.merging.merge_report import Ingredient
 from library.merging.source import PROVENANCE_KEY
+from library.models.weights import all_finite
 from library.words import plural
 from networks import AdapterError
 from networks.adapter_export import Form, adapter_tensors, form_metadata, peft_config

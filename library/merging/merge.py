@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.merging.strength import Strength
 from library.models.configs import configs_of
+from library.models.weights import all_finite
 from networks.adapter_module import AdapterModule
 from networks.adapters import Adapter
 from networks.families import FAMILIES, SD15, Family
@@ -97,15 +98,6 @@ def not_finite_as(dtype: torch.dtype) -> str:
     is_narrow = torch.finfo(dtype).max < torch.finfo(torch.float32).max
     remedy = "Try --save_precision float." if is_narrow else "The adapter or its ratio is too large."
     return f"has values that are not finite as {str(dtype).removeprefix('torch.')}. {remedy}"
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no value is infinite or not a number; several times as fast as isfinite on the CPU."""
-    if not values.is_floating_point() or values.numel() == 0:
-        return True
-    wide = values if values.dtype.itemsize > 1 else values.float()  # 8-bit floats have no arithmetic
-    low, high = torch.aminmax(wide)  # both are not a number where one value is
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from networks.families import SD15, SDXL, TEXT_ENCODER_2, UNET, Family
 
 _UNET = SD15.original[UNET]
 
-# What other files look like: a tensor name, or the beginning of one, that only they have.
-_OTHER_FILES = (
+# What other models look like: a tensor name, or the beginning of one, that only their files have.
+_OTHER_MODELS = (
     ("edm_mean", "Playground 2.5, which has SDXL's shapes and another noise schedule"),
     ("edm_vpred.", "CosXL, which has SDXL's shapes and another noise schedule"),
     ("conditioner.embedders.0.model.", "the SDXL refiner"),
@@ -25,9 +25,12 @@ _OTHER_FILES = (
     ("cond_stage_model.model.", "Stable Diffusion 2"),
     (_UNET + "joint_blocks.", "Stable Diffusion 3"),
     (_UNET + "double_blocks.", "Flux"),
-    ("double_blocks.", "Flux"),
     ("control_model.", "a ControlNet"),
     ("lora_", "a LoRA adapter"),
+)
+# What is no whole model. In one with a U-Net, such a name is a stray that no program looks at.
+_PARTS = (
+    ("double_blocks.", "Flux"),
     ("unet.", "a LoRA adapter or a training checkpoint"),
     ("down_blocks.", "a diffusers U-Net alone"),
     ("encoder.", "a VAE alone"),
@@ -81,7 +84,8 @@ def _family_of_file(path: Path) -> Family | str:
     if len(first) == 4 and first[1] in _OTHER_INPUTS:
         return _OTHER_INPUTS[first[1]]
     is_sdxl = all(any(name.startswith(SDXL.original[part]) for name in shapes) for part in SDXL.text_encoders)
-    for beginning, looks in _OTHER_FILES:
+    is_whole = any(name.startswith(_UNET) for name in shapes)
+    for beginning, looks in _OTHER_MODELS if is_whole else (*_OTHER_MODELS, *_PARTS):
         sdxl_has_it = is_sdxl and beginning.startswith(("conditioner.", _UNET))
         if not sdxl_has_it and any(name.startswith(beginning) for name in shapes):
             return looks

@@ -16,6 +16,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.base_family import family_of
 from library.models.base_schedule import folder_scheduler_config
+from library.models.header import NESTING
 from library.models.locate import BaseLocation, weight_files
 from library.models.quantised import is_beside, scale_names, times_scale
 from library.models.tensor_files import Range, TensorFile, open_pickled
@@ -144,18 +145,19 @@ def _stored(component: str, key: str, stored: Range) -> StoredTensor:
 
 def _open_single_file(location: BaseLocation, family: Family, without: Collection[str]) -> Checkpoint:
     file = TensorFile(location.path)
+    inside = {name.removeprefix(NESTING): stored for name, stored in file.tensors.items()}
     tensors: dict[str, dict[str, StoredTensor]] = {component: {} for component in family.original}
     counts = dict.fromkeys(family.original, 0)
     others: list[str] = []
     strangers: list[str] = []
-    scales = scale_names(file.tensors.keys())
-    for name, stored in file.tensors.items():
+    scales = scale_names(inside.keys())
+    for name, stored in inside.items():
         if is_beside(name):
             continue
         keys = [] if _is_leftover(name) else diffusers_keys(family, name)
         for component, key in keys:
             found = _stored_in_original(family, component, key, stored)
-            tensors[component][key] = found._replace(scale=file.tensors.get(scales.get(name, "")))
+            tensors[component][key] = found._replace(scale=inside.get(scales.get(name, "")))
         if keys:
             counts[keys[0][0]] += 1
             continue
@@ -170,8 +172,8 @@ def _open_single_file(location: BaseLocation, family: Family, without: Collectio
                 f"{location.path} has no {component}: none of its {len(file.tensors)} tensors begins with "
                 f"{family.original[component]}. A complete {family.title} checkpoint or a diffusers folder is needed."
             )
-    prediction = BY_SCHEDULER.get(type_in_file(file.tensors, file.metadata))
-    marks = tuple(mark for mark in MARKS if mark in file.tensors or (prediction and mark == prediction.mark))
+    prediction = BY_SCHEDULER.get(type_in_file(inside, file.metadata))
+    marks = tuple(mark for mark in MARKS if mark in inside or (prediction and mark == prediction.mark))
     return Checkpoint(location, family, tensors, counts, tuple(others), marks)
 
 

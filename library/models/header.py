@@ -24,11 +24,13 @@ class Entry(NamedTuple):
 Result = TypeVar("Result")
 
 
+NESTING = "state_dict."
+"""What precedes every name in a file made of a whole training checkpoint, as if it were not there."""
+
+
 def read_shapes(path: Path) -> Shapes:
     """Name -> shape of every tensor in a safetensors file, from its header alone."""
-    return with_safetensors(
-        path, lambda file: {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, "numpy"
-    )
+    return {name: entry.shape for name, entry in read_entries(path).items()}
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
@@ -37,7 +39,11 @@ def read_entries(path: Path) -> dict[str, Entry]:
     def entry(found: Any) -> Entry:
         return Entry(found.get_dtype(), tuple(found.get_shape()))
 
-    return with_safetensors(path, lambda file: {name: entry(file.get_slice(name)) for name in file.keys()}, "numpy")
+    return with_safetensors(
+        path,
+        lambda file: {name.removeprefix(NESTING): entry(file.get_slice(name)) for name in file.keys()},
+        "numpy",
+    )
 
 
 def read_metadata(path: Path) -> dict[str, str]:

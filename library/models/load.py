@@ -63,8 +63,10 @@ def load_vae(
     else:
         config = _component_config(location, VAE, "AutoencoderKL")
     tensors = component_tensors(location, family, VAE)
-    where = f"The VAE of {location.path}"
-    return assemble(lambda: AutoencoderKL.from_config(config), tensors, where, dtype=dtype, device=device)
+    where, remedy = f"The VAE of {location.path}", "Fetch it again, or name another autoencoder with --vae."
+    return assemble(
+        lambda: AutoencoderKL.from_config(config), tensors, where, dtype=dtype, device=device, remedy=remedy
+    )
 
 
 def load_text_encoders(
@@ -150,7 +152,7 @@ def _component_config(location: BaseLocation, component: str, class_name: str) -
     path = location.path / component / "config.json"
     config = read_json(path)
     found = config.get("_class_name") or next(iter(config.get("architectures") or []), class_name)
-    if found != class_name:
+    if found not in (class_name, f"{class_name}WithProjection"):  # the projection is left out on reading
         raise UserError(f"{path} describes a {found}. A {class_name} is needed here.")
     return config
 

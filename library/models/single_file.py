@@ -14,7 +14,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.configs import configs_of
-from library.models.header import Shapes, read_metadata, read_shapes
+from library.models.header import NESTING, Shapes, read_metadata, read_shapes
 from library.models.quantised import unscaled
 from library.models.weights import read_tensors
 from networks.families import TEXT_ENCODER_2, UNET, VAE, Family
@@ -99,7 +99,9 @@ def file_tensors(path: Path, family: Family, component: str) -> dict[str, Tensor
     Raises UserError for tensors that have no place there: a leftover of training (LoRA, heads) means an unfinished merge.
     """
     tensors: dict[str, Tensor] = {}
-    stored = unscaled(read_tensors(path, family.original[component]))
+    prefix = family.original[component]
+    found = read_tensors(path, (prefix, NESTING + prefix))
+    stored = unscaled({name.removeprefix(NESTING): value for name, value in found.items()})
     strangers = []
     for name, value in stored.items():
         keys = [key for _, key in diffusers_keys(family, name)]
