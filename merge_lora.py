@@ -59,7 +59,7 @@ def build(options: MergeLoraOptions) -> Plan:
     """The adapters, read and checked, the name of the base, and where the result goes."""
     from library.merging.lora_file import PEFT_CONFIG
     from library.merging.merge_report import Ingredient
-    from library.merging.source import base_model_of, newest_output, read_source
+    from library.merging.source import base_model_of, newest_output, of_one_family, read_source
     from library.merging.strength import Strength, parse_blocks
     from library.merging.write import Output, check_output
 
@@ -67,9 +67,12 @@ def build(options: MergeLoraOptions) -> Plan:
     if not options.chosen:
         print(f"No --models given: taking the newest training output, {models[0]}.", file=sys.stderr)
     sources = [read_source(model, use_ema=options.use_ema, network_alpha=options.network_alpha) for model in models]
+    if options.lora_only:
+        sources = of_one_family(sources, options.family)
     ratios = options.ratios or (1.0,) * len(models)
     blocks = [
-        parse_blocks(text, source.adapter.family) for text, source in zip(options.block_ratios, sources, strict=False)
+        parse_blocks(text, source.adapter.known_family)
+        for text, source in zip(options.block_ratios, sources, strict=False)
     ]
     blocks = blocks or [{}] * len(models)
     ingredients = [

@@ -87,7 +87,8 @@ def read_adapter(path: Path | str, *, alpha: float | None = None) -> Adapter:
             # Copied out of the file's memory map: tensors lie there on odd addresses, and kernels for those round otherwise.
             tensors = {part: file.get_tensor(key).clone() for part, key in entry.keys.items()}
             modules[target] = _module(path, target, entry, tensors, alphas)
-    return Adapter(modules, metadata, tuple(found.left_out), tuple(found.frozen))
+    spelled = tuple(entry.name for entry in found.modules.values())
+    return Adapter(modules, metadata, tuple(found.left_out), tuple(found.frozen), spelled)
 
 
 @contextmanager

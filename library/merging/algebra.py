@@ -17,6 +17,7 @@ from library.errors import UserError
 from library.options.checks import require
 from networks.adapter_file import BASE_MODEL_KEY
 from networks.adapters import Adapter
+from networks.families import Family
 from networks.kinds.lora import LoraModule
 from networks.names import Target
 
@@ -57,7 +58,7 @@ def concatenate(adapters: Sequence[tuple[Adapter, Ratio]]) -> Adapter:
     Metadata keeps what all inputs say alike of their base. Raises UserError for DoRA, for adapters of different families or
     sizes, and where nothing remains.
     """
-    _require_one_family([adapter for adapter, _ in adapters])
+    family = _one_family([adapter for adapter, _ in adapters])
     parts: dict[Target, list[LoraModule]] = {}
     for adapter, ratio in adapters:
         for target, module in _plain(adapter).items():
@@ -74,7 +75,7 @@ def concatenate(adapters: Sequence[tuple[Adapter, Ratio]]) -> Adapter:
                     f"{list(module.shape)} in another: they were trained on models of different sizes."
                 )
     stacked = {target: _stack(found) for target, found in parts.items()}
-    return Adapter(stacked, _shared([adapter.metadata for adapter, _ in adapters]))
+    return Adapter(stacked, _shared([adapter.metadata for adapter, _ in adapters]), told=family)
 
 
 def reduce_rank(
@@ -174,10 +175,12 @@ def _plain(adapter: Adapter) -> dict[Target, LoraModule]:
     return plain
 
 
-def _require_one_family(adapters: Sequence[Adapter]) -> None:
-    families = {adapter.family.title: None for adapter in adapters}
+def _one_family(adapters: Sequence[Adapter]) -> Family:
+    families = {adapter.family.key: adapter.family for adapter in adapters}
     if len(families) > 1:
-        raise UserError(f"Adapters of {' and '.join(families)} cannot be added: their modules are of different models.")
+        titles = " and ".join(family.title for family in families.values())
+        raise UserError(f"Adapters of {titles} cannot be added: their modules are of different models.")
+    return next(iter(families.values()))
 
 
 def _shared(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:

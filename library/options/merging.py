@@ -48,6 +48,8 @@ class MergeLoraOptions:
     """Instead of output_dir: the one .safetensors file to write, a checkpoint or with --lora_only a LoRA."""
     lora_only: bool = False
     """Write no model but one LoRA that is the sum of the adapters, for models/Lora of a UI."""
+    family: Literal["sd15", "sdxl"] | None = None
+    """With --lora_only: what the adapters are for, where their files do not tell; names in the LoRA file depend on it."""
     lora_format: Literal["kohya", "diffusers", "peft"] = "kohya"
     """Names in the LoRA file. A1111 and ComfyUI want kohya's."""
     new_rank: int | None = None
@@ -110,7 +112,7 @@ class MergeLoraOptions:
             "save_single_file",
             "adds a file to output_dir; with save_to or lora_only there is only one file anyway.",
         )
-        for name, default in (("new_rank", None), ("new_conv_rank", None), ("lora_format", "kohya")):
+        for name, default in (("new_rank", None), ("new_conv_rank", None), ("family", None), ("lora_format", "kohya")):
             require(self.lora_only or getattr(self, name) == default, name, "is for --lora_only.")
         require(self.new_conv_rank is None or self.new_rank is not None, "new_conv_rank", "needs new_rank as well.")
         for name in ("dynamic_method", "dynamic_param"):
