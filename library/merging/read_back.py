@@ -125,7 +125,8 @@ def _recomputed(merging: Merging, component: str, key: str, after: StoredTensor)
         float((found.float() - expected.float()).abs().max()) if found.shape == expected.shape else float("inf")
     )
     dtype = merging.dtype_of(component, key)
-    equal = found.dtype == dtype and found.shape == expected.shape and torch.equal(found, expected.to(dtype))
+    rounded = merging.rounding(expected, dtype, f"{component} {key}") if parts else expected.to(dtype)
+    equal = found.dtype == dtype and found.shape == expected.shape and torch.equal(found, rounded)
     return equal, all_finite(found), difference
 
 

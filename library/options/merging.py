@@ -71,6 +71,11 @@ class MergeLoraOptions:
     """Merge the moving average of a training state's weights instead of the weights themselves."""
     save_precision: Precision | None = None
     """Number format of every tensor. Default: a model keeps its base's, a LoRA its adapter's."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How merged weights get into a narrower number format: each to the nearest number, or at random to one of the two
+    nearest, which keeps changes that are smaller than their distance, on average."""
+    rounding_seed: int = 0
+    """Of stochastic rounding: what is random follows from it."""
     network_alpha: float | None = None
     """Alpha of a PEFT file that does not say it."""
     inspect: bool = False
@@ -95,6 +100,9 @@ class MergeLoraOptions:
             value = getattr(self, name)
             for ratio in value if isinstance(value, tuple) else (value,):
                 require(-10 <= ratio <= 10, name, f"must lie between -10 and 10, got {ratio}.")
+        stochastic = self.rounding == "stochastic"
+        require(not (stochastic and self.lora_only), "rounding", "is of merged models; with lora_only there is none.")
+        require(stochastic or self.rounding_seed == 0, "rounding_seed", "is for --rounding stochastic.")
         positive("network_alpha", self.network_alpha)
         positive("new_rank", self.new_rank)
         positive("new_conv_rank", self.new_conv_rank)
