@@ -135,11 +135,12 @@ def _of_metadata(metadata: Mapping[str, str]) -> Iterator[Sign]:
     if metadata.get("ss_v2") == "True":
         yield Sign(_SD2, "ss_v2 is True")
     try:
-        key = json.loads(metadata.get("network_spec", "{}")).get("family")
-    except (ValueError, AttributeError):
-        key = None
-    if key in FAMILIES:
-        yield Sign(FAMILIES[key], "network_spec says so")
+        spec = json.loads(metadata.get("network_spec", "{}"))  # of a training state
+    except ValueError:
+        spec = {}
+    family = FAMILIES.get(str(spec.get("family"))) if isinstance(spec, dict) else None
+    if family is not None:
+        yield Sign(family, "network_spec says so")
 
 
 def _of_spelling(names: Iterable[str]) -> Iterator[Sign]:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from networks.adapter_family import family_signs, likely_family
+from networks.adapter_family import Shapes, family_signs, likely_family
 from networks.families import SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Family
 from networks.original_names import unet_from_original, unet_to_original, with_text_model
 
@@ -203,7 +203,7 @@ def adapter_family(modules: Iterable[Target], metadata: Mapping[str, str], spell
     return likely_family(family_signs(shapes_of(modules), metadata, spelled))
 
 
-def shapes_of(modules: Iterable[Target]) -> dict[Target, tuple[int, ...]]:
+def shapes_of(modules: Iterable[Target]) -> Shapes:
     """The shape of each module's weight, where what is on it says one."""
     known = modules if isinstance(modules, Mapping) else {}
     return {target: tuple(getattr(known.get(target), "shape", ())) for target in modules}

@@ -36,6 +36,7 @@ class ScheduleName(NamedTuple):
     classes: frozenset[str]
     """diffusers' schedulers that sample models of it: the `_class_name` of scheduler_config.json."""
     predictions: tuple[PredictionName, ...]
+    """What a network trained on it says; the first one where its file does not tell."""
     beta_schedules: frozenset[str] = frozenset()
     """How its betas may go, where it has any."""
 
@@ -73,14 +74,15 @@ _OTHER_SETTINGS = (
 def schedule_of(config: Mapping[str, Any]) -> tuple[ScheduleName, PredictionName] | str:
     """What a diffusers scheduler_config.json says, or why nothing here is trained on it: what follows its name in a sentence.
 
-    A file without a class is of the kind that has betas. Without prediction_type it means epsilon, of flow matching what
-    diffusers calls that where it is said.
+    A file without a class is of the first kind, which has betas.
     """
     name = config.get("_class_name")
     kind = next((kind for kind in SCHEDULE_NAMES if name is None or name in kind.classes), None)
     other = None if kind else next((what for mark, what in _OTHER_SCHEDULES if re.search(mark, str(name))), "")
     other = next((what for key, value, what in _OTHER_SETTINGS if config.get(key) == value), other)
-    unsaid = "flow_prediction" if other == "flow matching" else EPSILON_NAME.scheduler
+    unsaid = (
+        "flow_prediction" if other == "flow matching" else (kind or VARIANCE_PRESERVING_NAME).predictions[0].scheduler
+    )
     prediction_type = config.get("prediction_type") or unsaid
     *others, last = (name.scheduler for kind in SCHEDULE_NAMES for name in kind.predictions)
     trains = f"this program trains {', '.join(others)} and {last}"

@@ -17,7 +17,8 @@ from library.files import read_json, write_json
 from library.models.checkpoint import open_checkpoint
 from library.models.load import load_scheduler_config
 from library.models.locate import base_status, check_base, locate_base
-from networks.prediction_names import SCHEDULE_NAMES
+from networks import prediction_names
+from networks.prediction_names import SCHEDULE_NAMES, PredictionName, ScheduleName
 from tests.tools.merging import save, single_file
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
@@ -116,6 +117,15 @@ def test_every_sampler_of_a_known_schedule_is_taken_and_the_schedule_is_its_own(
 
 def test_every_prediction_of_a_known_schedule_has_its_process() -> None:
     assert list(PARAMETRISATIONS) == [name.scheduler for kind in SCHEDULE_NAMES for name in kind.predictions]
+
+
+def test_another_schedule_is_a_row_of_the_table(based: Based, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = PredictionName("flow_prediction", "flow")
+    row = ScheduleName("flow matching", frozenset((FLOW["_class_name"],)), (name,))
+    monkeypatch.setattr(prediction_names, "SCHEDULE_NAMES", (*SCHEDULE_NAMES, row))
+    assert prediction_names.schedule_of(FLOW) == (row, name)
+    check_base(str(based(FLOW)))
+    assert "trains epsilon, v_prediction and flow_prediction" in str(prediction_names.schedule_of({"_class_name": "X"}))
 
 
 def test_a_file_without_its_class_is_of_the_one_that_the_index_names(based: Based) -> None:
