@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 def build(options: MergeLoraOptions) -> Plan:
     """The adapters, read and checked, the name of the base, and where the result goes."""
-    from library.merging.lora_file import PEFT_CONFIG, lora_modules
+    from library.merging.lora_file import PEFT_CONFIG, check_summable
     from library.merging.merge_report import Ingredient
     from library.merging.source import base_model_of, newest_output, of_one_family, read_source
     from library.merging.strength import Strength, parse_blocks
@@ -69,7 +69,7 @@ def build(options: MergeLoraOptions) -> Plan:
     sources = [read_source(model, use_ema=options.use_ema, network_alpha=options.network_alpha) for model in models]
     if options.lora_only:
         for source in sources:
-            lora_modules(source.adapter)
+            check_summable(source.adapter)
         sources = of_one_family(sources, options.family)
     ratios = options.ratios or (1.0,) * len(models)
     blocks = [

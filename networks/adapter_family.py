@@ -52,7 +52,7 @@ _VERSIONS: tuple[tuple[str, Family | str], ...] = (
     ("flux", "Flux"),
 )
 _SPELLINGS: tuple[tuple[str, Family], ...] = (
-    (r"(?:lora|oft)_unet_(?:input_blocks|middle_block|output_blocks)_", SDXL),
+    (r"(?:lora|oft|lycoris)_unet_(?:input_blocks|middle_block|output_blocks)_", SDXL),
     (r"lora_te[12]_", SDXL),
     (r"lora_te_", SD15),
 )

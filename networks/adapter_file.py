@@ -88,7 +88,7 @@ def read_adapter(path: Path | str, *, alpha: float | None = None) -> Adapter:
             tensors = {part: file.get_tensor(key).clone() for part, key in entry.keys.items()}
             modules[target] = _module(path, target, entry, tensors, alphas)
     spelled = tuple(entry.name for entry in found.modules.values())
-    return Adapter(modules, metadata, tuple(found.left_out), tuple(found.frozen), spelled)
+    return Adapter(modules, metadata, tuple(found.left_out), tuple(found.frozen), spelled=spelled)
 
 
 @contextmanager

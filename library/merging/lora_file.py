@@ -49,12 +49,17 @@ def write_combined(
     number the nearest adapter of that rank, or with `dynamic` of no more. dtype: None keeps that of the adapters.
     Raises UserError where adapters cannot be added or written in that form, RunFailed where the file reads back otherwise.
     """
-    modules = [module for ingredient in ingredients for module in lora_modules(ingredient.source.adapter).values()]
+    modules = [module for ingredient in ingredients for module in _lora_modules(ingredient.source.adapter).values()]
     if dtype is None:  # the widest among the inputs
         dtype = max((module.down.dtype for module in modules), key=lambda found: found.itemsize)
     adapter, changes = _combined(ingredients, rank, conv_rank, dynamic)
     adapter = replace(adapter, metadata={**adapter.metadata, PROVENANCE_KEY: _provenance(ingredients)})
     return "\n".join([write_adapter(adapter, path, form=form, dtype=dtype), *_kept(changes)])
+
+
+def check_summable(adapter: Adapter) -> None:
+    """Raise UserError for kinds of modules that make no LoRA file."""
+    _lora_modules(adapter)
 
 
 def write_adapter(adapter: Adapter, path: Path, *, form: Form = "kohya", dtype: torch.dtype) -> str:
@@ -108,8 +113,7 @@ def _provenance(ingredients: Sequence[Ingredient]) -> str:
     return json.dumps({"version": project_version(), "adapters": adapters})
 
 
-def lora_modules(adapter: Adapter) -> dict[Target, LoraModule]:
-    """The modules, all of them LoRA or DoRA. Raises UserError for others, which make no LoRA file."""
+def _lora_modules(adapter: Adapter) -> dict[Target, LoraModule]:
     try:
         return adapter.lora_modules("--lora_only")
     except AdapterError as error:
@@ -129,13 +133,13 @@ def _combined(
 
 def _verify(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
     """Read the file as any other adapter, and compare what each module adds to a weight."""
-    written = lora_modules(read_adapter(path))
+    written = _lora_modules(read_adapter(path))
     tolerance = max(1e-5, 3 * torch.finfo(dtype).eps)  # two factors, each rounded by up to eps / 2; and float32's own
     if written.keys() != adapter.modules.keys():
         raise RunFailed(
             f"{path.name} reads back with other modules than were written, so it was removed. Check the disk and try again."
         )
-    for target, module in lora_modules(adapter).items():
+    for target, module in _lora_modules(adapter).items():
         expected, found = module.product(), written[target].product()
         if not torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.abs().max())):
             raise RunFailed(
