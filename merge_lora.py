@@ -57,9 +57,9 @@ def main(argv: list[str]) -> int:
 
 def build(options: MergeLoraOptions) -> Plan:
     """The adapters, read and checked, the name of the base, and where the result goes."""
-    from library.merging.lora_file import check_peft_folder
+    from library.merging.lora_file import check_peft_folder, check_summable
     from library.merging.merge_report import Ingredient
-    from library.merging.source import base_model_of, newest_output, read_source
+    from library.merging.source import base_model_of, newest_output, of_one_family, read_source
     from library.merging.strength import Strength, parse_blocks
     from library.merging.write import check_output
     from networks.adapter_alphas import PEFT_CONFIG
@@ -68,9 +68,14 @@ def build(options: MergeLoraOptions) -> Plan:
     if not options.chosen:
         print(f"No --models given: taking the newest training output, {models[0]}.", file=sys.stderr)
     sources = [read_source(model, use_ema=options.use_ema, network_alpha=options.network_alpha) for model in models]
+    if options.lora_only:
+        for source in sources:
+            check_summable(source.adapter)
+        sources = of_one_family(sources, options.family)
     ratios = options.ratios or (1.0,) * len(models)
     blocks = [
-        parse_blocks(text, source.adapter.family) for text, source in zip(options.block_ratios, sources, strict=False)
+        parse_blocks(text, source.adapter.known_family)
+        for text, source in zip(options.block_ratios, sources, strict=False)
     ]
     blocks = blocks or [{}] * len(models)
     ingredients = [
@@ -151,6 +156,7 @@ def prepare(options: MergeLoraOptions, plan: Plan) -> Merging:
     """The base, looked into but not read, with a place in it for every module of the adapters."""
     from library.merging.layouts import Merging
     from library.merging.merge import place
+    from library.merging.rounding import Rounding
     from library.merging.source import with_frozen_weights
     from library.merging.write import check_output
     from library.models.checkpoint import open_checkpoint
@@ -165,7 +171,7 @@ def prepare(options: MergeLoraOptions, plan: Plan) -> Merging:
         if one.source.is_wrapped:
             base = with_frozen_weights(base, one.source)
     folds = place([(one.source.adapter, one.strength) for one in plan.ingredients], base.shapes, base.family)
-    return Merging(base, folds, torch_dtype(options))
+    return Merging(base, folds, torch_dtype(options), Rounding(options.rounding == "stochastic", options.rounding_seed))
 
 
 def run(options: MergeLoraOptions, plan: Plan) -> None:

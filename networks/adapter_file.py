@@ -72,8 +72,8 @@ def read_adapter(path: Path | str, *, alpha: float | None = None) -> Adapter:
     for target, module in without.items():
         own = alphas.of(target, module, needed=bool(found.frozen))
         modules[target] = replace(module, alpha=own)  # type: ignore[type-var]  # each kind is a dataclass
-    notes = (*found.notes, *alphas.notes)
-    return Adapter(modules, metadata, tuple(found.left_out), tuple(found.frozen), notes=notes)
+    notes, spelled = (*found.notes, *alphas.notes), tuple(entry.name for entry in found.modules.values())
+    return Adapter(modules, metadata, tuple(found.left_out), tuple(found.frozen), notes=notes, spelled=spelled)
 
 
 @contextmanager

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from networks import AdapterError
+from networks.adapter_family import Sign, family_signs, known_family, likely_family
 from networks.adapter_module import AdapterModule
 from networks.families import Family
 from networks.kinds.full import FullModule
 from networks.kinds.lora import LoraModule
-from networks.names import Target, adapter_family, kohya_name
+from networks.names import Target, kohya_name, shapes_of
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,24 @@ class Adapter:
     notes: tuple[str, ...] = ()
     """What a user should know of the file: what was left out, where an alpha came from that it does not say. A phrase each."""
 
+    spelled: tuple[str, ...] = ()
+    """Its modules' names as they stand in the file."""
+    told: Family | None = None
+    """Its family as the user says, or what it was made of."""
+
+    @cached_property
+    def family_signs(self) -> list[Sign]:
+        return family_signs(shapes_of(self.modules), self.metadata, self.spelled)
+
+    @property
+    def known_family(self) -> Family | None:
+        """Its family where the file tells; None where nothing does, or signs contradict each other."""
+        return self.told or known_family(self.family_signs)
+
     @property
     def family(self) -> Family:
-        return adapter_family(self.modules, self.metadata)
+        """Its family; the likeliest one where that is not known."""
+        return self.told or likely_family(self.family_signs)
 
     def lora_modules(self, what: str) -> dict[Target, LoraModule]:
         """Its modules, all of them LoRA or DoRA. what: that needs such, "resizing". Raises AdapterError for others."""

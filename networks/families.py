@@ -35,6 +35,13 @@ class Family:
     outer_blocks: int
     """Blocks before these, and as many after them, which never have adapters."""
 
+    widths: tuple[int, ...]
+    """Channels of the U-Net's levels, on the way down."""
+    transformers_in_a_row: int
+    """Transformer blocks of its deepest attention."""
+    text_width: int
+    """Numbers to a token of the prompt, which its cross attention takes."""
+
     # What files call it.
     base_version: str
     """ss_base_model_version of kohya's adapters."""
@@ -100,6 +107,9 @@ SD15 = Family(
     sgm_adapters=False,
     sections=(12, 1, 12),
     outer_blocks=0,
+    widths=(320, 640, 1280, 1280),
+    transformers_in_a_row=1,
+    text_width=768,
     base_version="sd_v1",
     version_tells_prediction=True,
     architecture="stable-diffusion-v1",
@@ -129,6 +139,9 @@ SDXL = Family(
     sgm_adapters=True,
     sections=(9, 3, 9),
     outer_blocks=1,
+    widths=(320, 640, 1280),
+    transformers_in_a_row=10,
+    text_width=2048,
     base_version="sdxl_base_v1-0",
     version_tells_prediction=False,
     architecture="stable-diffusion-xl-v1-base",

@@ -54,8 +54,8 @@ def check_fits(adapter: Adapter, layers: Mapping[Target, AdaptedLayer], spec: Ne
 
 
 def _guess_extra(extra: list[Target], adapter: Adapter, spec: NetworkSpec) -> str:
-    if adapter.family.key != spec.family:
-        return f"It is for {adapter.family.title}, and the base model is {FAMILIES[spec.family].title}."
+    if (known := adapter.known_family) is not None and known.key != spec.family:
+        return f"It is for {known.title}, and the base model is {FAMILIES[spec.family].title}."
     if extra and all(target.component != UNET for target in extra):
         return "They are of text encoders: train these as well, or leave the adapter's U-Net alone in a file."
     if any(".resnets." in target.path or "samplers." in target.path for target in extra):

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from networks.adapter_family import Shapes, family_signs, likely_family
 from networks.families import SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Family
 from networks.original_names import unet_from_original, unet_to_original, with_text_model
 
@@ -52,7 +53,7 @@ _VAE_ATTENTION_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 
 def current_key(component: str, key: str) -> str | None:
     """The key of a tensor in a diffusers folder as today's models have it; None for buffers that are no part of them."""
-    if key.endswith("embeddings.position_ids"):
+    if key.endswith("embeddings.position_ids") or (component == TEXT_ENCODER and key.startswith("text_projection")):
         return None
     if component in (TEXT_ENCODER, TEXT_ENCODER_2):
         return with_text_model(key)
@@ -236,13 +237,15 @@ def _dotted(words: str) -> str | None:
     return ".".join(path) if position == len(words) + 1 else None
 
 
-def adapter_family(targets: Iterable[Target], metadata: Mapping[str, str]) -> Family:
-    """SDXL where an adapter's file says so, or where its modules can be of no other family; else SD1.5.
+def adapter_family(modules: Iterable[Target], metadata: Mapping[str, str], spelled: Iterable[str] = ()) -> Family:
+    """The family that an adapter is most likely for; SD1.5 where nothing tells. See `networks.adapter_family`.
 
-    Those are of a second text encoder, or of a second transformer block in a row.
+    modules: the targets, or what is on each. spelled: their names as they stand in the file.
     """
-    said = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
-    deep = re.compile(r"attentions\.\d+\.transformer_blocks\.[1-9]")
-    is_sdxl = said[0].startswith("sdxl") or said[1].startswith("stable-diffusion-xl")
-    is_sdxl = is_sdxl or any(target.component == TEXT_ENCODER_2 or deep.search(target.path) for target in targets)
-    return SDXL if is_sdxl else SD15
+    return likely_family(family_signs(shapes_of(modules), metadata, spelled))
+
+
+def shapes_of(modules: Iterable[Target]) -> Shapes:
+    """The shape of each module's weight, where what is on it says one."""
+    known = modules if isinstance(modules, Mapping) else {}
+    return {target: tuple(getattr(known.get(target), "shape", ())) for target in modules}

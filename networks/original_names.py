@@ -20,6 +20,7 @@ _UNET_OUTER = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "time_embedding.cond_proj": "time_embed.cond_proj",  # LCM's
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
@@ -57,6 +58,7 @@ _OPEN_CLIP_LAYER = {
 }
 _STACKED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # in this order
 _HF_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_HF_KEY = re.compile(r"text_model\.(?:embeddings|encoder\.layers|final_layer_norm)(?:\..+)?\.(?:weight|bias)")
 _OPEN_CLIP_RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)")
 _OPEN_CLIP_STACK = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 
@@ -107,6 +109,15 @@ def diffusers_keys(family: Family, key: str) -> list[tuple[str, str]]:
     return []
 
 
+def is_dropped(family: Family, key: str) -> bool:
+    """Whether a tensor of an original file is left out on reading, as every program does: no model of the family has it.
+
+    position_ids, logit_scale, and the projection of CLIP-L, whose text encoders here have none.
+    """
+    first = family.original[TEXT_ENCODER]
+    return key.endswith(("position_ids", "logit_scale")) or key.startswith(f"{first}text_projection")
+
+
 def unet_to_original(family: Family, path: str) -> str:
     """The original path of a U-Net module, without what precedes it in a file. Raises KeyError where there is none."""
     return _to_original(_unet_blocks(family), path)
@@ -119,13 +130,13 @@ def unet_from_original(family: Family, path: str) -> str | None:
 
 def _from_original(family: Family, component: str, key: str) -> list[str]:
     if component == TEXT_ENCODER:
-        return [] if key.endswith("embeddings.position_ids") else [with_text_model(key)]
+        return [with_text_model(key)] if _HF_KEY.fullmatch(with_text_model(key)) else []
     if component == TEXT_ENCODER_2:
         return _from_open_clip(key)
     path, _, leaf = key.rpartition(".")
     blocks = _vae_blocks() if component == VAE else _unet_blocks(family)
     found = _to_diffusers(blocks, path)
-    return [] if found is None else [f"{found}.{leaf}"]
+    return [f"{found}.{leaf}"] if found is not None and leaf in ("weight", "bias") else []
 
 
 class _Blocks(NamedTuple):

@@ -1,9 +1,13 @@
-"""What files call the kinds of output that a network can have: the one table. `library.diffusion.predictions` computes them."""
+"""What files call noise schedules and the kinds of output that a network can have: the one table of each, without torch.
+
+`library.diffusion` computes them: a kind of schedule that is a row here has a process there.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class PredictionName(NamedTuple):
@@ -22,6 +26,79 @@ VELOCITY_NAME = PredictionName("v_prediction", "v", mark="v_pred", version_endin
 
 PREDICTION_NAMES = (EPSILON_NAME, VELOCITY_NAME)
 BY_SCHEDULER = {name.scheduler: name for name in PREDICTION_NAMES}
+_MODELSPEC_KEY = "modelspec.prediction_type"
+
+
+class ScheduleName(NamedTuple):
+    """A kind of noise schedule that this program trains on and draws with."""
+
+    title: str
+    classes: frozenset[str]
+    """diffusers' schedulers that sample models of it: the `_class_name` of scheduler_config.json."""
+    predictions: tuple[PredictionName, ...]
+    """What a network trained on it says; the first one where its file does not tell."""
+    beta_schedules: frozenset[str] = frozenset()
+    """How its betas may go, where it has any."""
+
+
+VARIANCE_PRESERVING_NAME = ScheduleName(
+    "variance-preserving",
+    frozenset(
+        f"{name}Scheduler"
+        for name in (
+            *("DDPM", "DDIM", "DDIMInverse", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete"),
+            *("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep"),
+            *("DPMSolverMultistepInverse", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "LCM", "TCD"),
+            *("DDPMParallel", "DDIMParallel", "RePaint"),
+        )
+    ),
+    PREDICTION_NAMES,
+    frozenset(("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")),
+)
+SCHEDULE_NAMES = (VARIANCE_PRESERVING_NAME,)
+
+# What other schedulers of diffusers are of, by their names.
+_OTHER_SCHEDULES = (
+    (r"^Flow|Flow|RFScheduler$|^Helios", "flow matching"),
+    (r"^EDM|^KarrasVe|^CosineDPM", "the noise levels of EDM"),
+    (r"^ScoreSdeVe", "variance-exploding noise"),
+    (r"^CMStochastic|^SCM", "a consistency model"),
+)
+# Settings of schedulers of both kinds that make the schedule another one.
+_OTHER_SETTINGS = (
+    ("use_flow_sigmas", True, "flow matching"),
+    ("timestep_type", "continuous", "the noise levels of EDM"),
+)
+
+
+def schedule_of(config: Mapping[str, Any]) -> tuple[ScheduleName, PredictionName] | str:
+    """What a diffusers scheduler_config.json says, or why nothing here is trained on it: what follows its name in a sentence.
+
+    A file without a class is of the first kind, which has betas.
+    """
+    name = config.get("_class_name")
+    kind = next((kind for kind in SCHEDULE_NAMES if name is None or name in kind.classes), None)
+    other = None if kind else next((what for mark, what in _OTHER_SCHEDULES if re.search(mark, str(name))), "")
+    other = next((what for key, value, what in _OTHER_SETTINGS if config.get(key) == value), other)
+    unsaid = (
+        "flow_prediction" if other == "flow matching" else (kind or VARIANCE_PRESERVING_NAME).predictions[0].scheduler
+    )
+    prediction_type = config.get("prediction_type") or unsaid
+    *others, last = (name.scheduler for kind in SCHEDULE_NAMES for name in kind.predictions)
+    trains = f"this program trains {', '.join(others)} and {last}"
+    if kind is None or other is not None:
+        what = f"({other})" if other else "(not known here)"
+        titles = " or ".join(kind.title for kind in SCHEDULE_NAMES)
+        return f"is {name} {what} with prediction_type {prediction_type!r}; {trains} on {titles} schedules (DDPM's)."
+    prediction = next((name for name in kind.predictions if name.scheduler == prediction_type), None)
+    if prediction is None:
+        return f"says prediction_type {prediction_type!r}; {trains}."
+    if name is None and "beta_start" not in config and "trained_betas" not in config:
+        return "says neither its _class_name nor its betas, so its noise schedule is not known. Complete the file."
+    betas = config.get("beta_schedule")
+    if betas is not None and not config.get("trained_betas") and betas not in kind.beta_schedules:
+        return f"says beta_schedule {betas!r}; known are {', '.join(sorted(kind.beta_schedules))}."
+    return kind, prediction
 
 
 def name_by_marks(tensors: Container[str]) -> PredictionName:
@@ -29,9 +106,21 @@ def name_by_marks(tensors: Container[str]) -> PredictionName:
     return next((name for name in PREDICTION_NAMES if name.mark is not None and name.mark in tensors), EPSILON_NAME)
 
 
+def type_in_file(tensors: Container[str], metadata: Mapping[str, str]) -> str:
+    """The `prediction_type` of a single file's model: by its mark, else by its ModelSpec, else epsilon.
+
+    A word that no prediction is called by comes back as it is, for `schedule_of` to refuse.
+    """
+    marked = name_by_marks(tensors)
+    said = metadata.get(_MODELSPEC_KEY, "").strip().lower()
+    if marked is not EPSILON_NAME or not said:
+        return marked.scheduler
+    return next((name.scheduler for name in PREDICTION_NAMES if said in (name.modelspec, name.scheduler)), said)
+
+
 def name_by_metadata(metadata: Mapping[str, str]) -> PredictionName:
     """Of an adapter's file, by its version before its ModelSpec; where neither tells, epsilon."""
-    version, said = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.prediction_type")
+    version, said = metadata.get("ss_base_model_version", ""), metadata.get(_MODELSPEC_KEY)
     for name in PREDICTION_NAMES:
         if name.version_ending and version.endswith(name.version_ending):
             return name

@@ -11,6 +11,7 @@ from library.diffusion.parametrisation import Parametrisation
 from library.diffusion.predictions import EPSILON, VELOCITY, Prediction
 from library.diffusion.variance_preserving import VariancePreserving
 from library.errors import UserError
+from networks.prediction_names import schedule_of
 
 PARAMETRISATIONS: dict[str, tuple[type[Parametrisation], Prediction]] = {
     output.name.scheduler: (process, output)
@@ -19,22 +20,13 @@ PARAMETRISATIONS: dict[str, tuple[type[Parametrisation], Prediction]] = {
         (VariancePreserving, VELOCITY),
     )
 }
-"""By the prediction_type of the file."""
+"""By the prediction_type of the file. Of which schedulers' files: `networks.prediction_names.SCHEDULE_NAMES`."""
 
 
 def parametrisation_of(config: Mapping[str, Any], device: torch.device | str = "cpu") -> Parametrisation:
-    """Of a diffusers scheduler_config.json. Raises UserError for a prediction_type that is not known."""
-    prediction_type = config.get("prediction_type", _unsaid(config))
-    if prediction_type not in PARAMETRISATIONS:
-        *others, last = PARAMETRISATIONS
-        raise UserError(
-            f"The base's scheduler says prediction_type {prediction_type!r}; this program trains {', '.join(others)} and {last}."
-        )
-    process, output = PARAMETRISATIONS[prediction_type]
+    """Of a diffusers scheduler_config.json. Raises UserError for a class, prediction_type or schedule that is not known."""
+    found = schedule_of(config)
+    if isinstance(found, str):
+        raise UserError(f"The base's scheduler {found}")
+    process, output = PARAMETRISATIONS[found[1].scheduler]
     return process.from_config(config, output, device)
-
-
-def _unsaid(config: Mapping[str, Any]) -> str:
-    """What a file without prediction_type means: epsilon, but of flow matching what diffusers calls it where it is said."""
-    is_flow = str(config.get("_class_name", "")).startswith("FlowMatch")
-    return "flow_prediction" if is_flow else EPSILON.name.scheduler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -36,11 +37,15 @@ class VariancePreserving(Parametrisation):
     ) -> VariancePreserving:
         """SD1.5's betas are scaled_linear, 0.00085 to 0.012 (Rombach et al. 2022, and the file itself).
 
-        The sum is diffusers' own, so that training and sampling agree to the bit.
+        The sum is diffusers' own, so that training and sampling agree to the bit. What the file leaves out is what its own
+        class takes for it.
         """
-        from diffusers import DDPMScheduler
+        import diffusers
 
-        scheduler = DDPMScheduler(**{name: value for name, value in config.items() if name in _SCHEDULE})
+        own = inspect.signature(getattr(diffusers, config.get("_class_name", "DDPMScheduler")).__init__).parameters
+        taken = {name: own[name].default for name in _SCHEDULE & own.keys()}
+        given = {name: value for name, value in config.items() if name in _SCHEDULE}
+        scheduler = diffusers.DDPMScheduler(**taken | given)
         return cls(output, scheduler.alphas_cumprod.to(device=device, dtype=torch.float32))
 
     def with_zero_terminal_snr(self) -> VariancePreserving:

@@ -17,6 +17,7 @@ from library.errors import UserError
 from library.options.checks import require
 from networks.adapter_file import BASE_MODEL_KEY
 from networks.adapters import Adapter
+from networks.families import Family
 from networks.kinds.full import FullModule
 from networks.kinds.lora import LoraModule
 from networks.names import Target
@@ -59,7 +60,7 @@ def concatenate(adapters: Sequence[tuple[Adapter, Ratio]]) -> Adapter:
     Metadata keeps what all inputs say alike of their base. Raises UserError for DoRA, for adapters of different families or
     sizes, and where nothing remains.
     """
-    _require_one_family([adapter for adapter, _ in adapters])
+    family = _one_family([adapter for adapter, _ in adapters])
     parts: dict[Target, list[LoraModule | FullModule]] = {}
     for adapter, ratio in adapters:
         for target, module in _plain(adapter).items():
@@ -75,9 +76,8 @@ def concatenate(adapters: Sequence[tuple[Adapter, Ratio]]) -> Adapter:
                     f"{target.component} {target.path} is for a weight {list(modules[0].shape)} in one adapter and "
                     f"{list(module.shape)} in another: they were trained on models of different sizes."
                 )
-    return Adapter(
-        {target: _sum(found) for target, found in parts.items()}, _shared([adapter.metadata for adapter, _ in adapters])
-    )
+    summed = {target: _sum(found) for target, found in parts.items()}
+    return Adapter(summed, _shared([adapter.metadata for adapter, _ in adapters]), told=family)
 
 
 def reduce_rank(
@@ -194,10 +194,12 @@ def _plain(adapter: Adapter) -> dict[Target, LoraModule | FullModule]:
     return plain
 
 
-def _require_one_family(adapters: Sequence[Adapter]) -> None:
-    families = {adapter.family.title: None for adapter in adapters}
+def _one_family(adapters: Sequence[Adapter]) -> Family:
+    families = {adapter.family.key: adapter.family for adapter in adapters}
     if len(families) > 1:
-        raise UserError(f"Adapters of {' and '.join(families)} cannot be added: their modules are of different models.")
+        titles = " and ".join(family.title for family in families.values())
+        raise UserError(f"Adapters of {titles} cannot be added: their modules are of different models.")
+    return next(iter(families.values()))
 
 
 def _shared(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:

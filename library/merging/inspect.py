@@ -115,7 +115,9 @@ def inspect(adapter: Adapter) -> Inspection:
     ]
     kinds = {module.kind for module in adapter.modules.values()}
     notes = [*sorted(f"{kind.title}: {kind.note}" for kind in kinds if kind.note), *adapter.notes]
-    return Inspection(adapter.family.title, tuple(modules), tuple(notes), adapter.left_out, dict(adapter.metadata))
+    known = adapter.known_family
+    family = "SD1.5 or SDXL, which its file does not tell" if known is None else known.title
+    return Inspection(family, tuple(modules), tuple(notes), adapter.left_out, dict(adapter.metadata))
 
 
 def describe(adapter: Adapter, path: Path) -> str:

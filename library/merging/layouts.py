@@ -12,24 +12,44 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.merging.merge import Change, Folds, cast_finite, fold_and_cast
+from library.merging.rounding import NEAREST, Rounding
 from library.models.checkpoint import Checkpoint, StoredTensor
 from library.models.tensor_files import NewTensor, in_library_order
+from library.words import plural
 from networks.original_names import Form, Place, original_place
 
 
 class Merging:
     """A base, what is to be folded into it, and the number format of the result."""
 
-    def __init__(self, base: Checkpoint, folds: Folds, dtype: torch.dtype | None = None) -> None:
-        """dtype: of every floating-point tensor; None keeps each as the base has it."""
+    def __init__(
+        self, base: Checkpoint, folds: Folds, dtype: torch.dtype | None = None, rounding: Rounding = NEAREST
+    ) -> None:
+        """dtype: of every floating-point tensor; None keeps each as the base has it.
+
+        Raises UserError without one where the base has scaled weights, which are multiplied out.
+        """
+        if base.scaled and dtype is None:
+            raise UserError(
+                f"{base.location.path} has {plural(len(base.scaled), 'weight')} stored as small numbers with a scale (scaled "
+                f"fp8; first: {base.scaled[0]}), which a merge multiplies out. Say in which number format to write them: "
+                "--save_precision fp16 (or bf16, float)."
+            )
         self.base = base
         self.folds = folds
         self.changes: dict[tuple[str, str], Change] = {}
         """By (component, key), filled while the tensors are made."""
+        self.rounding = rounding
+        """Of the weights that something is folded into."""
         self._dtype = dtype
 
     def describe_dtype(self) -> str:
         return "as the base" if self._dtype is None else str(self._dtype).removeprefix("torch.")
+
+    def describe(self) -> str:
+        """The number format, and how its numbers came to be."""
+        scaled = f", {len(self.base.scaled)} scaled weights multiplied out" if self.base.scaled else ""
+        return self.describe_dtype() + scaled + self.rounding.describe()
 
     def dtype_of(self, component: str, key: str) -> torch.dtype:
         """Of the merged tensor."""
@@ -38,7 +58,8 @@ class Merging:
 
     def is_kept(self, component: str, key: str) -> bool:
         """Whether the merged tensor is the base's to the bit."""
-        same_format = self.dtype_of(component, key) == self.base.tensors[component][key].dtype
+        stored = self.base.tensors[component][key]
+        same_format = stored.scale is None and self.dtype_of(component, key) == stored.dtype
         return same_format and key not in self.folds.get(component, {})
 
     def make(self, component: str, key: str) -> Tensor:
@@ -47,8 +68,8 @@ class Merging:
         dtype = self.dtype_of(component, key)
         parts = self.folds.get(component, {}).get(key)
         if not parts:
-            return cast_finite(key, weight, dtype, weight)
-        merged, self.changes[component, key] = fold_and_cast(component, key, weight, parts, dtype)
+            return cast_finite(key, weight.to(dtype), weight)
+        merged, self.changes[component, key] = fold_and_cast(component, key, weight, parts, dtype, self.rounding)
         return merged
 
 

@@ -18,9 +18,10 @@ from library import project_version
 from library.errors import RunFailed, UserError
 from library.files import file_hash, human_bytes, recover_folders, require_space, whole_file, write_json
 from library.merging.algebra import DynamicRank, RankChange, concatenate, reduce_rank
-from library.merging.merge import all_finite, not_finite_as
+from library.merging.merge import not_finite_as
 from library.merging.merge_report import Ingredient
 from library.merging.source import PROVENANCE_KEY
+from library.models.weights import all_finite
 from library.words import plural
 from networks import AdapterError
 from networks.adapter_alphas import PEFT_CONFIG, PEFT_WEIGHTS
@@ -67,10 +68,13 @@ def write_combined(
     return "\n".join([write_adapter(adapter, path, form=form, dtype=dtype), *_kept(changes)])
 
 
+def check_summable(adapter: Adapter) -> None:
+    """Raise UserError for kinds of modules that make no LoRA file."""
+    _summands(adapter)
+
+
 def check_combined(ingredients: Sequence[Ingredient], form: Form, *, resized: bool) -> None:
     """Raise UserError where `write_combined` would, short of the decompositions that a new rank takes."""
-    for ingredient in ingredients:
-        _summands(ingredient.source.adapter)
     adapter, _ = _combined(ingredients, None, None, None)
     if resized:
         adapter = concatenate([(adapter, 1.0)])

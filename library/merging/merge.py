@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.merging.rounding import NEAREST, Rounding, share_arrived
 from library.merging.strength import Strength
 from library.models.configs import configs_of
+from library.models.weights import all_finite
 from networks.adapter_module import AdapterModule
 from networks.adapters import Adapter
 from networks.families import FAMILIES, SD15, Family
@@ -36,6 +38,10 @@ class Change:
     key: str
     relative: float
     """Frobenius norm of what was added, over that of the weight before."""
+    norm: float
+    """Of what was added, before rounding."""
+    arrived: float
+    """Share of it that is in the weight as written: what rounding left of it."""
 
 
 def place(adapters: Sequence[tuple[Adapter, Strength]], shapes: Mapping[str, Shapes], family: Family) -> Folds:
@@ -71,23 +77,27 @@ def fold(weight: Tensor, parts: Sequence[Part]) -> Tensor:
 
 
 def fold_and_cast(
-    component: str, key: str, weight: Tensor, parts: Sequence[Part], dtype: torch.dtype
+    component: str,
+    key: str,
+    weight: Tensor,
+    parts: Sequence[Part],
+    dtype: torch.dtype,
+    rounding: Rounding = NEAREST,
 ) -> tuple[Tensor, Change]:
-    """`fold`, cast to `dtype`, and what it changed. Raises UserError where a value does not fit the format."""
+    """`fold`, rounded to `dtype`, and what it changed. Raises UserError where a value does not fit the format."""
     before, change = weight.float(), added(weight, parts)
-    cast = cast_finite(key, before + change, dtype, before)
-    norm = before.norm().clamp(min=torch.finfo(torch.float32).tiny)
-    return cast, Change(component, key, float(change.norm() / norm))
+    cast = cast_finite(key, rounding(before + change, dtype, f"{component} {key}"), before)
+    norm, size = before.norm().clamp(min=torch.finfo(torch.float32).tiny), change.norm()
+    return cast, Change(component, key, float(size / norm), float(size), share_arrived(before, change, cast))
 
 
-def cast_finite(key: str, values: Tensor, dtype: torch.dtype, before: Tensor) -> Tensor:
-    """`values` as `dtype`. Raises UserError where some do not fit it; what the base itself has of these is its own."""
-    cast = values.to(dtype)
+def cast_finite(key: str, cast: Tensor, before: Tensor) -> Tensor:
+    """`cast`, all of it finite. Raises UserError where it is not; what the base itself has of these is its own."""
     if all_finite(cast):
         return cast
     if not all_finite(before):
         raise UserError(f"{key} of the base has values that are not finite: the base is damaged.")
-    raise UserError(f"{key} {not_finite_as(dtype)}")
+    raise UserError(f"{key} {not_finite_as(cast.dtype)}")
 
 
 def not_finite_as(dtype: torch.dtype) -> str:
@@ -95,15 +105,6 @@ def not_finite_as(dtype: torch.dtype) -> str:
     is_narrow = torch.finfo(dtype).max < torch.finfo(torch.float32).max
     remedy = "Try --save_precision float." if is_narrow else "The adapter or its ratio is too large."
     return f"has values that are not finite as {str(dtype).removeprefix('torch.')}. {remedy}"
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no value is infinite or not a number; several times as fast as isfinite on the CPU."""
-    if not values.is_floating_point() or values.numel() == 0:
-        return True
-    wide = values if values.dtype.itemsize > 1 else values.float()  # 8-bit floats have no arithmetic
-    low, high = torch.aminmax(wide)  # both are not a number where one value is
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from library.models.header import read_shapes
 from library.words import plural
 
 _LARGEST = 10  # changes that the report lists
+_ENOUGH = 0.9  # share of a change that has to arrive
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Component:
     keys_before: int
     """In the base's files, or the wrapped checkpoint's."""
     keys_after: int
+    """In the folder that was written, or else in the single file."""
     changed: int
     """Weights that something was folded into."""
 
@@ -56,6 +58,8 @@ class MergeReport:
     family: str
     base: str
     precision: str
+    is_stochastic: bool
+    """Whether merged weights were rounded at random."""
     ingredients: tuple[Ingredient, ...]
     components: tuple[Component, ...]
     changes: tuple[Change, ...]
@@ -83,6 +87,19 @@ class MergeReport:
         """The changes that are largest against the weight they were made to."""
         return sorted(self.changes, key=lambda change: -change.relative)[:_LARGEST]
 
+    @property
+    def arrived(self) -> float:
+        """Share of all changes that is in what was written, weighed by their squares as the norms of vectors are."""
+        whole = sum(change.norm**2 for change in self.changes)
+        return sum(change.arrived * change.norm**2 for change in self.changes) / whole if whole else 1.0
+
+    @property
+    def lost(self) -> list[Change]:
+        """The changes of which too little arrived, the least first."""
+        return sorted(
+            (change for change in self.changes if change.arrived < _ENOUGH), key=lambda change: change.arrived
+        )
+
     def as_json(self) -> dict[str, Any]:
         return {
             "version": self.version,
@@ -105,6 +122,8 @@ class MergeReport:
             ],
             "components": [vars(component) for component in self.components],
             "largest_changes": [vars(change) for change in self.largest],
+            "arrived": self.arrived,
+            "changes": [vars(change) for change in self.changes],
             "checks": [vars(check) for check in self.checks],
             "sha256": self.hashes,
             "left_behind": len(self.left_behind),
@@ -145,9 +164,9 @@ class MergeReport:
             ("check", "", "found"), [(c.name, "ok" if c.passed else "**FAILED**", c.found) for c in self.checks]
         )
         lines += ["## Largest changes", "", "Norm of what was added, over that of the weight before.", ""]
-        lines += _table(
-            ("component", "weight", "change"), [(c.component, f"`{c.key}`", f"{c.relative:.2e}") for c in self.largest]
-        )
+        lines += _changes(self.largest)
+        lines += ["## What arrived", "", *(f"{line}." for line in self._arrival()), ""]
+        lines += _changes(self.lost)
         lines += ["## Files", ""]
         lines += _table(("file", "size"), [(f"`{name}`", human_bytes(size)) for name, size in self.outputs.items()])
         lines += _table(("input", "SHA-256"), [(f"`{path}`", f"`{digest}`") for path, digest in self.hashes.items()])
@@ -166,6 +185,20 @@ class MergeReport:
         notes = [f" {i.source.file.name}: {note}." for i in self.ingredients for note in i.source.adapter.notes]
         return f"{said}.{''.join(notes)}"
 
+    def _arrival(self) -> list[str]:
+        """What rounding left of the changes, and a warning where that is too little."""
+        if not self.changes:
+            return []
+        least = min(self.changes, key=lambda change: change.arrived)
+        said = [f"{self.arrived:.1%} of the change arrived after rounding (least {least.arrived:.1%}: {least.key})"]
+        if self.lost:
+            keeps = "" if self.is_stochastic else ", --rounding stochastic keeps it on average"
+            said.append(
+                f"warning: less than {_ENOUGH:.0%} of the change arrived in {plural(len(self.lost), 'weight')}, for it is "
+                f"smaller than the steps of the number format: --save_precision float keeps it{keeps}"
+            )
+        return said
+
     def as_text(self) -> str:
         """For the screen: the table of keys, the checks, and a word on what changed."""
         lines = [f"{'component':<16}{'keys before':>12}{'after':>8}{'changed':>9}   largest relative change"]
@@ -180,6 +213,7 @@ class MergeReport:
                 f"{ingredient.source.file.name}: {sum(keys.values())} keys = {keys['frozen']} frozen + {keys['merged']} merged + "
                 f"{keys['dropped']} dropped"
             )
+        lines += [f"{line}." for line in self._arrival()]
         if all(change.relative == 0 for change in self.changes):
             lines.append("Nothing has changed: the adapter is zero (was it trained?) or the ratio is.")
         if self.left_behind:
@@ -192,6 +226,13 @@ class MergeReport:
     def write(self, markdown: Path, data: Path) -> None:
         markdown.write_text(self.as_markdown(), encoding="utf-8")
         data.write_text(json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _changes(changes: list[Change]) -> list[str]:
+    return _table(
+        ("component", "weight", "change", "arrived"),
+        [(c.component, f"`{c.key}`", f"{c.relative:.2e}", f"{c.arrived:.1%}") for c in changes],
+    )
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[str]:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from library.merging.layouts import Merging
-from library.merging.merge import all_finite, fold
+from library.merging.merge import fold
 from library.models.checkpoint import LEFTOVERS, Checkpoint, StoredTensor
 from library.models.tensor_files import Range
+from library.models.weights import all_finite
 from networks.families import UNET
 
 # Of the U-Net, each of these must be there at least once (the conversion report's list).
@@ -60,7 +61,10 @@ def verify(
     if any(merging.folds.values()):
         found = f"{findings.merged} as recomputed; largest difference before rounding {findings.largest:.2e}"
         checks.append(Check("merged layers", not findings.wrong, _listed(findings.wrong, found)))
-    checks.append(Check("finite", not findings.not_finite, _listed(findings.not_finite, "every value")))
+    finite = _listed(findings.not_finite, "every value") + (
+        f", as in {source}, which is damaged" if findings.damaged else ""
+    )
+    checks.append(Check("finite", not findings.not_finite, finite))
     return [Check(f"{where}: {check.name}", check.passed, check.found) for check in checks]
 
 
@@ -75,6 +79,8 @@ class _Findings:
     altered: list[str]
     wrong: list[str]
     not_finite: list[str]
+    damaged: bool = False
+    """Whether those of `not_finite` are so in the base."""
 
 
 def _compare_all(merging: Merging, written: Checkpoint) -> _Findings:
@@ -97,6 +103,7 @@ def _compare_all(merging: Merging, written: Checkpoint) -> _Findings:
                 (findings.wrong if is_merged else findings.altered).append(key)
             findings.largest = max(findings.largest, difference if is_merged else 0.0)
             findings.not_finite += [] if finite else [key]
+            findings.damaged = findings.damaged or (not finite and equal and not is_merged)
     return findings
 
 
@@ -118,7 +125,8 @@ def _recomputed(merging: Merging, component: str, key: str, after: StoredTensor)
         float((found.float() - expected.float()).abs().max()) if found.shape == expected.shape else float("inf")
     )
     dtype = merging.dtype_of(component, key)
-    equal = found.dtype == dtype and found.shape == expected.shape and torch.equal(found, expected.to(dtype))
+    rounded = merging.rounding(expected, dtype, f"{component} {key}") if parts else expected.to(dtype)
+    equal = found.dtype == dtype and found.shape == expected.shape and torch.equal(found, rounded)
     return equal, all_finite(found), difference
 
 

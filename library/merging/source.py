@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from library.errors import UserError
@@ -15,6 +15,7 @@ from library.words import plural
 from networks import AdapterError
 from networks.adapter_file import BASE_MODEL_KEY, read_adapter
 from networks.adapters import Adapter
+from networks.families import FAMILIES, Family
 from networks.names import split_wrapped_key
 
 PROVENANCE_KEY = "repa_merge"
@@ -97,6 +98,35 @@ def open_adapter(path: Path, network_alpha: float | None = None) -> Adapter:
         return read_adapter(path, alpha=network_alpha)
     except AdapterError as error:
         raise UserError(str(error)) from error
+
+
+def of_one_family(sources: Sequence[Source], given: str | None) -> list[Source]:
+    """The same sources, each of a family that is known: by its file, by `given` (a key of FAMILIES), or by the others.
+
+    Raises UserError, naming --family, where nothing tells or a file contradicts itself, and for other models.
+    """
+    told = None if given is None else FAMILIES[given]
+    known = [found for source in sources if (found := source.adapter.known_family) is not None]
+    return [_told(source, told, known[0] if known else None) for source in sources]
+
+
+def _told(source: Source, given: Family | None, of_others: Family | None) -> Source:
+    signs, own = source.adapter.family_signs, source.adapter.known_family
+    seen = " and ".join(f"like {sign.title} ({sign.because})" for sign in signs)
+    if others := [sign for sign in signs if not isinstance(sign.says, Family)]:
+        raise UserError(
+            f"{source.file} looks like a LoRA for {others[0].title} ({others[0].because}); only those for SD1.5 and SDXL are "
+            "read."
+        )
+    if own is not None and given is not None and given is not own:
+        raise UserError(f"{source.file} looks {seen}, and --family says {given.title}. Leave --family out.")
+    family = own or given or (None if signs else of_others)
+    if family is None:
+        why = f"looks {seen}" if signs else "tells neither by its modules, their sizes and names, nor by its metadata"
+        raise UserError(
+            f"Whether {source.file} is for SD1.5 or SDXL is not known: it {why}. Say it with --family sd15 or --family sdxl."
+        )
+    return replace(source, adapter=replace(source.adapter, told=family))
 
 
 def base_model_of(sources: Sequence[Source], given: str | None) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from library.models.locate import BaseLocation
 from library.models.tensor_files import NewTensor, TensorFile, file_bytes, write_tensor_file
 from library.progress import doing
 from networks.families import Family
+from networks.original_names import original_place
 from networks.prediction_names import PredictionName, name_by_marks
 
 SINGLE_FILE = "model.safetensors"
@@ -202,11 +203,12 @@ class _Plan:
             date=self._date,
             family=self._base.family.title,
             base=self._base.location.name,
-            precision=self._merging.describe_dtype(),
+            precision=self._merging.describe(),
+            is_stochastic=self._merging.rounding.stochastic,
             ingredients=self._ingredients,
             components=tuple(
-                Component(name, self._base.stored_names[name], len(named), len(folds.get(name, {})))
-                for name, named in self._base.tensors.items()
+                Component(name, self._base.stored_names[name], self._written(name), len(folds.get(name, {})))
+                for name in self._base.tensors
             ),
             changes=tuple(self._merging.changes.values()),
             checks=tuple(checks),
@@ -219,6 +221,13 @@ class _Plan:
             },
             seconds=seconds,
         )
+
+    def _written(self, component: str) -> int:
+        """How many tensors of a component are written: of the folder, or of the single file, which stacks some, alone."""
+        keys = self._base.tensors[component]
+        if self._output.folder is not None:
+            return len(keys)
+        return len({original_place(self._base.family, component, key).key for key in keys})
 
     def _name_in_base(self, path: Path) -> str:
         """U-Net and VAE lie in files of one name, so theirs say the folder too."""
@@ -235,6 +244,7 @@ class _Plan:
                     self._name_in_base(path): hashes.get(str(path), _UNKNOWN_HASH) for path in self._base.files()
                 },
             },
+            **({"rounding": rounding} if (rounding := self._merging.rounding.describe().lstrip(", ")) else {}),
             "adapters": [
                 ingredient.record(hashes.get(str(ingredient.source.file), _UNKNOWN_HASH))
                 for ingredient in self._ingredients

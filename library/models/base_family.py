@@ -9,13 +9,14 @@ from typing import Any
 from library.errors import UserError
 from library.files import read_json
 from library.models.header import read_shapes
-from library.models.locate import BaseLocation, weight_files
-from networks.families import SD15, SDXL, TEXT_ENCODER_2, UNET, Family
+from library.models.locate import BaseLocation, choose_weights, weight_files
+from library.models.quantised import check_number_formats
+from networks.families import SD15, SDXL, TEXT_ENCODER_2, UNET, VAE, Family
 
 _UNET = SD15.original[UNET]
 
-# What other files look like: a tensor name, or the beginning of one, that only they have.
-_OTHER_FILES = (
+# What other models look like: a tensor name, or the beginning of one, that only their files have.
+_OTHER_MODELS = (
     ("edm_mean", "Playground 2.5, which has SDXL's shapes and another noise schedule"),
     ("edm_vpred.", "CosXL, which has SDXL's shapes and another noise schedule"),
     ("conditioner.embedders.0.model.", "the SDXL refiner"),
@@ -24,9 +25,12 @@ _OTHER_FILES = (
     ("cond_stage_model.model.", "Stable Diffusion 2"),
     (_UNET + "joint_blocks.", "Stable Diffusion 3"),
     (_UNET + "double_blocks.", "Flux"),
-    ("double_blocks.", "Flux"),
     ("control_model.", "a ControlNet"),
     ("lora_", "a LoRA adapter"),
+)
+# What is no whole model. In one with a U-Net, such a name is a stray that no program looks at.
+_PARTS = (
+    ("double_blocks.", "Flux"),
     ("unet.", "a LoRA adapter or a training checkpoint"),
     ("down_blocks.", "a diffusers U-Net alone"),
     ("encoder.", "a VAE alone"),
@@ -38,10 +42,25 @@ _OTHER_INPUTS = {9: "an inpainting model (9 input channels)", 8: "an editing mod
 def family_of(location: BaseLocation, allowed: Collection[Family] = (SD15, SDXL)) -> Family:
     """The family of a located base, from names of tensors and configurations alone.
 
-    Raises UserError, with what the base looks like, where that is none of the `allowed` ones.
+    Raises UserError, with what the base looks like, where that is none of the `allowed` ones, and where its weights are
+    quantised in a form that is not read.
     """
-    found = _family_of_file(location.path) if location.is_file else _family_of_folder(location.path)
-    return require_family(found, allowed, str(location.path))
+    path = location.path
+    found = require_family(_family_of_file(path) if location.is_file else _family_of_folder(path), allowed, str(path))
+    check_number_formats(*_weights(path, found))
+    return found
+
+
+def _weights(path: Path, family: Family) -> tuple[list[Path], tuple[str, ...]]:
+    """The safetensors files that a base's weights lie in, and what their names begin with; not the autoencoder's folder, in
+    place of which another may serve.
+    """
+    if path.is_file():
+        return [path], tuple(family.original.values())
+    parts = [part for part in family.original if part != VAE and (path / part).is_dir()]
+    names = {part: choose_weights([file.name for file in (path / part).iterdir()], part) for part in parts}
+    files = [path / part / name for part, found in names.items() for name in found]
+    return [file for file in files if file.suffix == ".safetensors"], ("",)
 
 
 def check_headers(location: BaseLocation, *, without: Collection[str] = ()) -> None:
@@ -80,7 +99,8 @@ def _family_of_file(path: Path) -> Family | str:
     if len(first) == 4 and first[1] in _OTHER_INPUTS:
         return _OTHER_INPUTS[first[1]]
     is_sdxl = all(any(name.startswith(SDXL.original[part]) for name in shapes) for part in SDXL.text_encoders)
-    for beginning, looks in _OTHER_FILES:
+    is_whole = any(name.startswith(_UNET) for name in shapes)
+    for beginning, looks in _OTHER_MODELS if is_whole else (*_OTHER_MODELS, *_PARTS):
         sdxl_has_it = is_sdxl and beginning.startswith(("conditioner.", _UNET))
         if not sdxl_has_it and any(name.startswith(beginning) for name in shapes):
             return looks

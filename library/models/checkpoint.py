@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.files import read_json
 from library.models.base_family import family_of
+from library.models.base_schedule import folder_scheduler_config
+from library.models.header import NESTING
 from library.models.locate import BaseLocation, weight_files
+from library.models.quantised import is_beside, scale_names, times_scale
 from library.models.tensor_files import Range, TensorFile, open_pickled
 from library.models.weights import read_tensors
 from networks.families import Family
 from networks.names import VAE, current_key
-from networks.original_names import Form, diffusers_keys, original_place
-from networks.prediction_names import BY_SCHEDULER, EPSILON_NAME, PREDICTION_NAMES
+from networks.original_names import Form, diffusers_keys, is_dropped, original_place
+from networks.prediction_names import BY_SCHEDULER, PREDICTION_NAMES, schedule_of, type_in_file
 
 
 class StoredTensor(NamedTuple):
@@ -32,14 +34,19 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     """In the diffusers model; the bytes hold its transpose where `transposed`."""
     transposed: bool = False
+    scale: Range | None = None
+    """Of a scaled weight: what its bytes are to be multiplied by."""
 
     def read(self) -> Tensor:
         value = self.range.read()
+        if self.scale is not None:
+            value = times_scale(value, self.scale.read())
         return value.reshape(self.shape[::-1]).t().contiguous() if self.transposed else value.reshape(self.shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.range.dtype
+        """Of what `read` gives."""
+        return self.range.dtype if self.scale is None else torch.float32
 
 
 ZTSNR = "ztsnr"
@@ -63,6 +70,11 @@ class Checkpoint:
     """Tensors of a single file that are no part of these models: EMA copies, the schedule's buffers."""
     marks: tuple[str, ...] = ()
     """Those of MARKS that are true of the model."""
+
+    @property
+    def scaled(self) -> list[str]:
+        """The weights that have scales."""
+        return [key for named in self.tensors.values() for key, stored in named.items() if stored.scale is not None]
 
     @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -101,17 +113,23 @@ def open_checkpoint(location: BaseLocation, *, without: Collection[str] = ()) ->
         files = [_open(path) for path in weight_files(location.path, component)]
         found = {name: stored for file in files for name, stored in file.tensors.items()}
         _refuse([name for name in found if _is_leftover(name)], len(found), files[0].path, family)
-        named = {current_key(component, name): stored for name, stored in found.items()}
-        tensors[component] = {key: _stored(component, key, stored) for key, stored in named.items() if key is not None}
+        scales = scale_names(found.keys())
+        tensors[component] = {
+            key: _stored(component, key, stored)._replace(scale=found.get(scales.get(name, "")))
+            for name, stored in found.items()
+            if not is_beside(name) and (key := current_key(component, name)) is not None
+        }
         counts[component] = len(found)
     return Checkpoint(location, family, tensors, counts, marks=_marks_of_folder(location.path))
 
 
 def _marks_of_folder(folder: Path) -> tuple[str, ...]:
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    name = BY_SCHEDULER.get(config.get("prediction_type", EPSILON_NAME.scheduler), EPSILON_NAME)
-    found = {name.mark, ZTSNR if config.get("rescale_betas_zero_snr") else None}
-    return tuple(mark for mark in MARKS if mark in found)
+    config = folder_scheduler_config(folder)
+    found = schedule_of(config)
+    if isinstance(found, str):
+        raise UserError(f"The scheduler of {folder} {found}")
+    true = {found[1].mark, ZTSNR if config.get("rescale_betas_zero_snr") else None}
+    return tuple(mark for mark in MARKS if mark in true)
 
 
 def _open(path: Path) -> TensorFile:
@@ -127,22 +145,25 @@ def _stored(component: str, key: str, stored: Range) -> StoredTensor:
 
 def _open_single_file(location: BaseLocation, family: Family, without: Collection[str]) -> Checkpoint:
     file = TensorFile(location.path)
+    inside = {name.removeprefix(NESTING): stored for name, stored in file.tensors.items()}
     tensors: dict[str, dict[str, StoredTensor]] = {component: {} for component in family.original}
     counts = dict.fromkeys(family.original, 0)
     others: list[str] = []
     strangers: list[str] = []
-    for name, stored in file.tensors.items():
+    scales = scale_names(inside.keys())
+    for name, stored in inside.items():
+        if is_beside(name):
+            continue
         keys = [] if _is_leftover(name) else diffusers_keys(family, name)
         for component, key in keys:
-            tensors[component][key] = _stored_in_original(family, component, key, stored)
+            found = _stored_in_original(family, component, key, stored)
+            tensors[component][key] = found._replace(scale=inside.get(scales.get(name, "")))
         if keys:
             counts[keys[0][0]] += 1
             continue
         if name in MARKS:
             continue
-        harmless = name.endswith(("position_ids", "logit_scale")) or not name.startswith(
-            tuple(family.original.values())
-        )
+        harmless = is_dropped(family, name) or not name.startswith(tuple(family.original.values()))
         (others if harmless else strangers).append(name)
     _refuse(strangers, len(file.tensors), location.path, family)
     for component, named in tensors.items():
@@ -151,7 +172,8 @@ def _open_single_file(location: BaseLocation, family: Family, without: Collectio
                 f"{location.path} has no {component}: none of its {len(file.tensors)} tensors begins with "
                 f"{family.original[component]}. A complete {family.title} checkpoint or a diffusers folder is needed."
             )
-    marks = tuple(mark for mark in MARKS if mark in file.tensors)
+    prediction = BY_SCHEDULER.get(type_in_file(inside, file.metadata))
+    marks = tuple(mark for mark in MARKS if mark in inside or (prediction and mark == prediction.mark))
     return Checkpoint(location, family, tensors, counts, tuple(others), marks)
 
 

@@ -18,9 +18,11 @@ from library.errors import UserError
 from library.files import read_json
 from library.models import single_file
 from library.models.base_family import family_of, require_family
+from library.models.base_schedule import folder_scheduler_config
 from library.models.clip_tokenizer import PADS, tokenizer_for
 from library.models.configs import configs_of, published_family
 from library.models.locate import BaseLocation, base_status, locate_base, weight_files
+from library.models.quantised import unscaled
 from library.models.weights import assemble, read_tensors
 from library.progress import doing
 from networks.families import SD15, SDXL, TEXT_ENCODER_2, TOKENIZERS, UNET, VAE, Family
@@ -62,8 +64,10 @@ def load_vae(
     else:
         config = _component_config(location, VAE, "AutoencoderKL")
     tensors = component_tensors(location, family, VAE)
-    where = f"The VAE of {location.path}"
-    return assemble(lambda: AutoencoderKL.from_config(config), tensors, where, dtype=dtype, device=device)
+    where, remedy = f"The VAE of {location.path}", "Fetch it again, or name another autoencoder with --vae."
+    return assemble(
+        lambda: AutoencoderKL.from_config(config), tensors, where, dtype=dtype, device=device, remedy=remedy
+    )
 
 
 def load_text_encoders(
@@ -87,7 +91,7 @@ def load_scheduler_config(base: Base) -> dict[str, Any]:
     location = _located(base, "scheduler")
     if location.is_file:
         return single_file.file_scheduler_config(location.path, family_of(location))
-    return read_json(location.path / "scheduler" / "scheduler_config.json")
+    return folder_scheduler_config(location.path)
 
 
 def unet_config(base: Base, *, families: Families = (SD15,)) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def component_tensors(location: BaseLocation, family: Family, component: str) ->
     with doing(f"reading {component} of {location.path.name}"):
         if location.is_file:
             return single_file.file_tensors(location.path, family, component)
-        stored = read_tensors(weight_files(location.path, component))
+        stored = unscaled(read_tensors(weight_files(location.path, component)))
     named = ((current_key(component, name), value) for name, value in stored.items())
     return {key: value for key, value in named if key is not None}
 
@@ -150,7 +154,7 @@ def _component_config(location: BaseLocation, component: str, class_name: str) -
     path = location.path / component / "config.json"
     config = read_json(path)
     found = config.get("_class_name") or next(iter(config.get("architectures") or []), class_name)
-    if found != class_name:
+    if found not in (class_name, f"{class_name}WithProjection"):  # the projection is left out on reading
         raise UserError(f"{path} describes a {found}. A {class_name} is needed here.")
     return config
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from library.errors import UserError
 from library.files import read_json
+from library.models.base_schedule import check_schedule
 from library.models.embedded import MODELS, SHAPES, SHAPES_CLIP, SHAPES_DINOV2, TINY_BASES, TINY_TEACHERS
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -63,7 +64,7 @@ def locate_base(name: str, components: Sequence[str] | None = None) -> BaseLocat
     """
     if name in TINY_BASES:
         return _tiny(name)
-    return _local_base(name, components) or _fetch(name, components)
+    return _judged(_local_base(name, components) or _fetch(name, components), components)
 
 
 def locate_dino(name: str) -> BaseLocation:
@@ -77,18 +78,25 @@ def base_status(name: str, components: Sequence[str] | None = None) -> str | Non
     """None when `locate_base(name, components)` needs no network, else a sentence saying what is missing.
 
     Looks at names of files and the model's index: nothing is fetched or built. A tiny model counts as there, since it is
-    built when it is needed.
+    built when it is needed. Raises UserError for one that is there and of a noise schedule that is not known here.
     """
+    if name in TINY_BASES:
+        return None
     try:
-        there = name in TINY_BASES or _local_base(name, components) is not None
+        found = _local_base(name, components)
     except UserError as error:
         return str(error)
-    return None if there else _absent(name, SHAPES)
+    if found is None:
+        return _absent(name, SHAPES)
+    _judged(found, components)
+    return None
 
 
 def check_base(name: str, components: Sequence[str] | None = None) -> None:
     """Raise UserError where `locate_base` would, as far as that can be known without fetching or building anything."""
-    if name not in TINY_BASES and _local_base(name, components) is None:
+    if name not in TINY_BASES and (found := _local_base(name, components)):
+        _judged(found, components)
+    elif name not in TINY_BASES:
         _require_fetchable(name, SHAPES)
 
 
@@ -208,6 +216,13 @@ def _tiny(name: str) -> BaseLocation:
     return BaseLocation(name, ensure_tiny(name))
 
 
+def _judged(location: BaseLocation, components: Sequence[str] | None) -> BaseLocation:
+    """The same, whose noise schedule is known here, where that is asked for."""
+    if components is None or "scheduler" in components:
+        check_schedule(location.path)
+    return location
+
+
 def _local_base(name: str, components: Sequence[str] | None) -> BaseLocation | None:
     path = Path(name).expanduser()
     if path.suffix.lower() in PICKLE_SUFFIXES and path.is_file():
@@ -217,7 +232,8 @@ def _local_base(name: str, components: Sequence[str] | None) -> BaseLocation | N
         )
     if path.is_file():
         if path.suffix.lower() != ".safetensors":
-            raise UserError(f"{name} is not a base model: a diffusers folder or a .safetensors file is needed.")
+            what = "quantised (GGUF), which is not read here" if path.suffix.lower() == ".gguf" else "not a base model"
+            raise UserError(f"{name} is {what}: a diffusers folder or a .safetensors file is needed.")
         return BaseLocation(name, path)
     if path.is_dir():
         if not ((path / "model_index.json").exists() or (path / "unet" / "config.json").exists()):

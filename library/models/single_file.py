@@ -14,11 +14,12 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.configs import configs_of
-from library.models.header import Shapes, read_shapes
+from library.models.header import NESTING, Shapes, read_metadata, read_shapes
+from library.models.quantised import unscaled
 from library.models.weights import read_tensors
 from networks.families import TEXT_ENCODER_2, UNET, VAE, Family
-from networks.original_names import Form, Place, diffusers_keys, original_place
-from networks.prediction_names import name_by_marks
+from networks.original_names import Form, Place, diffusers_keys, is_dropped, original_place
+from networks.prediction_names import type_in_file
 
 
 def file_unet_config(path: Path, family: Family) -> dict[str, Any]:
@@ -34,6 +35,8 @@ def file_unet_config(path: Path, family: Family) -> dict[str, Any]:
         "block_out_channels": [sizes[f"down_blocks.{level}.resnets.0.conv2.weight", 0] for level in levels],
         "cross_attention_dim": sizes[words, 1],
     }
+    if sizes.count("time_embedding.cond_proj."):  # of a model distilled with its guidance (LCM)
+        found["time_cond_proj_dim"] = sizes["time_embedding.cond_proj.weight", 1]
     if family.has_size_conditions:
         # Heads leave no trace in the shapes: they are 64 wide, and a tiny model has one.
         found["attention_head_dim"] = [max(1, width // 64) for width in found["block_out_channels"]]
@@ -82,9 +85,9 @@ def file_text_config(path: Path, family: Family, component: str) -> dict[str, An
 
 
 def file_scheduler_config(path: Path, family: Family) -> dict[str, Any]:
-    """The family's schedule, and what the file's marks say."""
+    """The family's schedule, and what the file's marks and metadata say."""
     shapes = read_shapes(path)
-    config = {**configs_of(family).scheduler, "prediction_type": name_by_marks(shapes).scheduler}
+    config = {**configs_of(family).scheduler, "prediction_type": type_in_file(shapes, read_metadata(path))}
     if "ztsnr" in shapes:
         config["rescale_betas_zero_snr"] = True
     return config
@@ -96,13 +99,15 @@ def file_tensors(path: Path, family: Family, component: str) -> dict[str, Tensor
     Raises UserError for tensors that have no place there: a leftover of training (LoRA, heads) means an unfinished merge.
     """
     tensors: dict[str, Tensor] = {}
-    stored = read_tensors(path, family.original[component])
+    prefix = family.original[component]
+    found = read_tensors(path, (prefix, NESTING + prefix))
+    stored = unscaled({name.removeprefix(NESTING): value for name, value in found.items()})
     strangers = []
     for name, value in stored.items():
         keys = [key for _, key in diffusers_keys(family, name)]
         for key in keys:
             tensors[key] = _as_in_diffusers(value, original_place(family, component, key))
-        if not keys and not name.endswith(("position_ids", "logit_scale")):
+        if not keys and not is_dropped(family, name):
             strangers.append(name)
     if strangers:
         raise UserError(

@@ -48,6 +48,8 @@ class MergeLoraOptions:
     """Instead of output_dir: the one .safetensors file to write, a checkpoint or with --lora_only a LoRA."""
     lora_only: bool = False
     """Write no model but one LoRA that is the sum of the adapters, for models/Lora of a UI."""
+    family: Literal["sd15", "sdxl"] | None = None
+    """With --lora_only: what the adapters are for, where their files do not tell; names in the LoRA file depend on it."""
     lora_format: Literal["kohya", "diffusers", "peft"] = "kohya"
     """Names in the LoRA file. A1111 and ComfyUI want kohya's."""
     new_rank: int | None = None
@@ -69,6 +71,11 @@ class MergeLoraOptions:
     """Merge the moving average of a training state's weights instead of the weights themselves."""
     save_precision: Precision | None = None
     """Number format of every tensor. Default: a model keeps its base's, a LoRA its adapter's."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How merged weights get into a narrower number format: each to the nearest number, or at random to one of the two
+    nearest, which keeps changes that are smaller than their distance, on average."""
+    rounding_seed: int = 0
+    """Of stochastic rounding: what is random follows from it."""
     network_alpha: float | None = None
     """Alpha of a PEFT file that does not say it."""
     inspect: bool = False
@@ -93,6 +100,9 @@ class MergeLoraOptions:
             value = getattr(self, name)
             for ratio in value if isinstance(value, tuple) else (value,):
                 require(-10 <= ratio <= 10, name, f"must lie between -10 and 10, got {ratio}.")
+        stochastic = self.rounding == "stochastic"
+        require(not (stochastic and self.lora_only), "rounding", "is of merged models; with lora_only there is none.")
+        require(stochastic or self.rounding_seed == 0, "rounding_seed", "is for --rounding stochastic.")
         positive("network_alpha", self.network_alpha)
         positive("new_rank", self.new_rank)
         positive("new_conv_rank", self.new_conv_rank)
@@ -110,7 +120,7 @@ class MergeLoraOptions:
             "save_single_file",
             "adds a file to output_dir; with save_to or lora_only there is only one file anyway.",
         )
-        for name, default in (("new_rank", None), ("new_conv_rank", None), ("lora_format", "kohya")):
+        for name, default in (("new_rank", None), ("new_conv_rank", None), ("family", None), ("lora_format", "kohya")):
             require(self.lora_only or getattr(self, name) == default, name, "is for --lora_only.")
         require(self.new_conv_rank is None or self.new_rank is not None, "new_conv_rank", "needs new_rank as well.")
         for name in ("dynamic_method", "dynamic_param"):

@@ -229,8 +229,9 @@ def _fold_base_weights(models: Mapping[str, nn.Module], options: RunOptions, fam
 
 
 def _require_family(option: str, path: Path | None, adapter: Adapter, family: Family) -> None:
-    if adapter.family.key != family.key:
-        raise UserError(f"{option} {path} is for {adapter.family.title}, and the base model is {family.title}.")
+    known = adapter.known_family
+    if known not in (None, family):
+        raise UserError(f"{option} {path} is for {known.title}, and the base model is {family.title}.")
 
 
 def scaling_factor(base: BaseLocation, family: Family) -> float:

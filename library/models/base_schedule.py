@@ -1,0 +1,38 @@
+"""The noise schedule that a base's files say it was trained on, judged before anything is loaded. Light: no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.files import read_json
+from library.models.header import read_metadata, read_shapes
+from networks.prediction_names import schedule_of, type_in_file
+
+_FILE, _INDEX = "scheduler/scheduler_config.json", "model_index.json"
+
+
+def folder_scheduler_config(folder: Path) -> dict[str, Any]:
+    """scheduler_config.json of a diffusers folder; the class that its index names, where the file says none."""
+    config = read_json(folder / _FILE)
+    if "_class_name" not in config and (folder / _INDEX).is_file():
+        named = (read_json(folder / _INDEX).get("scheduler") or [None, None])[1]
+        return config | ({} if named is None else {"_class_name": named})
+    return config
+
+
+def check_schedule(path: Path) -> None:
+    """Raise UserError, with its name, where a folder or single file says of a schedule that this program does not have."""
+    if path.is_file():
+        said: dict[str, Any] = {
+            "prediction_type": type_in_file(read_shapes(path), read_metadata(path)),
+            "beta_start": None,
+        }
+        where = str(path)
+    elif (path / _FILE).is_file():
+        said, where = folder_scheduler_config(path), f"The scheduler of {path}"
+    else:
+        return  # whoever needs it says so
+    if isinstance(found := schedule_of(said), str):
+        raise UserError(f"{where} {found}")
