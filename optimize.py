@@ -50,10 +50,12 @@ def main(argv: list[str]) -> int:
     options = parse(OptimizeOptions, argv, prog="optimize.py", description=__doc__, dialect=DIALECT)
     if options.search.pick is not None:
         return picked(options.place, options.search.pick)
+    from library.search.run.checks import check_trials
     from library.search.run.setup import set_up
 
     setup = set_up(options)
     print_plan(options, setup)
+    check_trials(setup.plan, options.trained.device, print)
     return EXIT_OK if options.dry_run else run(options, setup)
 
 

@@ -41,7 +41,6 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
     from library.files import require_writable
     from library.models.base_family import family_of
     from library.models.locate import locate_base, locate_dino
-    from library.training.models import check_weights
     from library.training.optimizers import check_optimizer
     from library.training.sample_images import check_prompts
     from library.training.speed import prepare_environment
@@ -58,6 +57,14 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
         processes.say(base.note)
     family = family_of(base)
     check_prompts(options.samples, processes.say)
+    check_fit(options, base, family)
+    return base, family
+
+
+def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> None:
+    """See that options and adapters to start from fit the base. Raises UserError for what does not."""
+    from library.training.models import check_weights
+
     if family.text_layer is not None and options.text.clip_skip not in (None, family.text_layer):
         raise UserError(
             f"clip_skip {options.text.clip_skip} cannot be used: {family.title} was trained on layer {family.text_layer} of its "
@@ -65,4 +72,3 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
         )
     options.optimizer.text_encoder_rates(len(family.text_encoders))
     check_weights(options, base, family)
-    return base, family

@@ -28,7 +28,7 @@ from library.search.study.ledger import OF_TRIAL, RETRY_OF, Ledger, Running
 from library.search.study.progress import StudyLog, change_budget, progress, set_budget
 from library.search.study.proposals import choose_sampler
 from library.search.study.storage import is_storage_failure, storage_failed
-from library.search.study.study import open_study
+from library.search.study.study import open_study, require_own_folder
 from library.search.study.trial_values import counts
 from library.search.study.verdict import (
     CONFIRMED,
@@ -161,12 +161,9 @@ class Driver:
 
     def _open(self, name: str, *, confirming: bool = False) -> Ledger:
         plan = self.plan
-        has_folders = any(plan.output_dir.glob("trial_[0-9]*"))
         study = open_study(name, plan.storage, plan.terms, self.say)
-        if has_folders and not confirming and not study.get_trials(deepcopy=False):
-            raise UserError(
-                f"{plan.output_dir} has trials of another study: {name} has no trials yet. Choose another --output-dir."
-            )
+        if not confirming:
+            require_own_folder(plan.output_dir, name, has_trials=bool(study.get_trials(deepcopy=False)))
         sampler, why = choose_sampler(plan.sampler, plan.workers, plan.n_trials)
         if not confirming:
             trials = plural(plan.n_trials, "trial")

@@ -17,20 +17,22 @@ from library.options.repa import parse_repa_options
 from library.options.scripts import network_options_of, option_default, repa_options_of
 from library.options.search import N_TRIALS, ObjectiveName, OptimizeOptions, Script
 from library.options.toml_file import PROJECT_ROOT, find_config, read_options
+from library.options.training import READ_BY
 from library.search.best_params import BaseModel
 from library.search.constraints import constraints_measured
 from library.search.judging import read_judging
 from library.search.results.best_trial import Facts
 from library.search.run import sdxl_study
+from library.search.run.checks import check_place
 from library.search.run.driver import StudyPlan
+from library.search.run.gpus import gpus_of
 from library.search.run.init_params import read_init_params
 from library.search.run.sdxl_study import BASE
 from library.search.run.study_data import base_hash, network_data, repa_data
 from library.search.space import Space, Value
 from library.search.space_file import DEFAULT_SPACES, find_space, read_space
-from library.search.study.study import compare_with_stored
 from library.search.terms import DECIDED_BY_TRIALS, Terms
-from library.search.to_sdxl.export import DATASET
+from library.search.to_sdxl.export import DATASET, require_sdxl
 
 Family = Literal["sd15", "sdxl"]
 TINY_SPACE = "tiny"
@@ -102,6 +104,9 @@ def set_up(options: OptimizeOptions) -> Setup:
     if start.is_exported:
         fixed["dataset_config"] = str(options.place.folder / DATASET)
     digest = None if options.dry_run else base_hash(base, cache_dir)
+    gpus_of(search.workers, trained.device)
+    if options.outcome.export and options.outcome.sdxl_base is not None:
+        require_sdxl(options.outcome.sdxl_base)
     terms = Terms(
         script,
         search.objective,
@@ -113,8 +118,6 @@ def set_up(options: OptimizeOptions) -> Setup:
         settings=data.settings,
         base=digest or "",
     )
-    if options.dry_run:
-        compare_with_stored(options.place.study_name, options.place.url, terms)
     known_base = BaseModel(family, base, digest)
     n_trials = search.n_trials or start.n_trials
     plan = StudyPlan(
@@ -132,6 +135,7 @@ def set_up(options: OptimizeOptions) -> Setup:
         stop_on_convergence=search.stop_on_convergence,
         keep=search.keep,
     )
+    check_place(plan, lambda: base_hash(base, cache_dir))
     notes = (*start.notes, *data.notes)
     if search.objective == "image" and not constraints_measured(terms):
         notes += ("no clip_model in --objective_args, so it is not measured whether pictures follow their prompts",)
@@ -243,6 +247,9 @@ def _overruled(space: Space, fixed: Mapping[str, Any]) -> list[str]:
             if others := [name for name, value in options.items() if name in fixed and fixed[name] != value]:
                 words = f"set by {parameter.name} {choice}, so not taken from the configuration there"
                 notes.append(f"{words}: {', '.join(others)}")
+    searches_schedule = "lr_scheduler" in space.overruled
+    for name in [name for name in fixed if name in READ_BY and searches_schedule]:
+        notes.append(f"{name} is for lr_scheduler {' and '.join(READ_BY[name])}, and left out of trials with another")
     if "seed" in fixed:
         notes.append("seed is the study's (--seed), not the configuration's")
     decided = DECIDED_BY_TRIALS - {"seed"}

@@ -116,7 +116,7 @@ def export(
     """
     folder = Path(output_dir)
     _require_transferable(best)
-    _require_sdxl(sdxl_base)
+    require_sdxl(sdxl_base)
     sd15 = find_training(best, dataset_config)
     sdxl = apply_rules(sd15, wishes or SdxlOptions())
     sdxl = sdxl.with_datasets(map(with_same_ids, sdxl.datasets))
@@ -170,7 +170,8 @@ def _require_transferable(best: BestParams) -> None:
         )
 
 
-def _require_sdxl(base: str) -> None:
+def require_sdxl(base: str) -> None:
+    """Raises UserError for a base that is there and not SDXL, and for one that is not there and not known to be."""
     from library.models.base_family import family_of
     from library.models.configs import published_family
     from library.models.embedded import TINY_SDXL
