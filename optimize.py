@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
     setup = set_up(options)
     print_plan(options, setup)
-    check_trials(setup.plan, options.trained.device, print)
+    check_trials(setup.plan, options.trained.device, setup.now)
     return EXIT_OK if options.dry_run else run(options, setup)
 
 

@@ -20,7 +20,7 @@ Options = TypeVar("Options")
 
 # These belong to one run or to the file itself.
 _NOT_CHECKED = frozenset({"config_file", "output_config", "dry_run", "resume"})
-_DATA_OPTIONS = frozenset({"train_data_dir", "reg_data_dir", "in_json", "dataset_repeats"})
+_DATA_OPTIONS = frozenset({"train_data_dir", "reg_data_dir", "in_json", "dataset_repeats", "conditioning_data_dir"})
 
 
 def option_types(script: Script) -> dict[str, Any]:

@@ -42,17 +42,21 @@ def check_place(plan: StudyPlan, base_hash: Callable[[], str]) -> None:
     check_study(plan.name, plan.storage, plan.output_dir, complete)
 
 
-def check_trials(plan: StudyPlan, device: str | None, say: Callable[[str], None]) -> None:
+def check_trials(
+    plan: StudyPlan, device: str | None, now: Mapping[str, Any], say: Callable[[str], None] = print
+) -> None:
     """Raises UserError for what a trial would be refused for: device, base, options, optimizer, adapter, models that judge.
 
     Tried are the default configuration, the parameters to begin with, and the default with one parameter at a time at each of
     its choices or at the ends of its range. Several faults: a line each. Imports torch and loads no weights.
+
+    now: see `Setup`.
     """
     from library.processes import Processes, usable_device
 
     if device is not None:
         usable_device(device)
-    variants = list(_variants(plan))
+    variants = [(words, {**flat, **now}) for words, flat in _variants(plan)]
     say(f"checking   {plural(len(variants), 'configuration')}: each choice and both ends of each range, one at a time")
     faults = _Faults()
     read = [(words, options) for words, flat in variants if (options := faults.of(words, _parsed, plan, flat))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -44,11 +44,18 @@ _DATA = ("dataset_config", "train_data_dir", "train_data")
 
 @dataclass(frozen=True)
 class Setup:
-    """A study that is ready to start. notes: messages for the user before it starts."""
+    """A study that is ready to start.
+
+    Attributes:
+        notes: messages for the user before it starts.
+        now: options that differ from the trials' while they are checked: the export of a dry run lies in a folder that is deleted.
+    """
 
     plan: StudyPlan
     base: BaseModel
     notes: tuple[str, ...] = ()
+    now: Mapping[str, Any] = field(default_factory=dict)
+    _kept: object = None
 
     @property
     def is_tiny(self) -> bool:
@@ -90,18 +97,20 @@ def set_up(options: OptimizeOptions) -> Setup:
     judging = parse_arguments("objective_args", search.objective_args)
     _check_repa(script, search.objective)
     scales = _scales(search.objective, judging)
-    with TemporaryDirectory() as temporary:
-        # A study that continues one on SD1.5 writes an export; that of a dry run is deleted.
-        start = _start(options, fixed, family, Path(temporary) if options.dry_run else options.place.folder)
-        defaults = start.space.resolve(start.space.defaults, start.fixed)
-        where = "The default configuration of the search"
-        if script == "train_repa":
-            repa = repa_options_of(defaults, where)
-            cache_dir, data = repa.cache.cache_dir, repa_data(repa)
-        else:
-            cache_dir, data = network_options_of(defaults, where).cache.cache_dir, network_data(defaults)
+    # A study that continues one on SD1.5 writes an export; that of a dry run is deleted with its Setup.
+    temporary = TemporaryDirectory()
+    start = _start(options, fixed, family, Path(temporary.name) if options.dry_run else options.place.folder)
+    defaults = start.space.resolve(start.space.defaults, start.fixed)
+    where = "The default configuration of the search"
+    if script == "train_repa":
+        repa = repa_options_of(defaults, where)
+        cache_dir, data = repa.cache.cache_dir, repa_data(repa)
+    else:
+        cache_dir, data = network_options_of(defaults, where).cache.cache_dir, network_data(defaults)
     fixed = {**start.fixed, **data.split}
+    now = {}
     if start.is_exported:
+        now = {"dataset_config": fixed["dataset_config"]}
         fixed["dataset_config"] = str(options.place.folder / DATASET)
     digest = None if options.dry_run else base_hash(base, cache_dir)
     gpus_of(search.workers, trained.device)
@@ -139,7 +148,7 @@ def set_up(options: OptimizeOptions) -> Setup:
     notes = (*start.notes, *data.notes)
     if search.objective == "image" and not constraints_measured(terms):
         notes += ("no clip_model in --objective_args, so it is not measured whether pictures follow their prompts",)
-    return Setup(plan, known_base, notes)
+    return Setup(plan, known_base, notes, now, temporary)
 
 
 def _start(options: OptimizeOptions, fixed: dict[str, Any], family: Family, folder: Path) -> _Start:
@@ -181,7 +190,7 @@ def _start_from_sd15(options: OptimizeOptions, space: Space, given: Mapping[str,
         path, space, base=given[BASE], folder=folder, dataset_config=trained.dataset_config, data=data
     )
     device = {} if trained.device is None else {"device": trained.device}
-    return _Start(space, {**start.fixed, **device}, start.initial, (start.note,), sdxl_study.TRIALS, True)
+    return _Start(space, {**start.fixed, **device}, start.initial, start.notes, sdxl_study.TRIALS, True)
 
 
 def batch_of(setup: Setup) -> int:

@@ -146,7 +146,7 @@ def find_training(best: BestParams, dataset_config: Path | str | None = None) ->
 
     Raises UserError where its options or its data can no longer be used.
     """
-    options = network_options_of(best.train_config, best.config_origin, dataset_config)
+    options = trained_options(best, dataset_config)
     from library.data.collect import read_datasets
     from library.data.training_images import collect_images
 
@@ -154,7 +154,17 @@ def find_training(best: BestParams, dataset_config: Path | str | None = None) ->
     images = [[image for image in collect_images(dataset).images if not image.subset.is_reg] for dataset in datasets]
     areas = [[image.size[0] * image.size[1] for image in of_dataset] for of_dataset in images]
     pictures = tuple(PictureFacts(len(sizes), float(median(sizes)) if sizes else 0.0) for sizes in areas)
-    return Sd15Training(options, datasets, pictures, best.lr_reference, _validation_share(datasets, images))
+    # A table of parameters is for whatever its data say.
+    per_step = (best.lr_reference.effective_batch or None) if dataset_config is not None else None
+    return Sd15Training(options, datasets, pictures, best.lr_reference, _validation_share(datasets, images), per_step)
+
+
+def trained_options(best: BestParams, dataset_config: Path | str | None = None) -> TrainNetworkOptions:
+    """The options of the best training. dataset_config: in place of the study's data, which need not be there then.
+
+    Raises UserError where they can no longer be used.
+    """
+    return network_options_of(best.train_config, best.config_origin, dataset_config)
 
 
 def _require_transferable(best: BestParams) -> None:
