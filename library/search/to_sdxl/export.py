@@ -23,8 +23,10 @@ from library.search.to_sdxl.exported_files import (
     BUCKET_LIMITS,
     config_text,
     dataset_text,
+    for_kohya,
     read_back,
     script_text,
+    with_caption_extensions,
     with_same_ids,
 )
 from library.search.to_sdxl.rules import apply_rules, written_options
@@ -119,10 +121,11 @@ def export(
     require_sdxl(sdxl_base)
     sd15 = find_training(best, dataset_config)
     sdxl = apply_rules(sd15, wishes or SdxlOptions())
-    sdxl = sdxl.with_datasets(map(with_same_ids, sdxl.datasets))
+    sdxl = sdxl.with_datasets(with_caption_extensions(with_same_ids(dataset)) for dataset in sdxl.datasets)
     options = {
         "pretrained_model_name_or_path": sdxl_base,
         "dataset_config": str(folder / DATASET),
+        **for_kohya(sdxl.options),
         **written_options(sdxl),
         "output_dir": str(folder / NAME),
         "output_name": NAME,
