@@ -12,6 +12,7 @@ To resume, or to let other machines help, run the same command again. Ctrl-C onc
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     from library.search.run.checks import check_trials
     from library.search.run.setup import set_up
 
-    setup = set_up(options)
+    setup = set_up(options, shlex.join(["python", "optimize.py", *argv]))
     print_plan(options, setup)
     check_trials(setup.plan, options.trained.device, setup.now)
     return EXIT_OK if options.dry_run else run(options, setup)

@@ -12,7 +12,7 @@ from library.options.run import RunOptions
 from library.options.scripts import network_options_of, repa_options_of
 from library.search.constraints import clip_of
 from library.search.judging import read_judging
-from library.search.run.driver import StudyPlan
+from library.search.run.plan import StudyPlan
 from library.search.study.study import check_study
 from library.search.terms import DECIDED_BY_TRIALS
 from library.words import plural

@@ -15,7 +15,7 @@ from library.options.arguments import parse_arguments
 from library.options.network import KOHYA, parse_network_options
 from library.options.repa import parse_repa_options
 from library.options.scripts import network_options_of, option_default, repa_options_of
-from library.options.search import N_TRIALS, ObjectiveName, OptimizeOptions, Script
+from library.options.search import N_TRIALS, ObjectiveName, OptimizeOptions, Script, without_password
 from library.options.toml_file import PROJECT_ROOT, find_config, read_options
 from library.options.training import READ_BY
 from library.search.best_params import BaseModel
@@ -24,9 +24,9 @@ from library.search.judging import read_judging
 from library.search.results.best_trial import Facts
 from library.search.run import sdxl_study
 from library.search.run.checks import check_place
-from library.search.run.driver import StudyPlan
 from library.search.run.gpus import gpus_of
 from library.search.run.init_params import read_init_params
+from library.search.run.plan import StudyPlan
 from library.search.run.sdxl_study import BASE
 from library.search.run.study_data import base_hash, network_data, repa_data
 from library.search.space import Space, Value
@@ -79,10 +79,12 @@ class _Start:
     is_exported: bool = False
 
 
-def set_up(options: OptimizeOptions) -> Setup:
+def set_up(options: OptimizeOptions, command: str = "") -> Setup:
     """The plan of a study, after all checks that need no training. It may generate pictures and download a model of the hub.
 
-    A dry run writes and downloads nothing, and does not hash the base.
+    A dry run writes and downloads nothing, and hashes the base only where a study is there.
+
+    command: what starts the study again, for `status`.
 
     Raises UserError: a base, dataset or configuration that does not exist or does not fit, a wrong space, initial parameters
     outside the space, an existing study with other terms.
@@ -143,6 +145,7 @@ def set_up(options: OptimizeOptions) -> Setup:
         confirm=search.confirmed(n_trials),
         stop_on_convergence=search.stop_on_convergence,
         keep=search.keep,
+        command=without_password(command),
     )
     check_place(plan, lambda: base_hash(base, cache_dir))
     notes = (*start.notes, *data.notes)
