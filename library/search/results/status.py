@@ -208,7 +208,12 @@ def _running_lines(view: StudyView, now: float) -> list[str]:
         else:
             steps = f"step {lease.get('step', 0)}/{lease['steps']}" if lease.get("steps") else "preparing"
             words += [steps, f"{lease['host']}:{lease['pid']} worker {lease['worker']}"]
-            words.append(f"DEAD: {dead}" if dead else f"lease {max(0, now - float(lease['at'])):.0f} s old")
+            if dead:
+                words.append(f"DEAD: {dead}")
+            elif trial._trial_id not in (view.fresh or {}):
+                words.append(f"lease {max(0, now - float(lease['at'])):.0f} s old")
+            if "began" in lease and not dead:
+                words.append(f"for {timedelta(seconds=round(max(0.0, now - float(lease['began']))))}")
         if pace.left is not None and not dead:
             words.append(f"left {timedelta(seconds=round(pace.left))}")
         lines.append("  ".join(words))

@@ -286,7 +286,7 @@ class Driver:
             ledger.begin_steps(running, begun.steps)
 
         def on_progress(now: JobProgress) -> None:
-            running.step, running.images_per_second = now.step, now.images_per_second
+            running.reached(now.step, now.images_per_second)
 
         def on_tick() -> None:
             if running.lost:

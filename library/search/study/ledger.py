@@ -294,7 +294,7 @@ class Ledger:
 
     def report(self, running: Running, slot: Slot) -> bool:
         """Store a slot's value; returns whether the trial goes on."""
-        running.step, running.images_per_second = slot.step, slot.images_per_second
+        running.reached(slot.step, slot.images_per_second)
         self.renew(running.trial._trial_id)
         if running.lost or running.prune_at is not None:
             return False

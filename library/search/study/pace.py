@@ -40,7 +40,7 @@ def pace_of(trial: FrozenTrial, lease: Mapping[str, Any] | None, now: float) -> 
     if lease is None:
         return Pace(slot / SLOTS)
     step, steps = int(lease.get("step") or 0), int(lease.get("steps") or 0)
-    began, since, at = lease.get("began"), lease.get("since"), float(lease["at"])
+    began, since, at = lease.get("began"), lease.get("since"), float(lease.get("stepped") or lease["at"])
     if step and steps and since is not None and at > since:
         each = (at - float(since)) / step
         left = max(0.0, (steps - step) * each - max(0.0, now - at))

@@ -40,16 +40,23 @@ class Running:
     began: float = field(default_factory=time.time)
     since: float | None = None
     """When its first step began; None while it prepares."""
+    stepped: float | None = None
+    """When `step` was reached."""
 
     @property
     def number(self) -> int:
         """Of the trial and its folder, from 1."""
         return self.trial.number + 1
 
+    def reached(self, step: int, images_per_second: float) -> None:
+        if step != self.step:
+            self.step, self.stepped = step, time.time()
+        self.images_per_second = images_per_second
+
     @property
     def progress(self) -> dict[str, Any]:
         """What its lease tells of it."""
-        names = ("step", "steps", "images_per_second", "since")
+        names = ("step", "steps", "images_per_second", "since", "stepped")
         return {name: getattr(self, name) for name in names}
 
     @property

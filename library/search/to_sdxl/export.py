@@ -19,6 +19,7 @@ from library.options.search import SdxlOptions
 from library.options.toml_file import PROJECT_ROOT
 from library.search.best_params import BestParams
 from library.search.held_out_pictures import EVALUATION_SEED, share_to_hold_out
+from library.search.lines import folded
 from library.search.to_sdxl.exported_files import (
     BUCKET_LIMITS,
     config_text,
@@ -92,8 +93,8 @@ class Exported:
     def report(self) -> str:
         """For the terminal."""
         lines = [f"{self.dataset}, {self.config}, {self.script}"]
-        lines += [f"  {change}" for change in self.changes]
-        lines += [f"note: {warning}" for warning in self.warnings]
+        lines += [folded(f"  {change}", indent=4) for change in self.changes]
+        lines += [folded(f"note: {warning}", indent=6) for warning in self.warnings]
         return "\n".join([*lines, "", self.command])
 
 
