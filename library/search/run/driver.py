@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -340,16 +341,19 @@ class Driver:
             return
         if not self.console.is_live and self._writing.locked():
             return  # a trial has just ended, and is about to be reported
-        view = StudyView(self.plan.name, self.plan.storage, self._study, ledger.fresh_leases())
-        lines = now_lines(view, time.time(), SHOWN_HERE)
+        try:
+            view = StudyView(self.plan.name, self.plan.storage, self._study, ledger.fresh_leases())
+            lines = now_lines(view, time.time(), SHOWN_HERE)
+        except Exception as error:
+            if is_storage_failure(error):  # which is for those who store trials to tell
+                return
+            raise
         if self.console.is_live:
             self.console.show(lines)
-        else:
-            for line in lines:
-                if line.startswith(("progress", "confirming", "running", " ")):
-                    self.console.print(line)
-                else:
-                    break
+            return
+        first = takewhile(lambda line: line.startswith(("progress", "confirming", "running", " ")), lines)
+        for line in first:
+            self.console.print(line)
 
     def _line(self, ledger: Ledger) -> str:
         fresh = ledger.fresh_leases()
