@@ -39,6 +39,11 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def has_accelerator() -> bool:
+    """Whether a run whose device nobody names would compute elsewhere than on the CPU."""
+    return torch.accelerator.is_available()
+
+
 class Processes:
     """rank of world_size, this one's device; collectives that do nothing where there is one process."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,24 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> li
 def test_a_device_that_is_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str) -> None:
     (said,) = refused(tmp_path, capsys, "--device", device, "--space", written_space(tmp_path, RATE))
     assert f"--device {device} " in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_device_that_the_configuration_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('device = "cuda"\n')
+    (said,) = refused(tmp_path, capsys, "--config_file", str(config), "--space", written_space(tmp_path, RATE))
+    assert "--device cuda was asked for, but this machine has no usable CUDA device" in said
+
+
+def test_long_checks_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from library.search.run import checks
+
+    said: list[str] = []
+    monkeypatch.setattr(checks, "TOLD_AFTER", 0.01)
+    for _ in checks._told(range(3), "options", said.append):
+        time.sleep(0.02)
+    assert said == ["checking   options: 1 of 3", "checking   options: 2 of 3"]
 
 
 def test_a_gpu_beyond_the_last_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from library.search.study.convergence import ALERTS, since_best
 from library.search.study.leases import STALE_AFTER, why_dead
 from library.search.study.ledger import RETRY_OF
 from library.search.study.pace import Leases, lease_of, pace_of
-from library.search.study.presence import parents
+from library.search.study.presence import parents, was_stopped
 from library.search.study.progress import BUDGET, Progress, progress
 from library.search.study.running import OF_TRIAL
 from library.search.study.storage import storage_file
@@ -209,7 +209,8 @@ def _running_lines(view: StudyView, now: float) -> list[str]:
             steps = f"step {lease.get('step', 0)}/{lease['steps']}" if lease.get("steps") else "preparing"
             words += [steps, f"{lease['host']}:{lease['pid']} worker {lease['worker']}"]
             if dead:
-                words.append(f"DEAD: {dead}")
+                why = "interrupted" if was_stopped(view.study.user_attrs, lease) else "DEAD"
+                words.append(f"{why}: {dead}")
             elif trial._trial_id not in (view.fresh or {}):
                 words.append(f"lease {max(0, now - float(lease['at'])):.0f} s old")
             if "began" in lease and not dead:

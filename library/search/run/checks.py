@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.errors import UserError
 from library.options.parser import flatten
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from library.processes import Processes
     from networks.families import Family
 
+Item = TypeVar("Item")
+
+TOLD_AFTER = 4.0
+"""Seconds without a line."""
 DEFAULTS = "The default configuration of the search"
 
 
@@ -52,25 +57,41 @@ def check_trials(
 
     now: see `Setup`.
     """
-    from library.processes import Processes, usable_device
+    from library.processes import Processes, has_accelerator, usable_device
 
     if device is not None:
         usable_device(device)
     variants = [(words, {**flat, **now}) for words, flat in _variants(plan)]
     say(f"checking   {plural(len(variants), 'configuration')}: each choice and both ends of each range, one at a time")
     faults = _Faults()
-    read = [(words, options) for words, flat in variants if (options := faults.of(words, _parsed, plan, flat))]
+    told = _told(variants, "options", say)
+    read = [(words, options) for words, flat in told if (options := faults.of(words, _parsed, plan, flat))]
     faults.raise_any()
 
-    machine = Machine.of(read[0][1], Processes("cpu"), on_cpu=device is None or device.startswith("cpu"))
-    _check_judging(plan, read[0][1])
+    first = read[0][1]
+    device = first.model.device  # the configuration may name it
+    on_cpu = device.startswith("cpu") if device is not None else not has_accelerator()
+    if device is not None:
+        usable_device(device)
+    machine = Machine.of(first, Processes("cpu"), on_cpu=on_cpu)
+    _check_judging(plan, first)
     tried: set[str] = set()
-    for words, options in read:
+    for words, options in _told(read, "optimizers, schedules, adapters", say):
         for check, facts in machine.checks(options):
             if (key := f"{check.__name__} {facts}") not in tried:
                 tried.add(key)
                 faults.of(words, check, options)
     faults.raise_any()
+
+
+def _told(items: Sequence[Item], what: str, say: Callable[[str], None]) -> Iterator[Item]:
+    """The items, with a line where they take long."""
+    said = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - said > TOLD_AFTER:
+            said = time.monotonic()
+            say(f"checking   {what}: {number} of {len(items)}")
+        yield item
 
 
 class _Faults:
