@@ -203,6 +203,19 @@ def test_what_is_fixed_for_one_schedule_is_left_out_of_trials_with_another() -> 
         assert {name: value for name, value in options.items() if name in fixed} == {**left, "min_snr_gamma": 5.0}
 
 
+def test_a_study_on_sdxl_is_checked_with_the_export_that_a_dry_run_deletes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "guide.json").write_text('{"learning_rate": 0.0003, "network_dim": 64}')
+    space = tmp_path / "space.toml"
+    rate = '[parameters.learning_rate_multiplier]\noption = "learning_rate"\ntimes = ["learning_rate"]\n'
+    space.write_text(f"{rate}low = 0.5\nhigh = 2.0\ndefault = 1.0\n")
+    words = ["--base-model", "tiny-sdxl", "--init-params", "guide.json", "--space", str(space), "--dry_run"]
+    assert optimize.main(arguments(tmp_path, *words)) == 0
+    assert "a step has 8 pictures" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
 def test_the_neighbours_of_the_default_are_all_choices_and_both_ends() -> None:
     space = read_space(find_space("sdxl"))
     words = [name for name, _ in space.neighbours()]

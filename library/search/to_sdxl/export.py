@@ -233,13 +233,12 @@ def _command(config: Path) -> list[str]:
 
 
 def _changes(sd15: Sd15Training, sdxl: SdxlTraining) -> tuple[str, ...]:
-    before, after = flatten(sd15.options), written_options(sdxl)
-    changes = [f"{name} {_shown(before[name])} -> {_shown(new)}" for name, new in after.items() if before[name] != new]
+    before = flatten(sd15.options)
+    pairs = [(name, "", _shown(before[name]), _shown(new)) for name, new in written_options(sdxl).items()]
     for old, new in zip(sd15.datasets, sdxl.datasets, strict=True):
         names = [name for name in _SHOWN_CHANGES if old.enable_bucket or "bucket" not in name]
-        pairs = [(name, getattr(old, name), getattr(new, name)) for name in names]
-        changes += [f"{name} {_shown(a)} -> {_shown(b)} ({old.name})" for name, a, b in pairs if a != b]
-    return tuple(changes)
+        pairs += [(name, f" ({old.name})", _shown(getattr(old, name)), _shown(getattr(new, name))) for name in names]
+    return tuple(f"{name} {was} -> {now}{where}" for name, where, was, now in pairs if was != now)
 
 
 def _shown(value: Any) -> str:
