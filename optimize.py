@@ -12,6 +12,7 @@ To resume, or to let other machines help, run the same command again. Ctrl-C onc
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -50,33 +51,41 @@ def main(argv: list[str]) -> int:
     options = parse(OptimizeOptions, argv, prog="optimize.py", description=__doc__, dialect=DIALECT)
     if options.search.pick is not None:
         return picked(options.place, options.search.pick)
+    from library.search.run.checks import check_trials
     from library.search.run.setup import set_up
 
-    setup = set_up(options)
+    setup = set_up(options, shlex.join(["python", "optimize.py", *argv]))
     print_plan(options, setup)
+    check_trials(setup.plan, options.trained.device, setup.now)
     return EXIT_OK if options.dry_run else run(options, setup)
 
 
 def print_plan(options: OptimizeOptions, setup: Setup) -> None:
+    from library.search.lines import folded
+    from library.search.results.status import shown_params
     from library.search.run.setup import batch_of
     from library.search.study.proposals import choose_sampler
 
     plan, terms = setup.plan, setup.plan.terms
     sampler, why = choose_sampler(plan.sampler, plan.workers, plan.n_trials)
-    print(f"study      {plan.name}, in {plan.output_dir}, stored in {without_password(plan.storage)}")
-    print(f"trains     {terms.script}.py on {setup.base.path} ({setup.base.family}), batches of {batch_of(setup)}")
-    print(f"objective  {terms.objective}; seed {terms.seed}")
-    print(f"trials     {plan.n_trials}, {plan.workers} at a time, sampler {sampler} ({why})")
+    lines = [
+        f"study      {plan.name}, in {plan.output_dir}, stored in {without_password(plan.storage)}",
+        f"trains     {terms.script}.py on {setup.base.path} ({setup.base.family}), batches of {batch_of(setup)}",
+        f"objective  {terms.objective}; seed {terms.seed}",
+        f"trials     {plan.n_trials}, {plan.workers} at a time, sampler {sampler} ({why})",
+    ]
     if plan.confirm:
-        print(f"then       {plural(plan.confirm, 'best trial')} again, with {plural(plan.new_seeds, 'new seed')} each")
+        lines.append(
+            f"then       {plural(plan.confirm, 'best trial')} again, with {plural(plan.new_seeds, 'new seed')} each"
+        )
     for parameter in terms.space.parameters:
         scale = " (log)" if parameter.log else ""
         values = " ".join(map(str, parameter.choices)) or f"{parameter.low:g} to {parameter.high:g}{scale}"
-        print(f"searches   {parameter.name}: {values}; default {parameter.default}")
+        lines.append(f"searches   {parameter.name}: {values}; default {parameter.default}")
     for number, params in enumerate(plan.initial, start=1):
-        print(f"begins     {number}: {' '.join(f'{name} {value}' for name, value in params.items())}")
-    for note in setup.notes:
-        print(f"note       {note}")
+        lines.append(f"begins     {number}: {shown_params(params)}")
+    lines += [f"note       {note}" for note in setup.notes]
+    print(folded("\n".join(lines)), flush=True)
 
 
 def run(options: OptimizeOptions, setup: Setup) -> int:
@@ -107,6 +116,7 @@ def run(options: OptimizeOptions, setup: Setup) -> int:
 
 def attempt(what: str, work: Callable[[], None]) -> None:
     """Do what follows a study. An error in it is printed, and does not make the study a failure."""
+    print(f"making     the {what}", flush=True)
     try:
         work()
     except UserError as error:
@@ -125,7 +135,7 @@ def write_report(view: StudyView, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
     build_report(view, folder).write(path)
-    print(f"report     {path}")
+    print(f"report     {path}", flush=True)
 
 
 def export_best(
@@ -157,18 +167,19 @@ def export_again(folder: Path, sdxl_base: str | None) -> None:
 
 def status(argv: list[str]) -> int:
     options = parse(StatusOptions, argv, prog="optimize.py status", description=__doc__, dialect=DIALECT)
+    from library.search.lines import folded
     from library.search.results.status import StudyView, status_text
 
-    while True:
-        view = StudyView(options.place.study_name, options.place.url)
-        clear = "\033[H\033[J" if options.watch and sys.stdout.isatty() else ""
-        print(f"{clear}{status_text(view)}", flush=True)
-        if options.watch is None or view.is_done:
-            return EXIT_OK
-        try:
+    try:
+        while True:
+            view = StudyView(options.place.study_name, options.place.url)
+            clear = "\033[H\033[J" if options.watch and sys.stdout.isatty() else ""
+            print(f"{clear}{folded(status_text(view))}", flush=True)
+            if options.watch is None or view.is_done:
+                return EXIT_OK
             time.sleep(options.watch)
-        except KeyboardInterrupt:
-            return EXIT_OK
+    except KeyboardInterrupt:
+        return EXIT_OK
 
 
 def report(argv: list[str]) -> int:
@@ -203,13 +214,14 @@ def pick(argv: list[str]) -> int:
 def picked(place: PlaceOptions, trial: int) -> int:
     """Make `trial` the study's choice, and write best_params.json, report and export again."""
     from library.search.best_params import read_best_params
+    from library.search.lines import folded
     from library.search.results.best_trial import BEST_FILE, pick_trial
     from library.search.results.status import StudyView
     from library.search.to_sdxl.export import CONFIG
 
     pick_trial(StudyView(place.study_name, place.url), trial, place.folder)
     view = StudyView(place.study_name, place.url)
-    print(view.verdict.words)
+    print(folded(view.verdict.words, indent=2))
     write_report(view, place.folder)
     best = read_best_params(place.folder / BEST_FILE)
     if (place.folder / CONFIG).is_file() and best.base_model.family == "sd15":

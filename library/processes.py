@@ -14,8 +14,34 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 
 from library.errors import UserError
+from library.words import plural
 
 Item = TypeVar("Item")
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name. Raises UserError where this machine does not have it; nothing is computed on it."""
+    try:
+        device = torch.device(name)
+        of_kind = None if device.type == "cpu" else torch.get_device_module(device)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    if of_kind is None:
+        return device
+    kind = device.type.upper()
+    if not of_kind.is_available():
+        raise UserError(
+            f"--device {name} was asked for, but this machine has no usable {kind} device. Use --device cpu."
+        )
+    if device.index is not None and device.index >= (count := of_kind.device_count()):
+        there = plural(count, f"{kind} device")
+        raise UserError(f"--device {name} was asked for, but this machine has {there}, counted from 0.")
+    return device
+
+
+def has_accelerator() -> bool:
+    """Whether a run whose device nobody names would compute elsewhere than on the CPU."""
+    return torch.accelerator.is_available()
 
 
 class Processes:
@@ -28,11 +54,7 @@ class Processes:
             self.state = PartialState(
                 cpu=cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true", timeout=timedelta(days=2)
             )
-            self.device = torch.device(device) if device is not None else self.state.device
-            if self.device.type == "cuda" and not torch.cuda.is_available():
-                raise UserError(
-                    f"--device {device} was asked for, but this machine has no usable CUDA device. Use --device cpu."
-                )
+            self.device = self.state.device if device is None else usable_device(device)
         except RuntimeError as error:
             raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
         self.rank: int = self.state.process_index

@@ -30,7 +30,8 @@ if hasattr(os, "register_at_fork"):
 
 
 class Activity:
-    """One thing that takes time. what: in words such as "encoding pictures"; total: how many `done` are all of it.
+    """One thing that takes time. what: in words such as "encoding pictures", or nothing where it shows itself; total: how many
+    `done` are all of it.
 
     words: gives what stands behind the count, at most so many characters; by default the time since the beginning, and the
     time left at the pace so far.
@@ -143,9 +144,9 @@ class _Screen:
                     if len(_activities) > 1:
                         _activities[0].hide()
                     for activity in _activities[1:] or _activities:
-                        if now - activity.began >= REDRAWN:
+                        if activity.what and now - activity.began >= REDRAWN:
                             activity.draw(self._stream)
-                elif now - self.spoken >= SILENCE:
+                elif now - self.spoken >= SILENCE and _activities[-1].what:
                     self.spoken = now
                     print(_activities[-1].line(), file=self._stream, flush=True)
 

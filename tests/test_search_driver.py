@@ -21,7 +21,7 @@ from library.search.messages import Job
 from library.search.results.best_trial import Facts, pick_trial, rate_reference
 from library.search.run.driver import Driver, Result
 from library.search.space import Parameter, Space
-from library.search.study.study import compare_with_stored
+from library.search.study.study import check_study
 from library.search.terms import Terms
 from tests.tools.search import FACTS, SPACE, TERMS, FakeTrainer, ledger, plan, run, said, view
 
@@ -78,7 +78,7 @@ def test_a_study_with_other_terms_is_refused_with_the_difference(
     with pytest.raises(UserError, match=sentence):
         run(plan(tmp_path, 2, terms=replace(known, **changes)))
     with pytest.raises(UserError, match=sentence):
-        compare_with_stored("test", f"journal:{tmp_path / 'study.log'}", replace(known, **changes))
+        check_study("test", f"journal:{tmp_path / 'study.log'}", tmp_path / "out", lambda: replace(known, **changes))
 
 
 def test_where_a_study_runs_may_change(tmp_path: Path) -> None:

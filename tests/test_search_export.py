@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 import subprocess
@@ -16,14 +17,15 @@ import train_network
 from library.data.collect import TrainingData
 from library.data.dataset_config import read_dataset_config
 from library.errors import UserError
-from library.options.network import parse_network_options
-from library.options.parser import flatten
+from library.options.network import TrainNetworkOptions, parse_network_options
+from library.options.parser import fields_of, flatten
 from library.options.search import SdxlOptions
-from library.options.toml_file import PROJECT_ROOT
+from library.options.toml_file import PROJECT_ROOT, read_options
 from library.search.best_params import BaseModel, BestParams
 from library.search.held_out_pictures import EVALUATION_SEED
 from library.search.run.study_data import network_data
 from library.search.to_sdxl.export import Exported, export, find_training
+from library.search.to_sdxl.exported_files import _NOT_OF_KOHYA
 from library.search.to_sdxl.rules import written_options
 from tests.tools.sdxl_export import best_params
 
@@ -308,3 +310,44 @@ def test_options_that_a_script_has_not_are_named(data: Path) -> None:
         exported(of_file(network_dims=8))
     with pytest.raises(UserError, match="train_config of the study mio: network_dim is 'many'"):
         exported(of_file(network_dim="many"))
+
+
+# --- kohya's own script ---
+
+
+def kohya_table() -> dict[str, str]:
+    """Option -> type, of kohya's script."""
+    with (PROJECT_ROOT / "tests" / "data" / "kohya_options.tsv").open(encoding="utf-8", newline="") as file:
+        return {row["option"][2:]: row["type"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)}
+
+
+def test_the_options_that_kohya_does_not_know_are_those_of_the_table() -> None:
+    assert fields_of(TrainNetworkOptions).keys() - kohya_table().keys() == _NOT_OF_KOHYA
+
+
+def test_kohyas_script_is_told_what_it_has_no_default_for(data: Path) -> None:
+    result = exported(of_file())
+    text = result.config.read_text(encoding="utf-8")
+    written = {name: option.value for name, option in read_options(result.config).items()}
+    assert written["network_module"] == "networks.lora" and written["sdpa"] is True and written["seed"] == 7
+    assert written.keys() <= kohya_table().keys() and "sdxl_train_network.py takes this file too." in text
+    assert train_network.main(["--config_file", str(result.config), "--dry_run"]) == 0
+    kinds = {"int": int, "float": (int, float), "str": str, "flag": bool}
+    for name, value in written.items():
+        kind = kohya_table()[name]
+        wanted = list if "nargs" in kind else kinds.get(kind.split()[0], object)
+        assert isinstance(value, wanted), (name, value)
+
+
+def test_what_kohyas_script_would_ignore_is_named(data: Path) -> None:
+    result = exported(of_file(network_args=["algo=loha"], ema_decay=0.99, network_alpha=8.0))
+    text = result.config.read_text(encoding="utf-8")
+    assert "but ignores ema_decay, network_args algo=loha (it would train a LoRA)." in text
+
+
+def test_captions_in_txt_files_are_named_for_kohyas_script(data: Path) -> None:
+    (data / "set.toml").write_text(DATASETS.replace('caption_extension = ".txt"\n', ""))
+    assert 'caption_extension = ".txt"' in exported(of_file()).dataset.read_text(encoding="utf-8")
+    (data / "mio" / "p0.caption").write_text("mio")
+    subsets = [subset for one in read_dataset_config(exported(of_file()).dataset, {}) for subset in one.subsets]
+    assert [subset.caption_extension for subset in subsets] == [".caption", ".txt", ".caption"]

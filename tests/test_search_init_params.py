@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from library.data.dataset_config import read_dataset_config
 from library.errors import UserError
 from library.options.search import SdxlOptions
 from library.search.best_params import BestParams, Params, write_best_params
 from library.search.run.init_params import read_init_params
-from library.search.run.sdxl_study import first_trials, fixed_options
+from library.search.run.sdxl_study import first_trials, fixed_options, start_from_sd15
 from library.search.space import Parameter, Space
 from library.search.space_file import find_space, read_space
+from library.search.to_sdxl.export import export
 from library.search.to_sdxl.rules import apply_rules, written_options
+from tests.tools.pictures import draw_picture
 from tests.tools.sdxl_export import best_params, found_training
 
 SPACE = read_space(find_space("default"))
@@ -173,3 +177,85 @@ def test_text_encoders_that_were_off_stay_off_in_the_first_trials() -> None:
 def test_a_study_of_the_text_encoders_alone_has_no_study_on_sdxl() -> None:
     with pytest.raises(UserError, match="trained the text encoders only"):
         first_trials(best_params({"network_train_text_encoder_only": True, "unet_lr": None}))
+
+
+# --- a study on SDXL with data of its own ---
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with a few pictures and nothing of the study on SD1.5."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mio").mkdir()
+    for number in range(6):
+        draw_picture(tmp_path / "mio" / f"{number}.png", number, 128)
+    return tmp_path
+
+
+def dataset_file(folder: Path, *batches: int) -> str:
+    tables = [
+        f'[[datasets]]\nresolution = 128\nbatch_size = {batch}\n[[datasets.subsets]]\nimage_dir = "mio"\nnum_repeats = {batch}\n'
+        for batch in batches
+    ]
+    (folder / "mine.toml").write_text("\n".join(tables), encoding="utf-8")
+    return "mine.toml"
+
+
+def started(folder: Path, best: BestParams, dataset: str) -> tuple[int, int, tuple[str, ...]]:
+    """The largest batch of the datasets that a study on SDXL begins with, the accumulation, and what is said."""
+    start = start_from_sd15(
+        written_best(folder, best), SDXL_SPACE, base="tiny-sdxl", folder=folder, dataset_config=dataset, data={}
+    )
+    found = read_dataset_config(folder / "sdxl_dataset.toml", {})
+    return max(one.batch_size for one in found), start.fixed["gradient_accumulation_steps"], start.notes
+
+
+@pytest.mark.parametrize(
+    ("batch", "effective", "wanted"),
+    [(8, 16, (4, 4)), (4, 16, (2, 8)), (1, 16, (1, 16)), (32, 16, (4, 4)), (4, 3, (1, 3)), (6, 12, (3, 4))],
+)
+def test_a_study_on_sdxl_has_the_pictures_per_step_with_which_the_rate_was_found(
+    own_data: Path, batch: int, effective: int, wanted: tuple[int, int]
+) -> None:
+    best = best_params({"dataset_config": "gone.toml"})
+    best = replace(best, lr_reference=replace(best.lr_reference, effective_batch=effective))
+    *found, notes = started(own_data, best, dataset_file(own_data, batch))
+    assert tuple(found) == wanted
+    said = f"a step has {effective} pictures, {wanted[0]} x {wanted[1]} (batch x accumulation), with which the learning"
+    assert said in notes[1]
+
+
+def test_datasets_that_cannot_have_those_pictures_per_step_change_the_rate_and_say_so(own_data: Path) -> None:
+    best = best_params({"dataset_config": "gone.toml"})
+    batch, accumulation, notes = started(own_data, best, dataset_file(own_data, 4, 6))
+    assert (batch, accumulation) == (3, 6)
+    assert "a step has 18 pictures, 3 x 6" in notes[1] and "found with 16, and is multiplied by the root" in notes[1]
+
+
+def test_an_export_with_another_dataset_file_says_what_it_did_to_the_batch(own_data: Path) -> None:
+    best = best_params({"dataset_config": "gone.toml"})
+    made = export(best, sdxl_base="tiny-sdxl", output_dir=own_data, dataset_config=dataset_file(own_data, 4))
+    assert made.training.options["gradient_accumulation_steps"] == 8 and made.training.datasets[0].batch_size == 2
+    assert any(
+        "4 x 2 (batch x accumulation) pictures per step, but learning_rate was found with 16" in one
+        for one in made.warnings
+    )
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"train_data_dir": "gone/train", "reg_data_dir": "gone/reg", "train_batch_size": 8},
+        {"train_data_dir": "gone/train", "in_json": "gone/meta.json", "dataset_repeats": 3, "train_batch_size": 8},
+        {"train_data_dir": "gone/train", "train_batch_size": 8, "resolution": "128,128", "enable_bucket": True,
+         "caption_extension": ".txt", "conditioning_data_dir": "gone/masks", "masked_loss": True},
+    ],
+)  # fmt: skip
+def test_a_study_on_folders_starts_elsewhere_with_a_dataset_file(own_data: Path, data: dict[str, Any]) -> None:
+    best = best_params(data)
+    *found, _ = started(own_data, best, dataset_file(own_data, 8))
+    assert found == [4, 4]
+    with pytest.raises(UserError, match="gone"):
+        start_from_sd15(
+            written_best(own_data, best), SDXL_SPACE, base="tiny-sdxl", folder=own_data, dataset_config=None, data={}
+        )

@@ -12,7 +12,8 @@ from optuna.trial import TrialState, create_trial
 
 from library.search.messages import Outcome, Slot, write_outcome
 from library.search.study.leases import LEASE
-from library.search.study.ledger import RETRIES, Ledger, Running
+from library.search.study.ledger import RETRIES, Ledger
+from library.search.study.running import Running
 from library.search.study.trial_values import best_of, is_real
 from tests.tools.search import DISTRIBUTIONS, SPACE, dead_lease, ledger, next_trial, params_key
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -18,7 +20,7 @@ Options = TypeVar("Options")
 
 # These belong to one run or to the file itself.
 _NOT_CHECKED = frozenset({"config_file", "output_config", "dry_run", "resume"})
-_DATA_OPTIONS = frozenset({"train_data_dir", "reg_data_dir", "in_json", "dataset_repeats"})
+_DATA_OPTIONS = frozenset({"train_data_dir", "reg_data_dir", "in_json", "dataset_repeats", "conditioning_data_dir"})
 
 
 def option_types(script: Script) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def _options_class(script: Script) -> type[TrainNetworkOptions] | type[TrainRepa
 
 
 def network_options_of(
-    values: Mapping[str, Any], where: str, dataset_config: Path | str | None = None
+    values: Mapping[str, Any], where: str = "", dataset_config: Path | str | None = None
 ) -> TrainNetworkOptions:
     """Flat values, as a study stores them, as checked options of train_network.py.
 
@@ -57,13 +59,15 @@ def network_options_of(
     )
 
 
-def repa_options_of(values: Mapping[str, Any], where: str) -> TrainRepaOptions:
+def repa_options_of(values: Mapping[str, Any], where: str = "") -> TrainRepaOptions:
     """Flat values as checked options of train_repa.py, whose dataset_config is the file of options itself. See above."""
-    return _checked(
+    checked = _checked(
         lambda file: parse_repa_options(["--dataset_config", file], prog="train_repa.py", description=None),
         {name: value for name, value in values.items() if name not in _NOT_CHECKED | {"dataset_config"}},
         where,
     )
+    # The file that they were read from is gone.
+    return replace(checked, config=replace(checked.config, dataset_config=None))
 
 
 def _checked(parse_file: Callable[[str], Options], values: Mapping[str, Any], where: str) -> Options:
@@ -74,4 +78,6 @@ def _checked(parse_file: Callable[[str], Options], values: Mapping[str, Any], wh
         try:
             return parse_file(str(path))
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            # The file is gone with the folder.
+            said = re.sub(rf" (\(|in ){path.name}(, line \d+)?\)?", "", str(error))
+            raise UserError(f"{where}: {said}" if where else said) from None

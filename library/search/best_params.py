@@ -71,7 +71,7 @@ class RateReference:
     alpha: float
     dim: int
     effective_batch: int
-    """Pictures per optimizer step: batch x accumulation x processes."""
+    """Pictures per optimizer step: the largest batch x accumulation x processes. 0 where a table of parameters does not say."""
     steps: int
     """Optimizer steps of the whole run."""
     batch: int | None = None

@@ -54,4 +54,8 @@ def read_judging(values: Mapping[str, Any]) -> Judging:
             raise UserError(
                 f"The setting {name} of the objective image must be at least 1, got {getattr(judging, name)}."
             )
+    if judging.size is not None and (judging.size < 64 or judging.size % 8):
+        raise UserError(
+            f"The setting size of the objective image must be a multiple of 8 from 64 on, got {judging.size}."
+        )
     return judging

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.options.parser import nearest
 from library.options.search import Script
+from library.options.training import READ_BY
 
 if TYPE_CHECKING:
     import optuna
@@ -56,6 +57,14 @@ class Parameter:
     @property
     def is_whole(self) -> bool:
         return isinstance(self.low, int)
+
+    @property
+    def extremes(self) -> tuple[Value, ...]:
+        """All choices, or both ends of the range."""
+        if self.choices:
+            return self.choices
+        assert self.low is not None and self.high is not None
+        return self.low, self.high
 
     def suggest(self, trial: optuna.trial.Trial) -> Value:
         if self.choices:
@@ -127,6 +136,13 @@ class Space:
         """The default configuration, which every trial is compared with."""
         return {parameter.name: parameter.default for parameter in self.parameters}
 
+    def neighbours(self) -> Iterator[tuple[str, dict[str, Value]]]:
+        """The default configuration with one parameter at each of its extremes, after words such as "network_dim 64"."""
+        for parameter in self.parameters:
+            for value in parameter.extremes:
+                if value != parameter.default or isinstance(value, bool) != isinstance(parameter.default, bool):
+                    yield f"{parameter.name} {written(value)}", {**self.defaults, parameter.name: value}
+
     def suggest(self, trial: optuna.trial.Trial) -> dict[str, Value]:
         return {parameter.name: parameter.suggest(trial) for parameter in self.parameters}
 
@@ -152,7 +168,10 @@ class Space:
             if parameter.option:
                 found[parameter.option] = self._value(parameter, params, base)
                 found |= {name: found[parameter.option] for name in parameter.also if base.get(name) is not None}
-        return base | found
+        # What is fixed for one schedule is not for trials with another one.
+        schedule = found.get("lr_scheduler")
+        unread = {name for name, readers in READ_BY.items() if schedule is not None and schedule not in readers}
+        return {name: value for name, value in (base | found).items() if name in found or name not in unread}
 
     def searched(self, params: Mapping[str, Value], fixed: Mapping[str, Any]) -> dict[str, Any]:
         """The options that differ from trial to trial, under the script's names."""

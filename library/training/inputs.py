@@ -62,7 +62,6 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
     from library.files import require_writable
     from library.models.base_family import family_of
     from library.models.locate import locate_base, locate_dino
-    from library.training.models import check_weights
     from library.training.optimizers import check_optimizer
     from library.training.sample_images import check_prompts
     from library.training.speed import prepare_environment
@@ -81,12 +80,19 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
     if note := family_note(options, family):
         processes.say(note)
     check_prompts(options.samples, processes.say)
+    for note in check_fit(options, base, family):
+        processes.say(note)
+    return base, family
+
+
+def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[str]:
+    """See that options and adapters to start from fit the base; what to say of those. Raises UserError for what does not."""
+    from library.training.models import check_weights
+
     if family.text_layer is not None and options.text.clip_skip not in (None, family.text_layer):
         raise UserError(
             f"clip_skip {options.text.clip_skip} cannot be used: {family.title} was trained on layer {family.text_layer} of its "
             "text encoders, counted from the end."
         )
     options.optimizer.text_encoder_rates(len(family.text_encoders))
-    for note in check_weights(options, base, family):
-        processes.say(note)
-    return base, family
+    return check_weights(options, base, family)

@@ -20,9 +20,11 @@ from library.search.best_params import BaseModel
 from library.search.messages import SLOTS, Begun, Job, Outcome, Slot, read_outcome, write_outcome
 from library.search.results.best_trial import Facts
 from library.search.results.status import StudyView
-from library.search.run.driver import Driver, StudyPlan, Trainer
+from library.search.run.driver import Driver
+from library.search.run.plan import StudyPlan, Trainer
 from library.search.space import Parameter, Space
-from library.search.study.ledger import Ledger, Running
+from library.search.study.ledger import Ledger
+from library.search.study.running import Running
 from library.search.study.storage import open_storage
 from library.search.study.study import open_study
 from library.search.terms import Terms

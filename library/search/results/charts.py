@@ -14,7 +14,7 @@ from library.quiet import let_scikit_learn_in
 from library.report.template import COLOURS
 from library.search.messages import SLOTS
 from library.search.results.status import shown_params
-from library.search.study.trial_values import FAILURE, IMPUTED, breaks, is_real, may_win, value_of
+from library.search.study.trial_values import FAILURE, IMPUTED, breaks, has_failed, is_real, may_win, value_of
 from library.search.study.verdict import SIGMAS, Verdict
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = COLOURS
@@ -199,6 +199,6 @@ def seconds_of(trial: FrozenTrial) -> float:
 
 
 def _colour(trial: FrozenTrial) -> str:
-    if trial.state == TrialState.FAIL or FAILURE in trial.user_attrs:
+    if has_failed(trial):
         return RED
     return BLUE if is_real(trial) else GREY

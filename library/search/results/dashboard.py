@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
     from library.search.messages import Outcome
-    from library.search.study.ledger import Running
+    from library.search.study.running import Running
 
 ARTIFACTS, SHEET = "artifacts", "contact_sheet.png"
 SIDE = 256

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.search.study.ledger import BASELINE, OF_TRIAL
+from library.search.study.running import BASELINE, OF_TRIAL
 from library.search.study.trial_values import breaks, is_real, value_of
 from library.search.trial_files import adapter_file, trial_folder
 

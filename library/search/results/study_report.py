@@ -15,8 +15,9 @@ from library.report.page import Page
 from library.search.results import charts
 from library.search.results.contact_sheet import sheet_pictures
 from library.search.results.status import StudyView, broke_words
-from library.search.study.ledger import BASELINE, INITIAL, PRUNED_AT, SEED, WITHDRAWN
-from library.search.study.trial_values import FAILURE, IMPUTED, breaks, is_real, value_of
+from library.search.study.ledger import PRUNED_AT, SEED, WITHDRAWN
+from library.search.study.running import BASELINE, INITIAL
+from library.search.study.trial_values import FAILURE, IMPUTED, INTERRUPTED, breaks, has_failed, is_real, value_of
 from library.search.study.verdict import SIGMAS
 from library.words import plural
 
@@ -189,7 +190,8 @@ def _cost(page: Page, view: StudyView) -> None:
         ("complete", [trial for trial in view.trials if is_real(trial)]),
         ("pruned", [trial for trial in view.trials if IMPUTED in trial.user_attrs or trial.state == TrialState.PRUNED]),
         ("diverged or out of memory", [trial for trial in view.trials if FAILURE in trial.user_attrs]),
-        ("failed", [trial for trial in view.trials if trial.state == TrialState.FAIL]),
+        ("failed", [trial for trial in view.trials if has_failed(trial) and FAILURE not in trial.user_attrs]),
+        ("interrupted", [trial for trial in view.trials if INTERRUPTED in trial.user_attrs]),
         ("the best with new seeds", [trial for trial in view.confirmed if trial.state.is_finished()]),
     )
     rows: list[list[Cell]] = [
@@ -242,6 +244,8 @@ def _result_words(trial: FrozenTrial) -> str:
         return f"{attrs[FAILURE]}: counts as {trial.value:.4f}"
     if PRUNED_AT in attrs:
         return f"pruned at {10 * attrs[PRUNED_AT]} % with {attrs.get('observed', math.nan):.4f}"
+    if INTERRUPTED in attrs:
+        return "interrupted, and trained again under another number"
     if trial.state == TrialState.FAIL:
         return str(attrs.get(WITHDRAWN) or attrs.get("message") or "failed")
     kind = "the default" if BASELINE in attrs else "initial parameters" if INITIAL in attrs else ""

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import threading
+import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from library.errors import RunFailed, UserError
 from library.files import write_json
-from library.options.search import CONFIRMING, SamplerName
+from library.options.search import CONFIRMING
+from library.progress import doing
 from library.search.constraints import constraints_measured
 from library.search.half_batch import halving_in_words, with_half_batch
-from library.search.messages import Begun, Job, Outcome, Slot
+from library.search.messages import Begun, Job, Outcome
 from library.search.messages import Progress as JobProgress
-from library.search.results.best_trial import Facts, write_best
+from library.search.results.best_trial import write_best
 from library.search.results.dashboard import attach_pictures
 from library.search.results.kept_adapters import keep_best_adapters
+from library.search.results.status import StudyView, now_lines
+from library.search.run.console import Console
 from library.search.run.failures import FailuresInARow, ending_words
 from library.search.run.interrupts import Interrupts
-from library.search.space import Value
+from library.search.run.plan import Result, StudyPlan, Trainer
 from library.search.study.convergence import announce, has_converged
-from library.search.study.leases import RENEW_AFTER, STALE_AFTER, Heartbeat
-from library.search.study.ledger import OF_TRIAL, RETRY_OF, Ledger, Running
+from library.search.study.leases import Heartbeat
+from library.search.study.ledger import RETRY_OF, Ledger
+from library.search.study.presence import Presence
 from library.search.study.progress import StudyLog, change_budget, progress, set_budget
 from library.search.study.proposals import choose_sampler
+from library.search.study.running import OF_TRIAL, Running
 from library.search.study.storage import is_storage_failure, storage_failed
-from library.search.study.study import open_study
+from library.search.study.study import open_study, require_own_folder
 from library.search.study.trial_values import counts
 from library.search.study.verdict import (
-    CONFIRMED,
-    NEW_SEEDS,
     PICKED,
     Verdict,
     enqueue_baselines,
@@ -42,77 +47,17 @@ from library.search.study.verdict import (
     most_confirmations,
     top,
 )
-from library.search.terms import Terms
 from library.search.trial_files import DETAILS_FILE, PARAMS_FILE, trial_folder
 from library.words import plural
 
 if TYPE_CHECKING:
+    import optuna
     from optuna.trial import FrozenTrial
 
 FAILURES_IN_A_ROW = 3
 STATUS_EVERY = 30.0
-
-
-class Trainer(Protocol):
-    """Trains one job after the other, such as `TrainerProcess`, which keeps models loaded between them."""
-
-    def run(
-        self,
-        job: Job,
-        on_slot: Callable[[Slot], bool],
-        *,
-        on_begun: Callable[[Begun], None],
-        on_progress: Callable[[JobProgress], None],
-        on_tick: Callable[[], None],
-    ) -> Outcome:
-        """Train to the end, or to the slot where `on_slot` returns False. Callbacks run in this thread, on_tick often."""
-
-    def stop(self) -> None:
-        """Stop the running job, which ends as "stopped", and accept no other; from any thread."""
-
-    def close(self) -> None:
-        """End the process."""
-
-
-@dataclass(frozen=True)
-class StudyPlan:
-    """Everything that a driver needs to know of its study.
-
-    Attributes:
-        n_trials: of the whole study, including those of earlier and other parents.
-        initial: points of the space to try right after the default configuration.
-        confirm: how many of the best are trained again, with `new_seeds` seeds each; 0 for none.
-        keep: how many of the best keep their adapters on the disk. While the study runs, at least `confirm` keep them.
-    """
-
-    name: str
-    storage: str
-    output_dir: Path
-    terms: Terms
-    n_trials: int
-    workers: int = 1
-    sampler: SamplerName = "auto"
-    initial: tuple[dict[str, Value], ...] = ()
-    facts: Facts | None = None
-    prunes: bool = True
-    confirm: int = CONFIRMED
-    new_seeds: int = NEW_SEEDS
-    stop_on_convergence: bool = False
-    keep: int = 10
-    stale_after: float = STALE_AFTER
-    renew_after: float = RENEW_AFTER
-    poll: float = 2.0
-    """Seconds until a worker asks again, when it can start no trial now."""
-    quiet: bool = False
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a driver has done. done: finished trials of the whole study."""
-
-    verdict: Verdict
-    done: int
-    interrupted: bool
+SHOWN_HERE = 3
+"""So many of the best trials are shown while the study runs."""
 
 
 class Driver:
@@ -125,8 +70,11 @@ class Driver:
         self.plan = plan
         self.make_trainer = make_trainer
         plan.output_dir.mkdir(parents=True, exist_ok=True)
-        self.say = StudyLog(plan.output_dir, quiet=plan.quiet)
-        self.interrupts = Interrupts(self.say, self._halt)
+        self.console = Console()
+        self.say = StudyLog(plan.output_dir, self.console.print, quiet=plan.quiet)
+        self.interrupts = Interrupts(self.say, self._halt, self._tell_presence)
+        self._presences: list[Presence] = []
+        self._study: optuna.Study | None = None
         self._trainers: dict[int, Trainer] = {}
         self._fatal: BaseException | None = None
         self._failures = FailuresInARow()
@@ -145,8 +93,9 @@ class Driver:
         plan = self.plan
         try:
             ledger = self._open(plan.name)
-            with self.interrupts.listening():
-                set_budget(ledger.study, plan.n_trials, plan.workers, self._more)
+            self._study = ledger.study
+            with self.interrupts.listening(), self._present(ledger):
+                set_budget(ledger.study, plan.n_trials, plan.workers, self._more, plan.command)
                 enqueue_baselines(ledger)
                 enqueue_initial(ledger, plan.initial)
                 self._work(ledger)
@@ -159,14 +108,26 @@ class Driver:
 
     # The study.
 
+    @contextmanager
+    def _present(self, ledger: Ledger) -> Iterator[None]:
+        """While the context lasts, the study knows that this process works on it."""
+        presence = Presence(ledger.study, ledger.holder)
+        self._presences.append(presence)
+        try:
+            yield
+        finally:
+            self._presences.remove(presence)
+            presence.leave()
+
+    def _tell_presence(self) -> None:
+        for presence in tuple(self._presences):
+            presence.stopping()
+
     def _open(self, name: str, *, confirming: bool = False) -> Ledger:
         plan = self.plan
-        has_folders = any(plan.output_dir.glob("trial_[0-9]*"))
         study = open_study(name, plan.storage, plan.terms, self.say)
-        if has_folders and not confirming and not study.get_trials(deepcopy=False):
-            raise UserError(
-                f"{plan.output_dir} has trials of another study: {name} has no trials yet. Choose another --output-dir."
-            )
+        if not confirming:
+            require_own_folder(plan.output_dir, name, has_trials=bool(study.get_trials(deepcopy=False)))
         sampler, why = choose_sampler(plan.sampler, plan.workers, plan.n_trials)
         if not confirming:
             trials = plural(plan.n_trials, "trial")
@@ -196,7 +157,8 @@ class Driver:
         self.say(f"the best are trained again with {seeds} each: {trainings}")
         self._more = 0
         change_budget(ledger.study, plan.n_trials, more=0)  # from now on they are counted as trials
-        self._work(confirming)
+        with self._present(confirming):
+            self._work(confirming)
         return confirming.trials()
 
     def _conclude(self, ledger: Ledger, confirmed: list[FrozenTrial]) -> Result:
@@ -234,18 +196,29 @@ class Driver:
         for thread in threads:
             thread.start()
         try:
-            waited = 0.0
-            while any(thread.is_alive() for thread in threads):
-                for thread in threads:
-                    thread.join(0.2 / len(threads))
-                waited += 0.2
-                if waited >= STATUS_EVERY and not self._aborted.is_set():
-                    waited = 0.0
-                    self._status(ledger)
+            with doing(""):  # the console says how it stands
+                self._watch(ledger, threads)
         finally:
+            self.console.close()
             heartbeat.close()
         if self._fatal is not None:
             raise self._fatal
+
+    def _watch(self, ledger: Ledger, threads: list[threading.Thread]) -> None:
+        """Show how the study stands until the workers have ended."""
+        shown = logged = time.monotonic()
+        while any(thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(0.2 / len(threads))
+            now = time.monotonic()
+            if now - shown >= self.console.every and not self._aborted.is_set():
+                shown = now
+                self._show(ledger)
+            if now - logged >= STATUS_EVERY and not self._aborted.is_set():
+                logged = now
+                self.say.keep(self._line(ledger))
+                for presence in tuple(self._presences):
+                    presence.tell()
 
     def _worker(self, ledger: Ledger, heartbeat: Heartbeat, number: int) -> None:
         try:
@@ -281,7 +254,7 @@ class Driver:
             smaller = with_half_batch(options, self.plan.terms.script, folder) if outcome.ending == "memory" else None
             if smaller is not None and not self.interrupts.is_asked:
                 words = halving_in_words(options, self.plan.terms.script)
-                self.say(f"trial {running.number}: out of memory; trained again with {words}")
+                self.say(f"{_called(running)}: out of memory; trained again with {words}")
                 ledger.study._storage.set_trial_user_attr(running.trial._trial_id, "half_batch", True)
                 outcome = self._run(ledger, running, number, smaller)
             return outcome
@@ -317,10 +290,10 @@ class Driver:
         job = Job(running.number, str(folder), terms.script, terms.objective, options, running.seed, judging)
 
         def on_begun(begun: Begun) -> None:
-            running.steps = begun.steps
+            ledger.begin_steps(running, begun.steps)
 
         def on_progress(now: JobProgress) -> None:
-            running.step, running.images_per_second = now.step, now.images_per_second
+            running.reached(now.step, now.images_per_second)
 
         def on_tick() -> None:
             if running.lost:
@@ -349,7 +322,7 @@ class Driver:
                 f"trial {running.number}: its lease was lost and another process trains it; the result here is not used"
             )
             return
-        self.say(f"trial {running.number}: {ending_words(trial, outcome)}")
+        self.say(f"{_called(running)}: {ending_words(trial, outcome)}")
         if outcome.ending == "refused":
             self._end(UserError(f"Trial {running.number} cannot be trained, nor can any other: {outcome.message}"))
         with self._writing:
@@ -365,13 +338,35 @@ class Driver:
         for alert in announce(ledger, self.plan.output_dir):
             self.say(f"{alert.level}: {alert.words}")
         self._record(ledger, [])
-        self._status(ledger)
+        line = self._line(ledger)
+        self.say.keep(line) if self.console.is_live else self.say(line)
 
-    def _status(self, ledger: Ledger) -> None:
-        rate = sum(running.images_per_second for running in tuple(ledger.active.values()))
+    def _show(self, ledger: Ledger) -> None:
+        """How the study stands: on a terminal what `status` shows, elsewhere its first lines."""
+        if self.plan.quiet:
+            return
+        if not self.console.is_live and self._writing.locked():
+            return  # a trial has just ended, and is about to be reported
+        try:
+            view = StudyView(self.plan.name, self.plan.storage, self._study, ledger.fresh_leases())
+            lines = now_lines(view, time.time(), SHOWN_HERE)
+        except Exception as error:
+            if is_storage_failure(error):  # which is for those who store trials to tell
+                return
+            raise
+        if self.console.is_live:
+            self.console.show(lines)
+            return
+        first = takewhile(lambda line: line.startswith(("progress", "confirming", "running", " ")), lines)
+        for line in first:
+            self.console.print(line)
+
+    def _line(self, ledger: Ledger) -> str:
+        fresh = ledger.fresh_leases()
+        rate = sum(lease["images_per_second"] for lease in fresh.values())
         trials = ledger.trials()
         total = ledger.n_trials if ledger.creates else sum(map(counts, trials))
-        self.say(progress(trials, total, self.plan.workers, self._more).line(rate))
+        return progress(trials, total, self.plan.workers, self._more, fresh=fresh).line(rate)
 
     # The end.
 
@@ -389,3 +384,9 @@ class Driver:
         trainer = self._trainers.pop(number, None)
         if trainer is not None:
             trainer.close()
+
+
+def _called(running: Running) -> str:
+    """What a training is called in messages."""
+    confirmed = running.attrs.get(OF_TRIAL)
+    return f"trial {running.number}" if confirmed is None else f"trial {confirmed} with seed {running.seed}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from library.search.messages import SLOTS, Outcome
 from library.search.study.ledger import AGAIN, PRUNED_AT
-from library.search.study.trial_values import FAILURE, breaks
+from library.search.study.trial_values import FAILURE, INTERRUPTED, breaks
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -51,6 +51,7 @@ def ending_words(trial: FrozenTrial, outcome: Outcome) -> str:
         return f"pruned after slot {attrs[PRUNED_AT]} of {SLOTS} at {attrs['observed']:.4f}"
     if value is None:
         again = "Its parameters are enqueued again." if AGAIN in attrs else "It is given up."
-        return " ".join(filter(None, [f"{outcome.ending}.", outcome.message, again]))
+        how = "interrupted" if INTERRUPTED in attrs else outcome.ending
+        return " ".join(filter(None, [f"{how}.", outcome.message, again]))
     broke = "; it follows prompts less than the base does and cannot be the best" if breaks(trial) else ""
     return f"value {value:.4f} at slot {attrs.get('best_slot')} of {SLOTS}, {outcome.seconds:.0f} s{broke}"

@@ -29,28 +29,33 @@ def visible_gpus() -> list[str]:
     return listed.stdout.split() if listed.returncode == 0 else []
 
 
-def assign(workers: int, device: str | None, say: Callable[[str], None] = print) -> list[dict[str, str]]:
-    """What is added to the environment of each worker's trainer.
-
-    Warns of a GPU that another study on this machine uses, because a trial that runs out of memory there gets a penalty. Raises
-    UserError for more workers than GPUs.
-    """
+def gpus_of(workers: int, device: str | None) -> list[str]:
+    """The GPU of each worker; none where trials do not choose among GPUs. Raises UserError for more workers than GPUs."""
     if device is not None and not device.startswith("cuda"):
-        return [{} for _ in range(workers)]
-    gpus = visible_gpus()
+        return []
     if device is not None and ":" in device:
         if workers > 1:
             raise UserError(
                 f"--device {device} is one GPU, but --workers {workers} needs {workers}. Give --device cuda."
             )
-        return [{}]
+        return []
+    gpus = visible_gpus()
     if workers > 1 and gpus and workers > len(gpus):
         raise UserError(
             f"--workers {workers} needs as many GPUs, but {plural(len(gpus), 'is', 'are')} visible. Lower --workers."
         )
-    if not gpus:
+    return gpus[:workers]
+
+
+def assign(workers: int, device: str | None, say: Callable[[str], None] = print) -> list[dict[str, str]]:
+    """What is added to the environment of each worker's trainer.
+
+    Warns of a GPU that another study on this machine uses, because a trial that runs out of memory there gets a penalty. Raises
+    UserError as `gpus_of`.
+    """
+    chosen = gpus_of(workers, device)
+    if not chosen:
         return [{} for _ in range(workers)]
-    chosen = gpus[:workers]
     for gpu in chosen:
         if not _lock(gpu):
             say(f"warning: another study on this machine uses GPU {gpu}. Trials may run out of memory.")

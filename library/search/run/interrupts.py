@@ -12,11 +12,14 @@ from library.signals import caught
 
 
 class Interrupts:
-    """Counts the signals of a study. say: prints a message. stop_now: stops running trials."""
+    """Counts the signals of a study. say: prints a message. stop_now: stops running trials. tell: somebody has stopped it."""
 
-    def __init__(self, say: Callable[[str], None], stop_now: Callable[[], None]) -> None:
+    def __init__(
+        self, say: Callable[[str], None], stop_now: Callable[[], None], tell: Callable[[], None] = lambda: None
+    ) -> None:
         self._say = say
         self._stop_now = stop_now
+        self._tell = tell
         self._count = 0
         self.is_now = False
         """Whether running trials must stop."""
@@ -43,6 +46,7 @@ class Interrupts:
         threading.Thread(target=self._act, args=(self._count,), daemon=True).start()
 
     def _act(self, count: int) -> None:
+        self._tell()
         if count == 1:
             self._say(
                 "Interrupted: no new trials are started; running trials finish. Press Ctrl-C again to stop them too."

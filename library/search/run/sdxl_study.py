@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
 from library.files import read_json
 from library.models.embedded import SHAPES, TINY_BASES, TINY_SDXL
-from library.options.scripts import network_options_of, option_types
+from library.options.scripts import option_types
 from library.options.search import SdxlOptions
 from library.search.best_params import BaseModel, BestParams, ObjectiveFacts, Params, is_best_params, parse_best_params
+from library.search.half_batch import ACCUMULATION
 from library.search.results.best_trial import rate_reference
 from library.search.run.init_params import bare_table, point_of
 from library.search.space import Space
 from library.search.space_file import DEFAULT_SPACES, find_space, read_space
 from library.search.terms import DECIDED_BY_TRIALS
-from library.search.to_sdxl.export import export
+from library.search.to_sdxl.export import Exported, export, trained_options
 from library.search.to_sdxl.network_rules import TEXT_BAND, rank, text_ratio
 from library.search.to_sdxl.rules import written_options
 from library.search.to_sdxl.trainings import Sd15Training, SdxlTraining
+from library.words import plural
 from networks.families import SD15, SDXL
 
 SDXL_SPACE = "sdxl"
@@ -44,12 +46,12 @@ class Start:
     Attributes:
         fixed: the export, as options that hold for all trials.
         initial: points of the space: the export, the export with 0.7 times its learning rate, and without text encoders.
-        note: a message for the user.
+        notes: messages for the user.
     """
 
     fixed: dict[str, Any]
     initial: tuple[Params, ...]
-    note: str
+    notes: tuple[str, ...]
 
 
 def default_sdxl_base(sd15_base: str) -> str:
@@ -95,12 +97,24 @@ def start_from_sd15(
     Raises UserError: as `export` and `read_init_params`; an export that lies outside the space; no pictures.
     """
     best = _result(path, base, data)
-    initial = initial_points(best, space)
+    initial = initial_points(best, space, dataset_config)
     exported = export(best, sdxl_base=base, output_dir=folder, dataset_config=dataset_config)
     values = {BASE: base, "dataset_config": str(exported.dataset), **written_options(exported.training)}
     searched = ", ".join(parameter.name for parameter in space.parameters)
     note = f"{best.origin} is exported to SDXL, and all options are fixed to the export but for what is searched: {searched}"
-    return Start(fixed_options(values, space), tuple(initial), note)
+    return Start(fixed_options(values, space), tuple(initial), (note, _step_note(exported, best)))
+
+
+def _step_note(exported: Exported, best: BestParams) -> str:
+    """How many pictures a step has, and why."""
+    training, known = exported.training, best.lr_reference.effective_batch
+    batch, accumulation = max(one.batch_size for one in training.datasets), training.options[ACCUMULATION]
+    words = f"a step has {plural(batch * accumulation, 'picture')}, {batch} x {accumulation} (batch x accumulation)"
+    if not known:
+        return words
+    if batch * accumulation == known:
+        return f"{words}, with which the learning rate was found"
+    return f"{words}; the learning rate was found with {known}, and is multiplied by the root of the ratio"
 
 
 def _result(path: Path, base: str, data: Mapping[str, Any]) -> BestParams:
@@ -114,13 +128,13 @@ def _result(path: Path, base: str, data: Mapping[str, Any]) -> BestParams:
     return result_of_table(path, sd15_base=default_sd15_base(base), data=data)
 
 
-def first_trials(best: BestParams) -> list[Params]:
+def first_trials(best: BestParams, dataset_config: str | None = None) -> list[Params]:
     """Points of search_spaces/sdxl.toml for the first trials, where options are fixed to the export of `best`.
 
     The export; the export with 0.7 times its learning rate; the export without text encoders, if it trains them. Raises
     UserError as `export`.
     """
-    options = network_options_of(best.train_config, best.config_origin)
+    options = trained_options(best, dataset_config)
     sd15 = Sd15Training(options, (), (), best.lr_reference)
     if not options.trains_unet:
         raise UserError(f"{best.origin} trained the text encoders only, but a study on SDXL is about the U-Net.")
@@ -136,13 +150,13 @@ def first_trials(best: BestParams) -> list[Params]:
     return [*trials, {**exported, TRAIN_TEXT: False}] if trains_text else trials
 
 
-def initial_points(best: BestParams, space: Space) -> list[Params]:
+def initial_points(best: BestParams, space: Space, dataset_config: str | None = None) -> list[Params]:
     """`first_trials` as points of `space`, which may be an edited sdxl.toml; parameters that it does not have are left out.
 
     Raises UserError where the export lies outside the space.
     """
     points: list[Params] = []
-    for trial in first_trials(best):
+    for trial in first_trials(best, dataset_config):
         point = {parameter.name: trial.get(parameter.name, parameter.default) for parameter in space.parameters}
         if reason := space.objection(point):
             raise UserError(
@@ -199,6 +213,6 @@ def result_of_table(path: Path, *, sd15_base: str, data: Mapping[str, Any]) -> B
         trial=0,
         params=point,
         train_config=config,
-        lr_reference=rate_reference("train_network", config, steps=0),
+        lr_reference=replace(rate_reference("train_network", config, steps=0), effective_batch=0),
         search_space=space.hash,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -15,22 +15,24 @@ from library.options.arguments import parse_arguments
 from library.options.network import KOHYA, parse_network_options
 from library.options.repa import parse_repa_options
 from library.options.scripts import network_options_of, option_default, repa_options_of
-from library.options.search import N_TRIALS, ObjectiveName, OptimizeOptions, Script
+from library.options.search import N_TRIALS, ObjectiveName, OptimizeOptions, Script, without_password
 from library.options.toml_file import PROJECT_ROOT, find_config, read_options
+from library.options.training import READ_BY
 from library.search.best_params import BaseModel
 from library.search.constraints import constraints_measured
 from library.search.judging import read_judging
 from library.search.results.best_trial import Facts
 from library.search.run import sdxl_study
-from library.search.run.driver import StudyPlan
+from library.search.run.checks import check_place
+from library.search.run.gpus import gpus_of
 from library.search.run.init_params import read_init_params
+from library.search.run.plan import StudyPlan
 from library.search.run.sdxl_study import BASE
 from library.search.run.study_data import base_hash, network_data, repa_data
 from library.search.space import Space, Value
 from library.search.space_file import DEFAULT_SPACES, find_space, read_space
-from library.search.study.study import compare_with_stored
 from library.search.terms import DECIDED_BY_TRIALS, Terms
-from library.search.to_sdxl.export import DATASET
+from library.search.to_sdxl.export import DATASET, require_sdxl
 
 Family = Literal["sd15", "sdxl"]
 TINY_SPACE = "tiny"
@@ -42,11 +44,18 @@ _DATA = ("dataset_config", "train_data_dir", "train_data")
 
 @dataclass(frozen=True)
 class Setup:
-    """A study that is ready to start. notes: messages for the user before it starts."""
+    """A study that is ready to start.
+
+    Attributes:
+        notes: messages for the user before it starts.
+        now: options that differ from the trials' while they are checked: the export of a dry run lies in a folder that is deleted.
+    """
 
     plan: StudyPlan
     base: BaseModel
     notes: tuple[str, ...] = ()
+    now: Mapping[str, Any] = field(default_factory=dict)
+    _kept: object = None
 
     @property
     def is_tiny(self) -> bool:
@@ -70,10 +79,12 @@ class _Start:
     is_exported: bool = False
 
 
-def set_up(options: OptimizeOptions) -> Setup:
+def set_up(options: OptimizeOptions, command: str = "") -> Setup:
     """The plan of a study, after all checks that need no training. It may generate pictures and download a model of the hub.
 
-    A dry run writes and downloads nothing, and does not hash the base.
+    A dry run writes and downloads nothing, and hashes the base only where a study is there.
+
+    command: what starts the study again, for `status`.
 
     Raises UserError: a base, dataset or configuration that does not exist or does not fit, a wrong space, initial parameters
     outside the space, an existing study with other terms.
@@ -88,20 +99,25 @@ def set_up(options: OptimizeOptions) -> Setup:
     judging = parse_arguments("objective_args", search.objective_args)
     _check_repa(script, search.objective)
     scales = _scales(search.objective, judging)
-    with TemporaryDirectory() as temporary:
-        # A study that continues one on SD1.5 writes an export; that of a dry run is deleted.
-        start = _start(options, fixed, family, Path(temporary) if options.dry_run else options.place.folder)
-        defaults = start.space.resolve(start.space.defaults, start.fixed)
-        where = "The default configuration of the search"
-        if script == "train_repa":
-            repa = repa_options_of(defaults, where)
-            cache_dir, data = repa.cache.cache_dir, repa_data(repa)
-        else:
-            cache_dir, data = network_options_of(defaults, where).cache.cache_dir, network_data(defaults)
+    # A study that continues one on SD1.5 writes an export; that of a dry run is deleted with its Setup.
+    temporary = TemporaryDirectory()
+    start = _start(options, fixed, family, Path(temporary.name) if options.dry_run else options.place.folder)
+    defaults = start.space.resolve(start.space.defaults, start.fixed)
+    where = "The default configuration of the search"
+    if script == "train_repa":
+        repa = repa_options_of(defaults, where)
+        cache_dir, data = repa.cache.cache_dir, repa_data(repa)
+    else:
+        cache_dir, data = network_options_of(defaults, where).cache.cache_dir, network_data(defaults)
     fixed = {**start.fixed, **data.split}
+    now = {}
     if start.is_exported:
+        now = {"dataset_config": fixed["dataset_config"]}
         fixed["dataset_config"] = str(options.place.folder / DATASET)
     digest = None if options.dry_run else base_hash(base, cache_dir)
+    gpus_of(search.workers, trained.device)
+    if options.outcome.export and options.outcome.sdxl_base is not None:
+        require_sdxl(options.outcome.sdxl_base)
     terms = Terms(
         script,
         search.objective,
@@ -113,8 +129,6 @@ def set_up(options: OptimizeOptions) -> Setup:
         settings=data.settings,
         base=digest or "",
     )
-    if options.dry_run:
-        compare_with_stored(options.place.study_name, options.place.url, terms)
     known_base = BaseModel(family, base, digest)
     n_trials = search.n_trials or start.n_trials
     plan = StudyPlan(
@@ -131,11 +145,13 @@ def set_up(options: OptimizeOptions) -> Setup:
         confirm=search.confirmed(n_trials),
         stop_on_convergence=search.stop_on_convergence,
         keep=search.keep,
+        command=without_password(command),
     )
+    check_place(plan, lambda: base_hash(base, cache_dir))
     notes = (*start.notes, *data.notes)
     if search.objective == "image" and not constraints_measured(terms):
         notes += ("no clip_model in --objective_args, so it is not measured whether pictures follow their prompts",)
-    return Setup(plan, known_base, notes)
+    return Setup(plan, known_base, notes, now, temporary)
 
 
 def _start(options: OptimizeOptions, fixed: dict[str, Any], family: Family, folder: Path) -> _Start:
@@ -177,7 +193,7 @@ def _start_from_sd15(options: OptimizeOptions, space: Space, given: Mapping[str,
         path, space, base=given[BASE], folder=folder, dataset_config=trained.dataset_config, data=data
     )
     device = {} if trained.device is None else {"device": trained.device}
-    return _Start(space, {**start.fixed, **device}, start.initial, (start.note,), sdxl_study.TRIALS, True)
+    return _Start(space, {**start.fixed, **device}, start.initial, start.notes, sdxl_study.TRIALS, True)
 
 
 def batch_of(setup: Setup) -> int:
@@ -243,6 +259,9 @@ def _overruled(space: Space, fixed: Mapping[str, Any]) -> list[str]:
             if others := [name for name, value in options.items() if name in fixed and fixed[name] != value]:
                 words = f"set by {parameter.name} {choice}, so not taken from the configuration there"
                 notes.append(f"{words}: {', '.join(others)}")
+    searches_schedule = "lr_scheduler" in space.overruled
+    for name in [name for name in fixed if name in READ_BY and searches_schedule]:
+        notes.append(f"{name} is for lr_scheduler {' and '.join(READ_BY[name])}, and left out of trials with another")
     if "seed" in fixed:
         notes.append("seed is the study's (--seed), not the configuration's")
     decided = DECIDED_BY_TRIALS - {"seed"}

@@ -119,7 +119,7 @@ def _settings(datasets: list[Dataset], images: list[list[TrainingImage]]) -> str
 
 
 def _batch_of_files(options: Mapping[str, Any], datasets: list[Dataset]) -> int | None:
-    """The largest batch size that a dataset file gives; these do not change with the option."""
+    """The largest batch size, where a dataset file gives one: that does not change with the option."""
     from library.data.collect import read_datasets
     from library.models.base_family import native_side
 
@@ -127,7 +127,8 @@ def _batch_of_files(options: Mapping[str, Any], datasets: list[Dataset]) -> int 
     training = dataclasses.replace(parsed.training, train_batch_size=parsed.training.train_batch_size + 1)
     others = read_datasets(dataclasses.replace(parsed, training=training), native_side(_base(options)))
     pairs = zip(datasets, others, strict=True)
-    return max((dataset.batch_size for dataset, other in pairs if dataset.batch_size == other.batch_size), default=None)
+    gives = any(dataset.batch_size == other.batch_size for dataset, other in pairs)
+    return max(dataset.batch_size for dataset in datasets) if gives else None
 
 
 def repa_data(options: TrainRepaOptions) -> StudyData:

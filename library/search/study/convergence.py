@@ -17,9 +17,18 @@ from optuna.trial import TrialState
 
 from library.files import write_text
 from library.search.space import Space
-from library.search.study.ledger import WITHDRAWN, Ledger
+from library.search.study.ledger import Ledger
 from library.search.study.storage import insisting
-from library.search.study.trial_values import FAILURE, IMPORTED, best_of, by_end, may_win, value_of
+from library.search.study.trial_values import (
+    IMPORTED,
+    INTERRUPTED,
+    WITHDRAWN,
+    best_of,
+    by_end,
+    has_failed,
+    may_win,
+    value_of,
+)
 from library.words import plural
 
 if TYPE_CHECKING:
@@ -44,7 +53,9 @@ class Alert:
 def alerts(trials: Iterable[FrozenTrial], space: Space, n_trials: int) -> list[Alert]:
     """All alerts that hold for a study now."""
     ended = by_end(
-        trial for trial in trials if trial.state.is_finished() and not trial.user_attrs.keys() & {IMPORTED, WITHDRAWN}
+        trial
+        for trial in trials
+        if trial.state.is_finished() and not trial.user_attrs.keys() & {IMPORTED, WITHDRAWN, INTERRUPTED}
     )
     done = [trial for trial in ended if trial.state != TrialState.FAIL]
     found = [*_without_better(done, n_trials), *_failures(ended)]
@@ -79,7 +90,7 @@ def _without_better(done: list[FrozenTrial], n_trials: int) -> list[Alert]:
 
 
 def _failures(ended: list[FrozenTrial]) -> list[Alert]:
-    failed = [trial.state == TrialState.FAIL or FAILURE in trial.user_attrs for trial in ended]
+    failed = list(map(has_failed, ended))
     found = []
     if len(failed) >= STREAK and all(failed[-STREAK:]):
         found.append(Alert("FAILURES", f"the last {STREAK} trials failed or diverged."))

@@ -18,7 +18,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -31,56 +31,33 @@ from library.search.constraints import constraints_of
 from library.search.messages import SLOTS, Outcome, Slot, read_outcome
 from library.search.space import Space, Value
 from library.search.study.leases import LEASE, STALE_AFTER, this_process, why_dead
+from library.search.study.presence import was_stopped
 from library.search.study.proposals import PROTECTED, make_pruner, make_sampler
+from library.search.study.running import BASELINE, INITIAL, OF_TRIAL, Running
 from library.search.study.storage import first_line, insisting
-from library.search.study.trial_values import ENDED, FAILURE, IMPUTED, counts, is_real, penalty, predicted
+from library.search.study.trial_values import (
+    ENDED,
+    FAILURE,
+    IMPUTED,
+    INTERRUPTED,
+    WITHDRAWN,
+    counts,
+    is_real,
+    penalty,
+    predicted,
+)
 
 if TYPE_CHECKING:
     import optuna
 
-TICKET, ATTEMPT, RETRY_OF, AGAIN, WITHDRAWN = "ticket", "attempt", "retry_of", "again", "withdrawn"
-SEED, PRUNED_AT, BASELINE, INITIAL, OF_TRIAL = "seed", "pruned_at", "baseline", "initial", "of_trial"
+TICKET, ATTEMPT, RETRY_OF, AGAIN = "ticket", "attempt", "retry_of", "again"
+SEED, PRUNED_AT = "seed", "pruned_at"
 KEPT = (BASELINE, INITIAL, OF_TRIAL, SEED)
 """User attributes that the next attempt at a trial inherits."""
 RETRIES = 2
 CLAIMING = 10.0
 """A running trial without a lease for so many seconds is not being claimed: its parent died."""
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-@dataclass
-class Running:
-    """A trial that this process holds the lease of.
-
-    Attributes:
-        seed: of the training.
-        lost: whether another process took the trial over while this one was suspended.
-        prune_at: the slot after which it was pruned; None while it is not.
-        began: when it was claimed, in seconds since the epoch by this machine's clock.
-    """
-
-    trial: Trial
-    worker: int
-    params: dict[str, Value]
-    attrs: Mapping[str, Any]
-    seed: int
-    lost: bool = False
-    prune_at: int | None = None
-    slots: dict[int, float] = field(default_factory=dict)
-    step: int = 0
-    steps: int = 0
-    images_per_second: float = 0.0
-    began: float = field(default_factory=time.time)
-
-    @property
-    def number(self) -> int:
-        """Of the trial and its folder, from 1."""
-        return self.trial.number + 1
-
-    @property
-    def is_protected(self) -> bool:
-        """Baselines and initial parameters are never pruned: the study must not end worse than they are."""
-        return bool({BASELINE, INITIAL, OF_TRIAL} & self.attrs.keys())
 
 
 @dataclass
@@ -253,14 +230,16 @@ class Ledger:
             else:
                 # Without all of its parameters it had not started, which is not an attempt.
                 began = len(trial.params) == len(self.space.parameters)
-                again = self._give_up(trial, reason, is_attempt=began)
+                stopped = was_stopped(self.study.user_attrs, trial.user_attrs.get(LEASE))
+                again = self._give_up(trial, reason, is_attempt=began and not stopped, interrupted=stopped)
                 fate = "it is given up" if began else "it had not started"
-                self.say(f"trial {number}: {reason}; {'its parameters are enqueued again' if again else fate}")
+                what = f"interrupted ({reason})" if stopped else reason
+                self.say(f"trial {number}: {what}; {'its parameters are enqueued again' if again else fate}")
         except (UpdateFinishedTrialError, ValueError):
             pass  # another parent was faster
 
-    def _give_up(self, trial: FrozenTrial, reason: str, *, is_attempt: bool) -> bool:
-        """Store a trial as failed; returns whether its parameters get another attempt."""
+    def _give_up(self, trial: FrozenTrial, reason: str, *, is_attempt: bool, interrupted: bool = False) -> bool:
+        """Store a trial as failed or interrupted; returns whether its parameters get another attempt."""
         attempt = int(trial.user_attrs.get(ATTEMPT, 0)) + is_attempt
         params = dict(trial.params)
         if len(params) < len(self.space.parameters):
@@ -268,6 +247,8 @@ class Ledger:
         again = attempt <= RETRIES and bool(params)
         if again:
             self._set(trial._trial_id, AGAIN, {"params": params, ATTEMPT: attempt})
+        if interrupted:
+            self._set(trial._trial_id, INTERRUPTED, True)
         self._set(trial._trial_id, "message", reason)
         self._set(trial._trial_id, ENDED, time.time())
         self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
@@ -293,16 +274,28 @@ class Ledger:
         if running is None:
             return
         try:
-            now = {"step": running.step, "steps": running.steps, "images_per_second": running.images_per_second}
-            self._set(trial_id, LEASE, {**self._lease(running.worker, running.began), **now})
+            self._set(trial_id, LEASE, self._lease_of(running))
         except UpdateFinishedTrialError:
             running.lost = True
         except Exception as error:  # the storage may work again at the next renewal
             self.say(f"trial {running.number}: its lease could not be renewed: {first_line(error)}")
 
+    def _lease_of(self, running: Running) -> dict[str, Any]:
+        return {**self._lease(running.worker, running.began), **running.progress}
+
+    def fresh_leases(self) -> dict[int, dict[str, Any]]:
+        """Of this parent's trials, as they are now and not only as they were stored."""
+        return {trial_id: self._lease_of(running) for trial_id, running in tuple(self.active.items())}
+
+    def begin_steps(self, running: Running, steps: int) -> None:
+        """The trial is prepared, and its first step begins."""
+        running.steps, running.since = steps, time.time()
+        self.renew(running.trial._trial_id)
+
     def report(self, running: Running, slot: Slot) -> bool:
         """Store a slot's value; returns whether the trial goes on."""
-        running.step, running.images_per_second = slot.step, slot.images_per_second
+        running.reached(slot.step, slot.images_per_second)
+        self.renew(running.trial._trial_id)
         if running.lost or running.prune_at is not None:
             return False
         if not math.isfinite(slot.value):
@@ -330,7 +323,9 @@ class Ledger:
             if running.lost or trial.state != TrialState.RUNNING:
                 return None
             if outcome.ending in ("failed", "refused") or (outcome.ending == "stopped" and running.prune_at is None):
-                self._give_up(trial, outcome.message or outcome.ending, is_attempt=outcome.ending == "failed")
+                interrupted = outcome.ending == "stopped"
+                reason = outcome.message or ("interrupted" if interrupted else outcome.ending)
+                self._give_up(trial, reason, is_attempt=outcome.ending == "failed", interrupted=interrupted)
                 self._requeue()
             else:
                 self._set(trial_id, "steps", running.steps or running.step)

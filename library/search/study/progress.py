@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import TrialState
 
-from library.search.messages import SLOTS
+from library.search.study.pace import Leases, lease_of, pace_of
 from library.search.study.storage import insisting
 from library.search.study.trial_values import best_of, counts, value_of
 
@@ -22,22 +23,26 @@ if TYPE_CHECKING:
 
 LOG_FILE = "optimization.log"
 BUDGET = "budget"
-"""User attribute of a study: n_trials and workers of its last start, how many trainings of the best follow, and whether it
-has ended."""
+"""User attribute of a study: n_trials, workers and command of its last start, how many trainings of the best follow, and
+whether it has ended."""
 
 
 class StudyLog:
-    """Prints a line and writes it with its time to the log, from any thread. Errors of writing are ignored."""
+    """Prints a line and writes it with its time to the log, from any thread. Errors of writing are ignored.
 
-    def __init__(self, folder: Path, *, quiet: bool = False) -> None:
+    printed: prints one.
+    """
+
+    def __init__(self, folder: Path, printed: Callable[[str], None] = print, *, quiet: bool = False) -> None:
         self._file = folder / LOG_FILE
+        self._printed = printed
         self._quiet = quiet
         self._lock = threading.Lock()
 
     def __call__(self, words: str) -> None:
         with self._lock:
             if not self._quiet:
-                print(words, flush=True)
+                self._printed(words)
             self.keep(words)
 
     def keep(self, words: str) -> None:
@@ -50,9 +55,12 @@ class StudyLog:
             return
 
 
-def set_budget(study: optuna.Study, n_trials: int, workers: int, more: int) -> None:
-    """Store the budget of a study that starts or continues. more: trainings of the best with new seeds, at most."""
-    budget = {"n_trials": n_trials, "workers": workers, "more": more, "ended": False}
+def set_budget(study: optuna.Study, n_trials: int, workers: int, more: int, command: str = "") -> None:
+    """Store the budget of a study that starts or continues.
+
+    more: trainings of the best with new seeds, at most. command: what starts it again, for `status`.
+    """
+    budget = {"n_trials": n_trials, "workers": workers, "more": more, "ended": False, "command": command}
     insisting(lambda: study.set_user_attr(BUDGET, budget))
 
 
@@ -68,7 +76,7 @@ class Progress:
     """Progress of the whole study, including trials of other parents.
 
     Attributes:
-        seconds_left: None before the first trial is done.
+        seconds_left: None before the first step of the first trial is done.
     """
 
     done: int
@@ -89,18 +97,34 @@ class Progress:
         return "  ".join(words)
 
 
-def progress(trials: Iterable[FrozenTrial], n_trials: int, workers: int = 1, more: int = 0) -> Progress:
-    """The progress of a study with these trials. more: trainings of the best that follow, each as long as a whole trial."""
+def progress(
+    trials: Iterable[FrozenTrial],
+    n_trials: int,
+    workers: int = 1,
+    more: int = 0,
+    *,
+    fresh: Leases | None = None,
+    now: float | None = None,
+) -> Progress:
+    """The progress of a study with these trials. more: trainings of the best that follow, each as long as a whole trial.
+
+    Trials take as long as those that are done did; before any is, as long as the running ones will at the pace of their steps.
+    """
+    now = time.time() if now is None else now
     trials = [trial for trial in trials if counts(trial)]
     done = [trial for trial in trials if trial.state.is_finished()]
     running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-    share = sum(max(trial.intermediate_values, default=0) / SLOTS for trial in running)
+    paces = [pace_of(trial, lease_of(trial, fresh), now) for trial in running]
+    wholes = [pace.whole for pace in paces if pace.whole is not None]
     mean = _mean_seconds(done)
+    if mean is None and wholes:
+        mean = fmean(wholes)
     whole = _mean_seconds(trial for trial in done if trial.state == TrialState.COMPLETE)
     left = None
     if mean is not None:
         at_once = max(workers, len(running))
-        left = (max(0.0, n_trials - len(done) - share) * mean + more * (whole or mean)) / at_once
+        remaining = n_trials - len(done) - sum(pace.share for pace in paces)
+        left = (max(0.0, remaining) * mean + more * (whole or mean)) / at_once
     best = best_of(done)
     value, number = (None, None) if best is None else (value_of(best), best.number + 1)
     return Progress(len(done), n_trials, len(running), value, number, left)

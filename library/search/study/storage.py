@@ -59,7 +59,7 @@ def open_storage(url: str, say: Callable[[str], None] = print) -> BaseStorage:
     require_storage_form(url)
     file = storage_file(url)
     if file is not None:
-        _check_file(file, say)
+        _prepare_file(file, say)
     if url.startswith("journal:"):
         assert file is not None
         return _open_journal(file)
@@ -149,15 +149,24 @@ def first_line(error: BaseException) -> str:
     return f"{(lines or [type(error).__name__])[0].rstrip('.')}."
 
 
-def _check_file(file: Path, say: Callable[[str], None]) -> None:
+def check_storage_file(file: Path) -> None:
+    """Raises UserError where a SQLite file or a journal can neither be opened nor made. It makes nothing."""
     if file.is_dir():
         raise UserError(f"The storage {file} is a folder. Name a file.")
+    there = next(folder for folder in file.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "not writable" if there.is_dir() else "a file"
+        raise UserError(f"The storage {file} cannot be created: {there} is {why}.")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise UserError(f"The storage {file} cannot be written to.")
+
+
+def _prepare_file(file: Path, say: Callable[[str], None]) -> None:
+    check_storage_file(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The storage {file} cannot be created: {error.strerror}.") from None
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise UserError(f"The storage {file} cannot be written to.")
     kind = file_system(file)
     if kind in NETWORK_FILE_SYSTEMS:
         say(

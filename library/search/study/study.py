@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.search.study.storage import (
     ATTEMPTS,
+    check_storage_file,
     insisting,
     is_storage_failure,
     open_storage,
@@ -43,9 +45,8 @@ def open_study(name: str, url: str, terms: Terms, say: Callable[[str], None] = p
             ),
             ATTEMPTS,
         )
+        _require_own_study(study)
         if TERMS not in study.user_attrs:
-            if study.get_trials(deepcopy=False):
-                raise UserError(f"The study {name} was not made by this program. Choose another --study-name.")
             insisting(lambda: study.set_user_attr(TERMS, terms.as_dict()))
         require_same_terms(name, study.user_attrs[TERMS], terms)
         return study
@@ -68,18 +69,38 @@ def load_study(name: str, url: str) -> optuna.Study:
         raise UserError(f"There is no study {name} in this storage. Its studies: {existing}.") from None
 
 
-def compare_with_stored(name: str, url: str, terms: Terms) -> None:
-    """Raises UserError where the study `name` exists and was made with other terms, as `open_study` would."""
+def check_study(name: str, url: str, folder: Path, terms: Callable[[], Terms]) -> None:
+    """Raises UserError where a study cannot be opened or continued, or cannot use `folder`. It makes no file.
+
+    terms: called where the study is there, for what it must have been made with.
+    """
     file = storage_file(url)
-    if file is not None and not file.exists():
-        return
-    optuna = _quiet_optuna()
+    if file is not None:
+        check_storage_file(file)
+    study = _existing(name, url) if file is None or file.exists() else None
+    if study is not None:
+        _require_own_study(study)
+        if TERMS in study.user_attrs:
+            require_same_terms(name, study.user_attrs[TERMS], terms())
+    require_own_folder(folder, name, has_trials=study is not None and bool(study.get_trials(deepcopy=False)))
+
+
+def require_own_folder(folder: Path, name: str, *, has_trials: bool) -> None:
+    """Raises UserError where trials lie in the output folder, but the study of that name has none."""
+    if not has_trials and any(folder.glob("trial_[0-9]*")):
+        raise UserError(f"{folder} has trials of another study: {name} has no trials yet. Choose another --output-dir.")
+
+
+def _require_own_study(study: optuna.Study) -> None:
+    if TERMS not in study.user_attrs and study.get_trials(deepcopy=False):
+        raise UserError(f"The study {study.study_name} was not made by this program. Choose another --study-name.")
+
+
+def _existing(name: str, url: str) -> optuna.Study | None:
     try:
-        stored = optuna.load_study(study_name=name, storage=open_storage(url)).user_attrs.get(TERMS)
+        return _quiet_optuna().load_study(study_name=name, storage=open_storage(url))
     except KeyError:
-        return
-    if stored is not None:
-        require_same_terms(name, stored, terms)
+        return None
 
 
 def _quiet_optuna() -> ModuleType:

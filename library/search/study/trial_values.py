@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 FAILURE, IMPUTED, IMPORTED = "failure", "imputed", "imported"
 """User attributes of a trial: why its value is a penalty (diverged, memory), its predicted value, and that its value comes
 from another study."""
+INTERRUPTED, WITHDRAWN = "interrupted", "withdrawn"
+"""User attributes of a trial that has no value and has not failed: somebody stopped it, and it is trained again under another
+number; or it was one too many."""
 ENDED = "ended"
 """User attribute: when a trial ended, in seconds since the epoch. Optuna's own times are local and have no zone."""
 
@@ -40,6 +43,12 @@ def breaks(trial: FrozenTrial) -> bool:
 def may_win(trial: FrozenTrial) -> bool:
     """Whether a trial can be the best: its value is real and it kept its constraints."""
     return is_real(trial) and not breaks(trial)
+
+
+def has_failed(trial: FrozenTrial) -> bool:
+    """Whether a trial failed, diverged or did not fit into memory. One that somebody stopped, or a superfluous one, has not."""
+    attrs = trial.user_attrs
+    return FAILURE in attrs or (trial.state == TrialState.FAIL and not attrs.keys() & {INTERRUPTED, WITHDRAWN})
 
 
 def counts(trial: FrozenTrial) -> bool:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from optuna.trial import TrialState
 
 from library.search.space import Value
-from library.search.study.ledger import AGAIN, BASELINE, INITIAL, OF_TRIAL, SEED, WITHDRAWN, Ledger
+from library.search.study.ledger import AGAIN, SEED, WITHDRAWN, Ledger
+from library.search.study.running import BASELINE, INITIAL, OF_TRIAL
 from library.search.study.trial_values import breaks, is_real, may_win, value_of
 
 if TYPE_CHECKING:

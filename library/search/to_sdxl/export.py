@@ -19,12 +19,15 @@ from library.options.search import SdxlOptions
 from library.options.toml_file import PROJECT_ROOT
 from library.search.best_params import BestParams
 from library.search.held_out_pictures import EVALUATION_SEED, share_to_hold_out
+from library.search.lines import folded
 from library.search.to_sdxl.exported_files import (
     BUCKET_LIMITS,
     config_text,
     dataset_text,
+    for_kohya,
     read_back,
     script_text,
+    with_caption_extensions,
     with_same_ids,
 )
 from library.search.to_sdxl.rules import apply_rules, written_options
@@ -90,8 +93,8 @@ class Exported:
     def report(self) -> str:
         """For the terminal."""
         lines = [f"{self.dataset}, {self.config}, {self.script}"]
-        lines += [f"  {change}" for change in self.changes]
-        lines += [f"note: {warning}" for warning in self.warnings]
+        lines += [folded(f"  {change}", indent=4) for change in self.changes]
+        lines += [folded(f"note: {warning}", indent=6) for warning in self.warnings]
         return "\n".join([*lines, "", self.command])
 
 
@@ -116,13 +119,14 @@ def export(
     """
     folder = Path(output_dir)
     _require_transferable(best)
-    _require_sdxl(sdxl_base)
+    require_sdxl(sdxl_base)
     sd15 = find_training(best, dataset_config)
     sdxl = apply_rules(sd15, wishes or SdxlOptions())
-    sdxl = sdxl.with_datasets(map(with_same_ids, sdxl.datasets))
+    sdxl = sdxl.with_datasets(with_caption_extensions(with_same_ids(dataset)) for dataset in sdxl.datasets)
     options = {
         "pretrained_model_name_or_path": sdxl_base,
         "dataset_config": str(folder / DATASET),
+        **for_kohya(sdxl.options),
         **written_options(sdxl),
         "output_dir": str(folder / NAME),
         "output_name": NAME,
@@ -146,7 +150,7 @@ def find_training(best: BestParams, dataset_config: Path | str | None = None) ->
 
     Raises UserError where its options or its data can no longer be used.
     """
-    options = network_options_of(best.train_config, best.config_origin, dataset_config)
+    options = trained_options(best, dataset_config)
     from library.data.collect import read_datasets
     from library.data.training_images import collect_images
 
@@ -154,7 +158,17 @@ def find_training(best: BestParams, dataset_config: Path | str | None = None) ->
     images = [[image for image in collect_images(dataset).images if not image.subset.is_reg] for dataset in datasets]
     areas = [[image.size[0] * image.size[1] for image in of_dataset] for of_dataset in images]
     pictures = tuple(PictureFacts(len(sizes), float(median(sizes)) if sizes else 0.0) for sizes in areas)
-    return Sd15Training(options, datasets, pictures, best.lr_reference, _validation_share(datasets, images))
+    # A table of parameters is for whatever its data say.
+    per_step = (best.lr_reference.effective_batch or None) if dataset_config is not None else None
+    return Sd15Training(options, datasets, pictures, best.lr_reference, _validation_share(datasets, images), per_step)
+
+
+def trained_options(best: BestParams, dataset_config: Path | str | None = None) -> TrainNetworkOptions:
+    """The options of the best training. dataset_config: in place of the study's data, which need not be there then.
+
+    Raises UserError where they can no longer be used.
+    """
+    return network_options_of(best.train_config, best.config_origin, dataset_config)
 
 
 def _require_transferable(best: BestParams) -> None:
@@ -170,7 +184,8 @@ def _require_transferable(best: BestParams) -> None:
         )
 
 
-def _require_sdxl(base: str) -> None:
+def require_sdxl(base: str) -> None:
+    """Raises UserError for a base that is there and not SDXL, and for one that is not there and not known to be."""
     from library.models.base_family import family_of
     from library.models.configs import published_family
     from library.models.embedded import TINY_SDXL
@@ -218,13 +233,12 @@ def _command(config: Path) -> list[str]:
 
 
 def _changes(sd15: Sd15Training, sdxl: SdxlTraining) -> tuple[str, ...]:
-    before, after = flatten(sd15.options), written_options(sdxl)
-    changes = [f"{name} {_shown(before[name])} -> {_shown(new)}" for name, new in after.items() if before[name] != new]
+    before = flatten(sd15.options)
+    pairs = [(name, "", _shown(before[name]), _shown(new)) for name, new in written_options(sdxl).items()]
     for old, new in zip(sd15.datasets, sdxl.datasets, strict=True):
         names = [name for name in _SHOWN_CHANGES if old.enable_bucket or "bucket" not in name]
-        pairs = [(name, getattr(old, name), getattr(new, name)) for name in names]
-        changes += [f"{name} {_shown(a)} -> {_shown(b)} ({old.name})" for name, a, b in pairs if a != b]
-    return tuple(changes)
+        pairs += [(name, f" ({old.name})", _shown(getattr(old, name)), _shown(getattr(new, name))) for name in names]
+    return tuple(f"{name} {was} -> {now}{where}" for name, where, was, now in pairs if was != now)
 
 
 def _shown(value: Any) -> str:

@@ -10,8 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from library.data.caption_files import CaptionFolders, names_in
 from library.data.dataset_config import ID_PREFIX, as_written, read_dataset_config
 from library.data.dataset_schema import SUBSET_KEYS, SUBSET_ONLY, Dataset, Subset
+from library.data.training_images import DEFAULT_EXTENSION
 from library.options.network import TrainNetworkOptions, parse_network_options
 from library.options.parser import flatten
 from library.options.toml_file import as_toml, toml_table
@@ -22,6 +24,34 @@ _OF_ONE_SUBSET = SUBSET_ONLY | {"num_repeats", "class_tokens", "custom_attribute
 BUCKET_LIMITS = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
 
 
+# Where kohya's script has no default, or another one, which would be taken there for what is not written.
+_DEFAULTS_OF_ITS_OWN = ("network_module", "seed", "sdpa")
+_NOT_OF_KOHYA = frozenset(
+    """
+    adam_beta1 adam_beta2 adam_epsilon align_coeff align_cutoff_step align_head align_learning_rate align_schedule
+    align_warmup_steps align_weight_decay alignment allow_changed_options cache_dir channels_last compile deterministic device
+    dino_model dino_resolution dry_run early_stop ema_decay ignore_unknown_keys log_every_n_steps manifold_clip manifold_margin
+    manifold_mode manifold_random_tokens manifold_weight masked_loss_renormalize missing_caption objective save_last_n_states sdxl
+    taps token_dtype token_grid weight_decay
+    """.split()  # noqa: SIM905
+)
+"""train_network.py's options that kohya's script would ignore without a word; tests hold them against its table."""
+
+
+def for_kohya(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the training that kohya's script needs to be told, although they are train_network.py's defaults."""
+    defaults = flatten(TrainNetworkOptions())
+    return {name: options.get(name, defaults[name]) for name in _DEFAULTS_OF_ITS_OWN}
+
+
+def _kohya_comment(options: Mapping[str, Any], sd15: Sd15Training) -> str:
+    unknown = [name for name in options if name in _NOT_OF_KOHYA]
+    kind = sd15.options.network.args.kind
+    unknown += [] if kind.algo == "lora" else [f"network_args algo={kind.algo} (it would train a LoRA)"]
+    words = "# kohya's sdxl_train_network.py takes this file too"
+    return f"{words}, but ignores {', '.join(unknown)}." if unknown else f"{words}."
+
+
 def config_text(options: Mapping[str, Any], sd15: Sd15Training, title: str, verdict: str = "") -> str:
     """A --config_file with `options` in the sections of their groups, and the study's value beside each that has changed.
 
@@ -29,6 +59,7 @@ def config_text(options: Mapping[str, Any], sd15: Sd15Training, title: str, verd
     """
     before = flatten(sd15.options)
     lines = [f"# SDXL, {title}. Options that are not here have train_network.py's default."]
+    lines.append(_kohya_comment(options, sd15))
     lines += [f"# {' '.join(verdict.split())}"] if verdict else []
     groups = TrainNetworkOptions()
     for group in dataclasses.fields(groups):
@@ -117,6 +148,26 @@ def script_text(command: str, title: str, train_dir: Path) -> str:
         f"# With N processes instead of 1, divide gradient_accumulation_steps by N. Afterwards: {best}\n"
         f'cd {shlex.quote(os.getcwd())} && {command} "$@"\n'
     )
+
+
+def with_caption_extensions(dataset: Dataset) -> Dataset:
+    """The dataset with `.txt` named where captions are found under that ending, which kohya's script only looks for when told."""
+
+    def named(subset: Subset) -> Subset:
+        if (
+            subset.image_dir is None
+            or subset.metadata_file is not None
+            or subset.caption_extension != DEFAULT_EXTENSION
+        ):
+            return subset
+        folders = CaptionFolders(subset.image_dir)
+        stems = [Path(name).stem for name in names_in(subset.image_dir) if Path(name).suffix != ".txt"]
+        endings = {
+            ending for ending in (DEFAULT_EXTENSION, ".txt") if any(folders.find(stem, ending) for stem in stems)
+        }
+        return dataclasses.replace(subset, caption_extension=".txt") if endings == {".txt"} else subset
+
+    return dataclasses.replace(dataset, subsets=tuple(map(named, dataset.subsets)))
 
 
 def read_back(config: str, dataset: str, options: Mapping[str, Any], datasets: Sequence[Dataset]) -> None:

@@ -72,8 +72,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "batch",
         "half, and at most `--max_batch` (8 -> 4), with `gradient_accumulation_steps` raised by the same factor; the batch "
-        "becomes the largest divisor of batch x accumulation that is small enough. Datasets of different batch sizes may have "
-        "no such divisor: then rates change with the root of the pictures per step",
+        "becomes the largest divisor of batch x accumulation that is small enough. Another dataset file with other batch sizes "
+        "gets the accumulation that makes a step as many pictures as in the study (`lr_reference.effective_batch`). Datasets of "
+        "different batch sizes may have no such divisor: then rates change with the root of the pictures per step",
         sizes.batch,
         "memory; a step over the same pictures has the same gradient, so the learning rate stays",
         f"{GUIDE}; root of the batch for Adam: {SPACEPXL}",

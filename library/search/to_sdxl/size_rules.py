@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 from library.data.dataset_schema import Dataset
 from library.options.search import SdxlOptions
@@ -88,37 +89,44 @@ def small_pictures(sd15: Sd15Training, sdxl: SdxlTraining, wishes: SdxlOptions) 
 def batch(sd15: Sd15Training, sdxl: SdxlTraining, wishes: SdxlOptions) -> SdxlTraining:
     before = sd15.options.training.gradient_accumulation_steps
     old = [dataset.batch_size for dataset in sdxl.datasets]
-    batches, accumulation = split_batches(old, before, wishes.max_batch)
+    batches, accumulation = split_batches(old, sd15.accumulation, wishes.max_batch)
     datasets = [replace(dataset, batch_size=size) for dataset, size in zip(sdxl.datasets, batches, strict=True)]
+    if sd15.accumulation != before:
+        sdxl = sdxl.warn(
+            f"The datasets have other batch sizes than the study's had: {max(old)} x {before} (batch x accumulation) pictures per "
+            f"step, but learning_rate was found with {sd15.reference.effective_batch}. A step therefore has "
+            f"{max(batches)} x {accumulation}. Another accumulation needs another learning_rate, by the root of the ratio."
+        )
     changed = batch_ratio(sd15, datasets, accumulation)
     if changed != 1:
         sdxl = sdxl.warn(
-            f"The datasets have different batch sizes, which cannot be split alike: a step has {changed:.3g} times as many "
+            f"The datasets have different batch sizes, which cannot be split alike: a step has {float(changed):.3g} times as many "
             "pictures as in the study, and learning rates change with the root of that."
         )
     return sdxl.with_options(gradient_accumulation_steps=accumulation).with_datasets(datasets)
 
 
-def split_batches(batches: Sequence[int], accumulation: int, most: int) -> tuple[list[int], int]:
+def split_batches(batches: Sequence[int], accumulation: int | Fraction, most: int) -> tuple[list[int], int]:
     """Smaller batches and more accumulation steps with the same products: (batches, accumulation).
 
-    A batch becomes at most half of what it was, and at most `most`. One batch can always be split exactly. Several may have
-    no common divisor that is large enough; then the products are as close as whole numbers allow.
+    A batch becomes at most half of what it was, and at most `most`. One batch can always be split exactly, where its product
+    is whole. Several may have no common divisor that is large enough; then the products are as close as whole numbers allow.
     """
     limits = [max(1, min(most, size // 2)) for size in batches]
-    products = [size * accumulation for size in batches]
-    common = math.gcd(*products)
+    exact = [Fraction(size * accumulation) for size in batches]
+    products = [max(1, round(product)) for product in exact]
+    common = math.gcd(*products) if products == exact else 1
     for steps in range(1, common + 1):
         fits = all(product // steps <= limit for product, limit in zip(products, limits, strict=True))
         if common % steps == 0 and fits:
             return [product // steps for product in products], steps
     steps = max(-(-product // limit) for product, limit in zip(products, limits, strict=True))
-    return [max(1, round(product / steps)) for product in products], steps
+    return [max(1, round(product / steps)) for product in exact], steps
 
 
-def batch_ratio(sd15: Sd15Training, datasets: Sequence[Dataset], accumulation: int) -> float:
+def batch_ratio(sd15: Sd15Training, datasets: Sequence[Dataset], accumulation: int) -> Fraction:
     """Pictures per step after / before, over all datasets."""
-    before = sum(dataset.batch_size for dataset in sd15.datasets) * sd15.options.training.gradient_accumulation_steps
+    before = sum(dataset.batch_size for dataset in sd15.datasets) * sd15.accumulation
     return sum(dataset.batch_size for dataset in datasets) * accumulation / before
 
 

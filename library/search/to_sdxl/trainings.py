@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 from library.data.dataset_schema import Dataset
@@ -32,6 +33,7 @@ class Sd15Training:
         pictures: one for each dataset.
         validation_share: the validation_split that holds out as many pictures as a study does by itself; 0 where there are too
             few pictures for that, None where the datasets' own validation_split holds some out.
+        pictures_per_step: with which the learning rate was found; None where the datasets are the study's own.
     """
 
     options: TrainNetworkOptions
@@ -39,6 +41,14 @@ class Sd15Training:
     pictures: tuple[PictureFacts, ...]
     reference: RateReference
     validation_share: float | None = None
+    pictures_per_step: int | None = None
+
+    @property
+    def accumulation(self) -> Fraction:
+        """Batches per step: the option, or what makes the datasets' batches the study's pictures per step."""
+        if self.pictures_per_step is None:
+            return Fraction(self.options.training.gradient_accumulation_steps)
+        return Fraction(self.pictures_per_step, max(dataset.batch_size for dataset in self.datasets))
 
     @property
     def alpha(self) -> float:
