@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 
 from library.quiet import quiet_libraries
@@ -41,6 +41,18 @@ class Stopped(UserError):
     exit_code = EXIT_STOPPED
 
 
+def together(checks: Iterable[Callable[[], object]]) -> None:
+    """Run all checks. Raises UserError with a line for each that raised one."""
+    said: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            said += str(error).splitlines()
+    if said:
+        raise UserError("\n".join(dict.fromkeys(said)))
+
+
 def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
     """Make `main(argv)` return an exit code whatever happens that a user can cause.
 
@@ -54,7 +66,8 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int
         try:
             return main(argv) or EXIT_OK
         except UserError as error:
-            print(f"error: {error}" if error.exit_code != EXIT_STOPPED else str(error), file=sys.stderr)
+            start = "" if error.exit_code == EXIT_STOPPED else "error: "
+            print("\n".join(f"{start}{line}" for line in str(error).split("\n")), file=sys.stderr)
             return error.exit_code
         except KeyboardInterrupt:
             print("Interrupted. Nothing half-written was left; run the same command again to go on.", file=sys.stderr)

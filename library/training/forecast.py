@@ -14,7 +14,7 @@ from library.data.collect import TrainingData, collect_classes
 from library.data.demo_pictures import DEFAULT_TRAINING_IMAGES
 from library.data.store import StoreMeta, disk_bytes, shard_folders
 from library.device import named_dtype
-from library.errors import UserError
+from library.errors import UserError, together
 from library.files import free_bytes, human_bytes
 from library.models.base_family import family_of
 from library.models.configs import configs_of, published_family
@@ -25,7 +25,7 @@ from library.options.data import ClassCacheOptions
 from library.options.kohya.dataset import DEMO_DATA
 from library.options.run import RunOptions
 from library.training.alignment import head_group
-from library.training.inputs import base_components
+from library.training.inputs import base_components, input_checks, output_checks
 from library.training.memory import kept_bytes
 from library.training.models import (
     build_heads,
@@ -59,6 +59,7 @@ WORKSPACE_BYTES = 2 << 30
 def print_plan(options: RunOptions) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
+    together([*input_checks(options, planning=True), *output_checks(options)])
     name = options.model.pretrained_model_name_or_path
     components = base_components(options)
     missing = [sentence for sentence in [base_status(name, components)] if sentence]
