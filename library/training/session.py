@@ -57,10 +57,10 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     if ended and output.overwrite:
         state, ended = None, False
     if ended and (output.output_dir / f"{output.output_name}.safetensors").exists():
-        processes.say(f"{state} is the end of this run (step {facts['step']}). Nothing is left to do.")
+        _say_finished(processes, state, facts["step"])
         return
     if (finished := finished_adapter(options, samples, weights)) is not None:
-        processes.say(f"{finished.path} is the end of this run (step {finished.step}). Nothing is left to do.")
+        _say_finished(processes, finished.path, finished.step)
         return
     prepared = prepare_caches(options, processes, base, family, data)
     context.callback(prepared.close)
@@ -93,6 +93,10 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     train(run, step)
     if processes.is_main:
         _finish(run, options)
+
+
+def _say_finished(processes: Processes, end: Path | None, step: int) -> None:
+    processes.say(f"{end} is the end of this run (step {step}). Nothing is left to do. --overwrite trains it anew.")
 
 
 def _unless_changed(state: Path, changes: list[str], output: OutputOptions) -> Path | None:
