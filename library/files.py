@@ -268,6 +268,14 @@ def free_bytes(path: Path | str) -> int:
     return shutil.disk_usage(folder).free
 
 
+def disk_of(path: Path | str) -> int:
+    """Number of the file system that `path` is or would be on."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder.stat().st_dev
+
+
 def require_space(path: Path | str, needed: int, what: str) -> None:
     """Raise UserError before the first write when `needed` bytes do not fit where `path` is or would be."""
     free = free_bytes(path)

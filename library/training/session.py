@@ -16,6 +16,7 @@ from library.options.training import OutputOptions
 from library.processes import Processes
 from library.training.caches import prepare_caches
 from library.training.checkpoints import changes_since, is_early_end
+from library.training.disk import cache_sizes, require_cache_space
 from library.training.earlier import finished_adapter, state_to_resume
 from library.training.facts import base_facts, samples_digest
 from library.training.inputs import check_start
@@ -62,6 +63,7 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     if (finished := finished_adapter(options, samples, weights)) is not None:
         _say_finished(processes, finished.path, finished.step)
         return
+    require_cache_space(cache_sizes(options, family, data))
     prepared = prepare_caches(options, processes, base, family, data)
     context.callback(prepared.close)
     order = make_order(prepared.data, options, processes.rank, processes.world_size)  # unreadable pictures have gone
