@@ -139,8 +139,13 @@ def test_without_metadata_the_folder_tells(network_setting: NetworkSetting, tmp_
     assert "mio.safetensors belongs to a run with other options: seed was 42, is 7." in capsys.readouterr().err
 
 
-def test_the_metadata_tell_no_folder(output: Path, network_setting: NetworkSetting) -> None:
-    assert str(network_setting.folder.parent) not in metadata(output / "mio.safetensors")["repa_run"]
+def test_the_metadata_tell_no_folder_and_stay_with_the_file(output: Path, network_setting: NetworkSetting) -> None:
+    import merge_lora
+
+    file, other = output / "mio.safetensors", output / "small.safetensors"
+    assert str(network_setting.folder.parent) not in metadata(file)["repa_run"]
+    words = ["--models", str(file), "--lora_only", "--new_rank", "1", "--save_to", str(other)]
+    assert merge_lora.main(words) == 0 and "repa_run" not in metadata(other)
 
 
 def test_a_run_of_another_name_keeps_metrics_and_options(

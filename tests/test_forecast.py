@@ -114,7 +114,9 @@ def test_caches_that_do_not_fit_are_a_warning_of_the_plan_and_end_the_run_before
         assert train() == 2
         said = capsys.readouterr()
         assert f"error: {warning[17:].removesuffix(' The run would refuse to begin.')}\n" == said.err
-        assert not list((tmp_path / caches).glob("*/*.mdb")) and not list((tmp_path / caches).glob("*/*/*.mdb")), said.out
+        assert not list((tmp_path / caches).glob("*/*.mdb")) and not list((tmp_path / caches).glob("*/*/*.mdb")), (
+            said.out
+        )
     monkeypatch.undo()
     assert network_setting.train(tmp_path / "out", "--dry_run", **network_setting.quick) == 0
     assert "warning" not in capsys.readouterr().out

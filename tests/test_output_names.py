@@ -143,6 +143,23 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
         require_file_name(deep / "x.safetensors")
 
 
+@pytest.mark.parametrize("name", ["mio.safetensors", "metrics.jsonl", "options.toml"])
+def test_a_folder_where_a_file_is_to_be_is_refused(
+    network_setting: NetworkSetting, tmp_path: Path, capsys: Say, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    assert network_setting.train(tmp_path, **network_setting.quick) == 2
+    assert f"{tmp_path / name} is a folder" in capsys.readouterr().err
+
+
+def test_a_file_where_the_logs_are_to_be_is_refused(
+    network_setting: NetworkSetting, tmp_path: Path, capsys: Say
+) -> None:
+    (tmp_path / "logs").write_text("")
+    assert network_setting.train(tmp_path, **network_setting.quick) == 2
+    assert "logs is a file" in capsys.readouterr().err
+
+
 def test_merges_and_extractions_check_their_names_too(tmp_path: Path) -> None:
     for output in (
         Output(None, tmp_path / f"{'x' * MOST}.safetensors"),

@@ -18,8 +18,8 @@ from library.options.parser import flatten
 from library.options.run import RunOptions
 from library.options.toml_file import read_toml
 from library.training.saving import saving_of
+from networks.spec import RUN_KEY
 
-RUN_KEY = "repa_run"
 RESOLVED = "options.toml"
 """File of the resolved options of the last run in an output folder."""
 

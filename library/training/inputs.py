@@ -56,21 +56,26 @@ def output_checks(options: RunOptions) -> list[Callable[[], object]]:
     from library.training.earlier import check_earlier
 
     output, folders = options.output, [options.output.output_dir, options.cache.cache_dir]
-    if output.logging_dir is not None:
+    if output.logging_dir is not None or output.output_dir.is_dir():
         folders.append(options.metrics_folder(datetime.now()))
     checks: list[Callable[[], object]] = [partial(require_writable, folder) for folder in dict.fromkeys(folders)]
     return [*checks, lambda: check_names(options), lambda: check_earlier(options)]
 
 
 def check_names(options: RunOptions) -> None:
-    """Raise UserError where the file system does not take the longest name that the run may write."""
+    """Raise UserError where the file system does not take the longest name that the run may write, or a folder has that of a file."""
     from library.files import require_file_name
     from library.training.saving import sample_name, saving_of
 
     output = options.output
+    for name in (f"{output.output_name}.safetensors", "metrics.jsonl", "options.toml"):
+        if (output.output_dir / name).is_dir():
+            raise UserError(
+                f"{output.output_dir / name} is a folder, and a file of the run is to be called so. Move it away."
+            )
     require_file_name(output.output_dir / saving_of(output).longest_name(options.optimizer.ema_decay > 0))
     if options.samples.sample_prompts is not None:
-        require_file_name(output.output_dir / "sample" / sample_name(output.output_name, "e000000", 0, 2**32 - 1))
+        require_file_name(output.output_dir / "sample" / sample_name(output.output_name, "e000000", 0, 2**63 - 1))
 
 
 def base_components(options: RunOptions) -> tuple[str, ...] | None:

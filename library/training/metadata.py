@@ -23,12 +23,11 @@ from library.data.dataset_schema import Dataset, Subset
 from library.data.trained_image import TrainedImage, groups_of
 from library.files import file_hash
 from library.options.run import RunOptions
-from library.training.earlier import RUN_KEY
 from library.training.optimizers import optimizer_text
 from library.training.plan import Plan
 from networks.adapter_export import adapter_metadata
 from networks.families import Family
-from networks.spec import NetworkSpec
+from networks.spec import RUN_KEY, NetworkSpec
 
 # With --no_metadata only what readers need to load the file is kept.
 _NEEDED = (
