@@ -63,7 +63,7 @@ def output_checks(options: RunOptions) -> list[Callable[[], object]]:
 
 
 def check_names(options: RunOptions) -> None:
-    """Raise UserError where the file system does not take the longest name that the run may write, or a folder has that of a file."""
+    """Raise UserError where the file system does not take the longest name of the run, or a folder has that of a file."""
     from library.files import require_file_name
     from library.training.saving import sample_name, saving_of
 
