@@ -110,11 +110,18 @@ def test_an_adapter_of_another_program_is_not_replaced(
     output: Path, network_setting: NetworkSetting, capsys: Say
 ) -> None:
     file, tensors = output / "mio.safetensors", {"x": torch.zeros(1)}
-    (output / "options.toml").unlink()
+    same = {"ss_learning_rate": "0.01", "ss_seed": "42", "ss_unet_lr": "None", "ss_lr_warmup_steps": "7"}
     for said, words in (
-        ({"ss_learning_rate": "0.0005", "ss_seed": "42", "ss_unet_lr": "None"}, "learning_rate was 0.0005, is 0.01."),
+        (same | {"ss_learning_rate": "0.0005"}, "learning_rate was 0.0005, is 0.01."),
+        (
+            same | {"ss_mixed_precision": "bf16", "ss_seed": "1"},
+            'mixed_precision was "bf16", is "no"; seed was 1, is 42.',
+        ),
+        (same, "another run, and does not say with which options."),
         ({}, "another run, and does not say with which options."),
     ):
+        if said in (same, {}):  # nothing else tells of which run it is
+            (output / "options.toml").unlink(missing_ok=True)
         save_file(tensors, file, metadata=said)
         assert network_setting.train(output, **network_setting.quick) == 2
         assert words in capsys.readouterr().err

@@ -47,6 +47,36 @@ HARMLESS = frozenset(
 BEGINNING = frozenset({"initial_step", "initial_epoch"})
 
 
+# Options whose values kohya's metadata repeat as they are, as ss_NAME.
+REPEATED = (
+    *(
+        "learning_rate",
+        "unet_lr",
+        "network_dim",
+        "network_alpha",
+        "network_dropout",
+        "seed",
+        "max_train_steps",
+        "clip_skip",
+    ),
+    *(
+        "gradient_accumulation_steps",
+        "lr_scheduler",
+        "mixed_precision",
+        "noise_offset",
+        "min_snr_gamma",
+        "max_grad_norm",
+    ),
+    *(
+        "loss_type",
+        "prior_loss_weight",
+        "scale_weight_norms",
+        "caption_dropout_rate",
+        "ip_noise_gamma",
+        "zero_terminal_snr",
+    ),
+)
+
 _ADVICE = "Name another --output_name or --output_dir, or replace it with --overwrite."
 
 
@@ -54,19 +84,19 @@ _ADVICE = "Name another --output_name or --output_dir, or replace it with --over
 class Earlier:
     """An adapter file that lies where this run may write one.
 
-    options: of the run that made it, those that decide what is computed; None where neither the file nor the folder tells.
+    options: of the run that made it, as far as they are known, those that decide what is computed.
     samples: digest of its pictures, "" where it is not known. base_weights: hashes of the base's weights, likewise None. finished:
     whether its run ended there.
     """
 
     path: Path
-    options: Mapping[str, Any] | None
+    options: Mapping[str, Any]
     samples: str = ""
     base_weights: Mapping[str, Any] | None = None
     step: int = 0
     finished: bool = False
-    said: Mapping[str, str] | None = None
-    """What the metadata of a file of another program says of its options, under kohya's names."""
+    made_here: bool = True
+    """Whether a run of this project made it, as far as the file or the folder tells."""
 
 
 def run_record(options: RunOptions, samples: str, base_weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,40 +173,32 @@ def _read(path: Path, options: RunOptions) -> Earlier | None:
         return Earlier(path, record["options"], record["samples"], record["base_weights"], step, record["finished"])
     except (KeyError, TypeError, ValueError):
         pass
-    # A file without it, as --no_metadata wants: the folder knows the options of its last run.
+    said = {name: _parsed(text) for name in REPEATED if (text := metadata.get(f"ss_{name}", "None")) != "None"}
+    now = {name: value for name, value in flatten(options).items() if name in said and value is not None}
+    other = {name: said[name] for name in now if said[name] != now[name]}
+    # A file without a record, as --no_metadata wants: the folder knows the options of its last run.
     resolved = options.output.output_dir / RESOLVED
-    if resolved.is_file():
+    if not other and resolved.is_file():
         values = read_toml(resolved)
         if values.get("output_name") == options.output.output_name:
             return Earlier(path, dict.fromkeys(flatten(options)) | values)
-    said = {name.removeprefix("ss_"): value for name, value in metadata.items() if name.startswith("ss_")}
-    return Earlier(path, None, said=said)
+    return Earlier(path, {**flatten(options), **other}, made_here=False)
 
 
 def _differences(earlier: Earlier, options: RunOptions) -> str | None:
     """ "a run with other options: seed was 1, is 2", or None where it is a run with these options."""
-    now = {name: value for name, value in flatten(options).items() if name not in HARMLESS - BEGINNING}
-    if earlier.options is not None:
-        then = {**flatten(type(options)()), **earlier.options}
-        changes = changed_options(then, now, HARMLESS - BEGINNING)
-        return f"a run with other options: {'; '.join(changes)}" if changes else None
-    said = earlier.said or {}
-    shared = [name for name in sorted(now.keys() & said.keys()) if now[name] is not None and said[name] != "None"]
-    changes = [f"{name} was {said[name]}, is {now[name]}" for name in shared if not _reads_as(said[name], now[name])]
-    return (
-        f"a run with other options: {'; '.join(changes)}"
-        if changes
-        else "another run, and does not say with which options"
-    )
+    then = {**flatten(type(options)()), **earlier.options}
+    if changes := changed_options(then, flatten(options), HARMLESS - BEGINNING):
+        return f"a run with other options: {'; '.join(changes)}"
+    return None if earlier.made_here else "another run, and does not say with which options"
 
 
-def _reads_as(text: str, value: Any) -> bool:
-    if isinstance(value, str):
-        return text == value
+def _parsed(text: str) -> Any:
+    """A number or truth value as str() wrote it, or the text."""
     try:
-        return bool(json.loads(text.lower()) == value)
+        return json.loads(text.lower())
     except ValueError:
-        return text == str(value)
+        return text
 
 
 def state_to_resume(options: RunOptions, world_size: int) -> tuple[Path | None, dict[str, Any]]:
