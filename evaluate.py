@@ -81,10 +81,25 @@ def check_output(options: EvaluateOptions) -> None:
     if (folder / METRICS).exists():
         if not options.checkpoints.overwrite:
             raise UserError(f"{folder} holds an evaluation already. Name another --output_dir, or give --overwrite.")
+        if not is_evaluation(folder / METRICS):
+            raise UserError(
+                f"{folder / METRICS} belongs to no evaluation: it would be overwritten. Name another --output_dir."
+            )
     elif taken := [name for name in (PICTURES, SHEETS, REPORT) if (folder / name).exists()]:
         raise UserError(
             f"{folder / taken[0]} exists already and belongs to no evaluation: it would be overwritten. Name another --output_dir."
         )
+
+
+def is_evaluation(metrics: Path) -> bool:
+    """Whether it is a file of this script; other programs write files of this name too, beside pictures that are not ours."""
+    from library.files import read_json
+
+    try:
+        found = read_json(metrics)
+    except UserError:
+        return False
+    return isinstance(found, dict) and {"format_version", "facts", "options"} <= found.keys()
 
 
 def build(options: EvaluateOptions) -> Plan:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import EXIT_OK, script
+from library.errors import EXIT_OK, check_all, script
 from library.options.checks import not_negative, positive, require
 from library.options.parser import parse
 from library.precision import Precision
@@ -75,8 +76,7 @@ def build(options: ExtractLoraOptions) -> tuple[Checkpoint, Checkpoint]:
     """Both models, looked into but not read."""
     from library.models.locate import check_base, locate_base
 
-    for name in (options.model_org, options.model_tuned):
-        check_base(name)
+    check_all(*(partial(check_base, name) for name in (options.model_org, options.model_tuned)))
     from library.merging.write import Output, check_output
     from library.models.checkpoint import open_checkpoint
 

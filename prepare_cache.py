@@ -10,11 +10,12 @@ from __future__ import annotations
 import sys
 import time
 
-from library.errors import EXIT_OK, script
+from library.errors import EXIT_OK, check_all, script
+from library.files import require_writable
 from library.launch import start_cpu_processes
 from library.options.parser import parse
 from library.options.repa import REPA, PrepareCacheOptions
-from library.training.inputs import check_inputs
+from library.training.inputs import input_checks
 
 
 @script
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
         default_config="demo.toml",
         dialect=REPA,
     )
-    check_inputs(options)
+    check_all(*input_checks(options), lambda: require_writable(options.cache.cache_dir))
     start_cpu_processes(__file__, argv)
     return run(options)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from datetime import datetime, timezone
@@ -17,13 +16,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def environment() -> dict[str, Any]:
     """Device, versions and date of a measurement."""
-    import torch
-
+    from library.device import choose_device, device_name
     from library.training.checkpoints import versions
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     return {
-        "device": device,
+        "device": device_name(choose_device(None)),
         "machine": platform.machine(),
         "versions": versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

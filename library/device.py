@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from library.errors import UserError
@@ -18,6 +20,13 @@ def choose_device(name: str | None, *, needs: torch.dtype = torch.float32) -> to
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """As results of benchmarks name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores" if device.type == "cpu" else device.type
 
 
 def choose_dtype(name: Precision | None, device: torch.device) -> torch.dtype:

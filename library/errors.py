@@ -50,7 +50,7 @@ def check_all(*checks: Callable[[], object]) -> None:
         try:
             check()
         except UserError as error:
-            found[str(error)] = None
+            found |= dict.fromkeys(str(error).split("\n"))
     if found:
         raise UserError("\n".join(found))
 
@@ -70,8 +70,8 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int
             with doing(os.path.basename(main.__code__.co_filename)):
                 return main(argv) or EXIT_OK
         except UserError as error:
-            lines = str(error).replace("\n", "\n       ")
-            print(f"error: {lines}" if error.exit_code != EXIT_STOPPED else str(error), file=sys.stderr)
+            start = "" if error.exit_code == EXIT_STOPPED else "error: "
+            print("\n".join(f"{start}{line}" for line in str(error).split("\n")), file=sys.stderr)
             return error.exit_code
         except KeyboardInterrupt:
             print("Interrupted. Nothing half-written was left; run the same command again to go on.", file=sys.stderr)

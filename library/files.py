@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,10 +41,10 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-_BESIDE = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<process>\d+)(-[0-9a-f]+)?")
+_BESIDE = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<process>[0-9]+)-[0-9a-f]{8}")
 
 
-def _beside(path: Path, kind: str) -> Path:
+def beside(path: Path, kind: str) -> Path:
     """A hidden name beside `path` that no thread, process or container has: process numbers repeat, see `recover_folders`."""
     return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{uuid4().hex[:8]}")
 
@@ -64,7 +65,7 @@ def whole_file(path: Path | str) -> Iterator[Path]:
     On any exception the temporary file is removed and `path` is what it was before.
     """
     path = Path(path)
-    temporary = _beside(path, "tmp")
+    temporary = beside(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -92,8 +93,8 @@ def whole_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already. Name another folder, or remove this one first.")
-    temporary = _beside(path, "tmp")
-    aside = _beside(path, "old")
+    temporary = beside(path, "tmp")
+    aside = beside(path, "old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -187,12 +188,57 @@ def close_inherited_locks() -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise UserError where `folder` is a file, or neither it nor the folder it would be made in can be written to."""
+    """Raise UserError where nothing can be written to `folder`, or to the nearest folder there is on the way to it."""
     there = folder
-    while not there.exists():
+    while not os.path.exists(there):
+        if os.path.islink(there):
+            raise UserError(f"{folder} cannot be written to: {there} is a link that leads nowhere.")
         there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"{folder} cannot be written to: {there} is {'not writable' if there.is_dir() else 'a file'}.")
+    if not there.is_dir():
+        raise UserError(f"{folder} cannot be written to: {there} is a file.")
+    for part in folder.parts[len(there.parts) :]:
+        _require_length(part, there)
+    try:
+        with tempfile.TemporaryFile(dir=there):  # whatever permissions say, and leaves nothing
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {there} is not writable ({_reason(error)}).") from None
+
+
+def require_file_name(path: Path) -> None:
+    """Raise UserError where the file system does not take the name of `path`, with its temporary ending, or its length."""
+    there = path.parent
+    while not os.path.exists(there):
+        there = there.parent
+    _require_length(beside(path, "tmp").name, there, path.name)
+    whole, most = os.path.abspath(path), _most(there, "PC_PATH_MAX", 4096)
+    if _length(whole) >= most:
+        raise UserError(
+            f"{shortened(whole)} cannot be written: it has {_length(whole)} bytes, and a path at most {most - 1}."
+        )
+
+
+def _require_length(name: str, there: Path, shown: str | None = None) -> None:
+    length, most = _length(name), _most(there, "PC_NAME_MAX", 255)
+    if length > most:
+        shown = name if shown is None else shown
+        with_ending = f"with its temporary ending {length}" if shown != name else f"{length}"
+        raise UserError(
+            f"{shortened(shown)} is too long a name: it has {with_ending} bytes, and {there} takes names of at most {most}."
+        )
+
+
+def _most(there: Path, what: str, otherwise: int) -> int:
+    return os.pathconf(there, what) if hasattr(os, "pathconf") else otherwise
+
+
+def _length(name: str) -> int:
+    # Windows counts characters.
+    return len(os.fsencode(name)) if os.name == "posix" else len(name)
+
+
+def shortened(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[: most - 23]}...{text[-20:]}"
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -224,6 +270,14 @@ def free_bytes(path: Path | str) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def disk_of(path: Path | str) -> int:
+    """Number of the file system that `path` is or would be on."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder.stat().st_dev
 
 
 def require_space(path: Path | str, needed: int, what: str) -> None:

@@ -30,14 +30,15 @@ from networks.kinds.full import FullModule
 from networks.kinds.lora import LoraModule
 from networks.names import Target, peft_key
 from networks.prediction_names import BY_SCHEDULER, EPSILON_NAME, PredictionName, name_by_metadata
-from networks.spec import NetworkSpec
+from networks.spec import RUN_KEY, NetworkSpec
 
 Form = Literal["kohya", "diffusers", "peft"]
 
 # What describes the weights of the file it was read from, not of the one to be written.
 _OF_THE_WEIGHTS = (
     *("ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_network_module", "lora_alpha", "network_alpha"),
-    *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format", *SPEC_KEYS, DIFFUSERS_CONFIG_KEY),
+    *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format", RUN_KEY, *SPEC_KEYS),
+    DIFFUSERS_CONFIG_KEY,
 )
 
 

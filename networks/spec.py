@@ -14,6 +14,9 @@ from networks.families import FAMILIES, SD15, UNET, Family
 from networks.kinds import KINDS, Kind, without_effect
 from networks.names import Target
 
+RUN_KEY = "repa_run"
+"""Metadata of an adapter file by which the run that trained it knows it again; see library/training/earlier.py."""
+
 # Options of --network_args that are called otherwise here.
 _ARGUMENTS = {"conv_rank": "conv_dim"}
 _NOT_ARGUMENTS = ("family", "rank", "alpha", "unet", "text_encoder", "dropout", "sizes")

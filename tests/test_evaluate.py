@@ -271,6 +271,9 @@ def test_pictures_that_are_no_evaluations_are_never_taken_away(
     for more in ([], ["--overwrite"]):
         words = ["--checkpoint", adapter_file, "--output_dir", tmp_path / "mine", *more]
         assert "pictures exists already and belongs to no evaluation" in refused(words, capsys)
+    (tmp_path / "mine" / "metrics.json").write_text('{"accuracy": 1}')  # another program's
+    words = ["--checkpoint", adapter_file, "--output_dir", tmp_path / "mine", "--overwrite"]
+    assert "metrics.json belongs to no evaluation" in refused(words, capsys)
     assert (photos / "p0.png").is_file()
 
 

@@ -152,17 +152,17 @@ def test_after_a_kill_an_old_folder_comes_back_and_half_written_ones_go(
     dead = 2**22 + 12345  # beyond the largest process number of Linux
     monkeypatch.setattr(os, "getpid", lambda: dead)
     old, again, half = (
-        files._beside(tmp_path / name, kind) for name, kind in (("a.b", "old"), ("b", "old"), ("c", "tmp"))
+        files.beside(tmp_path / name, kind) for name, kind in (("a.b", "old"), ("b", "old"), ("c", "tmp"))
     )
     monkeypatch.undo()
-    alive = files._beside(tmp_path / "d", "tmp").name.replace(str(os.getpid()), str(os.getppid()))
-    earlier = f".e-1.tmp-{dead}"  # of an earlier version
-    for name in (old.name, again.name, "b", half.name, alive, earlier, ".f.tmp-other"):
+    alive = files.beside(tmp_path / "d", "tmp").name.replace(str(os.getpid()), str(os.getppid()))
+    foreign = [".f.tmp-other", f".e-1.tmp-{dead}", f".e.old-{dead}", ".notes.old-2023", f".g.tmp-{dead}-2024"]
+    for name in (old.name, again.name, "b", half.name, alive, *foreign):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text(name)
     (tmp_path / f".g.json.tmp-{dead}-0123abcd").write_text("")
     files.recover_folders(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive, ".f.tmp-other", "a.b", "b"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive, *foreign, "a.b", "b"])
     assert (tmp_path / "a.b" / "x").read_text() == old.name and (tmp_path / "b" / "x").read_text() == "b"
 
 

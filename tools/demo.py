@@ -6,7 +6,6 @@ python tools/demo.py
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -19,15 +18,14 @@ PROMPT = "a photo of a red circle"
 
 def main() -> int:
     start = time.perf_counter()
-    # A demo shows a whole run; without this a second one would only find that the first is finished.
-    shutil.rmtree(OUTPUT, ignore_errors=True)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     adapter, merged, picture = OUTPUT / "demo.safetensors", OUTPUT / "merged", OUTPUT / "picture.png"
     for command in (
         # train_repa.py would build missing caches itself; this also renews those of an older version of the tiny models.
         [sys.executable, "prepare_cache.py", "--dataset_config", "demo.toml"],
-        [*launch, "train_repa.py", "--dataset_config", "demo.toml"],
+        # A demo shows a whole run; a second one would only find that the first is finished.
+        [*launch, "train_repa.py", "--dataset_config", "demo.toml", "--overwrite"],
         [sys.executable, "merge_lora.py", "--models", adapter, "--output_dir", merged, "--overwrite"],
         [sys.executable, "generate.py", "--pretrained_model_name_or_path", merged, "--prompt", PROMPT,
          "--images", "4", "--steps", "12", "--output", picture],

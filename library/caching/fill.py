@@ -17,7 +17,7 @@ from library.data.sources import ImageSource, Sample
 from library.data.store import lock_store
 from library.data.store_writer import mark, purge
 from library.errors import UserError
-from library.files import require_space, write_text
+from library.files import disk_of, require_space, write_text
 from library.processes import Processes
 from library.words import plural
 
@@ -160,10 +160,7 @@ def check_space(states: Iterable[Survey]) -> None:
     """Raise UserError where what is missing does not fit on the disks of the stores."""
     by_disk: dict[int, list[Survey]] = {}
     for state in states:
-        folder = state.path
-        while not folder.exists():
-            folder = folder.parent
-        by_disk.setdefault(folder.stat().st_dev, []).append(state)
+        by_disk.setdefault(disk_of(state.path), []).append(state)
     for together in by_disk.values():
         needed = sum(state.needed_bytes for state in together)
         require_space(together[0].path, needed, f"Building {_names(together)}")

@@ -73,10 +73,14 @@ def open_pictures(data: ClassPictureOptions) -> Pictures:
 
 def check_pictures(data: ClassPictureOptions) -> None:
     """Raise UserError where pictures or class names are not where they should be; what is in them is read later."""
-    for option in ("train_data", "val_data", "class_names"):
-        value = getattr(data, option)
-        if value not in (None, DEMO_DATA) and not Path(value).exists():
-            raise UserError(f"{option} {value} does not exist.")
+    given = {option: getattr(data, option) for option in ("train_data", "val_data", "class_names")}
+    absent = [
+        f"{option} {value} does not exist."
+        for option, value in given.items()
+        if value not in (None, DEMO_DATA) and not Path(value).exists()
+    ]
+    if absent:
+        raise UserError("\n".join(absent))
 
 
 def numbered_pictures(count: int, names: Sequence[str]) -> Pictures:

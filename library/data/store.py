@@ -277,6 +277,12 @@ class TensorStore:
     def key(self, sample_id: str) -> bytes:
         return f"{sample_id}{self.suffix}".encode()
 
+    def content(self, sample_id: str) -> bytes:
+        """Hash of the picture file that an entry was made of; empty where the store does not know it."""
+        record = self.get_raw(self.key(sample_id) + b"#source")
+        content = b"" if record is None else unpack_source(record)[1]
+        return content if any(content) else b""  # zeros: the entry was made without its picture
+
     def __contains__(self, sample_id: str) -> bool:
         return self.get_raw(self.key(sample_id)) is not None
 

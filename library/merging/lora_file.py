@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from library import project_version
 from library.errors import RunFailed, UserError
-from library.files import file_hash, human_bytes, recover_folders, require_space, whole_file, write_json
+from library.files import beside, file_hash, human_bytes, recover_folders, require_space, whole_file, write_json
 from library.merging.algebra import DynamicRank, RankChange, concatenate, reduce_rank
 from library.merging.merge import not_finite_as
 from library.merging.merge_report import Ingredient
@@ -123,7 +123,7 @@ def write_adapter(adapter: Adapter, path: Path, *, form: Form = "kohya", dtype: 
 @contextmanager
 def _workshop(path: Path) -> Iterator[Path]:
     """A folder beside `path` in which a file has its own name, and PEFT's configuration beside it, as readers want."""
-    folder = path.with_name(f".{path.stem}.tmp-{os.getpid()}")
+    folder = beside(path.with_suffix(""), "tmp")
     folder.mkdir()
     try:
         yield folder

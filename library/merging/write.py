@@ -12,7 +12,15 @@ from pathlib import Path
 
 from library import project_version
 from library.errors import RunFailed, UserError
-from library.files import public_name, recover_folders, require_space, require_writable, whole_file, whole_folder
+from library.files import (
+    public_name,
+    recover_folders,
+    require_file_name,
+    require_space,
+    require_writable,
+    whole_file,
+    whole_folder,
+)
 from library.merging.diffusers_folder import copied_bytes, weights_file, write_rest
 from library.merging.hashes import Hashes
 from library.merging.layouts import Merging, component_tensors, single_file_tensors
@@ -52,6 +60,8 @@ def check_output(output: Output, sources: Sequence[Path]) -> None:
     """Raise UserError where writing would replace what is not an earlier merge, or what is to be read."""
     path = output.path
     require_writable(path.parent)
+    for written in (path,) if output.folder is not None else (path, path.with_name(f"{path.stem}_{REPORT}.json")):
+        require_file_name(written)
     for source in sources:
         if path.exists() and source.resolve().is_relative_to(path.resolve()):
             what = "is" if source.resolve() == path.resolve() else f"holds {source}, which is"

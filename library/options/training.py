@@ -25,6 +25,19 @@ Schedule = Literal[
     "adafactor",
 ]
 
+# Names of devices on Windows, whatever ending follows (Microsoft, "Naming Files, Paths, and Namespaces").
+RESERVED = frozenset(
+    (
+        "CON",
+        "PRN",
+        "AUX",
+        "NUL",
+        "CONIN$",
+        "CONOUT$",
+        *(f"{port}{n}" for port in ("COM", "LPT") for n in "0123456789¹²³"),
+    )
+)
+
 # Which schedules read which option.
 READ_BY = {
     "lr_decay_steps": ("warmup_stable_decay",),
@@ -229,6 +242,8 @@ class OutputOptions:
     """State to continue from: auto (the newest in output_dir, if any), none, or a state's folder."""
     allow_changed_options: bool = False
     """Resume although options that change the outcome differ from those of the state."""
+    overwrite: bool = False
+    """Begin anew where output_dir has an adapter or states of another run of this name, or of a finished one, and replace them."""
 
     def __post_init__(self) -> None:
         for name in ("log_every_n_steps", "validate_every_n_steps", "save_every_n_steps", "save_last_n_states"):
@@ -239,6 +254,16 @@ class OutputOptions:
             and self.output_name not in (".", ".."),
             "output_name",
             f"is a file name without its ending and must have no path separators, got {self.output_name!r}.",
+        )
+        require(
+            self.output_name.isprintable(),
+            "output_name",
+            f"has characters that cannot be seen in a file name, got {self.output_name!r}.",
+        )
+        require(
+            self.output_name.partition(".")[0].rstrip().upper() not in RESERVED,
+            "output_name",
+            f"{self.output_name} is a device on Windows, where no file can be called so. Choose another name.",
         )
 
     @property

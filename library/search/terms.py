@@ -14,8 +14,8 @@ from library.search.space import Space, difference
 # A trial sets these itself or does not use them: it saves no states, and its slots are its validations.
 DECIDED_BY_TRIALS = frozenset(
     """
-    output_dir output_name logging_dir log_prefix log_tracker_name seed resume allow_changed_options dry_run config_file
-    output_config save_every_n_epochs save_n_epoch_ratio save_every_n_steps save_last_n_epochs save_last_n_steps
+    output_dir output_name logging_dir log_prefix log_tracker_name seed resume allow_changed_options overwrite dry_run
+    config_file output_config save_every_n_epochs save_n_epoch_ratio save_every_n_steps save_last_n_epochs save_last_n_steps
     save_last_n_epochs_state save_last_n_steps_state save_last_n_states save_state save_state_on_train_end
     sample_prompts sample_every_n_steps sample_every_n_epochs sample_at_first sample_sampler validate_every_n_epochs
     validate_every_n_steps max_validation_steps early_stop initial_step initial_epoch skip_until_initial_step

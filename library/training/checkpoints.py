@@ -13,41 +13,22 @@ from typing import Any
 from safetensors.torch import save_file
 
 from library.data.order import BatchOrder
-from library.errors import UserError
 from library.files import whole_file
 from library.options.training import OutputOptions
 from library.processes import Processes
 from library.training.patience import Patience
 from library.training.plan import Plan
 from library.training.saving import saving_of
-from library.training.state import Trained, changed_options, load_state, read_facts, save_state
+from library.training.state import Trained, load_state, read_facts, save_state
+from library.training.trained_pictures import Marks, changed_pictures, read_marks, write_marks
 
 Export = Callable[[int, str, bool], tuple[dict[str, Any], dict[str, str]]]
 """(step, name of the file, whether the run ends there) -> (tensors, metadata) of the adapter as the parameters are now."""
 
-# Options that a resumed run may change without becoming another run.
-HARMLESS = frozenset(
-    """
-    dataset_config config_file output_config ignore_unknown_keys dry_run verify
-    device sdpa xformers gradient_checkpointing compile channels_last deterministic max_data_loader_n_workers
-    persistent_data_loader_workers disable_mmap_load_safetensors
-    cache_dir train_latents train_tokens val_latents val_tokens text_embeddings cache_batch_size vae_batch_size
-    cache_latents cache_latents_to_disk cache_text_encoder_outputs_to_disk val_data max_validation_samples image_root
-    output_dir output_name logging_dir log_every_n_steps log_with log_prefix log_tracker_name log_config
-    resume allow_changed_options initial_step initial_epoch skip_until_initial_step
-    save_every_n_steps save_every_n_epochs save_n_epoch_ratio save_last_n_states save_last_n_epochs save_last_n_steps
-    save_last_n_epochs_state save_last_n_steps_state save_state save_state_on_train_end save_model_as save_precision
-    validate_every_n_steps validate_every_n_epochs max_validation_steps early_stop
-    sdxl sample_prompts sample_every_n_steps sample_every_n_epochs sample_at_first sample_sampler
-    no_metadata training_comment metadata_title metadata_author metadata_description metadata_license metadata_tags
-    metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase metadata_preprocessor
-    metadata_is_negative_embedding
-    """.split()  # noqa: SIM905
-)
-
 # Facts of a state that a resumed run must share, and what a user calls them.
+SAMPLES = "the training samples or their classes"
 WHAT = {
-    "samples": "the training samples or their classes",
+    "samples": SAMPLES,
     "base_weights": "the weights of the base model",
     "caches": "what the caches were made with",
 }
@@ -66,10 +47,16 @@ class Checkpoints:
     order: BatchOrder
     export: Export
     patience: Patience | None = None
-    newest: Path | None = field(default=None)
+    pictures: Marks = field(default_factory=dict)
+    newest: Path | None = None
+    written: set[str] = field(default_factory=set)
+    """Names of the files and states that this run wrote, this time or before, and that it may remove."""
+    begun: float = field(default_factory=time.time)
+    """When the run began, by which its states are told from those of a run before it; seconds since 1970."""
 
     def __post_init__(self) -> None:
         self.saving = saving_of(self.output)
+        self._pictures = write_marks(self.pictures)
 
     def due(self, step: int, finished: bool) -> bool:
         """Whether something is to be saved after this many steps."""
@@ -81,25 +68,35 @@ class Checkpoints:
 
         finished: the run ends with this step. asked: the user asked for a state, whether or not one is due.
         """
+        adapters = self.saving.adapters(step, finished, self.plan)
+        states = self.saving.states(step, finished, asked, self.plan)
         if self.processes.is_main:
-            for name in self.saving.adapters(step, finished, self.plan):
+            for name in adapters:
                 self._save_adapter(name, step, finished)
-        for name in self.saving.states(step, finished, asked, self.plan):
-            folder = self.output.output_dir / name
-            if self.processes.is_main:
-                self._save_state(folder, step, finished)
-            self.newest = folder
+            self.written.update(states)
+            for name in states:
+                self._save_state(self.output.output_dir / name, step, finished)
+        self.newest = self.output.output_dir / states[-1] if states else self.newest
         if self.processes.is_main:
-            self.saving.prune(step, finished, self.newest, self.plan)
+            try:
+                self.saving.prune(step, finished, self.newest, self.plan, self.written)
+            except OSError as error:
+                self.processes.say(
+                    f"warning: {error.filename} is no longer to be kept and cannot be removed: {error.strerror}"
+                )
         self.processes.wait()
 
-    def describe(self, step: int) -> dict[str, Any]:
+    def describe(self, step: int, finished: bool = False) -> dict[str, Any]:
         facts = {
             "step": step,
             "samples_seen": self.order.samples_seen(step),
             "epoch": step / self.plan.steps_per_epoch,
             "last_step": self.plan.last_step,
             "output_name": self.output.output_name,
+            "begun": self.begun,
+            # Without those about to be removed, whose names somebody else may use later.
+            "written": sorted(self.written.difference(self.saving.outdated(step, finished, self.written, self.plan))),
+            "finished": finished,
             "world_size": self.plan.world_size,
             **self.facts,
             "options": dict(self.options),
@@ -111,7 +108,7 @@ class Checkpoints:
 
     def _save_state(self, folder: Path, step: int, finished: bool) -> None:
         start = time.perf_counter()
-        save_state(folder, self.trained, {**self.describe(step), "finished": finished})
+        save_state(folder, self.trained, self.describe(step, finished), self._pictures)
         self.processes.say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
 
     def _save_adapter(self, name: str, step: int, finished: bool) -> None:
@@ -127,67 +124,36 @@ class Checkpoints:
         tensors, metadata = self.export(step, path.stem, finished)
         with whole_file(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
+        self.written.add(path.name)
         self.processes.say(f"saved {path}")
 
-    def resume(self, state: Path | None) -> int:
-        """Load a state found by `state_to_resume`; return the step to go on from.
+    def changes(self, state: Path) -> list[str]:
+        return changes_since(state, self.pictures, {name: self.facts.get(name) for name in WHAT})
 
-        Raises UserError where samples, base weights or caches are not those the state was trained on.
-        """
-        if state is None:
-            return 0
+    def resume(self, state: Path) -> int:
+        """Load a state found by `state_to_resume`; return the step to go on from."""
         then = read_facts(state)
-        changes = [f"{WHAT[name]} changed" for name in WHAT if name in then and then[name] != self.facts.get(name)]
-        if changes and not self.output.allow_changed_options:
-            raise UserError(
-                f"{state} cannot be continued exactly: {'; '.join(changes)} since it was saved. Restore what was there, start anew "
-                "in another --output_dir, or continue all the same with --allow_changed_options."
-            )
         other = [f"{name} {then['versions'].get(name)} then, {now} now" for name, now in versions().items()
                  if then["versions"].get(name) != now]  # fmt: skip
         if other:
             self.processes.say(f"warning: other versions may compute other bits: {'; '.join(other)}")
         facts = load_state(state, self.trained)
-        self.newest = state
+        self.newest, self.begun = state, facts.get("begun", 0.0)
+        if state.resolve().parent == self.output.output_dir.resolve():
+            self.written = set(facts.get("written", ()))
         if self.patience is not None:
             patience = facts.get("patience", {})
             self.patience.best, self.patience.waited = patience.get("best"), patience.get("waited", 0)
         return int(facts["step"])
 
 
-def state_to_resume(
-    output: OutputOptions, options: Mapping[str, Any], defaults: Mapping[str, Any], world_size: int
-) -> tuple[Path | None, dict[str, Any]]:
-    """The state to go on from, if any, and its facts; needs no model.
-
-    options, defaults: name -> value. An option that is younger than the state had its default in it.
-
-    Raises UserError where `--resume` names no state, or options that change the outcome differ from the state's.
-    """
-    states = saving_of(output).states_there()
-    if output.resume == "none":
-        if states:
-            raise UserError(
-                f"{output.output_dir} already holds states (newest: {states[-1][1].name}) and --resume none asks for a new run. "
-                "Name another --output_dir, or remove them."
-            )
-        return None, {}
-    if output.resume == "auto":
-        if not states:
-            return None, {}
-        folder = states[-1][1]
-    else:
-        folder = Path(output.resume)
-    facts = read_facts(folder)
-    changes = changed_options({**defaults, **facts["options"]}, options, HARMLESS)
-    if facts["world_size"] != world_size:
-        changes.append(f"number of processes was {facts['world_size']}, is {world_size}")
-    if changes and not output.allow_changed_options:
-        raise UserError(
-            f"{folder} belongs to a run with other options: {'; '.join(changes)}. Restore them, start anew in another "
-            "--output_dir, or continue all the same with --allow_changed_options."
-        )
-    return folder, facts
+def changes_since(state: Path, pictures: Marks, facts: Mapping[str, Any]) -> list[str]:
+    """What a run that goes on from `state` must share with it and does not, in words. facts: those of WHAT that are known."""
+    then = read_facts(state)
+    changes = [WHAT[name] for name in WHAT if name in then and name in facts and then[name] != facts[name]]
+    if named := changed_pictures(read_marks(state), pictures):
+        return [f"{SAMPLES} changed: {named}", *(f"{what} changed" for what in changes if what != SAMPLES)]
+    return [f"{what} changed" for what in changes]
 
 
 def versions() -> dict[str, str]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 from library.data.captions import changes_tags, tag_joint
 from library.data.collect import TrainingData
 from library.data.dataset_schema import Dataset, Subset
 from library.diffusion.objective import Objective
+from library.models.locate import BaseLocation
 from library.options.run import RunOptions
 from library.training.caches import Prepared
 from library.training.models import base_weights_facts
-from networks.families import UNET
+from networks.families import UNET, Family
 from networks.spec import NetworkSpec
 
 # Where pictures and captions lie and how these are reported: it may change without another picture being shown.
@@ -28,33 +30,43 @@ def state_facts(options: RunOptions, prepared: Prepared, spec: NetworkSpec, obje
     """What state.json says besides the counters: enough to rebuild the model around the saved weights."""
     family, stores = prepared.family, prepared.training
     tokens = {} if stores.tokens is None else stores.tokens.producers("tokens ")
-    # Prompts of classes are cached with a producer of their own.
-    encoders = () if prepared.data.classes is not None else family.text_encoders
     return {
         "base_model": options.model.pretrained_model_name_or_path,
         "family": family.key,
         "network": spec.to_json(),
         "prediction_type": objective.parametrisation.output.name.scheduler,
         "samples": samples_digest(prepared.data),
-        "base_weights": base_weights_facts(options, prepared.base, (UNET, *encoders)),
+        "base_weights": base_facts(options, prepared.base, family),
         "caches": stores.latents.producers() | tokens,
         "teacher_width": 0 if stores.tokens is None else stores.tokens.width,
     }
 
 
+def base_facts(options: RunOptions, base: BaseLocation, family: Family) -> dict[str, Any]:
+    """Hashes of the weights that the run is made with."""
+    # Prompts of classes are cached with a producer of their own.
+    encoders = () if options.class_pictures is not None else family.text_encoders
+    return base_weights_facts(options, base, (UNET, *encoders))
+
+
 def samples_digest(data: TrainingData) -> str:
     """Of everything that decides what is shown: pictures, cuts, captions, weights, and how each data set draws from them."""
     digest = hashlib.sha256()
+    for picture, settings in zip(data.training, settings_of(data), strict=True):
+        image = picture.image
+        line = repr((image.sample_id, picture.repeats, picture.loss_weight, picture.fitted, image.caption))
+        digest.update(f"{line[:-1]}, {settings})\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def settings_of(data: TrainingData) -> Iterator[str]:
+    """How the data set of each training picture draws from it."""
     drawn: dict[tuple[int, int], str] = {}
     for picture in data.training:
-        image = picture.image
-        key = id(picture.dataset), id(image.subset)
+        key = id(picture.dataset), id(picture.image.subset)
         if key not in drawn:
-            drawn[key] = repr(sorted((_shown(picture.dataset) | _shown(image.subset)).items()))
-        line = repr((image.sample_id, picture.repeats, picture.loss_weight, picture.fitted, image.caption))
-        hidden = ", hidden colours" * image.hidden_colours
-        digest.update(f"{line[:-1]}, {drawn[key]}{hidden})\n".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+            drawn[key] = repr(sorted((_shown(picture.dataset) | _shown(picture.image.subset)).items()))
+        yield drawn[key] + ", hidden colours" * picture.image.hidden_colours
 
 
 def _shown(settings: Dataset | Subset) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,20 +12,20 @@ import torch
 from library.data.class_pictures import numbered_pictures
 from library.data.collect import TrainingData, collect_classes
 from library.data.demo_pictures import CLASSES, DEFAULT_TRAINING_IMAGES
-from library.data.store import StoreMeta, disk_bytes, shard_folders
-from library.device import named_dtype
-from library.errors import UserError
+from library.device import choose_device, device_name, named_dtype
+from library.errors import UserError, check_all
 from library.files import free_bytes, human_bytes
 from library.models.base_family import family_of
 from library.models.configs import configs_of, published_family
 from library.models.encoders import grid_in_aspect
 from library.models.frozen import save_no_inputs
 from library.models.locate import BaseLocation, base_status, dino_status, locate_base
-from library.options.data import ClassCacheOptions
 from library.options.kohya.dataset import DEMO_DATA
 from library.options.run import RunOptions
 from library.training.alignment import head_group
-from library.training.inputs import base_components, check_sampler, family_note
+from library.training.disk import cache_sizes, shortages, wanted_width
+from library.training.hours import hours_line, workload_of
+from library.training.inputs import base_components, family_note, input_checks, output_checks
 from library.training.memory import kept_bytes
 from library.training.models import (
     build_heads,
@@ -37,22 +36,11 @@ from library.training.models import (
     start_weights,
 )
 from library.training.pictures import class_data, collect_pictures, print_data
-from library.training.plan import make_order, make_plan
+from library.training.plan import Plan, make_order, make_plan
 from networks.align_head import AlignHeads
 from networks.families import TEXT_ENCODER_2, UNET, Family
 from networks.features import capture
 
-# Widths of DINOv2 ViT-S, B, L and g (Oquab et al. 2023, table 17), for a teacher that is not on this machine yet.
-TEACHER_WIDTHS = {
-    "small": 384,
-    "vits": 384,
-    "base": 768,
-    "vitb": 768,
-    "large": 1024,
-    "vitl": 1024,
-    "giant": 1536,
-    "vitg": 1536,
-}
 # Contexts, kernels' workspaces and fragmentation; a guess, not a measurement.
 WORKSPACE_BYTES = 2 << 30
 
@@ -60,7 +48,7 @@ WORKSPACE_BYTES = 2 << 30
 def print_plan(options: RunOptions) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
-    check_sampler(options.samples)
+    check_all(*input_checks(options, planning=True), *output_checks(options))
     name = options.model.pretrained_model_name_or_path
     components = base_components(options)
     missing = [sentence for sentence in [base_status(name, components)] if sentence]
@@ -87,6 +75,7 @@ def print_plan(options: RunOptions) -> None:
         else:
             _print_model(options, location, family, data)
             _print_disk(options, family, data)
+            _print_hours(options, family, data, plan)
     if options.alignment.alignment and (absent := dino_status(options.model.dino_model)):
         missing.append(absent)
     for sentence in missing or ["nothing"]:
@@ -141,7 +130,7 @@ def _print_model(options: RunOptions, location: BaseLocation | None, family: Fam
     groups = parameter_groups(network, options, family)
     heads = None
     if options.alignment.alignment:
-        heads = build_heads(options, models[UNET].config, teacher_width(options.model.dino_model)).to("meta")
+        heads = build_heads(options, models[UNET].config, wanted_width(options)).to("meta")
         groups.append(head_group(heads, options.optimizer))
     counts = {group.name: sum(p.numel() for p in group.parameters) for group in groups}
     described = " + ".join(f"{count:,} {name}" for name, count in counts.items())
@@ -204,34 +193,22 @@ def _activation_bytes(
 
 
 def _print_disk(options: RunOptions, family: Family, data: TrainingData) -> None:
-    """What the caches will take: of latents and tokens, each picture with its mirror image where that is shown."""
-    tokens = options.alignment if options.alignment.alignment else None
-    width = teacher_width(options.model.dino_model) if tokens else 0
-    moments = 1 if data.classes is not None else 2
-    latent_bytes = token_bytes = 0
-    for picture in data.every:
-        times, bucket = 1 + picture.image.subset.flip_aug, picture.fitted.bucket
-        shape = (moments * family.latent_channels, *family.latent_size(*bucket))
-        latent_bytes += times * StoreMeta("latents", "float16", shape).entry_bytes
-        if tokens is not None:
-            rows, columns = grid_in_aspect(tokens.token_grid, *bucket)
-            token_bytes += times * StoreMeta("tokens", tokens.token_dtype, (rows * columns, width)).entry_bytes
-    for kind, size in (("latents", latent_bytes), ("tokens", token_bytes)):
-        if size:
-            path, there = options.cache.cache_dir, ""
-            if data.classes is not None and isinstance(options.cache, ClassCacheOptions):
-                path = options.cache.store_path(f"train_{kind}")
-                there = f", {human_bytes(disk_bytes(path))} there already" if shard_folders(path) else ", to be built"
-            print(
-                f"disk             {human_bytes(size)} for {kind} in {path}{there} ({human_bytes(free_bytes(path))} free)"
-            )
+    """What the caches will take."""
+    sizes = cache_sizes(options, family, data)
+    for size in sizes:
+        there = ""
+        if size.path != options.cache.cache_dir:
+            there = f", {human_bytes(size.there)} there already" if size.there else ", to be built"
+        free = human_bytes(free_bytes(size.path))
+        print(f"disk             {human_bytes(size.needed)} for {size.kind} in {size.path}{there} ({free} free)")
+    for sentence in shortages(sizes):
+        print(f"warning          {sentence} The run would refuse to begin.")
 
 
-def teacher_width(dino_model: str) -> int:
-    """Width of a teacher's tokens, guessed by its name where it is not on this machine yet."""
-    if dino_status(dino_model) is None:
-        from library.models.dinov2 import dinov2_width
-
-        return dinov2_width(dino_model)
-    name = dino_model.lower()
-    return next((width for word, width in TEACHER_WIDTHS.items() if re.search(word, name)), 1024)
+def _print_hours(options: RunOptions, family: Family, data: TrainingData, plan: Plan) -> None:
+    device = choose_device(options.model.device)
+    areas = [math.prod(picture.fitted.bucket) * picture.repeats for picture in data.training]
+    side = round(math.sqrt(sum(areas) / plan.samples) / 64) * 64  # buckets have about the area of their square
+    workload = workload_of(options, family, side, plan.batch_size)
+    if line := hours_line(workload, plan, device_name(device), on_gpu=device.type == "cuda"):
+        print(f"time             {line}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
-from library.errors import UserError
+from library.errors import UserError, check_all
 from library.options.checks import OptionError
 from library.options.kohya.watching import SampleOptions
 from library.options.run import RunOptions
@@ -16,21 +19,65 @@ if TYPE_CHECKING:
 
 
 def check_inputs(options: RunOptions) -> None:
-    """Look at base, teacher and pictures as far as files and folders tell, which takes no second. Raises UserError."""
+    """Look at what a training needs and will write, as far as files and folders tell, which takes no second.
+
+    Raises UserError with a line for each thing that will not do.
+    """
+    check_all(*input_checks(options), *output_checks(options))
+
+
+def input_checks(options: RunOptions, *, planning: bool = False) -> list[Callable[[], object]]:
+    """Whether base, teacher and pictures are where they should be.
+
+    planning: without class pictures whose number is known, which a plan can do without.
+    """
     from library.data.class_pictures import check_pictures
     from library.data.collect import read_datasets
     from library.models.locate import check_base, check_dino
     from library.options.kohya.dataset import DEMO_DATA
 
-    check_sampler(options.samples)
-    name, classes = options.model.pretrained_model_name_or_path, options.class_pictures
-    check_base(name, base_components(options))
+    model, classes = options.model, options.class_pictures
+    checks: list[Callable[[], object]] = [
+        lambda: check_sampler(options.samples),
+        lambda: check_base(model.pretrained_model_name_or_path, base_components(options)),
+    ]
+    if (vae := model.vae) is not None:
+        checks.append(lambda: check_base(vae, ("vae",)))
     if options.alignment.alignment:
-        check_dino(options.model.dino_model)
+        checks.append(lambda: check_dino(model.dino_model))
     if classes is None and not options.uses_demo:
-        read_datasets(options, native_side=SD15.native_side)
-    elif classes is not None and classes.train_data != DEMO_DATA:
-        check_pictures(classes)
+        checks.append(lambda: read_datasets(options, native_side=SD15.native_side))
+    elif classes is not None and classes.train_data != DEMO_DATA and not (planning and classes.max_train_samples):
+        checks.append(lambda: check_pictures(classes))
+    return checks
+
+
+def output_checks(options: RunOptions) -> list[Callable[[], object]]:
+    """Whether all that the run leaves can be written, and replaces nothing of another run."""
+    from library.files import require_writable
+    from library.training.earlier import check_earlier
+
+    output, folders = options.output, [options.output.output_dir, options.cache.cache_dir]
+    if output.logging_dir is not None or output.output_dir.is_dir():
+        folders.append(options.metrics_folder(datetime.now()))
+    checks: list[Callable[[], object]] = [partial(require_writable, folder) for folder in dict.fromkeys(folders)]
+    return [*checks, lambda: check_names(options), lambda: check_earlier(options)]
+
+
+def check_names(options: RunOptions) -> None:
+    """Raise UserError where the file system does not take the longest name of the run, or a folder has that of a file."""
+    from library.files import require_file_name
+    from library.training.saving import sample_name, saving_of
+
+    output = options.output
+    for name in (f"{output.output_name}.safetensors", "metrics.jsonl", "options.toml"):
+        if (output.output_dir / name).is_dir():
+            raise UserError(
+                f"{output.output_dir / name} is a folder, and a file of the run is to be called so. Move it away."
+            )
+    require_file_name(output.output_dir / saving_of(output).longest_name(options.optimizer.ema_decay > 0))
+    if options.samples.sample_prompts is not None:
+        require_file_name(output.output_dir / "sample" / sample_name(output.output_name, "e000000", 0, 2**63 - 1))
 
 
 def family_note(options: RunOptions, family: Family) -> str | None:

@@ -27,7 +27,7 @@ from library.training.optimizers import optimizer_text
 from library.training.plan import Plan
 from networks.adapter_export import adapter_metadata
 from networks.families import Family
-from networks.spec import NetworkSpec
+from networks.spec import RUN_KEY, NetworkSpec
 
 # With --no_metadata only what readers need to load the file is kept.
 _NEEDED = (
@@ -51,6 +51,8 @@ class AdapterMetadata:
     spec: NetworkSpec
     prediction_type: str
     base: Path
+    record: Mapping[str, Any] | None = None
+    """By which the run knows its files again; see earlier.py."""
     started: float = field(default_factory=time.time)
     session: int = field(default_factory=lambda: random.SystemRandom().randint(0, 2**32))
 
@@ -72,6 +74,8 @@ class AdapterMetadata:
             "ss_epoch": epochs + (finished and begun > 0),
         }
         given = {key: str(value) for key, value in {**self._fixed, **now}.items()}
+        if self.record is not None:
+            given[RUN_KEY] = json.dumps({**self.record, "finished": finished})
         whole = adapter_metadata(
             self.spec,
             tensors,

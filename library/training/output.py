@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from library.files import lock_folder, recover_folders, write_text
+from library.options.toml_file import read_toml
+from library.training.earlier import RESOLVED
 from library.training.tracking import MetricLog
+
+METRICS = "metrics.jsonl"
 
 
 def own_output(folder: Path) -> AbstractContextManager[object]:
@@ -18,6 +23,23 @@ def own_output(folder: Path) -> AbstractContextManager[object]:
     return nullcontext() if lock is None else lock
 
 
+def set_aside(folder: Path, name: str) -> None:
+    """Keep the metrics and options that a run of another name left in the folder, as metrics-NAME.jsonl and options-NAME.toml;
+    a run that comes back finds its own again."""
+    if not (folder / RESOLVED).is_file():
+        return
+    last = read_toml(folder / RESOLVED).get("output_name", name)
+    if last == name:
+        return
+    for file in (RESOLVED, METRICS):
+        path = folder / file
+        of_last, own = (path.with_name(f"{path.stem}-{run}{path.suffix}") for run in (last, name))
+        if path.exists():
+            os.replace(path, of_last)
+        if own.exists():
+            os.replace(own, path)
+
+
 def open_log(
     folder: Path, board: Path, options: Mapping[str, Any], step: int, references: Mapping[str, float]
 ) -> MetricLog:
@@ -25,8 +47,9 @@ def open_log(
     import toml
 
     resolved = toml.dumps({name: value for name, value in options.items() if value is not None})
-    write_text(folder / "options.toml", resolved)
-    log = MetricLog(folder / "metrics.jsonl", board, step)
+    set_aside(folder, options["output_name"])
+    write_text(folder / RESOLVED, resolved)
+    log = MetricLog(folder / METRICS, board, step)
     log.text("options", f"```\n{resolved}```")
     log.add(step, dict(references))
     return log

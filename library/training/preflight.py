@@ -17,6 +17,7 @@ from library.data.cached_samples import Batch, CachedSamples, Request, requests_
 from library.diffusion import alignment_losses as losses
 from library.diffusion.loss import masked_mean
 from library.diffusion.noise import Draw
+from library.files import beside
 from library.training.checkpoints import Checkpoints
 from library.training.loop import Run
 from library.training.randomness import StepRandomness, sample_noise, stratified_timesteps
@@ -112,7 +113,7 @@ def _try_validation(task: LoraTask) -> None:
 
 
 def _try_save(checkpoints: Checkpoints) -> None:
-    folder = checkpoints.output.output_dir / ".preflight"
+    folder = beside(checkpoints.output.output_dir / "preflight", "tmp")
     try:
         save_state(folder, checkpoints.trained, checkpoints.describe(0))
     finally:

@@ -39,6 +39,7 @@ from library.processes import Processes
 from library.training.alignment import PART, Alignment, head_group, head_parameters
 from library.training.caches import Prepared, Stores
 from library.training.checkpoints import Checkpoints
+from library.training.earlier import run_record
 from library.training.ema import ExponentialAverage
 from library.training.facts import state_facts
 from library.training.loop import Run
@@ -61,6 +62,7 @@ from library.training.speed import set_up_determinism, set_up_speed
 from library.training.state import Trained
 from library.training.task import LoraTask
 from library.training.text import CachedText, EncodedText, PromptTable, Text
+from library.training.trained_pictures import marks_of_prepared
 from networks.adapter_alphas import NETWORK_SPEC_KEY
 from networks.families import UNET, Family
 
@@ -104,10 +106,12 @@ def build_run(
     plan: Plan,
     log_folder: Path,
     context: ExitStack,
+    samples: str = "",
 ) -> tuple[Run, LoraTask]:
     """Models, adapters, data, optimizer and checkpoints of a run.
 
-    log_folder: where its metrics go, for its states to tell. context: holds the feature hooks.
+    log_folder: where its metrics go, for its states to tell. context: holds the feature hooks. samples: digest of the pictures as
+    they were collected, by which the run knows its adapters again; "" where it is never asked.
     """
     set_up_determinism(options.speed, processes.device)
     task = build_task(options, processes, prepared, plan, context)
@@ -122,6 +126,7 @@ def build_run(
             task.network.spec,
             facts["prediction_type"],
             prepared.base.path,
+            run_record(options, samples, facts["base_weights"]) if samples else None,
         )
     dtype = named_dtype(options.output.save_precision or "float")
 
@@ -152,6 +157,7 @@ def build_run(
             order=order,
             export=export,
             patience=patience,
+            pictures=marks_of_prepared(prepared) if samples else {},
         ),
         validates=bool(task.validation),
         micro_batches=lambda step: len(order.step(step).micro_batches),

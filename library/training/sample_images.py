@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from library.options.run import RunOptions
 from library.training.caches import Prepared
 from library.training.loop import Run
 from library.training.models import load_frozen_text
+from library.training.saving import sample_name
 from library.training.task import LoraTask
 from library.training.text import EncodedText
 from library.words import plural
@@ -142,12 +142,10 @@ class Sampler:
         )
 
     def _path(self, step: int, number: int, seed: int) -> Path:
-        """NAME_e000002_00_20260102030405_42.png after an epoch, NAME_000500_... else."""
         epoch, rest = divmod(step, self.run.plan.steps_per_epoch)
         place = f"e{epoch:06d}" if rest == 0 else f"{step:06d}"
-        moment = datetime.now().strftime("%Y%m%d%H%M%S")
         output = self.options.output
-        return output.output_dir / "sample" / f"{output.output_name}_{place}_{number:02d}_{moment}_{seed}.png"
+        return output.output_dir / "sample" / sample_name(output.output_name, place, number, seed)
 
 
 def check_prompts(options: SampleOptions, say: Callable[[str], None]) -> None:

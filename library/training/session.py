@@ -12,10 +12,14 @@ from library.errors import UserError
 from library.models.locate import BaseLocation
 from library.options.parser import flatten
 from library.options.run import RunOptions
+from library.options.training import OutputOptions
 from library.processes import Processes
 from library.progress import doing
 from library.training.caches import prepare_caches
-from library.training.checkpoints import is_early_end, state_to_resume
+from library.training.checkpoints import changes_since, is_early_end
+from library.training.disk import cache_sizes, require_cache_space
+from library.training.earlier import finished_adapter, state_to_resume
+from library.training.facts import base_facts, samples_digest
 from library.training.inputs import check_start
 from library.training.loop import Run, train
 from library.training.output import open_log, own_output
@@ -26,6 +30,7 @@ from library.training.run import build_run
 from library.training.sample_images import Sampler
 from library.training.schedules import check_schedule
 from library.training.speed import prepare_environment, with_usable_attention
+from library.training.trained_pictures import all_were_read, marks_of
 from library.words import plural
 
 
@@ -39,17 +44,29 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     options = replace(options, speed=with_usable_attention(options.speed, processes.say))
     base, family = check_start(options, processes)
     output = options.output
-    state, facts = state_to_resume(output, flatten(options), flatten(type(options)()), processes.world_size)
+    state, facts = state_to_resume(options, processes.world_size)
     data = _collect(options, base, processes)
+    samples = samples_digest(data)
+    with processes.main_first():
+        weights = base_facts(options, base, family)
+    if state is not None:
+        known = {"base_weights": weights} | ({"samples": samples} if all_were_read(state) else {})
+        state = _unless_changed(state, changes_since(state, marks_of(data), known), output)
     plan = make_plan(
         make_order(data, options, processes.rank, processes.world_size), options.training, options.optimizer
     )
     check_schedule(options.optimizer, plan)
     first = first_step(options, plan)
     ended = state is not None and (facts["step"] >= plan.last_step or is_early_end(facts, plan))
+    if ended and output.overwrite:
+        state, ended = None, False
     if ended and (output.output_dir / f"{output.output_name}.safetensors").exists():
-        processes.say(f"{state} is the end of this run (step {facts['step']}). Nothing is left to do.")
+        _say_finished(processes, state, facts["step"])
         return
+    if (finished := finished_adapter(options, samples, weights)) is not None:
+        _say_finished(processes, finished.path, finished.step)
+        return
+    require_cache_space(cache_sizes(options, family, data))
     prepared = prepare_caches(options, processes, base, family, data)
     context.callback(prepared.close)
     order = make_order(prepared.data, options, processes.rank, processes.world_size)  # unreadable pictures have gone
@@ -60,11 +77,14 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
         f"{plural(plan.last_step, 'step')}, {upper}batch "
         f"{plan.batch_size} x {plan.accumulation} accumulated x {plan.world_size} processes on {processes.device}"
     )
-    metrics = Path(facts["log_folder"]) if "log_folder" in facts else options.metrics_folder(datetime.now())
+    goes_on = state is not None and "log_folder" in facts
+    metrics = Path(facts["log_folder"]) if goes_on else options.metrics_folder(datetime.now())
     with doing("loading the models"):
-        run, task = build_run(options, processes, prepared, order, plan, metrics, context)
+        run, task = build_run(options, processes, prepared, order, plan, metrics, context, samples)
     if processes.is_main:
         context.enter_context(own_output(output.output_dir))
+    if state is not None:
+        state = _unless_changed(state, run.checkpoints.changes(state), output)
     step = first if state is None else run.checkpoints.resume(state)
     if ended:
         run.checkpoints.save(step, finished=True)  # the adapter was lost after the last state
@@ -81,6 +101,22 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     train(run, step)
     if processes.is_main:
         _finish(run, options)
+
+
+def _say_finished(processes: Processes, end: Path | None, step: int) -> None:
+    processes.say(f"{end} is the end of this run (step {step}). Nothing is left to do. --overwrite trains it anew.")
+
+
+def _unless_changed(state: Path, changes: list[str], output: OutputOptions) -> Path | None:
+    """The state; where something changed, as the options say all the same or None to begin anew. Raises UserError otherwise."""
+    if not changes or output.allow_changed_options:
+        return state
+    if output.overwrite and output.resume == "auto":
+        return None
+    raise UserError(
+        f"{state} cannot be continued exactly: {'; '.join(changes)} since it was saved. Restore what was there, start anew in "
+        "another --output_dir or with --overwrite, or continue all the same with --allow_changed_options."
+    )
 
 
 def _collect(options: RunOptions, base: BaseLocation, processes: Processes) -> TrainingData:

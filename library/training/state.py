@@ -5,6 +5,7 @@
         ema.safetensors                              their moving average, all parts
         optimizer.safetensors                        moments, as {name of the moment}.{name of the weight}
         state.json                                   step, samples seen, options, versions, hashes, optimizer's scalars and strides
+        pictures.jsonl                               what was trained on, a line for each picture; see pictures_trained.py
 
 The weights in their files are those to use. A schedule-free optimizer trains on others, which are among its moments.
 
@@ -13,9 +14,6 @@ Random state is not there because there is none: randomness comes from (seed, ra
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,13 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.files import read_json, whole_folder, write_json
+from library.files import read_json, whole_folder, write_json, write_text
 from library.training import optimizer_state
 from library.training.ema import ExponentialAverage, restored
 from library.training.loss_scaling import LossScaler
 from library.training.optimizers import has_modes
+from library.training.saving import list_states as list_states
 
 FORMAT_VERSION = 1
+PICTURES = "pictures.jsonl"
 
 # A weight as a schedule-free optimizer trains on it, among its moments.
 TRAINING_WEIGHT = "training_weight"
@@ -81,22 +81,11 @@ class Trained:
             yield
 
 
-def state_name(step: int) -> str:
-    return f"step_{step:06d}"
+def save_state(folder: Path, trained: Trained, facts: Mapping[str, Any], pictures: str = "") -> None:
+    """Write a state and read it back before it takes its name. An older state of the same step is replaced.
 
-
-def list_states(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every whole state, oldest first."""
-    found = []
-    for path in folder.glob("step_*"):
-        match = re.fullmatch(r"step_(\d+)", path.name)
-        if match and (path / "state.json").is_file():
-            found.append((int(match[1]), path))
-    return sorted(found)
-
-
-def save_state(folder: Path, trained: Trained, facts: Mapping[str, Any]) -> None:
-    """Write a state and read it back before it takes its name. An older state of the same step is replaced."""
+    pictures: text of pictures.jsonl.
+    """
     moments, memory = optimizer_state.pack(trained.optimizer, trained.parameters, trained.initial_groups)
     scaler = {} if trained.scaler is None else {"loss_scaler": trained.scaler.state()}
     with trained.optimizer_average() as training_weights:
@@ -109,6 +98,8 @@ def save_state(folder: Path, trained: Trained, facts: Mapping[str, Any]) -> None
         for stem, tensors in host.items():
             save_file(tensors, temporary / f"{stem}.safetensors", metadata=trained.metadata)
             _verify(temporary / f"{stem}.safetensors", tensors)
+        if pictures:
+            write_text(temporary / PICTURES, pictures)
         write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **facts, **memory, **scaler})
 
 
@@ -182,19 +173,3 @@ def _fill(targets: Mapping[str, torch.Tensor], values: dict[str, torch.Tensor], 
         if target.shape != values[name].shape:
             raise UserError(f"{path}: {name} is {tuple(values[name].shape)} there and {tuple(target.shape)} here.")
         target.copy_(values[name])
-
-
-def prune_states(folder: Path, keep: int | None) -> None:
-    """Remove all but the newest `keep` states; None keeps all."""
-    if keep is not None:
-        for _, path in list_states(folder)[:-keep]:
-            shutil.rmtree(path)
-
-
-def changed_options(then: Mapping[str, Any], now: Mapping[str, Any], harmless: frozenset[str]) -> list[str]:
-    """ "train_batch_size was 128, is 64" for each option that changes what a run computes."""
-    return [
-        f"{name} was {json.dumps(then.get(name))}, is {json.dumps(now.get(name))}"
-        for name in sorted(then.keys() | now.keys())
-        if name not in harmless and then.get(name) != now.get(name)
-    ]

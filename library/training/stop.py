@@ -39,7 +39,7 @@ class Requests:
         if self._signalled == NOTHING and time.monotonic() - self._looked >= 1.0:
             self._looked = time.monotonic()
             for name, request in (("stop", STOP), ("save", SAVE)):
-                if (self.folder / name).exists():
+                if (self.folder / name).is_file():
                     self.reason = f"the file {self.folder / name}"
                     return request
         return self._signalled

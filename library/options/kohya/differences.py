@@ -129,6 +129,24 @@ DIFFERENCES: tuple[Difference, ...] = (
         "to go on, run the same command again",
     ),
     Difference(
+        "output_dir, output_name",
+        "files and states of the same name are overwritten, whatever run they are of",
+        "an adapter of a run with other options or pictures is not, but with `--overwrite`; a finished run is not trained again",
+        "a slip of an option costs a finished adapter",
+    ),
+    Difference(
+        "output_name",
+        "any; one that cannot be written is found at the first save",
+        "refused at once where the longest name of a file is too long, or where Windows has a device of that name",
+        "hours of training are lost otherwise",
+    ),
+    Difference(
+        "save_last_n_epochs, save_last_n_steps, save_last_n_epochs_state, save_last_n_steps_state",
+        "whatever bears the name is removed",
+        "only what this run wrote is removed, before an interruption too",
+        "files of another run may have such a name",
+    ),
+    Difference(
         "skip_until_initial_step, initial_step, initial_epoch",
         "off: a resumed run counts from 0 and repeats file names; data are read and dropped on request",
         "the true step, place in the data and learning rate, always, without reading",
