@@ -62,7 +62,7 @@ def test_all_faults_at_once(adapter_file: Path, tiny_sdxl: Path, capsys: pytest.
         words = ["--base-model", base, "--dino_model", "/a", "--clip_model", "/b", "--device", "no"]
         first, *others = both(["--checkpoint", adapter_file, *words], capsys).splitlines()
         assert first.startswith("device no cannot be used") and said in others[0]
-        assert [line.split()[0] for line in others[1:]] == ["/a", "/b"]
+        assert [line.split()[1] for line in others[1:]] == ["/a", "/b"]
 
 
 def test_a_dry_run_fetches_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def both(words: list[object], capsys: pytest.CaptureFixture[str], prompt: str = 
         assert run(*words, *more, prompt=prompt) == EXIT_BAD_INPUT
         said.append(capsys.readouterr().err)
     assert said[0] == said[1] and said[0].startswith("error: ")
-    return said[0].removeprefix("error: ")
+    return re.sub("^error: ", "", said[0], flags=re.MULTILINE)
 
 
 def test_a_dry_run_refuses_what_the_run_would(

@@ -101,7 +101,7 @@ def test_faults_beside_a_file_that_cannot_be_read_are_said_too(tmp_path: Path) -
 def test_each_fault_is_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert train_network.main(["--seed", "-1", "--network_dim", "-1"]) == EXIT_BAD_INPUT
     assert capsys.readouterr().err == (
-        "error: network_dim must be positive, got -1.\n       seed must be a whole number from 0 to 2^63 - 1, got -1.\n"
+        "error: network_dim must be positive, got -1.\nerror: seed must be a whole number from 0 to 2^63 - 1, got -1.\n"
     )
     assert train_repa.main(["--train_data", "x", "--seed", "-1", "--conv_dim", "-1"]) == EXIT_BAD_INPUT
     assert capsys.readouterr().err.count("\n") == 2
