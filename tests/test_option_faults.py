@@ -108,7 +108,7 @@ def test_each_fault_is_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> 
     assert generate.main(["--prompt", "x", "--seed", "-1", "--steps", "0"]) == EXIT_BAD_INPUT
     assert capsys.readouterr().err.count("\n") == 2
     assert merge_lora.main(["--models", "nowhere", "--new_rank", "-1"]) == EXIT_BAD_INPUT
-    assert "models nowhere does not exist.\n       new_rank must be positive, got -1." in capsys.readouterr().err
+    assert "models nowhere does not exist.\nerror: new_rank must be positive, got -1." in capsys.readouterr().err
 
 
 # --- empty values and blanks ---

@@ -31,8 +31,8 @@ _NOT_OF_KOHYA = frozenset(
     adam_beta1 adam_beta2 adam_epsilon align_coeff align_cutoff_step align_head align_learning_rate align_schedule
     align_warmup_steps align_weight_decay alignment allow_changed_options cache_dir channels_last compile deterministic device
     dino_model dino_resolution dry_run early_stop ema_decay ignore_unknown_keys log_every_n_steps manifold_clip manifold_margin
-    manifold_mode manifold_random_tokens manifold_weight masked_loss_renormalize missing_caption objective overwrite save_last_n_states
-    sdxl taps token_dtype token_grid weight_decay
+    manifold_mode manifold_random_tokens manifold_weight masked_loss_renormalize missing_caption objective overwrite
+    save_last_n_states sdxl taps token_dtype token_grid weight_decay
     """.split()  # noqa: SIM905
 )
 """train_network.py's options that kohya's script would ignore without a word; tests hold them against its table."""
