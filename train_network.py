@@ -1,6 +1,6 @@
 r"""LoRA training for SD1.5 and SDXL, with kohya's options, TOML files and adapter files.
 
-    accelerate launch train_network.py --dataset_config my.toml --output_dir outputs/mine --output_name mine \
+    python train_network.py --dataset_config my.toml --output_dir outputs/mine --output_name mine \
         --pretrained_model_name_or_path sd_xl_base_1.0.safetensors --network_dim 32 --max_train_epochs 10
 
 Missing caches are built first. To resume, run the same command again (with --save_state, or after an interruption).

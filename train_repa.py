@@ -1,6 +1,6 @@
 """U-REPA training of SD1.5 and SDXL: adapters and AlignHeads in a frozen U-Net, supervised by cached DINOv2 tokens.
 
-    accelerate launch train_repa.py --dataset_config trackA.toml
+    python train_repa.py --dataset_config trackA.toml
 
 Missing caches are built first. To resume, run the same command again.
 """

@@ -72,6 +72,6 @@ def test_the_example_of_train_network_can_be_copied(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         train_network.main(["--help"])
     lines = capsys.readouterr().out.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("    accelerate launch"))
+    start = next(number for number, line in enumerate(lines) if line.startswith("    python train_network.py"))
     assert lines[start].endswith(" \\") and lines[start + 1].startswith("        --") and max(map(len, lines)) < 125
     assert train_network.main(["--help", "zebra"]) == EXIT_BAD_INPUT

@@ -132,7 +132,7 @@ def test_the_emitted_line_runs_as_it_is(data: Path, capsys: pytest.CaptureFixtur
     result = exported(of_file())
     words = shlex.split(result.command)
     script = words.index(str(PROJECT_ROOT / "train_network.py"))
-    assert words[:script] == ["accelerate", "launch", "--num_processes", "1"]
+    assert words[:script] == ["python"]
     assert train_network.main([*words[script + 1 :], "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert "base             tiny-sdxl, SDXL" in said and "(15 epochs)" in said.replace("15.0", "15")
@@ -143,7 +143,7 @@ def test_the_emitted_line_runs_as_it_is(data: Path, capsys: pytest.CaptureFixtur
 def test_the_shell_script_is_one_and_hands_options_on(data: Path) -> None:
     result = export(of_file(), sdxl_base="tiny-sdxl", output_dir="two words")
     assert subprocess.run(["sh", "-n", result.script], check=False).returncode == 0
-    shell = f'accelerate() {{ pwd; printf "%s\\n" "$@"; }}; . "./{result.script}"'
+    shell = f'python() {{ pwd; printf "%s\\n" "$@"; }}; . "./{result.script}"'
     words = ["sh", "-c", shell, "sh", "--dry_run"]
     said = subprocess.run(words, cwd=data, capture_output=True, text=True, check=True).stdout.splitlines()
     assert (said[0], said[-2:]) == (str(data), ["two words/sdxl_config.toml", "--dry_run"])

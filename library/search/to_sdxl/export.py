@@ -229,7 +229,7 @@ def _command(config: Path) -> list[str]:
     """With one process: with more, a step would have more pictures than in the study."""
     script, here = PROJECT_ROOT / "train_network.py", Path("train_network.py")
     path = str(here if here.exists() and here.resolve() == script else script)
-    return ["accelerate", "launch", "--num_processes", "1", path, "--config_file", str(config)]
+    return ["python", path, "--config_file", str(config)]
 
 
 def _changes(sd15: Sd15Training, sdxl: SdxlTraining) -> tuple[str, ...]:
