@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,12 +38,17 @@ ASIDE = {
 }
 """What a command holds that cannot run here, and why."""
 HUB = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "tiny-sd15",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "tiny-shapes",
     "facebook/dinov2-large": "tiny-dinov2",
     "openai/clip-vit-large-patch14": "tiny-shapes-clip",
 }
 SNAPSHOT = "0123456789abcdef0123456789abcdef01234567"
 STOPPED = 75
+UNFINISHED = {
+    "outputs/trackA/repa_trackA.safetensors": "mine.safetensors",
+    "outputs/mine/mine.safetensors": "mine.safetensors",
+}
+"""What a training that is stopped would have left for the commands after it, and what stands in for that."""
 
 
 def commands_of(page: str) -> Iterator[str]:
@@ -92,15 +98,14 @@ class Sandbox:
 
     def lay_out(self) -> None:
         """Small files under the names that the pages use."""
-        for name in ("tiny-sd15", "tiny-dinov2"):
-            self._python("-c", f"from library.models.tiny import ensure_tiny; ensure_tiny({name!r})")
+        self._python("-c", "from library.models.tiny import ensure_tiny; ensure_tiny('tiny-dinov2')")
         for hub_id, model in HUB.items():
             repository = self.root / ".hub" / "hub" / f"models--{hub_id.replace('/', '--')}"
             (repository / "refs").mkdir(parents=True)
             (repository / "refs" / "main").write_text(SNAPSHOT)
             shutil.copytree(self.root / "models" / model, repository / "snapshots" / SNAPSHOT)
         self._python(
-            "-m", "library.data.demo_pictures", "--out", "data/imagenet", "--images", "24", "--validation", "8"
+            "-m", "library.data.demo_pictures", "--out", "data/imagenet", "--images", "136", "--validation", "8"
         )
         for old, new in (("train.csv", "train_200k.csv"), ("val.csv", "val_50k.csv")):
             (self.root / "data/imagenet" / old).rename(self.root / "data/imagenet" / new)
@@ -140,6 +145,9 @@ class Sandbox:
                 *("--ratios", str(ratio), "--save_to", f"{name}.safetensors"),
             )
         shutil.copy(self.root / "sd15.safetensors", self.root / "v1-5-pruned.safetensors")
+        demo = ("--models", "mine.safetensors", "--output_dir", "outputs/demo/merged")
+        self._python("merge_lora.py", "--pretrained_model_name_or_path", "tiny-shapes", *demo)
+        shutil.copy(self.root / "mine.safetensors", self.root / "outputs/demo/demo.safetensors")
 
     def _python(self, *words: str) -> None:
         subprocess.run(
@@ -154,7 +162,7 @@ class Sandbox:
         start = time.monotonic()
         with open(self.root / ".said", "w+") as said:
             process = subprocess.Popen(
-                command,
+                f"exec {command}",
                 shell=True,
                 cwd=self.root,
                 env=self.environment,
@@ -167,8 +175,13 @@ class Sandbox:
                 process.wait(seconds)
             except subprocess.TimeoutExpired:
                 stopped = True
-                os.killpg(process.pid, signal.SIGINT)
-                process.wait()
+                while process.poll() is None:  # a study ends its trials before it stops; asked again it does not
+                    os.killpg(process.pid, signal.SIGINT)
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(60)
+                for path, other in UNFINISHED.items():
+                    if (self.root / path).parent.is_dir() and not (self.root / path).exists():
+                        shutil.copy(self.root / other, self.root / path)
             passed = process.returncode == 0 or stopped and process.returncode == STOPPED
             how = "stopped" if stopped and passed else "ok" if passed else f"FAILED {process.returncode}"
             print(f"{how:8} {title}  ({time.monotonic() - start:.0f} s)", flush=True)
