@@ -56,9 +56,8 @@ def commands_of(page: str) -> Iterator[str]:
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
         if language in ("", "sh", "bash", "console"):
             for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words and (words[0] in ("python", "accelerate", "make", "docker", "sh") or "=" in words[0]):
-                    yield shlex.join(words)
+                if re.match(r"(python|accelerate|make|docker|sh|[A-Z]+=\S+) ", line):
+                    yield shlex.join(shlex.split(line, comments=True))
 
 
 def main(argv: list[str]) -> int:
