@@ -146,6 +146,25 @@ def test_without_metadata_the_folder_tells(network_setting: NetworkSetting, tmp_
     assert "mio.safetensors belongs to a run with other options: seed was 42, is 7." in capsys.readouterr().err
 
 
+def test_what_was_made_of_an_adapter_at_its_place_is_not_replaced(
+    network_setting: NetworkSetting, output: Path, tmp_path: Path, capsys: Say
+) -> None:
+    """Of the same rank, such that no option differs from those of the folder's last run."""
+    import merge_lora
+
+    shutil.rmtree(output / "mio-step00000001-state")
+    file, source = output / "mio.safetensors", Path(shutil.copy(output / "mio.safetensors", tmp_path / "source.safetensors"))
+    lora_only = ["--lora_only", "--save_to", str(file), "--overwrite"]
+    for more in ([], ["--lora_format", "diffusers"], ["--ratios", "0.5"]):
+        assert merge_lora.main(["--models", str(source), *lora_only, *more]) == 0
+        made = file.read_bytes()
+        assert network_setting.train(output, **network_setting.quick) == 2
+        assert "mio.safetensors belongs to a" in capsys.readouterr().err
+        assert file.read_bytes() == made
+    save_file(load_file(source), file)
+    assert network_setting.train(output, **network_setting.quick) == 2, "a file without any metadata"
+
+
 def test_the_metadata_tell_no_folder_and_stay_with_the_file(output: Path, network_setting: NetworkSetting) -> None:
     import merge_lora
 
