@@ -153,7 +153,10 @@ def test_what_was_made_of_an_adapter_at_its_place_is_not_replaced(
     import merge_lora
 
     shutil.rmtree(output / "mio-step00000001-state")
-    file, source = output / "mio.safetensors", Path(shutil.copy(output / "mio.safetensors", tmp_path / "source.safetensors"))
+    file, source = (
+        output / "mio.safetensors",
+        Path(shutil.copy(output / "mio.safetensors", tmp_path / "source.safetensors")),
+    )
     lora_only = ["--lora_only", "--save_to", str(file), "--overwrite"]
     for more in ([], ["--lora_format", "diffusers"], ["--ratios", "0.5"]):
         assert merge_lora.main(["--models", str(source), *lora_only, *more]) == 0

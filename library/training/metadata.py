@@ -29,6 +29,7 @@ from networks.adapter_export import adapter_metadata
 from networks.families import Family
 from networks.spec import RUN_KEY, NetworkSpec, is_kept
 
+
 @dataclass
 class AdapterMetadata:
     """Everything that does not change from save to save, worked out once."""
