@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from library.training.earlier import changed_options
 from library.training.plan import Plan
 from library.training.saving import KohyaSaving, StepSaving, list_states
 from library.training.stop import STOP
@@ -126,6 +127,21 @@ def test_an_adapter_of_another_program_is_not_replaced(
         assert network_setting.train(output, **network_setting.quick) == 2
         assert words in capsys.readouterr().err
         assert load_file(file).keys() == tensors.keys()
+
+
+def test_another_way_to_the_same_folder_is_the_same_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pictures", "others/pictures"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+
+    def changes(then: str, now: str) -> list[str]:
+        return changed_options({"train_data_dir": then}, {"train_data_dir": now}, frozenset())
+
+    ways = ["pictures", "./pictures", "others/../pictures", "link", str(tmp_path / "pictures")]
+    assert not any(changes(then, now) for then in ways for now in ways)
+    assert all(changes(str(tmp_path / "others" / "pictures"), now) for now in ways)
+    assert changes("gone/pictures", "pictures") and changes("gone", "") and changes("", "pictures")
 
 
 def test_adapters_of_epochs_are_those_of_a_run_too(network_setting: NetworkSetting, output: Path, capsys: Say) -> None:

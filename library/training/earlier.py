@@ -7,6 +7,7 @@ the pictures, and whether the run ended there. Nothing here imports torch: an op
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,12 +240,19 @@ def changed_options(then: Mapping[str, Any], now: Mapping[str, Any], harmless: f
 
 
 def _same(then: Any, now: Any) -> bool:
-    """Equal, or the public name of what is given now."""
+    """Equal, or the public name of what is given now, or another way to the same file or folder."""
     if then == now:
         return True
     if isinstance(then, list) and isinstance(now, list):
         return len(then) == len(now) and all(map(_same, then, now))
-    return isinstance(then, str) and isinstance(now, str) and then == Path(now).name
+    if not (isinstance(then, str) and isinstance(now, str) and then and now):
+        return False
+    if then == Path(now).name:
+        return True
+    try:
+        return os.path.samefile(then, now)
+    except (OSError, ValueError):
+        return False
 
 
 def _public(value: Any) -> Any:
