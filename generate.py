@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import EXIT_OK, check_all, script
-from library.files import read_json, require_writable
+from library.files import read_json, require_file_name, require_writable
 from library.inference.picture_infotext import strength_of
 from library.inference.picture_plan import PicturePlan, PlannedPicture, plan_pictures
 from library.models.embedded import TINY_BASES
@@ -119,6 +119,10 @@ def check(options: GenerateOptions, plan: PicturePlan) -> None:
     if options.models.refiner is not None:
         checks.append(partial(check_refiner, options.models.refiner))
     checks.append(partial(require_writable, options.pictures.output.parent))
+    longest = max(
+        (options.pictures.output, *(picture.file for picture in plan.pictures)), key=lambda file: len(file.name)
+    )
+    checks.append(partial(require_file_name, longest))
     if options.models.device is not None:
         from library.device import choose_device
 

@@ -76,9 +76,9 @@ def schedule_of(config: Mapping[str, Any]) -> tuple[ScheduleName, PredictionName
 
     A file without a class is of the first kind, which has betas.
     """
-    name = config.get("_class_name")
+    name = None if config.get("_class_name") is None else str(config["_class_name"])
     kind = next((kind for kind in SCHEDULE_NAMES if name is None or name in kind.classes), None)
-    other = None if kind else next((what for mark, what in _OTHER_SCHEDULES if re.search(mark, str(name))), "")
+    other = None if kind else next((what for mark, what in _OTHER_SCHEDULES if name and re.search(mark, name)), "")
     other = next((what for key, value, what in _OTHER_SETTINGS if config.get(key) == value), other)
     unsaid = (
         "flow_prediction" if other == "flow matching" else (kind or VARIANCE_PRESERVING_NAME).predictions[0].scheduler
@@ -96,9 +96,28 @@ def schedule_of(config: Mapping[str, Any]) -> tuple[ScheduleName, PredictionName
     if name is None and "beta_start" not in config and "trained_betas" not in config:
         return "says neither its _class_name nor its betas, so its noise schedule is not known. Complete the file."
     betas = config.get("beta_schedule")
-    if betas is not None and not config.get("trained_betas") and betas not in kind.beta_schedules:
+    if betas is not None and not config.get("trained_betas") and str(betas) not in kind.beta_schedules:
         return f"says beta_schedule {betas!r}; known are {', '.join(sorted(kind.beta_schedules))}."
-    return kind, prediction
+    return _wrong_number(config) or (kind, prediction)
+
+
+def _wrong_number(config: Mapping[str, Any]) -> str | None:
+    """What is to be said of a value that makes no schedule."""
+    for name in ("beta_start", "beta_end"):
+        if (value := config.get(name)) is not None and not _is_beta(value):
+            return f"says {name} {value!r}, which is no number between 0 and 1."
+    steps, betas = config.get("num_train_timesteps"), config.get("trained_betas")
+    if steps is not None and not (type(steps) is int and steps > 0):
+        return f"says num_train_timesteps {steps!r}, which is no whole number above 0."
+    if betas is not None and not (
+        isinstance(betas, list) and len(betas) == (steps or 1000) and all(map(_is_beta, betas))
+    ):
+        return f"says trained_betas that are not {steps or 1000} numbers between 0 and 1, one for each timestep."
+    return None
+
+
+def _is_beta(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1
 
 
 def name_by_marks(tensors: Container[str]) -> PredictionName:

@@ -17,6 +17,11 @@ from networks.names import Target
 RUN_KEY = "repa_run"
 """Metadata of an adapter file by which the run that trained it knows it again; see library/training/earlier.py."""
 
+# What readers need to load an adapter file.
+_NEEDED = frozenset(
+    ("ss_v2", "ss_base_model_version", *(f"ss_network_{name}" for name in ("module", "dim", "alpha", "args")))
+)
+
 # Options of --network_args that are called otherwise here.
 _ARGUMENTS = {"conv_rank": "conv_dim"}
 _NOT_ARGUMENTS = ("family", "rank", "alpha", "unet", "text_encoder", "dropout", "sizes")
@@ -189,3 +194,8 @@ class NetworkSpec:
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise AdapterError(f"Network {message}")
+
+
+def is_kept(key: str) -> bool:
+    """Whether a file's metadata have an entry even with --no_metadata."""
+    return key in _NEEDED or key.startswith(("modelspec.", "sshs_"))

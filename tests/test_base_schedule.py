@@ -87,6 +87,17 @@ def test_every_script_refuses_a_base_of_flow_matching_by_name(
         ),
         ({"_class_name": "DDIMScheduler", **TRAINED, "prediction_type": "sample"}, "says prediction_type 'sample'"),
         ({"_class_name": "DDIMScheduler", **TRAINED, "beta_schedule": "cubic"}, "says beta_schedule 'cubic'"),
+        ({"_class_name": ["DDIMScheduler"], **TRAINED}, "is ['DDIMScheduler'] (not known here)"),
+        ({"_class_name": "DDIMScheduler", **TRAINED, "beta_start": "0.1"}, "says beta_start '0.1', which is no number"),
+        (
+            {"_class_name": "DDIMScheduler", **TRAINED, "beta_end": 2.0},
+            "says beta_end 2.0, which is no number between 0 and 1",
+        ),
+        ({"_class_name": "DDIMScheduler", **TRAINED, "num_train_timesteps": 0}, "says num_train_timesteps 0"),
+        (
+            {"_class_name": "DDIMScheduler", **TRAINED, "trained_betas": [0.1, 0.2]},
+            "trained_betas that are not 1000 numbers",
+        ),
         ({"prediction_type": "v_prediction"}, "says neither its _class_name nor its betas"),
     ],
     ids=lambda value: None if isinstance(value, str) else value.get("_class_name", "no class"),
@@ -136,6 +147,25 @@ def test_a_file_without_its_class_is_of_the_one_that_the_index_names(based: Base
     write_json(base / "model_index.json", index | {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]})
     with pytest.raises(UserError, match="is FlowMatchEulerDiscreteScheduler"):
         check_base(str(base))
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"DDIMScheduler"'])
+def test_a_scheduler_file_that_is_no_configuration_is_refused(content: str, based: Based) -> None:
+    base = based({})
+    (base / "scheduler" / "scheduler_config.json").write_text(content)
+    with pytest.raises(UserError, match="scheduler_config.json is no configuration"):
+        check_base(str(base))
+
+
+def test_a_value_of_null_is_not_said(based: Based) -> None:
+    config = {"_class_name": None, "beta_start": None, "trained_betas": None}
+    base = based(config)  # the tiny base's index names PNDM, of which diffusers' defaults are these
+    check_base(str(base))
+    found, expected = (
+        parametrisation_of(load_scheduler_config(str(base))),
+        parametrisation_of({"_class_name": "PNDMScheduler"}),
+    )
+    assert found.levels.timestep(1.0) == expected.levels.timestep(1.0)
 
 
 def test_the_vae_of_a_base_of_another_schedule_can_be_used(based: Based) -> None:

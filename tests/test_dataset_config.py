@@ -157,6 +157,15 @@ def test_an_empty_text_switches_off_what_a_level_above_gives() -> None:
     assert read(LEAST, keep_tokens_separator="")[0].subsets[0].keep_tokens_separator is None
 
 
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_path_is_not_given(empty: str) -> None:
+    paths = f"conditioning_data_dir = '{empty}'\nmetadata_file = '{empty}'\n"
+    (dataset,) = read(f"{LEAST}{paths}")
+    assert dataset.subsets[0].conditioning_data_dir is None and dataset.subsets[0].metadata_file is None
+    empty_folder = LEAST.replace("'pics'", f"'{empty}'")
+    assert "line 3 has neither image_dir nor metadata_file" in refusal(lambda: read(empty_folder))
+
+
 def test_toml_and_json_say_the_same(here: Path) -> None:
     content = {"general": {"flip_aug": True}, "datasets": [{"resolution": 512, "subsets": [{"image_dir": "pics"}]}]}
     assert read(content) == read("[general]\nflip_aug = true\n" + LEAST)

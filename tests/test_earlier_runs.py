@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from library.training.earlier import changed_options
 from library.training.plan import Plan
 from library.training.saving import KohyaSaving, StepSaving, list_states
 from library.training.stop import STOP
@@ -128,6 +129,21 @@ def test_an_adapter_of_another_program_is_not_replaced(
         assert load_file(file).keys() == tensors.keys()
 
 
+def test_another_way_to_the_same_folder_is_the_same_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pictures", "others/pictures"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+
+    def changes(then: str, now: str) -> list[str]:
+        return changed_options({"train_data_dir": then}, {"train_data_dir": now}, frozenset())
+
+    ways = ["pictures", "./pictures", "others/../pictures", "link", str(tmp_path / "pictures")]
+    assert not any(changes(then, now) for then in ways for now in ways)
+    assert all(changes(str(tmp_path / "others" / "pictures"), now) for now in ways)
+    assert changes("gone/pictures", "pictures") and changes("gone", "") and changes("", "pictures")
+
+
 def test_adapters_of_epochs_are_those_of_a_run_too(network_setting: NetworkSetting, output: Path, capsys: Say) -> None:
     """A run that was killed without a state left them; only a run that would write such names meets them."""
     (output / "mio.safetensors").rename(output / "mio-000001.safetensors")
@@ -144,6 +160,28 @@ def test_without_metadata_the_folder_tells(network_setting: NetworkSetting, tmp_
     assert "repa_run" not in metadata(tmp_path / "mio.safetensors")
     assert network_setting.train(tmp_path, **options, seed=7) == 2
     assert "mio.safetensors belongs to a run with other options: seed was 42, is 7." in capsys.readouterr().err
+
+
+def test_what_was_made_of_an_adapter_at_its_place_is_not_replaced(
+    network_setting: NetworkSetting, output: Path, tmp_path: Path, capsys: Say
+) -> None:
+    """Of the same rank, such that no option differs from those of the folder's last run."""
+    import merge_lora
+
+    shutil.rmtree(output / "mio-step00000001-state")
+    file, source = (
+        output / "mio.safetensors",
+        Path(shutil.copy(output / "mio.safetensors", tmp_path / "source.safetensors")),
+    )
+    lora_only = ["--lora_only", "--save_to", str(file), "--overwrite"]
+    for more in ([], ["--lora_format", "diffusers"], ["--ratios", "0.5"]):
+        assert merge_lora.main(["--models", str(source), *lora_only, *more]) == 0
+        made = file.read_bytes()
+        assert network_setting.train(output, **network_setting.quick) == 2
+        assert "mio.safetensors belongs to a" in capsys.readouterr().err
+        assert file.read_bytes() == made
+    save_file(load_file(source), file)
+    assert network_setting.train(output, **network_setting.quick) == 2, "a file without any metadata"
 
 
 def test_the_metadata_tell_no_folder_and_stay_with_the_file(output: Path, network_setting: NetworkSetting) -> None:

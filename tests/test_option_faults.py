@@ -266,3 +266,9 @@ def test_a_stray_word_is_the_only_fault_that_is_told(tmp_path: Path) -> None:
 def test_a_mistyped_option_is_not_missed_in_a_second_sentence() -> None:
     words = ["--pretrained_model_name_or_path", "x.safetensors", "--train_data_dirr", "demo"]
     assert faults(*words) == ["Unknown option: --train_data_dirr (did you mean train_data_dir?)."]
+
+
+@pytest.mark.parametrize("name", ["no_seed", "no-clip_skip", "no_output_dir"])
+def test_only_flags_have_an_opposite(name: str) -> None:
+    with pytest.raises(UserError, match=f"Unknown option: --{name.replace('-', '_')}"):
+        parsed(f"--{name}")

@@ -143,12 +143,19 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
         require_file_name(deep / "x.safetensors")
 
 
-@pytest.mark.parametrize("name", ["mio.safetensors", "metrics.jsonl", "options.toml"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mio.safetensors", "mio-ema.safetensors", "mio-000001.safetensors", "mio-step00000002.safetensors"),
+        *("metrics.jsonl", "options.toml", ".lock"),
+    ],
+)
 def test_a_folder_where_a_file_is_to_be_is_refused(
     network_setting: NetworkSetting, tmp_path: Path, capsys: Say, name: str
 ) -> None:
     (tmp_path / name).mkdir()
-    assert network_setting.train(tmp_path, **network_setting.quick) == 2
+    often = {"save_every_n_epochs": 1, "save_every_n_steps": 2, "ema_decay": 0.5}
+    assert network_setting.train(tmp_path, **network_setting.quick, **often) == 2
     assert f"{tmp_path / name} is a folder" in capsys.readouterr().err
 
 
@@ -158,6 +165,38 @@ def test_a_file_where_the_logs_are_to_be_is_refused(
     (tmp_path / "logs").write_text("")
     assert network_setting.train(tmp_path, **network_setting.quick) == 2
     assert "logs is a file" in capsys.readouterr().err
+
+
+def test_a_file_where_the_samples_are_to_be_is_refused(
+    network_setting: NetworkSetting, tmp_path: Path, capsys: Say
+) -> None:
+    (tmp_path / "sample").write_text("")
+    (tmp_path / "prompts.txt").write_text("a cat")
+    assert network_setting.train(tmp_path, sample_prompts=tmp_path / "prompts.txt", **network_setting.quick) == 2
+    assert "sample is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["log_prefix", "log_tracker_name"])
+def test_names_of_logs_count(network_setting: NetworkSetting, tmp_path: Path, capsys: Say, option: str) -> None:
+    for extra in ((), ("--dry_run",)):
+        options = {**network_setting.quick, option: "x" * 300}
+        assert network_setting.train(tmp_path / "out", *extra, **options) == 2
+        assert "is too long a name" in capsys.readouterr().err
+
+
+def test_names_of_pictures_are_checked_before_models_are_loaded(tmp_path: Path, capsys: Say) -> None:
+    """With the seeds in them, where several are drawn."""
+    import generate
+
+    words = ["--pretrained_model_name_or_path", "tiny-sd15", "--prompt", "x"]
+    one = tmp_path / f"{'x' * (MOST - TEMPORARY - 4)}.png"
+    for extra, output, code in (
+        ([], tmp_path / f"{'x' * MOST}.png", 2),
+        (["--images", "1"], one, 0),
+        (["--images", "2"], one, 2),
+    ):
+        assert generate.main([*words, "--output", str(output), *extra, "--dry_run"]) == code
+        assert ("is too long a name" in capsys.readouterr().err) == (code == 2)
 
 
 def test_merges_and_extractions_check_their_names_too(tmp_path: Path) -> None:

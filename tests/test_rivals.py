@@ -91,6 +91,17 @@ def test_train_repa_goes_by_the_same_rule(tmp_path: Path) -> None:
     )
 
 
+def test_ranks_come_from_weights_where_train_repa_has_a_rank_of_its_own(tmp_path: Path) -> None:
+    (weights := tmp_path / "a.safetensors").write_bytes(b"")
+    words = ["--train_data", "demo", "--dim_from_weights", "--network_weights", str(weights)]
+    (tmp_path / "my.toml").write_text("network_dim = 4\n")
+    for config_file in ([], ["--dataset_config", str(tmp_path / "my.toml")]):
+        options = repa(*words, *config_file)
+        assert options["dim_from_weights"] and options["network_dim"] == repa("--train_data", "demo")["network_dim"]
+    with pytest.raises(UserError, match="network_dim and dim_from_weights exclude each other"):
+        repa(*words, "--network_dim", "4")
+
+
 def test_a_file_beats_the_one_it_extends(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text(
         "train_data = 'x'\nmax_train_steps = 500\noptimizer_args = ['weight_decay=0.1']\n"

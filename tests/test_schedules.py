@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.options.training import OptimizerOptions, TrainingOptions
 from library.training.optimizers import ParameterGroup
 from library.training.plan import Plan, make_plan
-from library.training.schedules import learning_rates_of
+from library.training.schedules import check_schedule, learning_rates_of
 from tests.tools.orders import whole_steps
 
 STEPS, WARMUP = 100, 10
@@ -153,6 +153,11 @@ def test_a_rate_depends_on_the_step_alone() -> None:
     [
         ({"lr_scheduler_type": "ReduceLROnPlateau"}, "lr_scheduler_type ReduceLROnPlateau follows a metric"),
         ({"lr_scheduler_type": "CosineAnealingLR"}, "is no scheduler of torch (did you mean CosineAnnealingLR?)."),
+        *(({"lr_scheduler_type": name}, f"lr_scheduler_type {name} is made of functions or of other schedulers")
+          for name in ("LambdaLR", "MultiplicativeLR", "SequentialLR", "torch.optim.lr_scheduler.ChainedScheduler")),
+        ({"lr_scheduler_type": "transformers.optimization.AdafactorSchedule"},
+         "AdafactorSchedule sets the rate 0.0 at every step."),
+        ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ("step_size=5", "gamma=-1")}, "StepLR sets the rate -0.0001."),
         ({"lr_scheduler_type": "torch.optim.AdamW"}, "torch.optim.AdamW is not a torch scheduler class."),
         ({"lr_scheduler_type": "StepLR"}, "lr_scheduler_args does not suit StepLR: "),
         ({"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ("max_lr=1", "total_steps=100")},
@@ -179,3 +184,51 @@ def test_schedules_that_cannot_be_are_refused(changes: dict[str, object], senten
     with pytest.raises(UserError) as error:
         rates(**changes)  # type: ignore[arg-type]
     assert sentence in str(error.value)
+
+
+class WarmCosine(schedulers.SequentialLR):
+    """A nesting of other schedulers, as people write it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, warmup: int, floor: float) -> None:
+        parts = [
+            schedulers.LinearLR(optimizer, 0.1, total_iters=warmup),
+            schedulers.CosineAnnealingLR(optimizer, 100 - warmup, floor),
+        ]
+        super().__init__(optimizer, parts, [warmup])
+
+
+def test_a_class_made_of_other_schedulers_gives_every_group_what_torch_gives_it() -> None:
+    name = f"{WarmCosine.__module__}.WarmCosine"
+    found = rates_of_groups([1.0, 1e-4], "warmup=10", "floor=1e-5", lr_scheduler_type=name)
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": peak} for peak in (1.0, 1e-4)], lr=1.0)
+    scheduler = WarmCosine(optimizer, 10, 1e-5)
+    for rates_now in found:
+        assert rates_now == [group["lr"] for group in optimizer.param_groups]
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("milestones=[10,50]", "gama=0.1"), "gives MultiStepLR what it does not take: gama (did you mean gamma?)."),
+        (("milestones=[10,50]", "gamma=x"), "lr_scheduler_args does not suit MultiStepLR"),
+        (("milestones=[10,50]", "gamma=0.1"), ""),
+    ],
+)
+def test_arguments_beside_a_list_are_checked_before_models_are_loaded(
+    arguments: tuple[str, ...], sentence: str
+) -> None:
+    options = OptimizerOptions(lr_scheduler_type="MultiStepLR", lr_scheduler_args=arguments)
+    said = ""
+    try:
+        check_schedule(options, plan_of(options))
+    except UserError as error:
+        said = str(error)
+    assert sentence in said and bool(sentence) == bool(said)
+
+
+def test_a_list_of_rates_passes_before_the_groups_are_known() -> None:
+    arguments = ("max_lr=[1,2,3]", "total_steps=100", "cycle_momentum=False")
+    options = OptimizerOptions(lr_scheduler_type="OneCycleLR", lr_scheduler_args=arguments)
+    check_schedule(options, plan_of(options))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from library.caching.masks import latent_mask
-from library.data.buckets import Fitted
+from library.caching.masks import alpha_channel, latent_mask
+from library.data.buckets import Buckets, Fitted, resize_and_crop
 from library.data.dataset_config import Dataset, Subset
 from library.data.pixels import decode_rgb
 from library.data.training_images import collect_images
@@ -63,6 +64,42 @@ def test_pictures_are_laid_on_white_unless_the_colours_under_it_are_asked_for() 
     image.save(file, "PNG")
     assert decode_rgb(file.getvalue(), name="a").getpixel((0, 0)) == (255, 255, 255)
     assert decode_rgb(file.getvalue(), name="a", hidden_colours=True).getpixel((0, 0)) == (10, 20, 30)
+
+
+@pytest.mark.parametrize(("hidden", "expected"), [(True, (200, 0, 0)), (False, (228, 127, 127))])
+def test_a_palette_with_an_alpha_of_each_colour_is_read_without_a_complaint(
+    hidden: bool, expected: tuple[int, int, int]
+) -> None:
+    image, file = Image.new("P", (4, 4), 1), io.BytesIO()
+    image.putpalette([0, 0, 0, 200, 0, 0])
+    image.save(file, "PNG", transparency=bytes([0, 128]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = decode_rgb(file.getvalue(), name="a", hidden_colours=hidden).getpixel((0, 0))
+    assert found == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 8])
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("size", [(96, 64), (61, 100), (64, 64)])
+def test_alpha_is_cut_and_mirrored_as_its_picture_is(
+    size: tuple[int, int], flipped: bool, orientation: int, tmp_path: Path
+) -> None:
+    """Of a picture that is as bright as it is opaque, the mask is the brightness of the pixels that are encoded."""
+    width, height = size
+    ramp = np.add.outer(np.arange(height) * 2, np.arange(width) * 0.5).clip(0, 255).astype(np.uint8)
+    channel, exif = Image.fromarray(ramp), Image.Exif()
+    exif[0x0112] = orientation
+    Image.merge("LA", [channel, channel]).save(tmp_path / "a.png", exif=exif)
+    picture = decode_rgb(tmp_path / "a.png", name="a", hidden_colours=True)
+    buckets = Buckets((64, 64), min_bucket_reso=32, max_bucket_reso=128, bucket_reso_steps=16)
+    fitted = buckets.fit(*picture.size)
+    pixels = resize_and_crop(picture, fitted, "area")[..., 0].astype(np.float32) / 255
+    pixels = pixels[:, ::-1] if flipped else pixels
+    rows, columns = pixels.shape[0] // 8, pixels.shape[1] // 8
+    seen = pixels.reshape(rows, 8, columns, 8).mean((1, 3))
+    mask = latent_mask(alpha_channel(tmp_path / "a.png"), fitted, (rows, columns), flipped)
+    np.testing.assert_allclose(mask, seen, atol=0.01)
 
 
 def cut_out(folder: Path, source: Path, alpha: Image.Image) -> Path:

@@ -45,8 +45,10 @@ def _range(value: Any) -> Any:
 
 
 def _path(value: Any) -> Any:
-    if not isinstance(value, str) or not (value := value.strip()):
+    if not isinstance(value, str):
         return value
+    if not (value := value.strip()):
+        return None  # not given
     return Path.home() / value[2:] if value.startswith("~/") else Path(value)
 
 
@@ -60,7 +62,7 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Separator = Annotated[str, Field(min_length=1)]
-FilePath = Annotated[Path, BeforeValidator(_path)]
+FilePath = Annotated[Path | None, BeforeValidator(_path)]
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
 
 
@@ -71,7 +73,7 @@ class Subset:
     An empty text switches off what a level above it gives, and is None here.
     """
 
-    image_dir: FilePath | None = None
+    image_dir: FilePath = None
     num_repeats: Natural = 1
     """How often an epoch shows each image. 0 leaves the subset out."""
     is_reg: bool = False
@@ -96,8 +98,8 @@ class Subset:
     random_crop: bool = False
     face_crop_aug_range: Annotated[tuple[float, float], BeforeValidator(_range)] | None = None
     alpha_mask: bool = False
-    conditioning_data_dir: FilePath | None = None
-    metadata_file: FilePath | None = None
+    conditioning_data_dir: FilePath = None
+    metadata_file: FilePath = None
     custom_attributes: dict[str, Any] = field(default_factory=dict, hash=False)
     resize_interpolation: Interpolation | None = None
     cache_info: bool = False

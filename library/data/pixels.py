@@ -132,9 +132,10 @@ def _open(content: bytes, name: str) -> Image.Image:
 def _to_rgb(image: Image.Image, hidden_colours: bool) -> Image.Image:
     if image.mode in (*_16_BIT_GREY, "I", "F"):
         image = _grey_to_8_bits(image)
-    if image.has_transparency_data and not hidden_colours:
-        picture = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if not hidden_colours:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
     return image.convert("RGB")
 
 

@@ -42,9 +42,9 @@ class VariancePreserving(Parametrisation):
         """
         import diffusers
 
-        own = inspect.signature(getattr(diffusers, config.get("_class_name", "DDPMScheduler")).__init__).parameters
+        own = inspect.signature(getattr(diffusers, config.get("_class_name") or "DDPMScheduler").__init__).parameters
         taken = {name: own[name].default for name in _SCHEDULE & own.keys()}
-        given = {name: value for name, value in config.items() if name in _SCHEDULE}
+        given = {name: value for name, value in config.items() if name in _SCHEDULE and value is not None}
         scheduler = diffusers.DDPMScheduler(**taken | given)
         return cls(output, scheduler.alphas_cumprod.to(device=device, dtype=torch.float32))
 

@@ -16,7 +16,9 @@ _FILE, _INDEX = "scheduler/scheduler_config.json", "model_index.json"
 def folder_scheduler_config(folder: Path) -> dict[str, Any]:
     """scheduler_config.json of a diffusers folder; the class that its index names, where the file says none."""
     config = read_json(folder / _FILE)
-    if "_class_name" not in config and (folder / _INDEX).is_file():
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / _FILE} is no configuration: it holds no names and values.")
+    if config.get("_class_name") is None and (folder / _INDEX).is_file():
         named = (read_json(folder / _INDEX).get("scheduler") or [None, None])[1]
         return config | ({} if named is None else {"_class_name": named})
     return config

@@ -112,7 +112,8 @@ def _known_words(words: list[str], kinds: Mapping[str, Any]) -> tuple[list[str],
     for word in words:
         if word.startswith("--"):
             name = word.partition("=")[0][2:].replace("-", "_")
-            is_known = name in kinds or name.removeprefix("no_") in kinds
+            flag = name.removeprefix("no_")
+            is_known = name in kinds or (flag in kinds and bool in plain_kinds(kinds[flag]))
             if not is_known:
                 unknown.append(f"--{name}{nearest(name, kinds)}")
         if is_known:

@@ -7,6 +7,7 @@ the pictures, and whether the run ended there. Nothing here imports torch: an op
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from library.options.parser import flatten
 from library.options.run import RunOptions
 from library.options.toml_file import read_toml
 from library.training.saving import saving_of
-from networks.spec import RUN_KEY
+from networks.spec import RUN_KEY, is_kept
 
 RESOLVED = "options.toml"
 """File of the resolved options of the last run in an output folder."""
@@ -176,11 +177,12 @@ def _read(path: Path, options: RunOptions) -> Earlier | None:
     said = {name: _parsed(text) for name in REPEATED if (text := metadata.get(f"ss_{name}", "None")) != "None"}
     now = {name: value for name, value in flatten(options).items() if name in said and value is not None}
     other = {name: said[name] for name in now if said[name] != now[name]}
-    # A file without a record, as --no_metadata wants: the folder knows the options of its last run.
+    # A file without a record, as --no_metadata wants: the folder knows the options of its last run. What was converted, resized
+    # or merged at this place, or comes from elsewhere, says more or nothing.
     resolved = options.output.output_dir / RESOLVED
-    if not other and resolved.is_file():
+    if "sshs_model_hash" in metadata and all(map(is_kept, metadata)) and resolved.is_file():
         values = read_toml(resolved)
-        if values.get("output_name") == options.output.output_name:
+        if values.get("output_name") == options.output.output_name and values.get("no_metadata"):
             return Earlier(path, dict.fromkeys(flatten(options)) | values)
     return Earlier(path, {**flatten(options), **other}, made_here=False)
 
@@ -238,12 +240,19 @@ def changed_options(then: Mapping[str, Any], now: Mapping[str, Any], harmless: f
 
 
 def _same(then: Any, now: Any) -> bool:
-    """Equal, or the public name of what is given now."""
+    """Equal, or the public name of what is given now, or another way to the same file or folder."""
     if then == now:
         return True
     if isinstance(then, list) and isinstance(now, list):
         return len(then) == len(now) and all(map(_same, then, now))
-    return isinstance(then, str) and isinstance(now, str) and then == Path(now).name
+    if not (isinstance(then, str) and isinstance(now, str) and then and now):
+        return False
+    if then == Path(now).name:
+        return True
+    try:
+        return os.path.samefile(then, now)
+    except (OSError, ValueError):
+        return False
 
 
 def _public(value: Any) -> Any:

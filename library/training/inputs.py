@@ -66,18 +66,23 @@ def output_checks(options: RunOptions) -> list[Callable[[], object]]:
 
 def check_names(options: RunOptions) -> None:
     """Raise UserError where the file system does not take the longest name of the run, or a folder has that of a file."""
-    from library.files import require_file_name
+    from library.files import require_file_name, require_writable
     from library.training.saving import sample_name, saving_of
 
-    output = options.output
-    for name in (f"{output.output_name}.safetensors", "metrics.jsonl", "options.toml"):
-        if (output.output_dir / name).is_dir():
-            raise UserError(
-                f"{output.output_dir / name} is a folder, and a file of the run is to be called so. Move it away."
-            )
-    require_file_name(output.output_dir / saving_of(output).longest_name(options.optimizer.ema_decay > 0))
+    output, saving = options.output, saving_of(options.output)
+    others = (output.output_dir / name for name in (".lock", "metrics.jsonl", "options.toml"))
+    for path in (*saving.adapters_there(), *others):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and a file of the run is to be called so. Move it away.")
+    require_file_name(output.output_dir / saving.longest_name(options.optimizer.ema_decay > 0))
+    logs = options.metrics_folder(datetime.now())
+    for folder in (logs, logs.parent):
+        require_file_name(folder)
     if options.samples.sample_prompts is not None:
-        require_file_name(output.output_dir / "sample" / sample_name(output.output_name, "e000000", 0, 2**63 - 1))
+        samples = output.output_dir / "sample"
+        if samples.exists():
+            require_writable(samples)
+        require_file_name(samples / sample_name(output.output_name, "e000000", 0, 2**63 - 1))
 
 
 def family_note(options: RunOptions, family: Family) -> str | None:

@@ -27,17 +27,7 @@ from library.training.optimizers import optimizer_text
 from library.training.plan import Plan
 from networks.adapter_export import adapter_metadata
 from networks.families import Family
-from networks.spec import RUN_KEY, NetworkSpec
-
-# With --no_metadata only what readers need to load the file is kept.
-_NEEDED = (
-    "ss_v2",
-    "ss_base_model_version",
-    "ss_network_module",
-    "ss_network_dim",
-    "ss_network_alpha",
-    "ss_network_args",
-)
+from networks.spec import RUN_KEY, NetworkSpec, is_kept
 
 
 @dataclass
@@ -89,7 +79,7 @@ class AdapterMetadata:
             extra=given | self._modelspec(),
         )
         if self.options.metadata.no_metadata:
-            whole = {k: v for k, v in whole.items() if k in _NEEDED or k.startswith(("modelspec.", "sshs_"))}
+            whole = {k: v for k, v in whole.items() if is_kept(k)}
         return whole
 
     def _resolution(self) -> tuple[int, int]:

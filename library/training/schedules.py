@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    LambdaLR,
+    LRScheduler,
+    MultiplicativeLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
-from library.options.checks import require
+from library.options.checks import OptionError, require
 from library.options.training import OptimizerOptions
 from library.training import named_classes
 from library.training.optimizers import ParameterGroup
@@ -16,6 +24,8 @@ from library.training.plan import Plan
 
 # The schedules that transformers has and diffusers has not.
 OF_TRANSFORMERS = ("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay")
+# The classes whose arguments are no numbers.
+_OF_OBJECTS = (LambdaLR, MultiplicativeLR, SequentialLR, ChainedScheduler)
 
 
 def learning_rates_of(
@@ -50,10 +60,18 @@ def learning_rates_of(
 
 
 def check_schedule(options: OptimizerOptions, plan: Plan) -> None:
-    """See before a model is loaded that the schedule and its arguments fit the plan; a list may want a value for each group,
-    which only the model tells. Raises OptionError."""
-    if not any(isinstance(value, list | tuple) for value in options.scheduler_arguments.values()):
-        learning_rates_of(options, plan, [ParameterGroup("trial", [], options.learning_rate)])
+    """See before a model is loaded that the schedule and its arguments fit the plan; a list may want as many groups as it has
+    values, which only the model tells. Raises OptionError."""
+    counts = {len(value) for value in options.scheduler_arguments.values() if isinstance(value, list | tuple)} - {0, 1}
+    wrong: list[OptionError] = []
+    for count in (1, *sorted(counts)):
+        groups = [ParameterGroup(f"trial {number}", [], options.learning_rate) for number in range(count)]
+        try:
+            learning_rates_of(options, plan, groups)
+            return
+        except OptionError as error:
+            wrong.append(error)
+    raise wrong[0]
 
 
 def decay_steps(options: OptimizerOptions, plan: Plan) -> int:
@@ -135,7 +153,13 @@ def _replayed(options: OptimizerOptions, plan: Plan, groups: Sequence[ParameterG
 
     names = ", ".join(group.name for group in groups)
     where = f" and its {len(groups)} groups of weights ({names})" if len(groups) > 1 else ""
-    return named_classes.call("lr_scheduler_args", f"{kind.__name__}{where}", rates).__getitem__
+    found = named_classes.call("lr_scheduler_args", f"{kind.__name__}{where}", rates)
+    flat = [rate for step in found for rate in step]
+    least = -1e-9 * max(flat)  # rounding: torch's LinearLR ends a little below 0
+    wrong = next((rate for rate in flat if not (math.isfinite(rate) and rate >= least)), None if any(flat) else 0.0)
+    at_all = "" if wrong else " at every step"
+    require(wrong is None, "lr_scheduler_type", f"{kind.__name__} sets the rate {wrong}{at_all}.")
+    return found.__getitem__
 
 
 def _rates_in(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -155,6 +179,12 @@ def _scheduler_class(name: str) -> type[LRScheduler]:
         found = classes[name.lower()]
     require(
         isinstance(found, type) and issubclass(found, LRScheduler), option, f"{name} is not a torch scheduler class."
+    )
+    require(
+        found not in _OF_OBJECTS,
+        option,
+        f"{name} is made of functions or of other schedulers, which no argument can give. Name a class of your own that makes "
+        "them: package.module.Class, called with the optimizer and lr_scheduler_args.",
     )
     require(
         not issubclass(found, ReduceLROnPlateau) and named_classes.needs_more(found.step) == ["self"],

@@ -90,7 +90,7 @@ class NetworkOptions:
             "needs network_weights, the file whose ranks are taken.",
         )
         require(
-            not (self.dim_from_weights and self.network_dim is not None),
+            not self.dim_from_weights or self.network_dim == type(self).network_dim,
             "network_dim",
             "and dim_from_weights exclude each other: the ranks come from one of them.",
         )
