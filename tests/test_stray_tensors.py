@@ -53,6 +53,7 @@ STRAYS: dict[str, Tensor] = {
     "callbacks.x": torch.zeros(1),
     "encoder.conv_in.weight": torch.zeros(1),
     "text_model.x": torch.zeros(1),
+    "lora_unet_x.alpha": torch.zeros(1),
     "unet.x": torch.zeros(1),
     "down_blocks.0.x": torch.zeros(1),
     "double_blocks.0.x": torch.zeros(1),
@@ -83,6 +84,16 @@ def test_what_the_first_text_encoder_has_no_use_for_is_left_out(
 ) -> None:
     stray = {f"{FAMILIES[key].original[TEXT_ENCODER]}{leaf}": torch.ones(4, 4)}
     file = save(load_file(files[key]) | stray, tmp_path / "projected.safetensors")
+    assert_reads_alike(file, files[key], FAMILIES[key])
+
+
+@pytest.mark.parametrize("leaf", ["loss.logvar", "loss.perceptual_loss.net.slice1.0.weight", "model_ema.decay"])
+@pytest.mark.parametrize("key", FAMILIES)
+def test_what_the_training_of_an_autoencoder_left_in_it_is_left_out(
+    key: str, leaf: str, files: Bases, tmp_path: Path
+) -> None:
+    stray = {f"{FAMILIES[key].original[VAE]}{leaf}": torch.ones(4, 4)}
+    file = save(load_file(files[key]) | stray, tmp_path / "trained.safetensors")
     assert_reads_alike(file, files[key], FAMILIES[key])
 
 
