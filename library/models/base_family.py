@@ -30,6 +30,8 @@ _OTHER_MODELS = (
 # What is no whole model. In one with a U-Net, such a name is a stray that no program looks at.
 _PARTS = (
     ("lora_", "a LoRA adapter"),
+    ("lycoris_", "a LoRA adapter"),
+    ("diffusion_model.", "a U-Net alone or a LoRA adapter, as ComfyUI saves them"),
     ("double_blocks.", "Flux"),
     ("unet.", "a LoRA adapter or a training checkpoint"),
     ("down_blocks.", "a diffusers U-Net alone"),

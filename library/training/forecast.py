@@ -60,7 +60,8 @@ def print_plan(options: RunOptions) -> None:
     if family is None and options.class_pictures is None:
         raise UserError(missing[0])
     if location is not None and family is not None:
-        print("".join(f"{said}\n" for said in check_fit(options, location, family)), end="")
+        for said in check_fit(options, location, family):
+            print(said)
     data = _data(options, location, missing)
     if data is not None:
         order = make_order(data, options, 0, _world_size())
