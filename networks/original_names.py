@@ -112,11 +112,10 @@ def diffusers_keys(family: Family, key: str) -> list[tuple[str, str]]:
 def is_dropped(family: Family, key: str) -> bool:
     """Whether a tensor of an original file is left out on reading, as every program does: no model of the family has it.
 
-    position_ids, logit_scale, the projection of CLIP-L, whose text encoders here have none, and what the training of a VAE leaves.
+    position_ids, logit_scale, and the projection of CLIP-L, whose text encoders here have none.
     """
-    vae = family.original[VAE]
-    unused = (f"{family.original[TEXT_ENCODER]}text_projection", f"{vae}loss.", f"{vae}model_ema.")
-    return key.endswith(("position_ids", "logit_scale")) or key.startswith(unused)
+    first = family.original[TEXT_ENCODER]
+    return key.endswith(("position_ids", "logit_scale")) or key.startswith(f"{first}text_projection")
 
 
 def unet_to_original(family: Family, path: str) -> str:

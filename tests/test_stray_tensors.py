@@ -87,16 +87,6 @@ def test_what_the_first_text_encoder_has_no_use_for_is_left_out(
     assert_reads_alike(file, files[key], FAMILIES[key])
 
 
-@pytest.mark.parametrize("leaf", ["loss.logvar", "loss.perceptual_loss.net.slice1.0.weight", "model_ema.decay"])
-@pytest.mark.parametrize("key", FAMILIES)
-def test_what_the_training_of_an_autoencoder_left_in_it_is_left_out(
-    key: str, leaf: str, files: Bases, tmp_path: Path
-) -> None:
-    stray = {f"{FAMILIES[key].original[VAE]}{leaf}": torch.ones(4, 4)}
-    file = save(load_file(files[key]) | stray, tmp_path / "trained.safetensors")
-    assert_reads_alike(file, files[key], FAMILIES[key])
-
-
 def test_a_folder_whose_text_encoder_was_saved_with_its_projection_is_read(tiny_sd15: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_sd15, tmp_path / "base"))
     text = load_file(folder / FILES[TEXT_ENCODER])
