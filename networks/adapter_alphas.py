@@ -32,6 +32,7 @@ PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _RUN_CONFIGS = ("config.json", "config.toml", "args.json")
 _RANKS = ("network_dim", "lora_rank", "lora_r", "rank", "lora_dim", "r")  # what trainers call it
+_OTHERS_CLASS = re.compile(r"For[A-Z]|Transformer\dD")  # LlamaForCausalLM, FluxTransformer2DModel
 _PEFT_RANK = 8  # LoraConfig's default
 
 
@@ -178,6 +179,10 @@ def _misfit(config: Mapping[str, Any], modules: Mapping[Target, AdapterModule]) 
         return f"it is of {kind}"
     if config.get("task_type") not in (None, "FEATURE_EXTRACTION"):
         return f"it is of a language model ({config['task_type']})"
+    mapped = config.get("auto_mapping")
+    trained = str(mapped.get("base_model_class")) if isinstance(mapped, dict) else ""
+    if _OTHERS_CLASS.search(trained):
+        return f"it is of a {trained}"
     try:
         for target, module in modules.items():
             said = _by_pattern(config.get("rank_pattern") or {}, target)
@@ -198,10 +203,10 @@ def _by_pattern(patterns: Mapping[str, Any], target: Target) -> Any:
 
 
 def _is_targeted(targets: Any, target: Target) -> bool:
-    """As PEFT matches them: a pattern for whole paths, or ends of paths. A file that names none leaves it open."""
+    """As PEFT matches them: a pattern for whole paths, or ends of paths. A file that names none, or all, leaves it open."""
     # transformers >= 5.6 has no text_model in CLIPTextModel.
     paths = (target.path, target.path.removeprefix("text_model."))
-    if targets is None:
+    if targets in (None, "all-linear"):
         return True
     if isinstance(targets, str):
         return any(re.fullmatch(targets, path) for path in paths)

@@ -184,7 +184,8 @@ def _not_lora(path: Path, found: _Found, count: int) -> str:
     if not found.modules and not found.foreign and any("alpha" in key for key in foreign):
         return f"{path} has alphas in it, and no LoRA weights."
     is_of = "are" if len(foreign) != 1 else "is"
-    return f"{len(foreign)} of {count} keys in {path} {is_of} not of a LoRA (first: {', '.join(foreign[:3])}). {file_kind(foreign)}"
+    kind = file_kind(foreign, of_the_rest=bool(found.modules))
+    return f"{len(foreign)} of {count} keys in {path} {is_of} not of a LoRA (first: {', '.join(foreign[:3])}). {kind}"
 
 
 # ------------------------------------------------------------------------------------------------ one module

@@ -67,8 +67,11 @@ def adapter_kinds(keys: Iterable[str]) -> list[str]:
     return _matches(_KINDS_OF_ADAPTERS, keys)
 
 
-def file_kind(keys: Iterable[str]) -> str:
-    """A sentence that says what a file is that has these keys, none of which is of an adapter that is read."""
+def file_kind(keys: Iterable[str], *, of_the_rest: bool = False) -> str:
+    """A sentence that says what a file is that has these keys, none of which is of an adapter that is read.
+
+    of_the_rest: whether the file's other keys are of one.
+    """
     keys = list(keys)
     is_lora = _LORA_LIKE.search("\n".join(keys)) is not None
     if is_lora and (models := _matches(_ADAPTERS_FOR, keys)):
@@ -77,6 +80,12 @@ def file_kind(keys: Iterable[str]) -> str:
         return f"It is {' and '.join(kinds)}, which is not supported."
     if files := _matches(_FILES, keys):
         return f"It looks like {files[0]}."
+    if of_the_rest:
+        these, are, them = ("these keys", "are", "them") if len(keys) > 1 else ("this key", "is", "it")
+        return (
+            f"The rest of the file is an adapter that is read here; what {these} {are}, is not known. Remove {them}, if you know "
+            "that nothing is lost."
+        )
     if is_lora:
         return "It looks like a LoRA for another model; only those for SD1.5 and SDXL are supported."
     return "It is of no kind that is known here: its keys are neither of an adapter nor of a part of Stable Diffusion."

@@ -162,7 +162,7 @@ def add_network(
         for component, model in models.items()
         if (spec.unet if component == UNET else spec.text_encoder)
     }
-    _check_sizes(spec, sizes_of)
+    _check_sizes(spec, models, sizes_of)
     for model in models.values():
         model.requires_grad_(False)
     for component, sizes in sizes_of.items():
@@ -188,9 +188,15 @@ def _sizes(component: str, model: nn.Module, spec: NetworkSpec) -> Sizes:
     return found
 
 
-def _check_sizes(spec: NetworkSpec, sizes_of: Mapping[str, Sizes]) -> None:
+def _check_sizes(spec: NetworkSpec, models: Mapping[str, nn.Module], sizes_of: Mapping[str, Sizes]) -> None:
     known = {".".join(target_of(component, path)) for component, sizes in sizes_of.items() for path in sizes}
     if unknown := [name for name in spec.sizes or () if name not in known]:
+        there = {".".join(target_of(c, path)) for c, model in models.items() for path, _ in model.named_modules()}
+        if all(name in there for name in unknown):
+            raise AdapterError(
+                f"{len(unknown)} of {len(spec.sizes or ())} modules of the adapter are on layers that are not trained here (first: "
+                f"{unknown[0]}). Fold the file into the base with --base_weights, and train a new adapter on that."
+            )
         raise AdapterError(
             f"{len(unknown)} of {len(spec.sizes or ())} modules of the adapter have no place in this model (first: {unknown[0]}). "
             "It is for another family, or for text encoders that are not trained here."

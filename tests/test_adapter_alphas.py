@@ -48,6 +48,8 @@ FITTING = {
         {**FITTING, "target_modules": r"conv_in|.*\.attn\d\.to_[qkv]"},
         {**FITTING, "target_modules": ["to_k", TO_Q, "conv_in"], "task_type": None},
         {**FITTING, "task_type": "FEATURE_EXTRACTION"},
+        {**FITTING, "target_modules": "all-linear"},
+        {**FITTING, "auto_mapping": {"base_model_class": "UNet2DConditionModel", "parent_library": "diffusers.models"}},
         FITTING,
     ],
 )
@@ -65,6 +67,8 @@ def test_a_configuration_that_fits_says_the_alpha(config: dict[str, object], tmp
         ({"target_modules": ["to_q"]}, "it is of other modules than conv_in"),
         ({"target_modules": r".*\.q_proj"}, "it is of other modules than "),
         ({"task_type": "CAUSAL_LM"}, "it is of a language model (CAUSAL_LM)"),
+        ({"auto_mapping": {"base_model_class": "Qwen2ForCausalLM"}}, "it is of a Qwen2ForCausalLM"),
+        ({"auto_mapping": {"base_model_class": "FluxTransformer2DModel"}}, "it is of a FluxTransformer2DModel"),
         ({"peft_type": "LOHA"}, "it is of LOHA"),
         ({"use_dora": True}, "it is of a DoRA"),
         ({"rank_pattern": [1]}, "its patterns are no tables of patterns and numbers"),

@@ -196,3 +196,30 @@ def test_a_base_that_is_given_decides(tiny_sdxl: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "unsaid.safetensors", {f"{MIDDLE}_attn1_to_q": (width, width)})
     output = tmp_path / "merged.safetensors"
     assert run_merge("--models", path, "--pretrained_model_name_or_path", tiny_sdxl, "--save_to", output) == 0
+
+
+@pytest.mark.parametrize("spelled", ["lora_te1", "lora_te"])
+def test_what_the_user_says_counts_above_how_names_are_spelled(spelled: str, tmp_path: Path) -> None:
+    """diffusers' converter spells SD1.5's text encoder lora_te1 too."""
+    path = write(tmp_path / "te.safetensors", {f"{spelled}_text_model_encoder_layers_0_mlp_fc1": (3072, 768)})
+    for family, expected in (("sd15", "lora_te"), ("sdxl", "lora_te1")):
+        output = tmp_path / f"{family}.safetensors"
+        assert run_merge("--models", path, "--lora_only", "--family", family, "--save_to", output) == 0
+        assert {name.partition("_text")[0] for name in load_file(output)} == {expected}
+
+
+def test_of_what_a_lora_is_made_the_base_that_is_given_says_the_family(
+    tiny_sd15: Path, tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "unsaid.safetensors", UNSAID)
+    output = tmp_path / "out.safetensors"
+    words = ("--models", path, "--lora_only", "--save_to", output, "--overwrite", "--sd_model")
+    for base, family in ((tiny_sd15, SD15), (tiny_sdxl, SDXL)):
+        assert run_merge(*words, base, "--new_rank", 2) == 0
+        assert metadata_of(output)["ss_base_model_version"] == family.base_version
+    capsys.readouterr()
+    assert run_merge(*words, tiny_sd15, "--family", "sdxl") == 2
+    assert "family and pretrained_model_name_or_path both say what the adapters are for" in capsys.readouterr().err
+    known = write(tmp_path / "known.safetensors", {f"{MIDDLE}_attn2_to_k": (1280, 2048)})
+    assert run_merge("--models", known, *words[2:], tiny_sd15) == 2
+    assert f"and {tiny_sd15} is of SD1.5." in capsys.readouterr().err

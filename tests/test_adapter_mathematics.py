@@ -37,7 +37,7 @@ def layer(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def inputs(shape: tuple[int, ...]) -> Tensor:
-    return draw(5, 6) if len(shape) == 2 else draw(2, 6, 5, 5)
+    return draw(5, shape[1]) if len(shape) == 2 else draw(2, shape[1], 5, 5)
 
 
 # ------------------------------------------------------------------------------------------------ DoRA around products
@@ -156,7 +156,9 @@ def glora(shape: tuple[int, ...], *, tucker: bool = False) -> dict[str, Tensor]:
     ("shape", "parts"),
     [
         (MATRIX, glora(MATRIX)),
+        ((8, 8), glora((8, 8))),
         (CONVOLUTION, glora(CONVOLUTION)),
+        ((8, 8, 3, 3), glora((8, 8, 3, 3))),
         (CONVOLUTION, glora(CONVOLUTION, tucker=True)),
     ],
 )

@@ -87,6 +87,15 @@ def loha(**others: Tensor) -> dict[str, Tensor]:
         ),
         ({"unet.conv_in.modules_to_save.default.weight": ONE}, "It is a set of layers trained whole (modules_to_save)"),
         ({"lora_unet_conv_in.set_weight": ONE}, "weights that take the place of the model's (set_weight), which"),
+        (
+            {**one_module(), "lora_unet_extra": torch.ones(0)},
+            "1 of 3 keys .* is not of a LoRA (first: lora_unet_extra). The rest of the file is an adapter that is read here; "
+            "what this key is, is not known. Remove it, if",
+        ),
+        (
+            {**one_module(), "lora_unet_a.lora_up.weight": ONE, "scaled_fp8": ONE},
+            "2 of 4 keys .* (first: lora_unet_a.lora_up.weight, scaled_fp8). The rest of the file is an adapter that is read here;",
+        ),
         ({"bundle_emb.cat.clip_l": ONE}, "1 of 1 keys .* It looks like a textual inversion embedding."),
         ({"lora_unet_conv_in.lora_down.weight": ONE}, "has no up weight for lora_unet_conv_in: it is incomplete."),
         ({"lora_unet_conv_in.alpha": ONE}, "a.safetensors has alphas in it, and no LoRA weights."),

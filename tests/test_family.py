@@ -77,6 +77,11 @@ def test_marks_and_leftovers_do_not_hide_the_family(tmp_path: Path) -> None:
         (["double_blocks.0.x"], "Flux"),
         ([FIRST, "control_model.x"], "a ControlNet"),
         (["lora_unet_mid_block.lora_down.weight"], "a LoRA adapter"),
+        (["lycoris_mid_block.lokr_w1"], "a LoRA adapter"),
+        (
+            ["diffusion_model.out.2.lora_up.weight", "text_encoders.clip_l.x.lora_up.weight"],
+            "a U-Net alone or a LoRA adapter, as ComfyUI saves them",
+        ),
         (["unet.mid_block.lora_A.weight"], "a LoRA adapter or a training checkpoint"),
         (["down_blocks.0.x"], "a diffusers U-Net alone"),
         (["encoder.conv_in.weight"], "a VAE alone"),

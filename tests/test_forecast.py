@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from library.options.toml_file import PROJECT_ROOT
 from library.training.hours import RESULTS, Workload, hours_line
 from library.training.plan import Plan
+from tests.tools.adapters import kohya_module, write_tensors
 from tests.tools.network_runs import NetworkSetting
 from tests.tools.runs import RepaSetting
 
@@ -120,3 +122,27 @@ def test_caches_that_do_not_fit_are_a_warning_of_the_plan_and_end_the_run_before
     monkeypatch.undo()
     assert network_setting.train(tmp_path / "out", "--dry_run", **network_setting.quick) == 0
     assert "warning" not in capsys.readouterr().out
+
+
+def test_a_plan_finds_what_the_run_would_refuse_and_says_what_it_would_say(
+    network_setting: NetworkSetting, tmp_path: Path, capsys: Say
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --colour red\n")
+    foreign = write_tensors(tmp_path, {**kohya_module("lora_te2_text_model_encoder_layers_0_mlp_fc1")})
+    for changes in (
+        {"sample_prompts": prompts, "sample_every_n_steps": 1},
+        {"base_weights": foreign},
+        {"base_weights": foreign, "clip_skip": 40, "network_train_unet_only": None},
+    ):
+        given = {**network_setting.quick, **changes}
+        errors = []
+        for extra in (("--dry_run",), ()):
+            assert network_setting.train(tmp_path / "out", *extra, **given) == 2
+            errors.append(capsys.readouterr().err)
+        assert errors[0] == errors[1] and errors[0].startswith("error: ")
+    stray = {"lora_unet_conv_out.alpha": torch.ones(1)}
+    file = write_tensors(tmp_path, {**kohya_module(lora_up_weight=torch.ones(32, 2)), **stray})
+    assert network_setting.train(tmp_path / "out", "--dry_run", **network_setting.quick, base_weights=file) == 0
+    said = capsys.readouterr().out
+    assert f"base_weights {file}: left out: 1 tensor of modules that it has no other weights of" in said

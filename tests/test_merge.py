@@ -153,6 +153,8 @@ def test_changes_are_relative_to_the_weight() -> None:
     weight, module = weight_of(5, 7), random_module(5, 7)
     _, change = fold_and_cast(UNET, "x", weight, [(module, 1.0)], weight.dtype)
     assert change.relative == pytest.approx(float(module.product().norm() / weight.norm()), rel=1e-5)
+    _, change = fold_and_cast(UNET, "x", torch.zeros(5, 7), [(module, 1.0)], weight.dtype)
+    assert change.relative == 1.0, "where there was nothing, all of it is the change"
 
 
 def fold_in(unet: nn.Module, adapter: Adapter, ratio: float) -> int:

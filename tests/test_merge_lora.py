@@ -355,3 +355,25 @@ def test_the_help_is_of_every_option() -> None:
     with pytest.raises(SystemExit) as ended:
         merge_lora.main(["--help"])
     assert ended.value.code == 0
+
+
+def test_what_is_computed_of_float8_or_of_two_formats_is_written_in_one_that_holds_it(
+    adapter_file: Path, tmp_path: Path
+) -> None:
+    """Half of float8's bits would be lost; float16 has too small a range for bfloat16, which has too few bits for float16."""
+    tensors = load_file(adapter_file)
+    files = {}
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16):
+        of_that = {n: value.to(dtype) if ".lora_" in n else value for n, value in tensors.items()}
+        files[dtype] = save(of_that, tmp_path / f"{dtype}.safetensors", metadata_of(adapter_file))
+    output = tmp_path / "out.safetensors"
+    for dtypes, words, expected in (
+        ([torch.float8_e4m3fn], [], torch.float8_e4m3fn),
+        ([torch.float8_e4m3fn], ["--ratios", "0.5"], torch.float16),
+        ([torch.float8_e5m2], ["--new_rank", "2"], torch.float16),
+        ([torch.float8_e4m3fn, torch.bfloat16], [], torch.float32),
+        ([torch.float16, torch.bfloat16], [], torch.float32),
+    ):
+        models = [files[dtype] for dtype in dtypes]
+        assert run_merge("--models", *models, *words, "--lora_only", "--save_to", output, "--overwrite") == EXIT_OK
+        assert {value.dtype for name, value in load_file(output).items() if ".lora_" in name} == {expected}

@@ -65,7 +65,11 @@ def test_kohyas_commands_run(adapter_file: Path, tiny_sd15: Path, tmp_path: Path
         (["--unet_ratio", "11"], "unet_ratio must lie between -10 and 10, got 11.0."),
         (["--ratios", "nan"], "ratios must lie between -10 and 10, got nan."),
         (["--ratio", "1", "2"], "ratios wants one entry per adapter, got 2 for 1 in models."),
-        (["--lora_only", "--sd_model", "x"], "pretrained_model_name_or_path is not needed with lora_only,"),
+        (["--lora_only", "--sd_model", "x"], "With --lora_only a base says the family alone: --family sd15"),
+        (
+            ["--lora_only", "--sd_model", "x", "--family", "sdxl"],
+            "family and pretrained_model_name_or_path both say what the adapters are for; give one of the two.",
+        ),
         (["--new_rank", "4"], "new_rank is for --lora_only."),
         (["--lora_only", "--dynamic_method", "sv_fro"], "dynamic_method needs new_rank as well"),
         (

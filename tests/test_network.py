@@ -368,6 +368,10 @@ def test_arguments_are_kohyas() -> None:
             lambda: add_network(small_models(), NetworkSpec(sizes={"unet.down_blocks.1.x": (1, 1.0)}), seed=0),
             r"1 of 1 modules of the adapter have no place in this model \(first: unet.down_blocks.1.x\). It is for another",
         ),
+        (
+            lambda: add_network(small_models(), NetworkSpec(sizes={"unet.conv_in": (1, 1.0)}), seed=0),
+            r"1 of 1 modules of the adapter are on layers that are not trained here \(first: unet.conv_in\). Fold the file",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(make: Callable[[], object], sentence: str) -> None:

@@ -53,6 +53,7 @@ STRAYS: dict[str, Tensor] = {
     "callbacks.x": torch.zeros(1),
     "encoder.conv_in.weight": torch.zeros(1),
     "text_model.x": torch.zeros(1),
+    "lora_unet_x.alpha": torch.zeros(1),
     "unet.x": torch.zeros(1),
     "down_blocks.0.x": torch.zeros(1),
     "double_blocks.0.x": torch.zeros(1),

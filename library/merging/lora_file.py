@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -60,10 +61,10 @@ def write_combined(
     Raises UserError where adapters cannot be added or written in that form, RunFailed where the file reads back otherwise.
     """
     modules = [module for ingredient in ingredients for module in _summands(ingredient.source.adapter).values()]
-    if dtype is None:  # the widest among the inputs
-        dtypes = (tensor.dtype for module in modules for tensor in module.tensors().values())
-        dtype = max(dtypes, key=lambda found: found.itemsize)
     adapter, changes = _combined(ingredients, rank, conv_rank, dynamic)
+    if dtype is None:
+        dtypes = {tensor.dtype for module in modules for tensor in module.tensors().values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 and adapter is ingredients[0].source.adapter else _holding(dtypes)
     adapter = replace(adapter, metadata={**adapter.metadata, PROVENANCE_KEY: _provenance(ingredients)})
     return "\n".join([write_adapter(adapter, path, form=form, dtype=dtype), *_kept(changes)])
 
@@ -129,6 +130,11 @@ def _workshop(path: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holding(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """A format for what is computed of values in these: one that holds all of them, and no float8, which holds two digits."""
+    return reduce(torch.promote_types, (torch.float16 if found.itemsize == 1 else found for found in dtypes))
 
 
 def _provenance(ingredients: Sequence[Ingredient]) -> str:

@@ -37,7 +37,7 @@ class Change:
     component: str
     key: str
     relative: float
-    """Frobenius norm of what was added, over that of the weight before."""
+    """Frobenius norm of what was added, over that of the weight before; 1 where that was zero."""
     norm: float
     """Of what was added, before rounding."""
     arrived: float
@@ -87,8 +87,9 @@ def fold_and_cast(
     """`fold`, rounded to `dtype`, and what it changed. Raises UserError where a value does not fit the format."""
     before, change = weight.float(), added(weight, parts)
     cast = cast_finite(key, rounding(before + change, dtype, f"{component} {key}"), before)
-    norm, size = before.norm().clamp(min=torch.finfo(torch.float32).tiny), change.norm()
-    return cast, Change(component, key, float(size / norm), float(size), share_arrived(before, change, cast))
+    size = float(change.norm())
+    whole = float(before.norm()) or size or 1.0
+    return cast, Change(component, key, size / whole, size, share_arrived(before, change, cast))
 
 
 def cast_finite(key: str, cast: Tensor, before: Tensor) -> Tensor:

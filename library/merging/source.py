@@ -8,11 +8,13 @@ from pathlib import Path
 
 from library.errors import UserError
 from library.files import read_json
+from library.models.base_family import family_of
 from library.models.checkpoint import Checkpoint, StoredTensor
-from library.models.locate import PICKLE_SUFFIXES, conversion_command
+from library.models.locate import PICKLE_SUFFIXES, base_status, conversion_command, locate_base
 from library.models.tensor_files import TensorFile
 from library.words import plural
 from networks import AdapterError
+from networks.adapter_family import known_family
 from networks.adapter_file import BASE_MODEL_KEY, read_adapter
 from networks.adapters import Adapter
 from networks.families import FAMILIES, Family
@@ -100,18 +102,34 @@ def open_adapter(path: Path, network_alpha: float | None = None) -> Adapter:
         raise UserError(str(error)) from error
 
 
-def of_one_family(sources: Sequence[Source], given: str | None) -> list[Source]:
-    """The same sources, each of a family that is known: by its file, by `given` (a key of FAMILIES), or by the others.
+def family_given(key: str | None, base: str | None) -> tuple[Family | None, str]:
+    """The family that the user says: by a key of FAMILIES, or by a base; and a phrase that tells who says so.
+
+    Raises UserError for a base that is not at hand, for of it only the family is asked.
+    """
+    if base is None:
+        family = None if key is None else FAMILIES[key]
+        return family, "" if family is None else f"--family says {family.title}"
+    if missing := base_status(base):
+        raise UserError(f"{missing} With --lora_only a base says the family alone: --family sd15 or sdxl does too.")
+    family = family_of(locate_base(base))
+    return family, f"{base} is of {family.title}"
+
+
+def of_one_family(sources: Sequence[Source], given: Family | None, said: str) -> list[Source]:
+    """The same sources, each of a family that is known: by its file, as `given` (`said` tells by whom), or by the others.
 
     Raises UserError, naming --family, where nothing tells or a file contradicts itself, and for other models.
     """
-    told = None if given is None else FAMILIES[given]
     known = [found for source in sources if (found := source.adapter.known_family) is not None]
-    return [_told(source, told, known[0] if known else None) for source in sources]
+    return [_told(source, given, said, known[0] if known else None) for source in sources]
 
 
-def _told(source: Source, given: Family | None, of_others: Family | None) -> Source:
-    signs, own = source.adapter.family_signs, source.adapter.known_family
+def _told(source: Source, given: Family | None, said: str, of_others: Family | None) -> Source:
+    signs = source.adapter.family_signs
+    if given is not None:  # which counts above how names are spelled
+        signs = [sign for sign in signs if not sign.is_spelling]
+    own = known_family(signs)
     seen = " and ".join(f"like {sign.title} ({sign.because})" for sign in signs)
     if others := [sign for sign in signs if not isinstance(sign.says, Family)]:
         raise UserError(
@@ -119,7 +137,7 @@ def _told(source: Source, given: Family | None, of_others: Family | None) -> Sou
             "read."
         )
     if own is not None and given is not None and given is not own:
-        raise UserError(f"{source.file} looks {seen}, and --family says {given.title}. Leave --family out.")
+        raise UserError(f"{source.file} looks {seen}, and {said}. Leave that out.")
     family = own or given or (None if signs else of_others)
     if family is None:
         why = f"looks {seen}" if signs else "tells neither by its modules, their sizes and names, nor by its metadata"

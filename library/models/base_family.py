@@ -26,10 +26,12 @@ _OTHER_MODELS = (
     (_UNET + "joint_blocks.", "Stable Diffusion 3"),
     (_UNET + "double_blocks.", "Flux"),
     ("control_model.", "a ControlNet"),
-    ("lora_", "a LoRA adapter"),
 )
 # What is no whole model. In one with a U-Net, such a name is a stray that no program looks at.
 _PARTS = (
+    ("lora_", "a LoRA adapter"),
+    ("lycoris_", "a LoRA adapter"),
+    ("diffusion_model.", "a U-Net alone or a LoRA adapter, as ComfyUI saves them"),
     ("double_blocks.", "Flux"),
     ("unet.", "a LoRA adapter or a training checkpoint"),
     ("down_blocks.", "a diffusers U-Net alone"),

@@ -49,7 +49,8 @@ class MergeLoraOptions:
     lora_only: bool = False
     """Write no model but one LoRA that is the sum of the adapters, for models/Lora of a UI."""
     family: Literal["sd15", "sdxl"] | None = None
-    """With --lora_only: what the adapters are for, where their files do not tell; names in the LoRA file depend on it."""
+    """With --lora_only: what the adapters are for, where their files do not tell; names in the LoRA file depend on it. A base
+    says it too."""
     lora_format: Literal["kohya", "diffusers", "peft"] = "kohya"
     """Names in the LoRA file. A1111 and ComfyUI want kohya's."""
     new_rank: int | None = None
@@ -135,9 +136,9 @@ class MergeLoraOptions:
         )
         require(not (self.lora_only and self.generate), "generate", "needs a model; with lora_only there is none.")
         require(
-            not self.lora_only or self.pretrained_model_name_or_path is None,
-            "pretrained_model_name_or_path",
-            "is not needed with lora_only, which reads no base; leave one of them out.",
+            self.family is None or self.pretrained_model_name_or_path is None,
+            "family",
+            "and pretrained_model_name_or_path both say what the adapters are for; give one of the two.",
         )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from library.options.run import RunOptions
 from library.training.alignment import head_group
 from library.training.disk import cache_sizes, shortages, wanted_width
 from library.training.hours import hours_line, workload_of
-from library.training.inputs import base_components, family_note, input_checks, output_checks
+from library.training.inputs import base_components, check_fit, family_note, input_checks, output_checks
 from library.training.memory import kept_bytes
 from library.training.models import (
     build_heads,
@@ -37,6 +38,7 @@ from library.training.models import (
 )
 from library.training.pictures import class_data, collect_pictures, print_data
 from library.training.plan import Plan, make_order, make_plan
+from library.training.sample_images import check_prompts
 from networks.align_head import AlignHeads
 from networks.families import TEXT_ENCODER_2, UNET, Family
 from networks.features import capture
@@ -48,7 +50,8 @@ WORKSPACE_BYTES = 2 << 30
 def print_plan(options: RunOptions) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
-    check_all(*input_checks(options, planning=True), *output_checks(options))
+    prompts = partial(check_prompts, options.samples, print)
+    check_all(*input_checks(options, planning=True), *output_checks(options), prompts)
     name = options.model.pretrained_model_name_or_path
     components = base_components(options)
     missing = [sentence for sentence in [base_status(name, components)] if sentence]
@@ -56,6 +59,9 @@ def print_plan(options: RunOptions) -> None:
     family = published_family(name) if location is None else family_of(location)
     if family is None and options.class_pictures is None:
         raise UserError(missing[0])
+    if location is not None and family is not None:
+        for said in check_fit(options, location, family):
+            print(said)
     data = _data(options, location, missing)
     if data is not None:
         order = make_order(data, options, 0, _world_size())

@@ -36,8 +36,9 @@ class GloraModule(AdapterModule):
     def read(cls, name: str, parts: dict[str, Tensor], alpha: float | None) -> GloraModule:
         """Without alpha, or with 0, the scale is 1. LyCORIS before 2.0 called each first matrix the second."""
         a1, a2, b1, b2 = (parts.pop(part) for part in cls.needed)
-        if not _chained(a1, a2, b1, b2) and _chained(a2, a1, b2, b1):
-            a1, a2, b1, b2 = a2, a1, b2, b1
+        orders = [order for order in ((a1, a2, b1, b2), (a2, a1, b2, b1)) if _chained(*order)]
+        # Of a square weight both are chains, one over its sides: the rank is the smaller.
+        a1, a2, b1, b2 = min(orders, key=lambda order: order[0].shape[1], default=(a1, a2, b1, b2))
         require_fit(name, _chained(a1, a2, b1, b2), a1=a1, a2=a2, b1=b1, b2=b2)
         factors = {"down": b2, "up": b1, **({"mid": parts.pop("bm")} if "bm" in parts else {})}
         added = LoraModule.read(name, factors, alpha or None)
