@@ -70,12 +70,13 @@ class Activity:
         if self.bar is None:
             from tqdm import tqdm
 
-            shape = (
-                "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}" if self.total else "{desc}{postfix}"
-            )
-            self.bar = tqdm(total=self.total, file=stream, leave=False, dynamic_ncols=True, bar_format=shape)
+            self.bar = tqdm(total=self.total, file=stream, leave=False, dynamic_ncols=True, bar_format="{desc}")
+        columns = self.bar.ncols
+        length = 6 if columns is not None and columns < 100 else 12
+        shape = f"{{desc}} {{percentage:3.0f}}%|{{bar:{length}}}| {{n_fmt}}/{{total_fmt}}{{postfix}}"
+        self.bar.bar_format = shape if self.total else "{desc}{postfix}"
         self.bar.n, self.bar.desc = self.done, self.what
-        self.bar.postfix = self.words((self.bar.ncols or 80) - len(self.what) - len(str(self.total)) * 2 - 24)
+        self.bar.postfix = self.words((columns or 80) - len(self.what) - len(str(self.total)) * 2 - length - 12)
         self.bar.refresh()
 
 
