@@ -72,7 +72,12 @@ class Dialect:
             name, equals, value = _name_of(word), "=" in word, word.partition("=")[2]
             if name in self.refused:
                 rule = self.refused[name]
-                if not equals and rest and not rest[0].startswith("--") and (not rule.is_flag or switch(rest[0]) is not None):
+                if (
+                    not equals
+                    and rest
+                    and not rest[0].startswith("--")
+                    and (not rule.is_flag or switch(rest[0]) is not None)
+                ):
                     value = rest.pop(0)
                 if switch(value) is not False if rule.is_flag else rule.asks_for_something(value):
                     refused.append(f"--{name}: {rule.reason}")

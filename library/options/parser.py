@@ -61,7 +61,7 @@ def parse(
     keys and options (with the nearest names), mistyped values, failed checks, with file and line where the value came from
     a file.
     """
-    answer_help(argv, options_type, prog, description)
+    answer_help(argv, options_type, prog, description, dialect)
     kinds = fields_of(options_type)
     words, wrong = dialect.words(argv)
     config = next((word.strip() for word in reversed(values_in(words, dialect.config_option))), "") or None
@@ -375,7 +375,9 @@ def _sentence(text: str) -> str:
     if match := re.match(r"Error parsing --(\S+): no type matching (.+?) could be instantiated from \['(.*?)'\]", text):
         kind = match[2].replace("{None}|", "")
         return f"{match[1].replace('-', '_')} is {match[3]!r}: expected {kind}."
-    if match := re.match(r"Error parsing --(\S+): Could not find valid parse for arguments: \['([^',]*,[^']*)'\]", text):
+    if match := re.match(
+        r"Error parsing --(\S+): Could not find valid parse for arguments: \['([^',]*,[^']*)'\]", text
+    ):
         parts = " ".join(re.split(r"[\s,]+", match[2].strip(", ")))
         return f"{match[1].replace('-', '_')} is {match[2]!r}: values stand apart, without commas. Write --{match[1]} {parts}."
     if not text:

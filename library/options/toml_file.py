@@ -98,7 +98,7 @@ def _as_meant(line: str) -> str | None:
     if value.lower() in ("true", "false"):
         return f"TOML spells it {value.lower()}. Write {key} = {value.lower()}."
     if value.lower() in ("", "none", "null"):
-        return f"TOML has no empty value. Leave the line out, or write {key} = \"\"."
+        return f'TOML has no empty value. Leave the line out, or write {key} = "".'
     if pair[2] == ":" or re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", value):
         return f"a key and its value have = between them, and nothing behind them. Write {key} = {value}."
     return f"text stands in quotes. Write {key} = {_quoted(value)}."

@@ -132,7 +132,7 @@ REFUSED: dict[str, Refused] = _table(
         {"stop_text_encoder_training": None},
     ),
     (
-        "It is the GUI's, and kohya's own script does not read it. Leave it out; noise_offset and multires_noise_iterations say it.",
+        "It is the GUI's, and kohya's script does not read it. Leave it out: noise_offset or multires_noise_iterations says it.",
         "Multires",
         {"noise_offset_type": "Original"},
     ),
