@@ -174,5 +174,18 @@ def test_steps_slower_than_those_before_count_at_once() -> None:
     assert pace.left(19) == pytest.approx(81 * 5, rel=0.1)
 
 
+def test_the_time_left_does_not_grow_while_one_part_is_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    activity = progress.Activity("caching", 10, 0)
+    now += 8
+    activity.advance(4)
+    assert activity.line() == "caching 4/10  0:08, 0:12 left"
+    now += 1
+    assert activity.line() == "caching 4/10  0:09, 0:11 left"
+    now += 60
+    assert activity.line() == "caching 4/10  1:09, 0:04 left", "another four are made by then"
+
+
 def test_clock_text() -> None:
     assert [clock_text(seconds) for seconds in (7.9, 750, 3661)] == ["0:07", "12:30", "1:01:01"]
