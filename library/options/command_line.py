@@ -120,5 +120,5 @@ def _takes_many(kind: Any) -> bool:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """ " (did you mean x?)" or the empty string."""
-    close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1, cutoff=0.75)
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
