@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import EXIT_OK, EXIT_STOPPED, UserError, script
-from library.options.parser import nearest, parse
+from library.options.command_line import nearest
+from library.options.parser import parse
 from library.options.search import (
     DIALECT,
     ExportOptions,

@@ -40,20 +40,32 @@ class Activity:
     def __init__(self, what: str, total: int | None, done: int) -> None:
         self.what, self.total, self.done, self.first = what, total, done, done
         self.words: Callable[[int], str] = self._times
-        self.began = time.monotonic()
+        self.began = self.advanced = time.monotonic()
+        self.portion = 1
         self.bar: Any = None
 
     def advance(self, count: int = 1) -> None:
         self.done += count
+        self.portion = count
+        self.advanced = time.monotonic()
 
     def line(self, width: int = 120) -> str:
         start = f"{self.what} {self.done}/{self.total}" if self.total else self.what
         return f"{start}  {self.words(width - len(start) - 2)}"
 
     def _times(self, width: int) -> str:
-        taken, made = time.monotonic() - self.began, self.done - self.first
-        left = f", {clock_text(taken / made * (self.total - self.done))} left" if self.total and made else ""
-        return clock_text(taken) + left
+        now, made = time.monotonic(), self.done - self.first
+        left = ""
+        if self.total and made:
+            each = (self.advanced - self.began) / made
+            # What is being made now is not finished; where it takes longer than those before, the time left stands still.
+            seconds = max(
+                each * (self.total - self.done) - (now - self.advanced),
+                each * (self.total - self.done - self.portion),
+                0.0,
+            )
+            left = f", {clock_text(seconds)} left"
+        return clock_text(now - self.began) + left
 
     @property
     def live(self) -> bool:
@@ -70,12 +82,13 @@ class Activity:
         if self.bar is None:
             from tqdm import tqdm
 
-            shape = (
-                "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}" if self.total else "{desc}{postfix}"
-            )
-            self.bar = tqdm(total=self.total, file=stream, leave=False, dynamic_ncols=True, bar_format=shape)
+            self.bar = tqdm(total=self.total, file=stream, leave=False, dynamic_ncols=True, bar_format="{desc}")
+        columns = self.bar.ncols
+        length = 6 if columns is not None and columns < 100 else 12
+        shape = f"{{desc}} {{percentage:3.0f}}%|{{bar:{length}}}| {{n_fmt}}/{{total_fmt}}{{postfix}}"
+        self.bar.bar_format = shape if self.total else "{desc}{postfix}"
         self.bar.n, self.bar.desc = self.done, self.what
-        self.bar.postfix = self.words((self.bar.ncols or 80) - len(self.what) - len(str(self.total)) * 2 - 24)
+        self.bar.postfix = self.words((columns or 80) - len(self.what) - len(str(self.total)) * 2 - length - 12)
         self.bar.refresh()
 
 

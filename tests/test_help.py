@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 
 import pytest
 
@@ -75,3 +76,29 @@ def test_the_example_of_train_network_can_be_copied(capsys: pytest.CaptureFixtur
     start = next(number for number, line in enumerate(lines) if line.startswith("    python train_network.py"))
     assert lines[start].endswith(" \\") and lines[start + 1].startswith("        --") and max(map(len, lines)) < 125
     assert train_network.main(["--help", "zebra"]) == EXIT_BAD_INPUT
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("script", ["train_network", "generate", "evaluate", "optimize", "extract_lora", "merge_lora"])
+def test_no_line_of_help_is_wider_than_the_terminal(
+    script: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        import_module(script).main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    commands = [number for number, line in enumerate(lines) if line.startswith("    ") and line.endswith(" \\")]
+    assert all(lines[number + 1].startswith("        --") for number in commands)
+
+
+def test_help_knows_the_names_that_are_refused_and_those_of_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    def help_about(*words: str) -> str:
+        with pytest.raises((SystemExit, UserError)) as caught:
+            parse_network_options(list(words), prog="x", description="")
+        return capsys.readouterr().out or str(caught.value)
+
+    assert "Use --max_train_epochs." in help_about("--help", "epochs")
+    assert "Stable Diffusion 2 is not" in help_about("--help=v2")
+    assert "--network_args TEXT ..." in help_about("--help", "rank_dropout")
+    assert "--optimizer_type" in help_about("--help=use_8bit_adam")

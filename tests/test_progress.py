@@ -127,12 +127,64 @@ def test_the_time_left_counts_what_interrupts_the_steps() -> None:
     assert pace.left(10) == pytest.approx(360 + 270 + 10, abs=1)
 
 
+def test_what_interrupts_after_the_newest_step_is_still_to_come() -> None:
+    due = {"save": lambda step: step == 100, "samples": lambda step: step % 50 == 0}
+    pace = Pace(0, 100, due, {"step": 2.0, "save": 5.0, "samples": 60.0})
+    pace.stepped(100.0, 50)
+    pace.arrive(50)
+    assert pace.left(50) == pytest.approx(100 + 60 + 60 + 5, abs=1)
+    with pace.interruption("samples", "drawing samples"):
+        pace._interrupted = ("samples", time.perf_counter() - 20)
+        assert pace.left(50) == pytest.approx(100 + 40 + 60 + 5, abs=1)
+    pace._seconds["samples"] = 60.0
+    assert pace.left(50) == pytest.approx(100 + 60 + 5, abs=1)
+    pace.stepped(100.0, 50)
+    pace.arrive(100)
+    assert pace.left(100) == pytest.approx(65, abs=1)
+
+
+def test_one_slow_step_is_not_what_all_will_take() -> None:
+    pace = Pace(0, 100, {}, {})
+    pace.stepped(10.0, 10)
+    pace._since -= 6.0
+    assert pace.left(10) == pytest.approx(90, abs=1)
+    assert pace.left(11) == pytest.approx(89 * (1 + 2 / 9), rel=0.1)
+
+
+def test_before_the_first_report_the_steps_made_correct_the_guess() -> None:
+    pace = Pace(0, 100, {}, {"step": 16.0})
+    pace._since -= 4.0
+    pace.arrive(4)
+    assert pace.left(4) == pytest.approx(96 * (16 + 4) / 5, rel=0.01)
+
+
+def test_reports_of_few_steps_count_for_few() -> None:
+    pace = Pace(0, 1000, {}, {})
+    for at in range(40):
+        pace.stepped(9.0 if at == 39 else 1.0, 1)
+        pace.arrive(at + 1)
+    assert pace.left(40) == pytest.approx(960, rel=0.4)
+
+
 def test_steps_slower_than_those_before_count_at_once() -> None:
     pace = Pace(0, 100, {}, {})
     assert pace.left(0) is None
     pace.stepped(10.0, 10)
     pace._since -= 50.0
     assert pace.left(19) == pytest.approx(81 * 5, rel=0.1)
+
+
+def test_the_time_left_does_not_grow_while_one_part_is_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    activity = progress.Activity("caching", 10, 0)
+    now += 8
+    activity.advance(4)
+    assert activity.line() == "caching 4/10  0:08, 0:12 left"
+    now += 1
+    assert activity.line() == "caching 4/10  0:09, 0:11 left"
+    now += 60
+    assert activity.line() == "caching 4/10  1:09, 0:04 left", "another four are made by then"
 
 
 def test_clock_text() -> None:

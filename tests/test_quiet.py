@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+from library.options.toml_file import PROJECT_ROOT
 from tests.tools.warm import Run
 
 CODE = """
@@ -19,3 +23,12 @@ assert sys.modules["sklearn"] is sklearn, "what is in use was hidden"
 def test_scikit_learn_is_imported_where_it_is_used_and_nowhere_else() -> None:
     """In a process that called quiet_libraries() before it imported anything."""
     Run("-c", [CODE]).end()
+
+
+def test_ctrl_c_while_a_script_still_imports_shows_no_traceback() -> None:
+    code = "import library, os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr == "Interrupted.\n"
+    code = "import library\nraise ValueError('a defect')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    assert "Traceback" in done.stderr and "a defect" in done.stderr

@@ -220,6 +220,11 @@ def test_the_status_line_reads_as_documented() -> None:
     assert status_words("epoch 1/4", {}, None, 120) == "epoch 1/4"
 
 
+def test_a_narrow_status_line_keeps_epoch_and_losses() -> None:
+    assert status_words("epoch 2/4", ROW, 1160.0, 50) == "epoch 2/4  left 19:20  loss 0.0812  lr 8.1e-05"
+    assert status_words("epoch 2/4", ALIGNED, 1160.0, 53) == "epoch 2/4  left 19:20  L_diff 0.0502  lambda 0.045"
+
+
 @given(st.integers(1, 200))
 def test_a_status_line_is_never_wider_than_there_is_room_and_keeps_the_time_left_longest(width: int) -> None:
     line = status_words("epoch 2/4", ALIGNED, 1160.0, width)

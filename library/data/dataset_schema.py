@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from library.data.key_lines import KeyPath, key_lines
 from library.errors import UserError
-from library.options.parser import nearest
+from library.options.command_line import nearest
 from library.options.toml_file import parse_toml
 from library.text_files import read_text
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,15 +41,24 @@ def apply_adapter(model: DrawingModel, applied: AppliedAdapter | None) -> None:
 
 
 def draw_prompt_set(
-    model: DrawingModel, prompts: PromptSet, applied: AppliedAdapter | None, batch_size: int
+    model: DrawingModel,
+    prompts: PromptSet,
+    applied: AppliedAdapter | None,
+    batch_size: int,
+    drawn: Callable[[int], object] = lambda count: None,
 ) -> list[Image.Image]:
-    """A picture for each of `prompts.places`. Raises RunFailed where numbers overflow, UserError for what the base cannot draw."""
+    """A picture for each of `prompts.places`; `drawn` hears how many are new.
+
+    Raises RunFailed where numbers overflow, UserError for what the base cannot draw.
+    """
     pictures: list[Image.Image] = []
     for request in prompts.requests:
         used = with_adapter(request, applied)
         adapters = {} if applied is None else {applied.path: applied.adapter}
         for start in range(0, len(prompts.seeds), batch_size):
-            pictures += draw(model, used, prompts.seeds[start : start + batch_size], adapters=adapters)
+            new = draw(model, used, prompts.seeds[start : start + batch_size], adapters=adapters)
+            pictures += new
+            drawn(len(new))
     return pictures
 
 

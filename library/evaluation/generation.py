@@ -218,21 +218,26 @@ def _draw_all(
         models.append((candidate.name, applied))
     drawn = {}
     base = model_name(plan.base), None if folder is None else model_hash(Path(plan.base).expanduser())
-    for number, (name, adapter) in enumerate(models, start=1):
-        say(f"{number}/{len(models)} {name}")
-        with doing(f"drawing with {name}"):
-            drawn[name] = _draw_one(model, plan, adapter, encoded)
-        if folder is not None:
-            for kind, prompts, made in _by_kind(plan, drawn[name]):
-                save_pictures(folder / name.replace("/", "_"), kind, prompts, made, adapter, *base)
+    each = sum(len(prompts.places) for prompts in (plan.subject, plan.unrelated) if prompts is not None)
+    with doing("drawing pictures", len(models) * each) as activity:
+        for number, (name, adapter) in enumerate(models, start=1):
+            say(f"{number}/{len(models)} {name}")
+            drawn[name] = _draw_one(model, plan, adapter, encoded, activity.advance)
+            if folder is not None:
+                for kind, prompts, made in _by_kind(plan, drawn[name]):
+                    save_pictures(folder / name.replace("/", "_"), kind, prompts, made, adapter, *base)
     return drawn
 
 
 def _draw_one(
-    model: DrawingModel, plan: GenerationPlan, adapter: AppliedAdapter | None, encoded: EncodedPhotos | None
+    model: DrawingModel,
+    plan: GenerationPlan,
+    adapter: AppliedAdapter | None,
+    encoded: EncodedPhotos | None,
+    count: Callable[[int], None],
 ) -> CheckpointPictures:
-    subject = [] if plan.subject is None else draw_prompt_set(model, plan.subject, adapter, plan.batch_size)
-    unrelated = draw_prompt_set(model, plan.unrelated, adapter, plan.batch_size)
+    subject = [] if plan.subject is None else draw_prompt_set(model, plan.subject, adapter, plan.batch_size, count)
+    unrelated = draw_prompt_set(model, plan.unrelated, adapter, plan.batch_size, count)
     apply_adapter(model, adapter)
     losses = None if encoded is None else denoising_losses(model, encoded, plan.loss_seed, plan.clip_skip)
     return CheckpointPictures(subject, unrelated, losses)

@@ -54,11 +54,14 @@ class ClipPictures:
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         """name: a folder or hub id of a transformers CLIPModel. Raises UserError where it is none."""
         from transformers import CLIPModel, CLIPTokenizer
+        from transformers.utils import logging
 
         check_clip_pictures(name)
         folder = _clip_folder(name)
         try:
             where = folder if folder.is_dir() else name
+            if folder.is_dir():
+                logging.disable_progress_bar()  # nothing is downloaded, and weights are read in a moment
             loaded: Any = CLIPModel.from_pretrained(where, use_safetensors=True, output_loading_info=True)
             self.tokenizer = CLIPTokenizer.from_pretrained(where)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:

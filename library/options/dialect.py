@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from library.options.command_line import switch
 from library.options.toml_file import Located, as_toml
 
 _NOTHING = (None, "", False, 0)
@@ -71,9 +72,14 @@ class Dialect:
             name, equals, value = _name_of(word), "=" in word, word.partition("=")[2]
             if name in self.refused:
                 rule = self.refused[name]
-                if not equals and not rule.is_flag:
-                    value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
-                if rule.is_flag or rule.asks_for_something(value):
+                if (
+                    not equals
+                    and rest
+                    and not rest[0].startswith("--")
+                    and (not rule.is_flag or switch(rest[0]) is not None)
+                ):
+                    value = rest.pop(0)
+                if switch(value) is not False if rule.is_flag else rule.asks_for_something(value):
                     refused.append(f"--{name}: {rule.reason}")
             elif self._list_of(name) is not None:
                 values = [value] if equals else []

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from library.errors import UserError
+from library.options.dialect import Dialect, refusal
 from library.words import plural
 
 WIDEST = 100
@@ -68,7 +69,7 @@ class Group:
     options: tuple[Shown, ...]
 
 
-def answer_help(argv: list[str], options_type: type, prog: str, description: str | None) -> None:
+def answer_help(argv: list[str], options_type: type, prog: str, description: str | None, dialect: Dialect) -> None:
     """Print the help that `argv` asks for and raise SystemExit, or return where it asks for none.
 
     An options type whose `most_used` names options is long: its help is these and the groups, all others are shown whole.
@@ -86,7 +87,7 @@ def answer_help(argv: list[str], options_type: type, prog: str, description: str
     if words[place] == "__help_all":
         lines = [*_heading(prog, description), *_all(groups)]
     elif about:
-        lines = _about(groups, about)
+        lines = _about(groups, about, dialect)
     elif often:
         lines = [*_heading(prog, description), *_short(groups, often)]
     else:
@@ -129,7 +130,29 @@ def value_words(kind: Any) -> str:
 
 
 def _heading(prog: str, description: str | None) -> list[str]:
-    return [f"usage: {prog} [--OPTION VALUE ...]", "", (description or "").strip(), ""]
+    lines = [line for text in (description or "").strip().splitlines() for line in _fitted(text)]
+    return [f"usage: {prog} [--OPTION VALUE ...]", "", *lines, ""]
+
+
+def _fitted(line: str) -> list[str]:
+    """A line of a script's description as the terminal shows it whole: examples (indented) go on after a backslash, and their
+    comment stands above them."""
+    if len(line) <= _width() or not line.startswith("    "):
+        return _wrapped(line, 0, 0) if line.strip() else [line]
+    example, sign, comment = line.partition("  #")
+    lines = [f"    # {comment.strip()}"] if sign else []
+    going = ""
+    for part in re.split(r" (?=--)", example.rstrip()):
+        if going and len(going) + len(part) + 3 > _width():
+            lines.append(f"{going} \\")
+            going = f"        {part}"
+        else:
+            going = f"{going} {part}" if going else part
+    return [*lines, going]
+
+
+def _width() -> int:
+    return min(max(shutil.get_terminal_size().columns, 60), WIDEST)
 
 
 def _all(groups: list[Group]) -> list[str]:
@@ -153,13 +176,18 @@ def _short(groups: list[Group], often: tuple[str, ...]) -> list[str]:
     return [*lines, "", "--help NAME shows a group or one option, --help_all all of them."]
 
 
-def _about(groups: list[Group], name: str) -> list[str]:
+def _about(groups: list[Group], name: str, dialect: Dialect) -> list[str]:
     every = {option.name: (group, option) for group in groups for option in group.options}
     for group in groups:
         if group.name == name:
             return _all([group])
     found = name.removeprefix("__")
+    if found in dialect.aliases:
+        found = dialect.aliases[found].option
     found = found if found in every else found.removeprefix("no_")
+    if found in dialect.refused:
+        raise UserError(f"{refusal([f'--{found}: {dialect.refused[found].reason}'])}")
+    found = next((option for option, keys in dialect.words_of.items() if found in keys), found)
     if found not in every:
         names = [group.name for group in groups]
         close = difflib.get_close_matches(found, [*names, *every], n=1, cutoff=0.6)
@@ -176,10 +204,9 @@ def _lines(option: Shown) -> list[str]:
 
 
 def _wrapped(text: str, first: int, rest: int) -> list[str]:
-    width = min(max(shutil.get_terminal_size().columns, 60), WIDEST)
     return textwrap.wrap(
         text,
-        width,
+        _width(),
         initial_indent=" " * first,
         subsequent_indent=" " * rest,
         break_on_hyphens=False,

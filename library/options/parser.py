@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import os
 import re
@@ -23,11 +22,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from library.errors import UserError
 from library.options.checks import OptionError, require
+from library.options.command_line import known_words, nearest
 from library.options.dialect import PLAIN, Dialect, values_in
 from library.options.given import NOT_GIVEN, VERBATIM, markers, plain_kinds, value_given, words_given
 from library.options.help import answer_help
 from library.options.rivals import beaten, option_of, without
-from library.options.toml_file import Located, find_config, in_single_quotes, read_options, values_of
+from library.options.toml_file import Located, find_config, in_single_quotes, parse_toml, read_options, values_of
 
 Options = TypeVar("Options")
 
@@ -61,7 +61,7 @@ def parse(
     keys and options (with the nearest names), mistyped values, failed checks, with file and line where the value came from
     a file.
     """
-    answer_help(argv, options_type, prog, description)
+    answer_help(argv, options_type, prog, description, dialect)
     kinds = fields_of(options_type)
     words, wrong = dialect.words(argv)
     config = next((word.strip() for word in reversed(values_in(words, dialect.config_option))), "") or None
@@ -70,7 +70,7 @@ def parse(
         config = default_config
         words = [*words, f"--{dialect.config_option}", config]
     known = set(kinds).union(*(fields_of(other) for other in also_known))
-    words, unknown = _known_words(words, kinds)
+    words, unknown = known_words(words, kinds)
     wrong = [*unknown, *wrong]
     from_file: dict[str, Located] = {}
     to_be_written = dialect.output_option is not None and _switched_on(dialect.output_option, words, {})
@@ -104,23 +104,6 @@ def _say(sentence: str) -> None:
     """Once, of all processes of a training."""
     if os.environ.get("RANK", "0") == "0":
         print(sentence, file=sys.stderr)
-
-
-def _known_words(words: list[str], kinds: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The words of known options, and the sentence about those of unknown ones."""
-    kept, unknown, is_known = [], [], True
-    for word in words:
-        if word.startswith("--"):
-            name = word.partition("=")[0][2:].replace("-", "_")
-            flag = name.removeprefix("no_")
-            is_known = name in kinds or (flag in kinds and bool in plain_kinds(kinds[flag]))
-            if not is_known:
-                unknown.append(f"--{name}{nearest(name, kinds)}")
-        if is_known:
-            kept.append(word)
-    if not unknown:
-        return kept, []
-    return kept, [f"Unknown {'option' if len(unknown) == 1 else 'options'}: {'; '.join(unknown)}."]
 
 
 def _checked(
@@ -166,7 +149,7 @@ def _file_values(
         find_config(config), later_section_wins=dialect.later_section_wins, datasets_beside=dialect.datasets_beside
     )
     values, faults = dialect.values(read)
-    strangers = _unknown(values, known)
+    strangers = _unknown(values, known, dialect.ignore_option)
     if strangers and dialect.ignore_option is not None and _switched_on(dialect.ignore_option, words, values):
         _say(f"warning: {strangers} They are ignored, as --{dialect.ignore_option} asks.")
     elif strangers:
@@ -211,12 +194,6 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean x?)" or the empty string."""
-    close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
 def _switched_on(name: str, argv: list[str], values: dict[str, Located]) -> bool:
     """Whether the command line, else the file, turns the flag `name` on."""
     words = [word.replace("-", "_") for word in argv]
@@ -224,15 +201,24 @@ def _switched_on(name: str, argv: list[str], values: dict[str, Located]) -> bool
     return on or (not off and name in values and values[name].value is True)
 
 
-def _unknown(values: dict[str, Located], known: set[str]) -> str | None:
+def _unknown(values: dict[str, Located], known: set[str], ignore_option: str | None) -> str | None:
     """The sentence about keys that are not `known`, if there are any."""
     unknown = []
     for name, located in values.items():
         if name not in known:
             is_tables = isinstance(located.value, list) and all(isinstance(item, dict) for item in located.value)
             hint = " (a file with [[datasets]] is for --dataset_config)" if is_tables and name == "datasets" else None
+            if isinstance(located.value, dict):
+                hint = (
+                    " (a table within a table, which holds no options; LoRA_Easy_Training_Scripts writes what it trains with into "
+                    "runtime_store/config.toml and dataset.toml)"
+                )
             unknown.append(f"{name}{nearest(name, known) if hint is None else hint} in {located.place}")
-    return f"Unknown {'key' if len(unknown) == 1 else 'keys'}: {'; '.join(unknown)}." if unknown else None
+    if not unknown:
+        return None
+    guessed = all(text.count("did you mean") or "dataset_config" in text for text in unknown)
+    away = "" if guessed or ignore_option is None else f" Delete or correct them, or add --{ignore_option}."
+    return f"Unknown {'key' if len(unknown) == 1 else 'keys'}: {'; '.join(unknown)}.{away}"
 
 
 def _typed(values: dict[str, Located], kinds: dict[str, Any], wrong: list[str], *, loose: bool) -> dict[str, Located]:
@@ -261,8 +247,22 @@ def _typed(values: dict[str, Located], kinds: dict[str, Any], wrong: list[str], 
             typed[name] = dataclasses.replace(located, value=checked)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            wrong.append(f"{name} is {located.value!r} in {located.place}: {reason[0].lower()}{reason[1:]}.")
+            bare = located.value.strip() if isinstance(located.value, str) else ""
+            without_quotes = bare.lower() if bare.lower() in ("true", "false") else bare
+            fits = _reads_as(without_quotes, kind)
+            hint = f" Write it without quotes: {name} = {without_quotes}." if fits else ""
+            wrong.append(f"{name} is {located.value!r} in {located.place}: {reason[0].lower()}{reason[1:]}.{hint}")
     return typed
+
+
+def _reads_as(text: str, kind: Any) -> bool:
+    """Whether a text is a value of this type without its quotes: a number, true or false."""
+    try:
+        value = parse_toml(f"value = {text}", Path("value"))["value"]
+        TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
+    except (UserError, ValidationError, KeyError):
+        return False
+    return bool(text)
 
 
 def _misread(value: Any, kind: Any) -> str | None:
@@ -375,6 +375,11 @@ def _sentence(text: str) -> str:
     if match := re.match(r"Error parsing --(\S+): no type matching (.+?) could be instantiated from \['(.*?)'\]", text):
         kind = match[2].replace("{None}|", "")
         return f"{match[1].replace('-', '_')} is {match[3]!r}: expected {kind}."
+    if match := re.match(
+        r"Error parsing --(\S+): Could not find valid parse for arguments: \['([^',]*,[^']*)'\]", text
+    ):
+        parts = " ".join(re.split(r"[\s,]+", match[2].strip(", ")))
+        return f"{match[1].replace('-', '_')} is {match[2]!r}: values stand apart, without commas. Write --{match[1]} {parts}."
     if not text:
         return "The command line could not be read."
     return f"{text[:1].upper()}{text[1:].rstrip('.')}."

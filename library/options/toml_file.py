@@ -45,6 +45,11 @@ def find_config(name: str) -> Path:
 
     `.toml` may be left out. Raises UserError naming the places that were looked at.
     """
+    if name.endswith(".json") and Path(name).is_file():
+        raise UserError(
+            f"{name} is a JSON file, as kohya's GUI saves it; options are read from TOML. The GUI's Print training command, or the "
+            "config_lora-*.toml that it writes into the output folder when it trains, say the same in kohya's own options."
+        )
     names = [name] if name.endswith(".toml") else [name, f"{name}.toml"]
     folders = [Path(), Path(CONFIG_FOLDER), PROJECT_ROOT / CONFIG_FOLDER]
     for folder in folders:
@@ -73,13 +78,34 @@ def parse_toml(text: str, path: Path) -> dict[str, Any]:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         place = re.search(r"at line (\d+)", str(error))
-        wrong = _BACKSLASH.search(lines[int(place[1]) - 1]) if place else None
-        reason = f"{error}." if place is None or wrong is None else f"line {place[1]}: {in_single_quotes(wrong[1])}"
+        meant = _as_meant(lines[int(place[1]) - 1]) if place and int(place[1]) <= len(lines) else None
+        reason = f"{error}." if place is None or meant is None else f"line {place[1]}: {meant}"
         raise UserError(f"{path} is not valid TOML: {reason}") from None
     for number, line in enumerate(lines, start=1):
         if (found := _DRIVE.search(line)) and "#" not in line[: found.start()]:
             raise UserError(f"{path}, line {number}: {in_single_quotes(found[1])}")
     return content
+
+
+def _as_meant(line: str) -> str | None:
+    """How a line that is not TOML is written, where that can be told."""
+    if wrong := _BACKSLASH.search(line):
+        return in_single_quotes(wrong[1])
+    pair = re.match(r"\s*([\w.-]+)\s*([=:])\s*([^#]*?),?\s*(?:#.*)?$", line)
+    if pair is None or pair[3][:1] in ('"', "'", "[", "{"):
+        return None
+    key, value = pair[1], pair[3]
+    if value.lower() in ("true", "false"):
+        return f"TOML spells it {value.lower()}. Write {key} = {value.lower()}."
+    if value.lower() in ("", "none", "null"):
+        return f'TOML has no empty value. Leave the line out, or write {key} = "".'
+    if pair[2] == ":" or re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", value):
+        return f"a key and its value have = between them, and nothing behind them. Write {key} = {value}."
+    return f"text stands in quotes. Write {key} = {_quoted(value)}."
+
+
+def _quoted(text: str) -> str:
+    return f"'{text}'" if "\\" in text else f'"{text}"'
 
 
 def in_single_quotes(written: str) -> str:

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from library.errors import UserError
 from library.files import read_json, write_json
-from library.options.parser import nearest
+from library.options.command_line import nearest
 from library.options.search import Script
 
 SCHEMA_VERSION = 1

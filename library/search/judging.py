@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from library.errors import UserError
-from library.options.parser import nearest
+from library.options.command_line import nearest
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.options.parser import nearest
+from library.options.command_line import nearest
 from library.options.search import Script
 from library.options.training import READ_BY
 

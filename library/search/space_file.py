@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic import Field as PydanticField
 
 from library.errors import UserError
-from library.options.parser import nearest
+from library.options.command_line import nearest
 from library.options.scripts import option_types
 from library.options.search import Script
 from library.options.toml_file import PROJECT_ROOT, read_toml

@@ -126,6 +126,7 @@ def train(run: Run, first_step: int) -> dict[str, float]:
         while True:
             # Report status: the only read from the device.
             finished = step >= plan.last_step
+            pace.arrive(step)
             validating = step > first_step and (run.validates and finished or run.validation_comes(step))
             saving = run.checkpoints.due(step, finished) and step > first_step
             request = lookout(step, requests.look()) if lookout.due(step) or finished else NOTHING

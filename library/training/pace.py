@@ -20,27 +20,43 @@ class Pace:
         self, first_step: int, last_step: int, due: Mapping[str, Callable[[int], bool]], guesses: Mapping[str, float]
     ) -> None:
         self._last_step = last_step
+        self._is_due = due
         self._due = {name: [s for s in range(first_step + 1, last_step + 1) if due[name](s)] for name in due}
         self._seconds = dict(guesses)
-        self._reports = 0
+        self._reports = self._counted = 0
         self._since, self._at = time.perf_counter(), first_step
+        self._seen, self._seen_at = first_step, self._since
+        self._waiting: set[str] = set()
+        self._interrupted: tuple[str, float] | None = None
+
+    def arrive(self, step: int) -> None:
+        """So many steps are done, and what interrupts after them comes now."""
+        self._seen, self._seen_at = step, time.perf_counter()
+        self._waiting = {name for name, due in self._is_due.items() if due(step)}
 
     def stepped(self, seconds: float, steps: int) -> None:
         """So many steps took so long, interruptions apart."""
         self._since, self._at = time.perf_counter(), self._at + steps
         taken, self._reports = seconds / max(steps, 1), self._reports + 1
         # The first steps hold the warm-up (kernels chosen, compilation): they are no measure of what is to come.
-        fresh = self._reports <= 2 or "step" not in self._seconds
-        self._seconds["step"] = taken if fresh else 0.7 * self._seconds["step"] + 0.3 * taken
+        self._counted = steps if self._reports <= 2 else self._counted + steps
+        weight = max(steps / max(self._counted, 1), 1 - 0.7 ** (steps / 10))
+        self._seconds["step"] = (1 - weight) * self._seconds.get("step", taken) + weight * taken
 
     @contextmanager
     def interruption(self, name: str, what: str) -> Iterator[None]:
         """Measure one, showing what is being done."""
         start = time.perf_counter()
-        with doing(what):
-            yield
-        self._seconds[name] = taken = time.perf_counter() - start
-        self._since += taken
+        self._interrupted = (name, start)
+        try:
+            with doing(what):
+                yield
+        finally:
+            self._interrupted = None
+            self._waiting.discard(name)
+            self._seconds[name] = taken = time.perf_counter() - start
+            self._since += taken
+            self._seen_at += taken
 
     def left(self, step: int) -> float | None:
         """Seconds from after so many steps to the end; None while nothing is known of a step."""
@@ -48,6 +64,21 @@ class Pace:
             return None
         to_come = {name: len(steps) - bisect_right(steps, step) for name, steps in self._due.items()}
         interruptions = sum(count * self._seconds.get(name, 0.0) for name, count in to_come.items())
-        # Where the steps since the last report take longer than those before it, that is what is to come.
-        lately = (time.perf_counter() - self._since) / (step - self._at + 1)
-        return (self._last_step - step) * max(self._seconds["step"], lately) + interruptions
+        interruptions += sum(self._seconds.get(name, 0.0) for name in self._waiting)
+        now = time.perf_counter()
+        if self._interrupted is not None:
+            name, start = self._interrupted
+            interruptions -= min(now - start, self._seconds.get(name, 0.0))
+            now = start
+        return (self._last_step - step) * self._per_step(step, now) + interruptions
+
+    def _per_step(self, step: int, now: float) -> float:
+        """Seconds, of the steps reported and of those since."""
+        known = self._seconds["step"]
+        if not self._reports and self._seen > self._at:
+            # The guess counts as one step.
+            done = self._seen - self._at
+            return max((known + self._seen_at - self._since) / (done + 1), (now - self._since) / (done + 1))
+        # Where many steps since the last report take longer than those before it, that is what is to come; one is chance.
+        lately = (now - self._since) / (step - self._at + 1)
+        return known + max(lately - known, 0.0) * min((step - self._at) / 9, 1.0)

@@ -150,4 +150,5 @@ def _finish(run: Run, options: RunOptions) -> None:
         print(f"  averaged   {output.output_dir / output.output_name}-ema.safetensors")
     if run.checkpoints.newest is not None:
         print(f"states       {output.output_dir}")
-    print(f"metrics      {output.output_dir / 'metrics.jsonl'}; tensorboard --logdir {output.log_dir}")
+    print(f"metrics      {output.output_dir / 'metrics.jsonl'}")
+    print(f"             tensorboard --logdir {output.log_dir}")

@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from library.errors import UserError
 from library.models.frozen import save_no_inputs
 from library.options.model import SpeedOptions
+from library.words import wrapped
 
 # Blocks that occur many times in a Stable Diffusion U-Net: compiled once each, used everywhere.
 REPEATED_BLOCKS = frozenset({"ResnetBlock2D", "BasicTransformerBlock"})
@@ -24,7 +25,9 @@ def with_usable_attention(options: SpeedOptions, say: Callable[[str], None]) -> 
     problem = xformers_problem(options)
     if problem is None:
         return options
-    say(f"--xformers: {problem} torch's scaled_dot_product_attention is used instead, which computes the same.")
+    say(
+        wrapped(f"--xformers: {problem} torch's scaled_dot_product_attention is used instead, which computes the same.")
+    )
     return replace(options, xformers=False, sdpa=True)
 
 

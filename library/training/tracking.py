@@ -109,15 +109,15 @@ def status_words(epoch: str, values: dict[str, float], left: float | None, width
     values: the row that goes to the metrics, or nothing before there is one. left: seconds, None where it is not known.
     """
     # (in which order parts go, the part)
-    parts = [(2, epoch)]
+    parts = [(6, epoch)]
     if left is not None:
         parts.append((9, f"left {clock_text(left)}"))
     if "lambda" in values:
-        parts.append((7, f"L_diff {values['train/diffusion']:.4f}"))
+        parts.append((8, f"L_diff {values['train/diffusion']:.4f}"))
         parts += [
-            (6, f"{name} {values[f'train/{name}']:.3f}") for name in ("token", "manifold") if f"train/{name}" in values
+            (5, f"{name} {values[f'train/{name}']:.3f}") for name in ("token", "manifold") if f"train/{name}" in values
         ]
-        parts.append((5, f"lambda {values['lambda']:.2g}"))
+        parts.append((7, f"lambda {values['lambda']:.2g}"))
     elif values:
         parts.append((8, f"loss {values['train/loss']:.4f}"))
     if values:

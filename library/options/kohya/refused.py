@@ -82,7 +82,8 @@ REFUSED: dict[str, Refused] = _table(
     ),
     (_DDP, "", {"ddp_gradient_as_bucket_view": False, "ddp_static_graph": False}),
     ("No process waits for a long one here: caches are built by all of them.", "", {"ddp_timeout": None}),
-    (_WANDB, "", {"wandb_run_name": None, "wandb_api_key": None, "log_tracker_config": None}),
+    ("Nothing is sent to other machines, where a run would bear it. Leave it out.", "", {"wandb_run_name": None}),
+    (_WANDB, "", {"wandb_api_key": None, "log_tracker_config": None}),
     (
         "Weights are loaded straight in the training format, one model at a time. Leave it out.",
         "",
@@ -119,7 +120,31 @@ REFUSED: dict[str, Refused] = _table(
         "",
         {"cpu_offload_checkpointing": False},
     ),
-    # No options of kohya's, but often seen beside them.
+    # No options of kohya's, but often seen beside them: in files of its GUI, or as what people call things.
+    (
+        "It is the GUI's, and kohya's own script does not read it. Leave it out; max_train_epochs says how many epochs there are.",
+        "",
+        {"epoch": None},
+    ),
+    (
+        "It is the GUI's, and kohya's own script does not read it. Leave it out; network_train_unet_only trains no text encoder.",
+        "",
+        {"stop_text_encoder_training": None},
+    ),
+    (
+        "It is the GUI's, and kohya's script does not read it. Leave it out: noise_offset or multires_noise_iterations says it.",
+        "Multires",
+        {"noise_offset_type": "Original"},
+    ),
+    ("Use --max_train_epochs.", "", {"epochs": None, "num_train_epochs": None, "num_epochs": None}),
+    ("Use --learning_rate.", "", {"lr": None}),
+    ("Use --network_dim.", "", {"rank": None, "dim": None, "lora_rank": None}),
+    ("Use --network_alpha.", "", {"alpha": None, "lora_alpha": None}),
+    (
+        "It is an option of kohya's scripts for Flux and SD3. SD1.5 and SDXL are trained here.",
+        "",
+        {"ae": None, "t5xxl": None, "clip_l": None, "clip_g": None, "blocks_to_swap": None},
+    ),
     ("Use --train_batch_size, or batch_size in the file of --dataset_config.", "", {"batch_size": None}),
     (
         "It is an option of image UIs. Use --gradient_checkpointing, --train_batch_size 1 and --fp8_base to save memory.",

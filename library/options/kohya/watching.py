@@ -62,11 +62,11 @@ class SampleOptions:
         positive("sample_every_n_steps", self.sample_every_n_steps)
         positive("sample_every_n_epochs", self.sample_every_n_epochs)
         if self.sample_prompts is None:
-            for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first", "sample_sampler"):
+            for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"):
                 require(
                     getattr(self, name) in (None, False),
                     name,
-                    "has no effect without sample_prompts, the file of prompts.",
+                    "has no effect without sample_prompts, the file of prompts. Give one, or leave it out.",
                 )
             return
         require(
