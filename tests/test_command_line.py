@@ -27,8 +27,6 @@ from tests.test_option_faults import faults
         ("--num_cpu_threads_per_process=8", "is an option of accelerate launch. It stands before the script's name"),
         ("--epoch 3", "max_train_epochs says how many epochs there are"),
         ("--rank 3", "Use --network_dim."),
-        ("--output_dir C:\\out\\lora", "output_dir C:\\out\\lora is a path of Windows"),
-        ("--logging_dir d:/logs", "Under WSL, that drive is /mnt/d."),
     ],
 )
 def test_a_pasted_command_line_is_refused_with_what_to_write(words: str, said: str) -> None:

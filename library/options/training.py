@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -250,14 +248,6 @@ class OutputOptions:
     def __post_init__(self) -> None:
         for name in ("log_every_n_steps", "validate_every_n_steps", "save_every_n_steps", "save_last_n_states"):
             positive(name, getattr(self, name))
-        for name in ("output_dir", "logging_dir"):
-            drive = re.match(r"([A-Za-z]):[\\/]", str(getattr(self, name)))
-            require(
-                drive is None or os.name == "nt",
-                name,
-                f"{getattr(self, name)} is a path of Windows, and would be the name of a folder in the working folder here. "
-                f"Under WSL, that drive is /mnt/{drive[1].lower() if drive else 'c'}.",
-            )
         require(
             bool(self.output_name)
             and not any(c in self.output_name for c in '/\\:*?"<>|')
