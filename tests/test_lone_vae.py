@@ -26,6 +26,7 @@ from tests.tools.generating import run
 from tests.tools.infotext import read_png
 from tests.tools.ldm_layout import ldm_checkpoint
 from tests.tools.network_runs import NetworkSetting, adapter, metadata
+from tests.tools.runs import RepaSetting, assert_equal_states
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ID = "someone/a-vae"
@@ -152,6 +153,15 @@ def test_training_with_it_is_training_without_and_its_hash_is_kept(
     assert said.get("ss_new_vae_hash") == (file_hash(Path(name)) if Path(name).is_file() else None)
 
 
+def test_train_repa_with_it_is_train_repa_without(repa_setting: RepaSetting, tiny_sd15: Path, tmp_path: Path) -> None:
+    changes = {"max_train_steps": 2, "cache_dir": tmp_path / "caches"}
+    assert repa_setting.train(tmp_path / "own", **changes) == EXIT_OK
+    changes = {"max_train_steps": 2, "cache_dir": tmp_path / "others", "vae": original_file(tiny_sd15, tmp_path)}
+    assert repa_setting.train(tmp_path / "lone", **changes) == EXIT_OK
+    (own,), (lone,) = (sorted((tmp_path / name).glob("step_*")) for name in ("own", "lone"))
+    assert_equal_states(own, lone)
+
+
 def test_the_scaling_factor_is_the_configurations_or_else_the_families(
     tiny_sd15: Path, tmp_path: Path, network_setting: NetworkSetting
 ) -> None:
@@ -197,6 +207,18 @@ def test_what_is_no_autoencoder_is_refused(tiny_sd15: Path, tmp_path: Path) -> N
     (folder / WEIGHTS).unlink()
     with pytest.raises(UserError, match=f"is incomplete: {WEIGHTS} missing"):
         locate_vae(str(folder))
+    shutil.copy(tiny_sd15 / VAE / WEIGHTS, folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="is incomplete: config.json missing"):
+        locate_vae(str(folder))
+    tiny = written(
+        {"encoder.layers.0.weight": torch.zeros(1), "decoder.layers.0.weight": torch.zeros(1)},
+        tmp_path / "t.safetensors",
+    )
+    with pytest.raises(
+        UserError, match="no autoencoder of Stable Diffusion's kind .*decoder.conv_in.weight is missing"
+    ):
+        locate_vae(tiny)
     tensors = original(tiny_sd15)
     tensors.pop("decoder.conv_out.weight")
     torn = written(tensors, tmp_path / "torn.safetensors")

@@ -117,9 +117,15 @@ def _local(name: str) -> LoneVae | None:
 
 def _of_file(name: str, path: Path) -> LoneVae | None:
     names = list(read_shapes(path))
+    inner = {each.removeprefix(_NESTED) for each in names}
     is_base = any(each.startswith("model.diffusion_model.") for each in names)
-    if is_base or not {each.removeprefix(_NESTED) for each in names} >= _FIRST:
+    if is_base or not any(each.startswith(_BEGINNINGS) for each in inner):
         return None
+    if missing := sorted(_FIRST - inner):
+        raise UserError(
+            f"{name} is no autoencoder of Stable Diffusion's kind ({_CLASS}): the tensor {missing[0]} is missing. Name another "
+            "with --vae, or leave it out."
+        )
     config = path.with_name("config.json")  # which the file of a folder is named with
     is_of_folder = path.stem.startswith("diffusion_pytorch_model") and config.is_file()
     return LoneVae(name, path, config_file=_autoencoders(config) if is_of_folder else None)
@@ -129,13 +135,15 @@ def _of_folder(name: str, folder: Path) -> LoneVae | None:
     """None for a base's."""
     if (folder / "model_index.json").exists() or (folder / UNET).is_dir():
         return None
-    config = next((file for at in (folder, folder / VAE) if (file := at / "config.json").is_file()), None)
-    if config is None:
-        return None
-    _autoencoders(config)
-    if missing := missing_parts(config.parent, (LONE_VAE,)):
-        raise UserError(f"{name} is incomplete: {', '.join(missing)} missing. Complete it or name another.")
-    return LoneVae(name, weight_files(config.parent, LONE_VAE)[0], config_file=config)
+    for inside in (folder, folder / VAE):
+        missing = missing_parts(inside, (LONE_VAE,))
+        if (config := inside / "config.json").is_file():
+            _autoencoders(config)
+        if len(missing) == 1:
+            raise UserError(f"{inside} is incomplete: {missing[0]} missing. Complete it or name another.")
+        if not missing:
+            return LoneVae(name, weight_files(inside, LONE_VAE)[0], config_file=config)
+    return None
 
 
 def _autoencoders(config: Path) -> Path:
