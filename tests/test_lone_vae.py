@@ -162,6 +162,16 @@ def test_train_repa_with_it_is_train_repa_without(repa_setting: RepaSetting, tin
     assert_equal_states(own, lone)
 
 
+def test_scaled_latents_of_one_family_are_not_taken_for_another(
+    repa_setting: RepaSetting, tiny_sd15: Path, tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"max_train_steps": 1, "cache_dir": tmp_path / "caches", "vae": original_file(tiny_sd15, tmp_path)}
+    assert repa_setting.train(tmp_path / "one", **changes) == EXIT_OK
+    changes["pretrained_model_name_or_path"] = tiny_sdxl
+    assert repa_setting.train(tmp_path / "two", **changes) == EXIT_BAD_INPUT
+    assert "scaling_factor" in capsys.readouterr().err
+
+
 def test_the_scaling_factor_is_the_configurations_or_else_the_families(
     tiny_sd15: Path, tmp_path: Path, network_setting: NetworkSetting
 ) -> None:

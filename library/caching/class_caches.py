@@ -33,7 +33,7 @@ from library.models.encoders import PROMPTS_AT_ONCE, DinoEncoder, VaeEncoder
 from library.models.fingerprint import weight_fingerprint
 from library.models.load import load_text_encoders, load_vae
 from library.models.locate import DINOV2, BaseLocation, locate_base, locate_dino
-from library.models.lone_vae import locate_vae
+from library.models.lone_vae import LoneVae, locate_vae
 from library.options.alignment import AlignmentOptions
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.options.kohya.training import NetworkModelOptions, TextEncoderOptions
@@ -117,6 +117,8 @@ class Preparation:
             "weights": weight_fingerprint(self.vae, "vae", self.cache.cache_dir),
             "value": "posterior mode x scaling factor",
         }
+        if isinstance(self.vae, LoneVae):  # which may have that of the base's family
+            producer["scaling_factor"] = self.vae.scaling_factor(self.family)
         return Wanted("latents", "float16", self._latent_shape, producer)
 
     @property

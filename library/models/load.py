@@ -96,7 +96,7 @@ def _lone_vae(vae: LoneVae, family: Family) -> tuple[dict[str, Any], dict[str, T
     if config is None:
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
         config = single_file.vae_config(single_file.Sizes(vae.path, family, VAE, shapes), family)
-    return {"scaling_factor": family.scaling_factor, **config}, tensors
+    return {**config, "scaling_factor": vae.scaling_factor(family)}, tensors
 
 
 def load_text_encoders(

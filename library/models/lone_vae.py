@@ -46,6 +46,10 @@ class LoneVae(BaseLocation):
     def config(self) -> dict[str, Any] | None:
         return None if self.config_file is None else read_json(self.config_file)
 
+    def scaling_factor(self, family: Family) -> float:
+        """What latents for a base of `family` are multiplied with: its configuration's, or else the family's."""
+        return float((self.config or {}).get("scaling_factor", family.scaling_factor))
+
 
 def locate_vae(name: str) -> BaseLocation:
     """Find an autoencoder: a lone one, or else that of a base (see `locate_base`), fetched from the hub if need be.

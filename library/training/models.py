@@ -243,7 +243,7 @@ def scaling_factor(options: RunOptions, base: BaseLocation, family: Family) -> f
     """
     base = base if options.model.vae is None else locate_vae(options.model.vae)
     if isinstance(base, LoneVae):
-        return float((base.config or {}).get("scaling_factor", family.scaling_factor))
+        return base.scaling_factor(family)
     if base.is_file:
         return family_of(base).scaling_factor
     return float(read_json(base.path / "vae" / "config.json").get("scaling_factor", SD15.scaling_factor))
