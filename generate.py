@@ -25,6 +25,7 @@ from library.inference.picture_infotext import strength_of
 from library.inference.picture_plan import PicturePlan, PlannedPicture, plan_pictures
 from library.models.embedded import TINY_BASES
 from library.models.locate import check_base, check_refiner
+from library.models.lone_vae import check_vae_name
 from library.options.generate import GenerateOptions
 from library.options.parser import parse
 from library.words import plural
@@ -115,7 +116,7 @@ def check(options: GenerateOptions, plan: PicturePlan) -> None:
         partial(check_base, base) for base in dict.fromkeys(picture.base for picture in plan.pictures)
     ]
     if options.models.vae is not None:
-        checks.append(partial(check_base, options.models.vae, ("vae",)))
+        checks.append(partial(check_vae_name, options.models.vae))
     if options.models.refiner is not None:
         checks.append(partial(check_refiner, options.models.refiner))
     checks.append(partial(require_writable, options.pictures.output.parent))
@@ -134,11 +135,12 @@ def try_out(options: GenerateOptions, plan: PicturePlan) -> None:
     """What the run would stop at, as far as the models are on this machine; which of them are not. Reads headers alone."""
     from library.models.base_family import check_headers
     from library.models.locate import base_status, locate_base, refiner_status
+    from library.models.lone_vae import vae_status
 
     models = options.models
     bases = dict.fromkeys(picture.base for picture in plan.pictures)
     absent = {base: sentence for base in bases if (sentence := base_status(base))}
-    vae = None if models.vae is None else base_status(models.vae, ("vae",))
+    vae = None if models.vae is None else vae_status(models.vae)
     refiner = None if models.refiner is None else refiner_status(models.refiner)
     for sentence in filter(None, [*absent.values(), vae, refiner]):
         print(f"missing    {sentence}")

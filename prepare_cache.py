@@ -39,6 +39,7 @@ def run(options: PrepareCacheOptions) -> int:
     from library.models.locate import locate_base
     from library.processes import Processes
     from library.training.caches import class_preparation, prepare_caches
+    from library.training.inputs import check_vae_fits
     from library.training.pictures import collect_pictures, print_data
 
     start = time.perf_counter()
@@ -49,6 +50,7 @@ def run(options: PrepareCacheOptions) -> int:
         )
         data = collect_pictures(options, base)
     family = family_of(base)
+    check_vae_fits(options, family)
     if processes.is_main:
         print_data(data)
     if data.classes is None:

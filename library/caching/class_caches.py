@@ -33,12 +33,13 @@ from library.models.encoders import PROMPTS_AT_ONCE, DinoEncoder, VaeEncoder
 from library.models.fingerprint import weight_fingerprint
 from library.models.load import load_text_encoders, load_vae
 from library.models.locate import DINOV2, BaseLocation, locate_base, locate_dino
+from library.models.lone_vae import LoneVae, locate_vae
 from library.options.alignment import AlignmentOptions
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.options.kohya.training import NetworkModelOptions, TextEncoderOptions
 from library.processes import Processes
 from library.words import plural
-from networks.families import FAMILIES, TOKENIZERS, Family
+from networks.families import TOKENIZERS, Family
 
 KINDS = ("latents", "tokens")
 
@@ -82,7 +83,7 @@ class Preparation:
         self.kinds = KINDS if alignment.alignment else KINDS[:1]
         automatic = "bf16" if model.mixed_precision == "bf16" else "no"  # fp16 may overflow
         self.precision = automatic if cache.encoder_precision == "auto" else cache.encoder_precision
-        self.vae = locate_base(model.vae or model.pretrained_model_name_or_path, ("vae",))
+        self.vae = locate_vae(model.vae or model.pretrained_model_name_or_path)
         self._encoders: dict[str, Any] = {}
 
     def made_elsewhere(self, kind: str) -> tuple[int, ...] | None:
@@ -116,6 +117,8 @@ class Preparation:
             "weights": weight_fingerprint(self.vae, "vae", self.cache.cache_dir),
             "value": "posterior mode x scaling factor",
         }
+        if isinstance(self.vae, LoneVae):  # which may have that of the base's family
+            producer["scaling_factor"] = self.vae.scaling_factor(self.family)
         return Wanted("latents", "float16", self._latent_shape, producer)
 
     @property
@@ -146,8 +149,7 @@ class Preparation:
         if kind not in self._encoders:
             dtype, device = named_dtype(self.precision), self.processes.device
             if kind == "latents":
-                families = tuple(FAMILIES.values()) if self.model.vae else (self.family,)
-                self._encoders[kind] = VaeEncoder(load_vae(self.vae, families=families, dtype=dtype, device=device))
+                self._encoders[kind] = VaeEncoder(load_vae(self.vae, serves=self.family, dtype=dtype, device=device))
             elif kind == "tokens":
                 teacher = load_dinov2(locate_dino(self.model.dino_model), dtype=dtype, device=device)
                 self._encoders[kind] = DinoEncoder(teacher, self.alignment.dino_resolution, self.alignment.token_grid)

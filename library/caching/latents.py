@@ -31,7 +31,7 @@ from library.models.fingerprint import weight_fingerprint
 from library.models.load import load_vae
 from library.models.locate import BaseLocation
 from library.processes import Processes
-from networks.families import FAMILIES, VAE, Family
+from networks.families import VAE, Family
 
 KIND = "moments"
 LABEL = "latents"
@@ -92,10 +92,9 @@ def prepare_latents(
     importer = None
     if kohya_caches:
         importer = KohyaLatents(plan.crop, family, {name: is_flipped(name) for name in plan.targets})
-    families = tuple(FAMILIES.values()) if vae else (family,)
 
     def load() -> MomentsEncoder:
-        return MomentsEncoder(load_vae(location, families=families, dtype=named_dtype(used), device=processes.device))
+        return MomentsEncoder(load_vae(location, serves=family, dtype=named_dtype(used), device=processes.device))
 
     return fill_stores(
         plan,

@@ -15,6 +15,7 @@ from library.models.checkpoint import open_checkpoint
 from library.models.conditioning import checked_layer
 from library.models.load import load_scheduler_config
 from library.models.locate import BaseLocation
+from library.models.lone_vae import LoneVae, check_lone_vae
 from networks.adapters import Adapter
 from networks.families import VAE, Family
 
@@ -49,9 +50,11 @@ def check_base_fits(
     check_all(*checks)
 
 
-def check_vae(base: BaseLocation) -> None:
-    """Raise UserError where the autoencoder of a base cannot be read, by its headers."""
-    check_headers(base, without=[component for component in family_of(base).original if component != VAE])
+def check_vae(vae: BaseLocation, family: Family) -> None:
+    """Raise UserError where another autoencoder, of a base or alone, does not serve a base of `family`, by its headers."""
+    if isinstance(vae, LoneVae):
+        return check_lone_vae(vae, family)
+    check_headers(vae, without=[component for component in family_of(vae).original if component != VAE])
 
 
 def _check_adapter(

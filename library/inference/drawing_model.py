@@ -20,7 +20,7 @@ from library.models.encoders import pixels_of_latent
 from library.models.load import TextPart, load_scheduler_config, load_text_encoders, load_unet, load_vae
 from library.models.locate import BaseLocation
 from networks.adapters import Adapter
-from networks.families import FAMILIES, UNET, Family
+from networks.families import UNET, Family
 
 
 @dataclass
@@ -97,13 +97,13 @@ def load_model(
 def load_drawing_vae(
     base: BaseLocation, family: Family, *, dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
-    """The autoencoder of a base, or of another model of either family; float32 where float16 would overflow.
+    """The autoencoder of a base, or of another model of either family, or one alone; float32 where float16 would overflow.
 
     SDXL's says so itself (force_upcast). Raises UserError where it cannot be loaded.
     """
-    vae = load_vae(base, families=tuple(FAMILIES.values()), dtype=dtype, device=device)
+    vae = load_vae(base, serves=family, dtype=dtype, device=device)
     if dtype == torch.float16 and vae.config.get("force_upcast", family.vae_overflows):
-        return load_vae(base, families=tuple(FAMILIES.values()), dtype=torch.float32, device=device)
+        return load_vae(base, serves=family, dtype=torch.float32, device=device)
     return vae
 
 

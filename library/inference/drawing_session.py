@@ -24,6 +24,7 @@ from library.inference.text_to_image import draw
 from library.merging.source import Source, read_source
 from library.models.base_family import family_of, native_side
 from library.models.locate import BaseLocation, locate_base
+from library.models.lone_vae import locate_vae
 from library.progress import doing
 from networks.adapters import Adapter
 
@@ -61,7 +62,7 @@ class DrawingSession:
             location,
             dtype=self.dtype,
             device=self.device,
-            vae=None if self.vae is None else locate_base(self.vae, ("vae",)),
+            vae=None if self.vae is None else locate_vae(self.vae),
             prediction_type=self.prediction_type,
             zero_terminal_snr=self.zero_terminal_snr,
         )
@@ -77,7 +78,7 @@ class DrawingSession:
         bases = {base: locate_base(base) for base in dict.fromkeys(picture.base for picture in pictures)}
         checks: list[Callable[[], object]] = []
         if (vae := self.vae) is not None:
-            checks.append(lambda: check_vae(locate_base(vae, ("vae",))))
+            checks += [partial(self._check_vae, vae, location) for location in bases.values()]
         for base, location in bases.items():
             requests = [picture.request for picture in pictures if picture.base == base]
             checks.append(partial(self._check_base, location, requests))
@@ -85,6 +86,10 @@ class DrawingSession:
                 checks.append(partial(locate_refiner, self.refiner, family_of(location)))
         check_all(*checks)
         return {base: native_side(location) for base, location in bases.items()}
+
+    @staticmethod
+    def _check_vae(vae: str, base: BaseLocation) -> None:
+        check_vae(locate_vae(vae), family_of(base))
 
     def _check_base(self, base: BaseLocation, requests: Sequence[PictureRequest]) -> None:
         paths = dict.fromkeys(use.path for request in requests for use in request.loras)

@@ -10,7 +10,8 @@ from library.errors import UserError
 from library.files import read_json
 from library.models.base_family import family_of
 from library.models.checkpoint import Checkpoint, StoredTensor
-from library.models.locate import PICKLE_SUFFIXES, base_status, conversion_command, locate_base
+from library.models.locate import base_status, locate_base
+from library.models.pickles import PICKLE_SUFFIXES, conversion_command
 from library.models.tensor_files import TensorFile
 from library.words import plural
 from networks import AdapterError

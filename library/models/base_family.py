@@ -27,6 +27,7 @@ _OTHER_MODELS = (
     (_UNET + "double_blocks.", "Flux"),
     ("control_model.", "a ControlNet"),
 )
+_VAE_ALONE = "a VAE alone"
 # What is no whole model. In one with a U-Net, such a name is a stray that no program looks at.
 _PARTS = (
     ("lora_", "a LoRA adapter"),
@@ -35,8 +36,9 @@ _PARTS = (
     ("double_blocks.", "Flux"),
     ("unet.", "a LoRA adapter or a training checkpoint"),
     ("down_blocks.", "a diffusers U-Net alone"),
-    ("encoder.", "a VAE alone"),
+    ("encoder.", _VAE_ALONE),
     ("text_model.", "a text encoder alone"),
+    ("first_stage_model.", _VAE_ALONE),
 )
 _OTHER_INPUTS = {9: "an inpainting model (9 input channels)", 8: "an editing model (8 input channels)"}
 
@@ -84,7 +86,8 @@ def require_family(found: Family | str, allowed: Collection[Family], where: str)
         return found
     looks = found.title if isinstance(found, Family) else found
     needed = " or ".join(family.title for family in allowed)
-    raise UserError(f"{where} looks like {looks}. An {needed} base model is needed here.")
+    hint = " Give it to --vae, beside a base model." if looks == _VAE_ALONE else ""
+    raise UserError(f"{where} looks like {looks}. An {needed} base model is needed here.{hint}")
 
 
 def native_side(location: BaseLocation) -> int:

@@ -22,11 +22,13 @@ from library.models.base_schedule import folder_scheduler_config
 from library.models.clip_tokenizer import PADS, tokenizer_for
 from library.models.configs import configs_of, published_family
 from library.models.locate import BaseLocation, base_status, locate_base, weight_files
+from library.models.lone_vae import LoneVae, check_lone_vae, locate_vae, lone_keys
 from library.models.quantised import unscaled
 from library.models.weights import assemble, read_tensors
 from library.progress import doing
-from networks.families import SD15, SDXL, TEXT_ENCODER_2, TOKENIZERS, UNET, VAE, Family
+from networks.families import FAMILIES, SD15, SDXL, TEXT_ENCODER_2, TOKENIZERS, UNET, VAE, Family
 from networks.names import current_key
+from networks.original_names import original_place
 
 Base = BaseLocation | str
 Device = torch.device | str
@@ -54,20 +56,47 @@ def load_unet(
 
 
 def load_vae(
-    base: Base, *, families: Families = (SD15,), dtype: torch.dtype = torch.float32, device: Device = "cpu"
+    base: Base,
+    *,
+    families: Families = (SD15,),
+    serves: Family | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: Device = "cpu",
 ) -> AutoencoderKL:
-    """The autoencoder, frozen; its config holds scaling_factor."""
-    location = _located(base, VAE)
-    family = family_of(location, families)
-    if location.is_file:
-        config = single_file.file_vae_config(location.path, family)
+    """The autoencoder, frozen; its config holds scaling_factor.
+
+    serves: the family of the base that it is used with, whose own it need not be: it may be of any family, or alone.
+    """
+    location = base if isinstance(base, BaseLocation) else locate_vae(base)
+    if isinstance(location, LoneVae):
+        config, tensors = _lone_vae(location, serves or next(iter(families)))
     else:
-        config = _component_config(location, VAE, "AutoencoderKL")
-    tensors = component_tensors(location, family, VAE)
+        family = family_of(location, families if serves is None else FAMILIES.values())
+        if location.is_file:
+            config = single_file.file_vae_config(location.path, family)
+        else:
+            config = _component_config(location, VAE, "AutoencoderKL")
+        tensors = component_tensors(location, family, VAE)
     where, remedy = f"The VAE of {location.path}", "Fetch it again, or name another autoencoder with --vae."
     return assemble(
         lambda: AutoencoderKL.from_config(config), tensors, where, dtype=dtype, device=device, remedy=remedy
     )
+
+
+def _lone_vae(vae: LoneVae, family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of a lone autoencoder that serves a family."""
+    check_lone_vae(vae, family)
+    with doing(f"reading {vae.path.name}"):
+        stored = unscaled(read_tensors(vae.path))
+    tensors = {
+        key: single_file.as_in_diffusers(stored[name], original_place(family, VAE, key))
+        for name, key in lone_keys(stored, family).items()
+    }
+    config = vae.config
+    if config is None:
+        shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+        config = single_file.vae_config(single_file.Sizes(vae.path, family, VAE, shapes), family)
+    return {**config, "scaling_factor": vae.scaling_factor(family)}, tensors
 
 
 def load_text_encoders(

@@ -14,12 +14,14 @@ from library.errors import UserError
 from library.files import read_json
 from library.models.base_schedule import check_schedule
 from library.models.embedded import MODELS, SHAPES, SHAPES_CLIP, SHAPES_DINOV2, TINY_BASES, TINY_TEACHERS
+from library.models.pickles import PICKLE_SUFFIXES, conversion_command
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SDXL_COMPONENTS = (*COMPONENTS, "text_encoder_2", "tokenizer_2")
 REFINER_COMPONENTS = ("unet", "text_encoder_2", "tokenizer_2", "scheduler")
 """Of SDXL's refiner, whose pictures the base's autoencoder decodes."""
-DINOV2 = "dinov2"  # a DINOv2 folder has one component, which lies at its root
+DINOV2, LONE_VAE = "dinov2", "autoencoder"
+_AT_ROOT = (DINOV2, LONE_VAE)  # such a folder has one component, which lies at its root
 
 # Ids that left the hub, and where the same files are now.
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
@@ -31,11 +33,11 @@ _SAFE_STEM = {
     "text_encoder": "model",
     "text_encoder_2": "model",
     DINOV2: "model",
+    LONE_VAE: "diffusion_pytorch_model",
 }
 # transformers' pickles have a name of their own, diffusers' have not.
 _PICKLE_STEM = {part: "pytorch_model" if stem == "model" else stem for part, stem in _SAFE_STEM.items()}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,17 @@ class BaseLocation:
         return self.path.is_file()
 
 
-def locate_base(name: str, components: Sequence[str] | None = None) -> BaseLocation:
+def locate_base(name: str, components: Sequence[str] | None = None, otherwise: Sequence[str] = ()) -> BaseLocation:
     """Find a Stable Diffusion base; fetch it from the hub if it is a hub id not yet in the local cache.
 
     `name` is `tiny-shapes`, `tiny-sd15` or `tiny-sdxl`, a diffusers folder, a `.safetensors` file, or `owner/name`. Of a
     hub model only `components` are fetched; None means all that a model of its family has. A complete copy in the hub
-    cache is used as it is, without asking the hub for a newer one. Raises UserError for everything that cannot be used,
-    with what to do.
+    cache is used as it is, without asking the hub for a newer one. otherwise: what is fetched of a hub model that lacks the
+    components and has these. Raises UserError for everything that cannot be used, with what to do.
     """
     if name in TINY_BASES:
         return _tiny(name)
-    return _judged(_local_base(name, components) or _fetch(name, components), components)
+    return _judged(_local_base(name, components) or _fetch(name, components, otherwise), components)
 
 
 def locate_dino(name: str) -> BaseLocation:
@@ -153,7 +155,7 @@ def weight_files(folder: Path, component: str) -> list[Path]:
 
     Preferred in this order: full precision, fp16, shards, `.bin`. Raises UserError when there is none.
     """
-    inside = folder if component == DINOV2 else folder / component
+    inside = folder if component in _AT_ROOT else folder / component
     names = [file.name for file in inside.iterdir()] if inside.is_dir() else []
     chosen = choose_weights(names, component)
     if not chosen:
@@ -177,17 +179,6 @@ def choose_weights(names: Collection[str], component: str) -> list[str]:
         [f"{pickled}.fp16.bin"],
     ]
     return next((files for files in candidates if files and set(files) <= set(names)), [])
-
-
-def conversion_command(path: Path | str) -> str:
-    """A shell command that rewrites a pickled checkpoint as safetensors. It runs what is in the pickle."""
-    target = Path(path).with_suffix(".safetensors")
-    return (
-        'python -c "import torch; from safetensors.torch import save_file; '
-        f"d = torch.load(r'{path}', map_location='cpu', weights_only=False); d = d.get('state_dict', d); "
-        "save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, "
-        f"r'{target}')\""
-    )
 
 
 def locate_clip(name: str) -> BaseLocation:
@@ -237,14 +228,15 @@ def _local_base(name: str, components: Sequence[str] | None) -> BaseLocation | N
         return BaseLocation(name, path)
     if path.is_dir():
         if not ((path / "model_index.json").exists() or (path / "unet" / "config.json").exists()):
+            hint = "" if missing_parts(path, (LONE_VAE,)) else " If it is a VAE alone, give it to --vae."
             raise UserError(
                 f"{name} is not a diffusers folder: it has neither model_index.json nor unet/config.json. Name the "
-                "folder that holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/."
+                f"folder that holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/.{hint}"
             )
         if missing := missing_parts(path, components or _all_components(path)):
             raise UserError(f"{name} is incomplete: {', '.join(missing)} missing. Complete it or name another.")
         return BaseLocation(name, path)
-    return _cached(name, components)
+    return cached_copy(name, components)
 
 
 def _local_dino(name: str) -> BaseLocation | None:
@@ -257,7 +249,7 @@ def _local_dino(name: str) -> BaseLocation | None:
         if missing := missing_parts(path, (DINOV2,)):
             raise UserError(f"{name} is not a DINOv2 folder: {', '.join(missing)} missing.")
         return BaseLocation(name, path)
-    return _cached(name, (DINOV2,))
+    return cached_copy(name, (DINOV2,))
 
 
 def _all_components(folder: Path) -> Sequence[str]:
@@ -297,22 +289,22 @@ def _missing(files: Collection[str], components: Sequence[str]) -> list[str]:
 
 
 def _in_component(component: str, file: str) -> str:
-    return file if component == DINOV2 else f"{component}/{file}"
+    return file if component in _AT_ROOT else f"{component}/{file}"
 
 
 def _names_in(files: Collection[str], component: str) -> list[str]:
-    if component == DINOV2:
+    if component in _AT_ROOT:
         return [file for file in files if "/" not in file]
     return [file.split("/")[1] for file in files if file.startswith(f"{component}/") and file.count("/") == 1]
 
 
-def _cached(name: str, components: Sequence[str] | None) -> BaseLocation | None:
+def cached_copy(name: str, components: Sequence[str] | None) -> BaseLocation | None:
     """A complete copy in the hub cache of the id, or of the id it moved to."""
     if not _is_hub_id(name):
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    marker = "config.json" if components == (DINOV2,) else "model_index.json"
+    marker = "config.json" if components in ((DINOV2,), (LONE_VAE,)) else "model_index.json"
     for hub_id in (name, MOVED[name]) if name in MOVED else (name,):
         found = try_to_load_from_cache(hub_id, marker)
         if not isinstance(found, str):
@@ -323,7 +315,7 @@ def _cached(name: str, components: Sequence[str] | None) -> BaseLocation | None:
     return None
 
 
-def _fetch(name: str, components: Sequence[str] | None) -> BaseLocation:
+def _fetch(name: str, components: Sequence[str] | None, otherwise: Sequence[str] = ()) -> BaseLocation:
     tiny = SHAPES_DINOV2 if components == (DINOV2,) else SHAPES
     _require_fetchable(name, tiny)
     import httpx
@@ -334,6 +326,8 @@ def _fetch(name: str, components: Sequence[str] | None) -> BaseLocation:
         files = HfApi().list_repo_files(hub_id)
         if components is None:
             components = SDXL_COMPONENTS if _names_in(files, "text_encoder_2") else COMPONENTS
+        if otherwise and _missing(files, components) and not _missing(files, otherwise):
+            components = otherwise
         if missing := _missing(files, components):
             raise UserError(
                 f"{hub_id} on the hub is not in the needed layout: {', '.join(missing)} missing. If it holds a single "

@@ -24,7 +24,7 @@ from networks.prediction_names import type_in_file
 
 def file_unet_config(path: Path, family: Family) -> dict[str, Any]:
     """UNet2DConditionModel's configuration. Raises UserError when the file is not laid out like the family's."""
-    sizes = _Sizes(path, family, UNET)
+    sizes = Sizes(path, family, UNET)
     config = configs_of(family).unet
     levels = range(len(config["block_out_channels"]))
     attention = min(level for level in levels if "CrossAttn" in config["down_block_types"][level])
@@ -44,7 +44,7 @@ def file_unet_config(path: Path, family: Family) -> dict[str, Any]:
             max(1, sizes.count(f"down_blocks.{level}.attentions.0.transformer_blocks.")) for level in levels
         ]
         conditions = sizes["add_embedding.linear_1.weight", 1]
-        pooled = _Sizes(path, family, TEXT_ENCODER_2)["text_projection.weight", 1]
+        pooled = Sizes(path, family, TEXT_ENCODER_2)["text_projection.weight", 1]
         found["projection_class_embeddings_input_dim"] = conditions
         found["addition_time_embed_dim"] = (conditions - pooled) // 6  # six numbers say sizes and crop
     return {**config, **found}
@@ -52,7 +52,11 @@ def file_unet_config(path: Path, family: Family) -> dict[str, Any]:
 
 def file_vae_config(path: Path, family: Family) -> dict[str, Any]:
     """AutoencoderKL's configuration."""
-    sizes = _Sizes(path, family, VAE)
+    return vae_config(Sizes(path, family, VAE), family)
+
+
+def vae_config(sizes: Sizes, family: Family) -> dict[str, Any]:
+    """The same, from the sizes of its tensors."""
     widths = [sizes[f"encoder.down_blocks.{level}.resnets.0.conv2.weight", 0] for level in range(4)]
     return {
         **configs_of(family).vae,
@@ -65,7 +69,7 @@ def file_vae_config(path: Path, family: Family) -> dict[str, Any]:
 
 def file_text_config(path: Path, family: Family, component: str) -> dict[str, Any]:
     """CLIPTextConfig's fields. CLIP's heads are 64 wide at every size (Radford et al. 2021, table 20; OpenCLIP's too)."""
-    sizes = _Sizes(path, family, component)
+    sizes = Sizes(path, family, component)
     published = configs_of(family).text_encoders[component]
     vocabulary = sizes["text_model.embeddings.token_embedding.weight", 0]
     hidden = sizes["text_model.embeddings.token_embedding.weight", 1]
@@ -106,7 +110,7 @@ def file_tensors(path: Path, family: Family, component: str) -> dict[str, Tensor
     for name, value in stored.items():
         keys = [key for _, key in diffusers_keys(family, name)]
         for key in keys:
-            tensors[key] = _as_in_diffusers(value, original_place(family, component, key))
+            tensors[key] = as_in_diffusers(value, original_place(family, component, key))
         if not keys and not is_dropped(family, name):
             strangers.append(name)
     if strangers:
@@ -117,7 +121,7 @@ def file_tensors(path: Path, family: Family, component: str) -> dict[str, Tensor
     return tensors
 
 
-def _as_in_diffusers(value: Tensor, place: Place) -> Tensor:
+def as_in_diffusers(value: Tensor, place: Place) -> Tensor:
     if place.form is Form.CONVOLUTION:
         return value.flatten(1)  # some files hold it as a matrix already
     if place.form is Form.TRANSPOSED:
@@ -127,17 +131,20 @@ def _as_in_diffusers(value: Tensor, place: Place) -> Tensor:
     return value
 
 
-class _Sizes:
+class Sizes:
     """Sizes of one component's tensors, asked for by (key in the diffusers model, axis in the file).
 
     Raises UserError when the file does not hold the component at all, or not the tensor asked for.
     """
 
-    def __init__(self, path: Path, family: Family, component: str) -> None:
+    def __init__(self, path: Path, family: Family, component: str, known: Shapes | None = None) -> None:
+        """known: the component's shapes by their keys in the diffusers model, where they need not be read."""
         self._path, self._family, self._component = path, family, component
+        self._shapes: Shapes = known or {}
+        if self._shapes:
+            return
         prefix = family.original[component]
         every = read_shapes(path)
-        self._shapes: Shapes = {}
         for name, shape in every.items():
             if name.startswith(prefix):
                 self._shapes |= {key: shape for _, key in diffusers_keys(family, name)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models.header import with_safetensors
-from library.models.locate import conversion_command
+from library.models.pickles import conversion_command
 from library.progress import doing
 from library.words import plural
 

@@ -75,7 +75,7 @@ class ModelsOptions:
     pretrained_model_name_or_path: Needed = ModelOptions.pretrained_model_name_or_path
     """Model: a diffusers folder, a hub id, one .safetensors file, or one of the project's own (the default is)."""
     vae: str | None = None
-    """Another autoencoder: that of this model. Default: the base's own."""
+    """Another autoencoder: that of this model, or one alone (a folder, a hub id, a .safetensors file). Default: the base's own."""
     lora: tuple[str, ...] = ()
     """Adapters (kohya, diffusers, PEFT) or training states, each as PATH or PATH:WEIGHT (1: as trained; below 0: the opposite)."""
     lora_dir: tuple[Path, ...] = ()

@@ -16,7 +16,8 @@ from library.data.collect import TrainingData
 from library.data.text_embeddings import TextEmbeddings
 from library.errors import UserError
 from library.models.conditioning import TextConditioner, clip_skip
-from library.models.locate import BaseLocation, locate_base, locate_dino
+from library.models.locate import BaseLocation, locate_dino
+from library.models.lone_vae import locate_vae
 from library.options.data import ClassCacheOptions
 from library.options.run import RunOptions
 from library.processes import Processes
@@ -72,7 +73,7 @@ def prepare_caches(
         )
         for picture in data.every
     ]
-    vae = None if options.model.vae is None else locate_base(options.model.vae, ("vae",))
+    vae = None if options.model.vae is None else locate_vae(options.model.vae)
     latents = prepare_latents(
         pictures,
         base=base,

@@ -21,6 +21,7 @@ from library.models.configs import configs_of, published_family
 from library.models.encoders import grid_in_aspect
 from library.models.frozen import save_no_inputs
 from library.models.locate import BaseLocation, base_status, dino_status, locate_base
+from library.models.lone_vae import vae_status
 from library.options.kohya.dataset import DEMO_DATA
 from library.options.run import RunOptions
 from library.training.alignment import head_group
@@ -83,6 +84,8 @@ def print_plan(options: RunOptions) -> None:
             _print_disk(options, family, data)
             _print_hours(options, family, data, plan)
     if options.alignment.alignment and (absent := dino_status(options.model.dino_model)):
+        missing.append(absent)
+    if options.model.vae is not None and (absent := vae_status(options.model.vae)):
         missing.append(absent)
     for sentence in missing or ["nothing"]:
         print(f"missing          {sentence}")

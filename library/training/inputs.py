@@ -34,6 +34,7 @@ def input_checks(options: RunOptions, *, planning: bool = False) -> list[Callabl
     from library.data.class_pictures import check_pictures
     from library.data.collect import read_datasets
     from library.models.locate import check_base, check_dino
+    from library.models.lone_vae import check_vae_name
     from library.options.kohya.dataset import DEMO_DATA
 
     model, classes = options.model, options.class_pictures
@@ -42,7 +43,7 @@ def input_checks(options: RunOptions, *, planning: bool = False) -> list[Callabl
         lambda: check_base(model.pretrained_model_name_or_path, base_components(options)),
     ]
     if (vae := model.vae) is not None:
-        checks.append(lambda: check_base(vae, ("vae",)))
+        checks.append(lambda: check_vae_name(vae))
     if options.alignment.alignment:
         checks.append(lambda: check_dino(model.dino_model))
     if classes is None and not options.uses_demo:
@@ -114,6 +115,7 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
     from library.files import require_writable
     from library.models.base_family import family_of
     from library.models.locate import locate_base, locate_dino
+    from library.models.lone_vae import locate_vae
     from library.training.optimizers import check_optimizer
     from library.training.sample_images import check_prompts
     from library.training.speed import prepare_environment
@@ -126,6 +128,8 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
         base = locate_base(options.model.pretrained_model_name_or_path, base_components(options))
         if options.alignment.alignment:
             locate_dino(options.model.dino_model)
+        if options.model.vae is not None:
+            locate_vae(options.model.vae)
     if base.note:
         processes.say(base.note)
     family = family_of(base)
@@ -147,4 +151,14 @@ def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[s
             "text encoders, counted from the end."
         )
     options.optimizer.text_encoder_rates(len(family.text_encoders))
+    check_vae_fits(options, family)
     return check_weights(options, base, family)
+
+
+def check_vae_fits(options: RunOptions, family: Family) -> None:
+    """Raise UserError where another VAE than the base's, if it is on this machine, does not serve the base."""
+    from library.inference.base_check import check_vae
+    from library.models.lone_vae import locate_vae, vae_status
+
+    if (vae := options.model.vae) is not None and vae_status(vae) is None:
+        check_vae(locate_vae(vae), family)

@@ -15,10 +15,12 @@ from library.errors import UserError
 from library.files import file_hash, read_json
 from library.merging.merge import fold_into_modules
 from library.merging.source import read_source
+from library.models.base_family import family_of
 from library.models.fingerprint import weight_fingerprint
 from library.models.float8 import keep_in_float8
 from library.models.load import TextPart, load_text_encoders, load_unet, unet_config
 from library.models.locate import BaseLocation
+from library.models.lone_vae import LoneVae, locate_vae
 from library.models.single_file import file_text_config
 from library.options.kohya.network_args import BlockCurve
 from library.options.run import RunOptions
@@ -234,10 +236,16 @@ def _require_family(option: str, path: Path | None, adapter: Adapter, family: Fa
         raise UserError(f"{option} {path} is for {known.title}, and the base model is {family.title}.")
 
 
-def scaling_factor(base: BaseLocation, family: Family) -> float:
-    """What latents are multiplied with, from the VAE's configuration, which leaves out what AutoencoderKL takes anyway."""
+def scaling_factor(options: RunOptions, base: BaseLocation, family: Family) -> float:
+    """What latents are multiplied with, from the VAE's configuration, which leaves out what AutoencoderKL takes anyway.
+
+    A lone VAE whose configuration does not say has its base's family's.
+    """
+    base = base if options.model.vae is None else locate_vae(options.model.vae)
+    if isinstance(base, LoneVae):
+        return base.scaling_factor(family)
     if base.is_file:
-        return family.scaling_factor
+        return family_of(base).scaling_factor
     return float(read_json(base.path / "vae" / "config.json").get("scaling_factor", SD15.scaling_factor))
 
 

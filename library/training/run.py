@@ -207,7 +207,7 @@ def build_task(
         text=text,
         has_size_conditions=family.has_size_conditions,
         latent_channels=unet.config["in_channels"],
-        scaling_factor=scaling_factor(base, family),
+        scaling_factor=scaling_factor(options, base, family),
         compute_dtype=dtype,
         processes=processes,
         training=training,

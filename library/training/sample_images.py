@@ -20,7 +20,7 @@ from library.inference.sampler_names import DEFAULT_SAMPLER, sampler_named
 from library.inference.text_to_image import draw, native_size
 from library.models.conditioning import clip_skip
 from library.models.load import TextPart
-from library.models.locate import locate_base
+from library.models.lone_vae import locate_vae
 from library.options.kohya.watching import SampleOptions
 from library.options.run import RunOptions
 from library.training.caches import Prepared
@@ -109,7 +109,7 @@ class Sampler:
         """The models of the run as they are, and an autoencoder, which lives as long as the drawing does."""
         task, vae = self.task, self.options.model.vae
         device = self.run.processes.device
-        base = self.prepared.base if vae is None else locate_base(vae, ("vae",))
+        base = self.prepared.base if vae is None else locate_vae(vae)
         return DrawingModel(
             self.prepared.family,
             task.models[UNET],

@@ -44,7 +44,7 @@ class NetworkModelOptions(ModelOptions):
     sdxl: bool | None = None
     """Whether the base is SDXL. Not needed: bases are told apart by their weights, and a wrong word is said."""
     vae: str | None = None
-    """Another VAE than the base's: a hub id, a folder or one .safetensors file."""
+    """Another VAE than the base's, of a model or alone: a hub id, a folder or one .safetensors file."""
     no_half_vae: bool = False
     """Compute the VAE in float32 with mixed_precision bf16 too. With fp16, which it overflows, that is always so."""
     full_bf16: bool = False

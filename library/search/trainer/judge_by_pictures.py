@@ -30,7 +30,7 @@ from library.inference.picture_request import PictureRequest
 from library.inference.text_to_image import draw, native_size
 from library.models.conditioning import clip_skip
 from library.models.embedded import SHAPES_CLIP, TINY_BASES
-from library.models.locate import locate_base
+from library.models.lone_vae import locate_vae
 from library.options.parser import flatten
 from library.options.run import RunOptions
 from library.search.constraints import ADHERENCE, PREFIX, clip_of
@@ -185,7 +185,7 @@ def network_image_judge(
     dino = judging.dino_model or options.model.dino_model
     clip = clip_of(judging.clip_model, name)
     device, vae = task.processes.device, options.model.vae
-    vae_base = prepared.base if vae is None else locate_base(vae, ("vae",))
+    vae_base = prepared.base if vae is None else locate_vae(vae)
 
     def load() -> PictureModels:
         clip_pictures = None if clip is None else ClipPictures(_clip_folder(clip), device)
