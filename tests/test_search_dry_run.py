@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import optimize
+import train_network
+from library.errors import EXIT_BAD_INPUT
 from library.models.embedded import MODELS
+from library.options.network import TrainNetworkOptions
 from library.processes import usable_device
 from library.search.space_file import find_space, read_space
 from tests.test_optimize import arguments
@@ -224,3 +227,14 @@ def test_the_neighbours_of_the_default_are_all_choices_and_both_ends() -> None:
         *("text_encoder_ratio 0.5", "text_encoder_ratio 0.8", "train_text_encoders false"),
     ]
     assert all(space.objection(params) is None for _, params in space.neighbours())
+
+
+def test_what_lies_where_the_script_itself_would_write_does_not_matter(
+    tmp_path: Path, adapter_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = TrainNetworkOptions().output
+    output.output_dir.mkdir(parents=True)
+    shutil.copy(adapter_file, output.output_dir / f"{output.output_name}.safetensors")
+    assert train_network.main(["--dry_run"]) == EXIT_BAD_INPUT
+    assert optimize.main(arguments(tmp_path, "--dry_run")) == 0

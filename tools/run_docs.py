@@ -120,6 +120,10 @@ class Sandbox:
             for picture in pictures[:6]:
                 for file in (picture, picture.with_suffix(".txt")):
                     shutil.copy(file, self.root / folder)
+        for wnid, drawn in (("n01440764", pictures[:8]), ("n01443537", pictures[8:16])):
+            (self.root / "data/imagenet/train" / wnid).mkdir(parents=True)
+            for picture in drawn:
+                shutil.copy(picture, self.root / "data/imagenet/train" / wnid)
         subsets = '[[datasets]]\nresolution = 128\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "data/my/images"\n'
         (self.root / "my.toml").write_text(subsets)
         (self.root / "prompts.txt").write_text("a red square --n blurry --w 128 --h 128\na blue star --s 4\n")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from library.errors import UserError
+from library.errors import UserError, check_all
 from library.options.parser import flatten
 from library.options.run import RunOptions
 from library.options.scripts import network_options_of, repa_options_of
@@ -158,9 +158,9 @@ class Machine:
         from library.files import require_writable
         from library.models.base_family import family_of
         from library.models.locate import locate_base
-        from library.training.inputs import base_components, check_inputs
+        from library.training.inputs import base_components, input_checks
 
-        check_inputs(options)
+        check_all(*input_checks(options))  # where a trial writes is the study's
         require_writable(options.cache.cache_dir)
         base = locate_base(options.model.pretrained_model_name_or_path, base_components(options))
         family = family_of(base)
