@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from library import progress
 
 if TYPE_CHECKING:
     from tests.tools.caches import CacheSetting
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
 # imported, it holds for this process as for those that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# No test depends on how fast the machine is.
+# No test depends on how fast the machine is: on a slow one, scripts would say that they still work.
+progress.SILENCE = math.inf
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 

@@ -6,6 +6,7 @@ import atexit
 import gc
 import importlib
 import json
+import math
 import os
 import runpy
 import signal
@@ -28,9 +29,11 @@ IMPORTED = (
 
 def serve() -> None:
     """Fork a process for each script that a line of the input orders, and say how the process of a number ended."""
+    from library import progress
     from library.quiet import quiet_libraries
 
     quiet_libraries()
+    progress.SILENCE = math.inf  # a slow machine says no more than a fast one
     for name in IMPORTED:
         importlib.import_module(name)
     gc.freeze()
