@@ -207,9 +207,7 @@ def require_writable(folder: Path) -> None:
 
 def require_file_name(path: Path) -> None:
     """Raise UserError where the file system does not take the name of `path`, with its temporary ending, or its length."""
-    there = path.parent
-    while not os.path.exists(there):
-        there = there.parent
+    there = _nearest_folder(path.parent)
     _require_length(beside(path, "tmp").name, there, path.name)
     whole, most = os.path.abspath(path), _most(there, "PC_PATH_MAX", 4096)
     if _length(whole) >= most:
@@ -264,20 +262,22 @@ def read_json(path: Path | str) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
 
 
+def _nearest_folder(path: Path | str) -> Path:
+    """`path`, or the nearest of the folders above it that is there."""
+    there = Path(path).absolute()
+    while not os.path.exists(there):  # pathlib raises for names that are too long
+        there = there.parent
+    return there
+
+
 def free_bytes(path: Path | str) -> int:
     """Bytes that can still be written where `path` is or would be."""
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(_nearest_folder(path)).free
 
 
 def disk_of(path: Path | str) -> int:
     """Number of the file system that `path` is or would be on."""
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder.stat().st_dev
+    return _nearest_folder(path).stat().st_dev
 
 
 def require_space(path: Path | str, needed: int, what: str) -> None:
