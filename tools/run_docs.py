@@ -120,7 +120,7 @@ class Sandbox:
             for picture in pictures[:6]:
                 for file in (picture, picture.with_suffix(".txt")):
                     shutil.copy(file, self.root / folder)
-        for wnid, drawn in (("n01440764", pictures[:8]), ("n01443537", pictures[8:16])):
+        for wnid, drawn in (("n01440764", pictures[:64]), ("n01443537", pictures[64:128])):
             (self.root / "data/imagenet/train" / wnid).mkdir(parents=True)
             for picture in drawn:
                 shutil.copy(picture, self.root / "data/imagenet/train" / wnid)
