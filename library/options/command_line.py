@@ -14,20 +14,12 @@ _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 """What word processors and web pages make of -- ."""
 _CONTINUED = {"^", "\\", "`"}
 """What says at the end of a line that it goes on, each in one shell."""
-_OF_ACCELERATE = {
-    *(
-        "num_cpu_threads_per_process",
-        "num_processes",
-        "num_machines",
-        "machine_rank",
-        "gpu_ids",
-        "multi_gpu",
-        "cpu",
-        "use_cpu",
-    ),
-    *("main_process_ip", "main_process_port", "same_network", "module", "dynamo_mode", "dynamo_use_fullgraph"),
-    "dynamo_use_dynamic",
-}
+_OF_ACCELERATE = frozenset(
+    """
+    num_cpu_threads_per_process num_processes num_machines machine_rank gpu_ids multi_gpu cpu use_cpu
+    main_process_ip main_process_port same_network module dynamo_mode dynamo_use_fullgraph dynamo_use_dynamic
+    """.split()  # noqa: SIM905
+)
 
 
 def known_words(words: list[str], kinds: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -49,34 +49,11 @@ BEGINNING = frozenset({"initial_step", "initial_epoch"})
 
 
 # Options whose values kohya's metadata repeat as they are, as ss_NAME.
-REPEATED = (
-    *(
-        "learning_rate",
-        "unet_lr",
-        "network_dim",
-        "network_alpha",
-        "network_dropout",
-        "seed",
-        "max_train_steps",
-        "clip_skip",
-    ),
-    *(
-        "gradient_accumulation_steps",
-        "lr_scheduler",
-        "mixed_precision",
-        "noise_offset",
-        "min_snr_gamma",
-        "max_grad_norm",
-    ),
-    *(
-        "loss_type",
-        "prior_loss_weight",
-        "scale_weight_norms",
-        "caption_dropout_rate",
-        "ip_noise_gamma",
-        "zero_terminal_snr",
-    ),
-)
+REPEATED = """
+    learning_rate unet_lr network_dim network_alpha network_dropout seed max_train_steps clip_skip
+    gradient_accumulation_steps lr_scheduler mixed_precision noise_offset min_snr_gamma max_grad_norm
+    loss_type prior_loss_weight scale_weight_norms caption_dropout_rate ip_noise_gamma zero_terminal_snr
+    """.split()  # noqa: SIM905
 
 _ADVICE = "Name another --output_name or --output_dir, or replace it with --overwrite."
 
@@ -167,8 +144,10 @@ def _read(path: Path, options: RunOptions) -> Earlier | None:
     try:
         with safe_open(path, "numpy") as file:
             metadata: dict[str, str] = file.metadata() or {}
-    except (SafetensorError, OSError):
+    except SafetensorError:
         return None
+    except OSError as error:
+        raise UserError(f"{path} lies where the adapter is to be, and cannot be read: {error}.") from None
     try:
         record, step = json.loads(metadata[RUN_KEY]), int(metadata["ss_steps"])
         return Earlier(path, record["options"], record["samples"], record["base_weights"], step, record["finished"])
