@@ -1,10 +1,12 @@
-"""Checkpoints of the real size with random weights, for what no download is needed to measure."""
+"""Checkpoints of the real size with random weights, and pictures to train on: for what no download is needed to measure."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from common import RESULTS  # noqa: F401  # puts the project on the path
+
+PICTURES = 8
 
 
 def random_checkpoint(path: Path, family_key: str) -> Path:
@@ -47,3 +49,16 @@ def random_checkpoint(path: Path, family_key: str) -> Path:
             tensors[place.key] = NewTensor(place.key, torch.float16, shape, make=make)
     write_tensor_file(path, list(tensors.values()), {"format": "pt"})
     return path
+
+
+def make_pictures(folder: Path, side: int) -> None:
+    """PICTURES smooth random pictures with captions."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(PICTURES):
+        small = generator.integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a photo of thing {number}", encoding="utf-8")

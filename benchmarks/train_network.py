@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from common import save
-from full_size import random_checkpoint
+from full_size import make_pictures, random_checkpoint
 
 RANK = 16
 # Published for one H100 at batch 1: seconds a step and GiB (SD1.5 512 px, SDXL 1024 px); targets are for an H200.
 PUBLISHED = {("sd15", 512): (0.181, 2.9), ("sdxl", 1024): (0.606, 13.0)}
 TARGETS = {("sd15", 512): 0.09, ("sdxl", 1024): 0.30}
 WARM_UP = 2
-PICTURES = 8
 
 
 def main() -> None:
@@ -102,18 +101,6 @@ def measure(arguments: argparse.Namespace, base: str, folder: Path) -> tuple[dic
         "more": " ".join(arguments.rest) or "none",
     }
     return settings, measured
-
-
-def make_pictures(folder: Path, side: int) -> None:
-    import numpy as np
-    from PIL import Image
-
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for number in range(PICTURES):
-        small = generator.integers(0, 256, (8, 8, 3), np.uint8)
-        Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"a photo of thing {number}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def build_task(
         validation_batches=options.validation.max_validation_steps,
         validation_seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
         workers=options.speed.max_data_loader_n_workers,
-        channels_last=options.speed.channels_last,
+        channels_last=bool(options.speed.channels_last),
         alignment=alignment,
     )
 

@@ -29,7 +29,7 @@ from library.training.preflight import preflight
 from library.training.run import build_run
 from library.training.sample_images import Sampler
 from library.training.schedules import check_schedule
-from library.training.speed import prepare_environment, with_usable_attention
+from library.training.speed import prepare_environment, resolved_speed
 from library.training.trained_pictures import all_were_read, marks_of
 from library.words import plural
 
@@ -41,7 +41,7 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     """
     prepare_environment(options.speed)
     processes = Processes(options.model.device)
-    options = replace(options, speed=with_usable_attention(options.speed, processes.say))
+    options = replace(options, speed=resolved_speed(options.speed, processes.device, processes.say))
     base, family = check_start(options, processes)
     output = options.output
     state, facts = state_to_resume(options, processes.world_size)

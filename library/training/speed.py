@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 
 from library.errors import UserError
-from library.models.frozen import save_no_inputs
+from library.models.frozen import freeze_layers
 from library.options.model import SpeedOptions
 from library.words import wrapped
 
@@ -20,8 +20,11 @@ from library.words import wrapped
 REPEATED_BLOCKS = frozenset({"ResnetBlock2D", "BasicTransformerBlock"})
 
 
-def with_usable_attention(options: SpeedOptions, say: Callable[[str], None]) -> Any:
-    """The options with torch's own attention, which computes the same as fast, where xformers cannot be used; says so."""
+def resolved_speed(options: SpeedOptions, device: torch.device, say: Callable[[str], None]) -> Any:
+    """The options as this device has them: the memory format that pays there, and torch's own attention, which computes the
+    same as fast, where xformers cannot be used, which is said."""
+    if options.channels_last is None:
+        options = replace(options, channels_last=device.type == "cuda")
     problem = xformers_problem(options)
     if problem is None:
         return options
@@ -79,7 +82,7 @@ def explained_kernels(device: torch.device) -> Iterator[None]:
 
 def set_up_speed(unet: Any, options: SpeedOptions) -> None:
     """Attention, memory format, checkpointing and compilation of a U-Net that has its adapters already."""
-    save_no_inputs(unet)
+    freeze_layers(unet)
     if options.channels_last:
         unet.to(memory_format=torch.channels_last)
     if options.gradient_checkpointing:

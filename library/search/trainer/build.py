@@ -33,7 +33,7 @@ from library.training.models import base_weights_facts
 from library.training.pictures import collect_pictures, print_data
 from library.training.plan import make_order, make_plan
 from library.training.run import build_run
-from library.training.speed import prepare_environment, with_usable_attention
+from library.training.speed import prepare_environment, resolved_speed
 from library.training.task import LoraTask
 from library.words import plural
 from networks.families import UNET, Family
@@ -67,7 +67,7 @@ def script_training(job: Job, config: Path, warm: KeptModels, context: ExitStack
         )
     prepare_environment(options.speed)
     processes = Processes(options.model.device)
-    options = replace(options, speed=with_usable_attention(options.speed, processes.say))
+    options = replace(options, speed=resolved_speed(options.speed, processes.device, processes.say))
     base, family = check_start(options, processes)
     prepared = warm.caches.get(_data_facts(options, base, family), lambda: _prepare(options, processes, base, family))
     prepared.models = warm
