@@ -12,8 +12,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.models.header import with_safetensors
 from library.models.pickles import conversion_command
+from library.models.tensor_files import TensorFile
 from library.progress import doing
 from library.words import plural
 
@@ -32,9 +32,9 @@ def read_tensors(paths: Path | Iterable[Path], prefix: str | tuple[str, ...] = "
 
 
 def _read_safetensors(path: Path, prefix: str | tuple[str, ...]) -> dict[str, Tensor]:
-    return with_safetensors(
-        path, lambda file: {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
-    )
+    # Read, not mapped: what is touched of a map stays beside the model made of it, until all of it is made.
+    ranges = TensorFile(path).tensors
+    return {name: stored.read() for name, stored in ranges.items() if name.startswith(prefix)}
 
 
 def _read_pickle(path: Path, prefix: str | tuple[str, ...]) -> dict[str, Tensor]:
@@ -65,9 +65,9 @@ def assemble(
 ) -> Model:
     """Build a model without initialising it, fill it with `tensors`, freeze it.
 
-    Strict: from_pretrained would draw missing weights at random and only log it. Raises UserError with the count and the
-    first of the missing, unexpected and misshapen names, or of those with values that are not finite, for which `remedy`
-    tells what to do. `where` names the source in that sentence.
+    Strict: from_pretrained would draw missing weights at random and only log it. `tensors` become the model's. Raises UserError
+    with the count and the first of the missing, unexpected and misshapen names, or of those with values that are not finite,
+    for which `remedy` tells what to do. `where` names the source in that sentence.
     """
     with (
         doing(f"building {where[0].lower()}{where[1:]}"),
@@ -98,13 +98,17 @@ def assemble(
             f"{where} has values that are not finite in {plural(len(damaged), 'tensor')} (first: {damaged[0]}), in the file "
             f"itself: it is damaged. {remedy}"
         )
-    # Copied out of the file's memory map: tensors lie there on odd addresses, and kernels for those round otherwise.
-    fresh = {
-        name: value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-        for name, value in tensors.items()
-    }
-    model.load_state_dict(fresh, strict=True, assign=True)
+    for name in list(tensors):  # one by one, so that there is never all of both
+        tensors[name] = _alone(tensors[name], device, dtype)
+    model.load_state_dict(tensors, strict=True, assign=True)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _alone(value: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """The tensor as a model keeps it, in memory of its own: parts of others lie on odd addresses, and kernels for those round
+    otherwise."""
+    is_alone = value.untyped_storage().nbytes() == value.nbytes and value.is_contiguous()
+    return value.to(device, dtype, copy=not is_alone, memory_format=torch.contiguous_format)
 
 
 def all_finite(values: Tensor) -> bool:
