@@ -21,6 +21,7 @@ from library.training.optimizers import ParameterGroup, learning_rates, set_rate
 from library.training.pace import Pace
 from library.training.plan import Plan
 from library.training.randomness import StepRandomness
+from library.training.speed import explained_kernels
 from library.training.state import Trained
 from library.training.stop import NOTHING, STOP, Requests
 from library.training.tracking import AnomalyWatch, Clock, MetricLog, MetricWindow, status_words
@@ -182,9 +183,10 @@ def _accumulate(
     for micro in range(count):
         batch = next(batches)
         share = 1.0 / count if batch.share is None else batch.share
-        parts = run.task.losses(batch, randomness.at(step, micro), step)
-        loss = parts["loss"] * share
-        (loss if run.trained.scaler is None else run.trained.scaler.scale(loss)).backward()
+        with explained_kernels(run.processes.device):
+            parts = run.task.losses(batch, randomness.at(step, micro), step)
+            loss = parts["loss"] * share
+            (loss if run.trained.scaler is None else run.trained.scaler.scale(loss)).backward()
         for name, value in parts.items():
             totals[name] = totals[name] + value.detach() * share if name in totals else value.detach() * share
         indices.append(batch.indices)

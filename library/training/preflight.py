@@ -1,4 +1,7 @@
-"""Before the long run: one batch, one validation batch and one save, timed, and reference values for the losses to come."""
+"""Before the long run: one batch, one validation batch and one save, timed, and reference values for the losses to come.
+
+What the first step is going to try anyway is left to it: a batch as large as any.
+"""
 
 from __future__ import annotations
 
@@ -24,33 +27,43 @@ from library.training.randomness import StepRandomness, sample_noise, stratified
 from library.training.speed import explained_kernels
 from library.training.state import save_state
 from library.training.task import LoraTask
-from library.words import wrapped
+from library.words import plural, wrapped
 from networks.features import tap_channels
 
 REFERENCE_SAMPLES = 256
 """Enough that the frozen base's loss is known to a few per cent."""
 
 
-def preflight(run: Run, task: LoraTask, say: Callable[..., None]) -> dict[str, float]:
-    """Try every part of the run once, leaving no trace in it; print and return the reference values."""
+def preflight(run: Run, task: LoraTask, first: Request, say: Callable[..., None]) -> dict[str, float]:
+    """Try every part of the run once, leaving no trace in it; print and return the reference values.
+
+    first: the batch that the run begins with.
+    """
     largest = _largest(task.training, run.processes.world_size)
-    seconds = {"training batch": _time(run, lambda: _try_batch(run, task, largest))}
+    seconds = {}
+    if _latents(task.training, first) < _latents(task.training, largest) or _heads_rest(task, first.step):
+        seconds["training batch"] = _time(run, lambda: _try_batch(run, task, largest))
+        run.guesses["step"] = seconds["training batch"] * run.plan.accumulation
     if task.validation:
         seconds["validation batch"] = _time(run, lambda: _try_validation(task))
     if run.processes.is_main:
         seconds["save"] = _time(run, lambda: _try_save(run.checkpoints))
-    run.guesses |= {"step": seconds["training batch"] * run.plan.accumulation, "save": seconds.get("save", 0.0)}
+    run.guesses["save"] = seconds.get("save", 0.0)
     if task.validation:
         batches = sum(math.ceil(len(samples) / run.plan.batch_size) for samples in task.validation.values())
         run.guesses["validation"] = seconds["validation batch"] * min(batches, task.validation_batches or batches)
-    say("preflight: " + ", ".join(f"{what} {taken:.2f} s" for what, taken in seconds.items()))
+    if seconds:
+        say("preflight: " + ", ".join(f"{what} {taken:.2f} s" for what, taken in seconds.items()))
     # Without heads there are no token losses to compare, and 256 pictures would take minutes on a large base.
     chosen = _spread(task.training) if task.alignment is not None else [largest]
+    started = time.perf_counter()
     facts = reference_values(task, chosen)
+    if task.alignment is None:  # one batch forwards; through frozen weights, backwards takes about as long
+        run.guesses.setdefault("step", 2 * (time.perf_counter() - started) * run.plan.accumulation)
     say(
         wrapped(
             f"frozen base's loss {facts['frozen_base_loss']:.4f}, zero predictor's {facts['zero_predictor_loss']:.4f}, standard "
-            f"deviation of latents {facts['latent_std']:.3f} (over {int(facts['samples'])} training samples)"
+            f"deviation of latents {facts['latent_std']:.3f} (over {plural(int(facts['samples']), 'training sample')})"
         )
     )
     if "constant_token_loss" in facts:
@@ -80,12 +93,19 @@ def _time(run: Run, action: Callable[[], None]) -> float:
 def _largest(samples: CachedSamples, world_size: int) -> Request:
     """A batch of the most latents that a step will have at once, as if every process had one."""
 
-    def size(request: Request) -> int:
-        width, height = samples.images[request.micro.indices[0]].fitted.bucket
-        return len(request.micro.indices) * width * height
-
-    request = max(requests_in_order(samples), key=size)
+    request = max(requests_in_order(samples), key=lambda request: _latents(samples, request))
     return request._replace(micro=replace(request.micro, together=request.micro.real * world_size, sharing=world_size))
+
+
+def _latents(samples: CachedSamples, request: Request) -> int:
+    """How large a batch is, in pixels of its pictures."""
+    width, height = samples.images[request.micro.indices[0]].fitted.bucket
+    return len(request.micro.indices) * width * height
+
+
+def _heads_rest(task: LoraTask, step: int) -> bool:
+    """Whether heads that will need memory later do not yet."""
+    return task.alignment is not None and task.alignment.coefficient(step) == 0
 
 
 def _spread(samples: CachedSamples) -> list[Request]:

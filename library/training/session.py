@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from library.data.cached_samples import requests
 from library.data.collect import TrainingData
 from library.errors import UserError
 from library.models.locate import BaseLocation
@@ -92,7 +93,7 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     if step:
         processes.say(f"resuming from {state} at step {step}" if state else f"beginning with step {step}")
     with doing("preflight"):
-        references = preflight(run, task, processes.say)
+        references = preflight(run, task, next(requests(order, step)), processes.say)
     if processes.is_main:
         run.log = open_log(output.output_dir, metrics, flatten(options), step, references)
     if options.samples.sample_prompts is not None:
