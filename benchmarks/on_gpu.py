@@ -148,7 +148,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny models, whatever the device; results are thrown away")
     parser.add_argument("--part", choices=sorted(BY_NAME), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part ends with this
     tiny = arguments.tiny or not has_gpu()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)).resolve()
@@ -263,4 +262,5 @@ def print_table(parts: list[Part], outcomes: dict[str, str], results: Path) -> N
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part does not outlive this
     sys.exit(main(sys.argv[1:]))

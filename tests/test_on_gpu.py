@@ -19,16 +19,22 @@ from library.options.toml_file import PROJECT_ROOT
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The driver, whose parts run in this process, and so do the scripts that they start."""
+def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(sys, "path", [str(PROJECT_ROOT / "benchmarks"), *sys.path])
-    import common
     import on_gpu
+
+    return on_gpu
+
+
+@pytest.fixture
+def on_gpu(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The driver, whose parts run in this process, and so do the scripts that they start."""
+    import common
 
     def start(part: Any, log: Path, folder: Path, seconds: float, *, tiny: bool) -> int:
         said = io.StringIO()
         with redirect_stdout(said), redirect_stderr(said):
-            code = on_gpu.carry_out(part, folder, tiny=tiny)
+            code = driver.carry_out(part, folder, tiny=tiny)
         log.write_text(said.getvalue())
         return code
 
@@ -38,9 +44,9 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         if end.value.code:
             raise end.value
 
-    monkeypatch.setattr(on_gpu, "start", start)
+    monkeypatch.setattr(driver, "start", start)
     monkeypatch.setattr(common, "run_script", run_script)
-    return on_gpu
+    return driver
 
 
 def test_every_part_works_at_tiny_size(on_gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,16 +108,12 @@ def test_parts_for_which_no_time_is_left_are_skipped(on_gpu: Any, tmp_path: Path
     assert read_json(tmp_path / "tiny_results" / "on_gpu.json")["outcomes"] == {"resume": "skipped: no time left"}
 
 
-def test_a_part_that_hangs_is_ended_with_all_that_it_started(
-    on_gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()  # the real start
-    sys.path.insert(0, str(PROJECT_ROOT / "benchmarks"))
+def test_a_part_that_hangs_is_ended_with_all_that_it_started(driver: Any, tmp_path: Path) -> None:
     ended = mock.Mock(pid=4711)
     ended.wait.side_effect = [subprocess.TimeoutExpired("part", 1), 0]
     ended.poll.return_value = None
     with mock.patch("subprocess.Popen", return_value=ended) as popen, mock.patch("os.killpg") as killpg:
-        assert on_gpu.start(on_gpu.BY_NAME["repa"], tmp_path / "log.txt", tmp_path, 1.0, tiny=False) is None
+        assert driver.start(driver.BY_NAME["repa"], tmp_path / "log.txt", tmp_path, 1.0, tiny=False) is None
     assert popen.call_args.kwargs["start_new_session"] and killpg.call_args.args == (4711, 9)
     assert popen.call_args.args[0][1:] == [
         str(PROJECT_ROOT / "benchmarks" / "on_gpu.py"), "--part", "repa", "--folder", str(tmp_path),
