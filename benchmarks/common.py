@@ -1,17 +1,26 @@
-"""What every benchmark does alike: say where it ran, keep the result as JSON, print it."""
+"""What every benchmark does alike: run a script as a user does, say where it ran, keep the result as JSON, print it."""
 
 from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def run_script(words: list[str]) -> None:
+    """Run a script of the project as a process of its own. Ends this one with its exit code where that is not 0."""
+    ended = subprocess.run([sys.executable, *words], cwd=ROOT)
+    if ended.returncode:
+        sys.exit(ended.returncode)
 
 
 def environment() -> dict[str, Any]:

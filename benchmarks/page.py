@@ -18,16 +18,49 @@ HEAD = """# Benchmarks
 One script for each figure; each writes a JSON file with settings, versions and device, and `python benchmarks/page.py` makes this
 page of them. Ratios are measured side by side in one run: on a shared machine the absolute rates mean little.
 
+`benchmarks/on_gpu.sh` runs what is to be measured on a GPU, in order of worth ([gpu](../docs/gpu.md)).
+
 | script | what it measures |
 |---|---|
 | `store_read.py` | samples a second from the LMDB stores into a training batch, beside a memcpy of the same bytes |
 | `repa_step.py` | seconds, memory and data wait of a U-REPA step; full SD1.5 size on a GPU, the tiny model on a CPU |
 | `merge.py` | seconds and memory of merging a LoRA into full-size SD1.5, beside `cp` and beside load-merge-save |
 | `train_network.py` | seconds and memory of a LoRA step at full size, as a user starts it, beside published figures |
+| `resume.py` | whether a training resumed halfway ends with the same bits, and what deterministic kernels cost |
 | `cache_build.py` | images a second through the cache pipeline, beside decoding alone and encoding alone |
 | `samplers.py` | seconds of a picture of one step by every sampler, full-size SD1.5 or SDXL with random weights |
 | `optimize.py` | steps in which a study finds what random search finds; its parent's cost; eight parents on one database |
 """
+
+UNITS = {"seconds": "s", "gb": "GB", "gib": "GiB"}
+"""By a word of a figure's name."""
+
+
+def write() -> str:
+    """The page, written."""
+    results = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+    text = HEAD + glance(results) + "".join(section(path) for path in results)
+    write_text(RESULTS.parent / "README.md", text)
+    return text
+
+
+def glance(results: dict[Path, dict[str, Any]]) -> str:
+    """A row for each target: those missed first, then those met, then those that nobody could measure."""
+    order = {False: 0, True: 1}
+    rows = []
+    for path, result in results.items():
+        for name, entry in result["targets"].items():
+            met = verdict(entry).partition(":")[0]  # why it could not be measured is told below
+            row = f"| {met} | [{path.stem}](#{path.stem}) | {words(name)} | {number(name, result)} | {bound(entry)} |"
+            rows.append((order.get(entry["met"], 2), row))
+    counts = [sum(place == wanted for place, _ in rows) for wanted in range(3)]
+    head = [
+        "\n## Targets\n",
+        f"{counts[1]} met, {counts[0]} missed, {counts[2]} not measured.\n",
+        "| | result | figure | measured | target |",
+        "|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *(row for _, row in sorted(rows, key=lambda row: row[0]))]) + "\n"
 
 
 def section(path: Path) -> str:
@@ -35,6 +68,8 @@ def section(path: Path) -> str:
     lines = [f"\n## {path.stem}\n"]
     lines.append(f"{result['device']}; torch {result['versions']['torch']}; {result['date'][:10]}")
     lines.append("; ".join(f"{name} {value}" for name, value in result["settings"].items()) + "\n")
+    if outcomes := result.get("outcomes"):  # of on_gpu.py
+        lines += ["| part | outcome |", "|---|---|", *(f"| {name} | {said} |" for name, said in outcomes.items()), ""]
     lines += ["| figure | measured | target |", "|---|---|---|"]
     for name, value in result["measured"].items():
         if not isinstance(value, int | float):  # details, which stay in the JSON, or nothing to tell
@@ -43,19 +78,33 @@ def section(path: Path) -> str:
             "full"
         ):  # one side stopped early: not of the same steps
             continue
-        lines.append(f"| {name} | {value:.4g} | {target(result['targets'].get(name))} |")
+        lines.append(f"| {words(name)} | {number(name, result)} | {target(result['targets'].get(name))} |")
     return "\n".join(lines) + "\n"
 
 
+def words(name: str) -> str:
+    """A figure's name without its unit."""
+    return " ".join(word for word in name.split("_") if word not in UNITS) or name
+
+
+def number(name: str, result: dict[str, Any]) -> str:
+    """A figure with its unit."""
+    value = result["measured"][name]
+    unit = next((f" {UNITS[word]}" for word in name.split("_") if word in UNITS), "")
+    return f"{value:,.0f}{unit}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.4g}{unit}"
+
+
 def target(entry: dict[str, Any] | None) -> str:
-    if entry is None:
-        return ""
-    bound = f">= {entry['at_least']}" if "at_least" in entry else f"<= {entry['at_most']}"
-    met = {True: "met", False: "not met"}.get(entry["met"], entry["met"])
-    return f"{bound}: {met}"
+    return "" if entry is None else f"{bound(entry)}: {verdict(entry)}"
+
+
+def bound(entry: dict[str, Any]) -> str:
+    return f">= {entry['at_least']}" if "at_least" in entry else f"<= {entry['at_most']}"
+
+
+def verdict(entry: dict[str, Any]) -> str:
+    return {True: "met", False: "**missed**"}.get(entry["met"], entry["met"])
 
 
 if __name__ == "__main__":
-    page = HEAD + "".join(section(path) for path in sorted(RESULTS.glob("*.json")))
-    write_text(RESULTS.parent / "README.md", page)
-    print(page)
+    print(write())

@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from common import save
-from full_size import random_checkpoint
+from full_size import random_base
+
+from library.errors import script
 
 PROMPT, NEGATIVE_PROMPT = "a photo of a cat on a chair", "blurry"
 CFG_SCALE = 7.0
 
 
-def main() -> int:
+@script
+def main(argv: list[str]) -> int:
     from library.inference.sampler_names import SAMPLER_NAMES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,11 +37,11 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=256, help="side of the pictures in pixels")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "float"), default="bf16", help="what the base computes in")
-    parser.add_argument("--folder", default=None, help="where the random checkpoint goes; 2 GB, SDXL 7 GB")
+    parser.add_argument("--folder", default=None, help="where the random base is kept, 2 GB or 7 GB; default: nowhere")
     parser.add_argument("--name", default=None, help="of the result; default by base, size and device")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        base = arguments.base or str(random_checkpoint(Path(folder) / "base.safetensors", arguments.family))
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        base = arguments.base or str(random_base(Path(arguments.folder or folder), arguments.family))
         settings, measured = measure(arguments, base)
     all_drew = measured["samplers_that_drew"] == len(SAMPLER_NAMES)
     what = arguments.family if arguments.base is None else Path(base).stem
@@ -100,4 +103,4 @@ def seconds_of(session: Any, base: str, sampler: str, arguments: argparse.Namesp
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

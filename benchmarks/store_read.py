@@ -6,6 +6,7 @@ python benchmarks/store_read.py [--samples 1500] [--threads 8] [--folder /tmp]
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from library.data.store_writer import StoreWriter
 from library.data.text_embeddings import TextEmbeddings
 from library.data.trained_image import TrainedImage
 from library.data.training_images import TrainingImage
+from library.errors import script
 from library.training.text import PromptTable
 
 BATCH = 128
@@ -34,14 +36,16 @@ SQUARE = (512, 512)
 TARGETS = {"tokens_of_memcpy": 0.6, "latents_per_second": 15000}
 
 
-def main() -> None:
+@script
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1500)
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", default=None)
-    arguments = parser.parse_args()
+    parser.add_argument("--name", default="store_read")
+    arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         stores = {kind: make_store(Path(folder) / kind, kind, arguments.samples) for kind in SHAPES}
         measured: dict[str, float] = {}
@@ -52,7 +56,7 @@ def main() -> None:
     measured["latents_of_memcpy"] = measured["latents_per_second"] / measured["latents_memcpy_per_second"]
     settings = {"samples": arguments.samples, "batch": BATCH, "threads": arguments.threads, "page_cache": "warm"}
     targets = {name: {"at_least": bound, "met": measured[name] >= bound} for name, bound in TARGETS.items()}
-    save("store_read", settings, measured, targets)
+    save(arguments.name, settings, measured, targets)
 
 
 def make_store(path: Path, kind: str, samples: int) -> TensorStore:
@@ -126,4 +130,4 @@ def measure(kind: str, stores: dict[str, TensorStore], arguments: argparse.Names
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

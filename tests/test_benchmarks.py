@@ -1,10 +1,9 @@
-"""Benchmarks still run; what they measure is no matter of tests."""
+"""The page of the benchmarks, and what they count; that they run is in test_on_gpu.py."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,26 +17,6 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(PROJECT_ROOT / "benchmarks"), *sys.path])
 
 
-def test_the_step_benchmark_goes_through_the_real_loop(benchmarks: None, tmp_path: Path) -> None:
-    import repa_step
-
-    arguments = argparse.Namespace(
-        batch=2, steps=20, samples=4, compile="none", lora_scope="mid", no_deterministic=False, name=None
-    )
-    with ExitStack() as context:
-        settings, measured = repa_step.measure(arguments, tmp_path, context, full_size=False)
-    assert settings["batch"] == 2 and measured["step_seconds"] > 0 and 0 <= measured["data_wait_share"] < 1
-
-
-def test_the_store_benchmark_compares_reading_and_copying(benchmarks: None, tmp_path: Path) -> None:
-    import store_read
-
-    arguments = argparse.Namespace(samples=130, batches=2, threads=1, repeats=1)
-    stores = {kind: store_read.make_store(tmp_path / kind, kind, 130) for kind in store_read.SHAPES}
-    measured = store_read.measure("latents", stores, arguments)
-    assert measured["latents_per_second"] > 0 and measured["latents_memcpy_per_second"] > 0
-
-
 def test_the_page_has_a_section_for_each_result(benchmarks: None) -> None:
     import page
     from common import RESULTS
@@ -45,17 +24,6 @@ def test_the_page_has_a_section_for_each_result(benchmarks: None) -> None:
     text = (PROJECT_ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     for path in RESULTS.glob("*.json"):
         assert page.section(path).strip() in text, f"{path.name}: run python benchmarks/page.py"
-
-
-def test_the_samplers_benchmark_draws_by_every_sampler(benchmarks: None, tiny_sd15: Path) -> None:
-    import samplers
-
-    from library.inference.sampler_names import SAMPLER_NAMES
-
-    arguments = argparse.Namespace(base=str(tiny_sd15), size=64, steps=1, dtype="bf16")
-    settings, measured = samplers.measure(arguments, str(tiny_sd15))
-    assert settings["family"] == "sd15" and measured["samplers_that_drew"] == len(SAMPLER_NAMES)
-    assert all(measured[f"{name}_seconds"] > 0 for name in SAMPLER_NAMES)
 
 
 def test_a_picture_that_is_not_finite_counts_as_none(
@@ -70,3 +38,22 @@ def test_a_picture_that_is_not_finite_counts_as_none(
     arguments = argparse.Namespace(base=str(tiny_sd15), size=64, steps=1, dtype="float")
     _, measured = samplers.measure(arguments, str(tiny_sd15))
     assert measured["samplers_that_drew"] == len(SAMPLERS) - 1 and "Heun_seconds" not in measured
+
+
+def test_the_page_says_at_a_glance_which_targets_are_missed(benchmarks: None) -> None:
+    import page
+
+    def result(met: object, value: float) -> dict[str, object]:
+        return {"measured": {"step_seconds": value}, "targets": {"step_seconds": {"at_most": 0.09, "met": met}}}
+
+    unknown = "not measured: no GPU here"
+    text = page.glance(
+        {Path("a.json"): result(True, 0.08), Path("b.json"): result(unknown, 2.0), Path("c.json"): result(False, 0.1)}
+    )
+    assert "1 met, 1 missed, 1 not measured." in text
+    rows = [line for line in text.splitlines() if "](#" in line]
+    assert rows[0] == "| **missed** | [c](#c) | step | 0.1 s | <= 0.09 |"
+    assert rows[1:] == [
+        "| met | [a](#a) | step | 0.08 s | <= 0.09 |",
+        "| not measured | [b](#b) | step | 2 s | <= 0.09 |",
+    ]

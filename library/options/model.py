@@ -39,8 +39,9 @@ class SpeedOptions:
     """Attention by xformers instead, which has to be installed (pip install '.[xformers]')."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about half the memory for a third more time."""
-    compile: Literal["none", "regional", "whole"] = "none"
-    """torch.compile the U-Net: its repeated blocks (regional, seconds to compile) or all of it (whole, minutes)."""
+    compile: Literal["none", "regional", "whole", "graphs"] = "none"
+    """torch.compile the U-Net: its repeated blocks (regional, seconds to compile) or all of it (whole, minutes); graphs: no
+    compiler, but each pass as one CUDA graph, for small batches on a GPU."""
     channels_last: bool | None = None
     """Keep feature maps channels-last. Default: on CUDA, whose tensor cores want it; on a CPU it made a step 8 % slower."""
     deterministic: bool = True
@@ -50,3 +51,9 @@ class SpeedOptions:
 
     def __post_init__(self) -> None:
         require(self.max_data_loader_n_workers >= 0, "max_data_loader_n_workers", "must not be negative.")
+        require(
+            self.compile != "graphs" or not self.gradient_checkpointing,
+            "compile",
+            "graphs cannot be used with gradient_checkpointing, which puts random states back in the middle of a pass. Leave "
+            "one of them out.",
+        )

@@ -115,7 +115,13 @@ class RunOptions:
         )
 
     def _check_effects(self) -> None:
-        """What would have no effect beside the rest."""
+        """What would have no effect beside the rest, or cannot be had together."""
+        require(
+            self.speed.compile != "graphs" or not self.noise.multires_noise_iterations,
+            "compile",
+            "graphs repeats the same kernels each step, and multires_noise_iterations draws noise of other sizes each time. Leave "
+            "one of them out.",
+        )
         require(
             self.training.initial_step is None or self.output.resume == "auto",
             "initial_step",

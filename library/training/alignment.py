@@ -119,14 +119,13 @@ class Alignment:
             return loss
         return loss * weights.turn_share
 
-    def weighed(self, aligned: AlignmentLosses, coefficient: float) -> torch.Tensor:
-        """What is added to the diffusion loss."""
+    def weighed(self, aligned: AlignmentLosses, coefficient: torch.Tensor) -> torch.Tensor:
+        """What is added to the diffusion loss. coefficient: lambda, on the device."""
         return coefficient * (aligned.token + self.options.manifold_weight * aligned.manifold)
 
-    def parts(self, aligned: AlignmentLosses, coefficient: float) -> dict[str, torch.Tensor]:
+    def parts(self, aligned: AlignmentLosses, coefficient: torch.Tensor) -> dict[str, torch.Tensor]:
         """For the metrics."""
-        value = torch.full((), coefficient, device=aligned.token.device)
-        return {"token": aligned.token, "manifold": aligned.manifold, "lambda": value}
+        return {"token": aligned.token, "manifold": aligned.manifold, "lambda": coefficient}
 
 
 def make_heads(

@@ -107,6 +107,8 @@ def _measured(settings: Mapping[str, Any]) -> Workload:
         more = settings["more"].split()
         base, alignment, scope = settings["family"], "--alignment" in more, "all"
         compiled = more[more.index("--compile") + 1] if "--compile" in more else "none"
+        if others := set(more) - {"none", "--alignment", "--compile", compiled}:
+            raise KeyError(f"a training with {others}")
     return Workload(base, settings["resolution"], settings["batch"], settings["precision"], compiled, alignment, scope)
 
 

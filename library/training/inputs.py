@@ -116,6 +116,7 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
     from library.models.base_family import family_of
     from library.models.locate import locate_base, locate_dino
     from library.models.lone_vae import locate_vae
+    from library.training.graphs import check_graphs
     from library.training.optimizers import check_optimizer
     from library.training.sample_images import check_prompts
     from library.training.speed import prepare_environment
@@ -124,6 +125,7 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
     require_writable(options.output.output_dir)
     require_writable(options.cache.cache_dir)
     check_optimizer(options.optimizer, processes.device)
+    check_graphs(options, processes)
     with processes.main_first():
         base = locate_base(options.model.pretrained_model_name_or_path, base_components(options))
         if options.alignment.alignment:

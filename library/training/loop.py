@@ -17,6 +17,7 @@ from library.options.training import OutputOptions
 from library.processes import Processes
 from library.progress import Activity, doing
 from library.training.checkpoints import Checkpoints
+from library.training.loss_scaling import LossScaler
 from library.training.optimizers import ParameterGroup, learning_rates, set_rates
 from library.training.pace import Pace
 from library.training.plan import Plan
@@ -72,6 +73,7 @@ class Run:
     after_step: called when the optimizer has stepped, before the average takes the weights; gives metrics on the device.
     validation_due: whether to validate after so many steps; default: every output.validate_every_n_steps.
     enough: asked after each validation, with its metrics, whether the run may end there as if this were its last step.
+    graphs: the forward and backward pass of a micro-batch (batch, generator, step, share of the step), in place of the plain one.
     guesses: seconds of a "step", "validation", "save" and "samples", for the time left until one was measured.
     """
 
@@ -92,6 +94,7 @@ class Run:
     look: Look | None = None
     validation_due: Callable[[int], bool] | None = None
     enough: Callable[[dict[str, float]], bool] | None = None
+    graphs: Callable[[Any, torch.Generator, int, float], dict[str, torch.Tensor]] | None = None
     guesses: dict[str, float] = field(default_factory=dict)
 
     def validation_comes(self, step: int) -> bool:
@@ -183,14 +186,23 @@ def _accumulate(
     for micro in range(count):
         batch = next(batches)
         share = 1.0 / count if batch.share is None else batch.share
+        generator = randomness.at(step, micro)
         with explained_kernels(run.processes.device):
-            parts = run.task.losses(batch, randomness.at(step, micro), step)
-            loss = parts["loss"] * share
-            (loss if run.trained.scaler is None else run.trained.scaler.scale(loss)).backward()
+            if run.graphs is None:
+                parts = run.task.losses(batch, generator, step)
+                backward(parts, share, run.trained.scaler)
+            else:
+                parts = run.graphs(batch, generator, step, share)
         for name, value in parts.items():
             totals[name] = totals[name] + value.detach() * share if name in totals else value.detach() * share
         indices.append(batch.indices)
     return totals, np.concatenate(indices)
+
+
+def backward(parts: dict[str, torch.Tensor], share: float | torch.Tensor, scaler: LossScaler | None) -> None:
+    """Add the gradients of a micro-batch's loss to the parameters'. share: of the step's loss that it is."""
+    loss = parts["loss"] * share
+    (loss if scaler is None else scaler.scale(loss)).backward()
 
 
 def _step(run: Run, parameters: list[torch.nn.Parameter]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ from library.training.checkpoints import Checkpoints
 from library.training.earlier import run_record
 from library.training.ema import ExponentialAverage
 from library.training.facts import state_facts
-from library.training.loop import Run
+from library.training.graphs import CudaRecorder, Graphs, check_graphs
+from library.training.loop import Run, backward
 from library.training.loss_scaling import LossScaler
 from library.training.metadata import AdapterMetadata
 from library.training.models import (
@@ -114,6 +116,7 @@ def build_run(
     they were collected, by which the run knows its adapters again; "" where it is never asked.
     """
     set_up_determinism(options.speed, processes.device)
+    check_graphs(options, processes)
     task = build_task(options, processes, prepared, plan, context)
     trained = make_trained(options, task)
     with processes.main_first():
@@ -164,6 +167,14 @@ def build_run(
         validation_due=lambda step: validation_due(step, every_n_steps, every_n_epochs, plan.steps_per_epoch),
         enough=patience,
     )
+    if options.speed.compile == "graphs":
+        run.graphs = Graphs(
+            task,
+            partial(backward, scaler=trained.scaler),
+            list(trained.parameters.values()),
+            CudaRecorder(processes.device),
+            processes.say,
+        )
     if (limit := options.network.scale_weight_norms) is not None:
         run.after_step = lambda: {f"norm/{name}": value for name, value in task.network.clamp_norms(limit).items()}
     return run, task

@@ -62,10 +62,17 @@ class LoraTask:
     def sample_ids(self, indices: np.ndarray) -> list[str]:
         return [self.training.images[i].image.sample_id for i in indices]
 
-    def losses(self, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
+    def coefficient(self, step: int) -> float:
+        """lambda(step); 0 without heads."""
+        return 0.0 if self.alignment is None else self.alignment.coefficient(step)
+
+    def losses(
+        self, batch: Batch, generator: torch.Generator, step: int, coefficient: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Loss parts of a training batch, the mean over its pictures; noise, timesteps and dropped prompts from `generator`.
 
-        Where lambda is 0 the loss is that of a run without heads, to the bit.
+        Where lambda is 0 the loss is that of a run without heads, to the bit. coefficient: lambda on the device, for what is
+        recorded at this step and repeated at others; default: made here.
         """
         latents = self.latents(batch)
         drawn = draw(latents, generator, self.recipe, self.objective.parametrisation)
@@ -80,9 +87,11 @@ class LoraTask:
                 "diffusion": (losses.detach() * batch.real).sum() / real,
             }
         if self.alignment is not None:
-            coefficient = self.alignment.coefficient(step)
-            aligned = self.aligned(batch, generator, with_gradient=coefficient > 0)
-            if coefficient > 0:
+            counts = self.coefficient(step) > 0
+            aligned = self.aligned(batch, generator, with_gradient=counts)
+            if coefficient is None:
+                coefficient = torch.full((), self.coefficient(step), device=latents.device)
+            if counts:
                 parts["loss"] = parts["loss"] + self.alignment.weighed(aligned, coefficient)
             parts |= self.alignment.parts(aligned, coefficient)
         return parts
