@@ -101,6 +101,7 @@ def measure(
     ):
         run, _ = build_run(options, processes, prepared, order, plan, folder / "logs", context)
         run.log = MetricLog(folder / "metrics.jsonl", folder / "logs", 0)
+        context.callback(run.log.close)
         train(run, 0)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steady = rows[len(rows) // 2 :]
