@@ -59,7 +59,7 @@ def assemble(
     tensors: dict[str, Tensor],
     where: str,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device | str,
     remedy: str = "Fetch it again.",
 ) -> Model:
@@ -67,7 +67,7 @@ def assemble(
 
     Strict: from_pretrained would draw missing weights at random and only log it. Raises UserError with the count and the
     first of the missing, unexpected and misshapen names, or of those with values that are not finite, for which `remedy`
-    tells what to do. `where` names the source in that sentence.
+    tells what to do. `where` names the source in that sentence. dtype: None leaves the file's.
     """
     with (
         doing(f"building {where[0].lower()}{where[1:]}"),
@@ -100,7 +100,7 @@ def assemble(
         )
     # Copied out of the file's memory map: tensors lie there on odd addresses, and kernels for those round otherwise.
     fresh = {
-        name: value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        name: value.to(device, dtype or value.dtype, copy=True, memory_format=torch.contiguous_format)
         for name, value in tensors.items()
     }
     model.load_state_dict(fresh, strict=True, assign=True)

@@ -117,6 +117,11 @@ class RunOptions:
     def _check_effects(self) -> None:
         """What would have no effect beside the rest."""
         require(
+            self.model.base_quantization != "stored" or not self.network.base_weights,
+            "base_quantization",
+            "stored is the base as its file has it, and base_weights change it. Leave one of them out.",
+        )
+        require(
             self.training.initial_step is None or self.output.resume == "auto",
             "initial_step",
             "has no effect with resume: a state knows its own step.",

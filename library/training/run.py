@@ -42,6 +42,7 @@ from library.training.checkpoints import Checkpoints
 from library.training.earlier import run_record
 from library.training.ema import ExponentialAverage
 from library.training.facts import state_facts
+from library.training.frozen_weights import quantise, swap_of
 from library.training.loop import Run
 from library.training.loss_scaling import LossScaler
 from library.training.metadata import AdapterMetadata
@@ -49,7 +50,6 @@ from library.training.models import (
     build_heads,
     build_network,
     parameter_groups,
-    round_frozen,
     scaling_factor,
     start_weights,
 )
@@ -177,8 +177,9 @@ def build_task(
     unet: Any = prepared.models.unet(options, base, family, processes.device)
     parts = prepared.models.text(options, base, family, processes.device) if prepared.text is None else []
     models: dict[str, Any] = {UNET: unet, **{part.component: part.model for part in parts}}
+    for sentence in quantise(models, options):
+        processes.say(sentence)
     network = build_network(models, options, family, start_weights(options))
-    round_frozen(models, options)
     groups = parameter_groups(network, options, family)
     dtype = named_dtype(options.model.mixed_precision)
     alignment = None
@@ -196,6 +197,8 @@ def build_task(
     for model in models.values():
         model.train()
     set_up_speed(unet, options.speed)
+    if (count := options.speed.blocks_to_swap) is not None:
+        processes.say(swap_of(unet, count))
     text = make_text(options, processes, prepared, unet, parts, dtype)
     training, validation = make_samples(options, prepared, text, plan)
     return LoraTask(

@@ -143,7 +143,7 @@ REFUSED: dict[str, Refused] = _table(
     (
         "It is an option of kohya's scripts for Flux and SD3. SD1.5 and SDXL are trained here.",
         "",
-        {"ae": None, "t5xxl": None, "clip_l": None, "clip_g": None, "blocks_to_swap": None},
+        {"ae": None, "t5xxl": None, "clip_l": None, "clip_g": None},
     ),
     ("Use --train_batch_size, or batch_size in the file of --dataset_config.", "", {"batch_size": None}),
     (

@@ -1,0 +1,90 @@
+"""How a frozen weight is kept between its uses: a table of formats, each with the way there and back.
+
+Layers that keep their weights so are in `frozen.py`: they decode where they compute, once more in the backward pass, and never
+keep what they decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Kept = tuple[Tensor, Tensor | None]
+"""What is kept of a weight: numbers, and scales where there are any."""
+
+
+@dataclass(frozen=True)
+class Format:
+    encode: Callable[[Tensor], Kept]
+    decode: Callable[[Tensor, Tensor | None, torch.Size, torch.dtype], Tensor]
+    """Numbers, scales, shape of the weight, dtype to compute in -> the weight."""
+
+
+# ------------------------------------------------------------------------------------------ one number for one number
+
+_GREATEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def _as_it_is(weight: Tensor) -> Kept:
+    return weight, None
+
+
+def _to_float8(weight: Tensor) -> Kept:
+    """As kohya's fp8_base: rounded to e4m3 without a scale; values beyond 448 become 448."""
+    return weight.clamp(-_GREATEST, _GREATEST).to(torch.float8_e4m3fn), None
+
+
+def _cast(numbers: Tensor, scales: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return numbers.to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------ with scales beside it
+
+
+def _to_int8(weight: Tensor) -> Kept:
+    """A scale for each output, the largest magnitude of its row / 127, as in LLM.int8() (arXiv 2208.07339, section 2.1)."""
+    rows = weight.float()
+    scales = (
+        rows.abs().amax(dim=tuple(range(1, rows.ndim)), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    )
+    return (rows / scales).round().to(torch.int8), scales
+
+
+def _from_int8(numbers: Tensor, scales: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    assert scales is not None
+    return (numbers * scales).to(dtype)
+
+
+NF4_BLOCK = 64
+"""Weights that share a scale, as in QLoRA (arXiv 2305.14314, section 3)."""
+
+
+def _to_nf4(weight: Tensor) -> Kept:
+    """16 quantiles of a normal distribution, two to a byte, [n / 2, 1], and the largest magnitude of each block, [n / 64]."""
+    from bitsandbytes.functional import quantize_4bit
+
+    numbers, state = quantize_4bit(weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
+    return numbers, state.absmax
+
+
+def _from_nf4(numbers: Tensor, scales: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    # bitsandbytes' function around this operation takes objects that torch.compile cannot look into.
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(numbers, scales, NF4_BLOCK, "nf4", shape, dtype)
+    return weight
+
+
+STORED = "stored"
+
+FORMATS: dict[str, Format] = {
+    STORED: Format(_as_it_is, _cast),
+    "fp8": Format(_to_float8, _cast),
+    "int8": Format(_to_int8, _from_int8),
+    "nf4": Format(_to_nf4, _from_nf4),
+}
+"""By the values of --base_quantization; stored: in the file's own numbers, where these are shorter than what is computed in."""
+
+OF_CONVOLUTIONS = {"nf4": "int8"}
+"""Where convolutions are kept otherwise: in int8 they take what float8 takes, at a third of its error (normal values)."""
