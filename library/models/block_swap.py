@@ -153,7 +153,8 @@ class _HostWeights:
         for weight in weights:
             self._layout.append((weight, self.size, weight.shape, weight.stride(), weight.dtype))
             self.size += -(-weight.nbytes // _ALIGNED) * _ALIGNED
-        self.host = torch.empty(self.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        where = "meta" if device.type == "meta" else "cpu"
+        self.host = torch.empty(self.size, dtype=torch.uint8, device=where, pin_memory=device.type == "cuda")
         for weight, view in self._views(self.host):
             view.copy_(weight.data)
         self.lie_nowhere()

@@ -106,7 +106,7 @@ class _Encoded(_FrozenLayer):
         return self.format, self.numbers, self.scales, self.shape
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """Decoded anew for who asks, which takes its time."""
         return _decoded(*self.at_rest(), self.dtype)
 
@@ -132,9 +132,9 @@ class Encoded:
     squared: Tensor | float = 0.0
 
     @property
-    def error(self) -> float:
-        """Norm of what the weights have changed by, relative to their own."""
-        return float(self.squared_error / self.squared) ** 0.5 if self.layers else 0.0
+    def error(self) -> float | None:
+        """Norm of what the weights have changed by, relative to their own; None on the meta device."""
+        return float(self.squared_error / self.squared) ** 0.5 if isinstance(self.squared, Tensor) else None
 
 
 _FROZEN = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d}

@@ -30,18 +30,18 @@ def quantise(models: Mapping[str, nn.Module], options: RunOptions) -> list[str]:
         name = options.model.format_at_rest(component)
         if name is None:
             continue
-        measured = component == UNET and not next(model.parameters()).is_meta
+        measured = component == UNET and name != STORED and not next(model.parameters()).is_meta
         before = _output(model) if measured else None
         result = encode(model, name, named_dtype(options.model.mixed_precision))
         line = (
             f"{component.replace('_', ' ')} at rest in {name}: {human_bytes(result.bytes)} for {result.layers} layers instead of "
             f"{human_bytes(result.plain_bytes)}"
         )
-        if name != STORED:
-            line += f", weights changed by {result.error:.2%}"
+        if name != STORED and result.error is not None:
+            line += f"; error of the weights {result.error:.2%}"
             if before is not None:
-                change = torch.linalg.vector_norm(_output(model) - before) / torch.linalg.vector_norm(before)
-                line += f", its output by {change.item():.2%} (of noise)"
+                error = torch.linalg.vector_norm(_output(model) - before) / torch.linalg.vector_norm(before)
+                line += f", of the output for noise {error.item():.2%}"
         said.append(line)
     return said
 
@@ -68,7 +68,7 @@ def _output(unet: Any) -> Tensor:
 
 def swap_of(unet: nn.Module, count: int) -> str:
     """Keep the weights of `count` blocks in the host's memory, where that is another than the device's; what to say of it."""
-    if next(unet.parameters()).device.type != "cuda":
+    if next(unet.parameters()).device.type == "cpu":
         return "note: --blocks_to_swap has no effect without a GPU: all weights are in the host's memory."
     saved = saved_bytes(unet, count)
     swap_blocks(unet, count)
