@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.models.at_rest import FORMATS
-from library.models.frozen import EncodedConv2d, EncodedLinear, encode, keep_weights_alone
+from library.models.frozen import EncodedConv2d, EncodedLinear, encode, freeze_layers
 from library.quiet import quiet_libraries
 
 quiet_libraries()
@@ -103,7 +103,7 @@ def test_output_and_gradient_are_those_of_layers_with_the_decoded_weights(name: 
         for part in ("bias",) if getattr(mine, "bias", None) is not None else ():
             assert getattr(mine, part).dtype == dtype
             getattr(other, part).data = getattr(mine, part).data
-    keep_weights_alone(plain)
+    freeze_layers(plain)
     inputs = [
         torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_() for _ in "ab"
     ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from library.models.block_swap import BlockSwap, chosen_blocks, frozen_weights, saved_bytes, swap_blocks, swappable
 from library.models.configs import configs_of
-from library.models.frozen import encode, keep_weights_alone
+from library.models.frozen import encode, freeze_layers
 from library.quiet import quiet_libraries
 from networks.families import SD15, SDXL, Family
 from networks.network import add_network
@@ -57,7 +57,7 @@ def swapped_unet(checkpointing: bool, name: str | None = None) -> UNet2DConditio
     if name is not None:
         encode(unet, name, torch.float32)
     lora(unet)
-    keep_weights_alone(unet)
+    freeze_layers(unet)
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     unet.train()
     if checkpointing:

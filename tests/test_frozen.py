@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.models.frozen import FrozenConv2d, keep_weights_alone
+from library.models.frozen import FrozenConv2d, freeze_layers
 
 
 def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
@@ -36,7 +36,7 @@ def test_output_and_gradient_are_those_of_a_plain_convolution(
         nn.Sequential(nn.Conv2d(4, 6, **{"kernel_size": 3, **options})).requires_grad_(False).to(memory_format=layout)
     )
     frozen[0].load_state_dict(plain.state_dict())
-    assert keep_weights_alone(frozen) == 1 and isinstance(frozen[0], FrozenConv2d)
+    assert freeze_layers(frozen) == 1 and isinstance(frozen[0], FrozenConv2d)
     a = torch.randn(2, 4, 9, 8).to(memory_format=layout).requires_grad_()
     b = a.detach().clone().requires_grad_()
     for output in (plain(a), frozen(b)):
@@ -49,16 +49,16 @@ def test_nothing_of_the_input_is_kept() -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, 3)).requires_grad_(False)
     x = torch.randn(2, 4, 9, 8, requires_grad=True)
     assert kept_bytes(model, x) >= x.numel() * 4
-    keep_weights_alone(model)
+    freeze_layers(model)
     assert kept_bytes(model, x) == 0
 
 
 def test_trained_convolutions_stay_as_they_are() -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, 3))
-    assert keep_weights_alone(model) == 0 and type(model[0]) is nn.Conv2d
+    assert freeze_layers(model) == 0 and type(model[0]) is nn.Conv2d
 
 
 def test_gradients_are_right_to_second_differences() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1)).double().requires_grad_(False)
-    keep_weights_alone(model)
+    freeze_layers(model)
     assert torch.autograd.gradcheck(model, torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True))

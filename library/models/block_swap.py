@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.models.frozen import at_rest, frozen_layers, keep_weights_alone
+from library.models.frozen import at_rest, freeze_layers, frozen_layers
 from library.options.model import MOST_ON_DEVICE
 
 SWAPPED_BLOCKS = frozenset({"ResnetBlock2D", "BasicTransformerBlock"})
@@ -42,9 +42,7 @@ def swap_blocks(unet: nn.Module, count: int) -> BlockSwap:
     """Let go of the weights of `count` blocks, whose layers have been frozen, on their device, and bring them when it is time."""
     blocks = chosen_blocks(unet, count)
     for block in blocks:
-        keep_weights_alone(
-            block, nn.Linear
-        )  # torch's own keeps a view of the weight, and with it the place that it had
+        freeze_layers(block, nn.Linear)  # torch's own keeps a view of the weight, and with it the place that it had
     swap = BlockSwap(blocks, next(unet.parameters()).device)
     for block in blocks:
         block.register_forward_pre_hook(lambda module, inputs: swap.enter(module, 1))

@@ -158,11 +158,15 @@ def at_rest(layer: nn.Module) -> list[nn.Parameter]:
     return [part for part in parts if isinstance(part, nn.Parameter)]
 
 
-def keep_weights_alone(model: nn.Module, kind: type[nn.Linear] | type[nn.Conv2d] = nn.Conv2d) -> int:
-    """Let the frozen plain layers of a kind keep nothing but their weights for the backward pass, in place; how many there were."""
-    plain = [layer for layer in frozen_layers(model).values() if type(layer) is kind]
+def freeze_layers(model: nn.Module, *, linear: bool = False) -> int:
+    """Turn the frozen plain convolutions of `model`, and maybe Linear layers, into these, in place; how many there were."""
+    plain = [
+        layer
+        for layer in frozen_layers(model).values()
+        if type(layer) is nn.Conv2d or (linear and type(layer) is nn.Linear)
+    ]
     for layer in plain:
-        layer.__class__ = _FROZEN[kind]
+        layer.__class__ = _FROZEN[type(layer)]
     return len(plain)
 
 

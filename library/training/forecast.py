@@ -20,7 +20,7 @@ from library.models.base_family import family_of
 from library.models.block_swap import saved_bytes
 from library.models.configs import configs_of, published_family
 from library.models.encoders import grid_in_aspect
-from library.models.frozen import keep_weights_alone
+from library.models.frozen import freeze_layers
 from library.models.locate import BaseLocation, base_status, dino_status, locate_base
 from library.models.lone_vae import vae_status
 from library.options.kohya.dataset import DEMO_DATA
@@ -188,7 +188,7 @@ def _activation_bytes(
             "time_ids": torch.empty(1, 6, dtype=dtype, device="meta"),
         }
     unet.train()
-    keep_weights_alone(unet)
+    freeze_layers(unet)
     if options.speed.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
 
