@@ -6,6 +6,7 @@ keep what they decoded.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ Kept = tuple[Tensor, Tensor | None]
 class Format:
     encode: Callable[[Tensor], Kept]
     decode: Callable[[Tensor, Tensor | None, torch.Size, torch.dtype], Tensor]
-    """Numbers, scales, shape of the weight, dtype to compute in -> the weight."""
+    """Numbers, scales, shape of the weight, dtype to compute in -> the weight, as long as no other is decoded."""
 
 
 # ------------------------------------------------------------------------------------------ one number for one number
@@ -37,8 +38,27 @@ def _to_float8(weight: Tensor) -> Kept:
     return weight.clamp(-_GREATEST, _GREATEST).to(torch.float8_e4m3fn), None
 
 
+class _Room(threading.local):
+    """Memory of the CPU that each decoded weight lies in, until the next one does."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def like(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        size = numbers.numel() * dtype.itemsize
+        if self.memory.numel() < size:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory[:size].view(dtype).as_strided(numbers.shape, numbers.stride())
+
+
+_room = _Room()
+
+
 def _cast(numbers: Tensor, scales: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return numbers.to(dtype)
+    if numbers.device.type != "cpu" or torch.compiler.is_compiling():
+        return numbers.to(dtype)
+    # Fresh memory for each weight took a step of SD1.5 in float32 from FIGURE.
+    return _room.like(numbers, dtype).copy_(numbers)
 
 
 # ------------------------------------------------------------------------------------------------ with scales beside it

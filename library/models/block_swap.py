@@ -42,7 +42,8 @@ def swap_blocks(unet: nn.Module, count: int) -> BlockSwap:
     """Let go of the weights of `count` blocks, whose layers have been frozen, on their device, and bring them when it is time."""
     blocks = chosen_blocks(unet, count)
     for block in blocks:
-        freeze_layers(block, nn.Linear)  # torch's own keeps a view of the weight, and with it the place that it had
+        # torch's own Linear keeps a view of the weight for the backward pass, and with it the place where it lay.
+        freeze_layers(block, linear=True)
     swap = BlockSwap(blocks, next(unet.parameters()).device)
     for block in blocks:
         block.register_forward_pre_hook(lambda module, inputs: swap.enter(module, 1))

@@ -108,7 +108,7 @@ class _Encoded(_FrozenLayer):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """Decoded anew for who asks, which takes its time."""
-        return _decoded(*self.at_rest(), self.dtype)
+        return _decoded(*self.at_rest(), self.dtype).clone()
 
 
 class EncodedLinear(_Encoded, FrozenLinear):  # type: ignore[override]  # the weight is not set

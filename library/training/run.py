@@ -28,6 +28,7 @@ from library.diffusion.objective import Objective
 from library.diffusion.predictions import EPSILON, VELOCITY, Prediction
 from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
+from library.freed_memory import keep_freed_memory
 from library.models.conditioning import CHUNK, TextConditioner, clip_skip
 from library.models.load import TextPart, load_scheduler_config
 from library.models.locate import BaseLocation
@@ -166,6 +167,8 @@ def build_run(
     )
     if (limit := options.network.scale_weight_norms) is not None:
         run.after_step = lambda: {f"norm/{name}": value for name, value in task.network.clamp_norms(limit).items()}
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     return run, task
 
 
