@@ -106,7 +106,7 @@ class AdaptedLayer:
 
     def _fresh(self, shape: torch.Size, generator: torch.Generator | None) -> nn.Parameter:
         """Drawn uniformly by its fan-in, or zero."""
-        device = self.base_layer.weight.device
+        device = next(self.base_layer.parameters()).device
         values = torch.zeros(shape) if generator is None else draw_uniform(shape, generator)
         return nn.Parameter(values.to(device))
 

@@ -11,6 +11,7 @@ from networks.adapters import Adapter
 from networks.families import FAMILIES, UNET
 from networks.names import Target
 from networks.spec import NetworkSpec
+from networks.targets import weight_shape
 
 
 def require_trainable(adapter: Adapter) -> None:
@@ -40,7 +41,7 @@ def check_fits(adapter: Adapter, layers: Mapping[Target, AdaptedLayer], spec: Ne
     _refuse(
         [t for t, _ in others], len(pairs), f"modules are {kinds}, not {wanted}", "Give its algo in --network_args."
     )
-    misfits = [t for t, module, layer in pairs if not module.fits(layer.base_layer.weight.shape)]
+    misfits = [t for t, module, layer in pairs if not module.fits(weight_shape(layer.base_layer))]
     _refuse(misfits, len(pairs), "modules are of other shapes than the model's", "It is for another base model.")
     ranks = [(t, module.rank, own) for t, module, layer in pairs if module.rank != (own := layer.to_module().rank)]
     found = ", ".join(str(rank) for rank in sorted({rank for _, rank, _ in ranks}))

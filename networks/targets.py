@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+import torch
 from torch import nn
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
@@ -26,6 +27,13 @@ def layers_inside(model: nn.Module, parents: Set[str]) -> dict[str, nn.Linear | 
             if isinstance(child, (nn.Linear, nn.Conv2d)) and (kind not in TRANSFORMER_PARENTS or kernel_of(child) == 1):
                 found[path] = child
     return found
+
+
+def weight_shape(layer: nn.Linear | nn.Conv2d) -> torch.Size:
+    """Of the weight, which a layer that keeps it in another form would have to decode to show."""
+    if isinstance(layer, nn.Conv2d):
+        return torch.Size((layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size))
+    return torch.Size((layer.out_features, layer.in_features))
 
 
 def kernel_of(module: nn.Module) -> int:

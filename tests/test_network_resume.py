@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from library.options.network import parse_network_options
 from library.training.plan import Plan
@@ -63,6 +65,28 @@ def test_killed_in_the_middle_and_started_again_is_the_uninterrupted_run(
     assert network_setting.train(output, **EXACT, max_data_loader_n_workers=3) == 0
     assert_same_end(finished_network, output)
     assert [path.name for path in output.glob(".*")] == [".lock"]
+
+
+@pytest.mark.bits
+def test_a_run_on_a_quantised_base_resumes_to_the_bit_and_on_no_other(
+    network_setting: NetworkSetting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {**network_setting.quick, "save_state": "", "base_quantization": "nf4", "blocks_to_swap": 3}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert network_setting.train(whole, **given) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"unet at rest in nf4: .* error of the weights \d\.\d\d%, of the output for noise \d+\.\d\d%", said
+    ), said
+    assert "blocks_to_swap has no effect without a GPU" in said
+    with asked(1, STOP, parts):
+        assert network_setting.train(parts, **given) == 75
+    assert network_setting.train(parts, **{**given, "base_quantization": "int8"}) == 2
+    assert "base_quantization" in capsys.readouterr().err
+    assert network_setting.train(parts, **given) == 0
+    assert_same_end(whole, parts)
+    with safe_open(whole / "mio.safetensors", "pt") as file:
+        assert file.metadata()["ss_base_quantization"] == "nf4"
 
 
 @pytest.mark.bits

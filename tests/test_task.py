@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from library.diffusion.predictions import EPSILON, VELOCITY
-from library.models.float8 import Float8Conv2d, Float8Linear
+from library.models.frozen import EncodedConv2d, EncodedLinear
 from library.models.load import load_unet
 from library.models.locate import locate_base
+from library.options.kohya.training import NetworkModelOptions
 from library.processes import Processes
 from library.training.models import (
     base_weights_facts,
     build_network,
-    float8_components,
     load_frozen_text,
     load_frozen_unet,
     meta_models,
@@ -252,17 +254,17 @@ def test_training_goes_on_from_network_weights(
 
 
 @pytest.mark.bits
-def test_float8_weights_compute_what_weights_rounded_to_float8_do(network_setting: NetworkSetting) -> None:
-    """Losses and gradients of adapters, against a base whose weights were rounded to float8 and back beforehand."""
+@pytest.mark.parametrize("name", ["fp8", "int8", "nf4"])
+def test_a_quantised_base_computes_what_its_decoded_weights_do(network_setting: NetworkSetting, name: str) -> None:
+    """Losses and gradients of adapters, against a base whose weights were rounded so beforehand."""
     plain = network_setting.build(mixed_precision="bf16").stir()
-    kept = network_setting.build(mixed_precision="bf16", fp8_base="").stir()
+    kept = network_setting.build(mixed_precision="bf16", base_quantization=name).stir()
     rounded = 0
     for component, model in kept.task.models.items():
         other = dict(plain.task.models[component].named_modules())
         for path, module in model.named_modules():
-            if isinstance(module, Float8Linear | Float8Conv2d):
-                assert module.weight.dtype == torch.float8_e4m3fn
-                other[path].weight.data = module.weight.data.to(torch.bfloat16)
+            if isinstance(module, EncodedConv2d | EncodedLinear):
+                other[path].weight.data = module.weight
                 rounded += 1
     assert rounded > 100
     results = []
@@ -275,9 +277,50 @@ def test_float8_weights_compute_what_weights_rounded_to_float8_do(network_settin
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], gradient, rtol=2e-2, atol=1e-5)
     assert kept.task.models[UNET].dtype == torch.bfloat16
-    unet_alone = replace(kept.options, model=replace(kept.options.model, fp8_base=False, fp8_base_unet=True))
-    chosen = [float8_components(options, kept.task.models) for options in (kept.options, unet_alone, plain.options)]
-    assert chosen == [["unet", "text_encoder"], ["unet"], []]
+
+
+def test_kohyas_names_say_what_base_quantization_says() -> None:
+    def formats(**values: Any) -> list[str | None]:
+        return [NetworkModelOptions(**values).format_at_rest(component) for component in (UNET, "text_encoder")]
+
+    assert formats(fp8_base=True) == formats(base_quantization="fp8") == ["fp8", "fp8"]
+    assert formats(fp8_base_unet=True) == ["fp8", None] and formats() == [None, None]
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "oft"])
+def test_a_fresh_adapter_is_the_quantised_base_to_the_bit_and_learns_on_it(
+    network_setting: NetworkSetting, kind: str
+) -> None:
+    built = network_setting.build(base_quantization="nf4", network_args=f"algo={kind}", **UNET_ONLY)
+    fresh = built.loss()
+    with built.task.network.disabled():
+        assert built.loss() == fresh
+    built.task.losses(built.batch(), torch.Generator().manual_seed(0), 0)["loss"].backward()
+    gradients = [parameter.grad for parameter in built.task.network.parameters.values()]
+    assert any(gradient is not None and gradient.any() for gradient in gradients)
+
+
+@pytest.mark.bits
+def test_a_base_kept_as_its_file_has_it_is_the_base_to_the_bit(network_setting: NetworkSetting, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(network_setting.base, half)
+    for file in half.glob("*/*.safetensors"):
+        tensors = {name: value.half() for name, value in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+    given = {"pretrained_model_name_or_path": half, "network_dropout": None}
+    plain, kept = (
+        network_setting.build(**given).stir(),
+        network_setting.build(**given, base_quantization="stored").stir(),
+    )
+    short = [layer for layer in kept.task.unet.modules() if isinstance(layer, EncodedConv2d | EncodedLinear)]
+    assert len(short) > 100 and all(layer.numbers.dtype == torch.float16 for layer in short)
+    results = []
+    for built in (plain, kept):
+        loss = built.task.losses(built.batch(), torch.Generator().manual_seed(0), 0)["loss"]
+        loss.backward()
+        results.append([loss, *(parameter.grad for parameter in built.task.network.parameters.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.bits

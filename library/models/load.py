@@ -44,9 +44,12 @@ class TextPart(NamedTuple):
 
 
 def load_unet(
-    base: Base, *, families: Families = (SD15,), dtype: torch.dtype = torch.float32, device: Device = "cpu"
+    base: Base, *, families: Families = (SD15,), dtype: torch.dtype | None = torch.float32, device: Device = "cpu"
 ) -> UNet2DConditionModel:
-    """The U-Net, frozen. Raises UserError when it is of another family, or tensors and configuration do not fit."""
+    """The U-Net, frozen. Raises UserError when it is of another family, or tensors and configuration do not fit.
+
+    dtype: None leaves each tensor in the file's.
+    """
     location = _located(base, UNET)
     family = family_of(location, families)
     config = _unet_config(location, family)
@@ -103,7 +106,7 @@ def load_text_encoders(
     base: Base,
     *,
     families: Families = (SD15, SDXL),
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: Device = "cpu",
 ) -> list[TextPart]:
     """Every text encoder of the model with its tokenizer, frozen, in the order in which the U-Net takes their states.
@@ -144,7 +147,9 @@ def _unet_config(location: BaseLocation, family: Family) -> dict[str, Any]:
     return _component_config(location, UNET, "UNet2DConditionModel")
 
 
-def text_part(location: BaseLocation, family: Family, component: str, dtype: torch.dtype, device: Device) -> TextPart:
+def text_part(
+    location: BaseLocation, family: Family, component: str, dtype: torch.dtype | None, device: Device
+) -> TextPart:
     """One text encoder with its tokenizer, frozen. Raises UserError when the two are of different vocabularies."""
     kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
     if location.is_file:

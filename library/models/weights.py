@@ -59,7 +59,7 @@ def assemble(
     tensors: dict[str, Tensor],
     where: str,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device | str,
     remedy: str = "Fetch it again.",
 ) -> Model:
@@ -67,7 +67,7 @@ def assemble(
 
     Strict: from_pretrained would draw missing weights at random and only log it. `tensors` become the model's. Raises UserError
     with the count and the first of the missing, unexpected and misshapen names, or of those with values that are not finite,
-    for which `remedy` tells what to do. `where` names the source in that sentence.
+    for which `remedy` tells what to do. `where` names the source in that sentence. dtype: None leaves the file's.
     """
     with (
         doing(f"building {where[0].lower()}{where[1:]}"),
@@ -104,11 +104,11 @@ def assemble(
     return model.to(device).eval().requires_grad_(False)
 
 
-def _alone(value: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+def _alone(value: Tensor, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
     """The tensor as a model keeps it, in memory of its own: parts of others lie on odd addresses, and kernels for those round
     otherwise."""
     is_alone = value.untyped_storage().nbytes() == value.nbytes and value.is_contiguous()
-    return value.to(device, dtype, copy=not is_alone, memory_format=torch.contiguous_format)
+    return value.to(device, dtype or value.dtype, copy=not is_alone, memory_format=torch.contiguous_format)
 
 
 def all_finite(values: Tensor) -> bool:

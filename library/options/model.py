@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from library.options.checks import require
-from library.options.given import Needed
+from library.options.given import Needed, OptionalCount
 
 Precision = Literal["bf16", "no"]
+
+MOST_ON_DEVICE = 2
+"""Of the blocks of blocks_to_swap: the one that computes and the one that is to come."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class SpeedOptions:
     """Attention by xformers instead, which has to be installed (pip install '.[xformers]')."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about half the memory for a third more time."""
+    blocks_to_swap: OptionalCount = None
+    """Keep the frozen weights of so many blocks of the U-Net (residual and transformer blocks) in the host's memory, and bring each
+    to the GPU ahead of its turn. At most two of them are there at a time."""
     compile: Literal["none", "regional", "whole", "graphs"] = "none"
     """torch.compile the U-Net: its repeated blocks (regional, seconds to compile) or all of it (whole, minutes); graphs: no
     compiler, but each pass as one CUDA graph, for small batches on a GPU."""
@@ -56,4 +62,14 @@ class SpeedOptions:
             "compile",
             "graphs cannot be used with gradient_checkpointing, which puts random states back in the middle of a pass. Leave "
             "one of them out.",
+        )
+        require(
+            self.blocks_to_swap is None or self.blocks_to_swap > MOST_ON_DEVICE,
+            "blocks_to_swap",
+            f"{self.blocks_to_swap} saves nothing: {MOST_ON_DEVICE} swapped blocks are on the GPU at a time. Give more, or 0.",
+        )
+        require(
+            self.blocks_to_swap is None or self.compile == "none",
+            "blocks_to_swap",
+            f"moves weights between kernels, which compile {self.compile} joins. Leave one of them out.",
         )

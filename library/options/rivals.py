@@ -33,6 +33,8 @@ RIVALS: tuple[frozenset[str], ...] = tuple(
         "raw_v_target objective",
         "raw_v_target v_parameterization",
         "xformers sdpa",
+        "base_quantization fp8_base",
+        "base_quantization fp8_base_unet",
         "cache_latents_to_disk no_cache_latents",
         "training_comment no_metadata",
     )

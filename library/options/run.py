@@ -123,6 +123,11 @@ class RunOptions:
             "one of them out.",
         )
         require(
+            self.model.base_quantization != "stored" or not self.network.base_weights,
+            "base_quantization",
+            "stored is the base as its file has it, and base_weights change it. Leave one of them out.",
+        )
+        require(
             self.training.initial_step is None or self.output.resume == "auto",
             "initial_step",
             "has no effect with resume: a state knows its own step.",

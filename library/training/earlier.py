@@ -28,7 +28,7 @@ RESOLVED = "options.toml"
 HARMLESS = frozenset(
     """
     dataset_config config_file output_config ignore_unknown_keys dry_run verify
-    device sdpa xformers gradient_checkpointing compile channels_last deterministic max_data_loader_n_workers
+    device sdpa xformers gradient_checkpointing blocks_to_swap compile channels_last deterministic max_data_loader_n_workers
     persistent_data_loader_workers disable_mmap_load_safetensors
     cache_dir train_latents train_tokens val_latents val_tokens text_embeddings cache_batch_size vae_batch_size
     cache_latents cache_latents_to_disk cache_text_encoder_outputs_to_disk val_data max_validation_samples image_root

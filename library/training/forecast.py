@@ -17,6 +17,7 @@ from library.device import choose_device, device_name, named_dtype
 from library.errors import UserError, check_all
 from library.files import free_bytes, human_bytes
 from library.models.base_family import family_of
+from library.models.block_swap import saved_bytes
 from library.models.configs import configs_of, published_family
 from library.models.encoders import grid_in_aspect
 from library.models.frozen import freeze_layers
@@ -26,6 +27,7 @@ from library.options.kohya.dataset import DEMO_DATA
 from library.options.run import RunOptions
 from library.training.alignment import head_group
 from library.training.disk import cache_sizes, shortages, wanted_width
+from library.training.frozen_weights import quantise
 from library.training.hours import hours_line, workload_of
 from library.training.inputs import base_components, check_fit, family_note, input_checks, output_checks
 from library.training.memory import kept_bytes
@@ -34,7 +36,6 @@ from library.training.models import (
     build_network,
     meta_models,
     parameter_groups,
-    round_frozen,
     start_weights,
 )
 from library.training.pictures import class_data, collect_pictures, print_data
@@ -134,6 +135,8 @@ def _print_model(options: RunOptions, location: BaseLocation | None, family: Fam
     cached = options.cache.caches_text or data.classes is not None
     models = meta_models(options, location, family, text=not (cached and location is None))
     frozen = sum(p.numel() for model in models.values() for p in model.parameters())
+    for sentence in quantise(models, options):
+        print(f"base             {sentence}")
     bases = {name: list(model.parameters()) for name, model in models.items()}
     network = build_network(models, options, family, start_weights(options))
     groups = parameter_groups(network, options, family)
@@ -144,11 +147,12 @@ def _print_model(options: RunOptions, location: BaseLocation | None, family: Fam
     counts = {group.name: sum(p.numel() for p in group.parameters) for group in groups}
     described = " + ".join(f"{count:,} {name}" for name, count in counts.items())
     print(f"trained          {described} = {sum(counts.values()):,} parameters beside {frozen:,} frozen ones")
-    round_frozen(models, options)
     kept = [UNET] if cached else list(models)
     # Weights, gradients, two moments and the average, float32.
     copies = 5 if options.optimizer.ema_decay else 4
     fixed = sum(p.nbytes for name in kept for p in bases[name]) + sum(counts.values()) * 4 * copies
+    if (swapped := options.speed.blocks_to_swap) is not None:
+        fixed -= saved_bytes(models[UNET], swapped)
     largest = max(data.training, key=lambda one: math.prod(one.fitted.bucket) * one.dataset.batch_size)
     width, height = largest.fitted.bucket
     per_sample = _activation_bytes(options, models, heads, family, dtype, width, height)

@@ -163,6 +163,8 @@ class AdapterMetadata:
             "ss_validate_every_n_steps": o.output.validate_every_n_steps,
             "ss_resize_interpolation": o.data.resize_interpolation,
         }
+        if o.model.base_quantization != "none":  # not kohya's; the adapter is for the base as it was
+            values["ss_base_quantization"] = o.model.base_quantization
         if o.network.network_args:
             words = dict(word.split("=", 1) for word in o.network.network_args)
             values["ss_network_args"] = json.dumps({**words, "dropout": o.network.network_dropout})

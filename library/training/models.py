@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from library.errors import UserError
 from library.files import file_hash, read_json
 from library.merging.merge import fold_into_modules
 from library.merging.source import read_source
+from library.models.at_rest import STORED
 from library.models.base_family import family_of
+from library.models.block_swap import swappable
 from library.models.fingerprint import weight_fingerprint
-from library.models.float8 import keep_in_float8
 from library.models.load import TextPart, load_text_encoders, load_unet, unet_config
 from library.models.locate import BaseLocation
 from library.models.lone_vae import LoneVae, locate_vae
@@ -30,7 +31,7 @@ from networks import AdapterError
 from networks.adapters import Adapter
 from networks.align_head import AlignHeads
 from networks.blocks import block_weights
-from networks.families import SD15, TEXT_ENCODER_2, UNET, Family
+from networks.families import SD15, TEXT_ENCODER, TEXT_ENCODER_2, UNET, Family
 from networks.kinds.lora import LORA_DOWN
 from networks.loading import require_trainable
 from networks.names import Target
@@ -39,7 +40,9 @@ from networks.spec import NetworkSpec
 
 
 def load_frozen_unet(options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> nn.Module:
-    """The U-Net with base_weights folded in, rounded to the compute dtype once."""
+    """The U-Net with base_weights folded in, rounded to the compute dtype once, or as the file has it if it is to stay so."""
+    if options.model.format_at_rest(UNET) == STORED:
+        return load_unet(base, families=(family,), dtype=None, device=device)
     dtype, folded = _dtypes(options)
     unet = load_unet(base, families=(family,), dtype=folded, device=device)
     _fold_base_weights({UNET: unet}, options, family)
@@ -47,7 +50,7 @@ def load_frozen_unet(options: RunOptions, base: BaseLocation, family: Family, de
 
 
 def load_frozen_text(options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> list[TextPart]:
-    """The text encoders, likewise."""
+    """The text encoders in the compute dtype, likewise."""
     dtype, folded = _dtypes(options)
     parts = load_text_encoders(base, families=(family,), dtype=folded, device=device)
     _fold_base_weights({part.component: part.model for part in parts}, options, family)
@@ -61,6 +64,8 @@ class FrozenModels:
         return load_frozen_unet(options, base, family, device)
 
     def text(self, options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> list[TextPart]:
+        if options.model.format_at_rest(TEXT_ENCODER) == STORED:
+            return load_text_encoders(base, families=(family,), dtype=None, device=device)
         return load_frozen_text(options, base, family, device)
 
 
@@ -111,6 +116,18 @@ def check_weights(options: RunOptions, base: BaseLocation, family: Family) -> li
     return notes
 
 
+def check_swapped(options: RunOptions, base: BaseLocation, family: Family) -> None:
+    """Raise UserError where the U-Net has not so many blocks as are to be swapped."""
+    count = options.speed.blocks_to_swap
+    if count is None:
+        return
+    there = len(swappable(meta_models(options, base, family, text=False)[UNET]))
+    if count > there:
+        raise UserError(
+            f"blocks_to_swap {count} is more than there are: the U-Net has {there} residual and transformer blocks."
+        )
+
+
 def start_weights(options: RunOptions) -> Adapter | None:
     """Raises UserError where network_weights cannot be trained on."""
     path = options.network.network_weights
@@ -152,18 +169,6 @@ def build_heads(options: RunOptions, unet_config: Mapping[str, Any], teacher_wid
         unet_config, a.taps, teacher_width, grid=a.token_grid, kind=a.align_head, seed=options.training.seed
     )
     return heads.to(torch.bfloat16) if options.model.full_bf16 else heads
-
-
-def round_frozen(models: Mapping[str, nn.Module], options: RunOptions) -> None:
-    """Keep what fp8_base or fp8_base_unet ask for in float8. The adapters are on already."""
-    for component in float8_components(options, models):
-        keep_in_float8(models[component])
-
-
-def float8_components(options: RunOptions, components: Collection[str]) -> list[str]:
-    if options.model.fp8_base:
-        return list(components)
-    return [UNET] if options.model.fp8_base_unet else []
 
 
 def network_spec(options: RunOptions, family: Family, start: Adapter | None) -> NetworkSpec:

@@ -29,7 +29,9 @@ from library.diffusion.objective import Objective
 from library.diffusion.predictions import EPSILON, VELOCITY, Prediction
 from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
+from library.freed_memory import keep_freed_memory
 from library.models.conditioning import CHUNK, TextConditioner, clip_skip
+from library.models.frozen import freeze_layers
 from library.models.load import TextPart, load_scheduler_config
 from library.models.locate import BaseLocation
 from library.options.data import ClassCacheOptions
@@ -43,6 +45,7 @@ from library.training.checkpoints import Checkpoints
 from library.training.earlier import run_record
 from library.training.ema import ExponentialAverage
 from library.training.facts import state_facts
+from library.training.frozen_weights import quantise, swap_of
 from library.training.graphs import CudaRecorder, Graphs, check_graphs
 from library.training.loop import Run, backward
 from library.training.loss_scaling import LossScaler
@@ -51,7 +54,6 @@ from library.training.models import (
     build_heads,
     build_network,
     parameter_groups,
-    round_frozen,
     scaling_factor,
     start_weights,
 )
@@ -177,6 +179,8 @@ def build_run(
         )
     if (limit := options.network.scale_weight_norms) is not None:
         run.after_step = lambda: {f"norm/{name}": value for name, value in task.network.clamp_norms(limit).items()}
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     return run, task
 
 
@@ -188,8 +192,9 @@ def build_task(
     unet: Any = prepared.models.unet(options, base, family, processes.device)
     parts = prepared.models.text(options, base, family, processes.device) if prepared.text is None else []
     models: dict[str, Any] = {UNET: unet, **{part.component: part.model for part in parts}}
+    for sentence in quantise(models, options):
+        processes.say(sentence)
     network = build_network(models, options, family, start_weights(options))
-    round_frozen(models, options)
     groups = parameter_groups(network, options, family)
     dtype = named_dtype(options.model.mixed_precision)
     alignment = None
@@ -205,8 +210,11 @@ def build_task(
     for note in optimizer_notes(options.optimizer, groups):
         processes.say(f"note: {note}")
     for model in models.values():
+        freeze_layers(model, linear=processes.device.type == "cpu")
         model.train()
     set_up_speed(unet, options.speed)
+    if (count := options.speed.blocks_to_swap) is not None:
+        processes.say(swap_of(unet, count))
     text = make_text(options, processes, prepared, unet, parts, dtype)
     training, validation = make_samples(options, prepared, text, plan)
     return LoraTask(

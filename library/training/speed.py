@@ -12,7 +12,6 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 
 from library.errors import UserError
-from library.models.frozen import freeze_layers
 from library.options.model import SpeedOptions
 from library.words import wrapped
 
@@ -82,7 +81,6 @@ def explained_kernels(device: torch.device) -> Iterator[None]:
 
 def set_up_speed(unet: Any, options: SpeedOptions) -> None:
     """Attention, memory format, checkpointing and compilation of a U-Net that has its adapters already."""
-    freeze_layers(unet)
     if options.channels_last:
         unet.to(memory_format=torch.channels_last)
     if options.gradient_checkpointing:

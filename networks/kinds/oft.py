@@ -18,6 +18,7 @@ from networks.adapter_module import AdapterModule, require_fit
 from networks.injection import OwnLayer
 from networks.kinds import KINDS
 from networks.spec import NetworkSpec
+from networks.targets import weight_shape
 
 NO_BOUND = 1000.0
 """alpha in a file where nothing is bound: no rotation comes near it, and programs differ in how they read 0 or none."""
@@ -112,7 +113,7 @@ class OftLayer(OwnLayer):
     """OFT on the outputs of a Linear or a convolution: base without bias, turned by blocks, and the bias."""
 
     def set_up(self, rank: int, alpha: float, spec: NetworkSpec) -> None:
-        outputs = self.base_layer.weight.shape[0]
+        outputs = weight_shape(self.base_layer)[0]
         blocks = next(count for count in range(min(rank, outputs), 0, -1) if outputs % count == 0)
         super().set_up(blocks, 0.0, spec)
         self.bound = (spec.constraint or 0.0) * outputs
@@ -127,7 +128,7 @@ class OftLayer(OwnLayer):
         self.oft_blocks = self._fresh(self.oft_blocks.shape, None)
 
     def to_module(self) -> AdapterModule:
-        return OftModule(self.oft_blocks.detach(), self.bound / self.base_layer.weight.shape[0])
+        return OftModule(self.oft_blocks.detach(), self.bound / weight_shape(self.base_layer)[0])
 
     def load_module(self, module: AdapterModule) -> None:
         assert isinstance(module, OftModule)

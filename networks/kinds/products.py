@@ -24,7 +24,7 @@ from networks.injection import PeftLayer
 from networks.kinds import KINDS, READ_ONLY, Kind
 from networks.kinds.dora import magnitude_fits, read_magnitude, with_magnitude
 from networks.spec import NetworkSpec
-from networks.targets import ADAPTER
+from networks.targets import ADAPTER, weight_shape
 
 Factor = tuple[Tensor, ...]
 """A matrix whole, as (a, b) of which it is the product, or as (a, b, t) of a CP-decomposed convolution."""
@@ -270,7 +270,7 @@ class ProductLayer(PeftLayer):
         result: Tensor = base(x)
         if not self.enabled:
             return result
-        delta = self.multiplier * self.delta().reshape(base.weight.shape)
+        delta = self.multiplier * self.delta().reshape(weight_shape(base))
         if self.training and self.row_dropout > 0:
             rows = kept([delta.shape[0], *(1 for _ in delta.shape[1:])], self.row_dropout, delta)
             delta = delta * rows / (1 - self.row_dropout)

@@ -189,6 +189,12 @@ DIFFERENCES: tuple[Difference, ...] = (
         "latents are cached once; its speed hardly counts",
     ),
     Difference(
+        "fp8_base, fp8_base_unet",
+        "stop without mixed precision",
+        "are base_quantization fp8; float32 computes with float8 weights too",
+        "one option says how frozen weights are kept",
+    ),
+    Difference(
         "clip_skip",
         "on SDXL ignored with a warning",
         "on SDXL 2, which SDXL is, or refused",

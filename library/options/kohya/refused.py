@@ -116,7 +116,7 @@ REFUSED: dict[str, Refused] = _table(
         {"weighted_captions": False},
     ),
     (
-        "kohya's own fails on SD1.5 and SDXL. Use --gradient_checkpointing, and --fp8_base_unet for more.",
+        "kohya's own fails on SD1.5 and SDXL. Use --gradient_checkpointing, and --base_quantization or --blocks_to_swap for more.",
         "",
         {"cpu_offload_checkpointing": False},
     ),
@@ -143,11 +143,11 @@ REFUSED: dict[str, Refused] = _table(
     (
         "It is an option of kohya's scripts for Flux and SD3. SD1.5 and SDXL are trained here.",
         "",
-        {"ae": None, "t5xxl": None, "clip_l": None, "clip_g": None, "blocks_to_swap": None},
+        {"ae": None, "t5xxl": None, "clip_l": None, "clip_g": None},
     ),
     ("Use --train_batch_size, or batch_size in the file of --dataset_config.", "", {"batch_size": None}),
     (
-        "It is an option of image UIs. Use --gradient_checkpointing, --train_batch_size 1 and --fp8_base to save memory.",
+        "It is an option of image UIs. Use --gradient_checkpointing, --base_quantization and --blocks_to_swap to save memory.",
         "",
         {"lowvram": False, "medvram": False},
     ),

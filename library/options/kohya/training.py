@@ -10,6 +10,7 @@ from library.options.checks import positive, require
 from library.options.given import OFF_AT_ZERO, Needed, OptionalCount
 from library.options.model import ModelOptions, SpeedOptions
 from library.options.training import OutputOptions, TrainingOptions
+from networks.families import UNET
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,11 @@ class NetworkModelOptions(ModelOptions):
     """Compute the VAE in float32 with mixed_precision bf16 too. With fp16, which it overflows, that is always so."""
     full_bf16: bool = False
     """Keep trained weights and gradients in bfloat16 too: half their memory, and small updates are lost."""
+    base_quantization: Literal["none", "stored", "fp8", "int8", "nf4"] = "none"
+    """How frozen weights of U-Net and text encoders lie in memory; they are computed with in mixed_precision. nf4 takes a quarter
+    of bf16, int8 and fp8 half; stored is as the file has them. Files with LoRAs are for the base as it was."""
     fp8_base: bool = False
-    """Keep the frozen weights of U-Net and text encoders in float8 (e4m3): half their memory, computed in mixed_precision."""
+    """kohya's name for base_quantization fp8 (e4m3)."""
     fp8_base_unet: bool = False
     """The same for the U-Net alone."""
     disable_mmap_load_safetensors: bool = False
@@ -63,12 +67,18 @@ class NetworkModelOptions(ModelOptions):
             "full_bf16",
             f"needs mixed_precision bf16, and it is {self.mixed_precision}.",
         )
-        for name in ("fp8_base", "fp8_base_unet"):
+        for name, same in (("fp8_base", ("none", "fp8")), ("fp8_base_unet", ("none",))):
             require(
-                not getattr(self, name) or self.mixed_precision != "no",
+                not getattr(self, name) or self.base_quantization in same,
                 name,
-                "needs mixed_precision fp16 or bf16, the format that float8 weights are computed in.",
+                f"and base_quantization {self.base_quantization} both say how frozen weights are kept. Leave one of them out.",
             )
+
+    def format_at_rest(self, component: str) -> str | None:
+        """In which the frozen weights of a part of the base are kept; None is the one that is computed in."""
+        if self.fp8_base or (self.fp8_base_unet and component == UNET):
+            return "fp8"
+        return None if self.base_quantization == "none" else self.base_quantization
 
     @property
     def vae_precision(self) -> Literal["bf16", "no"]:

@@ -22,7 +22,7 @@ from torch import nn
 from library.models.load import TextPart
 from library.models.locate import BaseLocation
 from library.options.run import RunOptions
-from library.training.models import FrozenModels, base_weights_facts, float8_components
+from library.training.models import FrozenModels, base_weights_facts
 from networks.families import UNET, Family
 
 Value = TypeVar("Value")
@@ -81,7 +81,8 @@ class KeptModels(FrozenModels):
         """Models that only the objective needs."""
 
     def unet(self, options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> nn.Module:
-        if float8_components(options, [UNET]):  # asked for to save memory; a second copy of the weights would cost it
+        # Asked for to save memory; a second copy of the weights would cost it.
+        if options.model.format_at_rest(UNET) is not None or options.speed.blocks_to_swap is not None:
             return super().unet(options, base, family, device)
         load, channels_last = super().unet, options.speed.channels_last
 
@@ -96,7 +97,7 @@ class KeptModels(FrozenModels):
 
     def text(self, options: RunOptions, base: BaseLocation, family: Family, device: torch.device) -> list[TextPart]:
         load = super().text
-        if options.model.fp8_base:
+        if any(options.model.format_at_rest(component) is not None for component in family.text_encoders):
             return load(options, base, family, device)
 
         def loaded() -> Frozen:
