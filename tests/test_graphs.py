@@ -57,7 +57,6 @@ def replaying(warm_up: int = 1, most: int = graphs.MOST_GRAPHS) -> Iterator[Repl
     with ExitStack() as patches:
         for where, name, value in (
             ("library.training.graphs", "check_graphs", lambda *_: None),
-            ("library.training.run", "check_graphs", lambda *_: None),
             ("library.training.run", "CudaRecorder", lambda device: recorder),
             ("library.training.graphs", "WARM_UP", warm_up),
         ):
