@@ -87,11 +87,21 @@ def test_a_repa_run_by_replays_is_the_plain_run_to_the_bit(repa_setting: RepaSet
     """lambda rises over the first steps, from 0, where the heads have no gradients and the optimizer leaves them alone."""
     options: dict[str, Any] = {
         "max_train_steps": 6, "align_warmup_steps": 4, "manifold_mode": "random", "save_every_n_steps": 6,
+        "validate_every_n_steps": 2,
     }  # fmt: skip
     assert repa_setting.train(tmp_path / "plain", **options) == 0
-    with replaying() as recorder:
+    places, once = [], Graphs.__call__
+
+    def noted(self: Graphs, *words: Any) -> graphs.Parts:
+        places.append([parameter.data_ptr() for parameter in self.parameters])
+        return once(self, *words)
+
+    with replaying() as recorder, mock.patch.object(Graphs, "__call__", noted):
         assert repa_setting.train(tmp_path / "graphs", compile="graphs", **options) == 0
     assert recorder.recorded == 1 and recorder.warmed == 2 and len(recorder.replayed) == 4, "lambda 0, and above"
+    assert all(place == places[0] for place in places), (
+        "a graph goes on reading where a weight was when it was recorded"
+    )
     for name in ("train/loss", "lambda", "train/token"):
         plain, replayed = ([row[name] for row in metric_rows(tmp_path / run, name)] for run in ("plain", "graphs"))
         assert plain == replayed and len(set(plain)) > 3, name
