@@ -67,6 +67,7 @@ def replaying(warm_up: int = 1, most: int = graphs.MOST_GRAPHS) -> Iterator[Repl
 # -------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.bits
 def test_a_lora_run_by_replays_is_the_plain_run_to_the_bit(network_setting: NetworkSetting, tmp_path: Path) -> None:
     """Text encoders that learn, dropout, two micro-batches a step of which the last of an epoch has one, an average."""
     options: dict[str, object] = {
@@ -83,6 +84,7 @@ def test_a_lora_run_by_replays_is_the_plain_run_to_the_bit(network_setting: Netw
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
+@pytest.mark.bits
 def test_a_repa_run_by_replays_is_the_plain_run_to_the_bit(repa_setting: RepaSetting, tmp_path: Path) -> None:
     """lambda rises over the first steps, from 0, where the heads have no gradients and the optimizer leaves them alone."""
     options: dict[str, Any] = {
