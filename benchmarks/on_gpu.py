@@ -83,7 +83,7 @@ TINY_SDXL = "--base tiny-sdxl --resolution 64 --steps 2"
 LORA_SD15 = "--family sd15 --resolution 512 --batch 1 --precision bf16"
 LORA_SDXL = "--family sdxl --resolution 1024 --batch 1 --precision bf16"
 REPA = "--batch 128 --steps 30 --samples 512"
-TINY_REPA = "--batch 1 --steps 10 --samples 2"
+TINY_REPA = "--tiny --batch 1 --steps 10 --samples 2"
 
 
 def lora(
@@ -114,8 +114,8 @@ PARTS = (
     repa("repa", "REPA step, batch 128", 120, "--compile none"),
     repa("repa_regional", "REPA step, --compile regional", 180, "--compile regional", "--compile none"),
     repa("repa_graphs", "REPA step, --compile graphs", 120, "--compile graphs"),
-    lora("lora_sd15_graphs", "SD1.5 LoRA, --compile graphs", "sd15", 30, 90, GRAPHS),
-    lora("lora_sdxl_graphs", "SDXL LoRA, --compile graphs", "sdxl", 15, 120, GRAPHS),
+    lora("lora_sd15_graphs", "SD1.5 LoRA, --compile graphs", "sd15", 30, 90, GRAPHS, "--steps 4"),
+    lora("lora_sdxl_graphs", "SDXL LoRA, --compile graphs", "sdxl", 15, 120, GRAPHS, "--steps 4"),
     Part(
         "resume", "exact resume, price of determinism", "resume.py", f"{LORA_SD15} --steps 12", TINY_SD15, 180
     ),

@@ -69,7 +69,12 @@ def section(path: Path) -> str:
     lines.append(f"{result['device']}; torch {result['versions']['torch']}; {result['date'][:10]}")
     lines.append("; ".join(f"{name} {value}" for name, value in result["settings"].items()) + "\n")
     if outcomes := result.get("outcomes"):  # of on_gpu.py
-        lines += ["| part | outcome |", "|---|---|", *(f"| {name} | {said} |" for name, said in outcomes.items()), ""]
+        lines += [
+            "| part | outcome |",
+            "|---|---|",
+            *(f"| {name} | {said.replace('|', '/')} |" for name, said in outcomes.items()),
+            "",
+        ]
     lines += ["| figure | measured | target |", "|---|---|---|"]
     for name, value in result["measured"].items():
         if not isinstance(value, int | float):  # details, which stay in the JSON, or nothing to tell

@@ -36,6 +36,7 @@ from library.options.repa import parse_repa_options
 from library.options.run import RunOptions
 from library.processes import Processes
 from library.training.caches import prepared_classes
+from library.training.graphs import check_graphs
 from library.training.loop import train
 from library.training.models import FrozenModels
 from library.training.plan import make_order, make_plan
@@ -62,13 +63,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--compile", default="none", choices=["none", "regional", "whole", "graphs"])
     parser.add_argument("--lora_scope", default="mid", choices=["mid", "down_mid", "all"])
     parser.add_argument("--no_deterministic", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="the tiny model, whatever the device")
     parser.add_argument("--name", default=None)
     arguments = parser.parse_args(argv)
+    full_size = gpu and not arguments.tiny
     with tempfile.TemporaryDirectory() as folder, ExitStack() as context:
-        settings, measured = measure(arguments, Path(folder), context, full_size=gpu)
-    unknown = None if gpu else "not measured: no GPU here, and the tiny model is not the target"
+        settings, measured = measure(arguments, Path(folder), context, full_size=full_size)
+    unknown = None if full_size else "not measured: no GPU here, and the tiny model is not the target"
     targets = {name: {"at_most": bound, "met": unknown or measured[name] <= bound} for name, bound in TARGETS.items()}
-    name = arguments.name or ("repa_step" if gpu else "repa_step_cpu_tiny")
+    name = arguments.name or ("repa_step" if full_size else "repa_step_cpu_tiny")
     save(name, settings, measured, targets)
 
 
@@ -82,6 +85,7 @@ def measure(
         --mixed_precision {"bf16" if full_size else "no"} {"--no_deterministic" if arguments.no_deterministic else ""}"""
     options = parse_repa_options(argv.split(), prog="repa_step", description="")
     processes = Processes()
+    check_graphs(options, processes)
     config = unet_config(base)
     caches = make_caches(folder, arguments.samples, resolution // 8, (grid**2, width), config["cross_attention_dim"])
     data = collect_classes(

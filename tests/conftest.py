@@ -33,7 +33,7 @@ LONGEST = (
     "test_real_photos", "test_train_network", "test_train_repa", "test_network_resume", "test_search_trial",
     "test_search_trainer", "test_network_alignment", "test_processes", "test_merge_interruption", "test_cache_interruption",
     "test_train_repa_engine", "test_mistakes", "test_search_faults", "test_resume", "test_optimize", "test_network_kinds",
-    "test_search_postgres", "test_earlier_runs", "test_tiny_models", "test_bucket_caches", "test_evaluate",
+    "test_search_postgres", "test_earlier_runs", "test_tiny_models", "test_bucket_caches", "test_evaluate", "test_on_gpu",
 )  # fmt: skip
 """Files that take a quarter of a minute and more, the longest first: begun last, one process would work and the others wait."""
 

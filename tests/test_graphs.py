@@ -57,7 +57,6 @@ def replaying(warm_up: int = 1, most: int = graphs.MOST_GRAPHS) -> Iterator[Repl
     with ExitStack() as patches:
         for where, name, value in (
             ("library.training.graphs", "check_graphs", lambda *_: None),
-            ("library.training.run", "check_graphs", lambda *_: None),
             ("library.training.run", "CudaRecorder", lambda device: recorder),
             ("library.training.graphs", "WARM_UP", warm_up),
         ):
@@ -68,6 +67,7 @@ def replaying(warm_up: int = 1, most: int = graphs.MOST_GRAPHS) -> Iterator[Repl
 # -------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.bits
 def test_a_lora_run_by_replays_is_the_plain_run_to_the_bit(network_setting: NetworkSetting, tmp_path: Path) -> None:
     """Text encoders that learn, dropout, two micro-batches a step of which the last of an epoch has one, an average."""
     options: dict[str, object] = {
@@ -84,15 +84,26 @@ def test_a_lora_run_by_replays_is_the_plain_run_to_the_bit(network_setting: Netw
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
+@pytest.mark.bits
 def test_a_repa_run_by_replays_is_the_plain_run_to_the_bit(repa_setting: RepaSetting, tmp_path: Path) -> None:
     """lambda rises over the first steps, from 0, where the heads have no gradients and the optimizer leaves them alone."""
     options: dict[str, Any] = {
         "max_train_steps": 6, "align_warmup_steps": 4, "manifold_mode": "random", "save_every_n_steps": 6,
+        "validate_every_n_steps": 2,
     }  # fmt: skip
     assert repa_setting.train(tmp_path / "plain", **options) == 0
-    with replaying() as recorder:
+    places, once = [], Graphs.__call__
+
+    def noted(self: Graphs, *words: Any) -> graphs.Parts:
+        places.append([parameter.data_ptr() for parameter in self.parameters])
+        return once(self, *words)
+
+    with replaying() as recorder, mock.patch.object(Graphs, "__call__", noted):
         assert repa_setting.train(tmp_path / "graphs", compile="graphs", **options) == 0
     assert recorder.recorded == 1 and recorder.warmed == 2 and len(recorder.replayed) == 4, "lambda 0, and above"
+    assert all(place == places[0] for place in places), (
+        "a graph goes on reading where a weight was when it was recorded"
+    )
     for name in ("train/loss", "lambda", "train/token"):
         plain, replayed = ([row[name] for row in metric_rows(tmp_path / run, name)] for run in ("plain", "graphs"))
         assert plain == replayed and len(set(plain)) > 3, name

@@ -58,13 +58,13 @@ def test_every_part_works_at_tiny_size(on_gpu: Any, tmp_path: Path, capsys: pyte
         unknown = [name for name in ("--base_quantization", "--blocks_to_swap") if name in part.unknown]
         if unknown:
             assert outcomes[part.name] == f"skipped: train_network.py does not know {unknown[0]}"
-        elif "--compile graphs" in part.options:
+        elif "--compile graphs" in part.options and not on_gpu.has_gpu():
             assert outcomes[part.name].startswith("refused: --compile graphs records CUDA graphs"), outcomes[part.name]
         else:
             assert outcomes[part.name] == "done", (tmp_path / "logs" / f"{part.name}.txt").read_text()[-3000:]
             result = read_json(tmp_path / "tiny_results" / f"{part.result}.json")
             assert all(value >= 0 for value in result["measured"].values()), part.name
-    assert code == 1, "graphs were refused"
+    assert code == int(any(outcome != "done" for outcome in outcomes.values()))
     resumed = read_json(tmp_path / "tiny_results" / "gpu_resume.json")
     assert resumed["measured"]["tensors_that_differ"] == 0 and resumed["measured"]["tensors"] > 20
     assert resumed["measured"]["steps_after_resuming"] == 1

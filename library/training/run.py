@@ -46,7 +46,7 @@ from library.training.earlier import run_record
 from library.training.ema import ExponentialAverage
 from library.training.facts import state_facts
 from library.training.frozen_weights import quantise, swap_of
-from library.training.graphs import CudaRecorder, Graphs, check_graphs
+from library.training.graphs import CudaRecorder, Graphs
 from library.training.loop import Run, backward
 from library.training.loss_scaling import LossScaler
 from library.training.metadata import AdapterMetadata
@@ -118,7 +118,6 @@ def build_run(
     they were collected, by which the run knows its adapters again; "" where it is never asked.
     """
     set_up_determinism(options.speed, processes.device)
-    check_graphs(options, processes)
     task = build_task(options, processes, prepared, plan, context)
     trained = make_trained(options, task)
     with processes.main_first():
