@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from library.diffusion.predictions import EPSILON, VELOCITY
 from library.models.float8 import Float8Conv2d, Float8Linear
-from library.models.load import load_unet
+from library.models.load import load_scheduler_config, load_unet
 from library.models.locate import locate_base
 from library.processes import Processes
 from library.training.models import (
@@ -135,7 +135,7 @@ def test_options_reach_the_objective_and_the_noise(network_setting: NetworkSetti
         options = parse_network_options(
             [*network_setting.argv(network_setting.folder / "o"), *words.split()], prog="", description=None
         )
-        return make_objective(options, locate_base(str(network_setting.base)), Processes("cpu"))
+        return make_objective(options, load_scheduler_config(locate_base(str(network_setting.base))), Processes("cpu"))
 
     plain = objective("")
     assert (plain.parametrisation.output, plain.compared, plain.min_snr_gamma) == (EPSILON, EPSILON, None)

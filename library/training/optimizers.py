@@ -77,8 +77,9 @@ def make_optimizer(groups: Sequence[ParameterGroup], options: OptimizerOptions) 
     Raises OptionError where there is no such optimizer or its arguments do not fit.
     """
     kind = find_optimizer(options.optimizer_name)
-    on_cuda = all(p.device.type == "cuda" for group in groups for p in group.parameters)
-    arguments = _arguments(kind, options, fused=on_cuda)
+    # The meta device counts what CUDA would do.
+    has_fused = all(p.device.type in ("cuda", "meta") for group in groups for p in group.parameters)
+    arguments = _arguments(kind, options, fused=has_fused)
     entries = [_entry(group, kind, options, arguments) for group in groups]
     what = f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
     optimizer = named_classes.call("optimizer_args", what, lambda: kind(entries, **arguments))
