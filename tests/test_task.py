@@ -251,6 +251,10 @@ def test_training_goes_on_from_network_weights(
     assert ranks == {target: module.rank for target, module in modules.items()}
 
 
+class AnotherLinear(torch.nn.Linear):
+    """Computes as its parent, and is not known to."""
+
+
 @pytest.mark.bits
 def test_float8_weights_compute_what_weights_rounded_to_float8_do(network_setting: NetworkSetting) -> None:
     """Losses and gradients of adapters, against a base whose weights were rounded to float8 and back beforehand."""
@@ -263,6 +267,9 @@ def test_float8_weights_compute_what_weights_rounded_to_float8_do(network_settin
             if isinstance(module, Float8Linear | Float8Conv2d):
                 assert module.weight.dtype == torch.float8_e4m3fn
                 other[path].weight.data = module.weight.data.to(torch.bfloat16)
+                if isinstance(module, Float8Linear):
+                    # Beside a plain Linear an adapter is added within the product, which rounds once less.
+                    other[path].__class__ = AnotherLinear
                 rounded += 1
     assert rounded > 100
     results = []
