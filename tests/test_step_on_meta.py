@@ -5,24 +5,35 @@ The engine's own step (`loop.take_step`), at the size of SD1.5 and SDXL where sh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import train_network
+from library.models.base_family import family_of
+from library.models.frozen import save_no_inputs
+from library.models.locate import locate_base
 from library.options.network import parse_network_options
 from library.options.repa import parse_repa_options
 from library.options.run import RunOptions
 from library.training.meta_step import MetaStep, StepSize, meta_step
 from library.training.step_count import META, HostRead, StepCount, gpu_kernels
 from networks.families import SD15, SDXL, TEXT_ENCODER, UNET, Family
+from networks.network import add_network
+from networks.spec import NetworkSpec
+from tests.tools.network_runs import NetworkSetting
 
 UNET_ONLY = "--network_train_unet_only --cache_text_encoder_outputs --mixed_precision bf16"
+UNET_ALONE = {"network_train_unet_only": "", "cache_text_encoder_outputs": ""}
 EVERYTHING = (
     "--ema_decay 0.999 --min_snr_gamma 5 --noise_offset 0.05 --noise_offset_random_strength --adaptive_noise_scale 0.01 "
     "--ip_noise_gamma 0.1 --ip_noise_gamma_random_strength --loss_type huber --masked_loss --alpha_mask --masked_loss_renormalize "
@@ -48,13 +59,17 @@ def repa_options(words: str, folder: Path) -> RunOptions:
     return parse_repa_options([*argv, *words.split()], prog="", description=None)
 
 
+def narrow(width: int) -> dict[str, Any]:
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    widths = {"block_out_channels": (width, 2 * width), "cross_attention_dim": width, "attention_head_dim": 2}
+    return {"down_block_types": down, "up_block_types": up, **widths}
+
+
 def small() -> dict[str, Any]:
     """A U-Net of two blocks and a text encoder of two layers, of SD1.5's kind, for what does not depend on the size."""
-    narrow = {"block_out_channels": (8, 16), "cross_attention_dim": 12, "norm_num_groups": 4, "attention_head_dim": 2}
-    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
     with META:
-        unet = UNet2DConditionModel(**narrow, down_block_types=down, up_block_types=up, layers_per_block=1)
-        sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        unet = UNet2DConditionModel(**narrow(8), layers_per_block=1, norm_num_groups=4)
+        sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
         models = {UNET: unet, TEXT_ENCODER: CLIPTextModel(CLIPTextConfig(**sizes))}
     return {name: model.to(torch.bfloat16).requires_grad_(False) for name, model in models.items()}
 
@@ -154,6 +169,57 @@ def test_what_is_counted() -> None:
     assert counter.flop == 2 * 100 * 30 * 50
     assert counter.moved == 4 * 2 * added.numel()
     assert counter.live == before + added.nbytes and counter.peak == before + added.nbytes + 4 * 5000
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_peak_is_what_a_device_allocates(checkpointing: bool) -> None:
+    """Within 10 %, by what torch's profiler saw of the same pass on the CPU."""
+
+    def run(device: str, watched: Callable[[list[torch.Tensor]], Any]) -> Any:
+        with torch.device(device):
+            unet = UNet2DConditionModel(**narrow(32), layers_per_block=2, norm_num_groups=8)
+            latents, step, text = torch.zeros(2, 4, 32, 32), torch.zeros(2), torch.zeros(2, 7, 32)
+        network = add_network({UNET: unet}, NetworkSpec(rank=4, text_encoder=False), seed=0)
+        save_no_inputs(unet.train())
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        with watched([*unet.parameters(), latents, step, text]) as watch:
+            network.cast_together(torch.float32)
+            unet(latents, step, text).sample.square().mean().backward()
+        return watch
+
+    with gpu_kernels():
+        counted = run("meta", StepCount)
+    profiler = run("cpu", lambda _: profile(activities=[ProfilerActivity.CPU], profile_memory=True))
+    events = profiler.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
+    assert counted.peak - counted.before == pytest.approx(max(accumulate(sizes)), rel=0.1)
+
+
+@pytest.mark.parametrize("words", [{}, {"gradient_checkpointing": ""}], ids=["", "checkpointing"])
+@pytest.mark.parametrize("setting", ["network_setting", "sdxl_setting"])
+def test_a_plan_forecasts_the_memory_of_a_step(
+    setting: str,
+    words: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Within 10 % of a step of the run's own optimizer and losses, the workspace apart."""
+    monkeypatch.setattr("library.training.forecast.WORKSPACE_BYTES", 0)
+    owner: NetworkSetting = request.getfixturevalue(setting)
+    argv = owner.argv(tmp_path, mixed_precision="bf16", ema_decay=0.9, **UNET_ALONE, **words)
+    assert train_network.main([*argv, "--dry_run"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("device memory")]
+    said = re.search(r"about ([\d.]+) MiB: .* for each of (\d+) pictures of (\d+) x (\d+)", line)
+    assert said is not None
+    pictures, width, height = map(int, said.groups()[1:])
+    options, base = parse_network_options(argv, prog="", description=None), locate_base(str(owner.base))
+    with ExitStack() as context:
+        size = StepSize(width, height, pictures)
+        counted = meta_step(options, base, family_of(base), size, context).count()
+    assert float(said[1]) * 2**20 == pytest.approx(counted.peak, rel=0.1)
 
 
 def test_lists_of_tensors_are_as_many_kernels_as_torch_makes_of_them() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 from library.data.cached_samples import Batch, CachedSamples
 from library.data.text_embeddings import TextEmbeddings
@@ -74,6 +75,12 @@ class MetaStep:
                 take_step(self.run, _Endless(self.batch), self.randomness, self.step)
         return counter
 
+    @property
+    def frozen_parameters(self) -> int:
+        trained = {id(parameter) for parameter in self.task.network.parameters.values()}
+        every = [parameter for model in self.models.values() for parameter in model.parameters()]
+        return sum(parameter.numel() for parameter in every if id(parameter) not in trained)
+
     def tensors(self) -> Iterator[Tensor]:
         """What there is between steps."""
         for model in self.models.values():
@@ -131,10 +138,16 @@ def meta_step(
     size: StepSize,
     context: ExitStack,
     models: dict[str, Any] | None = None,
+    as_adamw: bool = False,
 ) -> MetaStep:
-    """A run of these options. location: of the base; None: the family's published one. models: frozen ones without adapters
-    that are there already, on the meta device. context: holds the feature hooks.
+    """A run of these options in eager mode, with the attention that torch has.
+
+    location: of the base; None: the family's published one. context: holds the feature hooks. models: frozen ones without
+    adapters that are there already, on the meta device. as_adamw: with AdamW's two moments of a weight in float32, whatever
+    the optimizer: many read the device, and have no place here.
     """
+    attention = {"xformers": False, "sdpa": options.speed.sdpa or options.speed.xformers}
+    options = replace(options, speed=replace(options.speed, compile="none", **attention))
     caches_text = options.cache.caches_text or options.class_pictures is not None
     if models is None:
         models = meta_models(options, location, family, text=not caches_text)
@@ -158,13 +171,17 @@ def meta_step(
         training=CachedSamples((), *Stores(unused, None), text, seed=0, last_step=1),
         validation={},
     )
+    optimizer = rates = None
+    if as_adamw:
+        optimizer = AdamW([{"params": list(group.parameters), "name": group.name} for group in task.groups], fused=True)
+        rates = lambda step: [group.learning_rate for group in task.groups]  # noqa: E731
     plan = Plan(size.pictures, size.pictures, options.training.gradient_accumulation_steps, 1, 1, 10_000, 0)
     run = Run(
         task=task,
         plan=plan,
-        trained=make_trained(options, task),
+        trained=make_trained(options, task, optimizer),
         batches=unused,
-        rates=learning_rates_of(options.optimizer, plan, task.groups),
+        rates=rates or learning_rates_of(options.optimizer, plan, task.groups),
         max_grad_norm=options.optimizer.max_grad_norm,
         seed=0,
         output=options.output,

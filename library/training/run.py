@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from library.caching.masks import alpha_channel, latent_mask
 from library.data.batches import Prefetcher
@@ -339,8 +340,11 @@ def evenly_spread(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist()
 
 
-def make_trained(options: RunOptions, task: LoraTask) -> Trained:
-    """What a step changes. Parameters whose rate is 0 are in the adapter's file, and are not among it."""
+def make_trained(options: RunOptions, task: LoraTask, optimizer: Optimizer | None = None) -> Trained:
+    """What a step changes. Parameters whose rate is 0 are in the adapter's file, and are not among it.
+
+    optimizer: of the task's groups; default: the one that the options name.
+    """
     learning = {id(parameter) for group in task.groups for parameter in group.parameters}
     for parameter in task.network.parameters.values():
         parameter.requires_grad_(id(parameter) in learning)
@@ -356,7 +360,7 @@ def make_trained(options: RunOptions, task: LoraTask) -> Trained:
             parts.setdefault(part(name.split(".", 1)[0]), {})[name] = parameter
     if task.alignment is not None:
         parts[PART] = head_parameters(task.alignment.heads)
-    trained = Trained(parts, make_optimizer(task.groups, options.optimizer), None, metadata)
+    trained = Trained(parts, optimizer or make_optimizer(task.groups, options.optimizer), None, metadata)
     if options.model.mixed_precision == "fp16":
         trained.scaler = LossScaler(task.processes.device)
     if options.optimizer.ema_decay > 0:

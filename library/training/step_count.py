@@ -58,6 +58,8 @@ class StepCount(TorchDispatchMode):
     """Of products, convolutions and attention (torch.utils.flop_counter)."""
     moved: int
     """Bytes that all other operations read and write: they are as fast as memory is."""
+    before: int
+    """Bytes of all storages that there were when the count began."""
     live: int
     """Bytes of all storages there are now."""
     peak: int
@@ -70,11 +72,8 @@ class StepCount(TorchDispatchMode):
         self.live = self.peak = 0
         for tensor in existing:
             self._see(tensor)
-        self.clear()
-
-    def clear(self) -> None:
-        """Count from here on; what is alive stays so."""
-        self.launches, self.flop, self.moved, self.peak = Counter(), 0, 0, self.live
+        self.launches, self.flop, self.moved = Counter(), 0, 0
+        self.before = self.peak = self.live
 
     @property
     def operations(self) -> int:
