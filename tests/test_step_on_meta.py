@@ -164,9 +164,10 @@ def test_what_is_counted() -> None:
         view = product.t()[1:]
         added = view + 1
         del product, view
+        added.addmm_(b.T[1:], a.T)
     assert before == 4 * (3000 + 1500)
-    assert counter.launches == {"mm": 1, "add": 1} and counter.operations == 2
-    assert counter.flop == 2 * 100 * 30 * 50
+    assert counter.launches == {"mm": 1, "add": 1, "addmm_": 1} and counter.operations == 3
+    assert counter.flop == 2 * 100 * 30 * (50 + 49)
     assert counter.moved == 4 * 2 * added.numel()
     assert counter.live == before + added.nbytes and counter.peak == before + added.nbytes + 4 * 5000
 
@@ -196,8 +197,9 @@ def test_the_peak_is_what_a_device_allocates(checkpointing: bool) -> None:
     assert counted.peak - counted.before == pytest.approx(max(accumulate(sizes)), rel=0.1)
 
 
-@pytest.mark.parametrize("words", [{}, {"gradient_checkpointing": ""}], ids=["", "checkpointing"])
-@pytest.mark.parametrize("setting", ["network_setting", "sdxl_setting"])
+@pytest.mark.parametrize(
+    ("setting", "words"), [("network_setting", {}), ("sdxl_setting", {"gradient_checkpointing": ""})]
+)
 def test_a_plan_forecasts_the_memory_of_a_step(
     setting: str,
     words: dict[str, str],

@@ -31,6 +31,8 @@ _READS = frozenset(
     + (_aten.unique_dim, _aten.unique_consecutive, _aten.bincount)
 )
 _INDEXING = frozenset((_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index))
+# The counter of FLOP does not know what adds in place.
+_FLOP = {**flop_registry, _aten.addmm_: flop_registry[_aten.addmm], _aten.baddbmm_: flop_registry[_aten.baddbmm]}
 # No kernel, beside views: memory is only taken, or taken for something else.
 _FREE = frozenset(
     (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided, _aten._unsafe_view)
@@ -97,7 +99,7 @@ class StepCount(TorchDispatchMode):
         of_lists = "_foreach_" in str(func) or "_fused_" in str(func) or "_amp_foreach" in str(func)
         number = math.ceil(lists[0] / _LIST_TENSORS[min(len(lists), 5)]) if of_lists and lists else 1
         self.launches[str(func.overloadpacket).removeprefix("aten.")] += number
-        if (flop := flop_registry.get(func.overloadpacket)) is not None:
+        if (flop := _FLOP.get(func.overloadpacket)) is not None:
             self.flop += flop(*args, **kwargs, out_val=result)
         else:
             # A tensor that is stretched is read once.
