@@ -27,6 +27,7 @@ page of them. Ratios are measured side by side in one run: on a shared machine t
 | `merge.py` | seconds and memory of merging a LoRA into full-size SD1.5, beside `cp` and beside load-merge-save |
 | `train_network.py` | seconds and memory of a LoRA step at full size, as a user starts it, beside published figures |
 | `resume.py` | whether a training resumed halfway ends with the same bits, and what deterministic kernels cost |
+| `count_step.py` | kernel launches, FLOP, bytes and memory of a step at full size, counted on the meta device without a GPU |
 | `cache_build.py` | images a second through the cache pipeline, beside decoding alone and encoding alone |
 | `samplers.py` | seconds of a picture of one step by every sampler, full-size SD1.5 or SDXL with random weights |
 | `optimize.py` | steps in which a study finds what random search finds; its parent's cost; eight parents on one database |

@@ -100,6 +100,13 @@ class AdaptedLayer:
         """Frobenius norms of what layers of this kind add to their weights as trained, [layers]. Of kinds that add."""
         raise NotImplementedError
 
+    @staticmethod
+    def cast_together(layers: Sequence[AdaptedLayer], dtype: torch.dtype) -> None:
+        """Cast the weights of layers of this kind for one pass in `dtype`, forward and backward, in a few operations.
+
+        Without, each is cast where it is used, as those of other kinds always are.
+        """
+
     def keeps_module(self, like: Tensor) -> Tensor | None:
         """1 or 0, drawn anew, for this pass of the layer; None where it is never left out."""
         return kept([], self.skip_rate, like) if self.training and self.skip_rate > 0 else None

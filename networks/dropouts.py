@@ -6,30 +6,22 @@ sd-scripts, networks/lora.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
-def drop_ranks(down: nn.Module, *, dropout: float, rank_dropout: float) -> None:
-    """Let what `down` gives be dropped by value (`dropout`), and by sample and rank; what stays is scaled to make up."""
+def drop_ranks(hidden: Tensor, *, dropout: float, rank_dropout: float, axis: int) -> Tensor:
+    """What a down matrix gave, dropped by value (`dropout`), and by sample and rank; what stays is scaled to make up.
 
-    def drop(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        if not module.training:
-            return output
-        output = F.dropout(output, dropout)
-        if rank_dropout > 0:
-            # [batch, ..., rank] of a Linear, [batch, rank, h, w] of a convolution
-            axis = 1 if isinstance(module, nn.Conv2d) else -1
-            shape = [1] * output.ndim
-            shape[0], shape[axis] = output.shape[0], output.shape[axis]
-            output = output * kept(shape, rank_dropout, output) / (1 - rank_dropout)
-        return output
-
-    if dropout > 0 or rank_dropout > 0:
-        down.register_forward_hook(drop)
+    axis: of the ranks, -1 in [batch, ..., rank] of a Linear, 1 in [batch, rank, h, w] of a convolution.
+    """
+    hidden = F.dropout(hidden, dropout)
+    if rank_dropout > 0:
+        shape = [1] * hidden.ndim
+        shape[0], shape[axis] = hidden.shape[0], hidden.shape[axis]
+        hidden = hidden * kept(shape, rank_dropout, hidden) / (1 - rank_dropout)
+    return hidden
 
 
 def kept(shape: list[int], dropout: float, like: Tensor) -> Tensor:

@@ -128,6 +128,11 @@ class Network:
             for layer in self.layers.values():
                 layer.multiplier = value
 
+    def cast_together(self, dtype: torch.dtype) -> None:
+        """Cast all weights for the pass to come, which will have a backward pass; see `AdaptedLayer.cast_together`."""
+        layers = list(self.layers.values())
+        layers[0].cast_together(layers, dtype)
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the context the models compute as their bases do."""

@@ -7,15 +7,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-
-class Linear(nn.Linear):
-    """A Linear whose float32 weights are cast to the dtype of each input, so that a bfloat16 base stays bfloat16."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
 
 
 class Conv2d(nn.Conv2d):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from library.diffusion.predictions import EPSILON, VELOCITY
 from library.models.frozen import EncodedConv2d, EncodedLinear
-from library.models.load import load_unet
+from library.models.load import load_scheduler_config, load_unet
 from library.models.locate import locate_base
 from library.options.kohya.training import NetworkModelOptions
 from library.processes import Processes
@@ -137,7 +137,7 @@ def test_options_reach_the_objective_and_the_noise(network_setting: NetworkSetti
         options = parse_network_options(
             [*network_setting.argv(network_setting.folder / "o"), *words.split()], prog="", description=None
         )
-        return make_objective(options, locate_base(str(network_setting.base)), Processes("cpu"))
+        return make_objective(options, load_scheduler_config(locate_base(str(network_setting.base))), Processes("cpu"))
 
     plain = objective("")
     assert (plain.parametrisation.output, plain.compared, plain.min_snr_gamma) == (EPSILON, EPSILON, None)
@@ -253,6 +253,10 @@ def test_training_goes_on_from_network_weights(
     assert ranks == {target: module.rank for target, module in modules.items()}
 
 
+class AnotherLinear(torch.nn.Linear):
+    """Computes as its parent, and is not known to."""
+
+
 @pytest.mark.bits
 @pytest.mark.parametrize("name", ["fp8", "int8", "nf4"])
 def test_a_quantised_base_computes_what_its_decoded_weights_do(network_setting: NetworkSetting, name: str) -> None:
@@ -265,6 +269,9 @@ def test_a_quantised_base_computes_what_its_decoded_weights_do(network_setting: 
         for path, module in model.named_modules():
             if isinstance(module, EncodedConv2d | EncodedLinear):
                 other[path].weight.data = module.weight
+                if isinstance(module, EncodedLinear):
+                    # Beside a plain Linear an adapter is added within the product, which rounds once less.
+                    other[path].__class__ = AnotherLinear
                 rounded += 1
     assert rounded > 100
     results = []

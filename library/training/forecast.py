@@ -5,45 +5,30 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
-
-import torch
 
 from library.data.class_pictures import numbered_pictures
 from library.data.collect import TrainingData, collect_classes
 from library.data.demo_pictures import CLASSES, DEFAULT_TRAINING_IMAGES
-from library.device import choose_device, device_name, named_dtype
+from library.device import choose_device, device_name
 from library.errors import UserError, check_all
 from library.files import free_bytes, human_bytes
 from library.models.base_family import family_of
 from library.models.block_swap import saved_bytes
-from library.models.configs import configs_of, published_family
-from library.models.encoders import grid_in_aspect
-from library.models.frozen import freeze_layers
+from library.models.configs import published_family
 from library.models.locate import BaseLocation, base_status, dino_status, locate_base
 from library.models.lone_vae import vae_status
 from library.options.kohya.dataset import DEMO_DATA
 from library.options.run import RunOptions
-from library.training.alignment import head_group
 from library.training.disk import cache_sizes, shortages, wanted_width
-from library.training.frozen_weights import quantise
 from library.training.hours import hours_line, workload_of
 from library.training.inputs import base_components, check_fit, family_note, input_checks, output_checks
-from library.training.memory import kept_bytes
-from library.training.models import (
-    build_heads,
-    build_network,
-    meta_models,
-    parameter_groups,
-    start_weights,
-)
+from library.training.meta_step import StepSize, meta_step
 from library.training.pictures import class_data, collect_pictures, print_data
 from library.training.plan import Plan, make_order, make_plan
 from library.training.sample_images import check_prompts
-from networks.align_head import AlignHeads
-from networks.families import TEXT_ENCODER_2, UNET, Family
-from networks.features import capture
+from networks.families import UNET, Family
 
 # Contexts, kernels' workspaces and fragmentation; a guess, not a measurement.
 WORKSPACE_BYTES = 2 << 30
@@ -131,78 +116,34 @@ def _planned(options: RunOptions, count: int, names: Sequence[str]) -> TrainingD
 
 
 def _print_model(options: RunOptions, location: BaseLocation | None, family: Family, data: TrainingData) -> None:
-    dtype = named_dtype(options.model.mixed_precision)
-    cached = options.cache.caches_text or data.classes is not None
-    models = meta_models(options, location, family, text=not (cached and location is None))
-    frozen = sum(p.numel() for model in models.values() for p in model.parameters())
-    for sentence in quantise(models, options):
-        print(f"base             {sentence}")
-    bases = {name: list(model.parameters()) for name, model in models.items()}
-    network = build_network(models, options, family, start_weights(options))
-    groups = parameter_groups(network, options, family)
-    heads = None
-    if options.alignment.alignment:
-        heads = build_heads(options, models[UNET].config, wanted_width(options)).to("meta")
-        groups.append(head_group(heads, options.optimizer))
-    counts = {group.name: sum(p.numel() for p in group.parameters) for group in groups}
-    described = " + ".join(f"{count:,} {name}" for name, count in counts.items())
-    print(f"trained          {described} = {sum(counts.values()):,} parameters beside {frozen:,} frozen ones")
-    kept = [UNET] if cached else list(models)
-    # Weights, gradients, two moments and the average, float32.
-    copies = 5 if options.optimizer.ema_decay else 4
-    fixed = sum(p.nbytes for name in kept for p in bases[name]) + sum(counts.values()) * 4 * copies
-    if (swapped := options.speed.blocks_to_swap) is not None:
-        fixed -= saved_bytes(models[UNET], swapped)
     largest = max(data.training, key=lambda one: math.prod(one.fitted.bucket) * one.dataset.batch_size)
     width, height = largest.fitted.bucket
-    per_sample = _activation_bytes(options, models, heads, family, dtype, width, height)
-    total = fixed + per_sample * largest.dataset.batch_size + WORKSPACE_BYTES
+    size = StepSize(
+        width,
+        height,
+        largest.dataset.batch_size,
+        masked=options.objective.masked_loss,
+        teacher_width=wanted_width(options) if options.alignment.alignment else None,
+    )
+    with ExitStack() as context:
+        step = meta_step(options, location, family, size, context, as_adamw=True)
+        counts = {group.name: sum(p.numel() for p in group.parameters) for group in step.task.groups}
+        described = " + ".join(f"{count:,} {name}" for name, count in counts.items())
+        print(
+            f"trained          {described} = {sum(counts.values()):,} parameters beside {step.frozen_parameters:,} frozen ones"
+        )
+        for sentence in step.at_rest:
+            print(f"base             {sentence}")
+        counted = step.count()
+        swapped = options.speed.blocks_to_swap
+        elsewhere = 0 if swapped is None else saved_bytes(step.models[UNET], swapped)
+    each = (counted.peak - counted.before) // size.pictures
     print(
-        f"device memory    about {human_bytes(total)}: {human_bytes(fixed)} weights and optimizer, {human_bytes(per_sample)} "
-        f"activations for each of {largest.dataset.batch_size} pictures of {width} x {height}, "
+        f"device memory    about {human_bytes(counted.peak - elsewhere + WORKSPACE_BYTES)}: "
+        f"{human_bytes(counted.before - elsewhere)} weights and "
+        f"optimizer, {human_bytes(each)} gradients and activations for each of {size.pictures} pictures of {width} x {height}, "
         f"{human_bytes(WORKSPACE_BYTES)} workspace (forecast)"
     )
-
-
-def _activation_bytes(
-    options: RunOptions,
-    models: dict[str, Any],
-    heads: AlignHeads | None,
-    family: Family,
-    dtype: torch.dtype,
-    width: int,
-    height: int,
-) -> int:
-    """Bytes that the backward pass of one sample of this size keeps, with heads and trained text encoders where there are any."""
-    unet = models[UNET]
-    size = (unet.config["in_channels"], *family.latent_size(width, height))
-    latents = torch.empty(1, *size, dtype=dtype, device="meta")
-    length = 75 * options.text.chunks + 2
-    text = torch.empty(1, length, unet.config["cross_attention_dim"], dtype=dtype, device="meta")
-    added = None
-    if family.has_size_conditions:
-        pooled = configs_of(family).text_encoders[TEXT_ENCODER_2]["projection_dim"]
-        pooled = models[TEXT_ENCODER_2].config.projection_dim if TEXT_ENCODER_2 in models else pooled
-        added = {
-            "text_embeds": torch.empty(1, pooled, dtype=dtype, device="meta"),
-            "time_ids": torch.empty(1, 6, dtype=dtype, device="meta"),
-        }
-    unet.train()
-    freeze_layers(unet)
-    if options.speed.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-
-    def forward() -> None:
-        with capture(unet, list(heads or ())) as features:
-            unet(latents, torch.zeros(1, device="meta"), text, added_cond_kwargs=added, return_dict=False)
-        for tap, head in (heads or {}).items():
-            head(features[tap], grid_in_aspect(options.alignment.token_grid, width, height))
-        if options.trains_text_encoders:
-            ids = torch.zeros(options.text.chunks, 77, dtype=torch.int64, device="meta")
-            for component in family.text_encoders:
-                models[component](ids, output_hidden_states=True)
-
-    return kept_bytes([*models.values(), *([heads] if heads is not None else [])], forward)
 
 
 def _print_disk(options: RunOptions, family: Family, data: TrainingData) -> None:

@@ -122,7 +122,6 @@ def train(run: Run, first_step: int) -> dict[str, float]:
     lookout, pace = _Lookout(processes, first_step), run.pace(first_step)
     batches = run.batches(first_step)
     randomness = StepRandomness(run.seed, processes.rank, processes.device)
-    parameters = list(run.trained.parameters.values())
     step, results = first_step, {}
 
     with requests.listening(), doing("step", plan.last_step, done=first_step) as activity:
@@ -159,21 +158,29 @@ def train(run: Run, first_step: int) -> dict[str, float]:
                     f"Stopped at step {step} of {plan.last_step} by {requests.reason}. Run the same command again to continue."
                 )
 
-            # Forward and backward, each micro-batch with its own randomness from (seed, rank, step).
-            set_rates(run.trained.optimizer, run.rates(step))
-            metrics, indices = _accumulate(run, batches, randomness, step)
-
-            # Clip, step, average.
-            processes.average_gradients(parameters)
-            metrics |= _step(run, parameters)
-            if run.after_step is not None:
-                metrics |= run.after_step()
-            if run.trained.average is not None:
-                run.trained.average.update()
-            window.add(step, metrics, indices)
+            window.add(step, *take_step(run, batches, randomness, step))
             step += 1
             activity.advance()
             clock.to_train()
+
+
+def take_step(
+    run: Run, batches: Batches, randomness: StepRandomness, step: int
+) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+    """One optimizer step; its metrics on the device, and its sample indices. Nothing in it waits for the device."""
+    # Forward and backward, each micro-batch with its own randomness from (seed, rank, step).
+    set_rates(run.trained.optimizer, run.rates(step))
+    metrics, indices = _accumulate(run, batches, randomness, step)
+
+    # Clip, step, average.
+    parameters = list(run.trained.parameters.values())
+    run.processes.average_gradients(parameters)
+    metrics |= _step(run, parameters)
+    if run.after_step is not None:
+        metrics |= run.after_step()
+    if run.trained.average is not None:
+        run.trained.average.update()
+    return metrics, indices
 
 
 def _accumulate(
@@ -219,10 +226,15 @@ def _step(run: Run, parameters: list[torch.nn.Parameter]) -> dict[str, torch.Ten
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale gradients down to a global norm of `max_norm` (0: leave them); the norm before, on the device."""
+    """Scale gradients down to a global norm of `max_norm` (0: leave them); the norm before, on the device.
+
+    torch's clip_grad_norm_ to the bit, which on some devices takes the gradients one by one.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if max_norm > 0:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def _due(step: int, every: int | None, finished: bool) -> bool:

@@ -18,6 +18,7 @@ from library.merging.source import read_source
 from library.models.at_rest import STORED
 from library.models.base_family import family_of
 from library.models.block_swap import swappable
+from library.models.configs import configs_of
 from library.models.fingerprint import weight_fingerprint
 from library.models.load import TextPart, load_text_encoders, load_unet, unet_config
 from library.models.locate import BaseLocation
@@ -74,25 +75,26 @@ def meta_models(
 ) -> dict[str, Any]:
     """U-Net and text encoders of a base on the meta device, frozen, in the compute dtype.
 
-    location: None for a published base that is not on this machine, whose U-Net is known; then without text encoders.
+    location: None for the family's published base.
     """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     dtype = named_dtype(options.model.mixed_precision)
+    published = configs_of(family)
     models: dict[str, Any] = {}
-    base = options.model.pretrained_model_name_or_path if location is None else location
+    config = published.unet if location is None else unet_config(location, families=(family,))
     with torch.device("meta"):
-        models[UNET] = nn.Module.to(UNet2DConditionModel.from_config(unet_config(base, families=(family,))), dtype)
-        if text and location is not None:
-            for component in family.text_encoders:
-                kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
-                values = (
-                    file_text_config(location.path, family, component)
-                    if location.is_file
-                    else read_json(location.path / component / "config.json")
-                )
-                models[component] = kind(CLIPTextConfig.from_dict(values)).to(dtype)
+        models[UNET] = nn.Module.to(UNet2DConditionModel.from_config(config), dtype)
+        for component in family.text_encoders if text else ():
+            kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
+            if location is None:
+                values = published.text_encoders[component]
+            elif location.is_file:
+                values = file_text_config(location.path, family, component)
+            else:
+                values = read_json(location.path / component / "config.json")
+            models[component] = kind(CLIPTextConfig.from_dict(values)).to(dtype)
     for model in models.values():
         model.requires_grad_(False)
     return models

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from library.caching.masks import alpha_channel, latent_mask
 from library.data.batches import Prefetcher
@@ -33,7 +33,6 @@ from library.freed_memory import keep_freed_memory
 from library.models.conditioning import CHUNK, TextConditioner, clip_skip
 from library.models.frozen import freeze_layers
 from library.models.load import TextPart, load_scheduler_config
-from library.models.locate import BaseLocation
 from library.options.data import ClassCacheOptions
 from library.options.parser import flatten
 from library.options.repa import RepaObjectiveOptions
@@ -77,9 +76,10 @@ MOST_BESIDE = 2048
 """Training pictures that are validated beside the held-out ones: their mean loss is known to about 2 % then."""
 
 
-def make_objective(options: RunOptions, base: BaseLocation, processes: Processes) -> Objective:
+def make_objective(options: RunOptions, scheduler: Mapping[str, Any], processes: Processes) -> Objective:
+    """scheduler: the base's scheduler_config.json."""
     o = options.objective
-    parametrisation = parametrisation_of(load_scheduler_config(base), processes.device)
+    parametrisation = parametrisation_of(scheduler, processes.device)
     raw_v = isinstance(o, RepaObjectiveOptions) and o.raw_v_target
     if raw_v and parametrisation.output is EPSILON:
         processes.say(
@@ -167,6 +167,7 @@ def build_run(
         micro_batches=lambda step: len(order.step(step).micro_batches),
         validation_due=lambda step: validation_due(step, every_n_steps, every_n_epochs, plan.steps_per_epoch),
         enough=patience,
+        after_step=after_step_of(options, task),
     )
     if options.speed.compile == "graphs":
         run.graphs = Graphs(
@@ -176,31 +177,71 @@ def build_run(
             CudaRecorder(processes.device),
             processes.say,
         )
-    if (limit := options.network.scale_weight_norms) is not None:
-        run.after_step = lambda: {f"norm/{name}": value for name, value in task.network.clamp_norms(limit).items()}
     if processes.device.type == "cpu":
         keep_freed_memory()
     return run, task
+
+
+def after_step_of(options: RunOptions, task: LoraTask) -> Callable[[], dict[str, Tensor]] | None:
+    """What --scale_weight_norms does when the optimizer has stepped."""
+    limit = options.network.scale_weight_norms
+    if limit is None:
+        return None
+    return lambda: {f"norm/{name}": value for name, value in task.network.clamp_norms(limit).items()}
 
 
 def build_task(
     options: RunOptions, processes: Processes, prepared: Prepared, plan: Plan, context: ExitStack
 ) -> LoraTask:
     """Models with their adapters, and what they learn from."""
-    base, family, seed = prepared.base, prepared.family, options.training.seed
-    unet: Any = prepared.models.unet(options, base, family, processes.device)
+    base, family = prepared.base, prepared.family
+    unet = prepared.models.unet(options, base, family, processes.device)
     parts = prepared.models.text(options, base, family, processes.device) if prepared.text is None else []
-    models: dict[str, Any] = {UNET: unet, **{part.component: part.model for part in parts}}
+    text = make_text(options, processes, prepared, unet, parts)
+    training, validation = make_samples(options, prepared, text, plan)
+    tokens = prepared.training.tokens
+    return make_task(
+        options,
+        processes,
+        family,
+        {UNET: unet, **{part.component: part.model for part in parts}},
+        text,
+        make_objective(options, load_scheduler_config(base), processes),
+        context,
+        teacher_width=None if tokens is None else tokens.width,
+        gather=_gather(processes, plan),
+        scaling_factor=scaling_factor(options, base, family),
+        training=training,
+        validation=validation,
+    )
+
+
+def make_task(
+    options: RunOptions,
+    processes: Processes,
+    family: Family,
+    models: dict[str, Any],
+    text: Text,
+    objective: Objective,
+    context: ExitStack,
+    *,
+    teacher_width: int | None,
+    gather: Gather | None,
+    scaling_factor: float,
+    training: CachedSamples,
+    validation: dict[str, CachedSamples],
+) -> LoraTask:
+    """The same of models that are there. teacher_width: of the tokens that heads learn; None: no heads."""
+    unet = models[UNET]
     for sentence in quantise(models, options):
         processes.say(sentence)
     network = build_network(models, options, family, start_weights(options))
     groups = parameter_groups(network, options, family)
-    dtype = named_dtype(options.model.mixed_precision)
     alignment = None
-    if (tokens := prepared.training.tokens) is not None:
-        heads = build_heads(options, unet.config, tokens.width).to(processes.device)
-        gather = _gather(processes, plan) if options.alignment.manifold_mode == "sample" else None
-        alignment = Alignment.attach(unet, heads, options.alignment, context, gather)
+    if teacher_width is not None:
+        heads = build_heads(options, unet.config, teacher_width).to(processes.device)
+        across = gather if options.alignment.manifold_mode == "sample" else None
+        alignment = Alignment.attach(unet, heads, options.alignment, context, across)
         groups.append(head_group(heads, options.optimizer))
     for group in groups:
         processes.say(
@@ -214,19 +255,21 @@ def build_task(
     set_up_speed(unet, options.speed)
     if (count := options.speed.blocks_to_swap) is not None:
         processes.say(swap_of(unet, count))
-    text = make_text(options, processes, prepared, unet, parts, dtype)
-    training, validation = make_samples(options, prepared, text, plan)
+    if options.speed.gradient_checkpointing and options.trains_text_encoders:
+        for component in models.keys() - {UNET}:
+            models[component].gradient_checkpointing_enable()
+    seed = options.training.seed
     return LoraTask(
         models=models,
         network=network,
         groups=groups,
-        objective=make_objective(options, base, processes),
+        objective=objective,
         recipe=options.noise,
         text=text,
         has_size_conditions=family.has_size_conditions,
         latent_channels=unet.config["in_channels"],
-        scaling_factor=scaling_factor(options, base, family),
-        compute_dtype=dtype,
+        scaling_factor=scaling_factor,
+        compute_dtype=named_dtype(options.model.mixed_precision),
         processes=processes,
         training=training,
         validation=validation,
@@ -245,19 +288,15 @@ def _gather(processes: Processes, plan: Plan) -> Gather | None:
     return lambda rows, sharing: processes.gather_rows(rows, sharing, most=plan.batch_size)
 
 
-def make_text(
-    options: RunOptions, processes: Processes, prepared: Prepared, unet: Any, parts: list[TextPart], dtype: torch.dtype
-) -> Text:
+def make_text(options: RunOptions, processes: Processes, prepared: Prepared, unet: Any, parts: list[TextPart]) -> Text:
     """How captions condition the U-Net. parts: text encoders that run in the step, where there are any."""
+    dtype = named_dtype(options.model.mixed_precision)
     if isinstance(prepared.text, TextEmbeddings):
         assert options.class_pictures is not None
         _check_prompts(prepared.text, options, unet, prepared.family)
         return PromptTable(prepared.text, options.class_pictures.class_dropout, device=processes.device, dtype=dtype)
     if prepared.text is not None:
         return CachedText(prepared.text)
-    if options.speed.gradient_checkpointing and options.trains_text_encoders:
-        for part in parts:
-            part.model.gradient_checkpointing_enable()
     family, chunks = prepared.family, options.text.chunks
     conditioner = TextConditioner(family, parts, clip_skip=clip_skip(options.text, family), chunks=chunks)
     captions = list(dict.fromkeys(picture.image.caption for picture in prepared.data.every))
@@ -319,8 +358,11 @@ def evenly_spread(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist()
 
 
-def make_trained(options: RunOptions, task: LoraTask) -> Trained:
-    """What a step changes. Parameters whose rate is 0 are in the adapter's file, and are not among it."""
+def make_trained(options: RunOptions, task: LoraTask, optimizer: Optimizer | None = None) -> Trained:
+    """What a step changes. Parameters whose rate is 0 are in the adapter's file, and are not among it.
+
+    optimizer: of the task's groups; default: the one that the options name.
+    """
     learning = {id(parameter) for group in task.groups for parameter in group.parameters}
     for parameter in task.network.parameters.values():
         parameter.requires_grad_(id(parameter) in learning)
@@ -336,7 +378,7 @@ def make_trained(options: RunOptions, task: LoraTask) -> Trained:
             parts.setdefault(part(name.split(".", 1)[0]), {})[name] = parameter
     if task.alignment is not None:
         parts[PART] = head_parameters(task.alignment.heads)
-    trained = Trained(parts, make_optimizer(task.groups, options.optimizer), None, metadata)
+    trained = Trained(parts, optimizer or make_optimizer(task.groups, options.optimizer), None, metadata)
     if options.model.mixed_precision == "fp16":
         trained.scaler = LossScaler(task.processes.device)
     if options.optimizer.ema_decay > 0:

@@ -79,6 +79,21 @@ def explained_kernels(device: torch.device) -> Iterator[None]:
         ) from None
 
 
+class _One:
+    """Divides without an operation, and to the bit as 1.0 does."""
+
+    def __rtruediv__(self, dividend: Any) -> Any:
+        return dividend
+
+
+def leave_divisions_by_one_out(unet: Any) -> None:
+    """diffusers divides what every residual block and attention gives by a factor that SD1.5 and SDXL leave at 1."""
+    for module in unet.modules():
+        for name in ("output_scale_factor", "rescale_output_factor"):
+            if getattr(module, name, None) == 1.0:
+                setattr(module, name, _One())
+
+
 def set_up_speed(unet: Any, options: SpeedOptions) -> None:
     """Attention, memory format, checkpointing and compilation of a U-Net that has its adapters already."""
     if options.channels_last:
@@ -89,6 +104,8 @@ def set_up_speed(unet: Any, options: SpeedOptions) -> None:
         unet.set_attn_processor(AttnProcessor())
     if options.xformers:
         unet.enable_xformers_memory_efficient_attention()
+    if options.compile == "none":  # a compiler leaves them out by itself, and wants numbers
+        leave_divisions_by_one_out(unet)
     if options.compile == "whole":
         unet.compile()
     elif options.compile == "regional":

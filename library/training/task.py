@@ -114,6 +114,8 @@ class LoraTask:
         if batch.preserve is not None:
             with torch.no_grad(), self.network.disabled():
                 preserved = self.predict(noisy, drawn.timesteps, self.condition(batch), batch.sizes)
+        if torch.is_grad_enabled():
+            self.network.cast_together(self.compute_dtype)
         # Last, so that the features caught on the way are the adapted network's.
         output = self.predict(noisy, drawn.timesteps, self.condition(batch, generator), batch.sizes)
         return self.objective.losses(

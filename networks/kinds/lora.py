@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from networks import AdapterError
 from networks.adapted_layer import AdaptedLayer, Draw, copy_weights
@@ -23,7 +24,6 @@ from networks.kinds import KINDS, Kind
 from networks.kinds.dora import read_magnitude, with_magnitude
 from networks.spec import NetworkSpec
 from networks.targets import ADAPTER
-from networks.trained_weights import Conv2d, Linear
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,73 @@ def _without_ones(shape: Sequence[int]) -> list[int]:
 LORA_DOWN, _UP, _MAGNITUDE = f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight", "dora_scale"
 
 
+class _AtWork(torch.autograd.Function):
+    """The weights of many layers as products take them, times their factors and in `dtype`, in a few operations for all.
+
+    At the end of the backward pass the layers forget the copies, which belong to the weights as they were.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, layers: Sequence[LoraLayer], dtype: torch.dtype, factors: list[float], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.layers, ctx.factors, ctx.dtype = layers, factors, weights[0].dtype
+        ctx.set_materialize_grads(False)
+        return tuple(_cast(list(torch._foreach_mul(weights, factors)), dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        for layer in ctx.layers:
+            layer.at_work = None
+        there = [(place, gradient) for place, gradient in enumerate(gradients) if gradient is not None]
+        results: list[Tensor | None] = [None] * len(gradients)
+        # Not in place: a gradient in the dtype of its weight may be another one's too.
+        scaled = _cast([gradient for _, gradient in there], ctx.dtype)
+        scaled = list(torch._foreach_mul(scaled, [ctx.factors[place] for place, _ in there]))
+        for (place, _), value in zip(there, scaled, strict=True):
+            results[place] = value
+        return None, None, None, *results
+
+
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    if not tensors or tensors[0].dtype == dtype:
+        return tensors
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x W^T + bias + x down^T up^T with a frozen W [out, in]: three products, and five in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+        result = F.linear(x, weight, bias)
+        hidden = x.flatten(0, -2) @ down.T  # [rows, rank]
+        result.view(-1, result.shape[-1]).addmm_(hidden, up.T)
+        ctx.save_for_backward(x, hidden, weight, down, up)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, weight, down, up = ctx.saved_tensors
+        gradient = gradients[0].flatten(0, -2)  # [rows, out]
+        of_hidden = gradient @ up
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (gradient @ weight).addmm_(of_hidden, down).view(x.shape)
+        return of_x, None, None, of_hidden.T @ x.flatten(0, -2), gradient.T @ hidden
+
+
 class LoraLayer(PeftLayer):
+    """PEFT's layer, of which only the forward pass is another."""
+
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
+    drops: tuple[float, float]
+    """Of what the down matrix gives: by value, and by sample and rank."""
+    at_work: tuple[Tensor, Tensor] | None
+    """Down, and up times the scale, as they were cast for the pass that runs; see `cast_together`."""
 
     @classmethod
     def configuration(cls, spec: NetworkSpec, alpha: float, **common: Any) -> LoraConfig:
@@ -159,10 +223,10 @@ class LoraLayer(PeftLayer):
 
     def set_up(self, rank: int, alpha: float, spec: NetworkSpec) -> None:
         super().set_up(rank, alpha, spec)
-        for part in (self.lora_A, self.lora_B):
-            # The same module with another forward; a new class keeps the names in the state dict.
-            part[ADAPTER].__class__ = Conv2d if isinstance(part[ADAPTER], nn.Conv2d) else Linear
-        drop_ranks(self.lora_A[ADAPTER], dropout=spec.dropout, rank_dropout=spec.rank_dropout)
+        self.drops, self.at_work = (spec.dropout, spec.rank_dropout), None
+        if isinstance(self.base_layer, nn.Conv2d):  # PEFT makes the parts of the base layer's own class
+            for part in (self.lora_A, self.lora_B):
+                part[ADAPTER].__class__ = nn.Conv2d
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -209,15 +273,55 @@ class LoraLayer(PeftLayer):
     def _magnitude(self) -> Tensor | None:
         return None
 
+    @staticmethod
+    def cast_together(layers: Sequence[AdaptedLayer], dtype: torch.dtype) -> None:
+        of_lora = [layer for layer in layers if isinstance(layer, LoraLayer)]
+        factors = [factor for layer in of_lora for factor in (1.0, layer.scale)]
+        weights = [weight for layer in of_lora for weight in layer.factors()]
+        copies = _AtWork.apply(of_lora, dtype, factors, *weights)
+        for layer, down, up in zip(of_lora, copies[::2], copies[1::2], strict=True):
+            layer.at_work = (down, up)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # transformers and older diffusers pass a scale of their own to layers that they think PEFT's; there is none here.
-        result: Tensor = self.base_layer(x)
-        return result + self._added(x) if self.enabled else result
+        base = self.base_layer
+        if self.enabled and type(base) is nn.Linear and not (self.training and self._leaves_out):
+            down, up = self._weights_at_work(x.dtype)
+            product: Tensor = _LoraLinear.apply(x, base.weight, base.bias, down, up)
+            return product
+        result: Tensor = base(x)
+        if not self.enabled:
+            return result
+        added = self._added(x)
+        keeps = self.keeps_module(added)
+        return result + (added if keeps is None else added * keeps)
+
+    @property
+    def _leaves_out(self) -> bool:
+        """Whether anything is dropped while training."""
+        return self.skip_rate > 0 or any(self.drops)
+
+    def _weights_at_work(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Down, and up times the scale, in the dtype of an input."""
+        if self.at_work is not None and self.at_work[0].dtype == dtype:
+            return self.at_work
+        down, up = self.factors()
+        return down.to(dtype), (up * self.scale).to(dtype)
 
     def _added(self, x: Tensor) -> Tensor:
-        added: Tensor = self.lora_B[ADAPTER](self.lora_A[ADAPTER](x)) * self.scale
-        keeps = self.keeps_module(added)
-        return added if keeps is None else added * keeps
+        """scale * up @ down @ x, with what is dropped, but for whole modules."""
+        down, up = self._weights_at_work(x.dtype)
+        if isinstance(self.base_layer, nn.Conv2d):
+            shape: Any = self.lora_A[ADAPTER]
+            hidden = F.conv2d(x, down, None, shape.stride, shape.padding, shape.dilation)
+            return F.conv2d(self._dropped(hidden, axis=1), up)
+        return F.linear(self._dropped(F.linear(x, down), axis=-1), up)
+
+    def _dropped(self, hidden: Tensor, axis: int) -> Tensor:
+        if not (self.training and any(self.drops)):
+            return hidden
+        dropout, rank_dropout = self.drops
+        return drop_ranks(hidden, dropout=dropout, rank_dropout=rank_dropout, axis=axis)
 
 
 class DoraLayer(LoraLayer):
@@ -246,7 +350,7 @@ class DoraLayer(LoraLayer):
         if (keeps := self.keeps_module(factor)) is not None:
             factor = torch.where(keeps > 0, factor, 1.0)
         base_factor = factor if self.multiplier == 1 else 1 + self.multiplier * (factor - 1)
-        added = self.lora_B[ADAPTER](self.lora_A[ADAPTER](self._scaled(x, factor))) * self.scale
+        added = self._added(self._scaled(x, factor))
         result = self.base_layer(self._scaled(x, base_factor))
         return result + (added if keeps is None else added * keeps.to(added.dtype))
 

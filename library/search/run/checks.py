@@ -208,9 +208,10 @@ class Machine:
         return [*(flatten(group) for group in of_data if group is not None), options.training.train_batch_size]
 
     def check_objective(self, options: RunOptions) -> None:
+        from library.models.load import load_scheduler_config
         from library.training.run import make_objective
 
-        make_objective(options, self.base, self.processes)
+        make_objective(options, load_scheduler_config(self.base), self.processes)
 
     def check_network(self, options: RunOptions) -> None:
         from library.training.inputs import check_fit
