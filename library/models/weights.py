@@ -16,6 +16,7 @@ from library.models.header import with_safetensors
 from library.models.pickles import conversion_command
 from library.progress import doing
 from library.words import plural
+from networks.finite import all_finite
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -105,15 +106,6 @@ def assemble(
     }
     model.load_state_dict(fresh, strict=True, assign=True)
     return model.to(device).eval().requires_grad_(False)
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no value is infinite or not a number; several times as fast as isfinite on the CPU."""
-    if not values.is_floating_point() or values.numel() == 0:
-        return True
-    wide = values if values.dtype.itemsize > 1 else values.float()  # 8-bit floats have no arithmetic
-    low, high = torch.aminmax(wide)  # both are not a number where one value is
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _count(what: str, names: list[str]) -> str:
