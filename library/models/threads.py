@@ -20,9 +20,7 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
     Threads of one kernel wait for each other at its end. Small tensors are over before that, and where another program has one
     of the cores, all of the time goes there: reading an adapter of 1,052 modules took 7 to 15 s so, and 0.5 s in one thread.
     """
-    # Once a block of this size has been freed, glibc keeps as much for the next ones instead of giving each back to the system
-    # and getting it page by page again, which took half of all CPU time.
-    torch.empty(31 << 20, dtype=torch.uint8)
+    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -30,3 +28,12 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
             yield from pool.map(function, items)
     finally:
         torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks of up to 31 MiB for the next ones.
+
+    Otherwise it gives each back to the system and gets it again page by page: measured, half of the CPU time of a merge. It
+    goes by the largest block that was freed so far, and looks at none above 32 MiB.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
