@@ -1,15 +1,20 @@
-"""Merging a rank-8 LoRA into a single file of full-size SD1.5 (fp16, 2.1 GB), beside cp, and beside load-merge-save in memory.
+"""Merging a LoRA into a full-size single file (fp16) beside cp, and beside other ways to do it.
 
-python benchmarks/merge.py [--repeats 5] [--folder /tmp]
+python benchmarks/merge.py [--family sd15] [--repeats 5] [--folder /tmp] [--other COMMAND]
 
-Each measurement is a process of its own; seconds run from the end of its imports, memory is counted beyond them.
+SD1.5 (2.1 GB): rank 8 on the attention projections, beside load-merge-save in memory. SDXL (6.9 GB): a LoCon of all 1,052 modules,
+rank 16. COMMAND is another program's, with {base}, {lora} and {out} for its files: whole, with its imports, as merge_lora.py is
+then measured too. Every other measurement is a process of its own, its seconds run from the end of its imports, and its memory
+is counted beyond them. CPU seconds are of user and system together.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -19,55 +24,94 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import save
-from full_size import random_checkpoint
+from common import RESULTS, save
+from full_size import random_checkpoint, random_lora
 
-RANK = 8
-TARGETS = {"written_of_cp": 2.0, "peak_gb_beyond_libraries": 1.2}
+TARGETS = {
+    "sd15": {"written_of_cp": 2.0, "peak_gb_beyond_libraries": 1.2},
+    "sdxl": {"whole_of_cp": 3.0, "peak_gb_beyond_libraries": 1.5},
+}
+COMMAND = f"{RESULTS.parents[1] / 'merge_lora.py'} --pretrained_model_name_or_path {{base}} --models {{lora}} --save_to {{out}}"
+Round = dict[str, dict[str, float]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=TARGETS, default="sd15")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", default=None, help="where the files go; 10 GB are needed")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="for the files, which stay; 3 times the base's size is needed"
+    )
+    parser.add_argument("--continued", action="store_true", help="add to the rounds of the result that is there")
+    parser.add_argument("--other", default=None, help="another program's command, with {base}, {lora} and {out}")
     parser.add_argument("--worker", nargs=4, metavar=("WAY", "BASE", "LORA", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         way, *paths = arguments.worker
         print(json.dumps(work(way, *map(Path, paths))))
         return
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        base, lora = random_checkpoint(Path(folder) / "base.safetensors", "sd15"), Path(folder) / "lora.safetensors"
-        make_lora(lora)
-        settings = {"base": f"SD1.5 fp16, {base.stat().st_size / 1e9:.2f} GB", "rank": RANK, "page_cache": "warm"}
-        save("merge", settings | {"repeats": arguments.repeats}, *summary(measure(base, lora, arguments.repeats)))
+    name = "merge" if arguments.family == "sd15" else f"merge_{arguments.family}"
+    rounds: list[Round] = []
+    if arguments.continued:
+        rounds = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["measured"]["rounds"]
+    with tempfile.TemporaryDirectory() as folder:
+        base, lora = ((arguments.folder or Path(folder)) / f"{what}.safetensors" for what in ("base", "lora"))
+        modules = make(arguments.family, base, lora)
+        rounds += [measure(arguments.family, base, lora, arguments.other) for _ in range(arguments.repeats)]
+        size = f"{base.stat().st_size / 1e9:.2f} GB"
+    settings = {"family": arguments.family, "base": f"fp16, {size}", "modules": modules, "page_cache": "warm"}
+    save(name, settings | {"repeats": len(rounds)}, *summary(rounds, TARGETS[arguments.family]))
 
 
-def measure(base: Path, lora: Path, repeats: int) -> list[dict[str, dict[str, float]]]:
-    """Rounds of {way: {seconds, peak_gb}}; within a round the ways follow each other, and start from the same page cache."""
-    rounds = []
-    for _ in range(repeats):
-        one = {}
-        for way in ("cp", "cp_and_sync", "written", "whole", "in_memory"):
-            out = base.with_name("out.safetensors")
-            out.unlink(missing_ok=True)
-            os.sync()
-            one[way] = in_process(way, base, lora, out)
-        rounds.append(one)
-    return rounds
+def make(family: str, base: Path, lora: Path) -> int:
+    """The files; returns how many modules the LoRA has."""
+    from networks.spec import NetworkSpec
+
+    if not base.exists():
+        random_checkpoint(base, family)
+    if family == "sd15":
+        return random_lora(lora, NetworkSpec(rank=8, alpha=8.0, targets="attention", text_encoder=False))
+    return random_lora(lora, NetworkSpec(family=family, rank=16, alpha=16.0, conv_rank=16, conv_alpha=16.0))
 
 
-def in_process(way: str, base: Path, lora: Path, out: Path) -> dict[str, float]:
-    if way in ("cp", "cp_and_sync"):
-        warm(base)
-        start = time.perf_counter()
-        subprocess.run(["cp", base, out], check=True)
-        if way == "cp_and_sync":
-            subprocess.run(["sync", out], check=True)
-        return {"seconds": time.perf_counter() - start, "peak_gb": 0.0}
-    command = [sys.executable, __file__, "--worker", way, base, lora, out]
-    answer = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
-    return json.loads(answer.splitlines()[-1])
+def measure(family: str, base: Path, lora: Path, other: str | None) -> Round:
+    """{way: {seconds, cpu_seconds, peak_gb}}; the ways follow each other, and start from the same page cache."""
+    commands = {"other": other, "command": f"{sys.executable} {COMMAND}"} if other else {}
+    found = {}
+    for way in ("cp", "cp_and_sync", "written", "whole", *(["in_memory"] if family == "sd15" else []), *commands):
+        out = base.with_name("out.safetensors")
+        for left in base.parent.glob("out*"):
+            left.unlink()
+        os.sync()
+        if way in commands:
+            words = shlex.split(commands[way])
+            found[way] = outside([word.format(base=base, lora=lora, out=out) for word in words], base)
+        elif way == "cp":
+            found[way] = outside(["cp", str(base), str(out)], base)
+        elif way == "cp_and_sync":
+            found[way] = outside(["sh", "-c", 'cp "$0" "$1" && sync "$1"', str(base), str(out)], base)
+        else:
+            command = [sys.executable, __file__, "--worker", way, str(base), str(lora), str(out)]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found[way] = json.loads(answer.splitlines()[-1])
+    return found
+
+
+def outside(command: list[str], base: Path) -> dict[str, float]:
+    """A command, from its start to its end. Its memory is what it had resident at most, pages of mapped files too."""
+    warm(base)
+    before, start, peak = os.times(), time.perf_counter(), 0.0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None:
+        with contextlib.suppress(OSError, StopIteration):  # it may just have ended
+            peak = max(peak, _resident("VmHWM", process.pid))
+        time.sleep(0.05)
+    seconds, after = time.perf_counter() - start, os.times()
+    if process.returncode:
+        assert process.stderr is not None
+        sys.exit(f"{shlex.join(command)} failed: {process.stderr.read().decode()[-2000:]}")
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_gb": peak}
 
 
 def warm(base: Path) -> None:
@@ -119,59 +163,39 @@ def work(way: str, base: Path, lora: Path, out: Path) -> dict[str, float]:
     ways: dict[str, Callable[[], None]] = {"written": written, "whole": whole, "in_memory": in_memory}
     warm(base)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, start = _resident("VmRSS"), time.perf_counter()
+    before, start, used = _resident("VmRSS"), time.perf_counter(), time.process_time()
     ways[way]()
-    return {"seconds": time.perf_counter() - start, "peak_gb": _resident("VmHWM") - before}
+    seconds, cpu = time.perf_counter() - start, time.process_time() - used
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_gb": _resident("VmHWM") - before}
 
 
-def _resident(field: str) -> float:
-    """VmRSS or VmHWM (the peak since it was reset) of this process, GB. getrusage's peak is inherited from the parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def _resident(field: str, process: int | str = "self") -> float:
+    """VmRSS or VmHWM (the peak since it was reset) of a process, GB. getrusage's peak is inherited from the parent."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith(f"{field}:"))
 
 
-def summary(rounds: list[dict[str, dict[str, float]]]) -> tuple[dict[str, float], dict[str, dict[str, object]]]:
+def summary(rounds: list[Round], bounds: dict[str, float]) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
     """Medians, ratios of medians within one run, and the targets."""
-    seconds = {way: statistics.median(one[way]["seconds"] for one in rounds) for way in rounds[0]}
-    fastest = {way: min(one[way]["seconds"] for one in rounds) for way in rounds[0]}
-    measured = {f"{way}_seconds": value for way, value in seconds.items()}
-    measured |= {f"{way}_fastest_seconds": value for way, value in fastest.items()}
-    measured["written_of_cp"] = seconds["written"] / seconds["cp"]
-    measured["written_of_cp_fastest"] = fastest["written"] / fastest["cp"]
-    measured["whole_of_cp_and_sync"] = seconds["whole"] / seconds["cp_and_sync"]
-    measured["in_memory_of_cp"] = seconds["in_memory"] / seconds["cp"]
+
+    def median(way: str, field: str) -> float:
+        return statistics.median(one[way][field] for one in rounds)
+
+    measured: dict[str, object] = {}
+    for way in rounds[0]:
+        seconds = measured[f"{way}_seconds"] = median(way, "seconds")
+        measured[f"{way}_fastest_seconds"] = min(one[way]["seconds"] for one in rounds)
+        measured[f"{way}_cpu_seconds"] = median(way, "cpu_seconds")
+        measured[f"{way}_of_cp"] = seconds / median("cp", "seconds")
+    measured["whole_of_cp_and_sync"] = median("whole", "seconds") / median("cp_and_sync", "seconds")
     measured["peak_gb_beyond_libraries"] = max(one["whole"]["peak_gb"] for one in rounds)
-    measured["in_memory_peak_gb"] = max(one["in_memory"]["peak_gb"] for one in rounds)
-    targets = {name: {"at_most": bound, "met": measured[name] <= bound} for name, bound in TARGETS.items()}
-    return measured, targets  # type: ignore[return-value]
-
-
-def make_lora(path: Path) -> None:
-    """A kohya file on the 128 attention projections of the conversion report."""
-    import torch
-    from accelerate import init_empty_weights
-    from diffusers.models import UNet2DConditionModel
-    from safetensors.torch import save_file
-
-    from library.models.configs import configs_of
-    from networks.adapter_export import adapter_tensors
-    from networks.adapters import Adapter
-    from networks.families import SD15, UNET
-    from networks.kinds.lora import LoraModule
-    from networks.names import Target
-    from networks.spec import NetworkSpec
-    from networks.targets import TRANSFORMER_PARENTS, layers_inside
-
-    with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(configs_of(SD15).unet)
-    spec = NetworkSpec(rank=RANK, alpha=float(RANK), targets="attention")
-    modules = {}
-    for name, layer in layers_inside(unet, TRANSFORMER_PARENTS).items():
-        if spec.size_of(target := Target(UNET, name), kernel=1) is not None:
-            rows, columns = layer.weight.shape
-            down, up = 0.02 * torch.randn(RANK, columns), 0.02 * torch.randn(rows, RANK)
-            modules[target] = LoraModule(down, up, spec.alpha)
-    save_file(adapter_tensors(Adapter(modules), "kohya"), path, metadata={"ss_base_model_version": "sd_v1"})
+    for way in rounds[0].keys() & {"in_memory", "command", "other"}:
+        measured[f"{way}_peak_gb"] = max(one[way]["peak_gb"] for one in rounds)
+    if "other" in rounds[0]:
+        measured["command_of_other"] = median("command", "seconds") / median("other", "seconds")
+    measured["rounds"] = rounds
+    targets = {name: {"at_most": bound, "met": measured[name] <= bound} for name, bound in bounds.items()}  # type: ignore[operator]
+    return measured, targets
 
 
 if __name__ == "__main__":

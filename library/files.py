@@ -146,9 +146,6 @@ def _is_alive(process: int) -> bool:
     return psutil.pid_exists(process)
 
 
-_held: list[IO[bytes]] = []
-
-
 def lock_folder(folder: Path, *, exclusive: bool, what: str) -> IO[bytes] | None:
     """Hold a lock on `folder` as long as the returned file is open: shared by readers, exclusive for a writer.
 
@@ -176,15 +173,7 @@ def lock_folder(folder: Path, *, exclusive: bool, what: str) -> IO[bytes] | None
     except OSError:
         file.close()
         return None
-    _held[:] = [*(held for held in _held if not held.closed), file]
     return file
-
-
-def close_inherited_locks() -> None:
-    """In a forked child: close its copies of the parent's locks, which stay the parent's."""
-    for file in _held:
-        file.close()
-    _held.clear()
 
 
 def require_writable(folder: Path) -> None:

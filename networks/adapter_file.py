@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from networks import AdapterError
 from networks.adapter_alphas import Alphas
 from networks.adapter_module import AdapterModule, data_forms
 from networks.adapters import Adapter
+from networks.finite import all_finite
 from networks.foreign_files import adapter_kinds, file_kind
 from networks.kinds.full import OF_BIASES
 from networks.names import Target, is_wrapped, parse_module_name, split_peft_key, split_wrapped_key
@@ -196,7 +196,7 @@ def _module(path: Path, entry: _Entry, tensors: dict[str, Tensor]) -> AdapterMod
         # diffusers' converter writes alphas as integers.
         if not value.is_floating_point() and part not in _NOT_FLOATS:
             raise AdapterError(f"{path}: {entry.keys[part]} holds {value.dtype}, not floating-point numbers.")
-        if not torch.isfinite(value.float()).all():
+        if not all_finite(value):
             raise AdapterError(
                 f"{path}: {part} of {entry.name} has values that are not finite; the training has diverged."
             )

@@ -70,6 +70,10 @@ class AdapterModule(ABC):
     def delta(self, weight: Tensor) -> Tensor:
         """What the adapter at ratio 1 adds to `weight`, float32, of its shape and on its device."""
 
+    def of_rows(self, rows: slice) -> AdapterModule | None:
+        """The same for these outputs of the weight alone; None where what is added to one depends on more than these."""
+        return None
+
     @property
     def scale(self) -> float | None:
         """alpha / rank; None where these are something else."""

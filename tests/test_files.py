@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
 import threading
 from pathlib import Path
@@ -182,24 +181,3 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"file/out cannot be written to: .*file is a file"):
         files.require_writable(tmp_path / "file" / "out")
     files.require_writable(tmp_path / "not" / "yet" / "there")
-
-
-def test_a_forked_child_lets_go_of_inherited_locks(tmp_path: Path) -> None:
-    pytest.importorskip("fcntl")
-    parent = files.lock_folder(tmp_path, exclusive=True, what="The folder")
-    assert parent is not None
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        files.close_inherited_locks()
-        os.write(write, b"x")
-        signal.pause()
-        os._exit(0)
-    os.read(read, 1)
-    parent.close()
-    # The child lives on, and its copy of the lock does not.
-    again = files.lock_folder(tmp_path, exclusive=True, what="The folder")
-    assert again is not None
-    again.close()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)

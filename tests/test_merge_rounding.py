@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.files import read_json
-from library.merging.rounding import NEAREST, Rounding, share_arrived
+from library.merging.rounding import NEAREST, Arrival, Rounding
 from networks.adapter_file import read_adapter
 from networks.families import SD15, UNET
 from networks.original_names import original_place
@@ -25,6 +25,12 @@ def weight_and_change(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     weight[:8] = 0.0
     size = 0.01 if dtype.itemsize == 1 else 0.003
     return weight, size * 0.05 * torch.randn(512, 512, generator=generator)
+
+
+def share_arrived(before: torch.Tensor, change: torch.Tensor, after: torch.Tensor) -> float:
+    arrival = Arrival()
+    arrival.add(before, change, after)
+    return arrival.share
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)

@@ -19,6 +19,7 @@ from library.models import tensor_files
 from library.models.tensor_files import (
     DTYPES,
     ByteSource,
+    ByteTarget,
     NewTensor,
     Range,
     TensorFile,
@@ -47,7 +48,7 @@ def source(tmp_path: Path) -> TensorFile:
 
 
 def made(name: str, value: Tensor) -> NewTensor:
-    return NewTensor(name, value.dtype, tuple(value.shape), make=lambda: value)
+    return NewTensor(name, value.dtype, tuple(value.shape), make=lambda: [value])
 
 
 def copied(name: str, *ranges: Range, shape: tuple[int, ...] | None = None) -> NewTensor:
@@ -121,16 +122,16 @@ def test_a_file_without_tensors_or_metadata_is_one(tmp_path: Path) -> None:
 def test_metadata_that_is_known_at_the_end_takes_the_place_of_what_stood_there(tmp_path: Path) -> None:
     order: list[str] = []
     value = torch.arange(4.0)
-    tensor = NewTensor("x", value.dtype, (4,), make=lambda: order.append("made") or value)  # type: ignore[func-returns-value]
+    tensor = NewTensor("x", value.dtype, (4,), make=lambda: order.append("made") or [value])  # type: ignore[func-returns-value]
     final = lambda: order.append("final") or {"hash": "abc"}  # type: ignore[func-returns-value]  # noqa: E731
     write_tensor_file(tmp_path / "a.safetensors", [tensor], {"hash": "000"}, final=final)
     assert order == ["made", "final"] and metadata_of(tmp_path / "a.safetensors") == {"hash": "abc"}
     assert_same_tensors(tmp_path / "a.safetensors", {"x": value})
 
 
-@pytest.mark.parametrize("made_value", [torch.zeros(2, 2), torch.zeros(4).half()])
+@pytest.mark.parametrize("made_value", [torch.zeros(2, 3), torch.zeros(4).half()])
 def test_a_tensor_that_is_made_otherwise_than_announced_is_a_defect(made_value: Tensor, tmp_path: Path) -> None:
-    tensor = NewTensor("x", torch.float32, (4,), make=lambda: made_value)
+    tensor = NewTensor("x", torch.float32, (4,), make=lambda: [made_value])
     with pytest.raises(AssertionError, match="x was made as"):
         write_tensor_file(tmp_path / "a.safetensors", [tensor], {})
 
@@ -152,9 +153,9 @@ class Calls:
         self.copies: list[tuple[int, int]] = []
         inner = ByteSource.copy_to
 
-        def counted(file: ByteSource, descriptor: int, start: int, end: int) -> None:
+        def counted(file: ByteSource, target: ByteTarget, start: int, end: int, at: int) -> None:
             self.copies.append((start, end))
-            inner(file, descriptor, start, end)
+            inner(file, target, start, end, at)
 
         monkeypatch.setattr(ByteSource, "copy_to", counted)
 
@@ -216,9 +217,9 @@ def test_a_kernel_that_stops_halfway_is_gone_on_from_there(tmp_path: Path, monke
         pytest.skip("Linux has it")
     inner, counts = os.copy_file_range, iter([1000, 7, 0])
 
-    def hesitant(source: int, target: int, count: int, **offsets: int) -> int:
+    def hesitant(source: int, target: int, count: int, *offsets: int) -> int:
         allowed = next(counts, 0)
-        return inner(source, target, min(count, allowed), **offsets) if allowed else 0
+        return inner(source, target, min(count, allowed), *offsets) if allowed else 0
 
     monkeypatch.setattr(os, "copy_file_range", hesitant)
     copy_all(big_source(tmp_path), tmp_path / "a.safetensors")

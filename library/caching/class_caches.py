@@ -77,7 +77,7 @@ class Preparation:
         side: int,
         workers: int,
     ) -> None:
-        """side: of the squares, in pixels. workers: processes that decode pictures."""
+        """side: of the squares, in pixels. workers: threads that decode pictures."""
         self.model, self.classes, self.cache, self.alignment = model, classes, cache, alignment
         self.text, self.family, self.processes, self.side, self.workers = text, family, processes, side, workers
         self.kinds = KINDS if alignment.alignment else KINDS[:1]

@@ -19,7 +19,7 @@ BUCKET_PIXELS_VERSION = 1
 
 
 class Geometry(Protocol):
-    """How pictures are cut. Goes to worker processes, so it can be pickled."""
+    """How pictures are cut. Called from several threads."""
 
     @property
     def same_for_all(self) -> bool:

@@ -1,10 +1,11 @@
-"""The cache pipeline: decode in worker processes, encode in batches on the device, write in one writer thread."""
+"""The cache pipeline: decode in threads, encode in batches on the device, write in one writer thread."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -103,11 +104,13 @@ def build(
         return result
     start = time.perf_counter()
     jobs = [picture.job for picture in planned]
-    batches = iter(picture_batches(source, jobs, geometry, batch_size, workers, importer))
     writer = _Writer(surveys, planned, result)
     try:
         share = f" (process 1 of {world_size})" if world_size > 1 else ""
-        with doing(f"caching {label}{share}", len(planned)) as activity:
+        with (
+            doing(f"caching {label}{share}", len(planned)) as activity,
+            closing(picture_batches(source, jobs, geometry, batch_size, workers, importer)) as batches,
+        ):
             for batch in batches:
                 writer.put(batch, _encode(batch, encoders, device))
                 activity.advance(len(batch.decoded) + len(batch.settled))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +22,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 _16_BIT_GREY = ("I;16", "I;16B", "I;16L", "I;16N")
 _WHITE = (255, 255, 255, 255)
+_opening = threading.Lock()
+"""Threads decode at once, and share the filters of warnings, which are changed for the moment of opening."""
 
 
 T = TypeVar("T")
@@ -115,7 +118,7 @@ def square_crop(image: Image.Image, resolution: int) -> npt.NDArray[np.uint8]:
 def _open(content: bytes, name: str) -> Image.Image:
     """Read the header, and refuse what Pillow only warns about: more than MAX_IMAGE_PIXELS pixels."""
     try:
-        with warnings.catch_warnings():
+        with _opening, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -136,7 +139,7 @@ def _to_rgb(image: Image.Image, hidden_colours: bool) -> Image.Image:
         image = image.convert("RGBA")
         if not hidden_colours:
             image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _grey_to_8_bits(image: Image.Image) -> Image.Image:

@@ -5,14 +5,15 @@ Two layouts: one file per component under diffusers' names, and one original sin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.merging.merge import Change, Folds, cast_finite, fold_and_cast
-from library.merging.rounding import NEAREST, Rounding
+from library.merging.merge import Change, Folds, Part, cast_finite, fold_piece, in_rows
+from library.merging.rounding import NEAREST, Arrival, Rounding
 from library.models.checkpoint import Checkpoint, StoredTensor
 from library.models.tensor_files import NewTensor, in_library_order
 from library.words import plural
@@ -62,15 +63,26 @@ class Merging:
         same_format = stored.scale is None and self.dtype_of(component, key) == stored.dtype
         return same_format and key not in self.folds.get(component, {})
 
-    def make(self, component: str, key: str) -> Tensor:
-        """The merged tensor as the diffusers model has it."""
-        weight = self.base.read(component, key)
-        dtype = self.dtype_of(component, key)
-        parts = self.folds.get(component, {}).get(key)
-        if not parts:
-            return cast_finite(key, weight.to(dtype), weight)
-        merged, self.changes[component, key] = fold_and_cast(component, key, weight, parts, dtype, self.rounding)
-        return merged
+    def in_rows(self, component: str, key: str, *, lies_in_rows: bool = True) -> Iterator[tuple[slice, Sequence[Part]]]:
+        """Rows of a tensor that can be read and merged alone, with what is folded into them.
+
+        lies_in_rows: whether what they are to be compared with can be read so, too.
+        """
+        stored, parts = self.base.tensors[component][key], self.folds.get(component, {}).get(key, ())
+        return in_rows(stored.shape, parts) if stored.lies_in_rows and lies_in_rows else iter([(slice(None), parts)])
+
+    def make(self, component: str, key: str) -> Iterator[Tensor]:
+        """The merged tensor as the diffusers model has it, some rows at a time."""
+        stored, dtype = self.base.tensors[component][key], self.dtype_of(component, key)
+        rounded, arrival = self.rounding.of(f"{component} {key}"), Arrival()
+        for rows, parts in self.in_rows(component, key):
+            weight = stored.read_rows(rows)
+            if parts:
+                yield fold_piece(key, weight, parts, dtype, rounded, arrival)
+            else:
+                yield cast_finite(key, weight.to(dtype), weight)
+        if key in self.folds.get(component, {}):
+            self.changes[component, key] = Change.of(component, key, arrival)
 
 
 def component_tensors(merging: Merging, component: str) -> list[NewTensor]:
@@ -104,7 +116,7 @@ def single_file_tensors(merging: Merging) -> list[NewTensor]:
                 tensors[place.key] = _alone(merging, component, key, place, stored)
     if torn := [name for name, members in stacks.items() if len(members) != 3]:
         raise UserError(f"{merging.base.location.path} lacks a part of {torn[0]}: it is incomplete.")
-    marks = [NewTensor(mark, torch.float32, (0,), make=lambda: torch.zeros(0)) for mark in merging.base.marks]
+    marks = [NewTensor(mark, torch.float32, (0,), make=list) for mark in merging.base.marks]
     return [*tensors.values(), *marks]
 
 
@@ -119,9 +131,9 @@ def _alone(merging: Merging, component: str, key: str, place: Place, stored: Sto
     if merging.is_kept(component, key) and stored.transposed == there:
         return NewTensor(place.key, dtype, shape, copied=(stored.range,))
 
-    def make() -> Tensor:
-        value = merging.make(component, key)
-        return value.t().contiguous() if there else value.reshape(shape)
+    def make() -> Iterable[Tensor]:
+        rows = merging.make(component, key)
+        return [torch.cat(list(rows)).t()] if there else rows
 
     return NewTensor(place.key, dtype, shape, make=make)
 
@@ -135,9 +147,12 @@ def _stack(merging: Merging, component: str, members: list[tuple[str, Place]]) -
     if all(merging.is_kept(component, key) for key in keys):
         return NewTensor(members[0][1].key, dtype, shape, copied=tuple(tensor.range for tensor in stored))
     return NewTensor(
-        members[0][1].key, dtype, shape, make=lambda: torch.cat([merging.make(component, key) for key in keys])
+        members[0][1].key,
+        dtype,
+        shape,
+        make=lambda: chain.from_iterable(merging.make(component, key) for key in keys),
     )
 
 
-def _maker(merging: Merging, component: str, key: str) -> Callable[[], Tensor]:
+def _maker(merging: Merging, component: str, key: str) -> Callable[[], Iterable[Tensor]]:
     return lambda: merging.make(component, key)

@@ -22,13 +22,13 @@ from library.merging.algebra import DynamicRank, RankChange, concatenate, reduce
 from library.merging.merge import not_finite_as
 from library.merging.merge_report import Ingredient
 from library.merging.source import PROVENANCE_KEY
-from library.models.weights import all_finite
 from library.words import plural
 from networks import AdapterError
 from networks.adapter_alphas import PEFT_CONFIG, PEFT_WEIGHTS
 from networks.adapter_export import Form, adapter_tensors, form_metadata, peft_config
 from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
+from networks.finite import all_finite
 from networks.kinds.full import FullModule
 from networks.kinds.lora import LoraModule
 from networks.names import Target

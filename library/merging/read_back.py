@@ -5,11 +5,9 @@ Nothing of the run that wrote it is trusted: what is expected is worked out agai
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +17,9 @@ from library.merging.layouts import Merging
 from library.merging.merge import fold
 from library.models.checkpoint import LEFTOVERS, Checkpoint, StoredTensor
 from library.models.tensor_files import Range
-from library.models.weights import all_finite
+from library.models.threads import in_threads
 from networks.families import UNET
+from networks.finite import all_finite
 
 # Of the U-Net, each of these must be there at least once (the conversion report's list).
 _CRITICAL = (
@@ -31,7 +30,6 @@ _CRITICAL = (
     r"conv_out\.weight",
 )
 _BLOCK_BYTES = 1 << 22
-_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -91,19 +89,18 @@ def _compare_all(merging: Merging, written: Checkpoint) -> _Findings:
         for key in named
         if (after := written.tensors.get(component, {}).get(key)) is not None  # the check of keys names the others
     ]
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        compared = pool.map(lambda tensor: _compare(merging, *tensor), tensors)
-        for (component, key, _), (equal, finite, difference) in zip(tensors, compared, strict=True):
-            is_merged = key in merging.folds.get(component, {})
-            if equal:
-                findings.merged += is_merged
-                findings.kept += not is_merged
-                findings.cast += not is_merged and not merging.is_kept(component, key)
-            else:
-                (findings.wrong if is_merged else findings.altered).append(key)
-            findings.largest = max(findings.largest, difference if is_merged else 0.0)
-            findings.not_finite += [] if finite else [key]
-            findings.damaged = findings.damaged or (not finite and equal and not is_merged)
+    compared = in_threads(lambda tensor: _compare(merging, *tensor), tensors)
+    for (component, key, _), (equal, finite, difference) in zip(tensors, compared, strict=True):
+        is_merged = key in merging.folds.get(component, {})
+        if equal:
+            findings.merged += is_merged
+            findings.kept += not is_merged
+            findings.cast += not is_merged and not merging.is_kept(component, key)
+        else:
+            (findings.wrong if is_merged else findings.altered).append(key)
+        findings.largest = max(findings.largest, difference)
+        findings.not_finite += [] if finite else [key]
+        findings.damaged = findings.damaged or (not finite and equal and not is_merged)
     return findings
 
 
@@ -116,18 +113,21 @@ def _compare(merging: Merging, component: str, key: str, after: StoredTensor) ->
 
 def _recomputed(merging: Merging, component: str, key: str, after: StoredTensor) -> tuple[bool, bool, float]:
     """(equal to the bit, finite, largest difference before rounding) of a tensor that was merged or cast."""
-    parts = merging.folds.get(component, {}).get(key, [])
-    weight = merging.base.read(component, key)
-    # Weights that are only cast may be integers, or too narrow for a sum.
-    expected = fold(weight, parts) if parts else weight
-    found = after.read()
-    difference = (
-        float((found.float() - expected.float()).abs().max()) if found.shape == expected.shape else float("inf")
-    )
-    dtype = merging.dtype_of(component, key)
-    rounded = merging.rounding(expected, dtype, f"{component} {key}") if parts else expected.to(dtype)
-    equal = found.dtype == dtype and found.shape == expected.shape and torch.equal(found, rounded)
-    return equal, all_finite(found), difference
+    before, dtype = merging.base.tensors[component][key], merging.dtype_of(component, key)
+    if after.shape != before.shape or after.dtype != dtype:
+        return False, all_finite(after.read()), float("inf")
+    rounded = merging.rounding.of(f"{component} {key}")
+    equal, finite, difference = True, True, 0.0
+    for rows, parts in merging.in_rows(component, key, lies_in_rows=after.lies_in_rows):
+        weight, found = before.read_rows(rows), after.read_rows(rows)
+        if parts:
+            expected = fold(weight, parts)
+            difference = max(difference, float((found.float() - expected).abs().max()))
+            equal = equal and torch.equal(found, rounded(expected, dtype))
+        else:  # integers too, or numbers too narrow for a sum
+            equal = equal and torch.equal(found, weight.to(dtype))
+        finite = finite and all_finite(found)
+    return equal, finite, difference
 
 
 def _same_values(before: StoredTensor, after: StoredTensor) -> tuple[bool, bool]:

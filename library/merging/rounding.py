@@ -7,6 +7,7 @@ up with the probability that makes the mean right, keeps it on average over a la
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +23,20 @@ class Rounding:
     stochastic: bool = False
     seed: int = 0
 
+    def of(self, name: str) -> Callable[[Tensor, torch.dtype], Tensor]:
+        """Rounds one tensor, perhaps in several pieces in their order. name: what is random follows from it and the seed."""
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return lambda values, dtype: self._round(values, dtype, generator)
+
     def __call__(self, values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-        """`values`, float32, as `dtype`. name: of the tensor, from which and the seed what is random follows."""
+        """`values`, float32, the whole tensor `name` (see `of`), as `dtype`."""
+        return self.of(name)(values, dtype)
+
+    def _round(self, values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         nearest = values.to(dtype)
         if not self.stochastic or not dtype.is_floating_point or dtype.itemsize >= values.dtype.itemsize:
             return nearest
-        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         draws = torch.rand(values.shape, generator=generator).to(values.device)
         size = values.abs()
         near = size.to(dtype)
@@ -48,11 +56,25 @@ class Rounding:
 NEAREST = Rounding()
 
 
-def share_arrived(before: Tensor, change: Tensor, after: Tensor) -> float:
-    """How much of `change` is in after - before: the length of its projection on the change, 1 where all of it is.
+@dataclass
+class Arrival:
+    """What of a change is in a weight as written, summed up over the weight's pieces."""
 
-    before, change: float32; after: as written. A change of zero arrives.
-    """
-    wanted, found = change.flatten(), (after.float() - before).flatten()
-    whole = float(torch.dot(wanted, wanted))
-    return float(torch.dot(found, wanted)) / whole if whole > 0 else 1.0
+    before: float = 0.0
+    """Square of the Frobenius norm of the weight before."""
+    change: float = 0.0
+    """The same of the change."""
+    found: float = 0.0
+    """Scalar product of after - before with the change."""
+
+    def add(self, before: Tensor, change: Tensor, after: Tensor) -> None:
+        """before, change: float32; after: as written."""
+        old, wanted = before.flatten(), change.flatten()
+        self.before += float(torch.dot(old, old))
+        self.change += float(torch.dot(wanted, wanted))
+        self.found += float(torch.dot(after.float().flatten() - old, wanted))
+
+    @property
+    def share(self) -> float:
+        """The length of what arrived, projected on the change, over that of the change: 1 where all of it did, or it is zero."""
+        return self.found / self.change if self.change > 0 else 1.0

@@ -44,6 +44,18 @@ class StoredTensor(NamedTuple):
         return value.reshape(self.shape[::-1]).t().contiguous() if self.transposed else value.reshape(self.shape)
 
     @property
+    def lies_in_rows(self) -> bool:
+        """Whether some of its rows can be read alone."""
+        return bool(self.shape) and all(self.shape) and self.scale is None and not self.transposed
+
+    def read_rows(self, rows: slice) -> Tensor:
+        """As `read`, these alone."""
+        if not self.lies_in_rows:
+            return self.read()[rows]
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.range.rows(start, stop).read().reshape(stop - start, *self.shape[1:])
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of what `read` gives."""
         return self.range.dtype if self.scale is None else torch.float32
@@ -196,10 +208,7 @@ def _stored_in_original(family: Family, component: str, key: str, stored: Range)
     if place.form is Form.TRANSPOSED:
         return StoredTensor(stored, stored.shape[::-1], transposed=True)
     if place.form is Form.STACKED:
-        rows, size = stored.shape[0] // 3, (stored.end - stored.start) // 3
-        shape = (rows, *stored.shape[1:])
-        part = Range(
-            stored.file, stored.start + place.part * size, stored.start + (place.part + 1) * size, stored.dtype, shape
-        )
-        return StoredTensor(part, shape)
+        rows = stored.shape[0] // 3
+        part = stored.rows(place.part * rows, (place.part + 1) * rows)
+        return StoredTensor(part, part.shape)
     return StoredTensor(stored, stored.shape)

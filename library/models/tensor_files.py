@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.header import with_safetensors
+from library.models.threads import in_threads
 
 # The format's names of number formats, as far as checkpoints use them, in the order in which the library writes them.
 DTYPES: dict[str, torch.dtype] = {
@@ -42,7 +41,6 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 COPY_BYTES = 1 << 26
-AHEAD_BYTES = 1 << 24  # of tensors that are made before their turn
 
 
 class ByteSource:
@@ -78,35 +76,64 @@ class ByteSource:
         target[: len(block)] = block
         return len(block)
 
-    def copy_to(self, descriptor: int, start: int, end: int) -> None:
-        """Append bytes `start` to `end` to an open file, inside the kernel where it can."""
+    def copy_to(self, target: ByteTarget, start: int, end: int, at: int) -> None:
+        """Bytes `start` to `end` into an open file from `at` on, inside the kernel where it can."""
         if self._content is None:
-            start = self._copy_in_kernel(descriptor, start, end)
+            done = self._copy_in_kernel(target, start, end, at)
+            start, at = start + done, at + done
         while start < end:
             block = bytearray(min(COPY_BYTES, end - start))
             self.read_into(memoryview(block), start)
-            _write_all(descriptor, memoryview(block))
-            start += len(block)
+            target.write(memoryview(block), at)
+            start, at = start + len(block), at + len(block)
 
-    def _copy_in_kernel(self, descriptor: int, start: int, end: int) -> int:
-        """Copy as far as the kernel will; returns where it stopped."""
+    def _copy_in_kernel(self, target: ByteTarget, start: int, end: int, at: int) -> int:
+        """Copy as far as the kernel will; returns how much that was."""
+        done = 0
         if not hasattr(os, "copy_file_range"):  # Linux only
-            return start
+            return done
         try:
-            while start < end:
-                count = os.copy_file_range(self._descriptor, descriptor, end - start, offset_src=start)
+            while done < end - start:
+                count = os.copy_file_range(
+                    self._descriptor, target.descriptor, end - start - done, start + done, at + done
+                )
                 if count == 0:
                     break
-                start += count
+                done += count
         except OSError as error:
             # Across some file systems it is refused, which reading and writing is not.
             if error.errno not in _NOT_SUPPORTED:
                 raise
-        return start
+        return done
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", -1) >= 0:
             os.close(self._descriptor)
+
+
+class ByteTarget:
+    """A new file that is written from any place on, by several threads. To be closed."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+        self.descriptor = os.open(path, flags, 0o666)
+        self._position = threading.Lock()
+
+    def write(self, data: memoryview, at: int) -> None:
+        """All of `data`, from `at` on."""
+        while data:
+            count = self._write_some(data, at)
+            data, at = data[count:], at + count
+
+    def _write_some(self, data: memoryview, at: int) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self.descriptor, data, at)
+        with self._position:  # Windows has one position for all threads
+            os.lseek(self.descriptor, at, os.SEEK_SET)
+            return os.write(self.descriptor, data)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
 class Range(NamedTuple):
@@ -123,6 +150,12 @@ class Range(NamedTuple):
         raw = torch.empty(self.end - self.start, dtype=torch.uint8)
         self.file.read_into(raw.numpy().data, self.start)
         return raw.view(self.dtype).reshape(self.shape)
+
+    def rows(self, start: int, stop: int) -> Range:
+        """The bytes of these rows, along the first axis."""
+        size = (self.end - self.start) // self.shape[0]
+        first = self.start + start * size
+        return Range(self.file, first, first + (stop - start) * size, self.dtype, (stop - start, *self.shape[1:]))
 
 
 class TensorFile:
@@ -175,8 +208,8 @@ class NewTensor:
     shape: tuple[int, ...]
     copied: tuple[Range, ...] = ()
     """Ranges that hold its bytes, one after the other."""
-    make: Callable[[], Tensor] | None = None
-    """Called once while the file is written, in any thread; gives `dtype` and `shape`."""
+    make: Callable[[], Iterable[Tensor]] | None = None
+    """Called once while the file is written, in any thread; gives its values in pieces of `dtype`, one after the other."""
 
     @property
     def nbytes(self) -> int:
@@ -196,61 +229,22 @@ def write_tensor_file(
     *,
     final: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
-    """Write a safetensors file, a few tensors in memory at a time. Flushing and renaming are the caller's.
+    """Write a safetensors file, a piece of a tensor for each thread in memory at a time. Flushing and renaming are the caller's.
 
     final: called when all tensors are written, gives the metadata that takes the place of `metadata`. It must be as long.
     """
     header = _header(tensors, metadata)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
-    ahead = _MadeAhead(tensors)
+    target = ByteTarget(path)
     try:
-        _write_all(descriptor, memoryview(header))
-        for source, start, end, tensor in _runs(tensors):
-            if source is not None:
-                source.copy_to(descriptor, start, end)
-            else:
-                assert tensor is not None
-                value = ahead.next()
-                if value.dtype != tensor.dtype or tuple(value.shape) != tensor.shape:
-                    raise AssertionError(f"{tensor.name} was made as {value.dtype} {tuple(value.shape)}")
-                _write_all(descriptor, value.contiguous().flatten().view(torch.uint8).numpy().data)
+        target.write(memoryview(header), 0)
+        for _ in in_threads(lambda part: part.write(target), list(_parts(tensors, len(header)))):
+            pass
         if final is not None:
             known = _header(tensors, final())
             assert len(known) == len(header)
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            _write_all(descriptor, memoryview(known))
+            target.write(memoryview(known), 0)
     finally:
-        ahead.close()
-        os.close(descriptor)
-
-
-class _MadeAhead:
-    """The tensors that are made, in their order, worked out in threads while others are copied and written."""
-
-    def __init__(self, tensors: Sequence[NewTensor]) -> None:
-        self._coming = deque(tensor for tensor in tensors if tensor.make is not None)
-        self._pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1), thread_name_prefix="make")
-        self._begun: deque[tuple[int, Future[Tensor]]] = deque()
-        self._begin()
-
-    def next(self) -> Tensor:
-        """The next one; raises what its making raised."""
-        _, future = self._begun.popleft()
-        value = future.result()
-        self._begin()
-        return value
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _begin(self) -> None:
-        """Start as many as fit into `AHEAD_BYTES`, and one in any case."""
-        while self._coming and (
-            not self._begun or sum(size for size, _ in self._begun) + self._coming[0].nbytes <= AHEAD_BYTES
-        ):
-            tensor = self._coming.popleft()
-            assert tensor.make is not None
-            self._begun.append((tensor.nbytes, self._pool.submit(tensor.make)))
+        target.close()
 
 
 def file_bytes(tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> int:
@@ -274,28 +268,54 @@ def _header(tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _runs(
-    tensors: Sequence[NewTensor],
-) -> Iterator[tuple[ByteSource, int, int, None] | tuple[None, int, int, NewTensor]]:
-    """(file, start, end, None) for bytes to copy, neighbours joined, and (None, 0, 0, tensor) for tensors to make."""
-    run: tuple[ByteSource, int, int] | None = None
+@dataclass(frozen=True)
+class _Copied:
+    """Bytes `start` to `end` of a file, that go to `at`."""
+
+    source: ByteSource
+    start: int
+    end: int
+    at: int
+
+    def write(self, target: ByteTarget) -> None:
+        self.source.copy_to(target, self.start, self.end, self.at)
+
+
+@dataclass(frozen=True)
+class _Made:
+    tensor: NewTensor
+    at: int
+
+    def write(self, target: ByteTarget) -> None:
+        assert self.tensor.make is not None
+        at = self.at
+        for piece in self.tensor.make():
+            if piece.dtype != self.tensor.dtype:
+                raise AssertionError(f"{self.tensor.name} was made as {piece.dtype}")
+            target.write(piece.contiguous().flatten().view(torch.uint8).numpy().data, at)
+            at += piece.nbytes
+        if at - self.at != self.tensor.nbytes:
+            raise AssertionError(f"{self.tensor.name} was made as {at - self.at} bytes")
+
+
+def _parts(tensors: Sequence[NewTensor], begin: int) -> Iterator[_Copied | _Made]:
+    """What the file consists of from `begin` on; bytes to copy that are neighbours in both files are one part."""
+    run: _Copied | None = None
+    at = begin
     for tensor in tensors:
-        for part in tensor.copied:
-            if run is not None and run[0] is part.file and run[2] == part.start:
-                run = (run[0], run[1], part.end)
-                continue
-            if run is not None:
-                yield (*run, None)
-            run = (part.file, part.start, part.end)
+        for source, start, end, *_ in tensor.copied:
+            if run is not None and run.source is source and run.end == start:
+                run = replace(run, end=end)
+            else:
+                if run is not None:
+                    yield run
+                run = _Copied(source, start, end, at)
+            at += end - start
         if tensor.make is not None:
             if run is not None:
-                yield (*run, None)
+                yield run
             run = None
-            yield None, 0, 0, tensor
+            yield _Made(tensor, at)
+            at += tensor.nbytes
     if run is not None:
-        yield (*run, None)
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+        yield run

@@ -16,6 +16,7 @@ from library.models.pickles import conversion_command
 from library.models.tensor_files import TensorFile
 from library.progress import doing
 from library.words import plural
+from networks.finite import all_finite
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -109,15 +110,6 @@ def _alone(value: Tensor, device: torch.device | str, dtype: torch.dtype | None)
     otherwise."""
     is_alone = value.untyped_storage().nbytes() == value.nbytes and value.is_contiguous()
     return value.to(device, dtype or value.dtype, copy=not is_alone, memory_format=torch.contiguous_format)
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no value is infinite or not a number; several times as fast as isfinite on the CPU."""
-    if not values.is_floating_point() or values.numel() == 0:
-        return True
-    wide = values if values.dtype.itemsize > 1 else values.float()  # 8-bit floats have no arithmetic
-    low, high = torch.aminmax(wide)  # both are not a number where one value is
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _count(what: str, names: list[str]) -> str:

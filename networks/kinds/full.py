@@ -6,7 +6,7 @@ For weights and biases of any layer, normalisations too. Read, merged and drawn 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -59,6 +59,9 @@ class FullModule(AdapterModule):
 
     def delta(self, weight: Tensor) -> Tensor:
         return self.diff.to(weight.device).float().reshape(weight.shape)
+
+    def of_rows(self, rows: slice) -> FullModule:
+        return replace(self, diff=self.diff[rows])
 
     def tensors(self) -> dict[str, Tensor]:
         return {"diff": self.diff}

@@ -114,6 +114,9 @@ class LoraModule(AdapterModule):
         added = self.product(weight.device).reshape(weight.shape)
         return with_magnitude(weight, added, self.magnitude)
 
+    def of_rows(self, rows: slice) -> LoraModule | None:
+        return replace(self, up=self.up[rows]) if self.magnitude is None else None
+
     def norm(self) -> float:
         """Of alpha / rank * up @ down (of DoRA: before the magnitude): sqrt(trace((up^T up) (down down^T)))."""
         up, down = self.matrices()
