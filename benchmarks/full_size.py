@@ -78,8 +78,8 @@ def make_pictures(folder: Path, side: int) -> None:
         (folder / f"{number}.txt").write_text(f"a photo of thing {number}", encoding="utf-8")
 
 
-def random_lora(path: Path, spec: NetworkSpec) -> int:
-    """A kohya file of the network's modules on full-size models, float16; returns how many they are."""
+def random_lora(path: Path, spec: NetworkSpec) -> None:
+    """A kohya file of the network's modules on full-size models, float16."""
     import torch
     from safetensors.torch import save_file
 
@@ -98,7 +98,6 @@ def random_lora(path: Path, spec: NetworkSpec) -> int:
         modules[target] = LoraModule(down, up, layer.adapter_alpha)
     tensors = adapter_tensors(Adapter(modules), "kohya", torch.float16)
     save_file(tensors, path, metadata={"ss_base_model_version": family.base_version})
-    return len(modules)
 
 
 def empty_models(family: Family) -> dict[str, nn.Module]:

@@ -23,15 +23,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import RESULTS, save
 from full_size import random_checkpoint, random_lora
+
+if TYPE_CHECKING:
+    from networks.spec import NetworkSpec
 
 TARGETS = {
     "sd15": {"written_of_cp": 2.0, "peak_gb_beyond_libraries": 1.2},
     "sdxl": {"whole_of_cp": 3.0, "peak_gb_beyond_libraries": 1.5},
 }
 COMMAND = f"{RESULTS.parents[1] / 'merge_lora.py'} --pretrained_model_name_or_path {{base}} --models {{lora}} --save_to {{out}}"
+LORAS = {"sd15": "128 modules, rank 8", "sdxl": "1052 modules, rank 16"}
 Round = dict[str, dict[str, float]]
 
 
@@ -56,22 +61,27 @@ def main() -> None:
         rounds = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["measured"]["rounds"]
     with tempfile.TemporaryDirectory() as folder:
         base, lora = ((arguments.folder or Path(folder)) / f"{what}.safetensors" for what in ("base", "lora"))
-        modules = make(arguments.family, base, lora)
+        if not base.exists():
+            random_checkpoint(base, arguments.family)
+        if not lora.exists():
+            random_lora(lora, spec_of(arguments.family))
         rounds += [measure(arguments.family, base, lora, arguments.other) for _ in range(arguments.repeats)]
         size = f"{base.stat().st_size / 1e9:.2f} GB"
-    settings = {"family": arguments.family, "base": f"fp16, {size}", "modules": modules, "page_cache": "warm"}
+    settings = {
+        "family": arguments.family,
+        "base": f"fp16, {size}",
+        "lora": LORAS[arguments.family],
+        "page_cache": "warm",
+    }
     save(name, settings | {"repeats": len(rounds)}, *summary(rounds, TARGETS[arguments.family]))
 
 
-def make(family: str, base: Path, lora: Path) -> int:
-    """The files; returns how many modules the LoRA has."""
+def spec_of(family: str) -> NetworkSpec:
     from networks.spec import NetworkSpec
 
-    if not base.exists():
-        random_checkpoint(base, family)
     if family == "sd15":
-        return random_lora(lora, NetworkSpec(rank=8, alpha=8.0, targets="attention", text_encoder=False))
-    return random_lora(lora, NetworkSpec(family=family, rank=16, alpha=16.0, conv_rank=16, conv_alpha=16.0))
+        return NetworkSpec(rank=8, alpha=8.0, targets="attention", text_encoder=False)
+    return NetworkSpec(family=family, rank=16, alpha=16.0, conv_rank=16, conv_alpha=16.0)
 
 
 def measure(family: str, base: Path, lora: Path, other: str | None) -> Round:

@@ -24,7 +24,7 @@ page of them. Ratios are measured side by side in one run: on a shared machine t
 |---|---|
 | `store_read.py` | samples a second from the LMDB stores into a training batch, beside a memcpy of the same bytes |
 | `repa_step.py` | seconds, memory and data wait of a U-REPA step; full SD1.5 size on a GPU, the tiny model on a CPU |
-| `merge.py` | seconds and memory of merging a LoRA into full-size SD1.5, beside `cp` and beside load-merge-save |
+| `merge.py` | seconds and memory of merging a LoRA into full-size SD1.5 or SDXL, beside `cp`, load-merge-save and another program |
 | `train_network.py` | seconds and memory of a LoRA step at full size, as a user starts it, beside published figures |
 | `resume.py` | whether a training resumed halfway ends with the same bits, and what deterministic kernels cost |
 | `count_step.py` | kernel launches, FLOP, bytes and memory of a step at full size, counted on the meta device without a GPU |

@@ -57,3 +57,22 @@ def test_the_page_says_at_a_glance_which_targets_are_missed(benchmarks: None) ->
         "| met | [a](#a) | step | 0.08 s | <= 0.09 |",
         "| not measured | [b](#b) | step | 2 s | <= 0.09 |",
     ]
+
+
+def test_the_decoding_benchmark_goes_through_the_pipeline(benchmarks: None, tmp_path: Path) -> None:
+    import cache_build
+
+    measured, targets = cache_build.decode_bound(argparse.Namespace(count=10, repeats=1, workers=2), tmp_path)
+    for name in ("1024_to_1024", "1024_to_512", "3000_to_1024"):
+        assert measured[f"{name}_share"] > 0 and measured[f"{name}_pipeline_cpu_seconds_per_1000"] > 0  # type: ignore[operator]
+    assert targets.keys() <= measured.keys()
+
+
+def test_the_merge_benchmark_sums_up_its_rounds(benchmarks: None) -> None:
+    import merge
+
+    ways = {"cp": 2.0, "cp_and_sync": 3.0, "written": 3.0, "whole": 5.0, "other": 20.0, "command": 10.0}
+    one = {way: {"seconds": value, "cpu_seconds": value, "peak_gb": 0.5} for way, value in ways.items()}
+    measured, targets = merge.summary([one, one], merge.TARGETS["sdxl"])
+    assert measured["whole_of_cp"] == 2.5 and measured["command_of_other"] == 0.5 and measured["other_peak_gb"] == 0.5
+    assert {name: target["met"] for name, target in targets.items()} == dict.fromkeys(merge.TARGETS["sdxl"], True)

@@ -11,10 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.merging.merge import Part, all_finite, fold, fold_and_cast, fold_into_modules, not_finite_as, place
+from library.merging import merge
+from library.merging.merge import (
+    Part,
+    all_finite,
+    fold,
+    fold_and_cast,
+    fold_into_modules,
+    in_rows,
+    not_finite_as,
+    place,
+)
 from library.merging.strength import Strength
+from networks.adapter_module import AdapterModule
 from networks.adapters import Adapter
 from networks.families import SD15, SDXL, Family
+from networks.kinds.full import FullModule
 from networks.kinds.lora import LoraModule
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, Target
 from tests.tools.adapters import cp_module, random_module, train_lora
@@ -155,6 +167,31 @@ def test_changes_are_relative_to_the_weight() -> None:
     assert change.relative == pytest.approx(float(module.product().norm() / weight.norm()), rel=1e-5)
     _, change = fold_and_cast(UNET, "x", torch.zeros(5, 7), [(module, 1.0)], weight.dtype)
     assert change.relative == 1.0, "where there was nothing, all of it is the change"
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("rows", [16, 33, 100, 113])
+@pytest.mark.parametrize("kind", ["linear", "convolution_3x3", "cp", "full"])
+def test_pieces_of_rows_give_the_bits_of_the_whole(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {
+        "linear": lambda: random_module(rows, 40),
+        "convolution_3x3": lambda: random_module(rows, 40, 3, 3),
+        "cp": lambda: cp_module(rows, 40),
+        "full": lambda: FullModule(weight_of(rows, 40, seed=3)),
+    }
+    module: AdapterModule = made[kind]()
+    weight, parts = weight_of(*module.shape), [(module, 0.7), (random_module(*module.shape), -0.3)]
+    monkeypatch.setattr(merge, "_PIECE", 1)
+    pieces = list(in_rows(weight.shape, parts))
+    assert [piece.start for piece, _ in pieces] == [start for start in range(0, rows, 16) if rows - start >= 16]
+    assert torch.equal(torch.cat([fold(weight[piece], own) for piece, own in pieces]), fold(weight, parts))
+
+
+@pytest.mark.parametrize("kind", ["dora", "dora_of_inputs_3x3"])
+def test_what_needs_the_whole_weight_gets_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "_PIECE", 1)
+    parts: list[Part] = [(random_module(40, 7), 1.0), (MODULES[kind], 1.0)]
+    assert list(in_rows((40, 7), parts)) == [(slice(None), parts)]
 
 
 def fold_in(unet: nn.Module, adapter: Adapter, ratio: float) -> int:

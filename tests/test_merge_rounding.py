@@ -62,6 +62,14 @@ def test_stochastic_rounding_follows_from_its_seed_and_the_tensor_s_name(dtype: 
     assert torch.equal(NEAREST(wanted, dtype, "x").float(), wanted.to(dtype).float())
 
 
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_stochastic_rounding_in_pieces_is_that_of_the_whole(dtype: torch.dtype) -> None:
+    wanted, rounded = sum(weight_and_change(dtype)), Rounding(True, 1).of("x")
+    assert isinstance(wanted, torch.Tensor)
+    pieces = [rounded(piece, dtype) for piece in wanted.split([3, 500, 9])]
+    assert torch.equal(torch.cat(pieces).float(), Rounding(True, 1)(wanted, dtype, "x").float())
+
+
 def test_rounding_at_random_leaves_alone_what_is_no_narrower_and_what_is_not_finite() -> None:
     values = torch.tensor([0.1, -0.0, torch.nan, torch.inf, -3e38])
     assert torch.equal(Rounding(True)(values, torch.float32, "x").nan_to_num(7), values.nan_to_num(7))

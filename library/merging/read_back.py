@@ -123,9 +123,9 @@ def _recomputed(merging: Merging, component: str, key: str, after: StoredTensor)
         if parts:
             expected = fold(weight, parts)
             difference = max(difference, float((found.float() - expected).abs().max()))
-            equal = equal and torch.equal(found, rounded(expected, dtype))
+            equal = equal and _same_bits(found, rounded(expected, dtype))
         else:  # integers too, or numbers too narrow for a sum
-            equal = equal and torch.equal(found, weight.to(dtype))
+            equal = equal and _same_bits(found, weight.to(dtype))
         finite = finite and all_finite(found)
     return equal, finite, difference
 
@@ -136,12 +136,21 @@ def _same_values(before: StoredTensor, after: StoredTensor) -> tuple[bool, bool]
         return False, all_finite(after.read())
     if before.transposed != after.transposed:
         found = after.read()
-        return torch.equal(before.read().view(torch.uint8), found.view(torch.uint8)), all_finite(found)
+        return _same_bits(before.read(), found), all_finite(found)
     equal = finite = True
     for expected, found in zip(_blocks(before.range, "before"), _blocks(after.range, "after"), strict=True):
-        equal = equal and torch.equal(expected, found)
+        equal = equal and _same_bits(expected, found)
         finite = finite and all_finite(found.view(after.dtype))
     return equal, finite
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Of two tensors of one dtype and shape; several times as fast as torch.equal, which goes value by value."""
+    these, those = (value.contiguous().flatten().view(torch.uint8) for value in (one, other))
+    whole = len(these) // 8 * 8
+    return torch.equal(these[:whole].view(torch.int64), those[:whole].view(torch.int64)) and torch.equal(
+        these[whole:], those[whole:]
+    )
 
 
 _buffers = threading.local()
