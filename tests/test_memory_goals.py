@@ -22,8 +22,7 @@ BASES = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabili
 @pytest.mark.parametrize(
     ("family", "side", "rank", "words", "most"),
     [
-        ("sdxl", 1024, 32, "--base_quantization nf4", 8.0),
-        ("sdxl", 1024, 32, "--base_quantization nf4 --blocks_to_swap 60", 6.0),
+        ("sdxl", 1024, 32, "--base_quantization nf4", 6.0),
         ("sd15", 512, 16, "--base_quantization nf4", 3.0),
     ],
 )
