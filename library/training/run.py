@@ -25,7 +25,7 @@ from library.device import named_dtype
 from library.diffusion.alignment_losses import Gather
 from library.diffusion.loss import PointwiseLoss
 from library.diffusion.objective import Objective
-from library.diffusion.predictions import EPSILON, VELOCITY, Prediction
+from library.diffusion.predictions import EPSILON, FLOW, VELOCITY, Prediction
 from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.models.conditioning import CHUNK, TextConditioner, clip_skip
@@ -42,6 +42,7 @@ from library.training.checkpoints import Checkpoints
 from library.training.earlier import run_record
 from library.training.ema import ExponentialAverage
 from library.training.facts import state_facts
+from library.training.flow import flow_facts, flow_mode, trained_path
 from library.training.loop import Run
 from library.training.loss_scaling import LossScaler
 from library.training.metadata import AdapterMetadata
@@ -86,9 +87,13 @@ def make_objective(options: RunOptions, base: BaseLocation, processes: Processes
         parametrisation = replace(parametrisation, output=VELOCITY)
     if options.noise.zero_terminal_snr:
         parametrisation = parametrisation.with_zero_terminal_snr()
+    compared = COMPARED[o.objective]
+    if (mode := flow_mode(options, base)) is not None:
+        parametrisation, compared = trained_path(options, base, mode, parametrisation), FLOW
     return Objective(
         parametrisation,
-        COMPARED[o.objective],
+        compared,
+        flow_loss_weight=options.flow.resolved.loss_weight,
         min_snr_gamma=o.min_snr_gamma,
         scale_v_pred_loss_like_noise_pred=o.scale_v_pred_loss_like_noise_pred,
         v_pred_like_loss=o.v_pred_like_loss,
@@ -125,6 +130,7 @@ def build_run(
             prepared.family,
             task.network.spec,
             facts["prediction_type"],
+            flow_facts(options.flow, task.objective.parametrisation),
             prepared.base.path,
             run_record(options, samples, facts["base_weights"]) if samples else None,
         )
