@@ -30,18 +30,20 @@ SAMPLER_NAMES = tuple(DEFAULT_SCHEDULES)
 SCHEDULE_NAMES = ("Normal", "Karras", "Exponential", "Align Your Steps 11", "Align Your Steps 32", "DDIM")
 DEFAULT_SAMPLER = "DPM++ 2M"
 
-_BY_LEVEL = "has the levels of SD's own noise schedules, of which a rectified flow has none"
-NOT_ALONG_FLOW = {
+# What pictures of a rectified flow are not drawn with, and why. DDIM, the sampler, is Euler's there.
+SAMPLERS_NOT_ALONG_FLOW = {
     "PLMS": "weights its steps as if they were equally wide",
     **dict.fromkeys(
-        ("DPM2", "DPM2 a", "DPM-Solver 2M"), "steps in the logarithm of the level, which has no beginning there"
+        ("DPM2", "DPM2 a", "DPM-Solver 2M"), "steps in the logarithm of the level, which begins at no number there"
     ),
-    **dict.fromkeys(("Karras", "Exponential", "DDIM schedule"), _BY_LEVEL),
+}
+_BY_LEVEL = "has the levels of SD's own noise schedules, of which a rectified flow has none"
+SCHEDULES_NOT_ALONG_FLOW = {
+    **dict.fromkeys(("Karras", "Exponential", "DDIM"), _BY_LEVEL),
     **dict.fromkeys(
         ("Align Your Steps 11", "Align Your Steps 32"), f"{_BY_LEVEL}: it was optimised for SD1.5 and SDXL as published"
     ),
 }
-"""Samplers and schedules that pictures of a rectified flow are not drawn with, and why; DDIM, the sampler, is Euler's there."""
 
 # kohya's --sample_sampler -> the sampler and schedule that diffusers runs for it.
 _KOHYA = {
@@ -109,18 +111,18 @@ def _spelt_out(word: str) -> str:
 
 def sampler_along_flow(sampler: str, schedule: str | None) -> tuple[str, str]:
     """Sampler and schedule on a rectified flow; schedule: as the user gave it. Raises UserError for what flow does not have."""
-    require_along_flow(sampler)
-    if schedule is not None:
-        require_along_flow("DDIM schedule" if schedule == "DDIM" else schedule)
+    if (reason := SAMPLERS_NOT_ALONG_FLOW.get(sampler)) is not None:
+        known = ", ".join(name for name in SAMPLER_NAMES if name not in SAMPLERS_NOT_ALONG_FLOW)
+        raise UserError(f"The sampler {sampler} {reason}. This picture is drawn along a rectified flow: take {known}.")
+    require_schedule_along_flow(schedule or "Normal")
     return sampler, "Normal"
 
 
-def require_along_flow(name: str) -> None:
-    """Raise UserError for a sampler or schedule that a rectified flow does not have."""
-    if (reason := NOT_ALONG_FLOW.get(name)) is not None:
-        known = ", ".join(sampler for sampler in SAMPLER_NAMES if sampler not in NOT_ALONG_FLOW)
+def require_schedule_along_flow(schedule: str) -> None:
+    """Raise UserError for a schedule that a rectified flow does not have."""
+    if (reason := SCHEDULES_NOT_ALONG_FLOW.get(schedule)) is not None:
         raise UserError(
-            f"{name} {reason}. This picture is drawn along a rectified flow: take {known}, and the schedule Normal."
+            f"The schedule {schedule} {reason}. This picture is drawn along a rectified flow: take Normal, with flow_shift."
         )
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from library.diffusion.parametrisation import Parametrisation
 from library.diffusion.rectified_flow import FlowPath
 from library.inference.sampler_noise import NoiseSource
-from library.inference.samplers import Denoiser, Sampler
+from library.inference.samplers import Denoiser, Sampler, euler
 
-# A flow begins at a ratio of infinity, where x is noise alone: this one is sigma 0.9999. diffusers begins at 0.999.
+# A flow begins at a ratio of infinity, where x is noise alone; this one is sigma 0.9999.
 _HIGHEST_RATIO = 1e4
 
 
@@ -25,6 +25,9 @@ def run_sampler(
     """x [B, ...] at the last of the levels, from x at the first one."""
     if sampler.is_straight or not isinstance(process, FlowPath):
         return sampler.function(denoise, x, sigmas, noise)
+    if float(sigmas[0]) > 1 - 1 / _HIGHEST_RATIO and sampler.calls_per_step == 1 and len(sigmas) > 2:
+        # Over a step of infinite width in log SNR a corrector (UniPC's) is wrong, and Euler's step exact.
+        x, sigmas = euler(denoise, x, sigmas[:2], noise), sigmas[1:]
     ratios = (sigmas / (1 - sigmas)).clamp(max=_HIGHEST_RATIO)
 
     def denoise_ratio(y: Tensor, ratio: float) -> Tensor:

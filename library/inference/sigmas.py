@@ -15,7 +15,7 @@ from torch import Tensor
 
 from library.diffusion.noise_levels import FlowLevels, Levels, NoiseLevels
 from library.errors import UserError
-from library.inference.sampler_names import require_along_flow, schedule_named
+from library.inference.sampler_names import require_schedule_along_flow, schedule_named
 from networks.families import Family
 
 _RHO = 7.0  # Karras et al. 2022, table 1
@@ -67,7 +67,7 @@ def noise_levels(
     """
     make = SCHEDULES[schedule_named(name)]
     if isinstance(levels, FlowLevels):
-        require_along_flow(schedule_named(name))
+        require_schedule_along_flow(schedule_named(name))
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}.")
     if not discard_next_to_last:

@@ -100,7 +100,7 @@ def _check_conflicts(options: RunOptions, mode: Mode) -> None:
 
 
 def _check_reach(options: RunOptions, base: BaseLocation) -> None:
-    known, asked = trained_path(options, base, "bridge").high, options.flow.flow_sigma_max
+    known, asked = along_flow(parametrisation_of(load_scheduler_config(base))).high, options.flow.flow_sigma_max
     require(
         asked is None or asked <= known,
         "flow_sigma_max",
