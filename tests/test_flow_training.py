@@ -1,4 +1,4 @@
-"""Trainings along a rectified flow: what they leave, that they resume, what they refuse, and that a bridge's adapter is an ordinary one."""
+"""Trainings along a rectified flow: what they leave, resume and refuse, and that a bridge's adapter is an ordinary one."""
 
 from __future__ import annotations
 

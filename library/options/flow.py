@@ -44,7 +44,7 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class FlowOptions:
-    """Rectified flow, also on bases that predict noise or v. What a flow base is trained with is here, too."""
+    """Rectified flow (docs/flow.md): of flow bases, and through a bridge of all others."""
 
     flow_model: bool = False
     """Train the straight path from noise to picture (rectified flow). Needed for bases that are no flow models themselves."""
