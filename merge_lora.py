@@ -159,13 +159,20 @@ def prepare(options: MergeLoraOptions, plan: Plan) -> Merging:
     from library.merging.rounding import Rounding
     from library.merging.source import with_frozen_weights
     from library.merging.write import check_output
+    from library.models.base_schedule import require_kind
     from library.models.checkpoint import open_checkpoint
     from library.models.locate import locate_base
+    from networks.prediction_names import BY_SCHEDULER, FLOW_NAME
 
     location = locate_base(plan.base)
     if location.note:
         print(location.note)
     base = open_checkpoint(location)
+    if options.prediction_type is not None:
+        base = replace(base, prediction=BY_SCHEDULER[options.prediction_type])
+    for one in plan.ingredients:
+        file, is_flow = str(one.source.file), base.prediction is FLOW_NAME
+        require_kind(file, one.source.adapter.metadata, plan.base, is_flow, "--prediction_type flow_prediction")
     check_output(plan.output, [location.path, *base.files()])
     for one in plan.ingredients:
         if one.source.is_wrapped:

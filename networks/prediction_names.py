@@ -182,3 +182,22 @@ def flow_usage(shift: str) -> str:
         "Rectified flow. In ComfyUI, put the node ModelSamplingSD3 between the loaders and KSampler, "
         f"with shift {shift} or above. Other programs need flow support."
     )
+
+
+def flow_entries(shift: float | None) -> dict[str, str]:
+    """What the file of a native flow model, or of an adapter of one, says beside its prediction type."""
+    known = 1.0 if shift is None else shift
+    return {_FLOW_MODE_KEY: "native", FLOW_SHIFT_KEY: f"{known:g}", "modelspec.usage_hint": flow_usage(f"{known:g}")}
+
+
+def flow_scheduler(shift: float | None) -> dict[str, Any]:
+    """A scheduler_config.json for diffusers' SD pipelines, which FlowMatchEulerDiscreteScheduler does not fit."""
+    return {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "prediction_type": FLOW_NAME.scheduler,
+        "use_flow_sigmas": True,
+        "flow_shift": 1.0 if shift is None else shift,
+    }

@@ -12,6 +12,7 @@ from PIL import Image
 
 from library.diffusion.bridge import Bridge
 from library.diffusion.rectified_flow import RectifiedFlow
+from library.diffusion.scheduler_config import parametrisation_of
 from library.files import write_json
 from library.inference.denoiser import GuidedDenoiser
 from library.inference.prompt_encoding import EncodedPart
@@ -20,6 +21,7 @@ from library.inference.sampler_run import run_sampler
 from library.inference.samplers import SAMPLERS, no_noise
 from library.inference.sigmas import noise_levels
 from library.models.conditioning import Conditioning
+from library.models.load import load_scheduler_config
 from library.training.stop import STOP
 from networks.families import SD15, UNET
 from tests.test_network_resume import assert_same_end
@@ -283,3 +285,32 @@ def test_pictures_drawn_while_training_follow_the_flow(network_setting: NetworkS
     assert network_setting.train(tmp_path / "out", **options, sample_prompts=tmp_path / "p.txt") == 0
     shifts = [read_png(path).other["Flow shift"] for path in sorted((tmp_path / "out" / "sample").iterdir())]
     assert shifts == ["2", "6"]
+
+
+# ------------------------------------------------------------------------------------------------------- merging
+
+
+def test_a_merged_flow_model_says_what_it_is_in_every_form(
+    native: Path, bridged: Path, tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """diffusers draws with the folder as it is, and the single file is found to be a flow with its shift."""
+    import diffusers
+
+    import merge_lora
+
+    out, file = tmp_path / "merged", str(native / "mio.safetensors")
+    words = ["--models", file, "--pretrained_model_name_or_path", str(tiny_sd15), "--output_dir", str(out)]
+    assert merge_lora.main(words) == 2
+    assert "was trained on a flow model" in (said := capsys.readouterr().err) and "--prediction_type flow_pred" in said
+    assert merge_lora.main([*words, "--prediction_type", "flow_prediction", "--save_single_file"]) == 0
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+    assert pipeline.scheduler.config.use_flow_sigmas and type(pipeline.scheduler).__name__.startswith("DPMSolverMulti")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a cat", height=64, width=64, num_inference_steps=2).images[0].size == (64, 64)
+    whole = metadata(out / "model.safetensors")
+    assert whole["modelspec.prediction_type"] == "flow" and "ModelSamplingSD3" in whole["modelspec.usage_hint"]
+    for base in (out, out / "model.safetensors"):
+        assert isinstance(parametrisation_of(load_scheduler_config(str(base))), RectifiedFlow)
+    more = ["--pretrained_model_name_or_path", str(out), "--output_dir", str(tmp_path / "again")]
+    assert merge_lora.main(["--models", str(bridged / "mio.safetensors"), *more]) == 2
+    assert "was trained on a base that predicts epsilon" in capsys.readouterr().err
