@@ -314,3 +314,25 @@ def test_a_merged_flow_model_says_what_it_is_in_every_form(
     more = ["--pretrained_model_name_or_path", str(out), "--output_dir", str(tmp_path / "again")]
     assert merge_lora.main(["--models", str(bridged / "mio.safetensors"), *more]) == 2
     assert "was trained on a base that predicts epsilon" in capsys.readouterr().err
+
+
+def test_a_student_that_was_saved_alone_becomes_a_whole_flow_model(
+    tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from library.models.load import load_unet
+    from tools.student_to_model import main
+
+    weights = {name: value + 1 for name, value in load_unet(str(tiny_sd15)).state_dict().items()}
+    torch.save({"student": weights, "config": {"shift": 2.0}}, tmp_path / "lune.pt")
+    words = ["--base", str(tiny_sd15), "--output_dir", str(tmp_path / "lune"), "--flow_shift", "2"]
+    assert main([str(tmp_path / "lune.pt"), *words]) == 0
+    found = load_unet(str(tmp_path / "lune")).state_dict()
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in found)
+    path = parametrisation_of(load_scheduler_config(str(tmp_path / "lune")))
+    assert isinstance(path, RectifiedFlow) and path.shift == 2
+    torch.save({"student": {"conv_in.weight": torch.zeros(3)}}, tmp_path / "other.pt")
+    torch.save({"student": Path("x")}, tmp_path / "code.pt")
+    for name, said in (("other", "do not agree (first: conv_in.bias"), ("code", "holds more than tensors and numbers")):
+        words = ["--base", str(tiny_sd15), "--output_dir", str(tmp_path / name)]
+        assert main([str(tmp_path / f"{name}.pt"), *words]) == 2
+        assert said in capsys.readouterr().err

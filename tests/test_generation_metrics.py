@@ -1,4 +1,5 @@
-"""Numbers of pictures: what each measure gives where the answer is known, and when two numbers are told apart."""
+"""Numbers of pictures: what each measure gives where the answer is known, and when two numbers are told apart."""from library.models.sd15_configs import SD15_SCHEDULER
+
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.evaluation import picture_measures as measures
+from library.diffusion.scheduler_config import parametrisation_of
 from library.evaluation.denoising import QUARTERS, denoising_losses, encode_photos, log_ratios, spread_timesteps
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures
 from library.evaluation.standard_errors import Estimate, difference, jackknife, mean_of, student_quantile
@@ -195,7 +197,7 @@ def test_losses_are_paired_with_the_bases_by_photo_and_timestep():
 
 
 def test_timesteps_are_in_their_quarters():
-    timesteps = spread_timesteps(1000)
+    timesteps = spread_timesteps(parametrisation_of(SD15_SCHEDULER))
     assert (timesteps * QUARTERS // 1000).tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert timesteps[0] >= 0 and timesteps[-1] < 1000
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -183,13 +183,18 @@ def with_frozen_weights(base: Checkpoint, source: Source) -> Checkpoint:
         component, key = split
         stored = file.tensors[name]
         found.setdefault(component, {})[key] = StoredTensor(stored, stored.shape)
+    return replaced_by(base, found, source.file)
+
+
+def replaced_by(base: Checkpoint, found: Mapping[str, Mapping[str, StoredTensor]], file: Path) -> Checkpoint:
+    """The base with these components of `file` in place of its own. Raises UserError where they differ in names or shapes."""
     for component, tensors in found.items():
         expected = base.shapes.get(component, {})
         shapes = {key: stored.shape for key, stored in tensors.items()}
         wrong = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
         if wrong:
             raise UserError(
-                f"{source.file} holds a {component} of {len(shapes)} tensors, the base {base.location.name} one of "
+                f"{file} holds a {component} of {len(shapes)} tensors, the base {base.location.name} one of "
                 f"{len(expected)}, and {len(wrong)} do not agree (first: {', '.join(wrong[:3])}). Name the base it was "
                 "trained on with --pretrained_model_name_or_path."
             )

@@ -41,11 +41,11 @@ class AdapterMetadata:
     family: Family
     spec: NetworkSpec
     prediction_type: str
-    flow: Mapping[str, str]
-    """Of a training along a rectified flow; see flow.py."""
     base: Path
     record: Mapping[str, Any] | None = None
     """By which the run knows its files again; see earlier.py."""
+    flow: Mapping[str, str] = field(default_factory=dict)
+    """Of a training along a rectified flow; see flow.py."""
     started: float = field(default_factory=time.time)
     session: int = field(default_factory=lambda: random.SystemRandom().randint(0, 2**32))
 

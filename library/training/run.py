@@ -130,9 +130,9 @@ def build_run(
             prepared.family,
             task.network.spec,
             facts["prediction_type"],
-            flow_facts(options.flow, task.objective.parametrisation),
             prepared.base.path,
             run_record(options, samples, facts["base_weights"]) if samples else None,
+            flow_facts(options.flow, task.objective.parametrisation),
         )
     dtype = named_dtype(options.output.save_precision or "float")
 
