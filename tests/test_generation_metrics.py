@@ -1,5 +1,4 @@
-"""Numbers of pictures: what each measure gives where the answer is known, and when two numbers are told apart."""from library.models.sd15_configs import SD15_SCHEDULER
-
+"""Numbers of pictures: what each measure gives where the answer is known, and when two numbers are told apart."""
 
 from __future__ import annotations
 
@@ -14,14 +13,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.evaluation import picture_measures as measures
-from library.diffusion.scheduler_config import parametrisation_of
 from library.evaluation.denoising import QUARTERS, denoising_losses, encode_photos, log_ratios, spread_timesteps
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures
 from library.evaluation.standard_errors import Estimate, difference, jackknife, mean_of, student_quantile
 from library.inference.drawing_model import load_model
 from library.models.locate import locate_base
+from library.models.sd15_configs import SD15_SCHEDULER
 
 ONE_GROUP = torch.zeros(16, dtype=torch.int64)
 
