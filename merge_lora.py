@@ -170,7 +170,7 @@ def prepare(options: MergeLoraOptions, plan: Plan) -> Merging:
     base = open_checkpoint(location)
     if options.prediction_type is not None:
         base = replace(base, prediction=BY_SCHEDULER[options.prediction_type])
-    for one in plan.ingredients:
+    for one in plan.ingredients if options.prediction_type is None else ():
         file, is_flow = str(one.source.file), base.prediction is FLOW_NAME
         require_kind(file, one.source.adapter.metadata, plan.base, is_flow, "--prediction_type flow_prediction")
     check_output(plan.output, [location.path, *base.files()])

@@ -46,7 +46,7 @@ def check_base_fits(
         check_headers(base, without=without)
         return parametrisation
     shapes = open_checkpoint(base, without=without).shapes
-    is_flow = isinstance(parametrisation, FlowPath)
+    is_flow = None if prediction_type is not None else isinstance(parametrisation, FlowPath)
     checks: list[Callable[[], object]] = [
         partial(_check_adapter, path, adapter, shapes, family, base, is_flow) for path, adapter in adapters.items()
     ]
@@ -64,9 +64,10 @@ def check_vae(vae: BaseLocation, family: Family) -> None:
 
 
 def _check_adapter(
-    path: Path, adapter: Adapter, shapes: Mapping[str, Shapes], family: Family, base: BaseLocation, is_flow: bool
+    path: Path, adapter: Adapter, shapes: Mapping[str, Shapes], family: Family, base: BaseLocation, is_flow: bool | None
 ) -> None:
-    require_kind(str(path), adapter.metadata, base.name, is_flow, "--prediction_type flow_prediction")
+    if is_flow is not None:
+        require_kind(str(path), adapter.metadata, base.name, is_flow, "--prediction_type flow_prediction")
     try:
         place([(adapter, Strength())], shapes, family)
     except UserError as error:

@@ -42,9 +42,9 @@ def check_schedule(path: Path) -> None:
 
 
 def require_kind(adapter: str, metadata: Mapping[str, str], base: str, is_flow: bool, remedy: str) -> None:
-    """Raise UserError where an adapter says that it was trained on a flow model and the base is none, or the other way round.
+    """Raise UserError where an adapter's file says that its base was a flow model and this one is none, or the other way round.
 
-    A file that says nothing is of bases that predict noise. remedy: the option that says that the base is a flow model.
+    A file that says nothing fits both. remedy: the option that says that the base is a flow model; given, nobody asks here.
     """
     trained = name_by_metadata(metadata) is FLOW_NAME
     if trained and not is_flow:
@@ -52,9 +52,9 @@ def require_kind(adapter: str, metadata: Mapping[str, str], base: str, is_flow: 
             f"{adapter} was trained on a flow model, and {base} is none by its files: its pictures would be noise. If it is one "
             f"all the same, say {remedy}."
         )
-    if is_flow and not trained and metadata.get("modelspec.prediction_type"):
-        said = metadata["modelspec.prediction_type"]
+    said = metadata.get("modelspec.prediction_type")
+    if is_flow and not trained and said:
         raise UserError(
-            f"{adapter} was trained on a base that predicts {said}, and {base} is a flow model: its pictures would be noise. "
-            f"Take an adapter of that base, or one whose file says modelspec.prediction_type {FLOW_NAME.modelspec}."
+            f"{adapter} was trained on a base that predicts {said}, and {base} is a flow model: its pictures would be noise. If "
+            f"its file is wrong, as those of forks of kohya's scripts can be, say {remedy}."
         )
