@@ -305,6 +305,20 @@ def test_a_perfect_network_of_sds_schedule_draws_the_distribution_through_the_br
     assert drawn.mean().item() == pytest.approx(0.7, abs=0.05) and drawn.std().item() == pytest.approx(0.4, abs=0.03)
 
 
+def test_latents_that_were_scaled_by_k_in_training_are_a_shift_by_k_and_a_gain() -> None:
+    """logit sigma = logit sigma_k - ln k, and x = (sigma / sigma_k) X: why Lune's pictures want a multiplier of their latents."""
+    k, start = 2.0, normal(1, 1, 4, 4)
+    scaled = torch.linspace(1, 0, 31, dtype=torch.float64)
+
+    def denoise_scaled(x: Tensor, sigma: float) -> Tensor:
+        unit = shifted(sigma, 1 / k)
+        return k * straight_data(x * (unit / sigma), unit)
+
+    found = run_sampler(SAMPLERS["Euler"], denoise_scaled, start, scaled, no_noise, NATIVE)
+    unit = run_sampler(SAMPLERS["Euler"], straight_data, start, shifted(scaled, 1 / k), no_noise, NATIVE)
+    torch.testing.assert_close(found / k, unit, rtol=1e-12, atol=1e-12)
+
+
 def velocity(x: Tensor, timestep: float) -> Tensor:
     mixing = normal(4, 4, seed=3) / 2
     return torch.tanh(torch.einsum("ij,bjhw->bihw", mixing, x) + timestep / 1000)

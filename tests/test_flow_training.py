@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -180,8 +182,6 @@ def drawn(built: Built, process, x, levels):  # type: ignore[no-untyped-def]
 def test_a_contradiction_is_one_sentence_before_anything_slow(
     options: str, said: str, network_setting: NetworkSetting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     assert network_setting.train(tmp_path / "out", *options.split(), **network_setting.quick) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(said, error), error
@@ -257,8 +257,6 @@ def test_a_flow_base_is_found_said_drawn_with_its_shift_and_written_into_the_pic
 def test_what_flow_does_not_have_is_refused_before_anything_is_loaded(
     words: str, said: str, flow_base: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shlex
-
     given = shlex.split(words.replace("PLAIN", str(plain / "mio.safetensors")))
     assert generate("--pretrained_model_name_or_path", flow_base, "--output", tmp_path / "x.png", *given) == 2
     assert said in capsys.readouterr().err and not list(tmp_path.glob("*.png"))
