@@ -175,7 +175,7 @@ def drawn(built: Built, process, x, levels):  # type: ignore[no-untyped-def]
         ("--flow_model --objective v", "objective v compares something else than a flow does"),
         ("--flow_model --flow_sigma_max 1", "flow_sigma_max 1.0 reaches beyond .* trained up to sigma 0.9360"),
         ("--flow_model --flow_sigma_min 0.6 --flow_sigma_max 0.5", "flow_sigma_min 0.6 is not below flow_sigma_max 0.5"),
-        ("--flow_model --v_pred_like_loss 0.5", "v_pred_like_loss .*this run compares flow velocities"),
+        ("--flow_model --v_pred_like_loss 0.5", "v_pred_like_loss weights a loss on noise or v"),
         ("--show_timesteps console", "show_timesteps has no effect"),
     ],
 )  # fmt: skip

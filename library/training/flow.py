@@ -92,6 +92,12 @@ def _check_conflicts(options: RunOptions, mode: Mode) -> None:
         f"{objective.objective} compares something else than a flow does, which is noise - latents. Leave it out; "
         "--flow_loss_weight eps weights as the loss on noise.",
     )
+    for name in ("v_pred_like_loss", "scale_v_pred_loss_like_noise_pred"):
+        require(
+            not getattr(objective, name),
+            name,
+            "weights a loss on noise or v, and a flow compares its velocities. Leave it out, or see --flow_loss_weight.",
+        )
     require(
         not (isinstance(objective, RepaObjectiveOptions) and objective.raw_v_target),
         "raw_v_target",
