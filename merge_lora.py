@@ -59,7 +59,14 @@ def build(options: MergeLoraOptions) -> Plan:
     """The adapters, read and checked, the name of the base, and where the result goes."""
     from library.merging.lora_file import check_peft_folder, check_summable
     from library.merging.merge_report import Ingredient
-    from library.merging.source import base_model_of, family_given, newest_output, of_one_family, read_source
+    from library.merging.source import (
+        base_model_of,
+        check_one_kind,
+        family_given,
+        newest_output,
+        of_one_family,
+        read_source,
+    )
     from library.merging.strength import Strength, parse_blocks
     from library.merging.write import check_output
     from networks.adapter_alphas import PEFT_CONFIG
@@ -71,6 +78,7 @@ def build(options: MergeLoraOptions) -> Plan:
     if options.lora_only:
         for source in sources:
             check_summable(source.adapter)
+        check_one_kind(sources)
         sources = of_one_family(sources, *family_given(options.family, options.pretrained_model_name_or_path))
     ratios = options.ratios or (1.0,) * len(models)
     blocks = [

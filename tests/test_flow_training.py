@@ -314,6 +314,21 @@ def test_a_merged_flow_model_says_what_it_is_in_every_form(
     assert "was trained on a base that predicts epsilon" in capsys.readouterr().err
 
 
+def test_a_sum_of_flow_adapters_is_one_and_of_both_kinds_is_refused(
+    native: Path, bridged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import merge_lora
+
+    flow, other, out = native / "mio.safetensors", bridged / "mio.safetensors", tmp_path / "sum.safetensors"
+    words = ["--lora_only", "--save_to", str(out), "--models", str(flow)]
+    assert merge_lora.main([*words, str(other)]) == 2
+    assert "on a base that predicts epsilon: a sum fits neither" in capsys.readouterr().err
+    shutil.copyfile(flow, tmp_path / "copy.safetensors")
+    assert merge_lora.main([*words, str(tmp_path / "copy.safetensors")]) == 0
+    said = metadata(out)
+    assert said["modelspec.prediction_type"] == "flow" and said["ss_flow_mode"] == "native"
+
+
 def test_a_student_that_was_saved_alone_becomes_a_whole_flow_model(
     tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from networks.adapter_file import BASE_MODEL_KEY, read_adapter
 from networks.adapters import Adapter
 from networks.families import FAMILIES, Family
 from networks.names import split_wrapped_key
+from networks.prediction_names import FLOW_NAME, name_by_metadata
 
 PROVENANCE_KEY = "repa_merge"
 """Metadata of what merge_lora.py writes: version, inputs with their SHA-256, ratios."""
@@ -124,6 +125,19 @@ def of_one_family(sources: Sequence[Source], given: Family | None, said: str) ->
     """
     known = [found for source in sources if (found := source.adapter.known_family) is not None]
     return [_told(source, given, said, known[0] if known else None) for source in sources]
+
+
+def check_one_kind(sources: Sequence[Source]) -> None:
+    """Raise UserError where some adapters are of flow models and others say that theirs predicted something else."""
+    flow = [source for source in sources if name_by_metadata(source.adapter.metadata) is FLOW_NAME]
+    other = [
+        source for source in sources if source not in flow and "modelspec.prediction_type" in source.adapter.metadata
+    ]
+    if flow and other:
+        said = other[0].adapter.metadata["modelspec.prediction_type"]
+        raise UserError(
+            f"{flow[0].file} was trained on a flow model and {other[0].file} on a base that predicts {said}: a sum fits neither."
+        )
 
 
 def _told(source: Source, given: Family | None, said: str, of_others: Family | None) -> Source:
