@@ -24,11 +24,13 @@ from library.files import read_json, require_file_name, require_writable
 from library.inference.picture_infotext import strength_of
 from library.inference.picture_plan import PicturePlan, PlannedPicture, plan_pictures
 from library.models.embedded import TINY_BASES
+from library.models.header import read_metadata, read_shapes
 from library.models.locate import check_base, check_refiner
 from library.models.lone_vae import check_vae_name
 from library.options.generate import GenerateOptions
 from library.options.parser import parse
 from library.words import plural
+from networks.prediction_names import FLOW_NAME, type_in_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -146,7 +148,8 @@ def try_out(options: GenerateOptions, plan: PicturePlan) -> None:
         print(f"missing    {sentence}")
     there = [picture for picture in plan.pictures if picture.base not in absent]
     located = [locate_base(base) for base in bases if base not in (*absent, *TINY_BASES)]
-    more = plan.adapters or models.vae or models.refiner or any(picture.request.clip_skip > 1 for picture in there)
+    requests = [picture.request for picture in there]
+    more = plan.adapters or models.vae or models.refiner or any(one.clip_skip > 1 or one.flow_shift for one in requests)
     if more or not all(map(has_betas, located)):
         session = new_session(options)
         session.vae, session.refiner = (None if vae else models.vae), (None if refiner else models.refiner)
@@ -157,8 +160,10 @@ def try_out(options: GenerateOptions, plan: PicturePlan) -> None:
 
 
 def has_betas(base: BaseLocation) -> bool:
-    """Whether a base has an ordinary noise schedule, as single files do, so that no table of schedules need be asked about it."""
-    return base.is_file or "beta_schedule" in read_json(base.path / "scheduler" / "scheduler_config.json")
+    """Whether a base has an ordinary noise schedule, so that no table need be asked about it."""
+    if base.is_file:
+        return type_in_file(read_shapes(base.path), read_metadata(base.path)) != FLOW_NAME.scheduler
+    return "beta_schedule" in read_json(base.path / "scheduler" / "scheduler_config.json")
 
 
 def new_session(options: GenerateOptions) -> DrawingSession:
@@ -191,7 +196,12 @@ def build(options: GenerateOptions, plan: PicturePlan) -> tuple[DrawingSession, 
                 f"note       {other} was trained at {side} pixels, but is drawn at the {sides[first]} of {first}: all cells "
                 "have one size. Choose it with --width and --height."
             )
-    return session, plan_pictures(options, sides[first])
+    plan = plan_pictures(options, sides[first])
+    plan.pictures = [session.as_drawn(picture) for picture in plan.pictures]
+    for base, shift in dict.fromkeys((picture.base, picture.request.flow_shift) for picture in plan.pictures):
+        if shift is not None:
+            print(f"flow       {base} ({session.kind(base)}), drawn along a rectified flow with shift {shift:g}")
+    return session, plan
 
 
 def run(options: GenerateOptions, plan: PicturePlan) -> list[Path]:

@@ -59,7 +59,14 @@ def build(options: MergeLoraOptions) -> Plan:
     """The adapters, read and checked, the name of the base, and where the result goes."""
     from library.merging.lora_file import check_peft_folder, check_summable
     from library.merging.merge_report import Ingredient
-    from library.merging.source import base_model_of, family_given, newest_output, of_one_family, read_source
+    from library.merging.source import (
+        base_model_of,
+        check_one_kind,
+        family_given,
+        newest_output,
+        of_one_family,
+        read_source,
+    )
     from library.merging.strength import Strength, parse_blocks
     from library.merging.write import check_output
     from networks.adapter_alphas import PEFT_CONFIG
@@ -71,6 +78,7 @@ def build(options: MergeLoraOptions) -> Plan:
     if options.lora_only:
         for source in sources:
             check_summable(source.adapter)
+        check_one_kind(sources)
         sources = of_one_family(sources, *family_given(options.family, options.pretrained_model_name_or_path))
     ratios = options.ratios or (1.0,) * len(models)
     blocks = [
@@ -159,13 +167,20 @@ def prepare(options: MergeLoraOptions, plan: Plan) -> Merging:
     from library.merging.rounding import Rounding
     from library.merging.source import with_frozen_weights
     from library.merging.write import check_output
+    from library.models.base_schedule import require_kind
     from library.models.checkpoint import open_checkpoint
     from library.models.locate import locate_base
+    from networks.prediction_names import BY_SCHEDULER, FLOW_NAME
 
     location = locate_base(plan.base)
     if location.note:
         print(location.note)
     base = open_checkpoint(location)
+    if options.prediction_type is not None:
+        base = replace(base, prediction=BY_SCHEDULER[options.prediction_type])
+    for one in plan.ingredients if options.prediction_type is None else ():
+        file, is_flow = str(one.source.file), base.prediction is FLOW_NAME
+        require_kind(file, one.source.adapter.metadata, plan.base, is_flow, "--prediction_type flow_prediction")
     check_output(plan.output, [location.path, *base.files()])
     for one in plan.ingredients:
         if one.source.is_wrapped:

@@ -25,6 +25,11 @@ def main(argv: list[str]) -> int:
         print_plan(options)
         return EXIT_OK
     check_inputs(options)
+    if options.flow.show_timesteps:
+        from library.training.show_timesteps import show_timesteps
+
+        show_timesteps(options)
+        return EXIT_OK
     start_cpu_processes(__file__, argv)
     from library.training.session import run_training
 

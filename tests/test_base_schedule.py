@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from library.diffusion.predictions import FLOW as FLOW_VELOCITY
+from library.diffusion.rectified_flow import RectifiedFlow
 from library.diffusion.scheduler_config import PARAMETRISATIONS, parametrisation_of
 from library.errors import UserError
 from library.files import read_json, write_json
@@ -18,10 +20,11 @@ from library.models.checkpoint import open_checkpoint
 from library.models.load import load_scheduler_config
 from library.models.locate import base_status, check_base, locate_base
 from networks import prediction_names
-from networks.prediction_names import SCHEDULE_NAMES, PredictionName, ScheduleName
+from networks.prediction_names import SCHEDULE_NAMES, VARIANCE_PRESERVING_NAME, PredictionName, ScheduleName
 from tests.tools.merging import save, single_file
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+EDM = {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}
 TRAINED = {"prediction_type": "epsilon", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 Based = Callable[[dict[str, Any]], Path]
@@ -56,31 +59,39 @@ def based(tiny_sd15: Path, tmp_path: Path) -> Based:
     ],
     ids=lambda words: words.split()[0],
 )
-def test_every_script_refuses_a_base_of_flow_matching_by_name(
+def test_every_script_refuses_a_base_of_another_schedule_by_name(
     words: str, dry: str, based: Based, adapter_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {"BASE": based(FLOW), "LORA": adapter_file, "OUT": tmp_path / "out"}
+    places = {"BASE": based(EDM), "LORA": adapter_file, "OUT": tmp_path / "out"}
     for word, path in places.items():
         words = words.replace(word, str(path))
     script, *argv = f"{words} {dry}".split()
     assert importlib.import_module(script).main(argv) == 2
     errors = capsys.readouterr().err.splitlines()
     (error,) = [line for line in errors if line.startswith("error: ")]
-    assert f"The scheduler of {places['BASE']} is FlowMatchEulerDiscreteScheduler (flow matching)" in error
+    assert f"The scheduler of {places['BASE']} is EDMEulerScheduler (the noise levels of EDM)" in error
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
     ("config", "found"),
     [
-        (FLOW, "is FlowMatchEulerDiscreteScheduler (flow matching) with prediction_type 'flow_prediction'"),
-        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "is FlowMatchHeunDiscreteScheduler (flow matching)"),
-        ({"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}, "(the noise levels of EDM)"),
+        (
+            FLOW | {"use_dynamic_shifting": True},
+            "is FlowMatchEulerDiscreteScheduler (flow matching with a shift that follows",
+        ),
+        (FLOW | {"shift": 0}, "says shift 0, which is no number above 0"),
+        (FLOW | {"prediction_type": "epsilon"}, "says prediction_type 'epsilon'"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, "is FlowMatchLCMScheduler (another form of flow matching)"),
+        (EDM, "(the noise levels of EDM)"),
         ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "(the noise levels of EDM)"),
         ({"_class_name": "CMStochasticIterativeScheduler"}, "(a consistency model)"),
         ({"_class_name": "ScoreSdeVeScheduler"}, "(variance-exploding noise)"),
         ({"_class_name": "MyScheduler", **TRAINED}, "is MyScheduler (not known here)"),
-        ({"_class_name": "UniPCMultistepScheduler", **TRAINED, "use_flow_sigmas": True}, "Scheduler (flow matching)"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", **TRAINED, "use_flow_sigmas": True},
+            "says prediction_type 'epsilon'",
+        ),
         (
             {"_class_name": "EulerDiscreteScheduler", **TRAINED, "timestep_type": "continuous"},
             "EulerDiscreteScheduler (the noise levels of EDM)",
@@ -116,14 +127,31 @@ def test_what_is_no_schedule_of_this_program_is_named(config: dict[str, Any], fo
 
 def test_every_sampler_of_a_known_schedule_is_taken_and_the_schedule_is_its_own(based: Based) -> None:
     expected = parametrisation_of(TRAINED).levels
-    for kind in SCHEDULE_NAMES:
-        for name in sorted(kind.classes):
-            check_base(str(based({"_class_name": name, **TRAINED})))
-            found = parametrisation_of({"_class_name": name, **TRAINED})
-            assert found.levels.timestep(1.0) == expected.timestep(1.0)
+    for name in sorted(VARIANCE_PRESERVING_NAME.classes):
+        check_base(str(based({"_class_name": name, **TRAINED})))
+        found = parametrisation_of({"_class_name": name, **TRAINED})
+        assert found.levels.timestep(1.0) == expected.timestep(1.0)
     linear = parametrisation_of({"_class_name": "LCMScheduler"})  # whose own betas are those of TRAINED
     assert linear.levels.timestep(1.0) == expected.timestep(1.0)
     assert parametrisation_of({"_class_name": "DDIMScheduler"}).levels.timestep(1.0) != expected.timestep(1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "shift"),
+    [
+        (FLOW, 3.0),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, 1.0),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 2.5}, 2.5),
+        ({"_class_name": "PNDMScheduler", **TRAINED, "prediction_type": "flow_prediction"}, 1.0),
+    ],
+    ids=lambda value: None if isinstance(value, float) else value["_class_name"],
+)
+def test_a_flow_base_is_found_by_its_scheduler_or_by_what_it_predicts(
+    config: dict[str, Any], shift: float, based: Based
+) -> None:
+    check_base(str(based(config)))
+    found = parametrisation_of(load_scheduler_config(str(based(config))))
+    assert isinstance(found, RectifiedFlow) and found.shift == shift and found.output is FLOW_VELOCITY
 
 
 def test_every_prediction_of_a_known_schedule_has_its_process() -> None:
@@ -131,12 +159,13 @@ def test_every_prediction_of_a_known_schedule_has_its_process() -> None:
 
 
 def test_another_schedule_is_a_row_of_the_table(based: Based, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = PredictionName("flow_prediction", "flow")
-    row = ScheduleName("flow matching", frozenset((FLOW["_class_name"],)), (name,))
+    name = PredictionName("edm_prediction", "edm")
+    row = ScheduleName("EDM", frozenset((EDM["_class_name"],)), (name,))
+    config = EDM | {"prediction_type": "edm_prediction"}
     monkeypatch.setattr(prediction_names, "SCHEDULE_NAMES", (*SCHEDULE_NAMES, row))
-    assert prediction_names.schedule_of(FLOW) == (row, name)
-    check_base(str(based(FLOW)))
-    assert "trains epsilon, v_prediction and flow_prediction" in str(prediction_names.schedule_of({"_class_name": "X"}))
+    assert prediction_names.schedule_of(config) == (row, name)
+    check_base(str(based(config)))
+    assert "v_prediction, flow_prediction and edm_prediction" in str(prediction_names.schedule_of({"_class_name": "X"}))
 
 
 def test_a_file_without_its_class_is_of_the_one_that_the_index_names(based: Based) -> None:
@@ -144,8 +173,8 @@ def test_a_file_without_its_class_is_of_the_one_that_the_index_names(based: Base
     check_base(str(base))
     index = read_json(base / "model_index.json")
     (base / "model_index.json").unlink()
-    write_json(base / "model_index.json", index | {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]})
-    with pytest.raises(UserError, match="is FlowMatchEulerDiscreteScheduler"):
+    write_json(base / "model_index.json", index | {"scheduler": ["diffusers", "EDMEulerScheduler"]})
+    with pytest.raises(UserError, match="is EDMEulerScheduler"):
         check_base(str(base))
 
 
@@ -169,11 +198,12 @@ def test_a_value_of_null_is_not_said(based: Based) -> None:
 
 
 def test_the_vae_of_a_base_of_another_schedule_can_be_used(based: Based) -> None:
-    assert locate_base(str(based(FLOW)), ("vae",)).path.is_dir()
+    assert locate_base(str(based(EDM)), ("vae",)).path.is_dir()
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"), [("v", "v_prediction"), ("V_Prediction", "v_prediction"), ("epsilon", "epsilon")]
+    ("said", "expected"),
+    [("v", "v_prediction"), ("V_Prediction", "v_prediction"), ("epsilon", "epsilon"), ("flow", "flow_prediction")],
 )
 def test_a_single_file_predicts_what_its_metadata_says(
     said: str, expected: str, tiny_sd15: Path, tmp_path: Path
@@ -193,9 +223,7 @@ def test_a_single_file_predicts_what_its_metadata_says(
 
 
 def test_a_single_file_that_says_another_prediction_is_refused_by_name(tmp_path: Path) -> None:
-    path = save({"x": torch.zeros(1)}, tmp_path / "flow.safetensors", {"modelspec.prediction_type": "flow"})
+    path = save({"x": torch.zeros(1)}, tmp_path / "edm.safetensors", {"modelspec.prediction_type": "edm"})
     for ask in (check_base, base_status, locate_base):
-        with pytest.raises(
-            UserError, match="flow.safetensors says prediction_type 'flow'; this program trains epsilon"
-        ):
+        with pytest.raises(UserError, match="edm.safetensors says prediction_type 'edm'; this program trains epsilon"):
             ask(str(path))

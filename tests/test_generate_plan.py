@@ -96,8 +96,8 @@ def test_a_dry_run_refuses_what_the_run_would(
         assert "not a whole safetensors file" in both(["--pretrained_model_name_or_path", torn, *more], capsys)
     assert "not a whole safetensors file" in both([*base, "--vae", torn], capsys)
     assert run("--pretrained_model_name_or_path", torn, "--vae", base[1], "--dry_run") == EXIT_OK, "it has another one"
-    (torn / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "flow_prediction"}')
-    assert "flow_prediction" in both(["--pretrained_model_name_or_path", torn], capsys)
+    (torn / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "sample"}')
+    assert "prediction_type 'sample'" in both(["--pretrained_model_name_or_path", torn], capsys)
     assert (
         run("--pretrained_model_name_or_path", "my/base", "--lora", tmp_path / "x.safetensors", "--dry_run")
         == EXIT_BAD_INPUT

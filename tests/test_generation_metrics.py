@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.evaluation import picture_measures as measures
 from library.evaluation.denoising import QUARTERS, denoising_losses, encode_photos, log_ratios, spread_timesteps
@@ -20,6 +21,7 @@ from library.evaluation.picture_encoders import ClipPictures, DinoPictures
 from library.evaluation.standard_errors import Estimate, difference, jackknife, mean_of, student_quantile
 from library.inference.drawing_model import load_model
 from library.models.locate import locate_base
+from library.models.sd15_configs import SD15_SCHEDULER
 
 ONE_GROUP = torch.zeros(16, dtype=torch.int64)
 
@@ -195,7 +197,7 @@ def test_losses_are_paired_with_the_bases_by_photo_and_timestep():
 
 
 def test_timesteps_are_in_their_quarters():
-    timesteps = spread_timesteps(1000)
+    timesteps = spread_timesteps(parametrisation_of(SD15_SCHEDULER))
     assert (timesteps * QUARTERS // 1000).tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert timesteps[0] >= 0 and timesteps[-1] < 1000
 

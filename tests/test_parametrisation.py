@@ -9,8 +9,10 @@ from itertools import permutations
 import pytest
 import torch
 
+from library.diffusion.bridge import along_flow
 from library.diffusion.parametrisation import Parametrisation
-from library.diffusion.predictions import EPSILON, VELOCITY, Prediction
+from library.diffusion.predictions import EPSILON, FLOW, VELOCITY, Prediction
+from library.diffusion.rectified_flow import FlowPath
 from library.diffusion.scheduler_config import PARAMETRISATIONS, parametrisation_of
 from library.errors import UserError
 from library.models.sd15_configs import SD15_SCHEDULER
@@ -43,23 +45,28 @@ def alpha_bars(zero: bool = False) -> list[float]:
     return [((r - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2 for r in roots]
 
 
-@pytest.mark.parametrize("prediction_type", PARAMETRISATIONS)
-def test_a_perfect_output_means_the_noise_and_the_latents_that_it_was_made_of(prediction_type: str) -> None:
-    process = parametrisation(prediction_type)
+PROCESSES = {
+    **{name: parametrisation(name) for name in PARAMETRISATIONS},
+    **{f"bridged {name}": along_flow(parametrisation(name)) for name in ("epsilon", "v_prediction")},
+}
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_a_perfect_output_means_the_noise_and_the_latents_that_it_was_made_of(process: Parametrisation) -> None:
     latents, noise, _, timesteps = batch()
     noisy, output = process.add_noise(latents, noise, timesteps), process.target(latents, noise, timesteps)
     alpha, sigma = process.at(timesteps)
     torch.testing.assert_close(process.output.noise(output, noisy, alpha, sigma), noise)
     torch.testing.assert_close(process.output.of_noise(noise, noisy, alpha, sigma), output, rtol=1e-3, atol=1e-3)
-    levels = (sigma / alpha).flatten().tolist()
+    levels = (sigma / (alpha + sigma if isinstance(process, FlowPath) else alpha)).flatten().tolist()
     assert [process.levels.timestep(level) for level in levels] == pytest.approx(timesteps.tolist(), rel=1e-3, abs=1e-2)
     for i, level in enumerate(levels):
-        x = noisy[i] * process.inverse_alpha(level)
-        torch.testing.assert_close(x, latents[i] + level * noise[i], rtol=1e-4, atol=1e-4)
+        x = noisy[i] * process.inverse_scale(level)
+        torch.testing.assert_close(x, process.signal(level) * latents[i] + level * noise[i], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(process.clean(output[i], x, level), latents[i], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("said", "asked"), permutations((EPSILON, VELOCITY)), ids=lambda kind: kind.noun)
+@pytest.mark.parametrize(("said", "asked"), permutations((EPSILON, VELOCITY, FLOW), 2), ids=lambda kind: kind.noun)
 def test_any_output_is_converted_exactly(said: Prediction, asked: Prediction) -> None:
     process = replace(parametrisation(), output=said)
     latents, noise, output, timesteps = batch()
@@ -98,12 +105,12 @@ def test_the_process_is_the_one_that_diffusers_samples_with() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [{"prediction_type": "sample"}, {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}],
+    [{"prediction_type": "sample"}, {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}],
     ids=lambda config: next(iter(config)),
 )
 def test_what_is_not_known_is_refused(config: dict[str, object]) -> None:
-    found = config.get("prediction_type", "flow_prediction")
-    with pytest.raises(UserError, match=f"prediction_type '{found}'; this program trains epsilon and v_prediction."):
+    trains = "this program trains epsilon, v_prediction and flow_prediction"
+    with pytest.raises(UserError, match=f"prediction_type '{config['prediction_type']}'; {trains}"):
         parametrisation_of(config)
 
 

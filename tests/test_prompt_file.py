@@ -36,6 +36,7 @@ def test_a_single_prompt_needs_no_subset(tmp_path: Path) -> None:
 def test_what_only_looks_like_a_switch_is_prompt() -> None:
     assert parse_prompt_line("a t-shirt -- red--blue, 2--3", "x", []).prompt == "a t-shirt -- red--blue, 2--3"
     assert parse_prompt_line("a cat --n bad hands, a--b --w 64", "x", []).negative_prompt == "bad hands, a--b"
+    assert parse_prompt_line("a cat --fs 2.5", "x", []).flow_shift == 2.5
     assert parse_prompt_line("a cat --W 72", "x", []).width == 72, "switches in either case"
     assert parse_prompt_line("a cat --n --w 64", "x", []) == PromptLine("a cat", "", width=64), "no negative prompt"
 
@@ -56,7 +57,7 @@ def test_sizes_are_rounded_as_kohyas_are_and_that_is_said(tmp_path: Path) -> Non
         (
             "p.txt",
             "a cat --ar 16:9",
-            "--ss (width, height, seed, steps, scale, negative prompt, sampler).",
+            "--ss, --fs (width, height, seed, steps, scale, negative prompt, sampler, flow shift).",
         ),
         ("p.txt", "a cat --width 512", "--width is no switch of a prompt (did you mean --w?) ({path}, line 1)."),
         ("p.txt", "a cat --cfg-scale 7", "--cfg-scale is no switch of a prompt (did you mean --l?) ({path}, line 1)."),
@@ -67,16 +68,17 @@ def test_sizes_are_rounded_as_kohyas_are_and_that_is_said(tmp_path: Path) -> Non
         (
             "p.txt",
             "a cat --shift 3",
-            "--shift is for flow models (FLUX, SD3) and has no effect here ({path}, line 1). Leave it out.",
+            "--shift is no switch of a prompt (did you mean --fs?) ({path}, line 1).",
         ),
-        ("p.txt", "a cat --flow-shift 3", "--flow-shift is for flow models"),
-        ("p.json", '[{"prompt": "x", "flow_shift": 3}]', "flow_shift is for flow models"),
+        ("p.txt", "a cat --flow-shift 3", "--flow-shift is no switch of a prompt (did you mean --fs?)"),
+        ("p.json", '[{"prompt": "x", "flow_shift": 0}]', "flow_shift must be a finite number above 0, got 0"),
+        ("p.txt", "a cat --fs -2", "flow_shift must be a finite number above 0, got -2.0 ({path}, line 1)."),
         ("p.toml", '[prompt]\nprompt = "x"\nsteps = 3', "steps is no key of a prompt (did you mean sample_steps?)"),
         (
             "p.json",
             '[{"prompt": "x", "hat": 3}]',
             "hat is no key of a prompt ({path}, prompt 1). Known are prompt, negative_prompt, width, height, seed, "
-            "sample_steps, scale, sample_sampler.",
+            "sample_steps, scale, sample_sampler, flow_shift.",
         ),
         ("p.txt", "a cat --w wide", "--w wants a number, got 'wide' ({path}, line 1)."),
         ("p.txt", "a cat --w", "--w wants a number, got '' ({path}, line 1)."),

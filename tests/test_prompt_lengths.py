@@ -61,7 +61,7 @@ class OnePassEach(GuidedDenoiser):
                 ids, pooled = torch.tensor([sizes] * len(x)).float(), prompt.pooled.expand(len(x), -1)
                 more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
             states = prompt.states.expand(len(x), -1, -1)
-            scaled = x / self.parametrisation.inverse_alpha(sigma)
+            scaled = x / self.parametrisation.inverse_scale(sigma)
             outputs.append(self.unet(scaled, timesteps, encoder_hidden_states=states, **more).sample)
         return torch.cat(outputs)
 

@@ -115,7 +115,7 @@ def test_a_strength_takes_the_end_of_the_levels() -> None:
 
 
 def test_inputs_of_the_unet_have_unit_variance() -> None:
-    assert PROCESS.inverse_alpha(0) == 1 and PROCESS.inverse_alpha(math.sqrt(3)) == pytest.approx(2)
+    assert PROCESS.inverse_scale(0) == 1 and PROCESS.inverse_scale(math.sqrt(3)) == pytest.approx(2)
 
 
 def test_bad_input_is_named() -> None:

@@ -137,7 +137,8 @@ def test_options_reach_the_objective_and_the_noise(network_setting: NetworkSetti
         options = parse_network_options(
             [*network_setting.argv(network_setting.folder / "o"), *words.split()], prog="", description=None
         )
-        return make_objective(options, load_scheduler_config(locate_base(str(network_setting.base))), Processes("cpu"))
+        base = locate_base(str(network_setting.base))
+        return make_objective(options, load_scheduler_config(base), FAMILIES["sd15"], 64, Processes("cpu"))
 
     plain = objective("")
     assert (plain.parametrisation.output, plain.compared, plain.min_snr_gamma) == (EPSILON, EPSILON, None)

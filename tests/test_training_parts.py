@@ -20,7 +20,7 @@ from library.training.ema import ExponentialAverage
 from library.training.loop import clip_gradients
 from library.training.optimizers import ParameterGroup, make_optimizer
 from library.training.plan import make_plan
-from library.training.randomness import StepRandomness, sample_noise, seed_of, stratified_timesteps
+from library.training.randomness import StepRandomness, sample_noise, seed_of, stratified_places
 from library.training.schedules import learning_rates_of
 from library.training.stop import NOTHING, SAVE, STOP, Requests
 from library.training.tracking import AnomalyWatch, MetricLog, MetricWindow, status_words
@@ -134,9 +134,9 @@ def test_validation_noise_belongs_to_the_sample_and_not_to_the_batch() -> None:
 
 @pytest.mark.parametrize("count", [60, 1000])
 def test_validation_timesteps_are_evenly_spread(count: int) -> None:
-    timesteps = stratified_timesteps(count, 1000)
-    assert timesteps.min() >= 0 and timesteps.max() < 1000
-    histogram = torch.histc(timesteps.float(), bins=10, min=0, max=1000)
+    places = stratified_places(count)
+    assert places.min() >= 0 and places.max() < 1
+    histogram = torch.histc(places, bins=10, min=0, max=1)
     assert (histogram - count / 10).abs().max() <= 2
 
 

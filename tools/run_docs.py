@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("train_network", "repa", "generate", "merge", "evaluate", "optimize")),
+    *(f"docs/{name}.md" for name in ("train_network", "flow", "repa", "generate", "merge", "evaluate", "optimize")),
 )
 ASIDE = {
     "make": "installs",

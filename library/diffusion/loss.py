@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,24 @@ LARGEST_SNR, SMALLEST_SNR = 1000.0, 1 / 1000.0
 
 # A mask darker than this all over is one without any area.
 SMALLEST_MASK_AREA = 1e-6
+
+
+_LUNE_GAMMA = 5.0
+
+
+def _lune_min_snr(sigma: torch.Tensor) -> torch.Tensor:
+    """min(snr, 5) / snr / (snr + 1): of noise and of v, each divided by its own; almost 0 where there is little noise."""
+    snr = ((1.0 - sigma) / sigma).square()
+    return _LUNE_GAMMA / snr.clamp(min=_LUNE_GAMMA) / (snr + 1.0)
+
+
+FLOW_WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigma": lambda sigma: sigma,
+    "cosmap": lambda sigma: 2.0 / (math.pi * (1.0 - 2.0 * sigma + 2.0 * sigma.square())),
+    "eps": lambda sigma: (1.0 - sigma).square(),
+    "lune_min_snr": _lune_min_snr,
+}
+"""Weights of a loss on flow velocities by the flow's sigma. eps: that loss is then the one on noise, |d eps|^2."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +109,14 @@ def timestep_weights(
     scale_v_pred_loss_like_noise_pred: bool = False,
     v_pred_like_loss: float | None = None,
     debiased_estimation_loss: bool = False,
+    flow_loss_weight: str | None = None,
 ) -> torch.Tensor:
     """Weight of each sample's loss, [B], from its signal-to-noise ratio [B], in kohya's order; finite at an SNR of 0.
 
     min_snr_gamma: min(snr, gamma) / snr on noise, / (snr + 1) on velocities (arXiv 2303.09556).
     scale_v_pred_loss_like_noise_pred: times s = snr / (snr + 1), which is |d eps|^2 / |d v|^2. v_pred_like_loss w: times
-    1 + w / s. debiased_estimation_loss: over sqrt(snr) (arXiv 2310.08442), on velocities over snr + 1.
+    1 + w / s. debiased_estimation_loss: over sqrt(snr) (arXiv 2310.08442), on velocities over snr + 1. flow_loss_weight: times one
+    of FLOW_WEIGHTS.
     """
     weights = torch.ones_like(snr)
     bounded = snr.clamp(SMALLEST_SNR, LARGEST_SNR)
@@ -108,4 +129,6 @@ def timestep_weights(
         weights = weights + weights / noise_like * v_pred_like_loss
     if debiased_estimation_loss:
         weights = weights / compared.debiasing(bounded)
+    if flow_loss_weight is not None:
+        weights = weights * FLOW_WEIGHTS[flow_loss_weight](1.0 / (1.0 + snr.sqrt()))
     return weights

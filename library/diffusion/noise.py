@@ -38,7 +38,7 @@ def draw(
         noise = noise + offset(latents, generator, recipe)
     if recipe.multires_noise_iterations:
         noise = pyramid(noise, generator, recipe.multires_noise_iterations, recipe.multires_noise_discount)
-    chosen = _draw_timesteps(latents.shape[0], generator, recipe, parametrisation)
+    chosen = _draw_timesteps(latents.shape, generator, recipe, parametrisation)
     added_noise = noise
     if recipe.ip_noise_gamma:
         strength = _strength(recipe.ip_noise_gamma, recipe.ip_noise_gamma_random_strength, generator)
@@ -76,14 +76,14 @@ def pyramid(noise: torch.Tensor, generator: torch.Generator, iterations: int, di
 
 
 def _draw_timesteps(
-    count: int, generator: torch.Generator, recipe: NoiseOptions, parametrisation: Parametrisation
+    latents: torch.Size, generator: torch.Generator, recipe: NoiseOptions, parametrisation: Parametrisation
 ) -> torch.Tensor:
-    """Uniform from min_timestep to below max_timestep, [count]."""
+    """From min_timestep to below max_timestep, [B]."""
     first, known = recipe.min_timestep or 0, parametrisation.timesteps
     end = known if recipe.max_timestep is None else recipe.max_timestep
     require(first < known, "min_timestep", f"is {first}, and the schedule's last timestep is {known - 1}.")
     require(end <= known, "max_timestep", f"is {end}, and the schedule has {known} timesteps.")
-    return parametrisation.draw_timesteps(count, generator, first, end)
+    return parametrisation.draw_timesteps(latents, generator, first, end)
 
 
 def _strength(strength: float, random_strength: bool, generator: torch.Generator) -> torch.Tensor | float:

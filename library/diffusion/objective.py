@@ -8,7 +8,7 @@ import torch
 
 from library.diffusion.loss import PointwiseLoss, masked_mean, timestep_weights
 from library.diffusion.parametrisation import Parametrisation
-from library.diffusion.predictions import EPSILON, VELOCITY, Prediction
+from library.diffusion.predictions import EPSILON, FLOW, VELOCITY, Prediction
 from library.options.checks import positive, require
 
 
@@ -20,7 +20,7 @@ class Objective:
     output: an epsilon compared as a velocity has the loss |eps' - eps|^2 / alphas_cumprod. kohya's v_parameterization is no
     conversion but a parametrisation whose output is VELOCITY whatever the base's files say.
 
-    min_snr_gamma and the three after it: weights by timestep, see `timestep_weights`. masked_loss_renormalize: masked
+    min_snr_gamma and the four after it: weights by timestep, see `timestep_weights`. masked_loss_renormalize: masked
     samples count as much as others whatever the mask's area; kohya's lose what is masked away.
     """
 
@@ -30,6 +30,7 @@ class Objective:
     scale_v_pred_loss_like_noise_pred: bool = False
     v_pred_like_loss: float | None = None
     debiased_estimation_loss: bool = False
+    flow_loss_weight: str = "none"
     pointwise: PointwiseLoss = PointwiseLoss()
     masked_loss_renormalize: bool = False
 
@@ -45,6 +46,11 @@ class Objective:
             self.compared is EPSILON or self.v_pred_like_loss is None,
             "v_pred_like_loss",
             f"adds to a loss on noise, and this run compares {self.compared.noun}. Leave it out.",
+        )
+        require(
+            self.compared is FLOW or self.flow_loss_weight == "none",
+            "flow_loss_weight",
+            f"weights a loss on flow velocities, and this run compares {self.compared.noun}. Leave it out.",
         )
         self.parametrisation.require_conversion(self.compared)
 
@@ -66,6 +72,7 @@ class Objective:
             "scale_v_pred_loss_like_noise_pred": self.scale_v_pred_loss_like_noise_pred,
             "v_pred_like_loss": self.v_pred_like_loss,
             "debiased_estimation_loss": self.debiased_estimation_loss,
+            "flow_loss_weight": None if self.flow_loss_weight == "none" else self.flow_loss_weight,
         }
         if not any(options.values()):
             return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.diffusion.noise_levels import NoiseLevels
+from library.diffusion.noise_levels import Levels
 from library.diffusion.predictions import Prediction
 
 
@@ -19,7 +19,7 @@ class Parametrisation(ABC):
     """How latents become noise, x = alpha * latents + sigma * noise, and what kind of output the network has.
 
     latents, noise, noisy, output: [B, C, h, w] float32; timesteps: [B], on the device of the process. A sampler keeps
-    x / alpha = latents + level * noise, whose level is sigma / alpha.
+    signal(level) * latents + level * noise: on SD's schedules x / alpha, whose signal is 1 and whose level is sigma / alpha.
     """
 
     output: Prediction
@@ -41,8 +41,14 @@ class Parametrisation(ABC):
         """How many there are: from 0 to below this."""
 
     @abstractmethod
-    def draw_timesteps(self, count: int, generator: torch.Generator, first: int = 0, end: int | None = None) -> Tensor:
-        """[count] on the generator's device, uniform from `first` to below `end`; by default all there are."""
+    def draw_timesteps(
+        self, latents: torch.Size, generator: torch.Generator, first: int = 0, end: int | None = None
+    ) -> Tensor:
+        """[B] for latents of this shape, on the generator's device, from `first` to below `end`; by default all there are."""
+
+    @abstractmethod
+    def spread(self, places: Tensor) -> Tensor:
+        """The timesteps at these places in what is trained, from 0 (the least noise) to below 1; to compare models by."""
 
     @abstractmethod
     def at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,13 +84,17 @@ class Parametrisation(ABC):
 
     @property
     @abstractmethod
-    def levels(self) -> NoiseLevels:
-        """Level of each timestep and the way back."""
+    def levels(self) -> Levels:
+        """The levels that are drawn with, and the timestep of each."""
+
+    def signal(self, level: float) -> float:
+        """Strength of the latents in what a sampler keeps at a level."""
+        return 1.0
 
     @abstractmethod
-    def inverse_alpha(self, level: float) -> float:
-        """1 / alpha at a level: what a sampler's latents are divided by to be what the network saw in training."""
+    def inverse_scale(self, level: float) -> float:
+        """What a sampler's latents are divided by to be what the network saw in training; on SD's schedules 1 / alpha."""
 
     def clean(self, output: Tensor, x: Tensor, level: float) -> Tensor:
-        """The clean latents that an output means. x: the sampler's latents; the network was given x / inverse_alpha."""
-        return self.output.clean(output, x, 1 / self.inverse_alpha(level), level)
+        """The clean latents that an output means. x: the sampler's latents; the network was given x / inverse_scale."""
+        return self.output.clean(output, x, 1 / self.inverse_scale(level), level)

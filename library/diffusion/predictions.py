@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from networks.prediction_names import EPSILON_NAME, VELOCITY_NAME, PredictionName
+from networks.prediction_names import EPSILON_NAME, FLOW_NAME, VELOCITY_NAME, PredictionName
 
 
 class Prediction(ABC):
@@ -102,4 +102,34 @@ class Velocity(Prediction):
         return snr + 1.0
 
 
-EPSILON, VELOCITY = Epsilon(), Velocity()
+class FlowVelocity(Prediction):
+    """u = noise - latents, the direction of rectified flow (Liu et al. 2022; Esser et al. 2024), of any alpha and sigma.
+
+    Where alpha + sigma = 1, u is the derivative of x by sigma, as ComfyUI, kohya and diffusers have its sign. Of a network that
+    predicts epsilon or v on SD's own schedule it follows as exactly: u = ((alpha + sigma) eps - x) / alpha, which is
+    (alpha + sigma) v + (sigma - alpha) x. The flow's own sigma is sigma / (alpha + sigma), which is 1 / (1 + sqrt(snr)).
+    """
+
+    name, noun = FLOW_NAME, "flow velocities"
+
+    def target(self, latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return noise - latents
+
+    def noise(self, output: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (noisy + alpha * output) / (alpha + sigma)
+
+    def of_noise(self, noise: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return ((alpha + sigma) * noise - noisy) / alpha
+
+    def clean(self, output: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
+        return (x - sigma * output) * (1 / (1 + sigma))
+
+    def min_snr_weight(self, snr: Tensor, gamma: float) -> Tensor:
+        return snr.clamp(max=gamma) / (1.0 + snr.sqrt()).square()
+
+    def debiasing(self, snr: Tensor) -> Tensor:
+        """What makes it the loss on noise over sqrt(snr)."""
+        return (1.0 + snr.sqrt()).square() / snr.sqrt()
+
+
+EPSILON, VELOCITY, FLOW = Epsilon(), Velocity(), FlowVelocity()

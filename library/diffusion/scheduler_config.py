@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from library.diffusion.parametrisation import Parametrisation
-from library.diffusion.predictions import EPSILON, VELOCITY, Prediction
+from library.diffusion.predictions import EPSILON, FLOW, VELOCITY, Prediction
+from library.diffusion.rectified_flow import RectifiedFlow
 from library.diffusion.variance_preserving import VariancePreserving
 from library.errors import UserError
 from networks.prediction_names import schedule_of
@@ -18,6 +19,7 @@ PARAMETRISATIONS: dict[str, tuple[type[Parametrisation], Prediction]] = {
     for process, output in (
         (VariancePreserving, EPSILON),
         (VariancePreserving, VELOCITY),
+        (RectifiedFlow, FLOW),
     )
 }
 """By the prediction_type of the file. Of which schedulers' files: `networks.prediction_names.SCHEDULE_NAMES`."""

@@ -67,10 +67,16 @@ class VariancePreserving(Parametrisation):
         """Whether nothing is left of the latents at the last timestep. Read from the device once."""
         return self.alphas_cumprod[-1].item() == 0
 
-    def draw_timesteps(self, count: int, generator: torch.Generator, first: int = 0, end: int | None = None) -> Tensor:
-        """int64; by torch.randint and nothing else."""
+    def draw_timesteps(
+        self, latents: torch.Size, generator: torch.Generator, first: int = 0, end: int | None = None
+    ) -> Tensor:
+        """int64, uniform; by torch.randint and nothing else."""
         end = self.timesteps if end is None else end
-        return torch.randint(first, end, (count,), generator=generator, device=generator.device)
+        return torch.randint(first, end, latents[:1], generator=generator, device=generator.device)
+
+    def spread(self, places: Tensor) -> Tensor:
+        """int64, even in timesteps."""
+        return (places * self.timesteps).long()
 
     def at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alphas_cumprod = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
@@ -95,5 +101,5 @@ class VariancePreserving(Parametrisation):
         alphas = self.alphas_cumprod.detach().cpu().double().clamp(min=_LEAST_ALPHA_CUMPROD)
         return NoiseLevels(((1 - alphas) / alphas).sqrt())
 
-    def inverse_alpha(self, level: float) -> float:
+    def inverse_scale(self, level: float) -> float:
         return math.sqrt(level**2 + 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from library.data.pixels import square_crop
 from library.diffusion.objective import Objective
+from library.diffusion.parametrisation import Parametrisation
 from library.inference.drawing_model import DrawingModel
 from library.models.conditioning import TextConditioner
 from library.models.encoders import VaeEncoder
@@ -45,10 +46,10 @@ def encode_photos(
     return EncodedPhotos(torch.cat(rows), list(prompts), list(ids), size)
 
 
-def spread_timesteps(count: int) -> Tensor:
-    """The middles of equal parts of `count` timesteps, [QUARTERS * PER_QUARTER] int64."""
+def spread_timesteps(parametrisation: Parametrisation) -> Tensor:
+    """The middles of equal parts of what is trained, [QUARTERS * PER_QUARTER], the least noise first."""
     parts = QUARTERS * PER_QUARTER
-    return ((torch.arange(parts) + 0.5) * count / parts).long()
+    return parametrisation.spread((torch.arange(parts) + 0.5) / parts)
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def denoising_losses(model: DrawingModel, photos: EncodedPhotos, seed: int, clip
     objective = Objective(model.parametrisation)
     skip = 1 if model.family.text_layer is not None else clip_skip  # that family's layer is fixed
     conditioner = TextConditioner(model.family, model.parts, clip_skip=skip)
-    timesteps = spread_timesteps(model.parametrisation.timesteps)
+    timesteps = spread_timesteps(model.parametrisation)
     shape = tuple(photos.latents.shape[1:])
     losses = torch.zeros(len(photos.ids), len(timesteps), dtype=torch.float64)
     for row, (latents, prompt, name) in enumerate(zip(photos.latents, photos.prompts, photos.ids, strict=True)):

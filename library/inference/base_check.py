@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from library.diffusion.parametrisation import Parametrisation
+from library.diffusion.rectified_flow import FlowPath
 from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError, check_all
 from library.merging.merge import Shapes, place
 from library.merging.strength import Strength
 from library.models.base_family import check_headers, family_of
+from library.models.base_schedule import require_kind
 from library.models.checkpoint import open_checkpoint
 from library.models.conditioning import checked_layer
 from library.models.load import load_scheduler_config
@@ -29,25 +32,28 @@ def check_base_fits(
     clip_skip: int = 1,
     prediction_type: str | None = None,
     own_vae: bool = True,
-) -> None:
-    """Raise UserError for a base that cannot be drawn with, and for adapters that do not fit it: a line for each fault.
+) -> Parametrisation:
+    """What the base predicts. Raises UserError, a line for each fault, where it cannot be drawn with or adapters do not fit it.
 
     clip_skip: the largest that is asked for. own_vae: whether the base's autoencoder is needed. Of pickles, everything is read.
     """
     family = family_of(base)
     given = {} if prediction_type is None else {"prediction_type": prediction_type}
-    parametrisation_of(load_scheduler_config(base) | given)
+    parametrisation = parametrisation_of(load_scheduler_config(base) | given)
     needs_layer = clip_skip > 1 and family.text_layer is None
     without = () if own_vae else (VAE,)
     if not adapters and not needs_layer:
-        return check_headers(base, without=without)
+        check_headers(base, without=without)
+        return parametrisation
     shapes = open_checkpoint(base, without=without).shapes
+    is_flow = None if prediction_type is not None else isinstance(parametrisation, FlowPath)
     checks: list[Callable[[], object]] = [
-        partial(_check_adapter, path, adapter, shapes, family, base) for path, adapter in adapters.items()
+        partial(_check_adapter, path, adapter, shapes, family, base, is_flow) for path, adapter in adapters.items()
     ]
     if needs_layer:
         checks.append(partial(checked_layer, clip_skip, _text_layers(shapes, family)))
     check_all(*checks)
+    return parametrisation
 
 
 def check_vae(vae: BaseLocation, family: Family) -> None:
@@ -58,8 +64,10 @@ def check_vae(vae: BaseLocation, family: Family) -> None:
 
 
 def _check_adapter(
-    path: Path, adapter: Adapter, shapes: Mapping[str, Shapes], family: Family, base: BaseLocation
+    path: Path, adapter: Adapter, shapes: Mapping[str, Shapes], family: Family, base: BaseLocation, is_flow: bool | None
 ) -> None:
+    if is_flow is not None:
+        require_kind(str(path), adapter.metadata, base.name, is_flow, "--prediction_type flow_prediction")
     try:
         place([(adapter, Strength())], shapes, family)
     except UserError as error:

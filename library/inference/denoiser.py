@@ -72,7 +72,7 @@ class GuidedDenoiser:
     def _run_unet(self, x: Tensor, sigma: float, prompts: Sequence[Conditioning]) -> Tensor:
         """The U-Net's output [prompts * B, 4, h, w], all prompts in one batch."""
         count, dtype = len(x), self.dtype
-        inputs = (x * (1 / self.parametrisation.inverse_alpha(sigma))).to(dtype).repeat(len(prompts), 1, 1, 1)
+        inputs = (x * (1 / self.parametrisation.inverse_scale(sigma))).to(dtype).repeat(len(prompts), 1, 1, 1)
         timestep = self.parametrisation.levels.timestep(sigma)
         timesteps = torch.full((len(inputs),), timestep, dtype=torch.float32, device=x.device)
         texts = same_length([prompt.states for prompt in prompts])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +12,8 @@ from threading import Lock, Thread
 import torch
 from PIL import Image
 
+from library.diffusion.parametrisation import Parametrisation
+from library.diffusion.rectified_flow import FlowPath
 from library.errors import UserError, check_all
 from library.inference.base_check import check_base_fits, check_vae
 from library.inference.drawing_model import DrawingModel, load_model
@@ -20,7 +22,7 @@ from library.inference.picture_infotext import infotext_of, model_name, vae_name
 from library.inference.picture_plan import PlannedPicture
 from library.inference.picture_request import LoraUse, PictureRequest
 from library.inference.refiner import load_refiner, locate_refiner
-from library.inference.text_to_image import draw
+from library.inference.text_to_image import draw, on_process
 from library.merging.source import Source, read_source
 from library.models.base_family import family_of, native_side
 from library.models.locate import BaseLocation, locate_base
@@ -43,6 +45,7 @@ class DrawingSession:
     prediction_type: str | None = None
     zero_terminal_snr: bool = False
     say: Callable[[str], None] = print
+    _along: dict[str, Parametrisation] = field(default_factory=dict, init=False)
     _loaded: tuple[str, DrawingModel] | None = field(default=None, init=False)
     _refiner: DrawingModel | None = field(default=None, init=False)
     _sources: dict[Path, Source] = field(default_factory=dict, init=False)
@@ -81,7 +84,7 @@ class DrawingSession:
             checks += [partial(self._check_vae, vae, location) for location in bases.values()]
         for base, location in bases.items():
             requests = [picture.request for picture in pictures if picture.base == base]
-            checks.append(partial(self._check_base, location, requests))
+            checks.append(partial(self._check_base, base, location, requests))
             if self.refiner is not None:
                 checks.append(partial(locate_refiner, self.refiner, family_of(location)))
         check_all(*checks)
@@ -91,15 +94,33 @@ class DrawingSession:
     def _check_vae(vae: str, base: BaseLocation) -> None:
         check_vae(locate_vae(vae), family_of(base))
 
-    def _check_base(self, base: BaseLocation, requests: Sequence[PictureRequest]) -> None:
+    def _check_base(self, name: str, base: BaseLocation, requests: Sequence[PictureRequest]) -> None:
         paths = dict.fromkeys(use.path for request in requests for use in request.loras)
-        check_base_fits(
+        parametrisation = check_base_fits(
             base,
             {path: self.adapter(path) for path in paths},
             clip_skip=max(request.clip_skip for request in requests),
             prediction_type=self.prediction_type,
             own_vae=self.vae is None,
         )
+        self._along[name] = parametrisation
+        found = [on_process(request, parametrisation)[0] for request in requests]
+        for request in dict.fromkeys(found):
+            request.sampler_and_schedule  # noqa: B018
+        if self.refiner is not None and any(request.flow_shift is not None for request in found):
+            raise UserError(
+                f"A refiner takes over between levels of SD's own schedule, and {base.name} is drawn along a rectified flow. Leave "
+                "the refiner out."
+            )
+
+    def as_drawn(self, picture: PlannedPicture) -> PlannedPicture:
+        """The picture with what its base decides; call `check` first."""
+        return replace(picture, request=on_process(picture.request, self._along[picture.base])[0])
+
+    def kind(self, base: str) -> str:
+        """What a base was found to predict, in words; call `check` first."""
+        process = self._along[base]
+        return "a rectified flow" if isinstance(process, FlowPath) else f"predicts {process.output.noun}"
 
     def draw(
         self, pictures: Sequence[PlannedPicture], batch_size: int = 1
@@ -136,6 +157,7 @@ class DrawingSession:
             lora_hashes={use.weights.name: self._hash(use) for use in picture.request.loras},
             refiner=refiner,
             vae=None if self.vae is None else vae_name(self.vae),
+            is_flow=isinstance(self._along.get(picture.base), FlowPath),
         )
 
     def _draw_batch(self, model: DrawingModel, request: PictureRequest, seeds: Sequence[int]) -> list[Image.Image]:

@@ -10,6 +10,7 @@ from library.inference.find_adapters import title_of
 from library.inference.infotext import Infotext
 from library.inference.lora_tags import LoraWeights, StepWeights, cut_out_tags
 from library.inference.picture_request import PictureRequest
+from networks.prediction_names import FLOW_NAME
 
 # Stands before the version: A1111 would take a number alone for its own version, and imitate that one.
 PROJECT = "repa-scripts"
@@ -24,11 +25,13 @@ def infotext_of(
     lora_hashes: Mapping[str, str] | None = None,
     refiner: str | None = None,
     vae: str | None = None,
+    is_flow: bool = False,
 ) -> Infotext:
     """What A1111 and others need to draw the picture again. The text has no field for an init image or the prompt's dialect, and
     ancestral samplers draw other noise there.
 
-    Adapters without a tag in the prompt are appended to it as tags. vae: the name of another autoencoder.
+    Adapters without a tag in the prompt are appended to it as tags. vae: the name of another autoencoder. is_flow: whether the base
+    is a flow model, which nothing else in the text tells.
     """
     hires, other = request.hires, {}
     sampler, schedule = request.sampler_and_schedule
@@ -40,6 +43,12 @@ def infotext_of(
         other["Emphasis"] = "No norm"
     if request.fills_conds:
         other["Pad conds"] = "True"
+    if request.flow_shift is not None:
+        other["Flow shift"] = f"{request.flow_shift:g}"
+    if is_flow:
+        other["Prediction type"] = FLOW_NAME.modelspec
+    if request.latent_multiplier != 1:
+        other["Latent multiplier"] = f"{request.latent_multiplier:g}"
     strength = request.denoising_strength if request.init_image is not None else None
     return Infotext(
         prompt=f"{request.prompt}{tags}".strip(),

@@ -13,7 +13,14 @@ from library.errors import UserError
 from library.inference.lora_tags import LoraWeights, cut_out_tags
 from library.inference.prompt_file import PromptLine
 from library.inference.prompt_syntax import Dialect, split_parts
-from library.inference.sampler_names import DEFAULT_SAMPLER, DEFAULT_SCHEDULES, is_kohyas, sampler_named, schedule_named
+from library.inference.sampler_names import (
+    DEFAULT_SAMPLER,
+    DEFAULT_SCHEDULES,
+    is_kohyas,
+    sampler_along_flow,
+    sampler_named,
+    schedule_named,
+)
 from library.inference.upscaling import target_size
 from library.options.generate import SamplingOptions
 
@@ -68,6 +75,10 @@ class PictureRequest:
     emphasis: Emphasis = "original"
     pad_cond_uncond: bool = False
     """Fill the shorter of prompt and negative prompt with empty chunks (A1111's option of that name)."""
+    flow_shift: float | None = None
+    """Draw along a rectified flow with this shift, on any base. None: as the base is, a flow base with its own shift."""
+    latent_multiplier: float = 1.0
+    """The finished latents times this are decoded: for models that were trained on wrongly scaled ones."""
 
     @property
     def final_size(self) -> tuple[int, int]:
@@ -91,6 +102,9 @@ class PictureRequest:
     def sampler_and_schedule(self) -> tuple[str, str]:
         """Their names in SAMPLERS and SCHEDULES. Raises UserError for unknown ones."""
         name, named = sampler_named(self.sampler)
+        if self.flow_shift is not None:
+            given = named if self.schedule is None and not is_kohyas(self.sampler) else self.schedule
+            return sampler_along_flow(name, None if given is None else schedule_named(given))
         if self.schedule is None:
             return name, named or DEFAULT_SCHEDULES[name]
         schedule = schedule_named(self.schedule)
@@ -131,6 +145,8 @@ def request_of(
         dialect=sampling.prompt_syntax,
         emphasis=sampling.emphasis,
         pad_cond_uncond=sampling.pad_cond_uncond,
+        flow_shift=sampling.flow_shift if line.flow_shift is None else line.flow_shift,
+        latent_multiplier=sampling.latent_multiplier,
     )
     request.sampler_and_schedule  # noqa: B018
     return request

@@ -32,6 +32,7 @@ class PromptLine:
     sample_steps: int | None = None
     scale: float | None = None
     sample_sampler: str | None = None
+    flow_shift: float | None = None
 
 
 _SWITCHES = {
@@ -42,13 +43,13 @@ _SWITCHES = {
     "l": ("scale", float),
     "n": ("negative_prompt", str),
     "ss": ("sample_sampler", str),
+    "fs": ("flow_shift", float),
 }
 # kohya's switches and keys for ControlNet and for models that are not supported here, and what others call them.
 _UNSUPPORTED = {
     **dict.fromkeys(("cn", "controlnet_image"), "ControlNet"),
     **dict.fromkeys(("g", "distilled_guidance"), "FLUX"),
     **dict.fromkeys(("ctr", "cfg_trunc_ratio", "rcfg", "renorm_cfg"), "Lumina"),
-    **dict.fromkeys(("fs", "flow_shift", "shift", "discrete_flow_shift"), "flow models (FLUX, SD3)"),
     **dict.fromkeys(("img", "image"), "inpainting models"),
     **dict.fromkeys(("f", "frames", "fps"), "video models"),
 }
@@ -60,6 +61,7 @@ _WORDS = {
     **dict.fromkeys(("steps", "step", "num_inference_steps"), "sample_steps"),
     **dict.fromkeys(("cfg", "cfg_scale", "guidance", "guidance_scale"), "scale"),
     **dict.fromkeys(("sampler", "sampler_name", "sample_sampler", "scheduler"), "sample_sampler"),
+    **dict.fromkeys(("shift", "discrete_flow_shift"), "flow_shift"),
 }
 # Whatever begins like a switch is one, as in kohya's scripts, which leave out the unknown ones without a word.
 _SWITCH = re.compile(r"\s--(?=[^\W\d_])")
@@ -188,6 +190,8 @@ def _checked(line: PromptLine, where: str, notes: list[str]) -> PromptLine:
         raise UserError(f"steps must lie between 1 and 1000, got {line.sample_steps} ({where}).")
     if line.scale is not None and not 1 <= line.scale < math.inf:
         raise UserError(f"scale must be a finite number, at least 1, which is no guidance, got {line.scale} ({where}).")
+    if line.flow_shift is not None and not 0 < line.flow_shift < math.inf:
+        raise UserError(f"flow_shift must be a finite number above 0, got {line.flow_shift} ({where}).")
     if line.seed is not None and not 0 <= line.seed < 2**63:
         raise UserError(f"seed must lie between 0 and 2^63, got {line.seed} ({where}).")
     return line

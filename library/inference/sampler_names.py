@@ -30,6 +30,21 @@ SAMPLER_NAMES = tuple(DEFAULT_SCHEDULES)
 SCHEDULE_NAMES = ("Normal", "Karras", "Exponential", "Align Your Steps 11", "Align Your Steps 32", "DDIM")
 DEFAULT_SAMPLER = "DPM++ 2M"
 
+# What pictures of a rectified flow are not drawn with, and why. DDIM, the sampler, is Euler's there.
+SAMPLERS_NOT_ALONG_FLOW = {
+    "PLMS": "weights its steps as if they were equally wide",
+    **dict.fromkeys(
+        ("DPM2", "DPM2 a", "DPM-Solver 2M"), "steps in the logarithm of the level, which begins at no number there"
+    ),
+}
+_BY_LEVEL = "has the levels of SD's own noise schedules, of which a rectified flow has none"
+SCHEDULES_NOT_ALONG_FLOW = {
+    **dict.fromkeys(("Karras", "Exponential", "DDIM"), _BY_LEVEL),
+    **dict.fromkeys(
+        ("Align Your Steps 11", "Align Your Steps 32"), f"{_BY_LEVEL}: it was optimised for SD1.5 and SDXL as published"
+    ),
+}
+
 # kohya's --sample_sampler -> the sampler and schedule that diffusers runs for it.
 _KOHYA = {
     "ddim": ("DDIM", "DDIM"),
@@ -92,6 +107,23 @@ def _spelt_out(word: str) -> str:
     for theirs, ours in _PARTS.items():
         word = re.sub(rf"(?<!\S){theirs}(?!\S)", ours, word)
     return _plain(word)
+
+
+def sampler_along_flow(sampler: str, schedule: str | None) -> tuple[str, str]:
+    """Sampler and schedule on a rectified flow; schedule: as the user gave it. Raises UserError for what flow does not have."""
+    if (reason := SAMPLERS_NOT_ALONG_FLOW.get(sampler)) is not None:
+        known = ", ".join(name for name in SAMPLER_NAMES if name not in SAMPLERS_NOT_ALONG_FLOW)
+        raise UserError(f"The sampler {sampler} {reason}. This picture is drawn along a rectified flow: take {known}.")
+    require_schedule_along_flow(schedule or "Normal")
+    return sampler, "Normal"
+
+
+def require_schedule_along_flow(schedule: str) -> None:
+    """Raise UserError for a schedule that a rectified flow does not have."""
+    if (reason := SCHEDULES_NOT_ALONG_FLOW.get(schedule)) is not None:
+        raise UserError(
+            f"The schedule {schedule} {reason}. This picture is drawn along a rectified flow: take Normal, with flow_shift."
+        )
 
 
 def is_kohyas(text: str) -> bool:

@@ -46,6 +46,8 @@ class Sampler:
     """more calls of the model in the first step"""
     discard_next_to_last: bool = False
     """A1111 leaves out the last level but one"""
+    is_straight: bool = False
+    """Whether every step goes along a slope (x - latents) / level, in proportion to the difference of levels"""
 
 
 def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Tensor:
@@ -296,12 +298,12 @@ def _unipc_weights(ratios: Sequence[float], step: float) -> list[float]:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "Euler": Sampler(euler),
+    "Euler": Sampler(euler, is_straight=True),
     "Euler a": Sampler(euler_ancestral, noise="step"),
-    "DDIM": Sampler(ddim),
+    "DDIM": Sampler(ddim, is_straight=True),
     "PLMS": Sampler(plms, extra_calls=1),
-    "LMS": Sampler(lms),
-    "Heun": Sampler(heun, calls_per_step=2),
+    "LMS": Sampler(lms, is_straight=True),
+    "Heun": Sampler(heun, calls_per_step=2, is_straight=True),
     "DPM2": Sampler(dpm2, calls_per_step=2, discard_next_to_last=True),
     "DPM2 a": Sampler(dpm2_ancestral, noise="step", calls_per_step=2, discard_next_to_last=True),
     "DPM-Solver 2M": Sampler(dpm_solver_2m),

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from library.diffusion.noise_levels import NoiseLevels
+from library.diffusion.noise_levels import FlowLevels, Levels, NoiseLevels
 from library.errors import UserError
-from library.inference.sampler_names import schedule_named
+from library.inference.sampler_names import require_schedule_along_flow, schedule_named
 from networks.families import Family
 
 _RHO = 7.0  # Karras et al. 2022, table 1
@@ -54,7 +55,7 @@ _AYS: dict[int, dict[str, tuple[float, ...]]] = {
 def noise_levels(
     name: str,
     steps: int,
-    levels: NoiseLevels,
+    levels: Levels,
     family: Family,
     *,
     discard_next_to_last: bool = False,
@@ -62,9 +63,11 @@ def noise_levels(
     """[steps + 1] float64, falling to 0 ("DDIM": to the lowest level of the training).
 
     discard_next_to_last: of one more level, the last but one is left out, as A1111 does for some samplers. Raises UserError for a
-    name that is not in SCHEDULES.
+    name that is not in SCHEDULES, and for schedules that a rectified flow does not have.
     """
     make = SCHEDULES[schedule_named(name)]
+    if isinstance(levels, FlowLevels):
+        require_schedule_along_flow(schedule_named(name))
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}.")
     if not discard_next_to_last:
@@ -86,7 +89,7 @@ def part_of(sigmas: Tensor, strength: float) -> Tensor:
 
 
 def last_steps(
-    name: str, steps: int, strength: float, levels: NoiseLevels, family: Family, *, discard_next_to_last: bool = False
+    name: str, steps: int, strength: float, levels: Levels, family: Family, *, discard_next_to_last: bool = False
 ) -> Tensor:
     """[steps + 1] levels of the hires fix: the end of a schedule of int(steps / strength) steps, as in A1111.
 
@@ -98,10 +101,9 @@ def last_steps(
     return noise_levels(name, whole, levels, family, discard_next_to_last=discard_next_to_last)[-(steps + 1) :]
 
 
-def _normal(steps: int, levels: NoiseLevels, _: Family) -> Tensor:
-    """Equally spaced timesteps, from the last one to 0."""
-    timesteps = np.linspace(len(levels.sigmas) - 1, 0, steps)
-    return _with_zero([levels.sigma(timestep) for timestep in timesteps])
+def _normal(steps: int, levels: Levels, _: Family) -> Tensor:
+    """Equally spaced timesteps; along a rectified flow shifted."""
+    return torch.tensor(levels.spaced(steps), dtype=torch.float64)
 
 
 def _karras(steps: int, levels: NoiseLevels, _: Family) -> Tensor:
@@ -145,7 +147,7 @@ def _with_zero(sigmas: np.ndarray | list[float] | tuple[float, ...]) -> Tensor:
     return torch.cat([torch.tensor(np.asarray(sigmas), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
 
 
-SCHEDULES: dict[str, Callable[[int, NoiseLevels, Family], Tensor]] = {
+SCHEDULES: dict[str, Callable[[int, Any, Family], Tensor]] = {
     "Normal": _normal,
     "Karras": _karras,
     "Exponential": _exponential,

@@ -7,7 +7,7 @@ seed (`sampler_noise`), and pictures are decoded one by one, which also saves me
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from library.diffusion.bridge import along_flow
+from library.diffusion.parametrisation import Parametrisation
+from library.diffusion.rectified_flow import FlowPath
 from library.errors import RunFailed
 from library.inference.denoiser import GuidedDenoiser, HandOver
 from library.inference.drawing_model import DrawingModel
@@ -23,6 +26,7 @@ from library.inference.picture_request import Hires, LoraUse, PictureRequest, ba
 from library.inference.prompt_encoding import EncodedPart, PromptEncoder, empty_conditioning
 from library.inference.prompt_syntax import Prompt, parse_negative, parse_prompt, weighted_spans
 from library.inference.sampler_noise import BrownianNoise, NoiseSource, StepNoise, initial_noise
+from library.inference.sampler_run import run_sampler
 from library.inference.samplers import SAMPLERS, Sampler, no_noise
 from library.inference.sigmas import last_steps, noise_levels, part_of
 from library.inference.upscaling import LatentUpscaler, find_upscaler
@@ -79,9 +83,10 @@ class TextToImage:
     refiner: DrawingModel | None
 
     def __post_init__(self) -> None:
+        self.request, self.process = on_process(self.request, self.model.parametrisation)
         name, self.schedule = self.request.sampler_and_schedule
         self.sampler: Sampler = SAMPLERS[name]
-        self.levels = self.model.parametrisation.levels
+        self.levels = self.process.levels
 
     def draw(self) -> list[Image.Image]:
         request = self.request
@@ -100,7 +105,7 @@ class TextToImage:
         latents = self._run(_Pass(sigmas, request.width, request.height), initial)
         if request.hires is not None:
             latents = self._run(self._second_pass(request.hires), self._enlarged(latents, request.hires))
-        return self._decode(latents)
+        return self._decode(latents * self.request.latent_multiplier)
 
     def _second_pass(self, hires: Hires) -> _Pass:
         sigmas = last_steps(
@@ -126,10 +131,10 @@ class TextToImage:
         shape = (channels, pass_.height // factor, pass_.width // factor)
         first, last = float(pass_.sigmas[0]), float(pass_.sigmas[-1])
         noise = torch.cat([initial_noise(seed, shape, pass_.is_second) for seed in self.seeds]).to(device)
-        x = noise * first if initial is None else initial.float() + noise * first
+        x = noise * first if initial is None else initial.float() * self.process.signal(first) + noise * first
         denoiser = self._denoiser(pass_)
-        x = self.sampler.function(denoiser, x, pass_.sigmas, self._noise(pass_, shape))
-        return x / self.model.parametrisation.inverse_alpha(last)  # DDIM's levels end above 0
+        x = run_sampler(self.sampler, denoiser, x, pass_.sigmas, self._noise(pass_, shape), self.process)
+        return x / self.process.inverse_scale(last)  # DDIM's levels end above 0
 
     def _noise(self, pass_: _Pass, shape: Sequence[int]) -> NoiseSource:
         if self.sampler.noise == "none":
@@ -155,7 +160,7 @@ class TextToImage:
 
         return GuidedDenoiser(
             model.unet,
-            model.parametrisation,
+            self.process if model is self.model else model.parametrisation,
             positive,
             negative,
             cfg_scale=self.request.cfg_scale,
@@ -229,6 +234,13 @@ class TextToImage:
             distribution = vae.encode(pixels.to(self.model.device, dtype)).latent_dist
             found.append(distribution.mode().float() * scale)
         return torch.cat(found)
+
+
+def on_process(request: PictureRequest, process: Parametrisation) -> tuple[PictureRequest, Parametrisation]:
+    """The request as this base draws it, and along what: a flow base's own shift counts where the request has none."""
+    if request.flow_shift is not None:
+        return request, along_flow(process, request.flow_shift)
+    return (replace(request, flow_shift=process.shift) if isinstance(process, FlowPath) else request), process
 
 
 def encode_together(

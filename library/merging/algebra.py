@@ -21,6 +21,7 @@ from networks.families import Family
 from networks.kinds.full import FullModule
 from networks.kinds.lora import LoraModule
 from networks.names import Target
+from networks.prediction_names import FLOW_SHIFT_KEY
 
 Ratio: TypeAlias = float | Callable[[Target], float]
 """Strength of an adapter: 1 is as trained. A function gives each module its own."""
@@ -28,7 +29,7 @@ Ratio: TypeAlias = float | Callable[[Target], float]
 # What metadata says of the base; of a sum, everything else describes neither input.
 _BASE_ENTRIES = (
     *("ss_base_model_version", "ss_v2", "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", BASE_MODEL_KEY),
-    *("modelspec.architecture", "modelspec.prediction_type", "modelspec.resolution"),
+    *("modelspec.architecture", "modelspec.prediction_type", "modelspec.resolution", "ss_flow_mode", FLOW_SHIFT_KEY),
 )
 
 

@@ -14,6 +14,7 @@ from library.models.configs import configs_of
 from library.models.locate import BaseLocation
 from networks.families import TOKENIZERS
 from networks.names import COMPONENTS, UNET, VAE
+from networks.prediction_names import FLOW_NAME, flow_scheduler, schedule_of
 
 INDEX = "model_index.json"
 
@@ -42,6 +43,9 @@ def write_rest(base: Checkpoint, folder: Path) -> list[str]:
             target = folder / file.relative_to(base.location.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if base.prediction is FLOW_NAME and schedule_of(read_json(scheduler))[1] is not FLOW_NAME:
+        write_json(scheduler, flow_scheduler(base.flow_shift))  # its own says something else than the user
     return _write_index(base, folder)
 
 
@@ -71,14 +75,20 @@ def _write_index(base: Checkpoint, folder: Path) -> list[str]:
     """The base's index, copied where it is true of `folder`; parts that are not there become null, and are returned."""
     source = base.location.path / INDEX
     if base.location.is_file or not source.is_file():
-        write_json(folder / INDEX, configs_of(base.family).pipeline)
+        write_json(folder / INDEX, configs_of(base.family).pipeline | _scheduler_of(folder))
         return []
-    index = read_json(source)
+    index = read_json(source) | (_scheduler_of(folder) if base.prediction is FLOW_NAME else {})
     absent = [
         name for name, value in index.items() if isinstance(value, list) and value[0] and not (folder / name).is_dir()
     ]
-    if absent:
+    if absent or index != read_json(source):
         write_json(folder / INDEX, index | dict.fromkeys(absent, [None, None]))
     else:
         shutil.copyfile(source, folder / INDEX)
     return absent
+
+
+def _scheduler_of(folder: Path) -> dict[str, list[str]]:
+    """The index's entry for the scheduler that the folder has: diffusers loads what the index names."""
+    name = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name")
+    return {} if name is None else {"scheduler": ["diffusers", name]}

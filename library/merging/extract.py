@@ -22,7 +22,7 @@ from library.words import plural
 from networks.adapters import Adapter
 from networks.kinds.lora import LoraModule
 from networks.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Target
-from networks.prediction_names import name_by_marks
+from networks.prediction_names import FLOW_NAME, flow_entries
 
 Shapes = Mapping[str, Mapping[str, Sequence[int]]]
 """Component -> key -> shape."""
@@ -256,9 +256,13 @@ def _change(base: Checkpoint, tuned: Checkpoint, component: str, key: str, devic
 
 
 def _metadata(tuned: Checkpoint) -> dict[str, str]:
-    """What modules alone do not tell: of an SDXL LoRA on one text encoder, of a model that predicts velocity."""
-    prediction = name_by_marks(tuned.marks).modelspec
-    return {"modelspec.architecture": f"{tuned.family.architecture}/lora", "modelspec.prediction_type": prediction}
+    """What modules alone do not tell: of an SDXL LoRA on one text encoder, of a model that predicts velocity or a flow."""
+    flow = flow_entries(tuned.flow_shift) if tuned.prediction is FLOW_NAME else {}
+    return {
+        "modelspec.architecture": f"{tuned.family.architecture}/lora",
+        "modelspec.prediction_type": tuned.prediction.modelspec,
+        **flow,
+    }
 
 
 def _norm(change: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from networks.adapter_file import BASE_MODEL_KEY, read_adapter
 from networks.adapters import Adapter
 from networks.families import FAMILIES, Family
 from networks.names import split_wrapped_key
+from networks.prediction_names import FLOW_NAME, name_by_metadata
 
 PROVENANCE_KEY = "repa_merge"
 """Metadata of what merge_lora.py writes: version, inputs with their SHA-256, ratios."""
@@ -126,6 +127,19 @@ def of_one_family(sources: Sequence[Source], given: Family | None, said: str) ->
     return [_told(source, given, said, known[0] if known else None) for source in sources]
 
 
+def check_one_kind(sources: Sequence[Source]) -> None:
+    """Raise UserError where some adapters are of flow models and others say that theirs predicted something else."""
+    flow = [source for source in sources if name_by_metadata(source.adapter.metadata) is FLOW_NAME]
+    other = [
+        source for source in sources if source not in flow and "modelspec.prediction_type" in source.adapter.metadata
+    ]
+    if flow and other:
+        said = other[0].adapter.metadata["modelspec.prediction_type"]
+        raise UserError(
+            f"{flow[0].file} was trained on a flow model and {other[0].file} on a base that predicts {said}: a sum fits neither."
+        )
+
+
 def _told(source: Source, given: Family | None, said: str, of_others: Family | None) -> Source:
     signs = source.adapter.family_signs
     if given is not None:  # which counts above how names are spelled
@@ -183,13 +197,18 @@ def with_frozen_weights(base: Checkpoint, source: Source) -> Checkpoint:
         component, key = split
         stored = file.tensors[name]
         found.setdefault(component, {})[key] = StoredTensor(stored, stored.shape)
+    return replaced_by(base, found, source.file)
+
+
+def replaced_by(base: Checkpoint, found: Mapping[str, Mapping[str, StoredTensor]], file: Path) -> Checkpoint:
+    """The base with these components of `file` in place of its own. Raises UserError where they differ in names or shapes."""
     for component, tensors in found.items():
         expected = base.shapes.get(component, {})
         shapes = {key: stored.shape for key, stored in tensors.items()}
         wrong = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
         if wrong:
             raise UserError(
-                f"{source.file} holds a {component} of {len(shapes)} tensors, the base {base.location.name} one of "
+                f"{file} holds a {component} of {len(shapes)} tensors, the base {base.location.name} one of "
                 f"{len(expected)}, and {len(wrong)} do not agree (first: {', '.join(wrong[:3])}). Name the base it was "
                 "trained on with --pretrained_model_name_or_path."
             )

@@ -33,7 +33,7 @@ from library.models.tensor_files import NewTensor, TensorFile, file_bytes, write
 from library.progress import doing
 from networks.families import Family
 from networks.original_names import original_place
-from networks.prediction_names import PredictionName, name_by_marks
+from networks.prediction_names import FLOW_NAME, PredictionName, flow_entries
 
 SINGLE_FILE = "model.safetensors"
 REPORT = "merge_report"
@@ -263,7 +263,8 @@ class _Plan:
         names = [ingredient.source.file.stem for ingredient in self._ingredients]
         return {
             "format": "pt",
-            **_modelspec(self._base.family, self._output.path.stem, self._date, name_by_marks(self._base.marks)),
+            **_modelspec(self._base.family, self._output.path.stem, self._date, self._base.prediction),
+            **(flow_entries(self._base.flow_shift) if self._base.prediction is FLOW_NAME else {}),
             "modelspec.merged_from": ", ".join([public_name(self._base.location.name), *names]),
             PROVENANCE_KEY: json.dumps(record),
         }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
 from library.files import read_json
 from library.models.header import read_metadata, read_shapes
-from networks.prediction_names import schedule_of, type_in_file
+from networks.prediction_names import FLOW_NAME, name_by_metadata, schedule_of, type_in_file
 
 _FILE, _INDEX = "scheduler/scheduler_config.json", "model_index.json"
 
@@ -38,3 +39,22 @@ def check_schedule(path: Path) -> None:
         return  # whoever needs it says so
     if isinstance(found := schedule_of(said), str):
         raise UserError(f"{where} {found}")
+
+
+def require_kind(adapter: str, metadata: Mapping[str, str], base: str, is_flow: bool, remedy: str) -> None:
+    """Raise UserError where an adapter's file says that its base was a flow model and this one is none, or the other way round.
+
+    A file that says nothing fits both. remedy: the option that says that the base is a flow model; given, nobody asks here.
+    """
+    trained = name_by_metadata(metadata) is FLOW_NAME
+    if trained and not is_flow:
+        raise UserError(
+            f"{adapter} was trained on a flow model, and {base} is none by its files: its pictures would be noise. If it is one "
+            f"all the same, say {remedy}."
+        )
+    said = metadata.get("modelspec.prediction_type")
+    if is_flow and not trained and said:
+        raise UserError(
+            f"{adapter} was trained on a base that predicts {said}, and {base} is a flow model: its pictures would be noise. If "
+            f"its file is wrong, as those of forks of kohya's scripts can be, say {remedy}."
+        )

@@ -24,7 +24,15 @@ from library.models.weights import read_tensors
 from networks.families import Family
 from networks.names import VAE, current_key
 from networks.original_names import Form, diffusers_keys, is_dropped, original_place
-from networks.prediction_names import BY_SCHEDULER, PREDICTION_NAMES, schedule_of, type_in_file
+from networks.prediction_names import (
+    BY_SCHEDULER,
+    EPSILON_NAME,
+    PREDICTION_NAMES,
+    PredictionName,
+    schedule_of,
+    shift_in_file,
+    type_in_file,
+)
 
 
 class StoredTensor(NamedTuple):
@@ -82,6 +90,10 @@ class Checkpoint:
     """Tensors of a single file that are no part of these models: EMA copies, the schedule's buffers."""
     marks: tuple[str, ...] = ()
     """Those of MARKS that are true of the model."""
+    prediction: PredictionName = EPSILON_NAME
+    """What its network says, by its files or by what the user says of them."""
+    flow_shift: float | None = None
+    """The shift that the files of a flow model name."""
 
     @property
     def scaled(self) -> list[str]:
@@ -109,6 +121,8 @@ class Checkpoint:
             {**self.stored_names, component: stored},
             self.others,
             self.marks,
+            self.prediction,
+            self.flow_shift,
         )
 
 
@@ -132,16 +146,19 @@ def open_checkpoint(location: BaseLocation, *, without: Collection[str] = ()) ->
             if not is_beside(name) and (key := current_key(component, name)) is not None
         }
         counts[component] = len(found)
-    return Checkpoint(location, family, tensors, counts, marks=_marks_of_folder(location.path))
+    marks, prediction, shift = _said_by_folder(location.path)
+    return Checkpoint(location, family, tensors, counts, (), marks, prediction, shift)
 
 
-def _marks_of_folder(folder: Path) -> tuple[str, ...]:
+def _said_by_folder(folder: Path) -> tuple[tuple[str, ...], PredictionName, float | None]:
+    """Marks, prediction and a flow's shift."""
     config = folder_scheduler_config(folder)
     found = schedule_of(config)
     if isinstance(found, str):
         raise UserError(f"The scheduler of {folder} {found}")
     true = {found[1].mark, ZTSNR if config.get("rescale_betas_zero_snr") else None}
-    return tuple(mark for mark in MARKS if mark in true)
+    shift = config.get("flow_shift") or config.get("shift")
+    return tuple(mark for mark in MARKS if mark in true), found[1], shift
 
 
 def _open(path: Path) -> TensorFile:
@@ -184,9 +201,9 @@ def _open_single_file(location: BaseLocation, family: Family, without: Collectio
                 f"{location.path} has no {component}: none of its {len(file.tensors)} tensors begins with "
                 f"{family.original[component]}. A complete {family.title} checkpoint or a diffusers folder is needed."
             )
-    prediction = BY_SCHEDULER.get(type_in_file(inside, file.metadata))
-    marks = tuple(mark for mark in MARKS if mark in inside or (prediction and mark == prediction.mark))
-    return Checkpoint(location, family, tensors, counts, tuple(others), marks)
+    prediction = BY_SCHEDULER.get(type_in_file(inside, file.metadata), EPSILON_NAME)
+    marks = tuple(mark for mark in MARKS if mark in inside or mark == prediction.mark)
+    return Checkpoint(location, family, tensors, counts, tuple(others), marks, prediction, shift_in_file(file.metadata))
 
 
 def _is_leftover(name: str) -> bool:

@@ -19,7 +19,7 @@ from library.models.quantised import unscaled
 from library.models.weights import read_tensors
 from networks.families import TEXT_ENCODER_2, UNET, VAE, Family
 from networks.original_names import Form, Place, diffusers_keys, is_dropped, original_place
-from networks.prediction_names import type_in_file
+from networks.prediction_names import FLOW_NAME, flow_scheduler, shift_in_file, type_in_file
 
 
 def file_unet_config(path: Path, family: Family) -> dict[str, Any]:
@@ -91,7 +91,10 @@ def file_text_config(path: Path, family: Family, component: str) -> dict[str, An
 def file_scheduler_config(path: Path, family: Family) -> dict[str, Any]:
     """The family's schedule, and what the file's marks and metadata say."""
     shapes = read_shapes(path)
-    config = {**configs_of(family).scheduler, "prediction_type": type_in_file(shapes, read_metadata(path))}
+    metadata = read_metadata(path)
+    config = {**configs_of(family).scheduler, "prediction_type": type_in_file(shapes, metadata)}
+    if config["prediction_type"] == FLOW_NAME.scheduler:
+        return flow_scheduler(shift_in_file(metadata))
     if "ztsnr" in shapes:
         config["rescale_betas_zero_snr"] = True
     return config

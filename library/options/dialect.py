@@ -66,6 +66,8 @@ class Dialect:
         refused: list[str] = []
         misplaced: dict[str, str] = {}
         replaced: dict[str, tuple[str, str]] = {}
+        renamed: dict[str, str] = {}
+        plain: set[str] = set()
         rest = list(argv)
         while rest:
             word = rest.pop(0)
@@ -92,13 +94,21 @@ class Dialect:
                 replaced[alias.option] = (name, alias.value)
                 kept += [f"--{alias.option}", alias.value]
             elif name in self.aliases:
-                kept.append(f"--{self.aliases[name].option}{'=' + value if equals else ''}")
+                option = self.aliases[name].option
+                renamed[option] = name
+                kept.append(f"--{option}{'=' + value if equals else ''}")
             else:
+                plain.add(name)
                 kept.append(word)
         wrong = [refusal(refused)] if refused else []
         for option, pairs in self._by_list(misplaced).items():
             names = ", ".join(f"--{name}" for name in pairs)
             wrong.append(f"{names}: no option but a part of {option}. Write --{option} {' '.join(pairs.values())}.")
+        wrong += [
+            f"--{name} is --{option} by another name, and both are given. Keep one of them."
+            for option, name in renamed.items()
+            if option in plain
+        ]
         for option, (name, meant) in replaced.items():
             said = values_in(kept, option)
             if any(value != meant for value in said):

@@ -84,8 +84,8 @@ class ModelsOptions:
     """A second model of the base's family, or SDXL's refiner, that draws the last steps."""
     refiner_switch_at: float = 0.8
     """Share of the steps after which the refiner takes over; of the second pass, with a hires fix."""
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts. Default: as its files say; needed only where they do not."""
+    prediction_type: Literal["epsilon", "v_prediction", "flow_prediction"] | None = None
+    """What the base predicts. Default: as its files say; needed only where they do not, as those of flow models often do not."""
     zero_terminal_snr: bool = False
     """The base was trained on a schedule that ends in pure noise. Needed only where its files do not say so."""
     dtype: Precision | None = None
@@ -136,12 +136,20 @@ class SamplingOptions:
     """Fill the shorter of prompt and negative prompt with empty chunks: another picture, as A1111's option of that name makes."""
     prompt_syntax: Literal["a1111", "reforge"] = "a1111"
     """reforge: (text:x2.5) repeats the text; a1111: it is plain text."""
+    flow_shift: float | None = None
+    """Shift of the noise levels along a rectified flow, as ComfyUI's ModelSamplingSD3 has it; 2 to 3 is usual. Other bases are
+    drawn along a flow with it, exactly. Default: what a flow base's files say, else 1."""
+    latent_multiplier: float = 1.0
+    """Multiply the finished latents before they become a picture: for models trained on wrongly scaled latents, as Lune was."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}.")
         finite("cfg_scale", self.cfg_scale)
         require(self.cfg_scale >= 1, "cfg_scale", f"must be at least 1, which is no guidance, got {self.cfg_scale}.")
         positive("clip_skip", self.clip_skip)
+        for name in ("flow_shift", "latent_multiplier"):
+            finite(name, getattr(self, name))
+            positive(name, getattr(self, name))
 
 
 @dataclass(frozen=True)

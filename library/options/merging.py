@@ -40,6 +40,8 @@ class MergeLoraOptions:
     """The same as --models with one entry."""
     pretrained_model_name_or_path: str | None = None
     """Base model: a folder, a hub id, one .safetensors file, or tiny-shapes. Default: the one the adapter names."""
+    prediction_type: Literal["flow_prediction"] | None = None
+    """The base is a flow model, which its files do not say; those that are written say it."""
     output_dir: Path | None = None
     """Diffusers folder to write."""
     save_single_file: bool = False
@@ -120,6 +122,11 @@ class MergeLoraOptions:
             not (self.save_single_file and (self.save_to or self.lora_only)),
             "save_single_file",
             "adds a file to output_dir; with save_to or lora_only there is only one file anyway.",
+        )
+        require(
+            not (self.lora_only and self.prediction_type),
+            "prediction_type",
+            "is of the base; with lora_only there is none.",
         )
         for name, default in (("new_rank", None), ("new_conv_rank", None), ("family", None), ("lora_format", "kohya")):
             require(self.lora_only or getattr(self, name) == default, name, "is for --lora_only.")

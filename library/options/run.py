@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from library.options.alignment import AlignmentOptions
 from library.options.checks import require
 from library.options.data import ClassPictureOptions
+from library.options.flow import FlowOptions
 from library.options.kohya.dataset import DEMO_DATA, CaptionOptions, DatasetOptions, NetworkCacheOptions
 from library.options.kohya.network import NetworkOptions
 from library.options.kohya.objective import NetworkObjectiveOptions, NoiseOptions
@@ -38,6 +39,7 @@ class RunOptions:
     alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     objective: NetworkObjectiveOptions = field(default_factory=NetworkObjectiveOptions)
+    flow: FlowOptions = field(default_factory=FlowOptions)
     optimizer: NetworkOptimizerOptions = field(default_factory=NetworkOptimizerOptions)
     training: NetworkTrainingOptions = field(default_factory=NetworkTrainingOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)

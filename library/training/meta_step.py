@@ -162,7 +162,7 @@ def meta_step(
         family,
         models,
         text,
-        make_objective(options, scheduler, processes),
+        make_objective(options, scheduler, family, family.native_side, processes),
         context,
         teacher_width=size.teacher_width,
         gather=None,

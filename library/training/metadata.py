@@ -27,6 +27,7 @@ from library.training.optimizers import optimizer_text
 from library.training.plan import Plan
 from networks.adapter_export import adapter_metadata
 from networks.families import Family
+from networks.prediction_names import FLOW_SHIFT_KEY, flow_usage
 from networks.spec import RUN_KEY, NetworkSpec, is_kept
 
 
@@ -43,6 +44,8 @@ class AdapterMetadata:
     base: Path
     record: Mapping[str, Any] | None = None
     """By which the run knows its files again; see earlier.py."""
+    flow: Mapping[str, str] = field(default_factory=dict)
+    """Of a training along a rectified flow; see flow.py."""
     started: float = field(default_factory=time.time)
     session: int = field(default_factory=lambda: random.SystemRandom().randint(0, 2**32))
 
@@ -76,7 +79,7 @@ class AdapterMetadata:
             base_model=self.options.model.pretrained_model_name_or_path,
             prediction_type=self.prediction_type,
             title=self.options.metadata.metadata_title or name,
-            extra=given | self._modelspec(),
+            extra=given | dict(self.flow) | self._modelspec(),
         )
         if self.options.metadata.no_metadata:
             whole = {k: v for k, v in whole.items() if is_kept(k)}
@@ -105,6 +108,10 @@ class AdapterMetadata:
             entries["timestep_range"] = ",".join(map(str, noise.timesteps))
         if self.options.text.clip_skip is not None:
             entries["encoder_layer"] = str(self.options.text.clip_skip)
+        if self.flow.get("ss_flow_mode") == "native" and metadata.metadata_usage_hint is None:
+            entries["usage_hint"] = " ".join(
+                filter(None, (flow_usage(self.flow[FLOW_SHIFT_KEY]), self.spec.kind.readers))
+            )
         return {f"modelspec.{key}": str(value) for key, value in entries.items() if value is not None}
 
     def _of_options(self) -> dict[str, Any]:

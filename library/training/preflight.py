@@ -23,7 +23,7 @@ from library.diffusion.noise import Draw
 from library.files import beside
 from library.training.checkpoints import Checkpoints
 from library.training.loop import Run
-from library.training.randomness import StepRandomness, sample_noise, stratified_timesteps
+from library.training.randomness import StepRandomness, sample_noise, stratified_places
 from library.training.speed import explained_kernels
 from library.training.state import save_state
 from library.training.task import LoraTask
@@ -203,7 +203,7 @@ def _frozen_losses(
     batch = samples.read(request).to(device)
     latents = task.latents(batch)
     noise = sample_noise(task.validation_seed, samples.ids_of(batch), tuple(latents.shape[1:])).to(device)
-    timesteps = stratified_timesteps(count, objective.parametrisation.timesteps)[place : place + len(batch)].to(device)
+    timesteps = objective.parametrisation.spread(stratified_places(count)[place : place + len(batch)]).to(device)
     own = task.each(batch, latents, Draw(noise, noise, timesteps))
     zero = masked_mean(
         objective.target(latents, noise, timesteps).square(), batch.mask, renormalize=objective.masked_loss_renormalize

@@ -36,11 +36,10 @@ def sample_noise(seed: int, sample_ids: list[str], shape: tuple[int, ...]) -> to
     return torch.stack(rows)
 
 
-def stratified_timesteps(count: int, timesteps: int) -> torch.Tensor:
-    """A fixed timestep for each of `count` samples, [count] int64: evenly spread, and so in every run of neighbours.
+def stratified_places(count: int) -> torch.Tensor:
+    """A fixed place in [0, 1) for each of `count` samples, [count] float64: evenly spread, and so in every run of neighbours.
 
     The golden ratio's multiples modulo 1 are the classical low-discrepancy sequence.
     """
     golden = (5**0.5 - 1) / 2
-    positions = (torch.arange(count, dtype=torch.float64) * golden + 0.5) % 1.0
-    return (positions * timesteps).long()
+    return (torch.arange(count, dtype=torch.float64) * golden + 0.5) % 1.0

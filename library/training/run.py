@@ -26,10 +26,11 @@ from library.device import named_dtype
 from library.diffusion.alignment_losses import Gather
 from library.diffusion.loss import PointwiseLoss
 from library.diffusion.objective import Objective
-from library.diffusion.predictions import EPSILON, VELOCITY, Prediction
+from library.diffusion.predictions import EPSILON, FLOW, VELOCITY, Prediction
 from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.freed_memory import keep_freed_memory
+from library.models.base_family import native_side
 from library.models.conditioning import CHUNK, TextConditioner, clip_skip
 from library.models.frozen import freeze_layers
 from library.models.load import TextPart, load_scheduler_config
@@ -44,6 +45,7 @@ from library.training.checkpoints import Checkpoints
 from library.training.earlier import run_record
 from library.training.ema import ExponentialAverage
 from library.training.facts import state_facts
+from library.training.flow import flow_facts, flow_mode, trained_path
 from library.training.frozen_weights import quantise, swap_of
 from library.training.graphs import CudaRecorder, Graphs
 from library.training.loop import Run, backward
@@ -76,8 +78,10 @@ MOST_BESIDE = 2048
 """Training pictures that are validated beside the held-out ones: their mean loss is known to about 2 % then."""
 
 
-def make_objective(options: RunOptions, scheduler: Mapping[str, Any], processes: Processes) -> Objective:
-    """scheduler: the base's scheduler_config.json."""
+def make_objective(
+    options: RunOptions, scheduler: Mapping[str, Any], family: Family, side: int, processes: Processes
+) -> Objective:
+    """scheduler: the base's scheduler_config.json. side: that it was trained at, in pixels."""
     o = options.objective
     parametrisation = parametrisation_of(scheduler, processes.device)
     raw_v = isinstance(o, RepaObjectiveOptions) and o.raw_v_target
@@ -90,9 +94,13 @@ def make_objective(options: RunOptions, scheduler: Mapping[str, Any], processes:
         parametrisation = replace(parametrisation, output=VELOCITY)
     if options.noise.zero_terminal_snr:
         parametrisation = parametrisation.with_zero_terminal_snr()
+    compared = COMPARED[o.objective]
+    if (mode := flow_mode(options, scheduler)) is not None:
+        parametrisation, compared = trained_path(options, scheduler, family, side, mode, parametrisation), FLOW
     return Objective(
         parametrisation,
-        COMPARED[o.objective],
+        compared,
+        flow_loss_weight=options.flow.resolved.loss_weight,
         min_snr_gamma=o.min_snr_gamma,
         scale_v_pred_loss_like_noise_pred=o.scale_v_pred_loss_like_noise_pred,
         v_pred_like_loss=o.v_pred_like_loss,
@@ -131,6 +139,7 @@ def build_run(
             facts["prediction_type"],
             prepared.base.path,
             run_record(options, samples, facts["base_weights"]) if samples else None,
+            flow_facts(options.flow, task.objective.parametrisation),
         )
     dtype = named_dtype(options.output.save_precision or "float")
 
@@ -206,7 +215,7 @@ def build_task(
         family,
         {UNET: unet, **{part.component: part.model for part in parts}},
         text,
-        make_objective(options, load_scheduler_config(base), processes),
+        make_objective(options, load_scheduler_config(base), family, native_side(base), processes),
         context,
         teacher_width=None if tokens is None else tokens.width,
         gather=_gather(processes, plan),

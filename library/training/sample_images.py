@@ -17,7 +17,7 @@ from library.inference.picture_infotext import infotext_of
 from library.inference.picture_request import PictureRequest
 from library.inference.prompt_file import PromptLine, read_prompt_file
 from library.inference.sampler_names import DEFAULT_SAMPLER, sampler_named
-from library.inference.text_to_image import draw, native_size
+from library.inference.text_to_image import draw, native_size, on_process
 from library.models.conditioning import clip_skip
 from library.models.load import TextPart
 from library.models.lone_vae import locate_vae
@@ -92,7 +92,7 @@ class Sampler:
             with self.run.trained.judged():
                 drawing = self._model()
                 for number, line in enumerate(lines):
-                    request = self._request(line, native_size(drawing))
+                    request, _ = on_process(self._request(line, native_size(drawing)), drawing.parametrisation)
                     seed = SEED + number if line.seed is None else line.seed
                     picture = draw(drawing, request, [seed])[0]
                     path = self._path(step, number, seed)
@@ -139,6 +139,7 @@ class Sampler:
             height=native if line.height is None else line.height,
             sampler=line.sample_sampler or self.options.samples.sample_sampler or DEFAULT_SAMPLER,
             clip_skip=clip_skip(self.options.text, self.prepared.family),
+            flow_shift=line.flow_shift,
         )
 
     def _path(self, step: int, number: int, seed: int) -> Path:

@@ -21,7 +21,7 @@ from library.options.kohya.objective import NoiseOptions
 from library.processes import Processes
 from library.training.alignment import Alignment, AlignmentLosses
 from library.training.optimizers import ParameterGroup
-from library.training.randomness import sample_noise, stratified_timesteps
+from library.training.randomness import sample_noise, stratified_places
 from library.training.text import Text
 from networks.network import Network
 
@@ -210,8 +210,7 @@ class LoraTask:
 
     def _mean_loss(self, samples: CachedSamples) -> tuple[float, list[float | None], dict[str, float]]:
         """Over all, per quarter of the timesteps, and of the heads by name."""
-        device, timesteps = self.processes.device, self.objective.parametrisation.timesteps
-        chosen_timesteps = stratified_timesteps(len(samples), timesteps)
+        device, places = self.processes.device, stratified_places(len(samples))
         order = requests_in_order(samples, self.processes.rank, self.processes.world_size, self.validation_batches)
         generator = torch.Generator(device)
         sums, aligned = torch.zeros(2, QUANTILES, device=device), torch.zeros(2, device=device)
@@ -219,10 +218,11 @@ class LoraTask:
         for batch in batches:
             latents = self.latents(batch)
             noise = sample_noise(self.validation_seed, samples.ids_of(batch), tuple(latents.shape[1:])).to(device)
-            chosen = chosen_timesteps[torch.from_numpy(batch.indices)].to(device)
+            own = places[torch.from_numpy(batch.indices)]
+            chosen = self.objective.parametrisation.spread(own).to(device)
             losses = self.each(batch, latents, Draw(noise, noise, chosen))
             real = torch.ones_like(losses) if batch.real is None else batch.real
-            quarter = chosen * QUANTILES // timesteps
+            quarter = (own * QUANTILES).long().to(device)
             sums[0].index_add_(0, quarter, losses * real)
             sums[1].index_add_(0, quarter, real)
             if self.alignment is not None:

@@ -11,8 +11,15 @@ ALIASES: dict[str, Alias] = {
     "use_8bit_adam": Alias("optimizer_type", "AdamW8bit"),
     "use_lion_optimizer": Alias("optimizer_type", "Lion"),
     "torch_compile": Alias("compile", "regional"),
+    "flow_matching": Alias("flow_model"),
+    "flow_timestep_distribution": Alias("timestep_sampling"),
+    "flow_logit_mean": Alias("logit_mean"),
+    "flow_logit_std": Alias("logit_std"),
+    "flow_uniform_static_ratio": Alias("discrete_flow_shift"),
+    "flow_uniform_shift": Alias("flow_shift_by_resolution"),
+    "flow_uniform_base_pixels": Alias("flow_base_pixels"),
 }
-"""kohya's other names for options that are here."""
+"""kohya's other names for options that are here, and those of its forks for rectified flow."""
 
 _DEEPSPEED = "DeepSpeed shards a model over machines; an adapter fits one device. Start with accelerate launch, and use fp8_base."
 _HUB = "Nothing is uploaded. Use hf upload after training."

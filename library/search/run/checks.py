@@ -208,10 +208,13 @@ class Machine:
         return [*(flatten(group) for group in of_data if group is not None), options.training.train_batch_size]
 
     def check_objective(self, options: RunOptions) -> None:
+        from library.models.base_family import family_of, native_side
         from library.models.load import load_scheduler_config
         from library.training.run import make_objective
 
-        make_objective(options, load_scheduler_config(self.base), self.processes)
+        make_objective(
+            options, load_scheduler_config(self.base), family_of(self.base), native_side(self.base), self.processes
+        )
 
     def check_network(self, options: RunOptions) -> None:
         from library.training.inputs import check_fit

@@ -41,6 +41,7 @@ _BASE_BOUND = (
     "v_parameterization",
     "scale_v_pred_loss_like_noise_pred",
     "zero_terminal_snr",
+    "flow_mode",
 )
 
 

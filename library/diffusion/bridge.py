@@ -1,0 +1,97 @@
+"""A network of SD's own schedule as the velocity field of a rectified flow, by the exact change of variables.
+
+z = alpha * latents + sigma' * noise of that schedule is x = (1 - sigma) * latents + sigma * noise times alpha + sigma', at the
+sigma = sigma' / (alpha + sigma') of the same signal-to-noise ratio. So the weights stay what they are: the network sees its own
+inputs at its own timesteps (fractions between them, as samplers have them), and its output means a velocity (`FlowVelocity`). An
+Euler step along the flow is then a step of DDIM, to rounding, whatever the weights and the guidance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.diffusion.parametrisation import Parametrisation
+from library.diffusion.predictions import Prediction
+from library.diffusion.rectified_flow import FlowPath
+from library.diffusion.variance_preserving import VariancePreserving
+
+
+@dataclass(frozen=True, eq=False)
+class Bridge(FlowPath):
+    """Timesteps are `process`'s own, float32, from 0 to its last one; in between, linear in the logarithm of the noise level."""
+
+    process: VariancePreserving
+
+    @classmethod
+    def of(cls, process: VariancePreserving) -> Bridge:
+        """Along the part of the flow that the network was trained on: of SD1.5 and SDXL up to sigma 0.936."""
+        return cls(process.output, process, high=_sigma(process.levels.high))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], output: Prediction, device: torch.device | str) -> Bridge:
+        return cls.of(VariancePreserving.from_config(config, output, device))
+
+    @property
+    def timesteps(self) -> int:
+        return self.process.timesteps
+
+    @cached_property
+    def _log_levels(self) -> Tensor:
+        """[T] float32 on the device: log(sigma' / alpha) of each timestep."""
+        return self.process.levels.sigmas.log().float().to(self.process.alphas_cumprod.device)
+
+    def _log_level(self, timesteps: Tensor) -> Tensor:
+        before = timesteps.long().clamp(0, self.timesteps - 2)
+        return torch.lerp(self._log_levels[before], self._log_levels[before + 1], timesteps.float() - before)
+
+    def timesteps_of(self, sigmas: Tensor) -> Tensor:
+        """Those outside of the schedule are its ends."""
+        table, levels = self._log_levels.to(sigmas.device), self.process.levels
+        logits = torch.logit(sigmas.float()).clamp(math.log(levels.low), math.log(levels.high))
+        after = torch.searchsorted(table, logits).clamp(1, self.timesteps - 1)
+        return after - 1 + (logits - table[after - 1]) / (table[after] - table[after - 1])
+
+    def timestep_of(self, sigma: float) -> float:
+        return self.process.levels.timestep(sigma / (1 - sigma))
+
+    def sigma_of(self, timestep: float) -> float:
+        return _sigma(self.process.levels.sigma(timestep))
+
+    def at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        level = self._log_level(timesteps).exp().view(-1, 1, 1, 1)
+        alpha = (1.0 + level.square()).rsqrt()
+        return alpha, level * alpha
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        return (-2.0 * self._log_level(timesteps)).exp()
+
+    def require_conversion(self, to: Prediction) -> None:
+        """Every level is finite, so that there is signal in all of them."""
+
+    def inverse_scale(self, level: float) -> float:
+        return math.sqrt((1 - level) ** 2 + level**2)
+
+    def clean(self, output: Tensor, x: Tensor, level: float) -> Tensor:
+        return self.process.clean(output, x / (1 - level), level / (1 - level))
+
+
+def along_flow(parametrisation: Parametrisation, shift: float | None = None) -> FlowPath:
+    """The same base along a rectified flow, by a bridge where its network is of SD's schedules. shift: of the levels drawn with."""
+    if isinstance(parametrisation, VariancePreserving):
+        path: FlowPath = Bridge.of(parametrisation)
+    else:
+        assert isinstance(parametrisation, FlowPath)
+        path = parametrisation
+    return path if shift is None else replace(path, shift=shift)
+
+
+def _sigma(level: float) -> float:
+    """The flow's sigma at a level of `NoiseLevels`."""
+    return level / (1 + level)
