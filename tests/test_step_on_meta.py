@@ -111,6 +111,12 @@ def test_a_step_at_full_size_waits_for_nothing(
         "--multires_noise_iterations 6 --loss_type smooth_l1 --huber_schedule exponential --max_grad_norm 0",
         "--v_parameterization --scale_v_pred_loss_like_noise_pred --zero_terminal_snr --max_token_length 150",
         "--optimizer_type SGDNesterov --sdpa --no_channels_last",
+        "--base_quantization int8",
+        "--base_quantization nf4 --network_train_unet_only",
+        "--flow_model",
+        "--flow_model --timestep_sampling shift --discrete_flow_shift 2.5 --min_snr_gamma 5",
+        "--flow_mode native --weighting_scheme cosmap",
+        "--flow_mode native --flow_recipe lune",
     ],
 )
 def test_every_kind_of_adapter_and_loss_waits_for_nothing(words: str, tmp_path: Path) -> None:

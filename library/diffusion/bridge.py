@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from library.diffusion.noise_levels import NoiseLevels
 from library.diffusion.parametrisation import Parametrisation
 from library.diffusion.predictions import Prediction
 from library.diffusion.rectified_flow import FlowPath
@@ -28,11 +28,20 @@ class Bridge(FlowPath):
     """Timesteps are `process`'s own, float32, from 0 to its last one; in between, linear in the logarithm of the noise level."""
 
     process: VariancePreserving
+    known: NoiseLevels
+    """Of the process, on the CPU."""
+    log_levels: Tensor
+    """[T] float32 on the device: log(sigma' / alpha) of each timestep."""
 
     @classmethod
-    def of(cls, process: VariancePreserving) -> Bridge:
-        """Along the part of the flow that the network was trained on: of SD1.5 and SDXL up to sigma 0.936."""
-        return cls(process.output, process, high=_sigma(process.levels.high))
+    def of(cls, process: VariancePreserving, known: NoiseLevels | None = None) -> Bridge:
+        """Along the part of the flow that the network was trained on: of SD1.5 and SDXL up to sigma 0.936.
+
+        known: the levels of `process`; default: read from its device.
+        """
+        known = process.levels if known is None else known
+        log_levels = known.sigmas.log().float().to(process.alphas_cumprod.device)
+        return cls(process.output, process, known, log_levels, high=_sigma(known.high))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], output: Prediction, device: torch.device | str) -> Bridge:
@@ -42,27 +51,22 @@ class Bridge(FlowPath):
     def timesteps(self) -> int:
         return self.process.timesteps
 
-    @cached_property
-    def _log_levels(self) -> Tensor:
-        """[T] float32 on the device: log(sigma' / alpha) of each timestep."""
-        return self.process.levels.sigmas.log().float().to(self.process.alphas_cumprod.device)
-
     def _log_level(self, timesteps: Tensor) -> Tensor:
         before = timesteps.long().clamp(0, self.timesteps - 2)
-        return torch.lerp(self._log_levels[before], self._log_levels[before + 1], timesteps.float() - before)
+        return torch.lerp(self.log_levels[before], self.log_levels[before + 1], timesteps.float() - before)
 
     def timesteps_of(self, sigmas: Tensor) -> Tensor:
         """Those outside of the schedule are its ends."""
-        table, levels = self._log_levels.to(sigmas.device), self.process.levels
+        table, levels = self.log_levels.to(sigmas.device), self.known
         logits = torch.logit(sigmas.float()).clamp(math.log(levels.low), math.log(levels.high))
         after = torch.searchsorted(table, logits).clamp(1, self.timesteps - 1)
         return after - 1 + (logits - table[after - 1]) / (table[after] - table[after - 1])
 
     def timestep_of(self, sigma: float) -> float:
-        return self.process.levels.timestep(sigma / (1 - sigma))
+        return self.known.timestep(sigma / (1 - sigma))
 
     def sigma_of(self, timestep: float) -> float:
-        return _sigma(self.process.levels.sigma(timestep))
+        return _sigma(self.known.sigma(timestep))
 
     def at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         level = self._log_level(timesteps).exp().view(-1, 1, 1, 1)
@@ -82,10 +86,15 @@ class Bridge(FlowPath):
         return self.process.clean(output, x / (1 - level), level / (1 - level))
 
 
-def along_flow(parametrisation: Parametrisation, shift: float | None = None) -> FlowPath:
-    """The same base along a rectified flow, by a bridge where its network is of SD's schedules. shift: of the levels drawn with."""
+def along_flow(
+    parametrisation: Parametrisation, shift: float | None = None, known: NoiseLevels | None = None
+) -> FlowPath:
+    """The same base along a rectified flow, by a bridge where its network is of SD's schedules.
+
+    shift: of the levels drawn with. known: as in `Bridge.of`.
+    """
     if isinstance(parametrisation, VariancePreserving):
-        path: FlowPath = Bridge.of(parametrisation)
+        path: FlowPath = Bridge.of(parametrisation, known)
     else:
         assert isinstance(parametrisation, FlowPath)
         path = parametrisation

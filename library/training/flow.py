@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from library.diffusion.bridge import Bridge, along_flow
 from library.diffusion.densities import SigmaDensity
+from library.diffusion.noise_levels import NoiseLevels
 from library.diffusion.parametrisation import Parametrisation
 from library.diffusion.rectified_flow import FlowPath
 from library.diffusion.scheduler_config import parametrisation_of
@@ -131,7 +132,10 @@ def trained_path(
     if mode == "native":
         path: Parametrisation = parametrisation_of({**scheduler, "prediction_type": FLOW_NAME.scheduler})
     else:
-        path = along_flow(parametrisation_of(scheduler) if parametrisation is None else parametrisation)
+        on_cpu = parametrisation_of(scheduler)
+        known = on_cpu.levels
+        assert isinstance(known, NoiseLevels)
+        path = along_flow(parametrisation or on_cpu, known=known)
     assert isinstance(path, FlowPath)
     pixels = flow.flow_base_pixels or side**2
     base_area = pixels / family.vae_factor**2 if flow.flow_shift_by_resolution else None
