@@ -20,15 +20,11 @@ from statistics import median
 from typing import Any
 
 from common import save
-from full_size import make_pictures, random_checkpoint
+from full_size import lora_training, make_pictures, random_base
 from watch import Figures, TrainingFailed, watch
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = (
-    "{python} train_network.py --pretrained_model_name_or_path {base} --train_data_dir {pictures} --resolution {resolution} "
-    "--train_batch_size 1 --max_train_steps {steps} --log_every_n_steps 1 --network_dim {rank} --network_alpha {rank} "
-    "--network_train_unet_only --cache_text_encoder_outputs --mixed_precision no --output_dir {out} --cache_dir {out}/cache"
-)
+OURS = "train_network.py of this project"
 PLAIN = "{python} benchmarks/plain_loop.py {base} {out} {pictures} {resolution} {steps} {rank}"
 GOALS = {
     "first_step_seconds": {"kohya": 0.4},
@@ -48,7 +44,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--cores", default=None, help="as 0,1; default: all that this process may use")
-    parser.add_argument("--folder", default=None, help="where checkpoint and outputs go")
+    parser.add_argument("--folder", default=None, help="where the random base is kept, and outputs go")
     parser.add_argument("--name", default=None, help="of the result")
     parser.add_argument("rest", nargs="*", help="more options for train_network.py, behind --")
     arguments = parser.parse_args()
@@ -59,13 +55,12 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Settings, figures and targets of all rounds."""
-    base = Path(arguments.base or random_checkpoint(folder / "base.safetensors", arguments.family)).resolve()
+    base = Path(arguments.base or random_base(Path(arguments.folder or folder), arguments.family)).resolve()
     make_pictures(folder / "pictures", arguments.resolution)
     cores = sorted(os.sched_getaffinity(0))
     if arguments.cores is not None:
         cores = [int(core) for core in arguments.cores.split(",")]
-    ours = " ".join([OURS, *map(shlex.quote, arguments.rest)])
-    commands = {"ours": ours, **dict(map(_named, arguments.other or ["plain"]))}
+    commands = {"ours": OURS, **dict(map(_named, arguments.other or ["plain"]))}
     rounds: dict[str, list[Figures]] = {name: [] for name in commands}
     for number in range(1, arguments.rounds + 1):
         for name, command in commands.items():
@@ -73,13 +68,24 @@ def compare(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any]
             out.mkdir()
             if command == PLAIN:
                 write_configurations(base, out)
-            words = _filled(command, arguments, base=base, pictures=folder / "pictures", out=out)
+            if command == OURS:
+                words = _ours(arguments, base, folder / "pictures", out)
+            else:
+                words = _filled(command, arguments, base=base, pictures=folder / "pictures", out=out)
             try:
                 figures = watch(words, arguments.steps, cores=cores, folder=ROOT)
             except TrainingFailed as error:
                 sys.exit(f"error: {name}: {error}")
             rounds[name].append(figures)
             print(f"round {number} {name:8}" + _line(figures), flush=True)
+    keys = ("family", "resolution", "rank", "steps", "rounds")
+    settings = {key: getattr(arguments, key) for key in keys}
+    settings |= {"precision": "float32", "cores": len(cores), "more": " ".join(arguments.rest) or "none"}
+    return settings, *summary(rounds)
+
+
+def summary(rounds: dict[str, list[Figures]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Medians, the ratios of ours to each other program's by round, and the goals. rounds: by program, ours first."""
     measured: dict[str, Any] = {}
     targets: dict[str, Any] = {}
     for figure in Figures.__dataclass_fields__:
@@ -95,10 +101,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any]
                 goal = GOALS[figure][name]
                 targets[key] = {"at_most": goal, "met": measured[key] <= goal}
     measured["rounds"] = {name: [asdict(one) for one in runs] for name, runs in rounds.items()}
-    keys = ("family", "resolution", "rank", "steps", "rounds")
-    settings = {key: getattr(arguments, key) for key in keys}
-    settings |= {"precision": "float32", "cores": len(cores), "more": " ".join(arguments.rest) or "none"}
-    return settings, measured, targets
+    return measured, targets
 
 
 def write_configurations(base: Path, folder: Path) -> None:
@@ -108,6 +111,12 @@ def write_configurations(base: Path, folder: Path) -> None:
     from library.models.locate import locate_base
 
     write_rest(open_checkpoint(locate_base(str(base))), folder)
+
+
+def _ours(arguments: argparse.Namespace, base: Path, pictures: Path, out: Path) -> list[str]:
+    options = {name: getattr(arguments, name) for name in ("resolution", "rank", "steps")}
+    words = lora_training(base, pictures, out, out / "cache", batch=1, precision="no", **options)
+    return [sys.executable, *words, *arguments.rest]
 
 
 def _named(other: str) -> tuple[str, str]:

@@ -78,6 +78,21 @@ def make_pictures(folder: Path, side: int) -> None:
         (folder / f"{number}.txt").write_text(f"a photo of thing {number}", encoding="utf-8")
 
 
+def lora_training(base: Path | str, pictures: Path, output: Path, cache: Path, **options: object) -> list[str]:
+    """train_network.py and its options for a LoRA on the U-Net with all that does not change cached, a log line each step.
+
+    options: batch, resolution, rank, steps, precision.
+    """
+    given = {
+        "pretrained_model_name_or_path": base, "train_data_dir": pictures, "output_dir": output, "cache_dir": cache,
+        "resolution": options["resolution"], "train_batch_size": options["batch"], "network_dim": options["rank"],
+        "network_alpha": options["rank"], "max_train_steps": options["steps"], "mixed_precision": options["precision"],
+        "log_every_n_steps": 1, "max_data_loader_n_workers": 2,
+    }  # fmt: skip
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return ["train_network.py", *words, "--network_train_unet_only", "--cache_text_encoder_outputs"]
+
+
 def random_lora(path: Path, spec: NetworkSpec) -> None:
     """A kohya file of the network's modules on full-size models, float16."""
     import torch

@@ -26,6 +26,8 @@ page of them. Ratios are measured side by side in one run: on a shared machine t
 | `repa_step.py` | seconds, memory and data wait of a U-REPA step; full SD1.5 size on a GPU, the tiny model on a CPU |
 | `merge.py` | seconds and memory of merging a LoRA into full-size SD1.5 or SDXL, beside `cp`, load-merge-save and another program |
 | `train_network.py` | seconds and memory of a LoRA step at full size, as a user starts it, beside published figures |
+| `beside.py` | start, step and memory of a LoRA training beside other programs, in turn on the same cores |
+| `profile_step.py` | which of torch's operations a LoRA step spends its time in |
 | `resume.py` | whether a training resumed halfway ends with the same bits, and what deterministic kernels cost |
 | `count_step.py` | kernel launches, FLOP, bytes and memory of a step at full size, counted on the meta device without a GPU |
 | `cache_build.py` | images a second through the cache pipeline, beside decoding alone and encoding alone |

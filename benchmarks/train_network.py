@@ -17,7 +17,7 @@ from typing import Any
 
 import common
 from common import save
-from full_size import make_pictures, random_base
+from full_size import lora_training, make_pictures, random_base
 
 from library.errors import script
 
@@ -105,15 +105,11 @@ def train(
     pictures = folder / f"pictures_{arguments.resolution}"
     if not pictures.exists():
         make_pictures(pictures, arguments.resolution)
-    options = {
-        "pretrained_model_name_or_path": base, "train_data_dir": pictures, "resolution": arguments.resolution,
-        "train_batch_size": arguments.batch, "max_train_steps": steps, "log_every_n_steps": 1, "network_dim": RANK,
-        "network_alpha": RANK, "mixed_precision": arguments.precision, "output_dir": output, "cache_dir": folder / "cache",
-        "max_data_loader_n_workers": 2,
-    }  # fmt: skip
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    flags = ["--network_train_unet_only", "--cache_text_encoder_outputs"]
-    common.run_script(["train_network.py", *words, *flags, *more])
+    words = lora_training(
+        base, pictures, output, folder / "cache", batch=arguments.batch, resolution=arguments.resolution, rank=RANK,
+        steps=steps, precision=arguments.precision,
+    )  # fmt: skip
+    common.run_script([*words, *more])
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "time/step_ms" in row]
 

@@ -76,3 +76,54 @@ def test_the_merge_benchmark_sums_up_its_rounds(benchmarks: None) -> None:
     measured, targets = merge.summary([one, one], merge.TARGETS["sdxl"])
     assert measured["whole_of_cp"] == 2.5 and measured["command_of_other"] == 0.5 and measured["other_peak_gb"] == 0.5
     assert {name: target["met"] for name, target in targets.items()} == dict.fromkeys(merge.TARGETS["sdxl"], True)
+
+
+COUNTS = """
+import sys, time
+print("loading 3/8", flush=True)
+memory = bytearray(b"1") * 50_000_000
+for step in range(1, 4):
+    time.sleep(0.3)
+    print(f"step {step}/3  loss 0.1", flush=True)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+def test_a_training_is_watched_from_outside(benchmarks: None, tmp_path: Path) -> None:
+    import os
+
+    import watch
+
+    cores = sorted(os.sched_getaffinity(0))
+    figures = watch.watch([sys.executable, "-c", COUNTS, "0"], 3, cores=cores, folder=tmp_path)
+    assert 0.3 <= figures.first_step_seconds <= figures.whole_seconds - 0.6 and figures.step_seconds >= 0.3
+    assert figures.peak_pss_gb > figures.peak_anonymous_gb > 0.05
+    with pytest.raises(watch.TrainingFailed, match="exit code 2 after 3 of 3 steps"):
+        watch.watch([sys.executable, "-c", COUNTS, "2"], 3, cores=cores, folder=tmp_path)
+    with pytest.raises(watch.TrainingFailed, match="after 0 of 5 steps"):
+        watch.watch([sys.executable, "-c", COUNTS, "0"], 5, cores=cores, folder=tmp_path)
+
+
+def test_programs_are_compared_round_by_round(benchmarks: None) -> None:
+    import beside
+    from watch import Figures
+
+    ours = [Figures(10, 15, 2, 4, 3, 2.5, 30), Figures(12, 15, 4, 4, 3, 2.5, 30), Figures(11, 15, 3, 4, 3, 2.5, 30)]
+    kohya = [Figures(40, 50, 4, 8, 6, 5.5, 90), Figures(40, 50, 4, 8, 6, 5.5, 90), Figures(40, 50, 4, 8, 6, 5.5, 90)]
+    measured, targets = beside.summary({"ours": ours, "kohya": kohya})
+    assert measured["ours_step_seconds"] == 3 and measured["step_seconds_of_kohya_by_round"] == [0.5, 1.0, 0.75]
+    assert targets["step_seconds_of_kohya"] == {"at_most": 0.75, "met": True}
+    assert targets["first_step_seconds_of_kohya"]["met"] and targets["peak_pss_gb_of_kohya"]["met"]
+
+
+def test_the_profile_names_the_operations_of_a_step(benchmarks: None, tiny_sd15: Path, tmp_path: Path) -> None:
+    import profile_step
+
+    arguments = argparse.Namespace(
+        family="sd15", base=str(tiny_sd15), resolution=64, batch=1, precision="no", folder=None, rest=[]
+    )
+    settings, measured = profile_step.measure(arguments, tmp_path)
+    shares = [value for name, value in measured.items() if name.endswith(": share")]
+    assert len(shares) == profile_step.SHOWN and shares == sorted(shares, reverse=True) and 0.3 < sum(shares) <= 1.001
+    assert any(name.startswith("aten::") and value > 10 for name, value in measured.items() if name.endswith(": calls"))
+    assert settings["weights"] == "random"
