@@ -161,7 +161,7 @@ class _AtWork(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.layers, ctx.factors, ctx.dtype = layers, factors, weights[0].dtype
         ctx.set_materialize_grads(False)
-        return tuple(_cast(torch._foreach_mul(weights, factors), dtype))
+        return tuple(_cast(list(torch._foreach_mul(weights, factors)), dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
@@ -171,13 +171,13 @@ class _AtWork(torch.autograd.Function):
         results: list[Tensor | None] = [None] * len(gradients)
         # Not in place: a gradient in the dtype of its weight may be another one's too.
         scaled = _cast([gradient for _, gradient in there], ctx.dtype)
-        scaled = torch._foreach_mul(scaled, [ctx.factors[place] for place, _ in there])
+        scaled = list(torch._foreach_mul(scaled, [ctx.factors[place] for place, _ in there]))
         for (place, _), value in zip(there, scaled, strict=True):
             results[place] = value
         return None, None, None, *results
 
 
-def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     if not tensors or tensors[0].dtype == dtype:
         return tensors
     copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
@@ -299,8 +299,8 @@ class LoraLayer(PeftLayer):
         return self.skip_rate > 0 or any(self.drops)
 
     def _weights_at_work(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Down, and up times the scale, in the dtype of an input."""
-        if self.at_work is not None and self.at_work[0].dtype == dtype:
+        """Down, and up times the scale, in the dtype of an input; copies are only for passes that have a backward pass."""
+        if self.at_work is not None and torch.is_grad_enabled() and self.at_work[0].dtype == dtype:
             return self.at_work
         down, up = self.factors()
         return down.to(dtype), (up * self.scale).to(dtype)
@@ -309,8 +309,8 @@ class LoraLayer(PeftLayer):
         """scale * up @ down @ x, with what is dropped, but for whole modules."""
         down, up = self._weights_at_work(x.dtype)
         if isinstance(self.base_layer, nn.Conv2d):
-            shape = self.lora_A[ADAPTER]
-            hidden = F.conv2d(x, down, None, shape.stride, shape.padding, shape.dilation)  # type: ignore[arg-type]
+            base = self.base_layer
+            hidden = F.conv2d(x, down, None, base.stride, base.padding, base.dilation)
             return F.conv2d(self._dropped(hidden, axis=1), up)
         return F.linear(self._dropped(F.linear(x, down), axis=-1), up)
 
