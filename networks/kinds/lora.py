@@ -305,8 +305,8 @@ class LoraLayer(PeftLayer):
         return self.skip_rate > 0 or any(self.drops)
 
     def _weights_at_work(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Down, and up times the scale, in the dtype of an input."""
-        if self.at_work is not None and self.at_work[0].dtype == dtype:
+        """Down, and up times the scale, in the dtype of an input; copies are only for passes that have a backward pass."""
+        if self.at_work is not None and torch.is_grad_enabled() and self.at_work[0].dtype == dtype:
             return self.at_work
         down, up = self.factors()
         return down.to(dtype), (up * self.scale).to(dtype)
@@ -315,8 +315,8 @@ class LoraLayer(PeftLayer):
         """scale * up @ down @ x, with what is dropped, but for whole modules."""
         down, up = self._weights_at_work(x.dtype)
         if isinstance(self.base_layer, nn.Conv2d):
-            shape: Any = self.lora_A[ADAPTER]
-            hidden = F.conv2d(x, down, None, shape.stride, shape.padding, shape.dilation)
+            base = self.base_layer
+            hidden = F.conv2d(x, down, None, base.stride, base.padding, base.dilation)
             return F.conv2d(self._dropped(hidden, axis=1), up)
         return F.linear(self._dropped(F.linear(x, down), axis=-1), up)
 
