@@ -67,8 +67,10 @@ class BlockSwap:
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         self._weights = {block: _HostWeights(frozen_weights(block), device) for block in blocks}
         most = max(weights.size for weights in self._weights.values())
-        self._free = [_Place(most, device) for _ in range(MOST_ON_DEVICE)]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._free = [_Place(most, device) for _ in range(MOST_ON_DEVICE)]
+        for place in self._free:  # its memory may have been another's, with which kernels are not done yet
+            place.left = self._event()
         self._order: list[nn.Module] = []
         self._taken: dict[nn.Module, _Place] = {}
         self._turn: nn.Module | None = None

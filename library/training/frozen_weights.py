@@ -25,24 +25,29 @@ def quantise(models: Mapping[str, nn.Module], options: RunOptions) -> list[str]:
 
     models: by component, frozen and without adapters yet.
     """
-    said = []
-    for component, model in models.items():
-        name = options.model.format_at_rest(component)
-        if name is None:
-            continue
-        measured = component == UNET and name != STORED and not next(model.parameters()).is_meta
-        before = _output(model) if measured else None
-        result = encode(model, name, named_dtype(options.model.mixed_precision))
-        line = (
-            f"{component.replace('_', ' ')} at rest in {name}: {human_bytes(result.bytes)} for {result.layers} layers instead of "
-            f"{human_bytes(result.plain_bytes)}"
-        )
-        if name != STORED and result.error is not None:
-            line += f"; error of the weights {result.error:.2%}"
-            if before is not None:
-                error = torch.linalg.vector_norm(_output(model) - before) / torch.linalg.vector_norm(before)
-                line += f", of the output for noise {error.item():.2%}"
-        said.append(line)
+    dtype = named_dtype(options.model.mixed_precision)
+    formats = {component: options.model.format_at_rest(component) for component in models}
+    return [
+        f"{component.replace('_', ' ')} at rest in {name}: {_encoded(models[component], name, dtype, component == UNET)}"
+        for component, name in formats.items()
+        if name is not None
+    ]
+
+
+def _encoded(model: nn.Module, name: str, dtype: torch.dtype, is_unet: bool) -> str:
+    """Encode the weights; what that has saved, and what it has changed."""
+    planned = next(model.parameters()).is_meta
+    changes = name != STORED and not planned
+    before = _output(model) if changes and is_unet else None
+    result = encode(model, name, dtype)
+    if not result.layers:  # of `stored`
+        return "not counted here, for the file is not read" if planned else "nothing saved, its weights are no shorter"
+    said = f"{human_bytes(result.bytes)} for {result.layers} layers instead of {human_bytes(result.plain_bytes)}"
+    if changes:
+        said += f"; error of the weights {result.error:.2%}"
+    if before is not None:
+        error = torch.linalg.vector_norm(_output(model) - before) / torch.linalg.vector_norm(before)
+        said += f", of the output for noise {error.item():.2%}"
     return said
 
 
