@@ -57,7 +57,7 @@ def swapped_unet(checkpointing: bool, name: str | None = None) -> UNet2DConditio
     if name is not None:
         encode(unet, name, torch.float32)
     lora(unet)
-    freeze_layers(unet)
+    freeze_layers(unet, linear=True)  # as a run on a CPU has them
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     unet.train()
     if checkpointing:

@@ -210,6 +210,14 @@ class _LoraLinear(torch.autograd.Function):
         return of_x, None, None, of_hidden.T @ x.flatten(0, -2), gradient.T @ hidden
 
 
+def _is_plain(base: nn.Module, x: Tensor) -> bool:
+    """Whether the base's product can be made together with the adapter's: with weights that need no decoding and, on a CPU, a layer
+    that has no kernels of its own."""
+    if type(base) is nn.Linear:
+        return True
+    return isinstance(base, nn.Linear) and "weight" in base._parameters and not x.is_cpu
+
+
 class LoraLayer(PeftLayer):
     """PEFT's layer, of which only the forward pass is another."""
 
@@ -288,7 +296,7 @@ class LoraLayer(PeftLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # transformers and older diffusers pass a scale of their own to layers that they think PEFT's; there is none here.
         base = self.base_layer
-        if self.enabled and type(base) is nn.Linear and not (self.training and self._leaves_out):
+        if self.enabled and _is_plain(base, x) and not (self.training and self._leaves_out):
             down, up = self._weights_at_work(x.dtype)
             product: Tensor = _LoraLinear.apply(x, base.weight, base.bias, down, up)
             return product
