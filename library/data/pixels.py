@@ -45,8 +45,10 @@ def decode_rgb(data: bytes | Path, *, name: str, hidden_colours: bool = False) -
     """Decode an image file to upright 8-bit RGB; of an animation, the first frame.
 
     The EXIF orientation is applied, transparency is laid on white or ignored, 16-bit and float grey are scaled to 8 bits
-    (see `_grey_to_8_bits`). JPEGs are decoded in full: libjpeg's scaled decoding (Pillow's draft mode) takes half the time where sides
-    shrink to less than half, but moved latents of two photographs by 3 and 8 % of their norm (PSNR 41 and 33 dB). Colour profiles are not applied: values are taken as sRGB, as the VAE's training did.
+    (see `_grey_to_8_bits`). Colour profiles are not applied: values are taken as sRGB, as the VAE's training did.
+
+    JPEGs are decoded in full: libjpeg's scaled decoding (Pillow's draft mode) takes half the time where sides shrink to less
+    than half, but moved latents of two photographs by 3 and 8 % of their norm (PSNR 41 and 33 dB).
 
     Args:
         data: the bytes of the file, or its path.
