@@ -172,6 +172,8 @@ class Sandbox:
                 stdout=said,
                 stderr=said,
                 start_new_session=True,
+                # A shell's background jobs ignore Ctrl-C, and so would all that they start.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             stopped = False
             try:
