@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from common import save
-from full_size import lora_training, make_pictures, random_base
+from full_size import PICTURES, lora_training, make_pictures, random_base
 from watch import Figures, TrainingFailed, watch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--name", default=None, help="of the result")
     parser.add_argument("rest", nargs="*", help="more options for train_network.py, behind --")
     arguments = parser.parse_args()
+    if arguments.steps == PICTURES:
+        parser.error(f"--steps {PICTURES} cannot be told from {PICTURES} pictures being cached. Give another number.")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         settings, measured, targets = compare(arguments, Path(folder))
     save(arguments.name or f"beside_{arguments.family}_{arguments.resolution}_cpu", settings, measured, targets)

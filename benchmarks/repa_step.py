@@ -99,6 +99,7 @@ def measure(
     where = "library.training.run"
     with (
         mock.patch(f"{where}.load_scheduler_config", lambda _: SCHEDULER),
+        mock.patch(f"{where}.native_side", lambda _: resolution),
         mock.patch(f"{where}.scaling_factor", lambda *_: 0.18215),
         mock.patch(f"{where}.state_facts", lambda *_: {"prediction_type": "epsilon"}),
         mock.patch("library.training.checkpoints.Checkpoints.save", lambda *_, **__: None),

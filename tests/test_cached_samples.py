@@ -119,7 +119,7 @@ def test_the_unet_is_told_of_the_size_and_of_what_was_cut(network_setting: Netwo
     config = network_setting.dataset("wide", folder=folder, subset="flip_aug = true")
     built = network_setting.build(dataset_config=config, network_train_unet_only="", cache_dir=tmp_path / "caches")
     found = {}
-    for number in range(6):
+    for number in range(16):  # each is mirrored in half of them
         for batch in epoch(built, number):
             for i, flip, sizes in zip(batch.indices, batch.flipped, batch.sizes.tolist(), strict=True):
                 found[built.task.training.images[i].image.path.name, bool(flip)] = sizes

@@ -163,7 +163,7 @@ def test_a_space_of_the_other_script_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(GOOD)
     with pytest.raises(UserError, match="is a search space of train_network, but this study tunes train_repa"):
         read_space(tmp_path / "mine.toml", "train_repa")
-    with pytest.raises(UserError, match="There is no search space nothing, .* which has default, repa, sdxl"):
+    with pytest.raises(UserError, match="There is no search space nothing, .* which has default, flow, repa, sdxl"):
         find_space("nothing")
 
 

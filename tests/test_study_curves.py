@@ -96,4 +96,4 @@ def test_the_page_shows_no_regret_of_a_search_that_stopped_early(curves: Any, tm
     result = {"device": "CPU", "versions": {"torch": "2"}, "date": "2026-11-21T00:00:00", "targets": {}}
     (tmp_path / "a.json").write_text(json.dumps({**result, "settings": {"full": full}, "measured": measured}))
     section = page.section(tmp_path / "a.json")
-    assert "median_share_of_steps" in section and ("regret" in section) == full
+    assert "median share of steps" in section and ("regret" in section) == full

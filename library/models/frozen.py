@@ -189,7 +189,7 @@ def encode(model: nn.Module, name: str, dtype: torch.dtype) -> Encoded:
         layer.format, layer.shape, layer.dtype = format, weight.shape, dtype
         layer.numbers = nn.Parameter(numbers, requires_grad=False)
         layer.scales = None if scales is None else nn.Parameter(scales, requires_grad=False)
-        if not weight.is_meta:
+        if name != STORED and not weight.is_meta:
             result.squared_error += (layer.weight.float() - weight.float()).square().sum()
             result.squared += weight.float().square().sum()
         result.layers += 1
