@@ -98,7 +98,8 @@ def words(name: str) -> str:
 def number(name: str, result: dict[str, Any]) -> str:
     """A figure with its unit."""
     value = result["measured"][name]
-    unit = next((f" {UNITS[word]}" for word in name.split("_") if word in UNITS), "")
+    words = [] if "_of_" in name else name.split("_")  # of another one: a ratio
+    unit = next((f" {UNITS[word]}" for word in words if word in UNITS), "")
     return f"{value:,.0f}{unit}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.4g}{unit}"
 
 
