@@ -254,10 +254,6 @@ def test_training_goes_on_from_network_weights(
     assert ranks == {target: module.rank for target, module in modules.items()}
 
 
-class AnotherLinear(torch.nn.Linear):
-    """Computes as its parent, and is not known to."""
-
-
 @pytest.mark.bits
 @pytest.mark.parametrize("name", ["fp8", "int8", "nf4"])
 def test_a_quantised_base_computes_what_its_decoded_weights_do(network_setting: NetworkSetting, name: str) -> None:
@@ -270,9 +266,6 @@ def test_a_quantised_base_computes_what_its_decoded_weights_do(network_setting: 
         for path, module in model.named_modules():
             if isinstance(module, EncodedConv2d | EncodedLinear):
                 other[path].weight.data = module.weight
-                if isinstance(module, EncodedLinear):
-                    # Beside a plain Linear an adapter is added within the product, which rounds once less.
-                    other[path].__class__ = AnotherLinear
                 rounded += 1
     assert rounded > 100
     results = []
