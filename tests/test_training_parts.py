@@ -7,6 +7,8 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from library.errors import Diverged, UserError
 from library.options.training import OptimizerOptions, TrainingOptions
+from library.training import preflight
 from library.training.ema import ExponentialAverage
 from library.training.loop import clip_gradients
 from library.training.optimizers import ParameterGroup, make_optimizer
@@ -230,3 +233,20 @@ def test_a_status_line_is_never_wider_than_there_is_room_and_keeps_the_time_left
     line = status_words("epoch 2/4", ALIGNED, 1160.0, width)
     assert len(line) <= width or line == "left 19:20"
     assert "left 19:20" in line
+
+
+@pytest.mark.parametrize(
+    ("first", "processes", "coefficient", "left_to_the_step"),
+    [(0, 1, None, True), (1, 1, None, False), (0, 2, None, False), (0, 1, 0.0, False), (0, 1, 0.5, True)],
+)
+def test_the_preflight_leaves_a_batch_to_the_first_step_only_where_that_takes_as_much(
+    first: int, processes: int, coefficient: float | None, left_to_the_step: bool
+) -> None:
+    """With several processes all have to try, or one would wait for the others in the manifold loss."""
+    images = [SimpleNamespace(fitted=SimpleNamespace(bucket=bucket)) for bucket in ((128, 64), (64, 64))]
+    large, small = (SimpleNamespace(step=0, micro=SimpleNamespace(indices=[place])) for place in (0, 1))
+    alignment = None if coefficient is None else SimpleNamespace(coefficient=lambda step: coefficient)
+    task: Any = SimpleNamespace(training=SimpleNamespace(images=images), alignment=alignment)
+    run: Any = SimpleNamespace(processes=SimpleNamespace(world_size=processes))
+    request: Any = (large, small)[first]
+    assert preflight._comes_at_once(run, task, request, large) is left_to_the_step  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ def preflight(run: Run, task: LoraTask, first: Request, say: Callable[..., None]
     """
     largest = _largest(task.training, run.processes.world_size)
     seconds = {}
-    if _latents(task.training, first) < _latents(task.training, largest) or _heads_rest(task, first.step):
+    if not _comes_at_once(run, task, first, largest):
         seconds["training batch"] = _time(run, lambda: _try_batch(run, task, largest))
         run.guesses["step"] = seconds["training batch"] * run.plan.accumulation
     if task.validation:
@@ -103,9 +103,14 @@ def _latents(samples: CachedSamples, request: Request) -> int:
     return len(request.micro.indices) * width * height
 
 
-def _heads_rest(task: LoraTask, step: int) -> bool:
-    """Whether heads that will need memory later do not yet."""
-    return task.alignment is not None and task.alignment.coefficient(step) == 0
+def _comes_at_once(run: Run, task: LoraTask, first: Request, largest: Request) -> bool:
+    """Whether the first step takes as much as any: a batch as large, and heads that learn already.
+
+    Several processes try together, since their first batches may be of different buckets and the manifold loss joins all of them.
+    """
+    heads_rest = task.alignment is not None and task.alignment.coefficient(first.step) == 0
+    as_large = _latents(task.training, first) >= _latents(task.training, largest)
+    return as_large and not heads_rest and run.processes.world_size == 1
 
 
 def _spread(samples: CachedSamples) -> list[Request]:
