@@ -33,7 +33,7 @@ class UnreadableImage(Exception):
     """A file that gives no picture. `name` says which one, `reason` why, in a few words."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)  # both, so that it survives the way out of a DataLoader worker
+        super().__init__(name, reason)  # both, so that it can be pickled
         self.name = name
         self.reason = reason
 

@@ -29,7 +29,7 @@ _WNID = re.compile(r"n[0-9]{8}")  # of WordNet 3.0, as ImageNet names its class 
 
 
 class ImageSource(ABC):
-    """Samples and the bytes of their files. Can be pickled, and read from DataLoader workers and threads."""
+    """Samples and the bytes of their files. Can be pickled, and read from threads."""
 
     def __init__(self, location: Path, samples: list[Sample], folder_names: list[str] | None = None) -> None:
         self.location = location

@@ -53,7 +53,7 @@ class SpeedOptions:
     deterministic: bool = True
     """Use only kernels that give the same bits every time, so that a resumed run is the uninterrupted one."""
     max_data_loader_n_workers: int = 8
-    """Workers that read caches during training (threads) and decode images while caches are built (processes, one a core)."""
+    """Threads that read caches during training, and decode images while caches are built (there at most one a core)."""
 
     def __post_init__(self) -> None:
         require(self.max_data_loader_n_workers >= 0, "max_data_loader_n_workers", "must not be negative.")
