@@ -15,7 +15,7 @@ from PIL import Image
 from library.diffusion.bridge import Bridge
 from library.diffusion.rectified_flow import RectifiedFlow
 from library.diffusion.scheduler_config import parametrisation_of
-from library.files import write_json
+from library.files import read_json, write_json
 from library.inference.denoiser import GuidedDenoiser
 from library.inference.prompt_encoding import EncodedPart
 from library.inference.sampler_noise import initial_noise
@@ -309,6 +309,13 @@ def test_a_merged_flow_model_says_what_it_is_in_every_form(
     assert whole["modelspec.prediction_type"] == "flow" and "ModelSamplingSD3" in whole["modelspec.usage_hint"]
     for base in (out, out / "model.safetensors"):
         assert isinstance(parametrisation_of(load_scheduler_config(str(base))), RectifiedFlow)
+    written = read_json(out / "scheduler" / "scheduler_config.json")
+    flow_match = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(flow_match))
+    again = ["--models", file, "--pretrained_model_name_or_path", str(out), "--output_dir", str(tmp_path / "other")]
+    assert merge_lora.main(again) == 0
+    assert read_json(tmp_path / "other" / "scheduler" / "scheduler_config.json") == written | {"flow_shift": 3.0}
+    assert diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "other", safety_checker=None).scheduler
     more = ["--pretrained_model_name_or_path", str(out), "--output_dir", str(tmp_path / "again")]
     assert merge_lora.main(["--models", str(bridged / "mio.safetensors"), *more]) == 2
     assert "was trained on a base that predicts epsilon" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from library.models.configs import configs_of
 from library.models.locate import BaseLocation
 from networks.families import TOKENIZERS
 from networks.names import COMPONENTS, UNET, VAE
-from networks.prediction_names import FLOW_NAME, flow_scheduler, schedule_of
+from networks.prediction_names import FLOW_NAME, flow_scheduler
 
 INDEX = "model_index.json"
 
@@ -44,8 +44,8 @@ def write_rest(base: Checkpoint, folder: Path) -> list[str]:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    if base.prediction is FLOW_NAME and schedule_of(read_json(scheduler))[1] is not FLOW_NAME:
-        write_json(scheduler, flow_scheduler(base.flow_shift))  # its own says something else than the user
+    if base.prediction is FLOW_NAME and not read_json(scheduler).get("use_flow_sigmas"):
+        write_json(scheduler, flow_scheduler(base.flow_shift))  # its own is another model's, or fits no pipeline of SD
     return _write_index(base, folder)
 
 
