@@ -35,6 +35,24 @@ page of them. Ratios are measured side by side in one run: on a shared machine t
 | `optimize.py` | steps in which a study finds what random search finds; its parent's cost; eight parents on one database |
 """
 
+KOHYA, PLAIN = "kohya's sd-scripts", "diffusers and PEFT"
+HEADLINES = (
+    ("beside_sd15_256_cpu", "A LoRA step of SD1.5 at 256 px, float32, two CPU cores",
+     "ours_step_seconds", {KOHYA: "kohya_step_seconds", PLAIN: "plain_step_seconds"}),
+    ("beside_sd15_256_cpu", "From the command to the end of its first step",
+     "ours_first_step_seconds", {KOHYA: "kohya_first_step_seconds", PLAIN: "plain_first_step_seconds"}),
+    ("beside_sd15_256_cpu", "Peak memory of that training",
+     "ours_peak_pss_gb", {KOHYA: "kohya_peak_pss_gb", PLAIN: "plain_peak_pss_gb"}),
+    ("merge_sdxl", "Merging a LoRA into SDXL and verifying it",
+     "command_seconds", {KOHYA: "other_seconds", "`cp`": "cp_seconds"}),
+    ("merge_sdxl", "Peak memory of that merge", "command_peak_gb", {KOHYA: "other_peak_gb"}),
+    ("cache_decode", "Pictures of 1024 px decoded and cut, a second",
+     "1024_to_1024_pipeline_per_second", {"decoding alone": "1024_to_1024_decode_only_per_second"}),
+    ("store_read", "Latents read from a store into batches, a second", "latents_per_second", {}),
+    ("optimize_search", "Share of random search's steps in which a study finds as good a recipe", "median_share_of_steps", {}),
+)  # fmt: skip
+"""The result, what was measured, the figure, and what it stands beside."""
+
 UNITS = {"seconds": "s", "gb": "GB", "gib": "GiB"}
 """By a word of a figure's name."""
 
@@ -42,9 +60,22 @@ UNITS = {"seconds": "s", "gb": "GB", "gib": "GiB"}
 def write() -> str:
     """The page, written."""
     results = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
-    text = HEAD + glance(results) + "".join(section(path) for path in results)
+    text = HEAD + headlines(results) + glance(results) + "".join(section(path) for path in results)
     write_text(RESULTS.parent / "README.md", text)
     return text
+
+
+def headlines(results: dict[Path, dict[str, Any]]) -> str:
+    """The figures that a reader comes for, in words."""
+    by_name = {path.stem: result for path, result in results.items()}
+    rows = [
+        f"| [{what}](#{stem}) | {number(here, by_name[stem])} | "
+        f"{', '.join(f'{program} {number(name, by_name[stem])}' for program, name in others.items())} |"
+        for stem, what, here, others in HEADLINES
+        if stem in by_name
+    ]
+    head = ["\n## At a glance\n", "| | here | beside it |", "|---|---|---|"]
+    return "\n".join([*head, *rows]) + "\n"
 
 
 def glance(results: dict[Path, dict[str, Any]]) -> str:
@@ -78,7 +109,8 @@ def section(path: Path) -> str:
             *(f"| {name} | {said.replace('|', '/')} |" for name, said in outcomes.items()),
             "",
         ]
-    lines += ["| figure | measured | target |", "|---|---|---|"]
+    targets = result["targets"]
+    lines += ["| figure | measured | target |", "|---|---|---|"] if targets else ["| figure | measured |", "|---|---|"]
     for name, value in result["measured"].items():
         if not isinstance(value, int | float):  # details, which stay in the JSON, or nothing to tell
             continue
@@ -86,7 +118,8 @@ def section(path: Path) -> str:
             "full"
         ):  # one side stopped early: not of the same steps
             continue
-        lines.append(f"| {words(name)} | {number(name, result)} | {target(result['targets'].get(name))} |")
+        row = f"| {words(name)} | {number(name, result)} |"
+        lines.append(f"{row} {target(targets.get(name))} |" if targets else row)
     return "\n".join(lines) + "\n"
 
 

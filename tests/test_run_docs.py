@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -39,6 +40,32 @@ def test_every_page_of_commands_is_run() -> None:
     with_commands = {page for page in pages if list(commands_of(page.read_text(encoding="utf-8")))}
     long = {PROJECT_ROOT / "docs" / "does_alignment_help.md"}  # hours: its own page says how many
     assert with_commands - long <= {PROJECT_ROOT / page for page in PAGES}
+
+
+def test_every_link_of_the_pages_resolves() -> None:
+    """Files, pictures, and headings by the anchors that GitHub gives them."""
+    pages = [
+        PROJECT_ROOT / "README.md",
+        PROJECT_ROOT / "benchmarks" / "README.md",
+        *(PROJECT_ROOT / "docs").glob("*.md"),
+    ]
+    links = [
+        (page, link)
+        for page in pages
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+        if not link.startswith("https://")
+    ]
+    assert len(links) > 50
+    assert not [f"{page.name}: {link}" for page, link in links if not _resolves(page, link)]
+
+
+def _resolves(page: Path, link: str) -> bool:
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    if not anchor or not target.exists():
+        return target.exists()
+    headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+    return anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize(

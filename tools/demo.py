@@ -9,35 +9,43 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "outputs" / "demo"
 PROMPT = "a photo of a red circle"
+LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+          "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
 
 
 def main() -> int:
     start = time.perf_counter()
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     adapter, merged, picture = OUTPUT / "demo.safetensors", OUTPUT / "merged", OUTPUT / "picture.png"
-    for command in (
+    failed = run_commands([
         # train_repa.py would build missing caches itself; this also renews those of an older version of the tiny models.
-        [sys.executable, "prepare_cache.py", "--dataset_config", "demo.toml"],
+        ["prepare_cache.py", "--dataset_config", "demo.toml"],
         # A demo shows a whole run; a second one would only find that the first is finished.
-        [*launch, "train_repa.py", "--dataset_config", "demo.toml", "--overwrite"],
-        [sys.executable, "merge_lora.py", "--models", adapter, "--output_dir", merged, "--overwrite"],
-        [sys.executable, "generate.py", "--pretrained_model_name_or_path", merged, "--prompt", PROMPT,
+        [*LAUNCH, "train_repa.py", "--dataset_config", "demo.toml", "--overwrite"],
+        ["merge_lora.py", "--models", adapter, "--output_dir", merged, "--overwrite"],
+        ["generate.py", "--pretrained_model_name_or_path", merged, "--prompt", PROMPT,
          "--images", "4", "--steps", "12", "--output", picture],
-    ):  # fmt: skip
+    ])  # fmt: skip
+    if failed:
+        print(f"The demo ended here: exit code {failed}.", file=sys.stderr)
+        return failed
+    print_summary(adapter, merged, picture, time.perf_counter() - start)
+    return 0
+
+
+def run_commands(commands: Sequence[Sequence[str | Path]]) -> int:
+    """Run Python with each of the commands in turn, printed as a user writes them; the exit code of the first that fails."""
+    for command in commands:
         words = [str(word) for word in command]
         shown = [word.removeprefix(f"{ROOT}/") for word in words]
-        print(f"\n$ {' '.join(f'{w!r}' if ' ' in w else w for w in ['python', *shown[1:]])}", flush=True)
-        finished = subprocess.run(words, cwd=ROOT)
-        if finished.returncode:
-            print(f"The demo ended here: exit code {finished.returncode}.", file=sys.stderr)
-            return finished.returncode
-    print_summary(adapter, merged, picture, time.perf_counter() - start)
+        print(f"\n$ python {' '.join(f'{w!r}' if ' ' in w else w for w in shown)}", flush=True)
+        if code := subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
+            return code
     return 0
 
 
