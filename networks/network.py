@@ -136,14 +136,14 @@ class Network:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the context the models compute as their bases do."""
-        layers = list(self.layers.values())
+        before = [(layer, layer.enabled) for layer in self.layers.values()]
         try:
-            for layer in layers:
+            for layer, _ in before:
                 layer.enabled = False
             yield
         finally:
-            for layer in layers:
-                layer.enabled = True
+            for layer, enabled in before:
+                layer.enabled = enabled
 
 
 def weight_name(target: Target, weight: str) -> str:

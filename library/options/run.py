@@ -23,6 +23,7 @@ from library.options.kohya.training import (
     TextEncoderOptions,
 )
 from library.options.kohya.watching import MetadataOptions, SampleOptions, ValidationOptions
+from library.options.teacher import DistillationOptions
 from library.options.training import OutputOptions
 
 
@@ -152,6 +153,11 @@ class RunOptions:
     @property
     def class_pictures(self) -> ClassPictureOptions | None:
         """The class pictures that are trained on, where these are no captioned ones."""
+        return None
+
+    @property
+    def teacher(self) -> DistillationOptions | None:
+        """Where a teacher drew the latents that are trained on; None for pictures."""
         return None
 
     @property

@@ -205,7 +205,8 @@ def prepare_teacher_latents(
     wanted, teacher = read_prompts(options), Teacher(options, base, processes)
     there, others = _survey(teacher, wanted)
     missing = len(wanted) - len(there)
-    how = f"{teacher.sampler} {teacher.schedule}, {plural(options.drawing.teacher_steps, 'step')}, cfg {options.drawing.teacher_cfg:g}"
+    o = options.drawing
+    how = f"{teacher.sampler} {teacher.schedule}, {plural(o.teacher_steps, 'step')}, cfg {o.teacher_cfg:g}"
     say(f"teacher {base.name} ({how}): {len(wanted) - missing} of {plural(len(wanted), 'latent')} present in {path}")
     if options.config.dry_run:
         return
@@ -230,7 +231,7 @@ def _store_path(teacher: Teacher) -> Any:
 
 
 def _survey(teacher: Teacher, wanted: dict[str, Drawn]) -> tuple[set[str], set[str]]:
-    """Sample ids of the entries that are as they are wanted, and of all others. Raises UserError where they were drawn in another way."""
+    """Sample ids of the entries that are as they are wanted, and of all others. Raises UserError for those drawn otherwise."""
     path, there, others = _store_path(teacher), set(), set()
     with read_transactions(path) as transactions:
         for transaction in transactions:
