@@ -107,6 +107,16 @@ class RunOptions:
             "and text_encoder_lr leave nothing to train. Raise one of them.",
         )
         require(
+            self.trains_unet or not network.train_parts,
+            "train_parts",
+            "are of the U-Net, and the U-Net is not trained.",
+        )
+        require(
+            bool(network.train_parts) or optimizer.train_parts_lr is None,
+            "train_parts_lr",
+            "has no effect without train_parts.",
+        )
+        require(
             self.trains_unet or not self.alignment.alignment,
             "alignment",
             "trains features of the U-Net, and the U-Net is not trained.",
