@@ -1,6 +1,7 @@
 """Encode pictures once: latents, DINOv2 tokens and prompt embeddings into LMDB stores.
 
     python prepare_cache.py --dataset_config trackA.toml
+    python prepare_cache.py --teacher_latents data/drawn --teacher_prompts prompts.txt    # latents that the base draws itself
 
 Interrupted and run again it continues; finished it says so. `accelerate launch` with several processes shares the work.
 """
@@ -9,6 +10,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 from library.errors import EXIT_OK, check_all, script
 from library.files import require_writable
@@ -28,9 +32,42 @@ def main(argv: list[str]) -> int:
         default_config="demo.toml",
         dialect=REPA,
     )
+    if options.drawing.teacher_latents is not None:
+        check_all(*teacher_checks(options, options.drawing.teacher_latents))
+        start_cpu_processes(__file__, argv)
+        return draw(options)
     check_all(*input_checks(options), lambda: require_writable(options.cache.cache_dir))
     start_cpu_processes(__file__, argv)
     return run(options)
+
+
+def teacher_checks(options: PrepareCacheOptions, store: Path) -> list[Callable[[], object]]:
+    """Whether base, prompts and sampler are there, without torch."""
+    from library.inference.prompt_file import read_prompt_file
+    from library.inference.sampler_names import sampler_named
+    from library.models.locate import check_base
+
+    o = options.drawing
+    assert o.teacher_prompts is not None
+    return [
+        partial(check_base, options.model.pretrained_model_name_or_path),
+        partial(read_prompt_file, o.teacher_prompts),
+        partial(sampler_named, o.teacher_sampler),
+        partial(require_writable, store),
+        partial(require_writable, options.cache.cache_dir),
+    ]
+
+
+def draw(options: PrepareCacheOptions) -> int:
+    from library.models.locate import locate_base
+    from library.processes import Processes
+    from library.training.teacher_latents import prepare_teacher_latents
+
+    processes = Processes(options.model.device)
+    with processes.main_first():
+        base = locate_base(options.model.pretrained_model_name_or_path)
+    prepare_teacher_latents(options, base, processes, processes.say)
+    return EXIT_OK
 
 
 def run(options: PrepareCacheOptions) -> int:

@@ -12,6 +12,7 @@ from networks import AdapterError
 from networks.adapter_module import AdapterModule
 from networks.dropouts import kept
 from networks.spec import NetworkSpec
+from networks.targets import weight_shape
 from networks.trained_weights import draw_uniform
 
 Sizes = Mapping[str, tuple[int, float]]
@@ -60,6 +61,11 @@ class AdaptedLayer:
     def set_scale(self, adapter: str, scale: float) -> None:
         """PEFT's and diffusers' way to set the multiplier of `adapter`, the only one."""
         self.multiplier = scale
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Of what it adds to."""
+        return weight_shape(self.base_layer)
 
     @property
     def strength(self) -> float:

@@ -9,24 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, cast
 
 from peft import inject_adapter_in_model
 from torch import nn
 
 from networks.adapted_layer import AdaptedLayer, Sizes
+from networks.kinds import Kind
 from networks.spec import NetworkSpec
 from networks.targets import ADAPTER
 
 
-def inject(model: nn.Module, sizes: Sizes, spec: NetworkSpec) -> dict[str, AdaptedLayer]:
-    """Put an adapter on the module at each path, in place. Weights are still to be made."""
+def inject(model: nn.Module, sizes: Sizes, spec: NetworkSpec, kind: Kind | None = None) -> dict[str, AdaptedLayer]:
+    """Put an adapter on the module at each path, in place. Weights are still to be made. kind: default, that of `spec`."""
     if not sizes:
         return {}
-    layers: dict[str, AdaptedLayer] = resolve_name(spec.kind.layer).put_into(model, sizes, spec)
-    for path, layer in layers.items():
+    layers: dict[str, AdaptedLayer] = resolve_name((kind or spec.kind).layer).put_into(model, sizes, spec)
+    for layer in layers.values():
         # New modules are in training mode, whatever the model is in.
-        model.get_submodule(path).train(layer.base_layer.training)
+        cast(nn.Module, layer).train(layer.base_layer.training)
     return layers
 
 

@@ -9,9 +9,9 @@ from networks import AdapterError
 from networks.adapted_layer import AdaptedLayer
 from networks.adapters import Adapter
 from networks.families import FAMILIES, UNET
+from networks.kinds.full import FullModule
 from networks.names import Target
-from networks.spec import NetworkSpec
-from networks.targets import weight_shape
+from networks.spec import PARTS, NetworkSpec
 
 
 def require_trainable(adapter: Adapter) -> None:
@@ -34,14 +34,17 @@ def check_fits(adapter: Adapter, layers: Mapping[Target, AdaptedLayer], spec: Ne
     )
     missing = [target for target in layers if target not in adapter.modules]
     _refuse(missing, len(layers), "modules to train are not in the adapter", _guess_missing(missing, adapter))
-    wanted = spec.kind.title
     pairs: list[tuple[Target, Any, AdaptedLayer]] = [(t, adapter.modules[t], layer) for t, layer in layers.items()]
-    others = [(t, module.kind.title) for t, module, _ in pairs if module.kind != spec.kind]
-    kinds = ", ".join(sorted({kind for _, kind in others}))
-    _refuse(
-        [t for t, _ in others], len(pairs), f"modules are {kinds}, not {wanted}", "Give its algo in --network_args."
+    others = [
+        (t, module.kind.title, own) for t, module, layer in pairs if module.kind != (own := layer.to_module().kind)
+    ]
+    kinds, wanted = (
+        ", ".join(sorted(set(names))) for names in ([k for _, k, _ in others], [o.title for *_, o in others])
     )
-    misfits = [t for t, module, layer in pairs if not module.fits(weight_shape(layer.base_layer))]
+    _refuse(
+        [t for t, *_ in others], len(pairs), f"modules are {kinds}, not {wanted}", "Give its algo in --network_args."
+    )
+    misfits = [t for t, module, layer in pairs if not module.fits(layer.weight_shape)]
     _refuse(misfits, len(pairs), "modules are of other shapes than the model's", "It is for another base model.")
     ranks = [(t, module.rank, own) for t, module, layer in pairs if module.rank != (own := layer.to_module().rank)]
     found = ", ".join(str(rank) for rank in sorted({rank for _, rank, _ in ranks}))
@@ -57,6 +60,11 @@ def check_fits(adapter: Adapter, layers: Mapping[Target, AdaptedLayer], spec: Ne
 def _guess_extra(extra: list[Target], adapter: Adapter, spec: NetworkSpec) -> str:
     if (known := adapter.known_family) is not None and known.key != spec.family:
         return f"It is for {known.title}, and the base model is {FAMILIES[spec.family].title}."
+    if extra and all(isinstance(adapter.modules[target], FullModule) for target in extra):
+        return (
+            f"They are whole differences, which --train_parts trains of {', '.join(PARTS)} alone. Fold the file into the base with "
+            "--base_weights, and train a new adapter on that."
+        )
     if extra and all(target.component != UNET for target in extra):
         return "They are of text encoders: train these as well, or leave the adapter's U-Net alone in a file."
     if any(".resnets." in target.path or "samplers." in target.path for target in extra):
@@ -65,6 +73,8 @@ def _guess_extra(extra: list[Target], adapter: Adapter, spec: NetworkSpec) -> st
 
 
 def _guess_missing(missing: list[Target], adapter: Adapter) -> str:
+    if missing and all(target.component == UNET and target.path.split(".")[0] in PARTS for target in missing):
+        return "It was trained without these --train_parts: leave them out."
     if missing and not {target.component for target in missing} & {target.component for target in adapter.modules}:
         alone = "--network_train_unet_only" if missing[0].component != UNET else "--network_train_text_encoder_only"
         return f"It has nothing for the {missing[0].component}: add {alone}, or --dim_from_weights."

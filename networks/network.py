@@ -21,12 +21,14 @@ from networks.adapter_export import adapter_tensors
 from networks.adapters import Adapter
 from networks.families import FAMILIES, UNET, Family
 from networks.injection import inject
+from networks.kinds import READ_ONLY
 from networks.loading import check_fits
 from networks.names import Target, with_text_model
 from networks.spec import NetworkSpec
 from networks.targets import CONV_PARENTS, TRANSFORMER_PARENTS, kernel_of, layers_inside
 from networks.trained_weights import generator_for
 
+PARTS_GROUP = "unet parts"
 _TEXT_PARENTS = frozenset({"CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"})
 
 
@@ -35,7 +37,7 @@ class NetworkGroup:
     """Parameters that learn at one rate."""
 
     name: str
-    """As kohya logs it: "unet", "unet block 4 plus"; "text_encoder"."""
+    """As kohya logs it: "unet", "unet block 4 plus"; "text_encoder". "unet parts" of what is trained whole."""
     component: str
     parameters: tuple[str, ...]
     factor: float
@@ -59,6 +61,11 @@ class Network:
     def family(self) -> Family:
         return FAMILIES[self.spec.family]
 
+    @property
+    def adapters(self) -> dict[Target, AdaptedLayer]:
+        """The layers of the network's own kind, without parts that are trained whole."""
+        return {target: layer for target, layer in self.layers.items() if not self.spec.is_part(target)}
+
     def groups(self, loraplus: Mapping[str, float] | None = None) -> list[NetworkGroup]:
         """Parameters by component and by factor of the learning rate.
 
@@ -66,7 +73,7 @@ class Network:
         groups of their own, named "... plus". With block_lr_weights each block of the U-Net is a group.
         """
         members: dict[tuple[str, str, float], list[str]] = {}
-        for target, layer in self.layers.items():
+        for target, layer in self.adapters.items():
             factor = self.spec.learning_rate_factor(target)
             name = target.component + self.spec.block_title(target)
             ratio = (loraplus or {}).get(target.component, 1.0)
@@ -76,7 +83,11 @@ class Network:
                     (target.component, f"{name} plus", factor * ratio) if is_plus else (target.component, name, factor)
                 )
                 members.setdefault(key, []).append(weight_name(target, weight))
-        return [NetworkGroup(name, component, tuple(names), f) for (component, name, f), names in members.items()]
+        groups = [NetworkGroup(name, component, tuple(names), f) for (component, name, f), names in members.items()]
+        parts = tuple(
+            weight_name(t, name) for t, layer in self.layers.items() if self.spec.is_part(t) for name in layer.weights
+        )
+        return [*groups, NetworkGroup(PARTS_GROUP, UNET, parts, 1.0)] if parts else groups
 
     def adapter(self) -> Adapter:
         """The weights as files and merging know them: not copies, and wherever the models are."""
@@ -110,7 +121,7 @@ class Network:
         """
         if not self.spec.kind.adds:
             raise AdapterError(f"{self.spec.kind.title} adds nothing to a weight whose norm could be bound.")
-        layers = list(self.layers.values())
+        layers = list(self.adapters.values())
         norms = layers[0].norms(layers)
         ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1.0)
         factors = [layer.factors() for layer in layers]
@@ -130,20 +141,20 @@ class Network:
 
     def cast_together(self, dtype: torch.dtype) -> None:
         """Cast all weights for the pass to come, which will have a backward pass; see `AdaptedLayer.cast_together`."""
-        layers = list(self.layers.values())
+        layers = list(self.adapters.values())
         layers[0].cast_together(layers, dtype)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the context the models compute as their bases do."""
-        layers = list(self.layers.values())
+        before = [(layer, layer.enabled) for layer in self.layers.values()]
         try:
-            for layer in layers:
+            for layer, _ in before:
                 layer.enabled = False
             yield
         finally:
-            for layer in layers:
-                layer.enabled = True
+            for layer, enabled in before:
+                layer.enabled = enabled
 
 
 def weight_name(target: Target, weight: str) -> str:
@@ -173,6 +184,9 @@ def add_network(
     for component, sizes in sizes_of.items():
         for path, layer in inject(models[component], sizes, spec).items():
             layers[target_of(component, path)] = layer
+    if spec.parts and spec.unet:
+        for path, layer in inject(models[UNET], _parts(models[UNET], spec), spec, READ_ONLY["full"]).items():
+            layers[Target(UNET, path)] = layer
     for target, layer in layers.items():
         layer.reset(lambda name, target=target: generator_for(seed, drawn_by(target, name)))  # type: ignore[misc]
     return Network(spec, layers)
@@ -190,6 +204,19 @@ def _sizes(component: str, model: nn.Module, spec: NetworkSpec) -> Sizes:
     for path, module in layers_inside(model, unet_parents if component == UNET else _TEXT_PARENTS).items():
         if (size := spec.size_of(target_of(component, path), kernel_of(module))) is not None:
             found[path] = size
+    return found
+
+
+def _parts(unet: nn.Module, spec: NetworkSpec) -> Sizes:
+    """Weights, and biases after their weights, of what is trained whole. Raises AdapterError for a part that is not there."""
+    found = {}
+    for part in spec.parts:
+        module = getattr(unet, part, None)
+        if module is None:
+            raise AdapterError(f"{FAMILIES[spec.family].title} has no {part} to train (train_parts).")
+        for path, layer in module.named_modules(prefix=part):
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                found |= {path: (1, 1.0)} | ({} if layer.bias is None else {f"{path}.bias": (1, 1.0)})
     return found
 
 

@@ -24,9 +24,11 @@ _NEEDED = frozenset(
 
 # Options of --network_args that are called otherwise here.
 _ARGUMENTS = {"conv_rank": "conv_dim"}
-_NOT_ARGUMENTS = ("family", "rank", "alpha", "unet", "text_encoder", "dropout", "sizes")
+_NOT_ARGUMENTS = ("family", "rank", "alpha", "unet", "text_encoder", "dropout", "sizes", "parts")
 _BLOCKS = {"mid": ("mid_block.",), "down_mid": ("down_blocks.", "mid_block.")}
 _ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
+PARTS = ("time_embedding", "add_embedding", "conv_in", "conv_out")
+"""Parts of a U-Net outside of its blocks, where no adapters are."""
 _PER_BLOCK = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "block_lr_weights")
 
 
@@ -53,6 +55,8 @@ class NetworkSpec:
     unet: bool = True
     text_encoder: bool = True
     """All text encoders that the network is given."""
+    parts: tuple[str, ...] = ()
+    """Of PARTS: those whose weights and biases are trained whole."""
     dropout: float = 0.0
     """Share of what the down matrix gives that is dropped while training."""
     rank_dropout: float = 0.0
@@ -92,6 +96,8 @@ class NetworkSpec:
         for name in ("dropout", "rank_dropout", "module_dropout"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} must be at least 0 and below 1, got {value}.")
+        unknown = [part for part in self.parts if part not in PARTS]
+        _require(not unknown, f"parts must be of {', '.join(PARTS)}, got {', '.join(unknown)}.")
         for name in without_effect(self):
             raise AdapterError(f"Network {name} has no effect with algo={self.algo}.")
         _require(self.unet or self.text_encoder, "is of neither the U-Net nor the text encoders.")
@@ -143,6 +149,10 @@ class NetworkSpec:
                 return None
         return (rank, alpha) if rank > 0 and alpha > 0 else None
 
+    def is_part(self, target: Target) -> bool:
+        """Whether a weight or bias is one of `parts`, not of an adapter."""
+        return target.component == UNET and target.path.split(".")[0] in self.parts
+
     def _reaches(self, path: str) -> bool:
         """Whether a module of the U-Net lies in the blocks, and is of the layers, that get adapters."""
         is_target = self.targets == "kohya" or ".attentions." not in path or path.endswith(_ATTENTION)
@@ -171,7 +181,8 @@ class NetworkSpec:
         return found
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        values = asdict(self)
+        return json.dumps(values if self.parts else {name: value for name, value in values.items() if name != "parts"})
 
     @classmethod
     def from_json(cls, text: str) -> NetworkSpec:
@@ -186,6 +197,7 @@ class NetworkSpec:
         for name in _PER_BLOCK:
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
+        values["parts"] = tuple(values.get("parts", ()))
         if values.get("sizes") is not None:
             values["sizes"] = {name: (int(rank), float(alpha)) for name, (rank, alpha) in values["sizes"].items()}
         return cls(**values)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tests.tools.caches import CacheSetting
     from tests.tools.network_runs import NetworkSetting
     from tests.tools.runs import RepaSetting
+    from tests.tools.teacher import TeacherSetting
 
 # Tiny tensors: threads cost more than they bring, above all where several processes share two cores. Said before torch is
 # imported, it holds for this process as for those that tests start.
@@ -135,6 +136,26 @@ def network_setting(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -
     from tests.tools.network_runs import NetworkSetting
 
     return NetworkSetting(tmp_path_factory.mktemp("network") / "sd15", tiny_sd15)
+
+
+@pytest.fixture(scope="session")
+def drawn_latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six latents that tiny-shapes drew of three prompts, 64 px. Read them; copy the folder before changing anything in it."""
+    from tests.tools.teacher import draw
+
+    def build(folder: Path) -> Path:
+        assert draw(folder / "store") == 0
+        return folder
+
+    return built_once("drawn-latents", build, tmp_path_factory) / "store"
+
+
+@pytest.fixture(scope="session")
+def teacher_setting(drawn_latents: Path, tmp_path_factory: pytest.TempPathFactory) -> TeacherSetting:
+    """Options of runs on these latents."""
+    from tests.tools.teacher import TeacherSetting
+
+    return TeacherSetting(tmp_path_factory.mktemp("teacher"), drawn_latents)
 
 
 @pytest.fixture(scope="session")

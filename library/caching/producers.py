@@ -11,7 +11,7 @@ from typing import Any
 from library.data.store import StoreMeta
 
 # Facts that name a producer for people but do not change what it makes.
-DESCRIPTIVE = frozenset({"model", "library", "fit"})
+DESCRIPTIVE = frozenset({"model", "library", "fit", "statistics"})
 
 
 @dataclass(frozen=True)

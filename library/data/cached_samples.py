@@ -22,6 +22,8 @@ from library.data.training_images import TrainingImage
 
 FLIP_CHANCE = 0.5
 
+NoiseReader = Callable[[TrainedImage, tuple[int, ...]], torch.Tensor]
+"""(picture, shape of its latents) -> the noise that they were drawn from, float32."""
 MaskReader = Callable[[TrainingImage, Fitted, Size, bool], np.ndarray]
 """(image, where it was cut, rows and columns of its latents, mirrored or not) -> their mask float32 [h, w]."""
 
@@ -61,6 +63,8 @@ class Batch(AlignedBatch):
     """[B, P] float16, likewise, of SDXL."""
     text_rows: torch.Tensor | None = None
     """[B] int64, rows of a table of prompts, of class pictures."""
+    noise: torch.Tensor | None = None
+    """[B, C, h, w] float32: what the latents were drawn from, where that is trained on."""
     mask: torch.Tensor | None = None
     """[B, 1, h, w] float32; None where no picture of the batch has one."""
     preserve: torch.Tensor | None = None
@@ -109,6 +113,7 @@ class CachedSamples:
         seed: int,
         last_step: int,
         read_mask: MaskReader | None = None,
+        read_noise: NoiseReader | None = None,
         frozen_captions: bool = False,
         alike: bool = False,
     ) -> None:
@@ -118,7 +123,7 @@ class CachedSamples:
         """
         self.images, self.seed, self.last_step, self.alike = list(images), seed, last_step, alike
         self._latents, self._tokens, self._captions, self._read_mask = latents, tokens, captions, read_mask
-        self._frozen = frozen_captions
+        self._frozen, self._read_noise = frozen_captions, read_noise
         subsets = {id(picture.image.subset): picture.image.subset for picture in images} if frozen_captions else {}
         self._settings = {key: _as_written(subset) for key, subset in subsets.items()}
 
@@ -143,6 +148,8 @@ class CachedSamples:
             flipped=np.zeros(count, bool),
         )
         self._captions.allocate(batch, pin)
+        if self._read_noise is not None:
+            batch.noise = torch.empty(batch.latents.shape, pin_memory=pin)
         if self._tokens is not None:
             store = self._tokens.stores[bucket]
             batch.allocate_tokens(store, pin)
@@ -198,6 +205,9 @@ class CachedSamples:
                         rows_columns = batch.mask.shape[-2], batch.mask.shape[-1]
                         mask = self._read_mask(picture.image, picture.fitted, rows_columns, flipped)
                         batch.mask[row, 0] = torch.from_numpy(mask)
+        if batch.noise is not None and self._read_noise is not None:
+            for row in range(len(batch))[part]:
+                batch.noise[row] = self._read_noise(self.images[batch.indices[row]], tuple(batch.noise.shape[1:]))
         self._captions.read(batch, part)
 
     def read(self, request: Request) -> Batch:

@@ -13,6 +13,7 @@ from library.data.caption_files import some
 from library.data.class_pictures import IMAGENET_NAMES, Pictures, PictureSet
 from library.data.dataset_config import (
     dataset_from_metadata,
+    dataset_of_latents,
     datasets_from_folders,
     read_dataset_config,
 )
@@ -20,6 +21,7 @@ from library.data.dataset_schema import Dataset, Subset
 from library.data.demo_pictures import ensure_demo_pictures
 from library.data.order import balance_regularisation
 from library.data.sources import is_wnid
+from library.data.teacher_latents import Drawn, TeacherLatents
 from library.data.trained_image import TrainedImage
 from library.data.training_images import (
     MissingCaption,
@@ -51,6 +53,8 @@ class TrainingData:
     notes: list[str] = field(default_factory=list)
     classes: Pictures | None = None
     """Where the pictures are of classes: their source."""
+    drawn: Mapping[str, Drawn] | None = None
+    """Where a teacher drew latents instead: of which prompts and seeds, by sample id."""
 
     @property
     def every(self) -> list[TrainedImage]:
@@ -157,6 +161,34 @@ def collect_classes(
     table = bucket_table([picture.fitted for picture in training], [picture.repeats for picture in training])
     notes = [*(note for one in pictures.sets for note in one.source.notes), _about_prompts(pictures, prompts)]
     return TrainingData([dataset], training, validation, [table], notes=notes, classes=pictures)
+
+
+def collect_drawn(latents: TeacherLatents, given: Mapping[str, Any], *, pixels: int, seed: int) -> TrainingData:
+    """Latents that a teacher drew, each captioned with its prompt. given: as in `read_datasets`. pixels: of a latent, along a side.
+
+    Raises UserError where all are held out.
+    """
+    rows, columns = latents.store.meta.shape[1:]
+    size = columns * pixels, rows * pixels
+    dataset = dataset_of_latents(latents.store.path, size, given)
+    (subset,) = dataset.subsets
+    whole = Fitted(size, size, size, (0, 0, *size))
+    pictures = [
+        TrainedImage(
+            TrainingImage(name, latents.store.path / name, size, one.prompt, "file", None, subset),
+            dataset,
+            whole,
+            subset.num_repeats,
+        )
+        for name, one in latents.drawn.items()
+    ]
+    held = held_out(latents.drawn, dataset.validation_split, seed) if dataset.validation_split > 0 else set()
+    training = [picture for picture in pictures if picture.image.sample_id not in held]
+    if not training:
+        raise UserError("No latents are left to train on: all are held out for validation. Lower validation_split.")
+    table = bucket_table([picture.fitted for picture in training], [picture.repeats for picture in training])
+    validation = [picture for picture in pictures if picture.image.sample_id in held]
+    return TrainingData([dataset], training, validation, [table], drawn=latents.drawn)
 
 
 def _about_prompts(pictures: Pictures, prompts: Mapping[int, str]) -> str:

@@ -130,6 +130,13 @@ def dataset_from_metadata(in_json: Path, train_data_dir: Path | None, given: Map
     return _named([_dataset([command_line], [_subset([level, command_line], str(in_json))], str(in_json))])
 
 
+def dataset_of_latents(store: Path, size: tuple[int, int], given: Mapping[str, Any]) -> Dataset:
+    """The latents of one store, of pictures of this width and height, with the captions' options from the command line."""
+    command_line = _command_line({**given, "resolution": size})
+    level = _Level({"image_dir": store}, lambda key: "--teacher_latents")
+    return _named([_dataset([command_line], [_subset([level, command_line], str(store))], str(store))])[0]
+
+
 _DEFAULT = "the default"
 
 

@@ -7,6 +7,7 @@ Key = sample id plus the kind's suffix; value = raw little-endian tensor bytes a
     {key}#scale         float16 scale per token, where dtype is int8
     {key}#source        what the entry was made from (library.caching.producers)
     {key}#unreadable    why there is no entry
+    {key}#drawn         prompt and seed of latents that a base drew (library.data.teacher_latents)
 
 Rank 0 of a cache build writes `folder/data.mdb`, rank r > 0 `folder/shard-00r/data.mdb`.
 """
@@ -33,7 +34,8 @@ META_KEY = b"__meta__"
 FORMAT_VERSION = 1
 SUFFIXES = {"latents": "", "tokens": "_mid", "moments": "", "prompts": "", "pooled": ""}
 """What the keys of each kind end in. moments are means and log-variances; prompts and pooled what text encoders say."""
-NOTES = (b"#scale", b"#source", b"#unreadable", b"#shape")
+DRAWN = b"#drawn"
+NOTES = (b"#scale", b"#source", b"#unreadable", b"#shape", DRAWN)
 LMDB_PAGE = 4096
 
 

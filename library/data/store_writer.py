@@ -10,6 +10,7 @@ import lmdb
 import numpy as np
 
 from library.data.store import (
+    DRAWN,
     META_KEY,
     SUFFIXES,
     StoreMeta,
@@ -85,7 +86,7 @@ class StoreWriter:
     def delete_raw(self, keys: Sequence[bytes]) -> None:
         """Delete entries by their whole keys, with all that belongs to them."""
         for key in keys:
-            self._dropped += [key, key + b"#scale", key + b"#source", key + b"#unreadable"]
+            self._dropped += [key, key + b"#scale", key + b"#source", key + b"#unreadable", key + DRAWN]
 
     def put_raw(self, key: bytes, value: bytes) -> None:
         self._pending.append((key, value))

@@ -82,6 +82,22 @@ class Bridge(FlowPath):
     def inverse_scale(self, level: float) -> float:
         return math.sqrt((1 - level) ** 2 + level**2)
 
+    def seen(self, x: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is shown and told at points x [B, C, h, w] of the flow, and at any sigmas [B] in 0..1."""
+        return x * _scale(sigmas.view(-1, 1, 1, 1)), self.timesteps_of(sigmas)
+
+    def velocity(self, output: Tensor, x: Tensor, sigmas: Tensor) -> Tensor:
+        """u that the network's output for `seen` means, float32.
+
+        Beyond its last level the network says which latents it sees in this much noise, and u leads away from them.
+        """
+        sigma = sigmas.view(-1, 1, 1, 1)
+        known = sigma.clamp(max=self.high)
+        alpha, level, seen = (1 - known) * _scale(known), known * _scale(known), x * _scale(sigma)
+        noise = self.output.noise(output, seen, alpha, level)
+        latents = (seen - level * noise) / alpha
+        return torch.where(sigma > known, (x - latents) / sigma, (noise - x) / (1 - known))
+
     def clean(self, output: Tensor, x: Tensor, level: float) -> Tensor:
         return self.process.clean(output, x / (1 - level), level / (1 - level))
 
@@ -99,6 +115,11 @@ def along_flow(
         assert isinstance(parametrisation, FlowPath)
         path = parametrisation
     return path if shift is None else replace(path, shift=shift)
+
+
+def _scale(sigma: Tensor) -> Tensor:
+    """Of z of the schedule over x of the flow, at one signal-to-noise ratio."""
+    return ((1 - sigma).square() + sigma.square()).rsqrt()
 
 
 def _sigma(level: float) -> float:

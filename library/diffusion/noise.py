@@ -26,14 +26,20 @@ class Draw:
 
 
 def draw(
-    latents: torch.Tensor, generator: torch.Generator, recipe: NoiseOptions, parametrisation: Parametrisation
+    latents: torch.Tensor,
+    generator: torch.Generator,
+    recipe: NoiseOptions,
+    parametrisation: Parametrisation,
+    noise: torch.Tensor | None = None,
 ) -> Draw:
     """Noise and timesteps for `latents` [B, C, h, w] float32, in kohya's order: noise, offset, pyramid, timesteps, ip.
 
+    noise: that which the latents belong to, where there is such; default: drawn.
     generator: on the latents' device, seeded for this step. With the defaults it draws torch.randn and the timesteps
     of the parametrisation and nothing else. Raises OptionError where the recipe's timesteps lie outside of them.
     """
-    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    if noise is None:
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
     if recipe.noise_offset or recipe.adaptive_noise_scale:
         noise = noise + offset(latents, generator, recipe)
     if recipe.multires_noise_iterations:

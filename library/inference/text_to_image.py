@@ -89,6 +89,10 @@ class TextToImage:
         self.levels = self.process.levels
 
     def draw(self) -> list[Image.Image]:
+        return self._decode(self.latents() * self.request.latent_multiplier)
+
+    def latents(self) -> Tensor:
+        """Of the finished pictures, [B, 4, h, w] float32, scaled."""
         request = self.request
         sigmas = noise_levels(
             self.schedule,
@@ -105,7 +109,7 @@ class TextToImage:
         latents = self._run(_Pass(sigmas, request.width, request.height), initial)
         if request.hires is not None:
             latents = self._run(self._second_pass(request.hires), self._enlarged(latents, request.hires))
-        return self._decode(latents * self.request.latent_multiplier)
+        return latents
 
     def _second_pass(self, hires: Hires) -> _Pass:
         sigmas = last_steps(

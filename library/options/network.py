@@ -20,6 +20,7 @@ from library.options.kohya.training import NetworkConfigOptions, NetworkOutputOp
 from library.options.kohya.watching import LoggingOptions
 from library.options.parser import flatten, parse
 from library.options.run import RunOptions
+from library.options.teacher import DistillationOptions
 
 KOHYA = Dialect(
     config_option="config_file",
@@ -42,6 +43,7 @@ class TrainNetworkOptions(RunOptions):
 
     config: NetworkConfigOptions = field(default_factory=NetworkConfigOptions)
     alignment: NetworkAlignmentOptions = field(default_factory=NetworkAlignmentOptions)
+    distillation: DistillationOptions = field(default_factory=DistillationOptions)
     output: NetworkOutputOptions = field(default_factory=NetworkOutputOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
 
@@ -68,6 +70,9 @@ class TrainNetworkOptions(RunOptions):
                 name,
                 "has no effect with dataset_config, which names the pictures. Leave one of them out.",
             )
+        if self.teacher is not None:
+            self._check_beside_teacher()
+            return
         has_data = config.dataset_config is not None or data.train_data_dir is not None
         require(
             has_data or self.model.pretrained_model_name_or_path.startswith("tiny-"),
@@ -78,6 +83,23 @@ class TrainNetworkOptions(RunOptions):
         if config.dataset_config is None:
             self._check_without_dataset_file()
 
+    def _check_beside_teacher(self) -> None:
+        """What is of pictures, and a teacher's latents are none."""
+        given = [
+            option.name for option in dataclasses.fields(self.data) if getattr(self.data, option.name) != option.default
+        ]
+        given += ["dataset_config"] if self.config.dataset_config is not None else []
+        given += [name for name in ("masked_loss", "masked_loss_renormalize") if getattr(self.objective, name)]
+        given += ["alignment"] if self.alignment.alignment else []
+        given += ["vae"] if self.model.vae is not None else []
+        for name in given:
+            require(
+                False,
+                name,
+                "is for pictures, and teacher_latents are latents already, with prompts for captions. Leave one of them out.",
+            )
+        self._check_without_validation()
+
     def _check_without_dataset_file(self) -> None:
         """What would have no effect, had a dataset TOML not its own say in it."""
         has_masks = self.data.alpha_mask or self.data.conditioning_data_dir is not None
@@ -87,6 +109,9 @@ class TrainNetworkOptions(RunOptions):
                 name,
                 "needs masks: conditioning_data_dir or alpha_mask.",
             )
+        self._check_without_validation()
+
+    def _check_without_validation(self) -> None:
         if self.validation.validation_split > 0:
             return
         for group in (self.validation, self.output):
@@ -123,9 +148,15 @@ class TrainNetworkOptions(RunOptions):
         return self.config.dataset_config
 
     @property
+    def teacher(self) -> DistillationOptions | None:
+        return None if self.distillation.teacher_latents is None else self.distillation
+
+    @property
     def uses_demo(self) -> bool:
         """Whether the generated demo pictures are trained on, by name or because nothing else is given."""
         folder = self.data.train_data_dir
+        if self.teacher is not None:
+            return False
         return str(folder) == DEMO_DATA or (folder is None and self.config.dataset_config is None)
 
 

@@ -22,6 +22,7 @@ from library.options.kohya.training import NetworkModelOptions, NetworkTrainingO
 from library.options.kohya.values import OptionalSize, StepsOrShare
 from library.options.parser import ConfigOptions, parse
 from library.options.run import RunOptions
+from library.options.teacher import TeacherDrawingOptions
 from library.options.toml_file import find_config, read_toml
 from library.options.training import OutputOptions, Schedule
 
@@ -200,8 +201,11 @@ class TrainRepaOptions(RunOptions):
 class PrepareCacheOptions(TrainRepaOptions):
     """Those of the training that the caches are for; what is not about pictures and caches is not looked at."""
 
+    drawing: TeacherDrawingOptions = field(default_factory=TeacherDrawingOptions)
+
     verify: bool = False
-    """Re-read every entry: counts, shapes, finiteness, spread; re-encode 8 at random and compare."""
+    """Re-read every entry: counts, shapes, finiteness, spread; re-encode 8 at random and compare. Of teacher_latents, draw every
+    k-th again, 8 in all."""
 
 
 def parse_repa_options(argv: list[str], *, prog: str, description: str | None) -> TrainRepaOptions:

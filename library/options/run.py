@@ -23,6 +23,7 @@ from library.options.kohya.training import (
     TextEncoderOptions,
 )
 from library.options.kohya.watching import MetadataOptions, SampleOptions, ValidationOptions
+from library.options.teacher import DistillationOptions
 from library.options.training import OutputOptions
 
 
@@ -106,6 +107,16 @@ class RunOptions:
             "and text_encoder_lr leave nothing to train. Raise one of them.",
         )
         require(
+            self.trains_unet or not network.train_parts,
+            "train_parts",
+            "are of the U-Net, and the U-Net is not trained.",
+        )
+        require(
+            bool(network.train_parts) or optimizer.train_parts_lr is None,
+            "train_parts_lr",
+            "has no effect without train_parts.",
+        )
+        require(
             self.trains_unet or not self.alignment.alignment,
             "alignment",
             "trains features of the U-Net, and the U-Net is not trained.",
@@ -152,6 +163,11 @@ class RunOptions:
     @property
     def class_pictures(self) -> ClassPictureOptions | None:
         """The class pictures that are trained on, where these are no captioned ones."""
+        return None
+
+    @property
+    def teacher(self) -> DistillationOptions | None:
+        """Where a teacher drew the latents that are trained on; None for pictures."""
         return None
 
     @property

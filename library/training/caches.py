@@ -13,6 +13,7 @@ from library.caching.prompt_cache import PromptCache, prepare_prompts
 from library.caching.tokens import Teacher, prepare_tokens
 from library.data.captions import cacheable_captions, variations
 from library.data.collect import TrainingData
+from library.data.store import TensorStore
 from library.data.text_embeddings import TextEmbeddings
 from library.errors import UserError
 from library.models.conditioning import TextConditioner, clip_skip
@@ -62,6 +63,8 @@ def prepare_caches(
     """Everything that can be encoded beforehand, complete. Pictures that turn out unreadable leave the data."""
     if data.classes is not None:
         return prepare_classes(options, processes, base, family, data)
+    if data.drawn is not None:
+        return prepare_drawn(options, processes, base, family, data)
     pictures = [
         BucketedPicture(
             picture.image.sample_id,
@@ -96,6 +99,17 @@ def prepare_caches(
         data = _without(data, tokens.dropped)
     prompts = _prompts(options, processes, base, family, data) if options.cache.caches_text else None
     stores = Stores(latents, tokens)
+    return Prepared(base, family, data, stores, stores, prompts)
+
+
+def prepare_drawn(
+    options: RunOptions, processes: Processes, base: BaseLocation, family: Family, data: TrainingData
+) -> Prepared:
+    """Latents of a teacher are there already; their prompts are cached where that is asked for."""
+    assert options.teacher is not None and options.teacher.teacher_latents is not None
+    store, bucket = TensorStore(options.teacher.teacher_latents, "latents"), data.training[0].fitted.bucket
+    prompts = _prompts(options, processes, base, family, data) if options.cache.caches_text else None
+    stores = Stores(BucketCaches({bucket: store}, {}, {}), None)
     return Prepared(base, family, data, stores, stores, prompts)
 
 

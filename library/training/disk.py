@@ -45,7 +45,9 @@ class CacheSize:
 
 
 def cache_sizes(options: RunOptions, family: Family, data: TrainingData) -> list[CacheSize]:
-    """Of latents and tokens, each picture with its mirror image where that is shown."""
+    """Of latents and tokens, each picture with its mirror image where that is shown; latents of a teacher are there already."""
+    if data.drawn is not None:
+        return []
     tokens = options.alignment if options.alignment.alignment else None
     width = wanted_width(options)
     moments = 1 if data.classes is not None else 2

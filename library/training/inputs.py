@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from library.errors import UserError, check_all
 from library.options.checks import OptionError
@@ -33,6 +34,7 @@ def input_checks(options: RunOptions, *, planning: bool = False) -> list[Callabl
     """
     from library.data.class_pictures import check_pictures
     from library.data.collect import read_datasets
+    from library.data.teacher_latents import open_teacher_latents
     from library.models.locate import check_base, check_dino
     from library.models.lone_vae import check_vae_name
     from library.options.kohya.dataset import DEMO_DATA
@@ -46,7 +48,9 @@ def input_checks(options: RunOptions, *, planning: bool = False) -> list[Callabl
         checks.append(lambda: check_vae_name(vae))
     if options.alignment.alignment:
         checks.append(lambda: check_dino(model.dino_model))
-    if classes is None and not options.uses_demo:
+    if (teacher := options.teacher) is not None:
+        checks.append(lambda: open_teacher_latents(cast(Path, teacher.teacher_latents)).close())
+    elif classes is None and not options.uses_demo:
         checks.append(lambda: read_datasets(options, native_side=SD15.native_side))
     elif classes is not None and classes.train_data != DEMO_DATA and not (planning and classes.max_train_samples):
         checks.append(lambda: check_pictures(classes))
@@ -145,6 +149,7 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
 
 def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[str]:
     """See that options and adapters to start from fit the base; what to say of those. Raises UserError for what does not."""
+    from library.training.distillation import check_teacher
     from library.training.flow import check_flow
     from library.training.models import check_swapped, check_weights
 
@@ -156,7 +161,11 @@ def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[s
     options.optimizer.text_encoder_rates(len(family.text_encoders))
     check_vae_fits(options, family)
     check_swapped(options, base, family)
-    return [*check_flow(options, base), *check_weights(options, base, family)]
+    return [
+        *check_flow(options, base),
+        *check_teacher(options, base, family),
+        *check_weights(options, base, family),
+    ]
 
 
 def check_vae_fits(options: RunOptions, family: Family) -> None:

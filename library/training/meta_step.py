@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from library.data.cached_samples import Batch, CachedSamples
 from library.data.text_embeddings import TextEmbeddings
 from library.device import named_dtype
-from library.models.conditioning import CHUNK, TextConditioner, clip_skip
+from library.models.conditioning import CHUNK, Conditioning, TextConditioner, clip_skip
 from library.models.configs import configs_of
 from library.models.encoders import grid_in_aspect
 from library.models.load import TextPart, load_scheduler_config
@@ -24,6 +24,7 @@ from library.options.run import RunOptions
 from library.processes import Processes
 from library.training.caches import Stores
 from library.training.checkpoints import Checkpoints
+from library.training.distillation import bridged_teacher
 from library.training.loop import Run, take_step
 from library.training.models import meta_models
 from library.training.plan import Plan
@@ -164,6 +165,9 @@ def meta_step(
         text,
         make_objective(options, scheduler, family, family.native_side, processes),
         context,
+        teacher=bridged_teacher(
+            options, scheduler, META, lambda: Conditioning(*_conditioning(options, family, models, 1))
+        ),
         teacher_width=size.teacher_width,
         gather=None,
         scaling_factor=family.scaling_factor,
@@ -222,10 +226,11 @@ def _batch(options: RunOptions, family: Family, models: dict[str, Any], text: Te
     """As `CachedSamples` makes them, on the device."""
     count = size.pictures
     rows, columns = family.latent_size(size.width, size.height)
-    of_classes = options.class_pictures is not None
+    of_classes, teacher = options.class_pictures is not None, options.teacher
+    scaled = of_classes or teacher is not None
     batch = Batch(
         indices=np.arange(count),
-        latents=_half(count, family.latent_channels * (1 if of_classes else 2), rows, columns),
+        latents=_half(count, family.latent_channels * (1 if scaled else 2), rows, columns),
         sizes=torch.empty(count, 6, device=META),
         captions=[],
         flipped=np.zeros(count, bool),
@@ -239,6 +244,8 @@ def _batch(options: RunOptions, family: Family, models: dict[str, Any], text: Te
     else:
         encoders = len(family.text_encoders)
         batch.ids = torch.empty(count, encoders, options.text.chunks, CHUNK + 2, dtype=torch.int64, device=META)
+    if teacher is not None and teacher.flow_target == "reflow":
+        batch.noise = torch.empty(batch.latents.shape, device=META)
     if size.masked:
         batch.mask = torch.empty(count, 1, rows, columns, device=META)
     if size.preserved:

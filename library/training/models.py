@@ -36,7 +36,7 @@ from networks.families import SD15, TEXT_ENCODER, TEXT_ENCODER_2, UNET, Family
 from networks.kinds.lora import LORA_DOWN
 from networks.loading import require_trainable
 from networks.names import Target
-from networks.network import Network, add_network, weight_name
+from networks.network import PARTS_GROUP, Network, add_network, weight_name
 from networks.spec import NetworkSpec
 
 
@@ -183,7 +183,9 @@ def network_spec(options: RunOptions, family: Family, start: Adapter | None) -> 
         weights = block_weights(family, *values)
     sizes = None
     if network.dim_from_weights and start is not None:
-        sizes = {f"{target.component}.{target.path}": (m.rank, m.alpha) for target, m in start.modules.items()}
+        sizes = {
+            f"{target.component}.{target.path}": (m.rank, m.alpha) for target, m in start.modules.items() if m.rank > 0
+        }
     shared = {field.name for field in fields(NetworkSpec)} & {field.name for field in fields(args)}
     return NetworkSpec(
         family=family.key,
@@ -194,6 +196,7 @@ def network_spec(options: RunOptions, family: Family, start: Adapter | None) -> 
         targets=network.targets,
         unet=options.trains_unet,
         text_encoder=options.trains_text_encoders,
+        parts=network.train_parts,
         dropout=network.network_dropout or 0.0,
         block_lr_weights=weights,
         sizes=sizes,
@@ -217,6 +220,8 @@ def parameter_groups(network: Network, options: RunOptions, family: Family) -> l
     groups = []
     for group in network.groups(plus):
         rate = rates[group.component] * group.factor
+        if group.name == PARTS_GROUP and optimizer.train_parts_lr is not None:
+            rate = optimizer.train_parts_lr
         if rate > 0:
             parameters = [network.parameters[name] for name in group.parameters]
             groups.append(ParameterGroup(group.name, parameters, rate, optimizer.weight_decay))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from library.data.class_pictures import open_pictures
-from library.data.collect import TrainingData, collect, collect_classes, read_datasets
+from library.data.collect import TrainingData, collect, collect_classes, collect_drawn, read_datasets
 from library.data.dataset_schema import Dataset
 from library.data.order import Group
+from library.data.teacher_latents import open_teacher_latents
 from library.data.trained_image import groups_of
 from library.errors import UserError
-from library.models.base_family import native_side
+from library.models.base_family import family_of, native_side
 from library.models.locate import BaseLocation
 from library.options.run import RunOptions
 from library.words import plural
@@ -20,7 +21,10 @@ def collect_pictures(options: RunOptions, base: BaseLocation, world_size: int = 
     """Every picture of the run, in its bucket. Raises UserError for all that is wrong with them."""
     if options.cache.cache_latents is False:
         raise UserError("--no_cache_latents is not offered: latents are always cached, on the disk. Leave it out.")
-    data = class_data(options) if options.class_pictures is not None else _captioned(options, base)
+    if options.teacher is not None:
+        data = _drawn(options, base)
+    else:
+        data = class_data(options) if options.class_pictures is not None else _captioned(options, base)
     _check_effects(options, data)
     if options.alignment.alignment and world_size == 1:  # several processes compare their pictures with each other's
         _check_pairs(options, data)
@@ -39,6 +43,15 @@ def class_data(options: RunOptions) -> TrainingData:
         if options.validation.validation_seed is None
         else options.validation.validation_seed,
     )
+
+
+def _drawn(options: RunOptions, base: BaseLocation) -> TrainingData:
+    assert options.teacher is not None and options.teacher.teacher_latents is not None
+    latents = open_teacher_latents(options.teacher.teacher_latents)
+    latents.close()
+    given, own = options.dataset_defaults(), options.validation.validation_seed
+    seed = options.training.seed if own is None else own
+    return collect_drawn(latents, given, pixels=family_of(base).vae_factor, seed=seed)
 
 
 def _captioned(options: RunOptions, base: BaseLocation) -> TrainingData:

@@ -23,7 +23,7 @@ from library.diffusion.noise import Draw
 from library.files import beside
 from library.training.checkpoints import Checkpoints
 from library.training.loop import Run
-from library.training.randomness import StepRandomness, sample_noise, stratified_places
+from library.training.randomness import StepRandomness, stratified_places
 from library.training.speed import explained_kernels
 from library.training.state import save_state
 from library.training.task import LoraTask
@@ -207,7 +207,7 @@ def _frozen_losses(
     device, objective = task.processes.device, task.objective
     batch = samples.read(request).to(device)
     latents = task.latents(batch)
-    noise = sample_noise(task.validation_seed, samples.ids_of(batch), tuple(latents.shape[1:])).to(device)
+    noise = task.fixed_noise(batch, samples, latents)
     timesteps = objective.parametrisation.spread(stratified_places(count)[place : place + len(batch)]).to(device)
     own = task.each(batch, latents, Draw(noise, noise, timesteps))
     zero = masked_mean(

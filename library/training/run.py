@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
@@ -10,18 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from library.caching.masks import alpha_channel, latent_mask
 from library.data.batches import Prefetcher
-from library.data.buckets import Fitted, Size
 from library.data.cached_samples import CachedSamples, requests
 from library.data.order import BatchOrder
 from library.data.text_embeddings import TextEmbeddings
-from library.data.trained_image import TrainedImage
-from library.data.training_images import TrainingImage
 from library.device import named_dtype
 from library.diffusion.alignment_losses import Gather
 from library.diffusion.loss import PointwiseLoss
@@ -40,8 +35,9 @@ from library.options.repa import RepaObjectiveOptions
 from library.options.run import RunOptions
 from library.processes import Processes
 from library.training.alignment import PART, Alignment, head_group, head_parameters
-from library.training.caches import Prepared, Stores
+from library.training.caches import Prepared
 from library.training.checkpoints import Checkpoints
+from library.training.distillation import BridgedTeacher, bridged_teacher, distillation_facts, without_prompt
 from library.training.earlier import run_record
 from library.training.ema import ExponentialAverage
 from library.training.facts import state_facts
@@ -61,6 +57,7 @@ from library.training.models import (
 from library.training.optimizers import make_optimizer, optimizer_notes
 from library.training.patience import Patience, validation_due
 from library.training.plan import Plan
+from library.training.samples import make_samples
 from library.training.saving import saving_of
 from library.training.schedules import learning_rates_of
 from library.training.speed import set_up_determinism, set_up_speed
@@ -73,9 +70,6 @@ from networks.families import UNET, Family
 
 COMPARED: dict[str, Prediction | None] = {"auto": None, "epsilon": EPSILON, "v": VELOCITY}
 """What the loss compares, by the values of --objective."""
-
-MOST_BESIDE = 2048
-"""Training pictures that are validated beside the held-out ones: their mean loss is known to about 2 % then."""
 
 
 def make_objective(
@@ -139,7 +133,7 @@ def build_run(
             facts["prediction_type"],
             prepared.base.path,
             run_record(options, samples, facts["base_weights"]) if samples else None,
-            flow_facts(options.flow, task.objective.parametrisation),
+            flow_facts(options.flow, task.objective.parametrisation) | distillation_facts(options),
         )
     dtype = named_dtype(options.output.save_precision or "float")
 
@@ -208,15 +202,16 @@ def build_task(
     parts = prepared.models.text(options, base, family, processes.device) if prepared.text is None else []
     text = make_text(options, processes, prepared, unet, parts)
     training, validation = make_samples(options, prepared, text, plan)
-    tokens = prepared.training.tokens
+    tokens, scheduler = prepared.training.tokens, load_scheduler_config(base)
     return make_task(
         options,
         processes,
         family,
         {UNET: unet, **{part.component: part.model for part in parts}},
         text,
-        make_objective(options, load_scheduler_config(base), family, native_side(base), processes),
+        make_objective(options, scheduler, family, native_side(base), processes),
         context,
+        teacher=bridged_teacher(options, scheduler, processes.device, lambda: without_prompt(text, family)),
         teacher_width=None if tokens is None else tokens.width,
         gather=_gather(processes, plan),
         scaling_factor=scaling_factor(options, base, family),
@@ -234,13 +229,15 @@ def make_task(
     objective: Objective,
     context: ExitStack,
     *,
+    teacher: BridgedTeacher | None,
     teacher_width: int | None,
     gather: Gather | None,
     scaling_factor: float,
     training: CachedSamples,
     validation: dict[str, CachedSamples],
 ) -> LoraTask:
-    """The same of models that are there. teacher_width: of the tokens that heads learn; None: no heads."""
+    """The same of models that are there. teacher: of a flow, the base itself. teacher_width: of the tokens that heads learn; None:
+    no heads."""
     unet = models[UNET]
     for sentence in quantise(models, options):
         processes.say(sentence)
@@ -287,6 +284,7 @@ def make_task(
         workers=options.speed.max_data_loader_n_workers,
         channels_last=bool(options.speed.channels_last),
         alignment=alignment,
+        teacher=teacher,
     )
 
 
@@ -330,43 +328,6 @@ def _check_prompts(text: TextEmbeddings, options: RunOptions, unet: Any, family:
         )
 
 
-def make_samples(
-    options: RunOptions, prepared: Prepared, text: Text, plan: Plan
-) -> tuple[CachedSamples, dict[str, CachedSamples]]:
-    """The training pictures; the held-out ones, and beside them as many of those that are trained, up to MOST_BESIDE."""
-    data, classes = prepared.data, prepared.data.classes is not None
-
-    def make(images: Sequence[TrainedImage], stores: Stores, *, frozen: bool, alike: bool) -> CachedSamples:
-        return CachedSamples(
-            images,
-            stores.latents,
-            stores.tokens,
-            text,
-            seed=options.training.seed,
-            last_step=plan.last_step,
-            read_mask=mask_of,
-            frozen_captions=frozen,
-            alike=alike,
-        )
-
-    # Of class pictures every step is full. A validation of several processes may end in a batch that not all have.
-    training = make(data.training, prepared.training, frozen=False, alike=classes)
-    if not data.validation:
-        return training, {}
-    own = [picture for picture in data.training if not picture.image.subset.is_reg]
-    beside = [own[i] for i in evenly_spread(len(own), min(len(data.validation), MOST_BESIDE))]
-    alike = classes and plan.world_size == 1
-    return training, {
-        "loss": make(data.validation, prepared.validation, frozen=True, alike=alike),
-        "train_loss": make(beside, prepared.training, frozen=True, alike=alike),
-    }
-
-
-def evenly_spread(count: int, most: int) -> list[int]:
-    """At most `most` places among `count`, at even distances."""
-    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist()
-
-
 def make_trained(options: RunOptions, task: LoraTask, optimizer: Optimizer | None = None) -> Trained:
     """What a step changes. Parameters whose rate is 0 are in the adapter's file, and are not among it.
 
@@ -393,8 +354,3 @@ def make_trained(options: RunOptions, task: LoraTask, optimizer: Optimizer | Non
     if options.optimizer.ema_decay > 0:
         trained.average = ExponentialAverage(trained.parameters, options.optimizer.ema_decay)
     return trained
-
-
-def mask_of(image: TrainingImage, fitted: Fitted, size: Size, flipped: bool) -> np.ndarray:
-    """How much each latent of a masked picture counts, float32 [h, w]."""
-    return latent_mask(alpha_channel(image.path) if image.mask is None else image.mask, fitted, size, flipped)

@@ -20,6 +20,7 @@ from library.models.conditioning import Conditioning
 from library.options.kohya.objective import NoiseOptions
 from library.processes import Processes
 from library.training.alignment import Alignment, AlignmentLosses
+from library.training.distillation import BridgedTeacher
 from library.training.optimizers import ParameterGroup
 from library.training.randomness import sample_noise, stratified_places
 from library.training.text import Text
@@ -33,7 +34,8 @@ class LoraTask:
     """The Task of the loop.
 
     models: component -> the frozen model with its adapters. validation: held-out pictures, and training pictures beside them.
-    alignment: heads on the U-Net's features, where the run has any (U-REPA, arXiv 2503.18414).
+    alignment: heads on the U-Net's features, where the run has any (U-REPA, arXiv 2503.18414). teacher: the base behind its bridge,
+    whose velocities a native flow learns instead of noise - latents, where it does.
     """
 
     models: Mapping[str, nn.Module]
@@ -54,6 +56,7 @@ class LoraTask:
     workers: int
     channels_last: bool = False
     alignment: Alignment | None = None
+    teacher: BridgedTeacher | None = None
 
     @property
     def unet(self) -> nn.Module:
@@ -75,7 +78,7 @@ class LoraTask:
         recorded at this step and repeated at others; default: made here.
         """
         latents = self.latents(batch)
-        drawn = draw(latents, generator, self.recipe, self.objective.parametrisation)
+        drawn = draw(latents, generator, self.recipe, self.objective.parametrisation, batch.noise)
         losses = self.each(batch, latents, drawn, generator)
         if batch.weights is None or batch.real is None:
             mean = losses.mean()
@@ -111,9 +114,9 @@ class LoraTask:
         noisy = self.objective.parametrisation.add_noise(latents, drawn.added_noise, drawn.timesteps)
         self.network.set_multiplier(batch.multiplier)
         preserved = None
-        if batch.preserve is not None:
+        if batch.preserve is not None or self.teacher is not None:
             with torch.no_grad(), self.network.disabled():
-                preserved = self.predict(noisy, drawn.timesteps, self.condition(batch), batch.sizes)
+                preserved = self._as_the_base(noisy, drawn.timesteps, batch)
         if torch.is_grad_enabled():
             self.network.cast_together(self.compute_dtype)
         # Last, so that the features caught on the way are the adapted network's.
@@ -128,6 +131,20 @@ class LoraTask:
             preserved=preserved,
             preserve_mask=batch.preserve,
         )
+
+    def _as_the_base(self, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+        """What the network would give, did it say what the base says: of a native flow, by way of the base's bridge."""
+        text = self.condition(batch)
+        if self.teacher is None:
+            return self.predict(noisy, timesteps, text, batch.sizes)
+        sigmas = self.objective.parametrisation.at(timesteps)[1].flatten()
+        return self.teacher.velocity(self.predict, noisy, sigmas, text, batch.sizes)
+
+    def fixed_noise(self, batch: Batch, samples: CachedSamples, latents: Tensor) -> Tensor:
+        """The noise that a picture has in every validation, [B, C, h, w]: its own, or what it was drawn from."""
+        if batch.noise is not None:
+            return batch.noise
+        return sample_noise(self.validation_seed, samples.ids_of(batch), tuple(latents.shape[1:])).to(latents.device)
 
     def aligned(self, batch: Batch, generator: torch.Generator, *, with_gradient: bool) -> AlignmentLosses:
         """Alignment losses of the last batch that `each` ran."""
@@ -217,7 +234,7 @@ class LoraTask:
         batches = Prefetcher(samples, order, device, workers=self.workers)
         for batch in batches:
             latents = self.latents(batch)
-            noise = sample_noise(self.validation_seed, samples.ids_of(batch), tuple(latents.shape[1:])).to(device)
+            noise = self.fixed_noise(batch, samples, latents)
             own = places[torch.from_numpy(batch.indices)]
             chosen = self.objective.parametrisation.spread(own).to(device)
             losses = self.each(batch, latents, Draw(noise, noise, chosen))

@@ -125,7 +125,7 @@ READ_ONLY = {
             "full",
             "Full (diff)",
             data="networks.kinds.full:FullModule",
-            layer="",
+            layer="networks.kinds.full:FullLayer",
             formula="diff",
             readers="Whole differences (diff, diff_b) beside LoRA: for ComfyUI, A1111 and LyCORIS, not for diffusers.",
             note="of weights and biases, without a rank.",
@@ -150,7 +150,7 @@ READ_ONLY = {
         ),
     )
 }
-"""Kinds that are read, merged and drawn with, and not trained."""
+"""Kinds that are read, merged and drawn with, and that no algo= names: `full` is trained beside others, the rest not at all."""
 
 
 def without_effect(options: Any) -> dict[str, list[str]]:

@@ -1,17 +1,26 @@
 """Differences that are stored whole: `diff` and `diff_b` (LyCORIS' full, ComfyUI), `w_norm` and `b_norm` (LyCORIS' norms).
 
-For weights and biases of any layer, normalisations too. Read, merged and drawn with; not trained.
+For weights and biases of any layer, normalisations too. Trained are those of a U-Net's first and last layers and of its embeddings
+(`NetworkSpec.parts`), beside adapters of another kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from networks.adapted_layer import AdaptedLayer, Draw, Sizes, copy_weights
 from networks.adapter_module import AdapterModule
+from networks.injection import OwnLayer
 from networks.kinds import READ_ONLY
+from networks.names import Target
+from networks.spec import NetworkSpec
+from networks.targets import weight_shape
 
 OF_BIASES = ("diff_b", "b_norm")
 
@@ -69,3 +78,55 @@ class FullModule(AdapterModule):
 
 def _without_ones(shape: Sequence[int]) -> list[int]:
     return list(shape[:2]) if len(shape) == 4 and list(shape[2:]) == [1, 1] else list(shape)
+
+
+class FullLayer(OwnLayer):
+    """W + diff of a Linear layer or convolution, or bias + diff: a bias has a layer of its own around that of its weight."""
+
+    diff: nn.Parameter
+    of_bias: bool
+
+    @classmethod
+    def put_into(cls, model: nn.Module, sizes: Sizes, spec: NetworkSpec) -> dict[str, AdaptedLayer]:
+        layers: dict[str, AdaptedLayer] = {}
+        for path, (rank, alpha) in sizes.items():
+            target = Target("", path)
+            layer = cls(model.get_submodule(target.module), rank, alpha, spec)
+            layer.of_bias = target == target.bias
+            layers[path] = layer
+            parent, _, name = target.module.rpartition(".")
+            setattr(model.get_submodule(parent), name, layer)
+        return layers
+
+    @property
+    def _innermost(self) -> Any:
+        return self.base_layer.base_layer if isinstance(self.base_layer, FullLayer) else self.base_layer
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        return self._innermost.bias.shape if self.of_bias else weight_shape(self._innermost)
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        return {"diff": self.diff}
+
+    def reset(self, draw: Draw) -> None:
+        self.diff = self._fresh(self.weight_shape, None)
+
+    def to_module(self) -> AdapterModule:
+        return FullModule(self.diff.detach())
+
+    def load_module(self, module: AdapterModule) -> None:
+        copy_weights(self.weights, module.tensors())
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.base_layer(x)
+        if not self.enabled:
+            return result
+        base, diff = self._innermost, (self.multiplier * self.diff).to(x.dtype)
+        convolves = isinstance(base, nn.Conv2d)
+        if self.of_bias:
+            return result + (diff.view(-1, 1, 1) if convolves else diff)
+        if convolves:
+            return result + F.conv2d(x, diff, None, base.stride, base.padding, base.dilation, base.groups)
+        return result + F.linear(x, diff)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.options.checks import not_negative, require
+from library.options.checks import not_negative, positive, require
 from library.options.kohya.values import StepsOrShare
 from library.options.training import OptimizerOptions, Schedule
 
@@ -34,6 +34,8 @@ class NetworkOptimizerOptions(OptimizerOptions):
     """Peak learning rate of adapters on the U-Net; 0 trains none there. Default: learning_rate."""
     text_encoder_lr: tuple[float, ...] = ()
     """The same for the text encoders, on SDXL one for both or one for each; 0 trains none there. Default: learning_rate."""
+    train_parts_lr: float | None = None
+    """Peak learning rate of train_parts. Default: that of the adapters on the U-Net."""
     weight_decay: float | None = None  # type: ignore[assignment]
     """Decoupled weight decay of the adapters. Default: as optimizer_args says, else the optimizer's own (AdamW: 0.01)."""
     lr_scheduler: Schedule = "constant"
@@ -47,6 +49,7 @@ class NetworkOptimizerOptions(OptimizerOptions):
 
     def __post_init__(self) -> None:
         not_negative("unet_lr", self.unet_lr)
+        positive("train_parts_lr", self.train_parts_lr)
         for rate in self.text_encoder_lr:
             not_negative("text_encoder_lr", rate)
         require(
