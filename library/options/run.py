@@ -23,6 +23,7 @@ from library.options.kohya.training import (
     TextEncoderOptions,
 )
 from library.options.kohya.watching import MetadataOptions, SampleOptions, ValidationOptions
+from library.options.timestep_bins import TimestepBinOptions
 from library.options.training import OutputOptions
 
 
@@ -40,6 +41,7 @@ class RunOptions:
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     objective: NetworkObjectiveOptions = field(default_factory=NetworkObjectiveOptions)
     flow: FlowOptions = field(default_factory=FlowOptions)
+    bins: TimestepBinOptions = field(default_factory=TimestepBinOptions)
     optimizer: NetworkOptimizerOptions = field(default_factory=NetworkOptimizerOptions)
     training: NetworkTrainingOptions = field(default_factory=NetworkTrainingOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
@@ -118,6 +120,11 @@ class RunOptions:
 
     def _check_effects(self) -> None:
         """What would have no effect beside the rest, or cannot be had together."""
+        require(
+            not self.bins.given or self.flow.kind == "bins",
+            next(iter(self.bins.given), ""),
+            "has no effect without timestep_sampling bins.",
+        )
         require(
             self.speed.compile != "graphs" or not self.noise.multires_noise_iterations,
             "compile",

@@ -33,6 +33,7 @@ def input_checks(options: RunOptions, *, planning: bool = False) -> list[Callabl
     """
     from library.data.class_pictures import check_pictures
     from library.data.collect import read_datasets
+    from library.diffusion.level_accuracy import LevelAccuracy
     from library.models.locate import check_base, check_dino
     from library.models.lone_vae import check_vae_name
     from library.options.kohya.dataset import DEMO_DATA
@@ -44,6 +45,8 @@ def input_checks(options: RunOptions, *, planning: bool = False) -> list[Callabl
     ]
     if (vae := model.vae) is not None:
         checks.append(lambda: check_vae_name(vae))
+    if (file := options.bins.timestep_bin_file) is not None:
+        checks.append(partial(LevelAccuracy.read, file, options.bins.timestep_bin_min_acc))
     if options.alignment.alignment:
         checks.append(lambda: check_dino(model.dino_model))
     if classes is None and not options.uses_demo:
@@ -145,6 +148,7 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
 
 def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[str]:
     """See that options and adapters to start from fit the base; what to say of those. Raises UserError for what does not."""
+    from library.training.bins import describe_bins
     from library.training.flow import check_flow
     from library.training.models import check_swapped, check_weights
 
@@ -156,7 +160,7 @@ def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[s
     options.optimizer.text_encoder_rates(len(family.text_encoders))
     check_vae_fits(options, family)
     check_swapped(options, base, family)
-    return [*check_flow(options, base), *check_weights(options, base, family)]
+    return [*check_flow(options, base), *describe_bins(options), *check_weights(options, base, family)]
 
 
 def check_vae_fits(options: RunOptions, family: Family) -> None:
