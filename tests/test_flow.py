@@ -165,7 +165,7 @@ DENSITIES: dict[str, tuple[SigmaDensity, Callable[[np.ndarray], np.ndarray]]] = 
 def test_a_density_draws_what_its_formula_says_and_a_part_of_it_is_that_part(name: str) -> None:
     density, formula = DENSITIES[name]
     generator = torch.Generator().manual_seed(0)
-    drawn = density.draw(40_000, generator).sort().values
+    drawn = density.part(torch.rand(40_000, generator=generator)).sort().values
     assert drawn.dtype == torch.float32 and drawn.min() >= 0 and drawn.max() <= 1
     if name == "logit_normal":
         logits = torch.logit(drawn.double())
@@ -176,7 +176,7 @@ def test_a_density_draws_what_its_formula_says_and_a_part_of_it_is_that_part(nam
         places = (np.arange(40_000) + 0.5) / 40_000
         assert np.abs(drawn.numpy() - np.sort(formula(places))).max() < 0.015
     inner = drawn[(drawn > 0.2) & (drawn < 0.7)]
-    part = density.draw(40_000, generator, 0.2, 0.7)
+    part = density.part(torch.rand(40_000, generator=generator), 0.2, 0.7)
     assert part.min() >= 0.2 and part.max() <= 0.7
     for quantile in (0.1, 0.5, 0.9):
         assert part.quantile(quantile).item() == pytest.approx(inner.quantile(quantile).item(), abs=0.01)

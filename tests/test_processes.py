@@ -66,7 +66,9 @@ def test_two_processes_train_validate_save_and_resume_exactly(
     tmp_path: Path, tiny_sd15: Path, tiny_dinov2: Path
 ) -> None:
     setting = RepaSetting(tmp_path / "data", tiny_sd15, tiny_dinov2)
+    """What bins of timesteps learn from losses, too: processes that disagreed about them would resume as another run."""
     changes = {"processes": WORLD, "train_batch_size": 2, "save_every_n_steps": 2, "validate_every_n_steps": 2}
+    changes |= {"timestep_sampling": "bins", "timestep_bins": 4}
     output = setting.start(tmp_path / "whole", **changes).end()
     assert "batch 2 x 1 accumulated x 2 processes" in output
     copy_until(tmp_path / "whole", tmp_path / "resumed", 2)

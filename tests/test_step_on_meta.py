@@ -117,6 +117,9 @@ def test_a_step_at_full_size_waits_for_nothing(
         "--flow_model --timestep_sampling shift --discrete_flow_shift 2.5 --min_snr_gamma 5",
         "--flow_mode native --weighting_scheme cosmap",
         "--flow_mode native --flow_recipe lune",
+        "--flow_model --timestep_sampling bins --discrete_flow_shift 2",
+        "--flow_mode native --timestep_sampling bins --flow_shift_by_resolution",
+        "--timestep_sampling bins --timestep_bins 20 --timestep_bin_correct none --min_snr_gamma 5 --ema_decay 0.9",
     ],
 )
 def test_every_kind_of_adapter_and_loss_waits_for_nothing(words: str, tmp_path: Path) -> None:

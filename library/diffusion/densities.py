@@ -33,18 +33,11 @@ class SigmaDensity:
     shift: float = 1.0
     base_area: float | None = None
 
-    def draw(
-        self, count: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0, area: float | None = None
-    ) -> Tensor:
-        """[count] float32 on the generator's device, one torch.rand each; of the part from `low` to `high`.
+    def part(self, uniform: Tensor, low: float = 0.0, high: float = 1.0, area: float | None = None) -> Tensor:
+        """Sigmas at these quantiles of the part from `low` to `high`: of uniform numbers in 0..1, draws.
 
         area: places of the latents, for base_area.
         """
-        uniform = torch.rand(count, generator=generator, device=generator.device)
-        return self.part(uniform, low, high, area)
-
-    def part(self, uniform: Tensor, low: float = 0.0, high: float = 1.0, area: float | None = None) -> Tensor:
-        """Sigmas at these quantiles of the part from `low` to `high`."""
         shift = self.shift_at(area)
         first, last = (self._cumulative(shifted(end, 1 / shift)) for end in (low, high))
         return shifted(self._quantile(first + (last - first) * uniform), shift).clamp(low, high)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from library.diffusion.parametrisation import Parametrisation
+from library.diffusion.timestep_bins import TimestepBins
 from library.options.checks import require
 from library.options.kohya.objective import NoiseOptions
 
@@ -18,11 +19,15 @@ SMALLEST_SHRINK, SHRINK_RANGE = 2.0, 2.0
 
 @dataclass(frozen=True)
 class Draw:
-    """noise: what the target is made of. added_noise: what the latents get. Both [B, C, h, w]; timesteps [B]."""
+    """noise: what the target is made of. added_noise: what the latents get. Both [B, C, h, w]; timesteps [B].
+
+    bins: of `TimestepBins` that the timesteps were drawn from, [B]; None where they were not.
+    """
 
     noise: torch.Tensor
     added_noise: torch.Tensor
     timesteps: torch.Tensor
+    bins: torch.Tensor | None = None
 
 
 def draw(
@@ -31,12 +36,14 @@ def draw(
     recipe: NoiseOptions,
     parametrisation: Parametrisation,
     noise: torch.Tensor | None = None,
+    bins: TimestepBins | None = None,
 ) -> Draw:
     """Noise and timesteps for `latents` [B, C, h, w] float32, in kohya's order: noise, offset, pyramid, timesteps, ip.
 
     noise: that which the latents belong to, where there is such; default: drawn.
     generator: on the latents' device, seeded for this step. With the defaults it draws torch.randn and the timesteps
-    of the parametrisation and nothing else. Raises OptionError where the recipe's timesteps lie outside of them.
+    of the parametrisation and nothing else. bins: draw timesteps by how hard they are instead. Raises OptionError where the
+    recipe's timesteps lie outside of the parametrisation's.
     """
     if noise is None:
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
@@ -44,12 +51,12 @@ def draw(
         noise = noise + offset(latents, generator, recipe)
     if recipe.multires_noise_iterations:
         noise = pyramid(noise, generator, recipe.multires_noise_iterations, recipe.multires_noise_discount)
-    chosen = _draw_timesteps(latents.shape, generator, recipe, parametrisation)
+    chosen, of_bins = draw_timesteps(latents.shape, generator, recipe, parametrisation, bins)
     added_noise = noise
     if recipe.ip_noise_gamma:
         strength = _strength(recipe.ip_noise_gamma, recipe.ip_noise_gamma_random_strength, generator)
         added_noise = noise + strength * torch.randn(latents.shape, generator=generator, device=latents.device)
-    return Draw(noise, added_noise, chosen)
+    return Draw(noise, added_noise, chosen, of_bins)
 
 
 def offset(latents: torch.Tensor, generator: torch.Generator, recipe: NoiseOptions) -> torch.Tensor:
@@ -81,15 +88,28 @@ def pyramid(noise: torch.Tensor, generator: torch.Generator, iterations: int, di
     return noise / noise.std()
 
 
-def _draw_timesteps(
-    latents: torch.Size, generator: torch.Generator, recipe: NoiseOptions, parametrisation: Parametrisation
-) -> torch.Tensor:
-    """From min_timestep to below max_timestep, [B]."""
+def draw_timesteps(
+    latents: torch.Size,
+    generator: torch.Generator,
+    recipe: NoiseOptions,
+    parametrisation: Parametrisation,
+    bins: TimestepBins | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[B] for latents of this shape, and the bins that they are of, where there are any."""
+    first, end = timesteps_in(recipe, parametrisation)
+    if bins is None:
+        return parametrisation.draw_timesteps(latents, generator, first, end), None
+    quantiles, chosen = bins.draw(latents[0], generator)
+    return parametrisation.timesteps_at(quantiles, first, end, latents[-2] * latents[-1]), chosen
+
+
+def timesteps_in(recipe: NoiseOptions, parametrisation: Parametrisation) -> tuple[int, int]:
+    """The first timestep that is trained, and the one behind the last. Raises OptionError where there are none."""
     first, known = recipe.min_timestep or 0, parametrisation.timesteps
     end = known if recipe.max_timestep is None else recipe.max_timestep
     require(first < known, "min_timestep", f"is {first}, and the schedule's last timestep is {known - 1}.")
     require(end <= known, "max_timestep", f"is {end}, and the schedule has {known} timesteps.")
-    return parametrisation.draw_timesteps(latents, generator, first, end)
+    return first, end
 
 
 def _strength(strength: float, random_strength: bool, generator: torch.Generator) -> torch.Tensor | float:

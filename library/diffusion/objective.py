@@ -90,12 +90,13 @@ class Objective:
         sample_weights: torch.Tensor | None = None,
         preserved: torch.Tensor | None = None,
         preserve_mask: torch.Tensor | None = None,
+        weighted: bool = True,
     ) -> torch.Tensor:
         """Weighted loss of each sample, [B] float32. latents, noise, noisy: [B, C, h, w] float32.
 
         mask: [B, 1, H, W] in 0..1, how much each pixel counts. sample_weights: [B], as prior_loss_weight is.
         preserved: the frozen network's output [B, C, h, w], the target of the samples with preserve_mask [B] bool (all
-        of them where it is absent): diff_output_preservation.
+        of them where it is absent): diff_output_preservation. weighted: False leaves out the weights by timestep.
         """
         target = self.target(latents, noise, timesteps)
         if preserved is not None:
@@ -109,5 +110,5 @@ class Objective:
         )
         if sample_weights is not None:
             losses = losses * sample_weights
-        weights = self.weights(timesteps)
+        weights = self.weights(timesteps) if weighted else None
         return losses if weights is None else losses * weights

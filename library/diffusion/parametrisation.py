@@ -47,6 +47,15 @@ class Parametrisation(ABC):
         """[B] for latents of this shape, on the generator's device, from `first` to below `end`; by default all there are."""
 
     @abstractmethod
+    def timesteps_at(
+        self, quantiles: Tensor, first: int = 0, end: int | None = None, area: float | None = None
+    ) -> Tensor:
+        """The timesteps at these quantiles, [B] in 0..1, of what `draw_timesteps` draws, the least noise first.
+
+        area: places of the latents, where the density depends on it.
+        """
+
+    @abstractmethod
     def spread(self, places: Tensor) -> Tensor:
         """The timesteps at these places in what is trained, from 0 (the least noise) to below 1; to compare models by."""
 

@@ -55,9 +55,16 @@ class FlowPath(Parametrisation):
         self, latents: torch.Size, generator: torch.Generator, first: int = 0, end: int | None = None
     ) -> Tensor:
         """float32; by one torch.rand for each sample. first, end: the part of the density within these timesteps is drawn."""
+        uniform = torch.rand(latents[:1], generator=generator, device=generator.device)
+        return self.timesteps_at(uniform, first, end, latents[-2] * latents[-1])
+
+    def timesteps_at(
+        self, quantiles: Tensor, first: int = 0, end: int | None = None, area: float | None = None
+    ) -> Tensor:
+        """float32"""
         low = max(self.low, self.sigma_of(first)) if first else self.low
         high = self.high if end in (None, self.timesteps) else min(self.high, self.sigma_of(end))
-        return self.timesteps_of(self.density.draw(latents[0], generator, low, high, latents[-2] * latents[-1]))
+        return self.timesteps_of(self.density.part(quantiles, low, high, area))
 
     def spread(self, places: Tensor) -> Tensor:
         """float32, even in sigma."""

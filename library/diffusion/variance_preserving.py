@@ -74,6 +74,13 @@ class VariancePreserving(Parametrisation):
         end = self.timesteps if end is None else end
         return torch.randint(first, end, latents[:1], generator=generator, device=generator.device)
 
+    def timesteps_at(
+        self, quantiles: Tensor, first: int = 0, end: int | None = None, area: float | None = None
+    ) -> Tensor:
+        """int64"""
+        end = self.timesteps if end is None else end
+        return (first + (quantiles * (end - first)).long()).clamp(max=end - 1)
+
     def spread(self, places: Tensor) -> Tensor:
         """int64, even in timesteps."""
         return (places * self.timesteps).long()

@@ -15,7 +15,7 @@ MODE_SCALES = (-1.0, 2 / (math.pi - 2))
 SHIFT = 2.5
 """Of --timestep_sampling shift, where no other is given: between Lune's 2 and Stable Diffusion 3's 3, and ChenkinNoob RF's own."""
 
-Sampling = Literal["sigma", "uniform", "sigmoid", "shift", "logit_normal", "mode"]
+Sampling = Literal["sigma", "uniform", "sigmoid", "shift", "logit_normal", "mode", "bins"]
 Scheme = Literal["none", "uniform", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
 
 
@@ -54,8 +54,8 @@ class FlowOptions:
     flow_recipe: Literal["lune", "chenkin", "bigasp"] | None = None
     """Settings of a published model, for what is not given otherwise; docs/flow.md has their sources."""
     timestep_sampling: Sampling | None = None
-    """Which sigmas are drawn: uniform (default), sigmoid, shift (sigmoid with discrete_flow_shift), logit_normal, mode, or sigma
-    (what weighting_scheme names)."""
+    """Which sigmas are drawn: uniform (default), sigmoid, shift (sigmoid with discrete_flow_shift), logit_normal, mode, sigma
+    (what weighting_scheme names), or bins (uniform, and hard ones more often), which trainings that are no flow take, too."""
     sigmoid_scale: float = 1.0
     """Of sigmoid and shift: spread of the normal before the sigmoid."""
     discrete_flow_shift: float | None = None
@@ -82,7 +82,7 @@ class FlowOptions:
     flow_sigma_max: float | None = None
     """Largest sigma that is trained. Default: all that the base knows: 1, or 0.936 for SD1.5 and SDXL with flow_mode bridge."""
     show_timesteps: Literal["console", "image"] | None = None
-    """Show which sigmas and timesteps would be drawn, and stop: as text, or as timesteps.png in output_dir."""
+    """Show which sigmas and timesteps would be drawn, and stop: as text, or as timesteps.png in output_dir. Of flows and bins."""
 
     def __post_init__(self) -> None:
         for name in ("discrete_flow_shift", "sigmoid_scale", "logit_std"):
@@ -150,11 +150,12 @@ class FlowOptions:
 
     @property
     def given(self) -> list[str]:
-        """The options that differ from their defaults, but for flow_model and flow_mode themselves."""
+        """The options that differ from their defaults and are of flows alone, but for flow_model and flow_mode themselves."""
+        common = ("timestep_sampling", "show_timesteps") if self.timestep_sampling == "bins" else ()
         return [
             one.name
             for one in dataclasses.fields(self)
-            if one.name not in ("flow_model", "flow_mode") and getattr(self, one.name) != one.default
+            if one.name not in ("flow_model", "flow_mode", *common) and getattr(self, one.name) != one.default
         ]
 
     @property
@@ -170,7 +171,7 @@ class FlowOptions:
 
     @property
     def kind(self) -> str:
-        """The density: uniform, sigmoid, shift, logit_normal or mode."""
+        """The density: uniform, sigmoid, shift, logit_normal, mode, or bins, which is uniform before it is weighed."""
         if self.timestep_sampling in (None, "sigma"):
             return self.weighting_scheme if self.weighting_scheme in ("logit_normal", "mode") else "uniform"
         return self.timestep_sampling

@@ -24,6 +24,7 @@ from library.options.kohya.training import (
 )
 from library.options.kohya.watching import MetadataOptions, SampleOptions, ValidationOptions
 from library.options.teacher import DistillationOptions
+from library.options.timestep_bins import TimestepBinOptions
 from library.options.training import OutputOptions
 
 
@@ -41,6 +42,7 @@ class RunOptions:
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     objective: NetworkObjectiveOptions = field(default_factory=NetworkObjectiveOptions)
     flow: FlowOptions = field(default_factory=FlowOptions)
+    bins: TimestepBinOptions = field(default_factory=TimestepBinOptions)
     optimizer: NetworkOptimizerOptions = field(default_factory=NetworkOptimizerOptions)
     training: NetworkTrainingOptions = field(default_factory=NetworkTrainingOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
@@ -129,6 +131,11 @@ class RunOptions:
 
     def _check_effects(self) -> None:
         """What would have no effect beside the rest, or cannot be had together."""
+        require(
+            not self.bins.given or self.flow.kind == "bins",
+            next(iter(self.bins.given), ""),
+            "has no effect without timestep_sampling bins.",
+        )
         require(
             self.speed.compile != "graphs" or not self.noise.multires_noise_iterations,
             "compile",

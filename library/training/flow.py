@@ -151,8 +151,9 @@ def trained_path(
 
 def density_of(flow: FlowOptions, base_area: float | None = None) -> SigmaDensity:
     """flow: resolved."""
-    if flow.kind == "uniform" or flow.kind == "mode":
-        return SigmaDensity(flow.kind, mode_scale=flow.mode_scale, shift=flow.shift, base_area=base_area)  # type: ignore[arg-type]
+    if flow.kind in ("uniform", "mode", "bins"):
+        kind: Any = "mode" if flow.kind == "mode" else "uniform"
+        return SigmaDensity(kind, mode_scale=flow.mode_scale, shift=flow.shift, base_area=base_area)
     mean, std = (flow.logit_mean, flow.logit_std) if flow.kind == "logit_normal" else (0.0, flow.sigmoid_scale)
     return SigmaDensity("logit_normal", mean, std, shift=flow.shift, base_area=base_area)
 

@@ -35,6 +35,7 @@ def input_checks(options: RunOptions, *, planning: bool = False) -> list[Callabl
     from library.data.class_pictures import check_pictures
     from library.data.collect import read_datasets
     from library.data.teacher_latents import open_teacher_latents
+    from library.diffusion.level_accuracy import LevelAccuracy
     from library.models.locate import check_base, check_dino
     from library.models.lone_vae import check_vae_name
     from library.options.kohya.dataset import DEMO_DATA
@@ -46,6 +47,8 @@ def input_checks(options: RunOptions, *, planning: bool = False) -> list[Callabl
     ]
     if (vae := model.vae) is not None:
         checks.append(lambda: check_vae_name(vae))
+    if (file := options.bins.timestep_bin_file) is not None:
+        checks.append(partial(LevelAccuracy.read, file, options.bins.timestep_bin_min_acc))
     if options.alignment.alignment:
         checks.append(lambda: check_dino(model.dino_model))
     if (teacher := options.teacher) is not None:
@@ -149,6 +152,7 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
 
 def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[str]:
     """See that options and adapters to start from fit the base; what to say of those. Raises UserError for what does not."""
+    from library.training.bins import describe_bins
     from library.training.distillation import check_teacher
     from library.training.flow import check_flow
     from library.training.models import check_swapped, check_weights
@@ -163,6 +167,7 @@ def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[s
     check_swapped(options, base, family)
     return [
         *check_flow(options, base),
+        *describe_bins(options),
         *check_teacher(options, base, family),
         *check_weights(options, base, family),
     ]

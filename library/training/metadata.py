@@ -45,7 +45,7 @@ class AdapterMetadata:
     record: Mapping[str, Any] | None = None
     """By which the run knows its files again; see earlier.py."""
     flow: Mapping[str, str] = field(default_factory=dict)
-    """Of a training along a rectified flow; see flow.py."""
+    """Of a training along a rectified flow, and by bins of timesteps; see flow.py and bins.py."""
     started: float = field(default_factory=time.time)
     session: int = field(default_factory=lambda: random.SystemRandom().randint(0, 2**32))
 

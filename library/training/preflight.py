@@ -127,6 +127,8 @@ def _try_batch(run: Run, task: LoraTask, largest: Request) -> None:
     with explained_kernels(run.processes.device):
         task.losses(batch, randomness.at(0), warm)["loss"].backward()
     run.trained.optimizer.zero_grad(set_to_none=True)
+    if task.bins is not None:
+        task.bins.forget()
 
 
 @torch.no_grad()

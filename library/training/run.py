@@ -16,25 +16,22 @@ from torch.optim import Optimizer
 from library.data.batches import Prefetcher
 from library.data.cached_samples import CachedSamples, requests
 from library.data.order import BatchOrder
-from library.data.text_embeddings import TextEmbeddings
 from library.device import named_dtype
 from library.diffusion.alignment_losses import Gather
 from library.diffusion.loss import PointwiseLoss
 from library.diffusion.objective import Objective
 from library.diffusion.predictions import EPSILON, FLOW, VELOCITY, Prediction
 from library.diffusion.scheduler_config import parametrisation_of
-from library.errors import UserError
 from library.freed_memory import keep_freed_memory
 from library.models.base_family import native_side
-from library.models.conditioning import CHUNK, TextConditioner, clip_skip
 from library.models.frozen import freeze_layers
-from library.models.load import TextPart, load_scheduler_config
-from library.options.data import ClassCacheOptions
+from library.models.load import load_scheduler_config
 from library.options.parser import flatten
 from library.options.repa import RepaObjectiveOptions
 from library.options.run import RunOptions
 from library.processes import Processes
 from library.training.alignment import PART, Alignment, head_group, head_parameters
+from library.training.bins import bin_facts, make_bins
 from library.training.caches import Prepared
 from library.training.checkpoints import Checkpoints
 from library.training.distillation import BridgedTeacher, bridged_teacher, distillation_facts, without_prompt
@@ -63,7 +60,7 @@ from library.training.schedules import learning_rates_of
 from library.training.speed import set_up_determinism, set_up_speed
 from library.training.state import Trained
 from library.training.task import LoraTask
-from library.training.text import CachedText, EncodedText, PromptTable, Text
+from library.training.text import Text, make_text
 from library.training.trained_pictures import marks_of_prepared
 from networks.adapter_alphas import NETWORK_SPEC_KEY
 from networks.families import UNET, Family
@@ -133,7 +130,7 @@ def build_run(
             facts["prediction_type"],
             prepared.base.path,
             run_record(options, samples, facts["base_weights"]) if samples else None,
-            flow_facts(options.flow, task.objective.parametrisation) | distillation_facts(options),
+            flow_facts(options.flow, task.objective.parametrisation) | bin_facts(options) | distillation_facts(options),
         )
     dtype = named_dtype(options.output.save_precision or "float")
 
@@ -186,11 +183,18 @@ def build_run(
 
 
 def after_step_of(options: RunOptions, task: LoraTask) -> Callable[[], dict[str, Tensor]] | None:
-    """What --scale_weight_norms does when the optimizer has stepped."""
-    limit = options.network.scale_weight_norms
-    if limit is None:
+    """What happens when the optimizer has stepped: --scale_weight_norms, and bins learn from the losses of all processes."""
+    limit, bins = options.network.scale_weight_norms, task.bins
+    if limit is None and bins is None:
         return None
-    return lambda: {f"norm/{name}": value for name, value in task.network.clamp_norms(limit).items()}
+
+    def after_step() -> dict[str, Tensor]:
+        if bins is not None:
+            bins.update(task.processes.sum)
+        norms = {} if limit is None else task.network.clamp_norms(limit)
+        return {f"norm/{name}": value for name, value in norms.items()}
+
+    return after_step
 
 
 def build_task(
@@ -285,6 +289,7 @@ def make_task(
         channels_last=bool(options.speed.channels_last),
         alignment=alignment,
         teacher=teacher,
+        bins=make_bins(options, objective.parametrisation, processes.device),
     )
 
 
@@ -293,39 +298,6 @@ def _gather(processes: Processes, plan: Plan) -> Gather | None:
     if processes.world_size == 1:
         return None
     return lambda rows, sharing: processes.gather_rows(rows, sharing, most=plan.batch_size)
-
-
-def make_text(options: RunOptions, processes: Processes, prepared: Prepared, unet: Any, parts: list[TextPart]) -> Text:
-    """How captions condition the U-Net. parts: text encoders that run in the step, where there are any."""
-    dtype = named_dtype(options.model.mixed_precision)
-    if isinstance(prepared.text, TextEmbeddings):
-        assert options.class_pictures is not None
-        _check_prompts(prepared.text, options, unet, prepared.family)
-        return PromptTable(prepared.text, options.class_pictures.class_dropout, device=processes.device, dtype=dtype)
-    if prepared.text is not None:
-        return CachedText(prepared.text)
-    family, chunks = prepared.family, options.text.chunks
-    conditioner = TextConditioner(family, parts, clip_skip=clip_skip(options.text, family), chunks=chunks)
-    captions = list(dict.fromkeys(picture.image.caption for picture in prepared.data.every))
-    if cut := conditioner.overlong(captions):
-        processes.say(
-            f"{len(cut)} of {len(captions)} captions are longer than {chunks * CHUNK} tokens and are cut (first: "
-            f"{captions[cut[0]]!r}). --max_token_length gives them room, up to 225."
-        )
-    return EncodedText(conditioner, options.trains_text_encoders)
-
-
-def _check_prompts(text: TextEmbeddings, options: RunOptions, unet: Any, family: Family) -> None:
-    """Raise UserError where the prompts are not of this base's text encoders."""
-    assert isinstance(options.cache, ClassCacheOptions)
-    shape, width = tuple(text.embeddings.shape[1:]), unet.config["cross_attention_dim"]
-    lacks_pooled = family.has_size_conditions and text.pooled is None
-    lacks = " and the pooled ones of the second encoder" if lacks_pooled else ""
-    if shape[-1] != width or lacks:
-        raise UserError(
-            f"{options.cache.text_embeddings_path} holds prompt embeddings {shape}, and the U-Net wants {width} wide "
-            f"ones{lacks}: they are another text encoder's. Name another file, or leave text_embeddings out to have them built."
-        )
 
 
 def make_trained(options: RunOptions, task: LoraTask, optimizer: Optimizer | None = None) -> Trained:
@@ -353,4 +325,5 @@ def make_trained(options: RunOptions, task: LoraTask, optimizer: Optimizer | Non
         trained.scaler = LossScaler(task.processes.device)
     if options.optimizer.ema_decay > 0:
         trained.average = ExponentialAverage(trained.parameters, options.optimizer.ema_decay)
+    trained.bins = task.bins
     return trained

@@ -4,6 +4,7 @@
         lora.safetensors, align_heads.safetensors    trained weights, one file per part
         ema.safetensors                              their moving average, all parts
         optimizer.safetensors                        moments, as {name of the moment}.{name of the weight}
+        timestep_bins.safetensors                    losses by noise level, where timesteps are drawn by them
         state.json                                   step, samples seen, options, versions, hashes, optimizer's scalars and strides
         pictures.jsonl                               what was trained on, a line for each picture; see pictures_trained.py
 
@@ -24,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from library.diffusion.timestep_bins import TimestepBins
 from library.errors import UserError
 from library.files import read_json, whole_folder, write_json, write_text
 from library.training import optimizer_state
@@ -48,6 +50,7 @@ class Trained:
     average: ExponentialAverage | None
     metadata: dict[str, str]
     scaler: LossScaler | None = None
+    bins: TimestepBins | None = None
     initial_groups: list[dict[str, Any]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,6 +96,8 @@ def save_state(folder: Path, trained: Trained, facts: Mapping[str, Any], picture
         files: dict[str, Mapping[str, torch.Tensor]] = {**trained.parts, "optimizer": moments}
         if trained.average is not None:
             files["ema"] = trained.average.shadows
+        if trained.bins is not None:
+            files["timestep_bins"] = trained.bins.tensors()
         host = {stem: _on_host(tensors) for stem, tensors in files.items()}
     with whole_folder(folder, overwrite=True) as temporary:
         for stem, tensors in host.items():
@@ -158,7 +163,16 @@ def load_state(folder: Path, trained: Trained) -> dict[str, Any]:
     optimizer_state.unpack(trained.optimizer, trained.parameters, moments, facts, path)
     if trained.scaler is not None and "loss_scaler" in facts:
         trained.scaler.load(facts["loss_scaler"])
+    if trained.bins is not None:
+        load_bins(folder, trained.bins)
     return facts
+
+
+def load_bins(folder: Path, bins: TimestepBins) -> None:
+    """As a state left them; where its run had none, they stay what they are."""
+    path = folder / "timestep_bins.safetensors"
+    if path.is_file():
+        _fill(bins.tensors(), read_tensors(path), path)
 
 
 def _fill(targets: Mapping[str, torch.Tensor], values: dict[str, torch.Tensor], path: Path) -> None:

@@ -16,6 +16,7 @@ from library.diffusion.alignment_losses import Weights
 from library.diffusion.loss import SMALLEST_MASK_AREA
 from library.diffusion.noise import Draw, draw
 from library.diffusion.objective import Objective
+from library.diffusion.timestep_bins import TimestepBins
 from library.models.conditioning import Conditioning
 from library.options.kohya.objective import NoiseOptions
 from library.processes import Processes
@@ -35,7 +36,7 @@ class LoraTask:
 
     models: component -> the frozen model with its adapters. validation: held-out pictures, and training pictures beside them.
     alignment: heads on the U-Net's features, where the run has any (U-REPA, arXiv 2503.18414). teacher: the base behind its bridge,
-    whose velocities a native flow learns instead of noise - latents, where it does.
+    whose velocities a native flow learns instead of noise - latents, where it does. bins: that timesteps are drawn from.
     """
 
     models: Mapping[str, nn.Module]
@@ -57,6 +58,7 @@ class LoraTask:
     channels_last: bool = False
     alignment: Alignment | None = None
     teacher: BridgedTeacher | None = None
+    bins: TimestepBins | None = None
 
     @property
     def unet(self) -> nn.Module:
@@ -78,7 +80,7 @@ class LoraTask:
         recorded at this step and repeated at others; default: made here.
         """
         latents = self.latents(batch)
-        drawn = draw(latents, generator, self.recipe, self.objective.parametrisation, batch.noise)
+        drawn = draw(latents, generator, self.recipe, self.objective.parametrisation, batch.noise, self.bins)
         losses = self.each(batch, latents, drawn, generator)
         if batch.weights is None or batch.real is None:
             mean = losses.mean()
@@ -107,7 +109,7 @@ class LoraTask:
         return latents.chunk(2, dim=1)[0] * self.scaling_factor
 
     def each(self, batch: Batch, latents: Tensor, drawn: Draw, generator: torch.Generator | None = None) -> Tensor:
-        """Loss of each picture, [B] float32, weighted by timestep and mask but not by picture.
+        """Loss of each picture, [B] float32, weighted by timestep and mask but not by picture; bins learn from it.
 
         generator: draws which class prompts are dropped; None drops none.
         """
@@ -121,7 +123,7 @@ class LoraTask:
             self.network.cast_together(self.compute_dtype)
         # Last, so that the features caught on the way are the adapted network's.
         output = self.predict(noisy, drawn.timesteps, self.condition(batch, generator), batch.sizes)
-        return self.objective.losses(
+        losses = self.objective.losses(
             output,
             latents,
             drawn.noise,
@@ -130,7 +132,14 @@ class LoraTask:
             mask=batch.mask,
             preserved=preserved,
             preserve_mask=batch.preserve,
+            weighted=False,
         )
+        weights = self.objective.weights(drawn.timesteps)
+        weighted = losses if weights is None else losses * weights
+        if self.bins is None or drawn.bins is None:
+            return weighted
+        self.bins.note(drawn.bins, losses, batch.real)
+        return weighted * self.bins.corrections(drawn.bins) if self.bins.corrects else weighted
 
     def _as_the_base(self, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
         """What the network would give, did it say what the base says: of a native flow, by way of the base's bridge."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,15 @@ from library.caching.prompt_cache import PromptCache
 from library.data.cached_samples import Batch, Captions
 from library.data.text_embeddings import TextEmbeddings
 from library.data.trained_image import TrainedImage
-from library.models.conditioning import Conditioning, TextConditioner
+from library.device import named_dtype
+from library.errors import UserError
+from library.models.conditioning import CHUNK, Conditioning, TextConditioner, clip_skip
+from library.models.load import TextPart
+from library.options.data import ClassCacheOptions
+from library.options.run import RunOptions
+from library.processes import Processes
+from library.training.caches import Prepared
+from networks.families import Family
 
 
 class Text(Captions, Protocol):
@@ -103,3 +111,36 @@ class PromptTable:
             dropped = torch.rand(len(batch), generator=generator, device=rows.device) < self.dropout
             rows = torch.where(dropped, self.empty_row, rows)
         return Conditioning(self.states[rows], None if self.pooled is None else self.pooled[rows])
+
+
+def make_text(options: RunOptions, processes: Processes, prepared: Prepared, unet: Any, parts: list[TextPart]) -> Text:
+    """How captions condition the U-Net. parts: text encoders that run in the step, where there are any."""
+    dtype = named_dtype(options.model.mixed_precision)
+    if isinstance(prepared.text, TextEmbeddings):
+        assert options.class_pictures is not None
+        _check_prompts(prepared.text, options, unet, prepared.family)
+        return PromptTable(prepared.text, options.class_pictures.class_dropout, device=processes.device, dtype=dtype)
+    if prepared.text is not None:
+        return CachedText(prepared.text)
+    family, chunks = prepared.family, options.text.chunks
+    conditioner = TextConditioner(family, parts, clip_skip=clip_skip(options.text, family), chunks=chunks)
+    captions = list(dict.fromkeys(picture.image.caption for picture in prepared.data.every))
+    if cut := conditioner.overlong(captions):
+        processes.say(
+            f"{len(cut)} of {len(captions)} captions are longer than {chunks * CHUNK} tokens and are cut (first: "
+            f"{captions[cut[0]]!r}). --max_token_length gives them room, up to 225."
+        )
+    return EncodedText(conditioner, options.trains_text_encoders)
+
+
+def _check_prompts(text: TextEmbeddings, options: RunOptions, unet: Any, family: Family) -> None:
+    """Raise UserError where the prompts are not of this base's text encoders."""
+    assert isinstance(options.cache, ClassCacheOptions)
+    shape, width = tuple(text.embeddings.shape[1:]), unet.config["cross_attention_dim"]
+    lacks_pooled = family.has_size_conditions and text.pooled is None
+    lacks = " and the pooled ones of the second encoder" if lacks_pooled else ""
+    if shape[-1] != width or lacks:
+        raise UserError(
+            f"{options.cache.text_embeddings_path} holds prompt embeddings {shape}, and the U-Net wants {width} wide "
+            f"ones{lacks}: they are another text encoder's. Name another file, or leave text_embeddings out to have them built."
+        )
