@@ -23,6 +23,7 @@ from library.options.kohya.training import (
     TextEncoderOptions,
 )
 from library.options.kohya.watching import MetadataOptions, SampleOptions, ValidationOptions
+from library.options.text_fusion import TextFusionOptions
 from library.options.training import OutputOptions
 
 
@@ -32,6 +33,7 @@ class RunOptions:
 
     model: NetworkModelOptions = field(default_factory=NetworkModelOptions)
     text: TextEncoderOptions = field(default_factory=TextEncoderOptions)
+    fusion: TextFusionOptions = field(default_factory=TextFusionOptions)
     data: DatasetOptions = field(default_factory=DatasetOptions)
     captions: CaptionOptions = field(default_factory=CaptionOptions)
     cache: NetworkCacheOptions = field(default_factory=NetworkCacheOptions)
@@ -118,6 +120,11 @@ class RunOptions:
 
     def _check_effects(self) -> None:
         """What would have no effect beside the rest, or cannot be had together."""
+        require(
+            self.fusion.text_fusion is None or not self.trains_text_encoders,
+            "text_fusion",
+            "is for text encoders as they were, and they are trained. Add --network_train_unet_only.",
+        )
         require(
             self.speed.compile != "graphs" or not self.noise.multires_noise_iterations,
             "compile",

@@ -31,7 +31,7 @@ from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.freed_memory import keep_freed_memory
 from library.models.base_family import native_side
-from library.models.conditioning import CHUNK, TextConditioner, clip_skip
+from library.models.conditioning import CHUNK
 from library.models.frozen import freeze_layers
 from library.models.load import TextPart, load_scheduler_config
 from library.options.data import ClassCacheOptions
@@ -57,6 +57,7 @@ from library.training.models import (
     parameter_groups,
     scaling_factor,
     start_weights,
+    text_conditioner,
 )
 from library.training.optimizers import make_optimizer, optimizer_notes
 from library.training.patience import Patience, validation_due
@@ -306,12 +307,11 @@ def make_text(options: RunOptions, processes: Processes, prepared: Prepared, une
         return PromptTable(prepared.text, options.class_pictures.class_dropout, device=processes.device, dtype=dtype)
     if prepared.text is not None:
         return CachedText(prepared.text)
-    family, chunks = prepared.family, options.text.chunks
-    conditioner = TextConditioner(family, parts, clip_skip=clip_skip(options.text, family), chunks=chunks)
+    conditioner = text_conditioner(options, prepared.family, parts, processes.device)
     captions = list(dict.fromkeys(picture.image.caption for picture in prepared.data.every))
     if cut := conditioner.overlong(captions):
         processes.say(
-            f"{len(cut)} of {len(captions)} captions are longer than {chunks * CHUNK} tokens and are cut (first: "
+            f"{len(cut)} of {len(captions)} captions are longer than {conditioner.chunks * CHUNK} tokens and are cut (first: "
             f"{captions[cut[0]]!r}). --max_token_length gives them room, up to 225."
         )
     return EncodedText(conditioner, options.trains_text_encoders)
