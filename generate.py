@@ -60,6 +60,8 @@ def print_plan(options: GenerateOptions, plan: PicturePlan) -> None:
         print(f"model      {base}")
     if options.models.vae is not None:
         print(f"vae        {options.models.vae}")
+    if options.fusion.text_fusion is not None:
+        print(f"fusion     {options.fusion.text_fusion}")
     for path in plan.adapters:
         uses = (use for picture in plan.pictures for use in picture.request.loras if use.path == path)
         print(f"lora       {path}, weight {', '.join(dict.fromkeys(strength_of(use.weights) for use in uses))}")
@@ -149,7 +151,13 @@ def try_out(options: GenerateOptions, plan: PicturePlan) -> None:
     there = [picture for picture in plan.pictures if picture.base not in absent]
     located = [locate_base(base) for base in bases if base not in (*absent, *TINY_BASES)]
     requests = [picture.request for picture in there]
-    more = plan.adapters or models.vae or models.refiner or any(one.clip_skip > 1 or one.flow_shift for one in requests)
+    more = (
+        plan.adapters
+        or models.vae
+        or models.refiner
+        or options.fusion.text_fusion
+        or any(one.clip_skip > 1 or one.flow_shift for one in requests)
+    )
     if more or not all(map(has_betas, located)):
         session = new_session(options)
         session.vae, session.refiner = (None if vae else models.vae), (None if refiner else models.refiner)
@@ -179,6 +187,7 @@ def new_session(options: GenerateOptions) -> DrawingSession:
         refiner=models.refiner,
         prediction_type=models.prediction_type,
         zero_terminal_snr=models.zero_terminal_snr,
+        fusion=options.fusion,
     )
 
 

@@ -34,9 +34,11 @@ from library.models.fingerprint import weight_fingerprint
 from library.models.load import load_text_encoders, load_vae
 from library.models.locate import DINOV2, BaseLocation, locate_base, locate_dino
 from library.models.lone_vae import LoneVae, locate_vae
+from library.models.text_fusion import fusion_facts, load_fusion
 from library.options.alignment import AlignmentOptions
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.options.kohya.training import NetworkModelOptions, TextEncoderOptions
+from library.options.text_fusion import TextFusionOptions
 from library.processes import Processes
 from library.words import plural
 from networks.families import TOKENIZERS, Family
@@ -71,6 +73,7 @@ class Preparation:
         cache: ClassCacheOptions,
         alignment: AlignmentOptions,
         text: TextEncoderOptions,
+        fusion: TextFusionOptions,
         family: Family,
         processes: Processes,
         *,
@@ -79,7 +82,8 @@ class Preparation:
     ) -> None:
         """side: of the squares, in pixels. workers: threads that decode pictures."""
         self.model, self.classes, self.cache, self.alignment = model, classes, cache, alignment
-        self.text, self.family, self.processes, self.side, self.workers = text, family, processes, side, workers
+        self.text, self.fusion, self.family, self.processes = text, fusion, family, processes
+        self.side, self.workers = side, workers
         self.kinds = KINDS if alignment.alignment else KINDS[:1]
         automatic = "bf16" if model.mixed_precision == "bf16" else "no"  # fp16 may overflow
         self.precision = automatic if cache.encoder_precision == "auto" else cache.encoder_precision
@@ -156,7 +160,10 @@ class Preparation:
             else:
                 parts = load_text_encoders(self._text_location, families=(self.family,), device=device)
                 skip = clip_skip(self.text, self.family)
-                self._encoders[kind] = TextConditioner(self.family, parts, clip_skip=skip, chunks=self.text.chunks)
+                fusion = load_fusion(self.fusion, self.family, parts, dtype=torch.float32, device=device)
+                self._encoders[kind] = TextConditioner(
+                    self.family, parts, clip_skip=skip, chunks=self.text.chunks, fusion=fusion
+                )
         return self._encoders[kind]
 
     def survey(self, pictures: PictureSet) -> dict[str, Survey]:
@@ -274,7 +281,7 @@ class Preparation:
             "weights": hashes[0] if len(hashes) == 1 else hashes,
         }
         more = {"clip_skip": clip_skip(self.text, self.family), "chunks": self.text.chunks}
-        return producer | {name: value for name, value in more.items() if value != 1}
+        return producer | {name: value for name, value in more.items() if value != 1} | fusion_facts(self.fusion)
 
 
 def _up_to_date(path: Path, prompts: list[str], producer: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from library.data.store import META_KEY, StoreMeta, TensorStore, pack_source, re
 from library.data.store_writer import StoreWriter
 from library.errors import RunFailed, UserError
 from library.files import require_space
-from library.models.conditioning import Conditioning, TextConditioner
+from library.models.conditioning import Conditioning
 from library.models.encoders import PROMPTS_AT_ONCE
 from library.processes import Processes
 from library.progress import doing
@@ -32,6 +32,16 @@ from library.words import plural
 STORES = {"states": "prompts", "pooled": "pooled"}
 """Folder of each store, and the kind of what is in it."""
 EMPTY = ""
+
+
+class Encoder(Protocol):
+    """What is cached: a function of captions, as `library.models.conditioning.TextConditioner` is."""
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning: ...
+
+    def overlong(self, prompts: Sequence[str]) -> list[int]:
+        """Indices of captions of which it does not see the end."""
+        ...
 
 
 class PromptCache:
@@ -93,7 +103,7 @@ def prompt_folder(cache_dir: Path, facts: dict[str, Any]) -> Path:
 def prepare_prompts(
     captions: Sequence[str],
     *,
-    conditioner: Callable[[], TextConditioner],
+    conditioner: Callable[[], Encoder],
     facts: dict[str, Any],
     cache_dir: Path,
     processes: Processes,
@@ -155,7 +165,7 @@ class _Share:
     facts: dict[str, Any]
     rank: int
 
-    def encode(self, conditioner: TextConditioner) -> list[str]:
+    def encode(self, conditioner: Encoder) -> list[str]:
         """Write the embeddings. Returns the captions of which the encoders do not see the end."""
         writers: dict[str, StoreWriter] = {}
         try:

@@ -96,6 +96,25 @@ class Picture:
         return f"a {self.size} {self.colour} {self.shape} {self.place} on a {self.ground} background"
 
 
+def caption_of(picture: Picture, choose: random.Random) -> str:
+    """One of the ways to say what is on a picture, from "red circle" to the whole caption of the demo set."""
+    colour, shape, ground = picture.colour, picture.shape, picture.ground
+    return choose.choice(
+        (
+            picture.caption,
+            picture.caption,
+            f"{colour} {shape}",
+            f"a {colour} {shape}",
+            f"a photo of a {colour} {shape}",
+            f"a {colour} {shape} {picture.place}",
+            f"a {picture.size} {colour} {shape}",
+            f"a {colour} {shape} on a {ground} background",
+            f"a {picture.size} {colour} {shape} {picture.place}",
+            f"a picture of a {colour} {shape} on a {ground} background",
+        )
+    )
+
+
 def make_demo_pictures(
     folder: Path,
     *,

@@ -16,6 +16,7 @@ from library.inference.prompt_encoding import PromptEncoder
 from library.merging.merge import fold, place
 from library.merging.strength import Strength
 from library.models.base_family import family_of
+from library.models.conditioning import Fusion
 from library.models.encoders import pixels_of_latent
 from library.models.load import TextPart, load_scheduler_config, load_text_encoders, load_unet, load_vae
 from library.models.locate import BaseLocation
@@ -36,6 +37,8 @@ class DrawingModel:
     parametrisation: Parametrisation
     dtype: torch.dtype
     """Of the U-Net's inputs."""
+    fusion: Fusion | None = None
+    """What to take in place of the text encoders' states."""
     folded: FoldedAdapters = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,9 +56,8 @@ class DrawingModel:
 
     def encoder(self, clip_skip: int, emphasis: Emphasis) -> PromptEncoder:
         """Raises UserError for a layer that does not exist. SDXL's layer is fixed, whatever clip_skip says."""
-        return PromptEncoder(
-            self.family, self.parts, clip_skip=1 if self.family.text_layer is not None else clip_skip, emphasis=emphasis
-        )
+        skip = 1 if self.family.text_layer is not None else clip_skip
+        return PromptEncoder(self.family, self.parts, clip_skip=skip, emphasis=emphasis, fusion=self.fusion)
 
     def size_ids(self, width: int, height: int) -> list[float] | None:
         """The size condition of a family that has one (SDXL): an uncropped picture of this size."""

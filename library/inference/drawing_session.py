@@ -27,6 +27,8 @@ from library.merging.source import Source, read_source
 from library.models.base_family import family_of, native_side
 from library.models.locate import BaseLocation, locate_base
 from library.models.lone_vae import locate_vae
+from library.models.text_fusion import check_fusion, load_fusion
+from library.options.text_fusion import TextFusionOptions
 from library.progress import doing
 from networks.adapters import Adapter
 
@@ -35,7 +37,7 @@ from networks.adapters import Adapter
 class DrawingSession:
     """Keeps what several pictures share: the base, the refiner, adapters and hashes.
 
-    prediction_type, zero_terminal_snr: see `load_model`. say: prints what the user should know.
+    prediction_type, zero_terminal_snr: see `load_model`. fusion: of its text encoders. say: prints what the user should know.
     """
 
     dtype: torch.dtype
@@ -44,6 +46,7 @@ class DrawingSession:
     refiner: str | None = None
     prediction_type: str | None = None
     zero_terminal_snr: bool = False
+    fusion: TextFusionOptions = TextFusionOptions()
     say: Callable[[str], None] = print
     _along: dict[str, Parametrisation] = field(default_factory=dict, init=False)
     _loaded: tuple[str, DrawingModel] | None = field(default=None, init=False)
@@ -69,6 +72,7 @@ class DrawingSession:
             prediction_type=self.prediction_type,
             zero_terminal_snr=self.zero_terminal_snr,
         )
+        found.fusion = load_fusion(self.fusion, found.family, found.parts, dtype=self.dtype, device=self.device)
         self._loaded = base, found
         return found
 
@@ -104,6 +108,8 @@ class DrawingSession:
             own_vae=self.vae is None,
         )
         self._along[name] = parametrisation
+        for skip in {request.clip_skip for request in requests}:
+            check_fusion(self.fusion, family_of(base), skip)
         found = [on_process(request, parametrisation)[0] for request in requests]
         for request in dict.fromkeys(found):
             request.sampler_and_schedule  # noqa: B018
@@ -158,6 +164,7 @@ class DrawingSession:
             refiner=refiner,
             vae=None if self.vae is None else vae_name(self.vae),
             is_flow=isinstance(self._along.get(picture.base), FlowPath),
+            text_fusion=None if self.fusion.text_fusion is None else self.fusion.text_fusion.name,
         )
 
     def _draw_batch(self, model: DrawingModel, request: PictureRequest, seeds: Sequence[int]) -> list[Image.Image]:

@@ -26,12 +26,13 @@ def infotext_of(
     refiner: str | None = None,
     vae: str | None = None,
     is_flow: bool = False,
+    text_fusion: str | None = None,
 ) -> Infotext:
     """What A1111 and others need to draw the picture again. The text has no field for an init image or the prompt's dialect, and
     ancestral samplers draw other noise there.
 
     Adapters without a tag in the prompt are appended to it as tags. vae: the name of another autoencoder. is_flow: whether the base
-    is a flow model, which nothing else in the text tells.
+    is a flow model, which nothing else in the text tells. text_fusion: the name of its file.
     """
     hires, other = request.hires, {}
     sampler, schedule = request.sampler_and_schedule
@@ -47,6 +48,8 @@ def infotext_of(
         other["Flow shift"] = f"{request.flow_shift:g}"
     if is_flow:
         other["Prediction type"] = FLOW_NAME.modelspec
+    if text_fusion is not None:
+        other["Text fusion"] = text_fusion
     if request.latent_multiplier != 1:
         other["Latent multiplier"] = f"{request.latent_multiplier:g}"
     strength = request.denoising_strength if request.init_image is not None else None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from library.inference.picture_request import Emphasis
 from library.inference.prompt_syntax import Part, Prompt, Span
-from library.models.conditioning import CHUNK, Conditioning, checked_clip_skip, hidden_layer
+from library.models.conditioning import CHUNK, Conditioning, Fusion, checked_clip_skip, hidden_layer, words_of
 from library.models.load import TextPart
 from networks.families import TEXT_ENCODER_2, Family
 
@@ -74,13 +74,20 @@ class PromptEncoder:
     """The text encoders of a model as a function of parsed prompts.
 
     clip_skip: as A1111 counts, 1 is the last layer; SDXL's layer is fixed. emphasis: "original" scales weighted states back to the
-    mean that they had without weights, "no norm" does not. Raises UserError for layers that do not exist.
+    mean that they had without weights, "no norm" does not. fusion: what to take in place of the encoders' states; weights act on
+    it. Raises UserError for layers that do not exist.
     """
 
     def __init__(
-        self, family: Family, parts: Sequence[TextPart], *, clip_skip: int = 1, emphasis: Emphasis = "original"
+        self,
+        family: Family,
+        parts: Sequence[TextPart],
+        *,
+        clip_skip: int = 1,
+        emphasis: Emphasis = "original",
+        fusion: Fusion | None = None,
     ) -> None:
-        self.family, self.parts, self.emphasis = family, list(parts), emphasis
+        self.family, self.parts, self.emphasis, self.fusion = family, list(parts), emphasis, fusion
         self.clip_skip = checked_clip_skip(self.parts, clip_skip)
 
     @torch.no_grad()
@@ -99,17 +106,21 @@ class PromptEncoder:
         length = max(map(len, chunked))
         rows = [chunks + [Chunk()] * (length - len(chunks)) for chunks in chunked]
         shares = torch.tensor(counts or [1] * len(rows), dtype=torch.float64)
-        states, pooled = [], None
-        for part in self.parts:
-            pieces = []
-            for index in range(length):
-                output = self._run(part, [row[index] for row in rows])
-                hidden = hidden_layer(self.family, part, output, self.clip_skip)  # [B, 77, D]
-                pieces.append(self._weighted(hidden, [row[index] for row in rows], shares))
-                if part.component == TEXT_ENCODER_2 and index == 0:
-                    pooled = output.text_embeds
-            states.append(torch.cat(pieces, dim=1))
-        return Conditioning(torch.cat(states, dim=-1), pooled)
+        pieces, pooled = [], None
+        for index in range(length):
+            chunks = [row[index] for row in rows]
+            outputs = [self._run(part, chunks) for part in self.parts]
+            hidden = [
+                hidden_layer(self.family, part, output, self.clip_skip)  # [B, 77, D]
+                for part, output in zip(self.parts, outputs, strict=True)
+            ]
+            if self.fusion is not None:
+                ids = self.fusion.ids([words_of(self.parts[0], chunk.tokens) for chunk in chunks])
+                hidden = self.fusion(hidden, ids.to(hidden[0].device))
+            pieces.append(torch.cat([self._weighted(one, chunks, shares) for one in hidden], dim=-1))
+            if index == 0 and self.parts[-1].component == TEXT_ENCODER_2:
+                pooled = outputs[-1].text_embeds
+        return Conditioning(torch.cat(pieces, dim=1), pooled)
 
     def _part(self, part: Part) -> EncodedPart:
         """Encode a part. Texts that alternations repeat are encoded once, and count for the mean as often as they occur."""

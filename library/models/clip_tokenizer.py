@@ -33,6 +33,11 @@ _TINY_WORDS = (
 )
 
 
+def tiny_words() -> list[str]:
+    """The words that the tiny models know as one token."""
+    return _TINY_WORDS.split()
+
+
 def tiny_tokenizer(pad: str = END) -> CLIPTokenizer:
     """The tiny models' tokenizer: bytes, and one token for each of some hundred words of colours and shapes."""
     return build_tokenizer(tiny_merges(), pad)
@@ -96,7 +101,7 @@ def _clip_merges() -> tuple[tuple[str, str], ...]:
 @cache
 def tiny_merges() -> tuple[tuple[str, str], ...]:
     """Byte-pair encoding (Sennrich et al. 2016) of `_TINY_WORDS`, until every word is one token. Ties go by alphabet."""
-    words = [[*word[:-1], word[-1] + "</w>"] for word in _TINY_WORDS.split()]
+    words = [[*word[:-1], word[-1] + "</w>"] for word in tiny_words()]
     merges = []
     while pairs := Counter(pair for word in words for pair in zip(word, word[1:], strict=False)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))

@@ -12,6 +12,7 @@ SHAPES_CLIP = "tiny-shapes-clip"
 TINY_SD15 = "tiny-sd15"
 TINY_SDXL = "tiny-sdxl"
 TINY_DINOV2 = "tiny-dinov2"
+TINY_T5 = "tiny-t5"
 
 TINY_BASES = (SHAPES, TINY_SD15, TINY_SDXL)
 TINY_TEACHERS = (SHAPES_DINOV2, TINY_DINOV2)

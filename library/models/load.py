@@ -151,13 +151,11 @@ def text_part(
     location: BaseLocation, family: Family, component: str, dtype: torch.dtype | None, device: Device
 ) -> TextPart:
     """One text encoder with its tokenizer, frozen. Raises UserError when the two are of different vocabularies."""
-    kind = CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
+    kind, config = _text_kind(component), text_config(location, family, component)
     if location.is_file:
-        config = CLIPTextConfig(**single_file.file_text_config(location.path, family, component))
         tokenizer = tokenizer_for(config.vocab_size, str(location.path), PADS[component])
     else:
-        config = CLIPTextConfig.from_dict(_component_config(location, component, kind.__name__))
-        tokenizer = _folder_tokenizer(location.path / TOKENIZERS[component])
+        tokenizer = folder_tokenizer(location.path / TOKENIZERS[component])
     name = component.replace("_", " ")
     if len(tokenizer) != config.vocab_size:
         raise UserError(
@@ -167,6 +165,17 @@ def text_part(
     tensors = component_tensors(location, family, component)
     where = f"The {name} of {location.path}"
     return TextPart(component, tokenizer, assemble(lambda: kind(config), tensors, where, dtype=dtype, device=device))
+
+
+def text_config(location: BaseLocation, family: Family, component: str) -> CLIPTextConfig:
+    """The configuration of one text encoder."""
+    if location.is_file:
+        return CLIPTextConfig(**single_file.file_text_config(location.path, family, component))
+    return CLIPTextConfig.from_dict(_component_config(location, component, _text_kind(component).__name__))
+
+
+def _text_kind(component: str) -> type[CLIPTextModel] | type[CLIPTextModelWithProjection]:
+    return CLIPTextModelWithProjection if component == TEXT_ENCODER_2 else CLIPTextModel
 
 
 def component_tensors(location: BaseLocation, family: Family, component: str) -> dict[str, Tensor]:
@@ -193,7 +202,8 @@ def _component_config(location: BaseLocation, component: str, class_name: str) -
     return config
 
 
-def _folder_tokenizer(folder: Path) -> CLIPTokenizer:
+def folder_tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP's tokenizer in a folder. Raises UserError."""
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -20,8 +20,8 @@ COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SDXL_COMPONENTS = (*COMPONENTS, "text_encoder_2", "tokenizer_2")
 REFINER_COMPONENTS = ("unet", "text_encoder_2", "tokenizer_2", "scheduler")
 """Of SDXL's refiner, whose pictures the base's autoencoder decodes."""
-DINOV2, LONE_VAE = "dinov2", "autoencoder"
-_AT_ROOT = (DINOV2, LONE_VAE)  # such a folder has one component, which lies at its root
+DINOV2, LONE_VAE, LANGUAGE = "dinov2", "autoencoder", "language model"
+_AT_ROOT = (DINOV2, LONE_VAE, LANGUAGE)  # such a folder has one component, which lies at its root
 
 # Ids that left the hub, and where the same files are now.
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
@@ -34,6 +34,7 @@ _SAFE_STEM = {
     "text_encoder_2": "model",
     DINOV2: "model",
     LONE_VAE: "diffusion_pytorch_model",
+    LANGUAGE: "model",
 }
 # transformers' pickles have a name of their own, diffusers' have not.
 _PICKLE_STEM = {part: "pytorch_model" if stem == "model" else stem for part, stem in _SAFE_STEM.items()}
@@ -304,7 +305,7 @@ def cached_copy(name: str, components: Sequence[str] | None) -> BaseLocation | N
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    marker = "config.json" if components in ((DINOV2,), (LONE_VAE,)) else "model_index.json"
+    marker = "config.json" if components and components[0] in _AT_ROOT else "model_index.json"
     for hub_id in (name, MOVED[name]) if name in MOVED else (name,):
         found = try_to_load_from_cache(hub_id, marker)
         if not isinstance(found, str):

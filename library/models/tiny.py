@@ -1,11 +1,11 @@
-"""A Stable Diffusion 1.5, an SDXL and a DINOv2 small enough to build in seconds, for demos and tests without a download.
+"""A Stable Diffusion 1.5, an SDXL, a DINOv2 and a T5 small enough to build in seconds, for demos and tests without a download.
 
 The real classes in the real folder layout, with the real tensor names and small widths. The weights are random except the
 last convolutions of U-Net, encoder and decoder, which are solved by least squares on synthetic pictures: so latents
 look like Stable Diffusion's (zero mean, unit variance), decoding them gives a blurred picture, and the U-Net predicts noise
 better than zero does. Nobody would call it a generator of images.
 
-    python -m library.models.tiny --out models/tiny-sd15 [--kind sd15|sdxl|dinov2] [--seed 0]
+    python -m library.models.tiny --out models/tiny-sd15 [--kind sd15|sdxl|dinov2|t5] [--seed 0]
 """
 
 from __future__ import annotations
@@ -21,13 +21,22 @@ import torch
 from diffusers.models import UNet2DConditionModel
 from filelock import FileLock
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from library.errors import UserError, script
 from library.files import human_bytes, read_json, write_json
-from library.models.clip_tokenizer import PADS, tiny_merges, write_tokenizer
+from library.models.clip_tokenizer import PADS, tiny_merges, tiny_words, write_tokenizer
 from library.models.configs import configs_of
-from library.models.embedded import MODELS, TINY_DINOV2
+from library.models.embedded import MODELS, TINY_DINOV2, TINY_T5
 from library.models.tiny_parts import (
     BUILDER_VERSION,
     RECORD,
@@ -53,6 +62,8 @@ DINOV2_CONFIG: dict[str, Any] = {
     "patch_size": 14,
     "image_size": 518,  # 37 x 37 positions, as Meta's models
 }
+
+T5_WIDTH = 48
 
 # By family: what differs from the published configurations of the U-Net and of each text encoder.
 _UNETS: dict[str, dict[str, Any]] = {
@@ -131,6 +142,24 @@ def build_tiny_dinov2(folder: Path | str, seed: int = 0, *, overwrite: bool = Fa
     return Path(folder)
 
 
+def build_tiny_t5(folder: Path | str, seed: int = 0, *, overwrite: bool = False) -> Path:
+    """Write a transformers folder of a two-layer T5EncoderModel and its tokenizer, of the words that the tiny CLIPs know.
+
+    Raises UserError when the folder exists already, unless `overwrite`.
+    """
+    words = [(f"\u2581{word}", -2.0) for word in sorted(set(tiny_words()))]
+    marks = [(f"{start}{mark}", -8.0) for mark in map(chr, range(33, 127)) for start in ("", "\u2581")]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0), *marks]
+    known = {piece for piece, _ in vocabulary}
+    vocabulary += [(piece, score) for piece, score in words if piece not in known]
+    with tiny_folder(folder, TINY_T5, seed, overwrite=overwrite) as out:
+        sizes = {"d_model": T5_WIDTH, "d_kv": 12, "d_ff": 2 * T5_WIDTH, "num_layers": 2, "num_heads": 4}
+        model = T5EncoderModel(T5Config(**sizes, vocab_size=len(vocabulary), is_encoder_decoder=False)).eval()
+        save_transformers(model, out)
+        T5Tokenizer(vocab=vocabulary, extra_ids=0).backend_tokenizer.save(str(out / "tokenizer.json"))
+    return Path(folder)
+
+
 def ensure_tiny(name: str) -> Path:
     """The folder `models/<name>` of this project, built if absent or made by another version of the builder.
 
@@ -159,6 +188,7 @@ def _is_current(folder: Path) -> bool:
 BUILDERS: dict[str, Callable[..., Path]] = {
     **{f"tiny-{family.key}": partial(build_tiny_base, family) for family in FAMILIES.values()},
     TINY_DINOV2: build_tiny_dinov2,
+    TINY_T5: build_tiny_t5,
 }
 
 

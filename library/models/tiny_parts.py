@@ -137,8 +137,10 @@ def calibrate_unet(unet: UNet2DConditionModel, vae: AutoencoderKL, conditions: C
 
 
 def save_transformers(model: PreTrainedModel, folder: Path) -> None:
-    """What save_pretrained writes, without its progress bar."""
+    """What save_pretrained writes, without its progress bar: of weights that are tied, one."""
     folder.mkdir(exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    tied = model._tied_weights_keys or {}
+    tensors = {name: value for name, value in model.state_dict().items() if name not in tied}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from library.options.checks import finite, positive, require
 from library.options.given import Needed, Verbatim
 from library.options.model import ModelOptions
+from library.options.text_fusion import TextFusionOptions
 from library.precision import Precision
 
 PROMPT_FILES = (".txt", ".toml", ".json")
@@ -223,8 +224,16 @@ class GenerateOptions:
     sampling: SamplingOptions
     passes: PassOptions
     sheet: SheetOptions
+    fusion: TextFusionOptions = field(default_factory=TextFusionOptions)
     dry_run: bool = False
     """Print the plan and stop."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.fusion.text_fusion is None or self.models.refiner is None,
+            "text_fusion",
+            "is for one model, and a refiner has text encoders of its own. Leave one of them out.",
+        )
 
 
 def split_weight(text: str) -> tuple[Path, float]:

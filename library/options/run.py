@@ -24,6 +24,7 @@ from library.options.kohya.training import (
 )
 from library.options.kohya.watching import MetadataOptions, SampleOptions, ValidationOptions
 from library.options.teacher import DistillationOptions
+from library.options.text_fusion import TextFusionOptions
 from library.options.timestep_bins import TimestepBinOptions
 from library.options.training import OutputOptions
 
@@ -34,6 +35,7 @@ class RunOptions:
 
     model: NetworkModelOptions = field(default_factory=NetworkModelOptions)
     text: TextEncoderOptions = field(default_factory=TextEncoderOptions)
+    fusion: TextFusionOptions = field(default_factory=TextFusionOptions)
     data: DatasetOptions = field(default_factory=DatasetOptions)
     captions: CaptionOptions = field(default_factory=CaptionOptions)
     cache: NetworkCacheOptions = field(default_factory=NetworkCacheOptions)
@@ -135,6 +137,11 @@ class RunOptions:
             not self.bins.given or self.flow.kind == "bins",
             next(iter(self.bins.given), ""),
             "has no effect without timestep_sampling bins.",
+        )
+        require(
+            self.fusion.text_fusion is None or not self.trains_text_encoders,
+            "text_fusion",
+            "is for text encoders as they were, and they are trained. Add --network_train_unet_only.",
         )
         require(
             self.speed.compile != "graphs" or not self.noise.multires_noise_iterations,

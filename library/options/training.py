@@ -56,9 +56,7 @@ class OptimizerOptions:
     optimizer_args: tuple[str, ...] = ()
     """Arguments of the optimizer as key=value, such as weight_decay=0.01 betas=0.9,0.99."""
     learning_rate: float = 1e-4
-    """Peak learning rate of the LoRA weights. Prodigy and D-Adaptation want 1.0."""
-    align_learning_rate: float | None = None
-    """Peak learning rate of the AlignHeads. Default: learning_rate."""
+    """Peak learning rate of the trained weights. Prodigy and D-Adaptation want 1.0."""
     adam_beta1: float = 0.9
     """AdamW: decay of the mean of gradients."""
     adam_beta2: float = 0.999
@@ -66,9 +64,7 @@ class OptimizerOptions:
     adam_epsilon: float = 1e-8
     """AdamW: added to the root of the second moment."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of the LoRA weights."""
-    align_weight_decay: float = 0.01
-    """Decoupled weight decay of the AlignHeads."""
+    """Decoupled weight decay of the trained weights."""
     lr_scheduler: Schedule = "cosine"
     """Learning rate after the warm-up, as diffusers and transformers define it."""
     lr_scheduler_type: str = ""
@@ -95,13 +91,11 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         has_rate = self.learning_rate > 0 or (self.learning_rate == 0 and self._has_other_rates)
         require(has_rate, "learning_rate", f"must be positive, got {self.learning_rate}.")
-        positive("align_learning_rate", self.align_learning_rate)
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             value = getattr(self, name)
             require(0 <= value < 1, name, f"must be at least 0 and below 1, got {value}.")
         positive("adam_epsilon", self.adam_epsilon)
         not_negative("weight_decay", self.weight_decay)
-        not_negative("align_weight_decay", self.align_weight_decay)
         not_negative("max_grad_norm", self.max_grad_norm)
         self._check_optimizer()
         self._check_schedule()

@@ -16,7 +16,7 @@ from torch import nn
 from library.diffusion import alignment_losses as losses
 from library.diffusion.alignment_losses import Weights
 from library.options.alignment import AlignmentOptions
-from library.options.training import OptimizerOptions
+from library.options.kohya.optimizer import NetworkOptimizerOptions
 from library.training.optimizers import ParameterGroup
 from networks.align_head import AlignHeads, HeadKind
 from networks.features import capture, tap_channels
@@ -141,7 +141,7 @@ def head_parameters(heads: AlignHeads) -> dict[str, nn.Parameter]:
     return {f"{PART}.{name}": parameter for name, parameter in heads.named_parameters()}
 
 
-def head_group(heads: AlignHeads, options: OptimizerOptions) -> ParameterGroup:
+def head_group(heads: AlignHeads, options: NetworkOptimizerOptions) -> ParameterGroup:
     """The heads learn at a rate and with a decay of their own."""
     rate = options.learning_rate if options.align_learning_rate is None else options.align_learning_rate
     return ParameterGroup(PART, list(heads.parameters()), rate, options.align_weight_decay)

@@ -22,7 +22,7 @@ from library.models.lone_vae import locate_vae
 from library.options.data import ClassCacheOptions
 from library.options.run import RunOptions
 from library.processes import Processes
-from library.training.models import FrozenModels, base_weights_facts, load_frozen_text
+from library.training.models import FrozenModels, base_weights_facts, load_frozen_text, text_conditioner
 from networks.families import Family
 
 
@@ -135,6 +135,7 @@ def class_preparation(options: RunOptions, processes: Processes, family: Family)
         options.cache,
         options.alignment,
         options.text,
+        options.fusion,
         family,
         processes,
         side=options.data.resolution[0],
@@ -214,7 +215,7 @@ def _prompts(
 
     def conditioner() -> TextConditioner:
         parts = load_frozen_text(options, base, family, processes.device)
-        return TextConditioner(family, parts, clip_skip=clip_skip(options.text, family), chunks=options.text.chunks)
+        return text_conditioner(options, family, parts, processes.device)
 
     return prepare_prompts(
         sorted(captions),

@@ -11,13 +11,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from library.errors import UserError
 from library.files import public_name
 from library.options.parser import flatten
-from library.options.run import RunOptions
 from library.options.toml_file import read_toml
+from library.options.training import OutputOptions
 from library.training.saving import saving_of
 from networks.spec import RUN_KEY, is_kept
 
@@ -30,6 +30,7 @@ HARMLESS = frozenset(
     dataset_config config_file output_config ignore_unknown_keys dry_run verify show_timesteps
     device sdpa xformers gradient_checkpointing blocks_to_swap compile channels_last deterministic max_data_loader_n_workers
     persistent_data_loader_workers disable_mmap_load_safetensors
+    captions text_fusion_encoders
     cache_dir train_latents train_tokens val_latents val_tokens text_embeddings cache_batch_size vae_batch_size
     cache_latents cache_latents_to_disk cache_text_encoder_outputs_to_disk val_data max_validation_samples image_root
     output_dir output_name logging_dir log_every_n_steps log_with log_prefix log_tracker_name log_config
@@ -58,6 +59,13 @@ REPEATED = """
 _ADVICE = "Name another --output_name or --output_dir, or replace it with --overwrite."
 
 
+class Outputs(Protocol):
+    """Options of a training, a dataclass of groups: only where it writes is asked by name."""
+
+    @property
+    def output(self) -> OutputOptions: ...
+
+
 @dataclass(frozen=True)
 class Earlier:
     """An adapter file that lies where this run may write one.
@@ -77,7 +85,7 @@ class Earlier:
     """Whether a run of this project made it, as far as the file or the folder tells."""
 
 
-def run_record(options: RunOptions, samples: str, base_weights: Mapping[str, Any]) -> dict[str, Any]:
+def run_record(options: Outputs, samples: str, base_weights: Mapping[str, Any]) -> dict[str, Any]:
     """What an adapter file is to say of its run. Of paths only the last part: the file may be published."""
     defaults = flatten(type(options)())
     deciding = {name: _public(value) for name, value in flatten(options).items() if name not in HARMLESS - BEGINNING}
@@ -85,7 +93,7 @@ def run_record(options: RunOptions, samples: str, base_weights: Mapping[str, Any
     return {"options": known, "samples": samples, "base_weights": base_weights}
 
 
-def check_earlier(options: RunOptions) -> None:
+def check_earlier(options: Outputs) -> None:
     """Raise UserError where an adapter of another run lies under a name that this run may write, or states where none should."""
     output = options.output
     if output.resume == "none" and not output.overwrite and (states := saving_of(output).states_there()):
@@ -100,7 +108,7 @@ def check_earlier(options: RunOptions) -> None:
             raise UserError(f"{earlier.path} belongs to {why}. {_ADVICE}")
 
 
-def finished_adapter(options: RunOptions, samples: str, base_weights: Mapping[str, Any]) -> Earlier | None:
+def finished_adapter(options: Outputs, samples: str, base_weights: Mapping[str, Any]) -> Earlier | None:
     """The adapter that ended this very run, where it is there.
 
     samples, base_weights: as the run would have them now.
@@ -121,7 +129,7 @@ def finished_adapter(options: RunOptions, samples: str, base_weights: Mapping[st
     return last
 
 
-def adapters_there(options: RunOptions) -> list[Earlier]:
+def adapters_there(options: Outputs) -> list[Earlier]:
     """The adapter files that lie under names that this run may write, and what they say of the runs that made them."""
     read = [_read(path, options) for path in saving_of(options.output).adapters_there()]
     return [earlier for earlier in read if earlier is not None]
@@ -131,13 +139,13 @@ def _is_end(earlier: Earlier) -> bool:
     return earlier.finished and not earlier.path.stem.endswith("-ema")
 
 
-def _goes_on(options: RunOptions) -> bool:
+def _goes_on(options: Outputs) -> bool:
     """Whether the run will go on from a state."""
     resume = options.output.resume
     return resume not in ("auto", "none") or (resume == "auto" and bool(saving_of(options.output).states_there()))
 
 
-def _read(path: Path, options: RunOptions) -> Earlier | None:
+def _read(path: Path, options: Outputs) -> Earlier | None:
     """None where the file is no adapter: something that was not written to its end."""
     from safetensors import SafetensorError, safe_open
 
@@ -166,7 +174,7 @@ def _read(path: Path, options: RunOptions) -> Earlier | None:
     return Earlier(path, {**flatten(options), **other}, made_here=False)
 
 
-def _differences(earlier: Earlier, options: RunOptions) -> str | None:
+def _differences(earlier: Earlier, options: Outputs) -> str | None:
     """ "a run with other options: seed was 1, is 2", or None where it is a run with these options."""
     then = {**flatten(type(options)()), **earlier.options}
     if changes := changed_options(then, flatten(options), HARMLESS - BEGINNING):
@@ -182,7 +190,7 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def state_to_resume(options: RunOptions, world_size: int) -> tuple[Path | None, dict[str, Any]]:
+def state_to_resume(options: Outputs, world_size: int) -> tuple[Path | None, dict[str, Any]]:
     """The state to go on from, if any, and its facts; needs no model. An option that is younger than the state had its default.
 
     Raises UserError where `--resume` names no state, or options that change the outcome differ from the state's.

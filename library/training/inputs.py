@@ -152,6 +152,8 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
 
 def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[str]:
     """See that options and adapters to start from fit the base; what to say of those. Raises UserError for what does not."""
+    from library.models.conditioning import clip_skip
+    from library.models.text_fusion import check_fusion
     from library.training.bins import describe_bins
     from library.training.distillation import check_teacher
     from library.training.flow import check_flow
@@ -164,6 +166,7 @@ def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[s
         )
     options.optimizer.text_encoder_rates(len(family.text_encoders))
     check_vae_fits(options, family)
+    check_fusion(options.fusion, family, clip_skip(options.text, family))
     check_swapped(options, base, family)
     return [
         *check_flow(options, base),

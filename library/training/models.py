@@ -18,12 +18,14 @@ from library.merging.source import read_source
 from library.models.at_rest import STORED
 from library.models.base_family import family_of
 from library.models.block_swap import swappable
+from library.models.conditioning import TextConditioner, clip_skip
 from library.models.configs import configs_of
 from library.models.fingerprint import weight_fingerprint
 from library.models.load import TextPart, load_text_encoders, load_unet, unet_config
 from library.models.locate import BaseLocation
 from library.models.lone_vae import LoneVae, locate_vae
 from library.models.single_file import file_text_config
+from library.models.text_fusion import fusion_facts, load_fusion
 from library.options.kohya.network_args import BlockCurve
 from library.options.run import RunOptions
 from library.training.alignment import make_heads
@@ -68,6 +70,20 @@ class FrozenModels:
         if options.model.format_at_rest(TEXT_ENCODER) == STORED:
             return load_text_encoders(base, families=(family,), dtype=None, device=device)
         return load_frozen_text(options, base, family, device)
+
+
+def text_conditioner(
+    options: RunOptions, family: Family, parts: Sequence[TextPart], device: torch.device
+) -> TextConditioner:
+    """The text encoders as one function of prompts, with the fusion that the options name."""
+    dtype = named_dtype(options.model.mixed_precision)
+    return TextConditioner(
+        family,
+        parts,
+        clip_skip=clip_skip(options.text, family),
+        chunks=options.text.chunks,
+        fusion=load_fusion(options.fusion, family, parts, dtype=dtype, device=device),
+    )
 
 
 def meta_models(
@@ -266,6 +282,7 @@ def base_weights_facts(options: RunOptions, base: BaseLocation, components: Sequ
     facts: dict[str, Any] = {
         component: weight_fingerprint(base, component, options.cache.cache_dir) for component in components
     }
+    facts |= fusion_facts(options.fusion)
     folded = options.network.base_weights_with_multipliers
     if folded:
         facts["folded_in"] = [[file_hash(read_source(path).file), multiplier] for path, multiplier in folded]

@@ -47,7 +47,7 @@ def preflight(run: Run, task: LoraTask, first: Request, say: Callable[..., None]
     if task.validation:
         seconds["validation batch"] = _time(run, lambda: _try_validation(task))
     if run.processes.is_main:
-        seconds["save"] = _time(run, lambda: _try_save(run.checkpoints))
+        seconds["save"] = _time(run, lambda: try_save(run.checkpoints))
     run.guesses["save"] = seconds.get("save", 0.0)
     if task.validation:
         batches = sum(math.ceil(len(samples) / run.plan.batch_size) for samples in task.validation.values())
@@ -139,7 +139,8 @@ def _try_validation(task: LoraTask) -> None:
         _frozen_losses(task, samples, largest, 0, len(largest.micro.indices))
 
 
-def _try_save(checkpoints: Checkpoints) -> None:
+def try_save(checkpoints: Checkpoints) -> None:
+    """Save a state to a folder that goes again, so that what cannot be written is known at once."""
     folder = beside(checkpoints.output.output_dir / "preflight", "tmp")
     try:
         save_state(folder, checkpoints.trained, checkpoints.describe(0))

@@ -18,14 +18,13 @@ from library.inference.picture_request import PictureRequest
 from library.inference.prompt_file import PromptLine, read_prompt_file
 from library.inference.sampler_names import DEFAULT_SAMPLER, sampler_named
 from library.inference.text_to_image import draw, native_size, on_process
-from library.models.conditioning import clip_skip
-from library.models.load import TextPart
+from library.models.conditioning import TextConditioner, clip_skip
 from library.models.lone_vae import locate_vae
 from library.options.kohya.watching import SampleOptions
 from library.options.run import RunOptions
 from library.training.caches import Prepared
 from library.training.loop import Run
-from library.training.models import load_frozen_text
+from library.training.models import load_frozen_text, text_conditioner
 from library.training.saving import sample_name
 from library.training.task import LoraTask
 from library.training.text import EncodedText
@@ -109,21 +108,26 @@ class Sampler:
         """The models of the run as they are, and an autoencoder, which lives as long as the drawing does."""
         task, vae = self.task, self.options.model.vae
         device = self.run.processes.device
+        conditioner = self._conditioner()
         base = self.prepared.base if vae is None else locate_vae(vae)
         return DrawingModel(
             self.prepared.family,
             task.models[UNET],
-            self._text_parts(),
+            conditioner.parts,
             load_drawing_vae(base, self.prepared.family, dtype=task.compute_dtype, device=device),
             task.objective.parametrisation,
             task.compute_dtype,
+            conditioner.fusion,
         )
 
-    def _text_parts(self) -> list[TextPart]:
+    def _conditioner(self) -> TextConditioner:
         """The text encoders; loaded where they are not part of the run, because their outputs are cached."""
         if isinstance(self.task.text, EncodedText):
-            return self.task.text.conditioner.parts
-        return load_frozen_text(self.options, self.prepared.base, self.prepared.family, self.run.processes.device)
+            return self.task.text.conditioner
+        family, device = self.prepared.family, self.run.processes.device
+        return text_conditioner(
+            self.options, family, load_frozen_text(self.options, self.prepared.base, family, device), device
+        )
 
     def _request(self, line: PromptLine, native: int) -> PictureRequest:
         """Prompts are read as A1111 does, who will draw with the result; tags of other adapters have no place here."""

@@ -52,7 +52,7 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
         weights = base_facts(options, base, family)
     if state is not None:
         known = {"base_weights": weights} | ({"samples": samples} if all_were_read(state) else {})
-        state = _unless_changed(state, changes_since(state, marks_of(data), known), output)
+        state = unless_changed(state, changes_since(state, marks_of(data), known), output)
     plan = make_plan(
         make_order(data, options, processes.rank, processes.world_size), options.training, options.optimizer
     )
@@ -62,10 +62,10 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     if ended and output.overwrite:
         state, ended = None, False
     if ended and (output.output_dir / f"{output.output_name}.safetensors").exists():
-        _say_finished(processes, state, facts["step"])
+        say_finished(processes, state, facts["step"])
         return
     if (finished := finished_adapter(options, samples, weights)) is not None:
-        _say_finished(processes, finished.path, finished.step)
+        say_finished(processes, finished.path, finished.step)
         return
     require_cache_space(cache_sizes(options, family, data))
     prepared = prepare_caches(options, processes, base, family, data)
@@ -85,7 +85,7 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     if processes.is_main:
         context.enter_context(own_output(output.output_dir))
     if state is not None:
-        state = _unless_changed(state, run.checkpoints.changes(state), output)
+        state = unless_changed(state, run.checkpoints.changes(state), output)
     step = first if state is None else run.checkpoints.resume(state)
     if ended:
         run.checkpoints.save(step, finished=True)  # the adapter was lost after the last state
@@ -101,14 +101,14 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
         run.guesses["samples"] = sampler.guess(run.guesses["step"])
     train(run, step)
     if processes.is_main:
-        _finish(run, options)
+        finish(run, "adapter")
 
 
-def _say_finished(processes: Processes, end: Path | None, step: int) -> None:
+def say_finished(processes: Processes, end: Path | None, step: int) -> None:
     processes.say(f"{end} is the end of this run (step {step}). Nothing is left to do. --overwrite trains it anew.")
 
 
-def _unless_changed(state: Path, changes: list[str], output: OutputOptions) -> Path | None:
+def unless_changed(state: Path, changes: list[str], output: OutputOptions) -> Path | None:
     """The state; where something changed, as the options say all the same or None to begin anew. Raises UserError otherwise."""
     if not changes or output.allow_changed_options:
         return state
@@ -141,12 +141,12 @@ def first_step(options: RunOptions, plan: Plan) -> int:
     return step
 
 
-def _finish(run: Run, options: RunOptions) -> None:
-    """Say what there is."""
+def finish(run: Run, what: str) -> None:
+    """Say what there is. what: the word for the file that was trained, in at most 12 letters."""
+    output = run.output
     if run.log is not None:
         run.log.close()
-    output = options.output
-    print(f"adapter      {output.output_dir / output.output_name}.safetensors")
+    print(f"{what:12} {output.output_dir / output.output_name}.safetensors")
     if run.trained.average is not None:
         print(f"  averaged   {output.output_dir / output.output_name}-ema.safetensors")
     if run.checkpoints.newest is not None:

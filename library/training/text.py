@@ -18,12 +18,13 @@ from library.data.text_embeddings import TextEmbeddings
 from library.data.trained_image import TrainedImage
 from library.device import named_dtype
 from library.errors import UserError
-from library.models.conditioning import CHUNK, Conditioning, TextConditioner, clip_skip
+from library.models.conditioning import CHUNK, Conditioning, TextConditioner
 from library.models.load import TextPart
 from library.options.data import ClassCacheOptions
 from library.options.run import RunOptions
 from library.processes import Processes
 from library.training.caches import Prepared
+from library.training.models import text_conditioner
 from networks.families import Family
 
 
@@ -122,12 +123,11 @@ def make_text(options: RunOptions, processes: Processes, prepared: Prepared, une
         return PromptTable(prepared.text, options.class_pictures.class_dropout, device=processes.device, dtype=dtype)
     if prepared.text is not None:
         return CachedText(prepared.text)
-    family, chunks = prepared.family, options.text.chunks
-    conditioner = TextConditioner(family, parts, clip_skip=clip_skip(options.text, family), chunks=chunks)
+    conditioner = text_conditioner(options, prepared.family, parts, processes.device)
     captions = list(dict.fromkeys(picture.image.caption for picture in prepared.data.every))
     if cut := conditioner.overlong(captions):
         processes.say(
-            f"{len(cut)} of {len(captions)} captions are longer than {chunks * CHUNK} tokens and are cut (first: "
+            f"{len(cut)} of {len(captions)} captions are longer than {conditioner.chunks * CHUNK} tokens and are cut (first: "
             f"{captions[cut[0]]!r}). --max_token_length gives them room, up to 225."
         )
     return EncodedText(conditioner, options.trains_text_encoders)

@@ -10,12 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from library.data.demo_pictures import BACKGROUNDS, CLASSES, COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Picture
+from library.data.demo_pictures import (
+    BACKGROUNDS,
+    CLASSES,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Picture,
+    caption_of,
+)
 from library.models.clip_tokenizer import tiny_tokenizer
 from library.models.sd15_configs import SD15_TEXT_ENCODER
 from library.models.tiny_parts import text_encoder_sizes
 from tools.shapes.fit import Record, fit
-from tools.shapes.pictures import SIDE, Pictures, batches, caption
+from tools.shapes.pictures import SIDE, Pictures, batches
 
 HIDDEN, LAYERS = 128, 4
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
@@ -52,7 +62,7 @@ def train_clip(pictures: Pictures, steps: int) -> tuple[CLIPModel, Record]:
 
     def loss_at(step: int, indices: Tensor) -> Tensor:
         known = [pictures.known[index] for index in indices.tolist()]
-        captions = [caption(picture, choose) for picture in known]
+        captions = [caption_of(picture, choose) for picture in known]
         ids = tokenizer(captions, padding="max_length", max_length=_TRAINED_POSITIONS, return_tensors="pt").input_ids
         matches = fulfilled(captions, known)  # [captions, pictures]
         with torch.autocast("cpu", torch.bfloat16):
@@ -85,7 +95,7 @@ def train_picture_tower(pictures: Pictures, model: CLIPModel, steps: int) -> tup
 
     def loss_at(step: int, indices: Tensor) -> Tensor:
         known = [pictures.known[index] for index in indices.tolist()]
-        captions = [caption(picture, choose) for picture in known]
+        captions = [caption_of(picture, choose) for picture in known]
         texts = texts_of(captions)
         with torch.autocast("cpu", torch.bfloat16):
             seen = model.get_image_features(pixel_values=clip_inputs(pictures.pixels[indices]))

@@ -10,6 +10,7 @@ from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from library.data.demo_pictures import caption_of
 from library.diffusion.objective import Objective
 from library.diffusion.scheduler_config import parametrisation_of
 from library.models.clip_tokenizer import tiny_tokenizer
@@ -20,7 +21,7 @@ from library.models.sd15_configs import SD15_SCHEDULER, SD15_UNET
 from networks.families import SD15, TEXT_ENCODER
 from tools.shapes.clip import HIDDEN
 from tools.shapes.fit import Record, fit
-from tools.shapes.pictures import Pictures, batches, caption
+from tools.shapes.pictures import Pictures, batches
 
 CONFIG = {**SD15_UNET, "block_out_channels": [64, 64, 64, 96], "cross_attention_dim": HIDDEN, "sample_size": 16}
 BATCH, RATE, SECOND_RATE = 32, 1.5e-3, 1e-3
@@ -55,7 +56,7 @@ def train_denoiser(
         generator, choose = torch.Generator().manual_seed(seed * 10**6 + step), random.Random(f"denoiser {seed} {step}")
         chosen = latents[indices]
         prompts = [
-            "" if choose.random() < EMPTY_PROMPTS else caption(pictures.known[index], choose)
+            "" if choose.random() < EMPTY_PROMPTS else caption_of(pictures.known[index], choose)
             for index in indices.tolist()
         ]
         noise = torch.randn(chosen.shape, generator=generator)

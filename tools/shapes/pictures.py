@@ -73,25 +73,6 @@ def _one(part: str, index: int) -> _Drawn:
     return _Drawn(picture, np.asarray(draw(picture, SIDE)), np.asarray(shape_mask(picture, SIDE)))
 
 
-def caption(picture: Picture, choose: random.Random) -> str:
-    """One of the ways to say what is on a picture, from "red circle" to the whole caption of the demo set."""
-    colour, shape, ground = picture.colour, picture.shape, picture.ground
-    return choose.choice(
-        (
-            picture.caption,
-            picture.caption,
-            f"{colour} {shape}",
-            f"a {colour} {shape}",
-            f"a photo of a {colour} {shape}",
-            f"a {colour} {shape} {picture.place}",
-            f"a {picture.size} {colour} {shape}",
-            f"a {colour} {shape} on a {ground} background",
-            f"a {picture.size} {colour} {shape} {picture.place}",
-            f"a picture of a {colour} {shape} on a {ground} background",
-        )
-    )
-
-
 def batches(count: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
     """`steps` batches of indices below `count`, [size] int64: every index once before any comes again."""
     generator = torch.Generator().manual_seed(seed)

@@ -36,8 +36,12 @@ class NetworkOptimizerOptions(OptimizerOptions):
     """The same for the text encoders, on SDXL one for both or one for each; 0 trains none there. Default: learning_rate."""
     train_parts_lr: float | None = None
     """Peak learning rate of train_parts. Default: that of the adapters on the U-Net."""
+    align_learning_rate: float | None = None
+    """Peak learning rate of the AlignHeads. Default: learning_rate."""
     weight_decay: float | None = None  # type: ignore[assignment]
     """Decoupled weight decay of the adapters. Default: as optimizer_args says, else the optimizer's own (AdamW: 0.01)."""
+    align_weight_decay: float = 0.01
+    """Decoupled weight decay of the AlignHeads."""
     lr_scheduler: Schedule = "constant"
     """Learning rate after the warm-up, as diffusers and transformers define it."""
     lr_warmup_steps: StepsOrShare = 0
@@ -50,6 +54,8 @@ class NetworkOptimizerOptions(OptimizerOptions):
     def __post_init__(self) -> None:
         not_negative("unet_lr", self.unet_lr)
         positive("train_parts_lr", self.train_parts_lr)
+        positive("align_learning_rate", self.align_learning_rate)
+        not_negative("align_weight_decay", self.align_weight_decay)
         for rate in self.text_encoder_lr:
             not_negative("text_encoder_lr", rate)
         require(

@@ -41,7 +41,7 @@ from library.search.trainer.judge_by_loss import MOST_PICTURES, Measured, by_has
 from library.search.trainer.kept_models import KeptModels
 from library.search.trial_files import slot_folder
 from library.training.caches import Prepared
-from library.training.models import base_weights_facts
+from library.training.models import base_weights_facts, text_conditioner
 from library.training.task import LoraTask
 from library.training.text import EncodedText
 from networks.families import UNET
@@ -196,13 +196,21 @@ def network_image_judge(
     models = warm.judging.get(key, load)
 
     def drawing() -> DrawingModel:
-        parts = (
-            task.text.conditioner.parts
-            if isinstance(task.text, EncodedText)
-            else warm.text(options, prepared.base, prepared.family, device)
-        )
+        if isinstance(task.text, EncodedText):
+            text = task.text.conditioner
+        else:
+            parts = warm.text(options, prepared.base, prepared.family, device)
+            text = text_conditioner(options, prepared.family, parts, device)
         parametrisation = task.objective.parametrisation
-        return DrawingModel(prepared.family, task.models[UNET], parts, models.vae, parametrisation, task.compute_dtype)
+        return DrawingModel(
+            prepared.family,
+            task.models[UNET],
+            text.parts,
+            models.vae,
+            parametrisation,
+            task.compute_dtype,
+            text.fusion,
+        )
 
     images = [picture.image for picture in held_out]
     photos = [decode_rgb(one.path, name=str(one.path), hidden_colours=one.shows_hidden_colours) for one in images]
