@@ -19,7 +19,7 @@ from library.files import read_json
 from library.models import single_file
 from library.models.base_family import family_of, require_family
 from library.models.base_schedule import folder_scheduler_config
-from library.models.clip_tokenizer import PADS, tokenizer_for
+from library.models.clip_tokenizer import PADS, folder_tokenizer, tokenizer_for
 from library.models.configs import configs_of, published_family
 from library.models.locate import BaseLocation, base_status, locate_base, weight_files
 from library.models.lone_vae import LoneVae, check_lone_vae, locate_vae, lone_keys
@@ -157,7 +157,7 @@ def text_part(
         tokenizer = tokenizer_for(config.vocab_size, str(location.path), PADS[component])
     else:
         config = CLIPTextConfig.from_dict(_component_config(location, component, kind.__name__))
-        tokenizer = _folder_tokenizer(location.path / TOKENIZERS[component])
+        tokenizer = folder_tokenizer(location.path / TOKENIZERS[component])
     name = component.replace("_", " ")
     if len(tokenizer) != config.vocab_size:
         raise UserError(
@@ -191,13 +191,3 @@ def _component_config(location: BaseLocation, component: str, class_name: str) -
     if found not in (class_name, f"{class_name}WithProjection"):  # the projection is left out on reading
         raise UserError(f"{path} describes a {found}. A {class_name} is needed here.")
     return config
-
-
-def _folder_tokenizer(folder: Path) -> CLIPTokenizer:
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{folder} holds no readable CLIP tokenizer: {reason}. vocab.json and merges.txt are needed."
-        ) from error

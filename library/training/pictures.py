@@ -20,7 +20,7 @@ def collect_pictures(options: RunOptions, base: BaseLocation, world_size: int = 
     """Every picture of the run, in its bucket. Raises UserError for all that is wrong with them."""
     if options.cache.cache_latents is False:
         raise UserError("--no_cache_latents is not offered: latents are always cached, on the disk. Leave it out.")
-    data = class_data(options) if options.class_pictures is not None else _captioned(options, base)
+    data = class_data(options) if options.class_pictures is not None else captioned_data(options, native_side(base))
     _check_effects(options, data)
     if options.alignment.alignment and world_size == 1:  # several processes compare their pictures with each other's
         _check_pairs(options, data)
@@ -41,7 +41,8 @@ def class_data(options: RunOptions) -> TrainingData:
     )
 
 
-def _captioned(options: RunOptions, base: BaseLocation) -> TrainingData:
+def captioned_data(options: RunOptions, side: int) -> TrainingData:
+    """side: pixels that the base was trained at, the resolution where nothing says another."""
 
     def refuse(dataset: Dataset) -> str | None:
         for subset in dataset.subsets:
@@ -56,7 +57,7 @@ def _captioned(options: RunOptions, base: BaseLocation) -> TrainingData:
         return None
 
     return collect(
-        read_datasets(options, native_side(base)),
+        read_datasets(options, side),
         missing_caption=options.data.missing_caption,
         prior_loss_weight=options.objective.prior_loss_weight,
         seed=options.training.seed,
