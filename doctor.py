@@ -5,7 +5,7 @@ r"""Look at a data set before it is trained on: pictures, crops and captions as 
     python doctor.py --train_data data/imagenet/train --class_names dataset_configs/imagenet_classes.json --deep \
         --dino_model facebook/dinov2-large
 
-It writes one page, outputs/doctor.html, and the findings as .json beside it. The exit code is 1 where something spoils the training.
+It writes one page, outputs/doctor.html, and its findings as .json. The exit code is 1 where something spoils the training.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from library.errors import EXIT_FAILED, EXIT_OK, UserError, script
-from library.options.doctor import DoctorOptions, parse_doctor_options
-from library.options.run import RunOptions
+from library.doctor.run import look
+from library.errors import UserError, script
+from library.options.doctor import parse_doctor_options
 
 
 @script
 def main(argv: list[str]) -> int:
     options, doctor = parse_doctor_options(with_option(argv), prog="doctor.py", description=__doc__)
-    return run(options, doctor)
+    return look(options, doctor)
 
 
 def with_option(argv: list[str]) -> list[str]:
@@ -40,26 +40,6 @@ def with_option(argv: list[str]) -> list[str]:
     else:
         raise UserError(f"{path} does not exist. Give a folder of pictures, or --dataset_config and a TOML file.")
     return [option, *argv]
-
-
-def run(options: RunOptions, doctor: DoctorOptions) -> int:
-    """Examine, write and say; the exit code says whether a training would be spoiled."""
-    from library.files import require_writable
-
-    require_writable(doctor.page.parent)
-    from library.doctor.examine import examine
-    from library.doctor.findings import spoiled
-    from library.doctor.page import lines, verdict, write_report
-
-    examination = examine(options, doctor)
-    beside = write_report(examination, doctor.page)
-    for line in lines(examination.findings):
-        print(line)
-    for note in examination.notes:
-        print(f"note: {note}")
-    print(verdict(examination))
-    print(f"page      {doctor.page}\nfindings  {beside}")
-    return EXIT_FAILED if spoiled(examination.findings) else EXIT_OK
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import time
 from library.errors import EXIT_OK, check_all, script
 from library.files import require_writable
 from library.launch import start_cpu_processes
+from library.options.checks import require
 from library.options.parser import parse
 from library.options.repa import REPA, PrepareCacheOptions
 from library.training.inputs import input_checks
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> int:
         default_config="demo.toml",
         dialect=REPA,
     )
+    require(not options.config.report, "report", "is train_repa.py's: its --dry_run looks at the pictures.")
     check_all(*input_checks(options), lambda: require_writable(options.cache.cache_dir))
     start_cpu_processes(__file__, argv)
     return run(options)

@@ -135,8 +135,8 @@ def _trigger(captions: Sequence[Caption], tokenizer: CLIPTokenizer, trigger: str
             "trigger of pieces",
             "know",
             f"The trigger word {trigger!r} is no token of its own: it is spelt {' + '.join(spelt)}.",
-            "It can be learned all the same, and shares its pieces with other words. A rare word of one token, such as sks or ohwx, "
-            "has no meaning to unlearn.",
+            "It can be learned all the same, and shares its pieces with other words. A rare word of one token has no meaning to "
+            "unlearn.",
         )
 
 
@@ -163,8 +163,8 @@ def _repeated(captions: Sequence[Caption], trigger: str | None) -> Iterator[Find
         "repeated",
         "know",
         f"All {len(captions)} captions say {named}.",
-        "What every caption names becomes part of the trigger: it will come without being asked for, and will not come alone. Leave "
-        "it out of the captions where it belongs to the subject, and vary it where it does not.",
+        "What every caption names becomes part of the trigger: it comes without being asked for, and does not come alone. Leave it "
+        "out of the captions where it belongs to the subject, and vary it where it does not.",
         tuple(caption.path for caption in captions),
     )
 
@@ -233,9 +233,7 @@ def regularisation_findings(captions: Sequence[Caption]) -> Iterator[Finding]:
     if not prior or not subject:
         return
     classes = {word for caption in prior for word in caption.class_words - PLAIN}
-    named = classes or {
-        word for word, count in counted(subject, tags=False).items() if count >= len(subject) / 2
-    }
+    named = classes or {word for word, count in counted(subject, tags=False).items() if count >= len(subject) / 2}
     unlike = [caption for caption in prior if named and caption.text and not named & caption.words]
     alien = classes and not any(classes & (caption.words | caption.class_words) for caption in subject)
     if alien:

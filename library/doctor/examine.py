@@ -28,7 +28,7 @@ from library.options.run import RunOptions
 from library.progress import doing
 from library.training.pictures import captioned_data, class_data
 from library.words import plural
-from networks.families import TEXT_ENCODER, TOKENIZERS, Family
+from networks.families import SD15, TEXT_ENCODER, TOKENIZERS, Family
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,7 +79,9 @@ def examine(options: RunOptions, doctor: DoctorOptions) -> Examination:
     asked = _asked(pictures, data, options)
     found = measure_all(asked)
     unreadable = {path: why.partition(": ")[2] for path, why in data.dropped.items() if why.startswith("unreadable: ")}
-    unreadable |= {one.name: fault.reason for one, fault in zip(asked, found, strict=True) if isinstance(fault, UnreadableImage)}
+    unreadable |= {
+        one.name: fault.reason for one, fault in zip(asked, found, strict=True) if isinstance(fault, UnreadableImage)
+    }
     measured = [
         Measured(picture, str(picture.image.path), one)
         for picture, one in zip(pictures, found, strict=True)
@@ -127,7 +129,10 @@ def _base(options: RunOptions) -> tuple[str, BaseLocation | None, Family]:
     name = options.model.pretrained_model_name_or_path
     components = ("unet",)
     if absent := base_status(name, components):
-        if (family := published_family(name)) is None:
+        family = published_family(name)
+        if family is None and options.class_pictures is not None:
+            family = SD15  # nothing of what is seen of class pictures depends on it
+        if family is None:
             raise UserError(f"{absent} doctor.py only needs to know whether it is SD1.5 or SDXL: name one of these.")
         return name, None, family
     location = locate_base(name, components)
@@ -172,7 +177,8 @@ def _asked(pictures: Sequence[TrainedImage], data: TrainingData, options: RunOpt
     if data.classes is None:
         buckets = {id(dataset): Buckets.of(dataset).fit for dataset in data.datasets}
         return [
-            Asked(str(picture.image.path), picture.image.path.read_bytes, buckets[id(picture.dataset)]) for picture in pictures
+            Asked(str(picture.image.path), picture.image.path.read_bytes, buckets[id(picture.dataset)])
+            for picture in pictures
         ]
     sources: dict[str, tuple[ImageSource, Sample]] = {
         sample.sample_id: (one.source, sample) for one in data.classes.sets for sample in one.samples
@@ -222,10 +228,8 @@ def _balance(data: TrainingData) -> Iterator[Finding]:
             "balance",
             "know",
             f"{largest} is shown {most:,} times an epoch, {smallest} {least:,} times ({len(shown)} {what}).",
-            "What is shown seldom is learned late, when the rest is known by heart. Add pictures, or raise num_repeats of the small "
-            "ones. Shown first of each: the classes that are five times rarer than the largest."
-            if data.classes is not None
-            else "What is shown seldom is learned late, when the rest is known by heart. Add pictures, or raise num_repeats there.",
+            "What is shown seldom is learned late, when the rest is known by heart. Add pictures, or raise num_repeats. "
+            f"Here is one picture of each of the {what} that are shown {UNBALANCED} times more rarely than the largest, or less.",
             tuple(first[name] for name in few),
             tuple(f"{os.path.basename(name)}: {shown[name]}" for name in few),
         )

@@ -23,10 +23,11 @@ SIDE = 512
 """Pixels of the longer side of what is measured."""
 THUMBNAIL = 160
 READERS = 4
-LAYOUT = 8
+LAYOUT = 16
 """Cells a side of a picture's colours."""
 _HASHED, _LOW = 32, 8  # sides of a perceptual hash: the picture, and the low frequencies that are kept of it
 _BLUR = 9  # pixels over which Crete et al. average
+_STEEP, _FAINT = 2, 2.0  # percent of the pixels that are looked at, and the least step there, of 255
 _BORDER_NOISE = 12  # of 255: what JPEG makes of one colour
 _LEAST_BORDER = 0.015  # of a side
 
@@ -61,11 +62,11 @@ class Measures:
     """The whole picture, at most THUMBNAIL pixels a side."""
     fitted: Fitted
     blur: float
-    """0 (crisp) to 1: how little of its contrast between neighbours another blur would take away."""
+    """0 (crisp) to 1; see `blur_of`."""
     dark: float
-    """The 5th percentile of its luminance, 0 to 255."""
+    """The 1st percentile of its luminance, 0 to 255."""
     bright: float
-    """The 95th."""
+    """The 99th."""
     borders: Borders
     writing: float
     """Share of its area in lines that look like writing."""
@@ -76,7 +77,7 @@ class Measures:
     mirrored: npt.NDArray[np.int8]
     """The hash of its mirror image."""
     colours: npt.NDArray[np.float32]
-    """[8, 8, 3], 0 to 255: mean colours of its cells."""
+    """[16, 16, 3], 0 to 255: mean colours of its cells."""
 
     @property
     def enlarged(self) -> float:
@@ -104,7 +105,7 @@ def measure(data: bytes, name: str, fit: Fit) -> Measures:
     thumbnail = picture.image.copy()
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), reducing_gap=2.0)
     hashed, mirrored = perceptual_hashes(thumbnail)
-    dark, bright = np.percentile(grey, (5, 95))
+    dark, bright = np.percentile(grey, (1, 99))
     return Measures(
         thumbnail,
         fitted,
@@ -144,20 +145,25 @@ def measure_all(pictures: Sequence[Asked]) -> list[Measures | UnreadableImage]:
 
 
 def blur_of(grey: Grey) -> float:
-    """Crete et al. 2007, "The blur effect": a sharp picture loses most of its contrast between neighbours when it is averaged
-    over nine pixels, a blurred one little. 1 where there is nothing to lose. The crisper of the two directions counts."""
+    """How soft the steepest edges are: 1/9 for steps from one pixel to the next, towards 1 the wider they are.
+
+    After Crete et al. 2007, "The blur effect": averaging over nine pixels takes most of a sharp edge's steepness away, and little
+    of a soft one's. Theirs is of all pixels, and takes smooth shading and shallow focus for blur. The crisper of the two directions
+    counts; 0 where there is no edge at all.
+    """
     return min(_blur_along(grey), _blur_along(grey.T))
 
 
 def _blur_along(grey: Grey) -> float:
-    if grey.shape[1] <= _BLUR:
+    if grey.shape[1] <= _BLUR + 1:
         return 0.0
     sums = np.cumsum(grey, axis=1, dtype=np.float64)
     averaged = (sums[:, _BLUR:] - sums[:, :-_BLUR]) / _BLUR  # column j is the mean around j + 5
-    own = np.abs(np.diff(grey, axis=1))[:, (_BLUR + 1) // 2 :][:, : averaged.shape[1] - 1]
-    lost = np.maximum(own - np.abs(np.diff(averaged, axis=1))[:, : own.shape[1]], 0)
-    total = float(own.sum())
-    return 1.0 if total == 0 else (total - float(lost.sum())) / total
+    after = np.abs(np.diff(averaged, axis=1))
+    before = np.abs(np.diff(grey, axis=1))[:, (_BLUR + 1) // 2 :][:, : after.shape[1]]
+    steep = before >= max(float(np.percentile(before, 100 - _STEEP)), _FAINT)
+    total = float(before[steep].sum())
+    return float(np.minimum(after, before)[steep].sum()) / total if total else 0.0
 
 
 def borders_of(pixels: npt.NDArray[np.int16]) -> Borders:
@@ -173,14 +179,14 @@ def _strip(rows: npt.NDArray[np.int16]) -> int:
     """How many of the first rows are a border: all of one colour, and what follows differs from it nearly everywhere."""
     colour = np.median(rows[0], axis=0)
     differs = np.abs(rows[: len(rows) // 2] - colour).max(axis=2) > _BORDER_NOISE  # [rows, width]
-    shares = differs.mean(axis=1)
-    ends = np.flatnonzero(shares > 0.02)
-    if not len(ends) or ends[0] < max(2, _LEAST_BORDER * len(rows)):
+    ends = np.flatnonzero(differs.mean(axis=1) > 0.02)
+    if not len(ends) or ends[0] < max(3, _LEAST_BORDER * len(rows)):
         return 0
-    # Scaling leaves one or two mixed rows between a border and the picture.
-    after = rows[ends[0] + 2 : ends[0] + 6].astype(np.float32)
-    straight = len(after) and shares[ends[0] : ends[0] + 4].max() > 0.75
-    return int(ends[0]) if straight and after.std(axis=1).mean() > 6 else 0
+    end = int(ends[0])
+    # Scaling leaves one or two mixed rows between a border and the picture. A slow gradient differs only after more of them.
+    after = rows[end + 1 : end + 5]
+    jump = (np.abs(after - rows[end - 3]).max(axis=2) > _BORDER_NOISE).mean(axis=1)
+    return end if len(after) and jump.max() > 0.75 and after.astype(np.float32).std(axis=1).mean() > 6 else 0
 
 
 def writing_of(grey: Grey) -> float:

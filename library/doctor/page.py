@@ -71,7 +71,8 @@ def verdict(examination: Examination) -> str:
 def report(examination: Examination) -> Page:
     data, family = examination.data, examination.family
     total = len({one.image.path for one in data.every})
-    place = ", ".join(dict.fromkeys(_place(examination)))
+    places = list(dict.fromkeys(_places(examination)))
+    place = places[0] if len(places) == 1 else f"{plural(len(places), 'place')} in {os.path.commonpath(places)}"
     page = Page(
         "What the training will see",
         f"{plural(total, 'picture')} of {place}, as a training of {family.title} takes them. {verdict(examination)}",
@@ -83,7 +84,7 @@ def report(examination: Examination) -> Page:
     if not examination.findings:
         page.paragraph("None. Look at the contact sheet all the same: no program knows what the pictures are for.")
     for note in examination.notes:
-        page.notice(note)
+        (page.notice if note.startswith("warning: ") else page.paragraph)(note.removeprefix("warning: "))
     _add_buckets(page, examination)
     _add_captions(page, examination)
     if examination.teacher_maps:
@@ -92,11 +93,12 @@ def report(examination: Examination) -> Page:
     return page
 
 
-def _place(examination: Examination) -> list[str]:
+def _places(examination: Examination) -> list[str]:
     data = examination.data
     if data.classes is not None:
-        return [str(one.source.location) for one in data.classes.sets]
-    return [str(subset.image_dir or subset.metadata_file) for dataset in data.datasets for subset in dataset.subsets]
+        return [os.path.abspath(one.source.location) for one in data.classes.sets]
+    subsets = [subset for dataset in data.datasets for subset in dataset.subsets]
+    return [os.path.abspath(subset.image_dir or subset.metadata_file or "") for subset in subsets]
 
 
 def _add_finding(page: Page, finding: Finding, pictures: Mapping[str, Measures]) -> None:
@@ -136,7 +138,10 @@ def _add_buckets(page: Page, examination: Examination) -> None:
         rows.append((name, count, f"{count:,}"))
     first = next((place for place, row in enumerate(rows) if row[1]), 0)
     last = max((place for place, row in enumerate(rows) if row[1]), default=0)
-    page.bars(rows[first : last + 1], "Pixels in training for each pixel of the file, along a side: above 1 a picture is enlarged")
+    page.bars(
+        rows[first : last + 1],
+        "Pixels in training for each pixel of the file, along a side: above 1 a picture is enlarged",
+    )
 
 
 def _add_captions(page: Page, examination: Examination) -> None:
@@ -145,16 +150,17 @@ def _add_captions(page: Page, examination: Examination) -> None:
         return
     page.heading("Captions")
     lengths = [token_count(caption.text, examination.tokenizer) for caption in own]
+    span = " to ".join(map(str, sorted({min(lengths), max(lengths)})))
     tags = are_tags(own)
     trigger = f" The trigger word seems to be {examination.trigger!r}." if examination.trigger else ""
-    page.paragraph(
-        f"{plural(len(own), 'caption')} of {min(lengths)} to {max(lengths)} tokens; {examination.room} are read.{trigger}"
-    )
+    page.paragraph(f"{plural(len(own), 'caption')} of {span} tokens; {examination.room} are read.{trigger}")
     counts = counted(own, tags=tags)
     what = "tag" if tags else "word"
     often = [(unit, count) for unit, count in counts.most_common(20) if count > 1]
     if often:
-        page.bars([(unit, count, f"{count}") for unit, count in often], f"{what.capitalize()}s by captions that have them")
+        page.bars(
+            [(unit, count, f"{count}") for unit, count in often], f"{what.capitalize()}s by captions that have them"
+        )
     once = sorted(unit for unit, count in counts.items() if count == 1)
     if once:
         page.code(", ".join(once[:400]), caption=f"{plural(len(once), what)} that only one caption names")
@@ -180,8 +186,11 @@ def _add_sheet(page: Page, examination: Examination) -> None:
     held = {str(picture.image.path) for picture in examination.data.validation}
     named = {path for finding in examination.findings for path in finding.pictures}
     shown = sorted(examination.measured, key=lambda one: one.path not in named)[:SHEET]
-    less = f" {SHEET} of {len(examination.measured):,} are here, those with findings first." if len(shown) < len(examination.measured) else ""
-    page.paragraph(f"What is dark at the sides is cut off by the bucket, whose size stands under the picture.{less}")
+    less = f" {SHEET} of {len(examination.measured):,} are here, those with findings first."
+    page.paragraph(
+        "What is dark at the sides is cut off by the bucket, whose size stands under the picture."
+        f"{less if len(shown) < len(examination.measured) else ''}"
+    )
     cards = []
     for one in shown:
         width, height = one.measures.fitted.bucket

@@ -77,7 +77,10 @@ def captions_of(pictures: Sequence[TrainedImage], seed: int) -> list[Caption]:
 def are_tags(captions: Sequence[Caption]) -> bool:
     """Whether most captions are lists of tags: three or more, of two words on average."""
     lists = [caption.tags for caption in captions]
-    return sum(len(tags) >= 3 and sum(len(tag.split()) for tag in tags) <= 3 * len(tags) for tags in lists) > len(lists) / 2
+    return (
+        sum(len(tags) >= 3 and sum(len(tag.split()) for tag in tags) <= 3 * len(tags) for tags in lists)
+        > len(lists) / 2
+    )
 
 
 def counted(captions: Sequence[Caption], *, tags: bool) -> Counter[str]:

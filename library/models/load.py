@@ -6,7 +6,6 @@ Who calls says which families of models it can deal with: SD1.5 alone, unless `f
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch

@@ -66,6 +66,10 @@ class DoctorNetworkOptions(TrainNetworkOptions):
         *("page", "trigger", "max_pictures", "deep", "dino_model"),
     )
 
+    def _check_effects(self) -> None:
+        # dino_model has an effect without --alignment here: --deep asks it.
+        RunOptions._check_effects(self)
+
 
 @dataclass(frozen=True)
 class DoctorRepaOptions(TrainRepaOptions):
@@ -73,15 +77,15 @@ class DoctorRepaOptions(TrainRepaOptions):
     doctor: DoctorOptions = field(default_factory=DoctorOptions)
 
 
-def parse_doctor_options(argv: Sequence[str], *, prog: str, description: str | None) -> tuple[RunOptions, DoctorOptions]:
+def parse_doctor_options(
+    argv: Sequence[str], *, prog: str, description: str | None
+) -> tuple[RunOptions, DoctorOptions]:
     """Options of the training, of whichever script the words are, and doctor.py's own. Raises UserError; see `parse`."""
     words = list(argv)
     options: DoctorNetworkOptions | DoctorRepaOptions
     if _is_of_classes(words):
         others = [PrepareCacheOptions]
-        options = parse(
-            DoctorRepaOptions, words, prog=prog, description=description, also_known=others, dialect=REPA
-        )
+        options = parse(DoctorRepaOptions, words, prog=prog, description=description, also_known=others, dialect=REPA)
     else:
         options = parse(DoctorNetworkOptions, words, prog=prog, description=description, dialect=KOHYA)
     return options, options.doctor
