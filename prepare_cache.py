@@ -17,6 +17,7 @@ from pathlib import Path
 from library.errors import EXIT_OK, check_all, script
 from library.files import require_writable
 from library.launch import start_cpu_processes
+from library.options.checks import require
 from library.options.parser import parse
 from library.options.repa import REPA, PrepareCacheOptions
 from library.training.inputs import input_checks
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
         default_config="demo.toml",
         dialect=REPA,
     )
+    require(not options.config.report, "report", "is train_repa.py's: its --dry_run looks at the pictures.")
     if options.drawing.teacher_latents is not None:
         check_all(*teacher_checks(options, options.drawing.teacher_latents))
         start_cpu_processes(__file__, argv)

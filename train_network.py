@@ -24,10 +24,11 @@ def main(argv: list[str]) -> int:
         print(f"Wrote {write_config(options)}.")
         return EXIT_OK
     if options.config.dry_run:
+        from library.doctor.run import report_before
         from library.training.forecast import print_plan
 
         print_plan(options)
-        return EXIT_OK
+        return report_before(options) if options.config.report else EXIT_OK
     check_inputs(options)
     if options.flow.show_timesteps:
         from library.training.show_timesteps import show_timesteps

@@ -20,10 +20,11 @@ from library.training.inputs import check_inputs
 def main(argv: list[str]) -> int:
     options = parse_repa_options(argv, prog="train_repa.py", description=__doc__)
     if options.config.dry_run:
+        from library.doctor.run import report_before
         from library.training.forecast import print_plan
 
         print_plan(options)
-        return EXIT_OK
+        return report_before(options) if options.config.report else EXIT_OK
     check_inputs(options)
     if options.flow.show_timesteps:
         from library.training.show_timesteps import show_timesteps

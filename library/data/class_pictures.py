@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,9 +105,10 @@ def choose_samples(samples: list[Sample], limit: int | None) -> list[Sample]:
     """`limit` samples in the order of the manifest, chosen by a hash of their ids: the same ones whatever else is there."""
     if limit is None or limit >= len(samples):
         return samples
-
-    def rank(sample: Sample) -> bytes:
-        return hashlib.blake2b(sample.sample_id.encode(), digest_size=8).digest()
-
-    chosen = {sample.sample_id for sample in sorted(samples, key=rank)[:limit]}
+    chosen = chosen_ids((sample.sample_id for sample in samples), limit)
     return [sample for sample in samples if sample.sample_id in chosen]
+
+
+def chosen_ids(ids: Iterable[str], limit: int) -> set[str]:
+    """`limit` of the ids, those whose hashes are lowest."""
+    return set(sorted(ids, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest())[:limit])

@@ -137,6 +137,18 @@ def dataset_of_latents(store: Path, size: tuple[int, int], given: Mapping[str, A
     return _named([_dataset([command_line], [_subset([level, command_line], str(store))], str(store))])[0]
 
 
+def has_class_folders(folder: Path) -> bool:
+    """Whether a folder is of class folders, as train_repa.py reads them: folders with pictures, no pictures beside them, and none
+    of them kohya's `10_mio girl` or `images`.
+    """
+    folders = [name for name in names_in(folder) if not name.startswith(".") and (folder / name).is_dir()]
+    return (
+        not has_images(folder)
+        and not any(_CLASS_FOLDER.fullmatch(name) for name in folders)
+        and any(has_images(folder / name) for name in folders)
+    )
+
+
 _DEFAULT = "the default"
 
 

@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 PIXELS_VERSION = 1
 """Part of every cache fingerprint. Raise it when `decode_rgb` or `square_crop` gives other pixels for the same file."""
@@ -72,11 +72,53 @@ def hides_colours(path: Path) -> bool:
     return _decoded(path, str(path), differ)
 
 
-def _decoded(data: bytes | Path, name: str, made: Callable[[Image.Image], T]) -> T:
-    """What is made of the upright image of a file."""
+class Glance(NamedTuple):
+    """A picture to look at, not to train on: see `glance`."""
+
+    image: Image.Image
+    """Upright RGB; of a JPEG perhaps a half, a quarter or an eighth of its sides."""
+    size: tuple[int, int]
+    """(width, height) of the whole upright picture."""
+    turned: bool
+    """Whether EXIF says that it is to be turned or mirrored."""
+    transparent: float
+    """Share of its pixels that are at least half transparent."""
+
+
+def glance(data: bytes | Path, *, name: str, least: int) -> Glance:
+    """As `decode_rgb`, in a fraction of the time: JPEGs come scaled down where both sides stay at `least` pixels or more."""
+    seen: dict[str, Any] = {}
+
+    def opened(image: Image.Image) -> None:
+        with suppress(Exception):  # damaged EXIF says nothing about the pixels
+            seen["orientation"] = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        seen["size"] = image.size
+        image.draft(None, (least, least))
+
+    def made(image: Image.Image) -> Glance:
+        whole = seen["size"]
+        if (image.width > image.height) != (whole[0] > whole[1]):
+            whole = whole[::-1]
+        transparent = 0.0
+        if image.has_transparency_data:
+            alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+            transparent = float((alpha < 128).mean())
+        return Glance(_to_rgb(image, False), whole, seen.get("orientation", 1) in range(2, 9), transparent)
+
+    return _decoded(data, name, made, opened)
+
+
+def _decoded(
+    data: bytes | Path,
+    name: str,
+    made: Callable[[Image.Image], T],
+    opened: Callable[[Image.Image], None] = lambda image: None,
+) -> T:
+    """What is made of the upright image of a file. opened: looks at the image before its pixels are decoded."""
     try:
         content = data.read_bytes() if isinstance(data, Path) else data
         image = _open(content, name)
+        opened(image)
         image.load()
         # Damaged EXIF says nothing about the pixels, which are already loaded.
         with suppress(Exception):

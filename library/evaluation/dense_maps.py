@@ -53,10 +53,10 @@ def dense_maps(
         DenseMaps(
             sample_id=sample_id,
             photo=photo,
-            teacher=_picture(colours[0][i], photo.size),
-            predicted=_picture(colours[1][i], photo.size),
-            cosine=_picture(diverging(cosines[i]), photo.size),
-            trunk=_picture(own[i], photo.size),
+            teacher=colour_picture(colours[0][i], photo.size),
+            predicted=colour_picture(colours[1][i], photo.size),
+            cosine=colour_picture(diverging(cosines[i]), photo.size),
+            trunk=colour_picture(own[i], photo.size),
             mean_cosine=cosines[i].mean().item(),
         )
         for i, (sample_id, photo) in enumerate(zip(ids, photos, strict=True))
@@ -88,7 +88,7 @@ def diverging(values: Tensor) -> Tensor:
     return middle + (torch.where(values[..., None] < 0, low, high) - middle) * strength
 
 
-def _picture(colours: Tensor, size: tuple[int, int]) -> Image.Image:
+def colour_picture(colours: Tensor, size: tuple[int, int]) -> Image.Image:
     """[h, w, 3] in [0, 1] as an image of `size`, each token a block."""
     pixels = (colours * 255).round().to(torch.uint8).numpy()
     return Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.NEAREST)

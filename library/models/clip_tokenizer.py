@@ -52,6 +52,17 @@ def tokenizer_for(vocabulary_size: int, where: str, pad: str = END) -> CLIPToken
     return build_tokenizer(merges_for(vocabulary_size, where), pad)
 
 
+def folder_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a diffusers folder. Raises UserError where there is none that can be read."""
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{folder} holds no readable CLIP tokenizer: {reason}. vocab.json and merges.txt are needed."
+        ) from error
+
+
 def merges_for(vocabulary_size: int, where: str) -> tuple[tuple[str, str], ...]:
     """The merges that span a vocabulary of this size. Raises UserError for an unknown one, naming `where`."""
     if vocabulary_size == CLIP_VOCABULARY_SIZE:

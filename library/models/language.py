@@ -14,9 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 from library.errors import UserError
 from library.files import read_json
-from library.models.clip_tokenizer import MAX_LENGTH
+from library.models.clip_tokenizer import MAX_LENGTH, folder_tokenizer
 from library.models.language_files import CLIP, T5, language_kind
-from library.models.load import folder_tokenizer
 from library.models.locate import LANGUAGE, BaseLocation, weight_files
 from library.models.weights import assemble, read_tensors
 from library.progress import doing

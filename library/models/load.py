@@ -6,7 +6,6 @@ Who calls says which families of models it can deal with: SD1.5 alone, unless `f
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from library.files import read_json
 from library.models import single_file
 from library.models.base_family import family_of, require_family
 from library.models.base_schedule import folder_scheduler_config
-from library.models.clip_tokenizer import PADS, tokenizer_for
+from library.models.clip_tokenizer import PADS, folder_tokenizer, tokenizer_for
 from library.models.configs import configs_of, published_family
 from library.models.locate import BaseLocation, base_status, locate_base, weight_files
 from library.models.lone_vae import LoneVae, check_lone_vae, locate_vae, lone_keys
@@ -200,14 +199,3 @@ def _component_config(location: BaseLocation, component: str, class_name: str) -
     if found not in (class_name, f"{class_name}WithProjection"):  # the projection is left out on reading
         raise UserError(f"{path} describes a {found}. A {class_name} is needed here.")
     return config
-
-
-def folder_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer in a folder. Raises UserError."""
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{folder} holds no readable CLIP tokenizer: {reason}. vocab.json and merges.txt are needed."
-        ) from error

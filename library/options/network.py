@@ -34,7 +34,7 @@ KOHYA = Dialect(
 )
 
 # What is about reading and writing such a file, not about training.
-_NOT_IN_A_FILE = ("config_file", "output_config", "ignore_unknown_keys", "dry_run")
+_NOT_IN_A_FILE = ("config_file", "output_config", "ignore_unknown_keys", "dry_run", "report")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ class ConfigOptions:
     """TOML file with any of these options, looked up as given, then in dataset_configs/. The command line overrides it."""
     dry_run: bool = False
     """Print the resolved plan and stop."""
+    report: bool = False
+    """With dry_run: look at pictures and captions as doctor.py does, and write output_dir/doctor.html and .json."""
+
+    def __post_init__(self) -> None:
+        require(not self.report or self.dry_run, "report", "looks before a training: it needs --dry_run.")
 
 
 def parse(

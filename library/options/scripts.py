@@ -19,7 +19,7 @@ from library.options.toml_file import toml_table
 Options = TypeVar("Options")
 
 # These belong to one run or to the file itself.
-_NOT_CHECKED = frozenset({"config_file", "output_config", "dry_run", "resume"})
+_NOT_CHECKED = frozenset({"config_file", "output_config", "dry_run", "report", "resume"})
 _DATA_OPTIONS = frozenset({"train_data_dir", "reg_data_dir", "in_json", "dataset_repeats", "conditioning_data_dir"})
 
 

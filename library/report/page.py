@@ -140,20 +140,37 @@ class Page:
         return f"{above}{drawn}"
 
     def pictures(
-        self, pictures: Sequence[tuple[Image.Image, str]], columns: int | None = None, max_side: int = 512
+        self,
+        pictures: Sequence[tuple[Image.Image, str]],
+        columns: int | None = None,
+        max_side: int = 512,
+        quality: int | None = None,
     ) -> None:
         """Pictures with captions, as many side by side as fit; with `columns`, exactly so many, scrolling where too narrow.
 
-        Pictures with a longer side than `max_side` pixels are embedded smaller.
+        Pictures with a longer side than `max_side` pixels are embedded smaller. quality: of all of them as WebP, where there are
+        many; see `picture_uri`.
         """
         layout = "" if columns is None else f' style="grid-template-columns:repeat({columns},minmax(6.5rem,18rem))"'
         shown = "".join(
-            f'<figure><img alt="{escape(caption)}" loading="lazy" src="{picture_uri(picture, max_side)}">'
+            f'<figure><img alt="{escape(caption)}" loading="lazy" src="{picture_uri(picture, max_side, quality)}">'
             f"{caption_html(caption)}</figure>"
             for picture, caption in pictures
         )
         kind = "pictures" if columns is None else "pictures columns"
         self._parts.append(f'<div class="scroll" tabindex="0"><div class="{kind}"{layout}>{shown}</div></div>')
+
+    def bars(self, rows: Sequence[tuple[str, float, str]], caption: str = "") -> None:
+        """A histogram in words: of each row its name, a bar as long as its number, and what to say of it. Without plotly."""
+        most = max((number for _, number, _ in rows), default=0) or 1
+        lines = "".join(
+            f'<tr><th scope="row">{escape(name)}</th><td class="bar"><span style="width:{100 * number / most:.1f}%"></span>'
+            f"</td><td>{escape(text)}</td></tr>"
+            for name, number, text in rows
+        )
+        self._parts.append(
+            f'<figure><table class="bars"><tbody>{lines}</tbody></table>{caption_html(caption)}</figure>'
+        )
 
     def html(self) -> str:
         lead = f'<p class="lead">{escape(self.lead)}</p>' if self.lead else ""
@@ -186,17 +203,17 @@ def caption_html(caption: str) -> str:
     return f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
 
 
-def picture_uri(picture: Image.Image, max_side: int = 512) -> str:
-    """A picture as a data URI, no side of it above `max_side` pixels."""
+def picture_uri(picture: Image.Image, max_side: int = 512, quality: int | None = None) -> str:
+    """A picture as a data URI, no side of it above `max_side` pixels: small ones as PNG, others, or with `quality` all, as WebP."""
     if max(picture.size) > max_side:
         picture = picture.copy()
         picture.thumbnail((max_side, max_side))
     file = io.BytesIO()
-    if max(picture.size) <= LOSSLESS_SIDE:
+    if quality is None and max(picture.size) <= LOSSLESS_SIDE:
         picture.save(file, "PNG", optimize=True)
         kind = "png"
     else:
-        picture.save(file, "WEBP", quality=WEBP_QUALITY)
+        picture.save(file, "WEBP", quality=quality or WEBP_QUALITY)
         kind = "webp"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 

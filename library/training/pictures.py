@@ -24,7 +24,7 @@ def collect_pictures(options: RunOptions, base: BaseLocation, world_size: int = 
     if options.teacher is not None:
         data = _drawn(options, base)
     else:
-        data = class_data(options) if options.class_pictures is not None else _captioned(options, base)
+        data = class_data(options) if options.class_pictures is not None else captioned_data(options, native_side(base))
     _check_effects(options, data)
     if options.alignment.alignment and world_size == 1:  # several processes compare their pictures with each other's
         _check_pairs(options, data)
@@ -54,7 +54,8 @@ def _drawn(options: RunOptions, base: BaseLocation) -> TrainingData:
     return collect_drawn(latents, given, pixels=family_of(base).vae_factor, seed=seed)
 
 
-def _captioned(options: RunOptions, base: BaseLocation) -> TrainingData:
+def captioned_data(options: RunOptions, side: int) -> TrainingData:
+    """side: pixels that the base was trained at, the resolution where nothing says another."""
 
     def refuse(dataset: Dataset) -> str | None:
         for subset in dataset.subsets:
@@ -69,7 +70,7 @@ def _captioned(options: RunOptions, base: BaseLocation) -> TrainingData:
         return None
 
     return collect(
-        read_datasets(options, native_side(base)),
+        read_datasets(options, side),
         missing_caption=options.data.missing_caption,
         prior_loss_weight=options.objective.prior_loss_weight,
         seed=options.training.seed,

@@ -27,6 +27,8 @@ class NetworkConfigOptions:
     """Go on with a warning where config_file has keys that are no options."""
     dry_run: bool = False
     """Print the resolved plan and stop."""
+    report: bool = False
+    """With dry_run: look at pictures and captions as doctor.py does, and write output_dir/doctor.html and .json."""
 
     def __post_init__(self) -> None:
         require(
@@ -34,6 +36,7 @@ class NetworkConfigOptions:
             "output_config",
             "needs config_file, the file to write.",
         )
+        require(not self.report or self.dry_run, "report", "looks before a training: it needs --dry_run.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,78 @@
+"""Pictures that are alike: near duplicates, also mirrored ones, and backgrounds that most of a data set shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from library.doctor.measures import LAYOUT, Measures
+
+HASHES_DIFFER = 10
+"""Bits of 64 in which the hashes of two copies differ at most."""
+COLOURS_ALIKE = 0.95
+"""Correlation of the colours, cell by cell, of two copies. Of copies of 41 photographs (JPEG of quality 60, half the size, 2 % cut
+off all around, 10 % brighter) all but one cut one reach it. Among 300 photographs no pair is taken for copies, among 480 drawn
+shapes one is."""
+COLOURS_DIFFER = 25.0
+"""Root mean square of their differences, of 255: what brightening does."""
+BACKGROUNDS_DIFFER = 12.0
+"""The same for the rims of two pictures with one background."""
+
+
+def duplicate_pairs(measures: Sequence[Measures]) -> list[tuple[int, int]]:
+    """Pairs (i < j) of pictures that look the same, or as in a mirror."""
+    if len(measures) < 2:
+        return []
+    hashes = np.stack([one.hashed for one in measures]).astype(np.float32)
+    mirrored = np.stack([one.mirrored for one in measures]).astype(np.float32)
+    colours = np.stack([one.colours for one in measures])  # [n, 16, 16, 3]
+    pairs: set[tuple[int, int]] = set()
+    for other, seen in ((hashes, colours), (mirrored, colours[:, :, ::-1])):
+        # Signs: the product of two hashes is 64 - 2 x the number of bits in which they differ.
+        near = np.argwhere(np.triu(hashes @ other.T >= 64 - 2 * HASHES_DIFFER, 1))
+        pairs |= {(int(i), int(j)) for i, j in near if _same_colours(colours[i], seen[j])}
+    return sorted(pairs)
+
+
+def _same_colours(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> bool:
+    if _rms(one - other) > COLOURS_DIFFER:
+        return False
+    spread = one.std() * other.std()
+    return spread == 0 or float(((one - one.mean()) * (other - other.mean())).mean() / spread) >= COLOURS_ALIKE
+
+
+def groups(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Indices that are joined by pairs, each group sorted, the largest group first."""
+    leader: dict[int, int] = {}
+
+    def first(index: int) -> int:
+        while leader.setdefault(index, index) != index:
+            index = leader[index]
+        return index
+
+    for one, other in pairs:
+        low, high = sorted((first(one), first(other)))
+        leader[high] = low
+    found: dict[int, list[int]] = {}
+    for index in sorted(leader):
+        found.setdefault(first(index), []).append(index)
+    return sorted(found.values(), key=len, reverse=True)
+
+
+def common_background(measures: Sequence[Measures]) -> list[int]:
+    """The largest set of pictures whose rim has the colours of one of them, each cell by itself."""
+    if not measures:
+        return []
+    rim = np.ones((LAYOUT, LAYOUT), bool)
+    rim[3:-3, 3:-3] = False
+    rims = np.stack([one.colours[rim].ravel() for one in measures])  # [n, cells x 3]
+    squares = np.square(rims).sum(axis=1)
+    means = (squares[:, None] + squares[None] - 2 * rims @ rims.T) / rims.shape[1]
+    near = means <= BACKGROUNDS_DIFFER**2
+    return np.flatnonzero(near[near.sum(axis=1).argmax()]).tolist()
+
+
+def _rms(differences: npt.NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.square(differences).mean()))
