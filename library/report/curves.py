@@ -57,7 +57,7 @@ def chart_html(chart: Chart) -> str:
     """Title, legend where there is more than one thing, and the drawing."""
     legend = ""
     if len(chart.curves) + len(chart.lines) > 1:
-        names = [(f"c{place}", curve.name) for place, curve in enumerate(chart.curves)]
+        names = [(f"c{place}", curve.name) for place, curve in enumerate(chart.curves)] if len(chart.curves) > 1 else []
         names += [(f"l{place}", name) for place, name in enumerate(chart.lines)]
         legend = "".join(f'<span><i class="{kind}"></i>{escape(name)}</span>' for kind, name in names)
     return (

@@ -169,7 +169,7 @@ class Page:
         return f"{above}{drawn}"
 
     def pictures(
-        self, pictures: Sequence[tuple[Image.Image, str]], columns: int | None = None, max_side: int = 512
+        self, pictures: Sequence[tuple[Image.Image | Embedded, str]], columns: int | None = None, max_side: int = 512
     ) -> None:
         """Pictures with captions, as many side by side as fit; with `columns`, exactly so many, scrolling where too narrow.
 
@@ -181,7 +181,7 @@ class Page:
             _Pictures(pictures, max_side, f'<div class="scroll" tabindex="0"><div class="{kind}"{layout}>', "</div></div>")
         )
 
-    def strip(self, name: str, pictures: Sequence[tuple[Image.Image, str]], max_side: int = 256) -> None:
+    def strip(self, name: str, pictures: Sequence[tuple[Image.Image | Embedded, str]], max_side: int = 256) -> None:
         """One thing as it changes: its pictures in order with captions, which tell them apart, and a slider over them.
 
         name: says which strip it is, where a reloaded page shows the picture that was chosen before.
@@ -232,28 +232,49 @@ class Page:
         write_text(path, self.html())
 
 
+class Embedded:
+    """A picture of which what goes into a page is kept, for pages that are written again and again."""
+
+    def __init__(self, picture: Image.Image, max_side: int) -> None:
+        self.picture = smaller(picture, max_side)
+        self._uris: dict[int | None, str] = {}
+
+    @property
+    def side(self) -> int:
+        return max(self.picture.size)
+
+    def uri(self, most: int | None) -> str:
+        """No side of it above `most` pixels."""
+        if most is not None and most >= self.side:
+            most = None
+        if most not in self._uris:
+            self._uris[most] = picture_uri(self.picture, most)
+        return self._uris[most]
+
+
 class _Pictures:
     """Pictures with captions between `head` and `foot`, embedded when the page is made, as large as it has room for."""
 
-    def __init__(self, pictures: Sequence[tuple[Image.Image, str]], max_side: int, head: str, foot: str) -> None:
-        self.pictures = [(smaller(picture, max_side), caption) for picture, caption in pictures]
+    def __init__(
+        self, pictures: Sequence[tuple[Image.Image | Embedded, str]], max_side: int, head: str, foot: str
+    ) -> None:
+        self.pictures = [
+            (picture if isinstance(picture, Embedded) else Embedded(picture, max_side), caption)
+            for picture, caption in pictures
+        ]
         self.head, self.foot = head, foot
-        self._made: tuple[int | None, str] = -1, ""
 
     def side(self, most: int | None) -> int:
         """Of the largest picture as it is embedded."""
-        largest = max(max(picture.size) for picture, _ in self.pictures)
+        largest = max(picture.side for picture, _ in self.pictures)
         return largest if most is None else min(largest, most)
 
     def html(self, most: int | None) -> str:
-        if self._made[0] != most:
-            shown = "".join(
-                f'<figure><img alt="{escape(caption)}" loading="lazy" src="{picture_uri(picture, most)}">'
-                f"{caption_html(caption)}</figure>"
-                for picture, caption in self.pictures
-            )
-            self._made = most, f"{self.head}{shown}{self.foot}"
-        return self._made[1]
+        shown = "".join(
+            f'<figure><img alt="{escape(caption)}" loading="lazy" src="{picture.uri(most)}">{caption_html(caption)}</figure>'
+            for picture, caption in self.pictures
+        )
+        return f"{self.head}{shown}{self.foot}"
 
 
 def cell_text(cell: Cell) -> str:
