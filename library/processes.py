@@ -59,6 +59,8 @@ class Processes:
             raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
         self.rank: int = self.state.process_index
         self.world_size: int = self.state.num_processes
+        self.warnings: list[str] = []
+        """What was said as a warning or a note, for the run's page."""
 
     @property
     def is_main(self) -> bool:
@@ -66,6 +68,8 @@ class Processes:
 
     def say(self, *words: object) -> None:
         """Print, once."""
+        if words and str(words[0]).startswith(("warning: ", "note: ")):
+            self.warnings.append(" ".join(map(str, words)))
         if self.is_main:
             print(*words, flush=True)
 

@@ -3,10 +3,11 @@
     page = Page("Search", lead="50 trials of character_sd15.")
     page.heading("Best trials")
     page.table(["trial", "loss"], [[12, 0.0812], [31, 0.0819]])
-    page.figure(plotly_figure, caption="Loss over trials")
+    page.charts([Chart("Loss", [Curve("trials", points)])])
     page.write(folder / "report.html")
 
-Every text is escaped. plotly.js (4.8 MB) goes in once, and only where there is a figure.
+Every text is escaped. Pictures become smaller until the page is below MOST_BYTES. plotly.js (4.8 MB) goes in once, and only where
+there is one of its figures.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import time
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.files import write_text
+from library.report.curves import Chart, chart_html
 from library.report.template import HEIGHT, template
 
 if TYPE_CHECKING:
@@ -32,6 +35,10 @@ if TYPE_CHECKING:
 LOSSLESS_SIDE = 256
 """Pictures up to this side, in pixels, are embedded as PNG, larger ones as WebP."""
 WEBP_QUALITY = 90
+MOST_BYTES = 5_900_000
+"""Of a page with all that is in it, so that it can be sent as a letter and opens at once."""
+LEAST_SIDE = 48
+"""Pictures are not made smaller than this for MOST_BYTES, in pixels."""
 
 # A browser that obeys it fetches nothing, whatever a figure asks for. plotly.js compiles functions where it draws by WebGL.
 POLICY = (
@@ -45,13 +52,21 @@ HEADINGS_FOR_CONTENTS = 4
 """A page with this many chapters starts with a list of them."""
 
 
-class Page:
-    """Parts in the order in which they were added."""
+class Quiet(str):
+    """A cell that is set in grey, such as a number that says nothing."""
 
-    def __init__(self, title: str, lead: str = "") -> None:
+
+class Page:
+    """Parts in the order in which they were added.
+
+    reload: seconds after which a browser loads it again, for a page that is still written.
+    """
+
+    def __init__(self, title: str, lead: str = "", reload: float | None = None) -> None:
         self.title = title
         self.lead = lead
-        self._parts: list[str] = []
+        self.reload = reload
+        self._parts: list[str | _Pictures] = []
         self._chapters: list[tuple[str, str]] = []
         self._figures = 0
         self._headings = 0
@@ -73,6 +88,10 @@ class Page:
         """A paragraph that stands out: what was left out, what to be careful with."""
         self._parts.append(f'<p class="notice">{escape(text)}</p>')
 
+    def verdict(self, text: str) -> None:
+        """The sentence that a person came for."""
+        self._parts.append(f'<p class="verdict">{escape(text)}</p>')
+
     def code(self, text: str, caption: str = "") -> None:
         """Text as it is, in a fixed width. With a caption it is folded away under it."""
         block = f"<pre><code>{escape(text)}</code></pre>"
@@ -90,20 +109,30 @@ class Page:
                 raise ValueError(f"a row of {len(row)} cells under {len(columns)} columns: {row}")
         right = [bool(rows) and all(NUMERIC.fullmatch(row[place]) for row in texts) for place in range(len(columns))]
 
-        def line(cells: Sequence[str], tag: str) -> str:
-            return "".join(
-                f'<{tag} class="number">{cell}</{tag}>' if is_right else f"<{tag}>{cell}</{tag}>"
-                for cell, is_right in zip(cells, right, strict=True)
-            )
+        def line(cells: Sequence[str], tag: str, quiet: Sequence[bool] = ()) -> str:
+            parts = []
+            for place, cell in enumerate(cells):
+                kinds = " ".join(["number"] * right[place] + ["quiet"] * bool(quiet and quiet[place]))
+                parts.append(f'<{tag} class="{kinds}">{cell}</{tag}>' if kinds else f"<{tag}>{cell}</{tag}>")
+            return "".join(parts)
 
         # Names of options break at their underscores, or a column of one digit would be as wide as its option's name.
         names = [escape(name).replace("_", "_<wbr>") for name in columns]
         head = f"<thead><tr>{line(names, 'th')}</tr></thead>" if any(columns) else ""
-        body = "".join(f"<tr>{line([escape(cell) for cell in row], 'td')}</tr>" for row in texts)
+        body = "".join(
+            f"<tr>{line([escape(cell) for cell in row], 'td', [isinstance(cell, Quiet) for cell in given])}</tr>"
+            for row, given in zip(texts, rows, strict=True)
+        )
         self._parts.append(
             f'<figure><div class="scroll" tabindex="0"><table>{head}<tbody>{body}</tbody></table></div>'
             f"{caption_html(caption)}</figure>"
         )
+
+    def charts(self, charts: Sequence[Chart], caption: str = "", columns: int | None = None) -> None:
+        """Curves under one caption, as many side by side as fit; with `columns`, so many where the page is wide."""
+        layout = "" if columns is None else f' style="--columns:{columns}"'
+        cells = "".join(map(chart_html, charts))
+        self._parts.append(f'<figure><div class="charts"{layout}>{cells}</div>{caption_html(caption)}</figure>')
 
     def figure(self, figure: go.Figure, caption: str = "", least_width: int | None = None) -> None:
         """A plotly figure, as wide as the page. It is copied; its own width and template give way to the page's, and its title
@@ -141,7 +170,7 @@ class Page:
 
     def pictures(
         self,
-        pictures: Sequence[tuple[Image.Image, str]],
+        pictures: Sequence[tuple[Image.Image | Embedded, str]],
         columns: int | None = None,
         max_side: int = 512,
         quality: int | None = None,
@@ -152,13 +181,22 @@ class Page:
         many; see `picture_uri`.
         """
         layout = "" if columns is None else f' style="grid-template-columns:repeat({columns},minmax(6.5rem,18rem))"'
-        shown = "".join(
-            f'<figure><img alt="{escape(caption)}" loading="lazy" src="{picture_uri(picture, max_side, quality)}">'
-            f"{caption_html(caption)}</figure>"
-            for picture, caption in pictures
-        )
         kind = "pictures" if columns is None else "pictures columns"
-        self._parts.append(f'<div class="scroll" tabindex="0"><div class="{kind}"{layout}>{shown}</div></div>')
+        self._parts.append(
+            _Pictures(
+                [_embedded(picture, max_side, quality) for picture in pictures],
+                f'<div class="scroll" tabindex="0"><div class="{kind}"{layout}>',
+                "</div></div>",
+            )
+        )
+
+    def strip(self, name: str, pictures: Sequence[tuple[Image.Image | Embedded, str]], max_side: int = 256) -> None:
+        """One thing as it changes: its pictures in order with captions, which tell them apart, and a slider over them.
+
+        name: says which strip it is, where a reloaded page shows the picture that was chosen before.
+        """
+        head = f'<div class="strip" data-name="{escape(name)}"><div class="frames" tabindex="0">'
+        self._parts.append(_Pictures([_embedded(picture, max_side) for picture in pictures], head, "</div></div>"))
 
     def bars(self, rows: Sequence[tuple[str, float, str]], caption: str = "") -> None:
         """A histogram in words: of each row its name, a bar as long as its number, and what to say of it. Without plotly."""
@@ -173,22 +211,92 @@ class Page:
         )
 
     def html(self) -> str:
+        side = None
+        while True:
+            text = self._html(side)
+            held = [part for part in self._parts if isinstance(part, _Pictures) and part.pictures]
+            largest = max((part.side(side) for part in held), default=0)
+            of_pictures = sum(len(part.html(side)) for part in held)
+            room = MOST_BYTES - (len(text.encode()) - of_pictures)
+            if len(text) <= MOST_BYTES or largest <= LEAST_SIDE:
+                return text
+            share = max(room, 0) / of_pictures
+            side = max(LEAST_SIDE, min(int(largest * share**0.5), int(0.85 * largest)))
+
+    def _html(self, side: int | None) -> str:
+        """side: that no picture is larger than; None leaves each as it was asked for."""
         lead = f'<p class="lead">{escape(self.lead)}</p>' if self.lead else ""
+        if self.reload is not None:
+            now = time.time()
+            lead += (
+                f'<p class="live" data-reload="{self.reload:g}" data-written="{now:.0f}">Written at '
+                f"{time.strftime('%H:%M:%S', time.localtime(now))}; loads itself again.</p>"
+            )
         contents = ""
         if len(self._chapters) >= HEADINGS_FOR_CONTENTS:
             links = "".join(f'<a href="#{anchor}">{escape(text)}</a>' for anchor, text in self._chapters)
             contents = f'<nav aria-label="Contents">{links}</nav>'
-        body = "\n".join(self._parts)
+        body = "\n".join(part if isinstance(part, str) else part.html(side) for part in self._parts)
+        moves = self.reload is not None or 'class="strip"' in body
+        script = f"<script>{resource('page.js')}</script>" if moves else ""
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(self.title)}</title>\n<style>\n{style()}</style>\n{plotly_script() if self._figures else ''}"
-            f"</head>\n<body>\n<main>\n<h1>{escape(self.title)}</h1>\n{lead}{contents}\n{body}\n</main>\n</body>\n</html>\n"
+            f"<title>{escape(self.title)}</title>\n<style>\n{resource('page.css')}</style>\n"
+            f"{plotly_script() if self._figures else ''}"
+            f"</head>\n<body>\n<main>\n<h1>{escape(self.title)}</h1>\n{lead}{contents}\n{body}\n</main>\n"
+            f"{script}</body>\n</html>\n"
         )
 
     def write(self, path: Path | str) -> None:
         write_text(path, self.html())
+
+
+class Embedded:
+    """A picture of which what goes into a page is kept, for pages that are written again and again."""
+
+    def __init__(self, picture: Image.Image, max_side: int, quality: int | None = None) -> None:
+        self.picture, self.quality = smaller(picture, max_side), quality
+        self._uris: dict[int | None, str] = {}
+
+    @property
+    def side(self) -> int:
+        return max(self.picture.size)
+
+    def uri(self, most: int | None) -> str:
+        """No side of it above `most` pixels."""
+        if most is not None and most >= self.side:
+            most = None
+        if most not in self._uris:
+            self._uris[most] = picture_uri(self.picture, most, self.quality)
+        return self._uris[most]
+
+
+def _embedded(
+    given: tuple[Image.Image | Embedded, str], max_side: int, quality: int | None = None
+) -> tuple[Embedded, str]:
+    picture, caption = given
+    return (picture if isinstance(picture, Embedded) else Embedded(picture, max_side, quality)), caption
+
+
+class _Pictures:
+    """Pictures with captions between `head` and `foot`, embedded when the page is made, as large as it has room for."""
+
+    def __init__(self, pictures: Sequence[tuple[Embedded, str]], head: str, foot: str) -> None:
+        self.pictures, self.head, self.foot = pictures, head, foot
+
+    def side(self, most: int | None) -> int:
+        """Of the largest picture as it is embedded."""
+        largest = max(picture.side for picture, _ in self.pictures)
+        return largest if most is None else min(largest, most)
+
+    def html(self, most: int | None) -> str:
+        shown = "".join(
+            f'<figure><img alt="{escape(caption)}" loading="lazy" src="{picture.uri(most)}">{caption_html(caption)}</figure>'
+            for picture, caption in self.pictures
+        )
+        return f"{self.head}{shown}{self.foot}"
 
 
 def cell_text(cell: Cell) -> str:
@@ -203,23 +311,30 @@ def caption_html(caption: str) -> str:
     return f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
 
 
-def picture_uri(picture: Image.Image, max_side: int = 512, quality: int | None = None) -> str:
-    """A picture as a data URI, no side of it above `max_side` pixels: small ones as PNG, others, or with `quality` all, as WebP."""
+def smaller(picture: Image.Image, max_side: int) -> Image.Image:
+    """A copy, no side of it above `max_side` pixels."""
+    picture = picture.copy()
     if max(picture.size) > max_side:
-        picture = picture.copy()
         picture.thumbnail((max_side, max_side))
+    return picture
+
+
+def picture_uri(picture: Image.Image, max_side: int | None = 512, quality: int | None = None) -> str:
+    """A picture as a data URI, no side of it above `max_side` pixels: small ones as PNG, others, or with `quality` all, as WebP."""
     file = io.BytesIO()
-    if quality is None and max(picture.size) <= LOSSLESS_SIDE:
-        picture.save(file, "PNG", optimize=True)
+    shown = picture if max_side is None else smaller(picture, max_side)
+    # Of what is made smaller nothing is left to be kept exactly.
+    if quality is None and max(shown.size) <= LOSSLESS_SIDE and shown.size == picture.size:
+        shown.save(file, "PNG", optimize=True)
         kind = "png"
     else:
-        picture.save(file, "WEBP", quality=quality or WEBP_QUALITY)
+        shown.save(file, "WEBP", quality=quality or WEBP_QUALITY)
         kind = "webp"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def style() -> str:
-    return files("library.report").joinpath("page.css").read_text(encoding="utf-8")
+def resource(name: str) -> str:
+    return files("library.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def plotly_script() -> str:

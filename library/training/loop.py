@@ -24,7 +24,7 @@ from library.training.plan import Plan
 from library.training.randomness import StepRandomness
 from library.training.speed import explained_kernels
 from library.training.state import Trained
-from library.training.stop import NOTHING, STOP, Requests
+from library.training.stop import NOTHING, SAMPLE, SAVE, STOP, Requests
 from library.training.tracking import AnomalyWatch, Clock, MetricLog, MetricWindow, status_words
 from library.words import wrapped
 
@@ -63,6 +63,16 @@ class Look(Protocol):
     def __call__(self, step: int, finished: bool) -> None: ...
 
 
+class Watched(Protocol):
+    """The page that people watch a run by."""
+
+    def due(self, step: int) -> bool:
+        """Whether it is old, though nothing has happened."""
+        ...
+
+    def __call__(self, step: int) -> None: ...
+
+
 @dataclass
 class Run:
     """All that the loop works with, built by a script.
@@ -70,6 +80,7 @@ class Run:
     rates: learning rate of each group in a step.
     micro_batches: how many a step has, where not every step has as many as the plan says.
     look: called before each step and at the end.
+    page: written after each validation, save and look, by the main process, which alone has one.
     after_step: called when the optimizer has stepped, before the average takes the weights; gives metrics on the device.
     validation_due: whether to validate after so many steps; default: every output.validate_every_n_steps.
     enough: asked after each validation, with its metrics, whether the run may end there as if this were its last step.
@@ -92,6 +103,7 @@ class Run:
     after_step: Callable[[], dict[str, torch.Tensor]] | None = None
     micro_batches: Callable[[int], int] | None = None
     look: Look | None = None
+    page: Watched | None = None
     validation_due: Callable[[int], bool] | None = None
     enough: Callable[[dict[str, float]], bool] | None = None
     graphs: Callable[[Any, torch.Generator, int, float], dict[str, torch.Tensor]] | None = None
@@ -141,14 +153,16 @@ def train(run: Run, first_step: int) -> dict[str, float]:
                 with pace.interruption("validation", "validating"):
                     results = _validate(run, step)
                 finished = finished or (run.enough is not None and run.enough(results))
-            if (saving or request or finished) and step > first_step:
+            if (saving or request in (SAVE, STOP) or finished) and step > first_step:
                 with pace.interruption("save", "saving"):
-                    run.checkpoints.save(step, finished=finished, asked=request != NOTHING)
-            if run.look is not None and request != STOP and run.look.due(step, finished):
+                    run.checkpoints.save(step, finished=finished, asked=request in (SAVE, STOP))
+            if looking := _looks(run, step, request, finished):
                 with pace.interruption("samples", "drawing samples"):
-                    run.look(step, finished)
+                    run.look(step, finished)  # type: ignore[misc]
             if request:
                 requests.done(request)
+            if run.page is not None and (validating or saving or looking or request or run.page.due(step)):
+                run.page(step)
             clock.to_other()
             if finished:
                 batches.close()
@@ -162,6 +176,15 @@ def train(run: Run, first_step: int) -> dict[str, float]:
             step += 1
             activity.advance()
             clock.to_train()
+
+
+def _looks(run: Run, step: int, request: int, finished: bool) -> bool:
+    """Whether it is time to look: by its own plan, or because somebody asks for samples."""
+    if run.look is None:
+        if request == SAMPLE:
+            run.processes.say("warning: samples were asked for, and there are no prompts. Give --sample_prompts.")
+        return False
+    return request != STOP and (request == SAMPLE or run.look.due(step, finished))
 
 
 def take_step(

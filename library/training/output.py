@@ -13,7 +13,7 @@ from library.options.toml_file import read_toml
 from library.training.earlier import RESOLVED
 from library.training.tracking import MetricLog
 
-METRICS = "metrics.jsonl"
+METRICS, RUN_PAGE = "metrics.jsonl", "run.html"
 
 
 def own_output(folder: Path) -> AbstractContextManager[object]:
@@ -24,14 +24,14 @@ def own_output(folder: Path) -> AbstractContextManager[object]:
 
 
 def set_aside(folder: Path, name: str) -> None:
-    """Keep the metrics and options that a run of another name left in the folder, as metrics-NAME.jsonl and options-NAME.toml;
-    a run that comes back finds its own again."""
+    """Keep the metrics and options that a run of another name left in the folder, as metrics-NAME.jsonl, options-NAME.toml and
+    run-NAME.html; a run that comes back finds its own again."""
     if not (folder / RESOLVED).is_file():
         return
     last = read_toml(folder / RESOLVED).get("output_name", name)
     if last == name:
         return
-    for file in (RESOLVED, METRICS):
+    for file in (RESOLVED, METRICS, RUN_PAGE):
         path = folder / file
         of_last, own = (path.with_name(f"{path.stem}-{run}{path.suffix}") for run in (last, name))
         if path.exists():

@@ -23,11 +23,12 @@ from library.training.earlier import finished_adapter, state_to_resume
 from library.training.facts import base_facts, samples_digest
 from library.training.inputs import check_start
 from library.training.loop import Run, train
-from library.training.output import open_log, own_output
+from library.training.output import METRICS, RUN_PAGE, open_log, own_output
 from library.training.pictures import collect_pictures, print_data
 from library.training.plan import Plan, make_order, make_plan
 from library.training.preflight import preflight
 from library.training.run import build_run
+from library.training.run_page import RunPage
 from library.training.sample_images import Sampler
 from library.training.schedules import check_schedule
 from library.training.speed import prepare_environment, resolved_speed
@@ -99,7 +100,8 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     if options.samples.sample_prompts is not None:
         run.look = sampler = Sampler(options, prepared, run, task, step, resumed=state is not None)
         run.guesses["samples"] = sampler.guess(run.guesses["step"])
-    train(run, step)
+    with RunPage.of(run, task, prepared.data, flatten(options), step) as run.page:
+        train(run, step)
     if processes.is_main:
         finish(run, "adapter")
 
@@ -151,5 +153,6 @@ def finish(run: Run, what: str) -> None:
         print(f"  averaged   {output.output_dir / output.output_name}-ema.safetensors")
     if run.checkpoints.newest is not None:
         print(f"states       {output.output_dir}")
-    print(f"metrics      {output.output_dir / 'metrics.jsonl'}")
+    print(f"page         {output.output_dir / RUN_PAGE}")
+    print(f"metrics      {output.output_dir / METRICS}")
     print(f"             tensorboard --logdir {output.log_dir}")

@@ -1,4 +1,4 @@
-"""Requests from outside: Ctrl-C, SIGTERM, and files named `stop` or `save` in the output folder."""
+"""Requests from outside: Ctrl-C, SIGTERM, and files named `stop`, `save` or `sample` in the output folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from types import FrameType
 
 from library.signals import caught
 
-NOTHING, SAVE, STOP = 0, 1, 2
+NOTHING, SAMPLE, SAVE, STOP = 0, 1, 2, 3  # the stronger, the larger
+FILES = {STOP: "stop", SAVE: "save", SAMPLE: "sample"}
 
 
 class Requests:
@@ -38,7 +39,7 @@ class Requests:
     def look(self) -> int:
         if self._signalled == NOTHING and time.monotonic() - self._looked >= 1.0:
             self._looked = time.monotonic()
-            for name, request in (("stop", STOP), ("save", SAVE)):
+            for request, name in FILES.items():
                 if (self.folder / name).is_file():
                     self.reason = f"the file {self.folder / name}"
                     return request
@@ -46,6 +47,6 @@ class Requests:
 
     def done(self, request: int) -> None:
         """`request` was carried out: remove its file. What came in meanwhile stays to be looked at."""
-        (self.folder / ("stop" if request == STOP else "save")).unlink(missing_ok=True)
+        (self.folder / FILES[request]).unlink(missing_ok=True)
         if request == STOP:
             self._signalled = NOTHING

@@ -40,12 +40,18 @@ class DenseMaps:
 
 
 def dense_maps(
-    ids: Sequence[str], photos: Sequence[Image.Image], teacher: Tensor, predicted: Tensor, maps: Tensor
+    ids: Sequence[str],
+    photos: Sequence[Image.Image],
+    teacher: Tensor,
+    predicted: Tensor,
+    maps: Tensor,
+    token_grid: tuple[int, int] | None = None,
 ) -> list[DenseMaps]:
-    """Maps of tokens [n, N, D] on a square grid and of trunk features [n, C, h, w], of the same n photos."""
-    side = int(teacher.shape[1] ** 0.5)
-    sides = [normalize(tokens).unflatten(1, (side, side)) for tokens in (teacher, predicted)]
-    cosines = (sides[0] * sides[1]).sum(dim=-1)  # [n, side, side]
+    """Maps of tokens [n, N, D] and of trunk features [n, C, h, w], of the same n photos. token_grid: rows and columns of the
+    tokens; None is a square."""
+    rows, columns = token_grid or (int(teacher.shape[1] ** 0.5),) * 2
+    sides = [normalize(tokens).unflatten(1, (rows, columns)) for tokens in (teacher, predicted)]
+    cosines = (sides[0] * sides[1]).sum(dim=-1)  # [n, rows, columns]
     colours = [pca_colours(tokens, like=sides[0]) for tokens in sides]
     trunk = maps.float().permute(0, 2, 3, 1)
     own = pca_colours(trunk, like=trunk)

@@ -1,0 +1,85 @@
+"""What the U-Net sees of a few pictures while a run trains AlignHeads: its map beside the teacher's, in colours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+
+from library.data.batches import Prefetcher
+from library.data.cached_samples import CachedSamples, requests_in_order
+from library.data.class_pictures import Pictures
+from library.data.pixels import UnreadableImage, decode_rgb, square_crop
+from library.diffusion.dense_maps import dense_maps
+from library.diffusion.noise import Draw
+from library.inference.grids import grid
+from library.training.randomness import sample_noise
+from library.training.task import LoraTask
+
+PICTURES, TILE = 4, 96
+PLACE = 0.261
+"""In the timesteps: 261 of a thousand, DIFT's (arXiv 2306.03881), as in evaluate.py's dense maps."""
+GREY = "#808890"
+
+
+@dataclass
+class Sight:
+    """classes: where class pictures come from; captioned ones know their files."""
+
+    task: LoraTask
+    classes: Pictures | None
+    _photos: dict[str, Image.Image] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def sheet(self) -> tuple[Image.Image, float]:
+        """A row for each of up to four held-out pictures (where there are none, training pictures) of one batch, and their mean
+        cosine to the teacher. Noise belongs to the picture, so that two sheets differ by the weights alone."""
+        task = self.task
+        assert task.alignment is not None
+        samples = task.validation.get("loss", task.training)
+        modes = {model: model.training for model in task.models.values()}
+        for model in modes:
+            model.eval()
+        try:
+            batches = Prefetcher(samples, requests_in_order(samples, 0, 1, 1), task.processes.device, workers=1)
+            batch = next(batches)
+            batches.close()
+            latents, ids = task.latents(batch), samples.ids_of(batch)
+            noise = sample_noise(task.validation_seed, ids, tuple(latents.shape[1:])).to(latents.device)
+            timesteps = task.objective.parametrisation.spread(torch.full((len(ids),), PLACE)).to(latents.device)
+            task.each(batch, latents, Draw(noise, noise, timesteps))
+        finally:
+            for model, training in modes.items():
+                model.train(training)
+        tap, head = next(iter(task.alignment.heads.items()))
+        features, count = task.alignment.features[tap], min(PICTURES, len(ids))
+        maps = dense_maps(
+            ids[:count],
+            [self._photo(samples, ids[i], int(batch.indices[i])) for i in range(count)],
+            batch.target_tokens()[:count].float().cpu(),
+            head(features, batch.token_grid)[:count].float().cpu(),
+            features[:count].float().cpu(),
+            batch.token_grid,
+        )
+        names = list(maps[0].columns())
+        tiles = [tile for one in maps for tile in one.columns().values()]
+        return grid(tiles, len(names), column_headings=names), sum(one.mean_cosine for one in maps) / count
+
+    def _photo(self, samples: CachedSamples, sample_id: str, index: int) -> Image.Image:
+        """Read once; grey where it can no longer be read."""
+        if sample_id not in self._photos:
+            try:
+                picture = self._read(samples, sample_id, index)
+                self._photos[sample_id] = Image.fromarray(square_crop(picture, TILE))
+            except (UnreadableImage, OSError):
+                self._photos[sample_id] = Image.new("RGB", (TILE, TILE), GREY)
+        return self._photos[sample_id]
+
+    def _read(self, samples: CachedSamples, sample_id: str, index: int) -> Image.Image:
+        for one in [] if self.classes is None else self.classes.sets:
+            for sample in one.samples:
+                if sample.sample_id == sample_id:
+                    return decode_rgb(one.source.read(sample), name=sample.path)
+        path = samples.images[index].image.path
+        return decode_rgb(path, name=str(path))
