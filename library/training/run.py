@@ -100,7 +100,7 @@ def make_objective(
     return Objective(
         parametrisation,
         compared,
-        flow_loss_weight=options.flow.resolved.loss_weight,
+        flow_loss_weight=options.flow.loss_weight,
         min_snr_gamma=o.min_snr_gamma,
         scale_v_pred_loss_like_noise_pred=o.scale_v_pred_loss_like_noise_pred,
         v_pred_like_loss=o.v_pred_like_loss,
