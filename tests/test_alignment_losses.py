@@ -237,16 +237,6 @@ def test_clipping_caps_the_value_and_scales_the_gradient_alike(value: float, cap
     assert x.grad is not None and x.grad.item() == pytest.approx(factor, rel=1e-5)
 
 
-def test_lambda_follows_its_schedules() -> None:
-    def at(step: int, schedule: str, cutoff: int | None = None) -> float:
-        return losses.align_coefficient(step, 0.5, schedule, 3000, cutoff)
-
-    assert [at(s, "warmup") for s in (0, 750, 1500, 2250, 3000, 9000)] == [0, 0.125, 0.25, 0.375, 0.5, 0.5]
-    assert at(0, "constant") == 0.5
-    assert [at(s, "cutoff", 5000) for s in (1500, 4999, 5000)] == [0.25, 0.5, 0.0]
-    assert losses.align_coefficient(0, 0.5, "warmup", 0, None) == 0.5
-
-
 def test_the_grid_ceiling_is_1_for_a_flat_image_and_falls_with_a_coarser_tap() -> None:
     flat = tokens(2, 1, 8).expand(2, 64, 8)
     assert losses.grid_ceiling(flat, (8, 8), (4, 4)).item() == pytest.approx(1, abs=1e-5)

@@ -124,8 +124,9 @@ def test_fillers_and_pictures_that_are_preserved_count_nothing_and_others_their_
     )  # fmt: skip
 
     def token(batch, **changes) -> float:  # type: ignore[no-untyped-def]
-        built.task.each(batch := replace(batch, **changes), *drawn(built, batch))
-        return built.task.aligned(batch, torch.Generator(), with_gradient=False)["token"].item()
+        latents, draw = drawn(built, batch := replace(batch, **changes))
+        built.task.each(batch, latents, draw)
+        return built.task.aligned(batch, draw.timesteps, torch.Generator(), with_gradient=False)["token"].item()
 
     first, both = token(rest), token(batch)
     assert len(batch) == 2 and first != pytest.approx(both)

@@ -184,15 +184,6 @@ def clip_loss(loss: torch.Tensor, cap: float | None) -> torch.Tensor:
     return loss * (cap / loss.detach().clamp(min=EPSILON * cap)).clamp(max=1.0)
 
 
-def align_coefficient(step: int, coeff: float, schedule: str, warmup_steps: int, cutoff_step: int | None) -> float:
-    """lambda at an optimizer step: coeff * min(1, step / warmup_steps), or constant, or risen and 0 from cutoff on."""
-    if schedule == "cutoff" and cutoff_step is not None and step >= cutoff_step:
-        return 0.0
-    if schedule == "constant" or step >= warmup_steps:
-        return coeff
-    return coeff * step / warmup_steps
-
-
 def grid_ceiling(target: torch.Tensor, grid: tuple[int, int], tap: tuple[int, int]) -> torch.Tensor:
     """The highest mean token cosine that a map of `tap` (rows, columns) can reach by bilinear upsampling, roughly.
 

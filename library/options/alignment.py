@@ -24,7 +24,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "irepa": Recipe(
         {"align_head": "conv3x3", "teacher_norm": 0.6, "manifold_weight": 0.0},
-        "iREPA (arXiv 2512.10794): a 3x3 convolution as head, the teacher's tokens normalised picture by picture, token cosine alone",
+        "iREPA (arXiv 2512.10794): 3x3 convolution as head, teacher's tokens normalised picture by picture, token cosine alone",
     ),
 }
 
@@ -74,12 +74,19 @@ class AlignmentOptions(TokenOptions, WithRecipes):
     """AlignHead: two 1x1 convolutions with GELU between, one 1x1, or one 3x3 (iREPA)."""
     align_coeff: float = 0.5
     """lambda: weight of the alignment losses beside the diffusion loss."""
-    align_schedule: Literal["warmup", "constant", "cutoff"] = "warmup"
-    """lambda over the steps: rising over align_warmup_steps, constant, or risen and then 0 from align_cutoff_step on."""
+    align_schedule: Literal["warmup", "constant", "cutoff", "linear", "cosine"] = "warmup"
+    """lambda over the steps: constant, or rising over align_warmup_steps and then: staying (warmup), 0 from align_cutoff_step on
+    (cutoff), or falling to 0 there along a line or half a cosine."""
     align_warmup_steps: int = 3000
-    """Optimizer steps over which lambda rises from 0 (schedules warmup and cutoff)."""
+    """Optimizer steps over which lambda rises from 0 (all schedules but constant)."""
     align_cutoff_step: int | None = None
-    """Optimizer step from which lambda is 0 (schedule cutoff; HASTE, arXiv 2505.16792)."""
+    """Optimizer step from which lambda is 0 (schedules cutoff, linear, cosine; HASTE, arXiv 2505.16792). Default of linear and
+    cosine: the end of the run."""
+    align_timesteps: Literal["all", "v", "t", "log_snr"] = "all"
+    """lambda by the noise of each picture: the same at all, U-REPA's V (half at t = 0.5), or only within align_window, of t or of
+    log-SNR. t is the flow's, 0 without noise and 1 of noise alone; other bases align at the same signal-to-noise ratios."""
+    align_window: tuple[float, float] | None = None
+    """Lowest and highest t or log-SNR at which pictures are aligned (align_timesteps t, log_snr). 0.1 1 leaves out the least noise."""
     token_weight: float = 1.0
     """Weight of the token loss, 1 - cosine. 0 leaves it out: its value is logged and trains nothing."""
     manifold_weight: float = 3.0
@@ -115,14 +122,40 @@ class AlignmentOptions(TokenOptions, WithRecipes):
         not_negative("manifold_margin", self.manifold_margin)
         positive("manifold_clip", self.manifold_clip)
         require(self.manifold_random_tokens >= 2, "manifold_random_tokens", "must be at least 2.")
-        if self.align_schedule == "cutoff":
-            require(
-                self.align_cutoff_step is not None, "align_cutoff_step", "is missing, and align_schedule is cutoff."
-            )
-        else:
-            require(
-                self.align_cutoff_step is None,
-                "align_cutoff_step",
-                f"has no effect with align_schedule {self.align_schedule}. Use align_schedule cutoff.",
-            )
-        not_negative("align_cutoff_step", self.align_cutoff_step)
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        schedule, cutoff = self.align_schedule, self.align_cutoff_step
+        require(
+            schedule != "cutoff" or cutoff is not None,
+            "align_cutoff_step",
+            "is missing, and align_schedule is cutoff.",
+        )
+        require(
+            cutoff is None or schedule in ("cutoff", "linear", "cosine"),
+            "align_cutoff_step",
+            f"has no effect with align_schedule {schedule}. Use align_schedule cutoff, linear or cosine.",
+        )
+        not_negative("align_cutoff_step", cutoff)
+        require(
+            cutoff is None or schedule == "cutoff" or cutoff > self.align_warmup_steps,
+            "align_cutoff_step",
+            f"is {cutoff}, and lambda rises until align_warmup_steps {self.align_warmup_steps}: nothing is left to fall.",
+        )
+        windowed = self.align_timesteps in ("t", "log_snr")
+        require(
+            not windowed or self.align_window is not None,
+            "align_window",
+            f"is missing: the lowest and highest {self.align_timesteps} at which pictures are aligned.",
+        )
+        if self.align_window is None:
+            return
+        require(
+            windowed,
+            "align_window",
+            "has no effect with align_timesteps all. Use align_timesteps t or log_snr."
+            if self.align_timesteps == "all"
+            else "cuts off where align_timesteps v weighs: give one of them.",
+        )
+        low, high = self.align_window
+        require(low < high, "align_window", f"wants the lower end first, got {low:g} {high:g}.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import nn
 
 from library.diffusion import alignment_losses as losses
 from library.diffusion.alignment_losses import Weights
+from library.diffusion.alignment_schedules import align_coefficient, timestep_weights
+from library.diffusion.parametrisation import Parametrisation
 from library.options.alignment import AlignmentOptions
 from library.options.training import OptimizerOptions
 from library.training.optimizers import ParameterGroup
@@ -41,18 +43,18 @@ class Alignment:
     features: Mapping[str, torch.Tensor]
     options: AlignmentOptions
     gather: losses.Gather | None = None
+    last_step: int | None = None
+    """Of the run, where lambda falls until then."""
 
     @classmethod
     def attach(
-        cls,
-        unet: nn.Module,
-        heads: AlignHeads,
-        options: AlignmentOptions,
-        context: ExitStack,
-        gather: losses.Gather | None = None,
+        cls, unet: nn.Module, heads: AlignHeads, options: AlignmentOptions, context: ExitStack, **others: Any
     ) -> Alignment:
-        """With the features of `unet`, caught as long as `context` is open. To be called before anything is compiled."""
-        return cls(heads, context.enter_context(capture(unet, list(heads))), options, gather)
+        """With the features of `unet`, caught as long as `context` is open. To be called before anything is compiled.
+
+        others: gather, last_step.
+        """
+        return cls(heads, context.enter_context(capture(unet, list(heads))), options, **others)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -67,9 +69,21 @@ class Alignment:
     def coefficient(self, step: int) -> float:
         """lambda(step)."""
         o = self.options
-        return losses.align_coefficient(
-            step, o.align_coeff, o.align_schedule, o.align_warmup_steps, o.align_cutoff_step
+        return align_coefficient(
+            step, o.align_coeff, o.align_schedule, o.align_warmup_steps, o.align_cutoff_step, self.last_step
         )
+
+    def at_noise(
+        self, weights: Weights | None, timesteps: torch.Tensor, parametrisation: Parametrisation, sharing: int
+    ) -> Weights | None:
+        """Weights of pictures times what counts of each by its noise. sharing: processes, where there are no weights yet."""
+        o = self.options
+        if o.align_timesteps == "all":
+            return weights
+        own = timestep_weights(parametrisation.snr(timesteps), o.align_timesteps, o.align_window)
+        if weights is None:
+            return Weights(own, torch.ones_like(own), sharing=sharing)
+        return replace(weights, pictures=weights.pictures * own)
 
     def target(self, tokens: torch.Tensor) -> torch.Tensor:
         """What heads learn, of the teacher's raw tokens [B, N, D] float32."""

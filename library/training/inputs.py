@@ -145,6 +145,7 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
 
 def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[str]:
     """See that options and adapters to start from fit the base; what to say of those. Raises UserError for what does not."""
+    from library.training.alignment_checks import check_alignment
     from library.training.flow import check_flow
     from library.training.models import check_swapped, check_weights
 
@@ -156,7 +157,9 @@ def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[s
     options.optimizer.text_encoder_rates(len(family.text_encoders))
     check_vae_fits(options, family)
     check_swapped(options, base, family)
-    return [*check_flow(options, base), *check_weights(options, base, family)]
+    notes = check_flow(options, base)
+    check_alignment(options, base, family)
+    return [*notes, *check_weights(options, base, family)]
 
 
 def check_vae_fits(options: RunOptions, family: Family) -> None:

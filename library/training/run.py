@@ -222,6 +222,7 @@ def build_task(
         scaling_factor=scaling_factor(options, base, family),
         training=training,
         validation=validation,
+        last_step=plan.last_step,
     )
 
 
@@ -239,8 +240,9 @@ def make_task(
     scaling_factor: float,
     training: CachedSamples,
     validation: dict[str, CachedSamples],
+    last_step: int | None = None,
 ) -> LoraTask:
-    """The same of models that are there. teacher_width: of the tokens that heads learn; None: no heads."""
+    """The same of models that are there. teacher_width: of the tokens that heads learn; None: no heads. last_step: of the run."""
     unet = models[UNET]
     for sentence in quantise(models, options):
         processes.say(sentence)
@@ -250,7 +252,7 @@ def make_task(
     if teacher_width is not None:
         heads = build_heads(options, unet.config, teacher_width).to(processes.device)
         across = gather if options.alignment.manifold_mode == "sample" else None
-        alignment = Alignment.attach(unet, heads, options.alignment, context, across)
+        alignment = Alignment.attach(unet, heads, options.alignment, context, gather=across, last_step=last_step)
         groups.append(head_group(heads, options.optimizer))
     for group in groups:
         processes.say(

@@ -88,7 +88,7 @@ class LoraTask:
             }
         if self.alignment is not None:
             counts = self.coefficient(step) > 0
-            aligned = self.aligned(batch, generator, with_gradient=counts)
+            aligned = self.aligned(batch, drawn.timesteps, generator, with_gradient=counts)
             if coefficient is None:
                 coefficient = torch.full((), self.coefficient(step), device=latents.device)
             if counts:
@@ -129,14 +129,22 @@ class LoraTask:
             preserve_mask=batch.preserve,
         )
 
-    def aligned(self, batch: Batch, generator: torch.Generator, *, with_gradient: bool) -> AlignmentLosses:
-        """Alignment losses of the last batch that `each` ran."""
+    def aligned(
+        self, batch: Batch, timesteps: Tensor, generator: torch.Generator, *, with_gradient: bool
+    ) -> AlignmentLosses:
+        """Alignment losses of the last batch that `each` ran, at these timesteps [B]."""
         assert self.alignment is not None and batch.token_grid is not None
+        weights = self.alignment.at_noise(
+            self.token_weights(batch, batch.token_grid),
+            timesteps,
+            self.objective.parametrisation,
+            self.processes.world_size,
+        )
         return self.alignment.losses(
             self.target_tokens(batch),
             generator,
             grid=batch.token_grid,
-            weights=self.token_weights(batch, batch.token_grid),
+            weights=weights,
             with_gradient=with_gradient,
         )
 
@@ -233,7 +241,7 @@ class LoraTask:
             sums[1].index_add_(0, quarter, real)
             if self.alignment is not None:
                 generator.manual_seed(int(batch.indices[0]))
-                parts = self.aligned(batch, generator, with_gradient=False)
+                parts = self.aligned(batch, chosen, generator, with_gradient=False)
                 aligned += torch.stack([parts[name] for name in names]) * real.sum()
         batches.close()
         totals, counts = self.processes.sum(sums).tolist()
