@@ -70,6 +70,41 @@ def test_token_manifold_loss_is_the_mean_over_all_token_pairs_of_each_image(marg
     assert value == pytest.approx(sum(expected) / len(expected), abs=1e-7)
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+def test_an_l1_loss_takes_amounts_and_not_squares(margin: float) -> None:
+    """With margin 0.1 on the tokens of each image, VideoREPA's Token Relation Distillation."""
+
+    def amount(difference: float) -> float:
+        return max(abs(difference) - margin, 0.0)
+
+    predicted, target = tokens(4, 3, 6, seed=5), tokens(4, 3, 6, seed=6)
+    flat_p, flat_t = ([[unit(row) for row in one] for one in side.tolist()] for side in (predicted, target))
+    every = [(i, j) for i in range(3) for j in range(3)]
+    slow = [amount(dot(p[i], p[j]) - dot(t[i], t[j])) for p, t in zip(flat_p, flat_t, strict=True) for i, j in every]
+    value = losses.token_manifold_loss(predicted, target, margin, cost="l1").item()
+    assert value == pytest.approx(sum(slow) / len(slow), abs=1e-6)
+    p, t = [pooled(s) for s in predicted.tolist()], [pooled(s) for s in target.tolist()]
+    slow = [amount(dot(p[i], p[j]) - dot(t[i], t[j])) for i in range(4) for j in range(i + 1, 4)]
+    ones = losses.Weights(torch.ones(4), torch.ones(4))
+    for weights in (None, ones):
+        value = losses.sample_manifold_loss(predicted, target, margin, weights=weights, cost="l1").item()
+        assert value == pytest.approx(sum(slow) / len(slow), abs=1e-6)
+
+
+def test_spatial_normalisation_is_iREPAs_over_the_tokens_of_each_picture() -> None:
+    y = tokens(2, 5, 3, seed=9) * 4 + 2
+    found = losses.spatially_normalised(y, 0.6).tolist()
+    for picture, normalised in zip(y.tolist(), found, strict=True):
+        for channel in range(3):
+            column = [row[channel] for row in picture]
+            mean = sum(column) / 5
+            spread = math.sqrt(sum((value - mean) ** 2 for value in column) / 4)
+            expected = [(value - 0.6 * mean) / (spread + 1e-6) for value in column]
+            assert [row[channel] for row in normalised] == pytest.approx(expected, rel=1e-4)
+    assert losses.spatially_normalised(y, 0.0) is y
+    assert losses.spatially_normalised(y[:, :1], 0.6).isfinite().all()
+
+
 def test_random_manifold_loss_compares_the_chosen_tokens_of_the_whole_batch() -> None:
     predicted, target = tokens(2, 3, 5, seed=7), tokens(2, 3, 5, seed=8)
     chosen = [0, 4, 5]
@@ -200,16 +235,6 @@ def test_clipping_caps_the_value_and_scales_the_gradient_alike(value: float, cap
     factor = min(1.0, cap / value)
     assert clipped.item() == pytest.approx(value * factor, rel=1e-5)
     assert x.grad is not None and x.grad.item() == pytest.approx(factor, rel=1e-5)
-
-
-def test_lambda_follows_its_schedules() -> None:
-    def at(step: int, schedule: str, cutoff: int | None = None) -> float:
-        return losses.align_coefficient(step, 0.5, schedule, 3000, cutoff)
-
-    assert [at(s, "warmup") for s in (0, 750, 1500, 2250, 3000, 9000)] == [0, 0.125, 0.25, 0.375, 0.5, 0.5]
-    assert at(0, "constant") == 0.5
-    assert [at(s, "cutoff", 5000) for s in (1500, 4999, 5000)] == [0.25, 0.5, 0.0]
-    assert losses.align_coefficient(0, 0.5, "warmup", 0, None) == 0.5
 
 
 def test_the_grid_ceiling_is_1_for_a_flat_image_and_falls_with_a_coarser_tap() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,45 @@ def test_the_loss_is_the_diffusion_loss_plus_lambda_times_token_and_manifold_los
     assert 0 < warm["token"] < 2 and warm["manifold"] > 0
 
 
+@pytest.fixture
+def with_options(built: Built) -> Iterator[Callable[..., None]]:
+    """Changes alignment options of the run for one test."""
+    alignment = built.task.alignment
+    original = alignment.options
+
+    def change(**options: object) -> None:
+        alignment.options = replace(original, **options)
+
+    yield change
+    alignment.options = original
+
+
+def test_each_loss_has_a_weight_and_one_of_weight_0_is_only_logged(
+    built: Built, with_options: Callable[..., None]
+) -> None:
+    batch = built.batch()
+    every = parts_of(built, batch)
+    with_options(token_weight=2.0, manifold_weight=0.0)
+    token = parts_of(built, batch)
+    assert token["loss"] == pytest.approx(every["diffusion"] + 0.5 * 2 * every["token"], rel=1e-6)
+    with_options(token_weight=0.0)
+    manifold = parts_of(built, batch)
+    assert manifold["loss"] == pytest.approx(every["diffusion"] + 0.5 * 3 * every["manifold"], rel=1e-6)
+    assert {**every, "loss": 0} == {**token, "loss": 0} == {**manifold, "loss": 0}
+
+
+def test_the_teachers_tokens_are_normalised_when_they_are_learned_and_not_in_the_cache(
+    built: Built, with_options: Callable[..., None]
+) -> None:
+    batch = built.batch()
+    raw = built.task.target_tokens(batch)
+    with_options(teacher_norm=1.0)
+    target = built.task.target_tokens(batch)
+    torch.testing.assert_close(target.mean(dim=1), torch.zeros_like(target[:, 0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(target.std(dim=1), torch.ones_like(target[:, 0]), atol=1e-3, rtol=0)
+    assert torch.equal(raw, batch.target_tokens())
+
+
 def test_each_bucket_has_tokens_on_a_grid_of_its_aspect(built: Built) -> None:
     seen = {}
     for number in range(4):
@@ -84,8 +124,9 @@ def test_fillers_and_pictures_that_are_preserved_count_nothing_and_others_their_
     )  # fmt: skip
 
     def token(batch, **changes) -> float:  # type: ignore[no-untyped-def]
-        built.task.each(batch := replace(batch, **changes), *drawn(built, batch))
-        return built.task.aligned(batch, torch.Generator(), with_gradient=False).token.item()
+        latents, draw = drawn(built, batch := replace(batch, **changes))
+        built.task.each(batch, latents, draw)
+        return built.task.aligned(batch, draw.timesteps, torch.Generator(), with_gradient=False)["token"].item()
 
     first, both = token(rest), token(batch)
     assert len(batch) == 2 and first != pytest.approx(both)
@@ -187,6 +228,8 @@ def test_a_state_of_another_teacher_is_not_continued(
         {"taps": "enc_last mid dec_first", "token_dtype": "int8", "gradient_checkpointing": ""},
         {"mixed_precision": "bf16", "full_bf16": "", "manifold_mode": "token", "align_head": "conv3x3"},
         {"mixed_precision": "fp16", "manifold_mode": "random", "align_learning_rate": 1e-3, "optimizer_type": "AdamW8bit"},
+        {"align_recipe": "trd"},
+        {"align_recipe": "irepa", "taps": "dec_first"},
         {"optimizer_type": "Prodigy", "learning_rate": 1.0, "manifold_clip": 0.01, "align_weight_decay": 0.0},
     ],
     ids=lambda changes: " ".join(map(str, changes.values()))[:30],
@@ -243,6 +286,10 @@ def test_dry_run_counts_heads_and_the_disk_of_their_tokens(
     [
         ({"train_batch_size": 1}, "manifold_mode sample compares the pictures of a batch, and no batch has two."),
         ({"dino_model": "nowhere.pth"}, "nowhere.pth"),
+        (
+            {"align_recipe": "irepa", "token_weight": 0},
+            "manifold_weight and token_weight are both 0: nothing would be aligned.",
+        ),
         ({"token_grid": 5}, "token_grid is 5, finer than the 4 patches that dino_resolution 56 gives."),
     ],
 )

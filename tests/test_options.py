@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,33 @@ def test_the_command_line_beats_the_file_and_the_file_beats_the_default(tmp_path
     file = config(tmp_path, "train_data = 'x'\n[a]\nlearning_rate = 0.5\n[b]\nseed = 7\n")
     options = parsed("--dataset_config", file, "--seed", "8")
     assert (options.optimizer.learning_rate, options.training.seed, options.training.train_batch_size) == (0.5, 8, 128)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--align_recipe trd", {"token_weight": 0.0, "manifold_loss": "l1", "manifold_margin": 0.1, "manifold_weight": 1.0}),
+        ("--align_recipe irepa", {"align_head": "conv3x3", "teacher_norm": 0.6, "manifold_weight": 0.0, "token_weight": 1.0}),
+        ("--align_recipe irepa --align_head mlp", {"align_head": "mlp", "teacher_norm": 0.6}),
+        ("--align_recipe trd --manifold_weight 3", {"manifold_weight": 3.0, "manifold_mode": "token"}),
+        ("--flow_recipe lune", {"timestep_sampling": "uniform", "discrete_flow_shift": 2.0}),
+        ("--flow_recipe lune --discrete_flow_shift 3", {"timestep_sampling": "uniform", "discrete_flow_shift": 3.0}),
+        ("--flow_recipe bigasp --weighting_scheme mode", {"timestep_sampling": None, "weighting_scheme": "mode"}),
+    ],
+)  # fmt: skip
+def test_a_recipe_lies_between_the_defaults_and_what_is_given(
+    words: str, expected: dict[str, object], tmp_path: Path
+) -> None:
+    """Given on the command line or in a file, also where it is the default that is given."""
+    flat = iter(words.replace("--", "").split())
+    pairs = [
+        f"{name} = {float(value) if value.isdigit() else json.dumps(value)}"
+        for name, value in zip(flat, flat, strict=True)
+    ]
+    file = config(tmp_path, "\n".join(pairs))
+    for argv in (["--train_data", "demo", *words.split()], ["--dataset_config", file]):
+        options = flatten(parsed(*argv))
+        assert {name: options[name] for name in expected} == expected
 
 
 def test_hyphens_and_underscores_are_the_same() -> None:

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 EPSILON = 1e-6
+
+Cost = Literal["l2", "l1"]
+"""Of a difference of similarities: its square, or its amount."""
 
 Gather = Callable[[torch.Tensor, int | None], torch.Tensor]
 """(rows of this process, how many processes share the loss; None: all) -> the rows of all, with gradients into these."""
@@ -59,15 +63,29 @@ def token_loss(predicted: torch.Tensor, target: torch.Tensor, weights: Weights |
     return weights.mean(((1.0 - cosines) * weights.of_tokens(cosines.shape[1])).mean(dim=1))
 
 
-def similarity_difference(predicted: torch.Tensor, target: torch.Tensor, margin: float) -> torch.Tensor:
-    """Squared difference of two Gram matrices of unit vectors, elementwise: relu(|G_p - G_t| - margin)^2.
+def similarity_difference(
+    predicted: torch.Tensor, target: torch.Tensor, margin: float, cost: Cost = "l2"
+) -> torch.Tensor:
+    """Cost of the difference of two Gram matrices of unit vectors, elementwise: relu(|G_p - G_t| - margin), or its square.
 
-    predicted, target: [..., K, D], unit length. Result [..., K, K].
+    predicted: [..., K, D], target: [..., K, D'], unit length. Result [..., K, K].
     """
     difference = predicted @ predicted.transpose(-1, -2) - target @ target.transpose(-1, -2)
     if margin > 0:
         difference = F.relu(difference.abs() - margin)
-    return difference.square()
+    return difference.square() if cost == "l2" else difference.abs()
+
+
+def spatially_normalised(tokens: torch.Tensor, share: float) -> torch.Tensor:
+    """(y - share * mean y) / (std y + 1e-6), mean and spread of a channel over the tokens of a picture (iREPA, arXiv 2512.10794).
+
+    tokens: [B, N, D] float32; share 0 leaves them as they are. The spread is torch's, over N - 1, as in iREPA's code.
+    """
+    if share == 0:
+        return tokens
+    # Of one token there is no spread.
+    spread = tokens.std(dim=1, keepdim=True) if tokens.shape[1] > 1 else torch.ones_like(tokens)
+    return (tokens - share * tokens.mean(dim=1, keepdim=True)) / (spread + EPSILON)
 
 
 def sample_manifold_loss(
@@ -76,6 +94,7 @@ def sample_manifold_loss(
     margin: float = 0.0,
     gather: Gather | None = None,
     weights: Weights | None = None,
+    cost: Cost = "l2",
 ) -> torch.Tensor:
     """Between samples: tokens mean-pooled per image, then the mean over the upper triangle of the B x B Gram difference.
 
@@ -85,7 +104,7 @@ def sample_manifold_loss(
     pooled by theirs, and a pair counts the product of its pictures'.
     """
     if weights is not None:
-        return _weighted_sample_loss(predicted, target, margin, gather, weights)
+        return _weighted_sample_loss(predicted, target, margin, gather, weights, cost)
     pooled_predicted = normalize(normalize(predicted).mean(dim=1))
     pooled_target = normalize(normalize(target).mean(dim=1))
     if gather is not None:
@@ -93,12 +112,17 @@ def sample_manifold_loss(
     count = pooled_predicted.shape[0]
     if count < 2:
         return pooled_predicted.sum() * 0.0
-    squares = similarity_difference(pooled_predicted, pooled_target, margin)
-    return squares.triu(diagonal=1).sum() / (count * (count - 1) / 2)
+    costs = similarity_difference(pooled_predicted, pooled_target, margin, cost)
+    return costs.triu(diagonal=1).sum() / (count * (count - 1) / 2)
 
 
 def _weighted_sample_loss(
-    predicted: torch.Tensor, target: torch.Tensor, margin: float, gather: Gather | None, weights: Weights
+    predicted: torch.Tensor,
+    target: torch.Tensor,
+    margin: float,
+    gather: Gather | None,
+    weights: Weights,
+    cost: Cost,
 ) -> torch.Tensor:
     of_tokens = weights.of_tokens(predicted.shape[1]).unsqueeze(-1)
     pooled_predicted = normalize((normalize(predicted) * of_tokens).mean(dim=1))
@@ -107,23 +131,27 @@ def _weighted_sample_loss(
     if gather is not None:
         pooled_predicted = gather(pooled_predicted, weights.sharing)
         pooled_target, pictures, real = (gather(rows, None) for rows in (pooled_target, pictures, real))
-    squares = similarity_difference(pooled_predicted, pooled_target, margin) * torch.outer(pictures, pictures)
+    costs = similarity_difference(pooled_predicted, pooled_target, margin, cost) * torch.outer(pictures, pictures)
     count = real.sum()
-    return squares.triu(diagonal=1).sum() / (count * (count - 1) / 2).clamp(min=1.0)
+    return costs.triu(diagonal=1).sum() / (count * (count - 1) / 2).clamp(min=1.0)
 
 
 def token_manifold_loss(
-    predicted: torch.Tensor, target: torch.Tensor, margin: float = 0.0, weights: Weights | None = None
+    predicted: torch.Tensor,
+    target: torch.Tensor,
+    margin: float = 0.0,
+    weights: Weights | None = None,
+    cost: Cost = "l2",
 ) -> torch.Tensor:
-    """Within each image: mean of squares of the N x N Gram difference, over images. Independent of the batch.
+    """Within each image: mean cost of the N x N Gram difference, over images. Independent of the batch.
 
     weights: a pair of tokens counts the product of theirs, an image its own.
     """
-    squares = similarity_difference(normalize(predicted), normalize(target), margin)
+    costs = similarity_difference(normalize(predicted), normalize(target), margin, cost)
     if weights is None:
-        return squares.mean()
+        return costs.mean()
     of_tokens = weights.of_tokens(predicted.shape[1])
-    return weights.mean((squares * of_tokens.unsqueeze(2) * of_tokens.unsqueeze(1)).mean(dim=(1, 2)))
+    return weights.mean((costs * of_tokens.unsqueeze(2) * of_tokens.unsqueeze(1)).mean(dim=(1, 2)))
 
 
 def random_manifold_loss(
@@ -132,20 +160,21 @@ def random_manifold_loss(
     chosen: torch.Tensor,
     margin: float = 0.0,
     weights: Weights | None = None,
+    cost: Cost = "l2",
 ) -> torch.Tensor:
-    """Between tokens of the whole batch: mean of squares of the K x K Gram difference of `chosen` of its B*N tokens.
+    """Between tokens of the whole batch: mean cost of the K x K Gram difference of `chosen` of its B*N tokens.
 
     weights: a token counts the product of its own and its picture's, a pair of tokens the product of both.
     """
     count = predicted.shape[1]
     predicted = normalize(predicted.flatten(0, 1)[chosen])
     target = normalize(target.flatten(0, 1)[chosen])
-    squares = similarity_difference(predicted, target, margin)
+    costs = similarity_difference(predicted, target, margin, cost)
     if weights is None:
-        return squares.mean()
+        return costs.mean()
     of_tokens = (weights.of_tokens(count) * weights.pictures.unsqueeze(1)).flatten()[chosen]
     real = weights.real.repeat_interleave(count)[chosen].sum()
-    return (squares * torch.outer(of_tokens, of_tokens)).sum() / real.square().clamp(min=1.0)
+    return (costs * torch.outer(of_tokens, of_tokens)).sum() / real.square().clamp(min=1.0)
 
 
 def clip_loss(loss: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -153,15 +182,6 @@ def clip_loss(loss: torch.Tensor, cap: float | None) -> torch.Tensor:
     if cap is None:
         return loss
     return loss * (cap / loss.detach().clamp(min=EPSILON * cap)).clamp(max=1.0)
-
-
-def align_coefficient(step: int, coeff: float, schedule: str, warmup_steps: int, cutoff_step: int | None) -> float:
-    """lambda at an optimizer step: coeff * min(1, step / warmup_steps), or constant, or risen and 0 from cutoff on."""
-    if schedule == "cutoff" and cutoff_step is not None and step >= cutoff_step:
-        return 0.0
-    if schedule == "constant" or step >= warmup_steps:
-        return coeff
-    return coeff * step / warmup_steps
 
 
 def grid_ceiling(target: torch.Tensor, grid: tuple[int, int], tap: tuple[int, int]) -> torch.Tensor:

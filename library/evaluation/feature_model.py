@@ -40,6 +40,8 @@ class FeatureModel:
     dtype: torch.dtype
     network: Network | None = None
     """The adapters in the U-Net, where they can be switched off."""
+    teacher_norm: float = 0.0
+    """With which the heads' targets were normalised; see `spatially_normalised`."""
 
     @torch.no_grad()
     def extract(
@@ -87,7 +89,9 @@ def load_feature_model(
             parameter.copy_(saved[name])
     unet.requires_grad_(False).eval()
     heads = read_heads(state, use_ema=use_ema).to(device)
-    return FeatureModel(unet, heads, parametrisation_of(load_scheduler_config(base), device), dtype, network)
+    parametrisation = parametrisation_of(load_scheduler_config(base), device)
+    norm = facts["options"].get("teacher_norm", 0.0)
+    return FeatureModel(unet, heads, parametrisation, dtype, network, norm)
 
 
 def read_heads(state: Path, *, use_ema: bool = True) -> AlignHeads:

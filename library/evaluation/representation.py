@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from library.diffusion.alignment_losses import spatially_normalised
 from library.diffusion.dense_maps import DenseMaps, dense_maps
 from library.errors import UserError
 from library.evaluation import baselines
@@ -255,6 +256,7 @@ class _Evaluation:
         self.model, self.base, self.pictures, self.settings, self.say = model, base, pictures, settings, say
         self.tap = settings.tap or "mid"
         self.fit_teacher, self.test_teacher = pictures.fit.teacher(), pictures.test.teacher()
+        self.head_target = spatially_normalised(self.test_teacher, model.teacher_norm)
         classes = len(pictures.fit.labels.unique())
         self.measures = RepresentationMeasures(len(pictures.test), settings.neighbours, settings.recall_at, classes > 1)
         self.result = RepresentationResult(
@@ -319,7 +321,7 @@ class _Evaluation:
             )
             if fit.head is not None and test.tokens is not None and test.head is not None:
                 by_row.setdefault((f"{trunk.name} head", "tokens"), []).append(
-                    self.measures.of_tokens(test.tokens, self.test_teacher) | self._probes(fit.head, test.head)
+                    self.measures.of_tokens(test.tokens, self.head_target) | self._probes(fit.head, test.head)
                 )
             side = test.maps.shape[-1]
             pictured = self.settings.baselines and timestep == self.settings.pictured_at
@@ -378,7 +380,7 @@ class _Evaluation:
         self.result.pictures = dense_maps(
             [sides.ids[i] for i in places],
             [sides.photo(i) for i in places],
-            self.test_teacher[places],
+            (self.head_target if own else self.test_teacher)[places],
             predicted[places],
             test.maps[places],
         )

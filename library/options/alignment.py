@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from library.options.checks import not_negative, positive, require
+from library.options.checks import not_negative, positive, require, share
+from library.options.recipes import Recipe, WithRecipes
 
 Tap = Literal["enc_last", "mid", "dec_first"]
+
+RECIPES: dict[str, Recipe] = {
+    "trd": Recipe(
+        {
+            "token_weight": 0.0,
+            "manifold_weight": 1.0,
+            "manifold_mode": "token",
+            "manifold_loss": "l1",
+            "manifold_margin": 0.1,
+        },
+        "VideoREPA's Token Relation Distillation (arXiv 2505.23656): mean of relu(|G_predicted - G_teacher| - 0.1) over tokens",
+    ),
+    "irepa": Recipe(
+        {"align_head": "conv3x3", "teacher_norm": 0.6, "manifold_weight": 0.0},
+        "iREPA (arXiv 2512.10794): 3x3 convolution as head, teacher's tokens normalised picture by picture, token cosine alone",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -38,33 +57,53 @@ class TokenOptions:
 
 
 @dataclass(frozen=True)
-class AlignmentOptions(TokenOptions):
+class AlignmentOptions(TokenOptions, WithRecipes):
     """AlignHeads, which pull features of the U-Net towards those of a vision model."""
+
+    recipe_option: ClassVar[str] = "align_recipe"
+    recipes: ClassVar[Mapping[str, Recipe]] = RECIPES
 
     alignment: bool = True
     """Train with AlignHeads, supervised by cached tokens of dino_model. Without, this is plain LoRA training."""
+    align_recipe: Literal["trd", "irepa"] | None = None
+    """Settings of a paper, for what is not given otherwise: trd (VideoREPA: relations between tokens alone), irepa (3x3 head and
+    teacher_norm)."""
     taps: tuple[Tap, ...] = ("mid",)
     """U-Net features that get an AlignHead: enc_last, mid, dec_first, or several."""
     align_head: Literal["mlp", "linear", "conv3x3"] = "mlp"
     """AlignHead: two 1x1 convolutions with GELU between, one 1x1, or one 3x3 (iREPA)."""
     align_coeff: float = 0.5
     """lambda: weight of the alignment losses beside the diffusion loss."""
-    align_schedule: Literal["warmup", "constant", "cutoff"] = "warmup"
-    """lambda over the steps: rising over align_warmup_steps, constant, or risen and then 0 from align_cutoff_step on."""
+    align_schedule: Literal["warmup", "constant", "cutoff", "linear", "cosine"] = "warmup"
+    """lambda over the steps: constant, or rising over align_warmup_steps and then: staying (warmup), 0 from align_cutoff_step on
+    (cutoff), or falling to 0 there along a line or half a cosine."""
     align_warmup_steps: int = 3000
-    """Optimizer steps over which lambda rises from 0 (schedules warmup and cutoff)."""
+    """Optimizer steps over which lambda rises from 0 (all schedules but constant)."""
     align_cutoff_step: int | None = None
-    """Optimizer step from which lambda is 0 (schedule cutoff; HASTE, arXiv 2505.16792)."""
+    """Optimizer step from which lambda is 0 (schedules cutoff, linear, cosine; HASTE, arXiv 2505.16792). Default of linear and
+    cosine: the end of the run."""
+    align_timesteps: Literal["all", "v", "t", "log_snr"] = "all"
+    """lambda by the noise of each picture: the same at all, U-REPA's V (half at t = 0.5), or only within align_window, of t or of
+    log-SNR. t is the flow's, 0 without noise and 1 of noise alone; other bases align at the same signal-to-noise ratios."""
+    align_window: tuple[float, float] | None = None
+    """Lowest and highest t or log-SNR at which pictures are aligned (align_timesteps t, log_snr). 0.1 1 leaves out little noise."""
+    token_weight: float = 1.0
+    """Weight of the token loss, 1 - cosine. 0 leaves it out: its value is logged and trains nothing."""
     manifold_weight: float = 3.0
-    """w: weight of the manifold loss beside the token loss."""
+    """w: weight of the manifold loss, the difference of similarities. 0 leaves it out, likewise."""
     manifold_mode: Literal["sample", "token", "random"] = "sample"
     """Gram matrices compared: of pooled samples in the global batch, of the tokens in each image, of random tokens."""
+    manifold_loss: Literal["l2", "l1"] = "l2"
+    """What a difference of similarities costs: its square, or its amount."""
     manifold_margin: float = 0.0
     """Differences of similarity up to this cost nothing (VideoREPA's margin, arXiv 2505.23656)."""
     manifold_clip: float | None = None
     """Cap on the manifold loss: above it, value and gradient are scaled down to the cap."""
     manifold_random_tokens: int = 192
     """Tokens drawn from the batch in mode random (192: Manifold Distillation's K)."""
+    teacher_norm: float = 0.0
+    """Share of a picture's mean token that is taken off the teacher's tokens, which are then divided by their spread over the
+    picture (iREPA: 0.6). 0 leaves them as they are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,18 +111,51 @@ class AlignmentOptions(TokenOptions):
         require(len(set(self.taps)) == len(self.taps), "taps", f"names a tap twice: {' '.join(self.taps)}.")
         not_negative("align_coeff", self.align_coeff)
         not_negative("align_warmup_steps", self.align_warmup_steps)
+        not_negative("token_weight", self.token_weight)
         not_negative("manifold_weight", self.manifold_weight)
+        require(
+            self.token_weight > 0 or self.manifold_weight > 0,
+            "manifold_weight",
+            "and token_weight are both 0: nothing would be aligned. Raise one of them, or use align_coeff 0 to train without.",
+        )
+        share("teacher_norm", self.teacher_norm)
         not_negative("manifold_margin", self.manifold_margin)
         positive("manifold_clip", self.manifold_clip)
         require(self.manifold_random_tokens >= 2, "manifold_random_tokens", "must be at least 2.")
-        if self.align_schedule == "cutoff":
-            require(
-                self.align_cutoff_step is not None, "align_cutoff_step", "is missing, and align_schedule is cutoff."
-            )
-        else:
-            require(
-                self.align_cutoff_step is None,
-                "align_cutoff_step",
-                f"has no effect with align_schedule {self.align_schedule}. Use align_schedule cutoff.",
-            )
-        not_negative("align_cutoff_step", self.align_cutoff_step)
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        schedule, cutoff = self.align_schedule, self.align_cutoff_step
+        require(
+            schedule != "cutoff" or cutoff is not None,
+            "align_cutoff_step",
+            "is missing, and align_schedule is cutoff.",
+        )
+        require(
+            cutoff is None or schedule in ("cutoff", "linear", "cosine"),
+            "align_cutoff_step",
+            f"has no effect with align_schedule {schedule}. Use align_schedule cutoff, linear or cosine.",
+        )
+        not_negative("align_cutoff_step", cutoff)
+        require(
+            cutoff is None or schedule == "cutoff" or cutoff > self.align_warmup_steps,
+            "align_cutoff_step",
+            f"is {cutoff}, and lambda rises until align_warmup_steps {self.align_warmup_steps}: nothing is left to fall.",
+        )
+        windowed = self.align_timesteps in ("t", "log_snr")
+        require(
+            not windowed or self.align_window is not None,
+            "align_window",
+            f"is missing: the lowest and highest {self.align_timesteps} at which pictures are aligned.",
+        )
+        if self.align_window is None:
+            return
+        require(
+            windowed,
+            "align_window",
+            "has no effect with align_timesteps all. Use align_timesteps t or log_snr."
+            if self.align_timesteps == "all"
+            else "cuts off where align_timesteps v weighs: give one of them.",
+        )
+        low, high = self.align_window
+        require(low < high, "align_window", f"wants the lower end first, got {low:g} {high:g}.")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from library.options.checks import finite, positive, require
 from library.options.given import OptionalCount
+from library.options.recipes import Recipe, WithRecipes
 
 MODE_SCALES = (-1.0, 2 / (math.pi - 2))
 """Between these the mode density is one (Esser et al. 2024, section 3.1)."""
@@ -17,13 +19,6 @@ SHIFT = 2.5
 
 Sampling = Literal["sigma", "uniform", "sigmoid", "shift", "logit_normal", "mode", "bins"]
 Scheme = Literal["none", "uniform", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
-
-
-class Recipe(NamedTuple):
-    """Settings of a published model. They count where the options themselves are not given."""
-
-    settings: dict[str, Any]
-    source: str
 
 
 RECIPES: dict[str, Recipe] = {
@@ -43,8 +38,11 @@ RECIPES: dict[str, Recipe] = {
 
 
 @dataclass(frozen=True)
-class FlowOptions:
+class FlowOptions(WithRecipes):
     """Rectified flow (docs/flow.md): of flow bases, and through a bridge of all others."""
+
+    recipe_option: ClassVar[str] = "flow_recipe"
+    recipes: ClassVar[Mapping[str, Recipe]] = RECIPES
 
     flow_model: bool = False
     """Train the straight path from noise to picture (rectified flow). Needed for bases that are no flow models themselves."""
@@ -116,7 +114,7 @@ class FlowOptions:
             "weighting_scheme",
             f"cosmap weights the loss, and flow_loss_weight {self.flow_loss_weight} does, too. Give one of them.",
         )
-        kind = self.resolved.kind
+        kind = self.kind
         for name, default, kinds in (
             ("sigmoid_scale", 1.0, ("sigmoid", "shift")),
             ("logit_mean", 0.0, ("logit_normal",)),
@@ -131,7 +129,7 @@ class FlowOptions:
 
     def _check_one_shift(self) -> None:
         """Two shifts multiply, and nobody sees it."""
-        shift, one = self.resolved.discrete_flow_shift, "A shift would be applied twice; give one of them."
+        shift, one = self.discrete_flow_shift, "A shift would be applied twice; give one of them."
         require(
             not self.flow_shift_by_resolution or shift in (None, 1),
             "flow_shift_by_resolution",
@@ -150,24 +148,22 @@ class FlowOptions:
 
     @property
     def given(self) -> list[str]:
-        """The options that differ from their defaults and are of flows alone, but for flow_model and flow_mode themselves."""
+        """The options that differ from their defaults and their recipe and are of flows alone, but for flow_model and flow_mode."""
+        recipe = self.of_recipe({"flow_recipe": self.flow_recipe})
         common = ("timestep_sampling", "show_timesteps") if self.timestep_sampling == "bins" else ()
         return [
             one.name
             for one in dataclasses.fields(self)
-            if one.name not in ("flow_model", "flow_mode", *common) and getattr(self, one.name) != one.default
+            if one.name not in ("flow_model", "flow_mode", *common)
+            and getattr(self, one.name) not in (one.default, recipe.get(one.name, one.default))
         ]
 
-    @property
-    def resolved(self) -> FlowOptions:
-        """With the recipe's settings where the options themselves are not given."""
-        if self.flow_recipe is None:
-            return self
-        settings = {k: v for k, v in RECIPES[self.flow_recipe].settings.items() if getattr(self, k) is None}
-        if self.weighting_scheme in ("logit_normal", "mode"):
+    @classmethod
+    def of_recipe(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        settings = super().of_recipe(given)
+        if given.get("weighting_scheme") in ("logit_normal", "mode"):  # a density of its own
             settings.pop("timestep_sampling", None)
-        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
-        return FlowOptions(**{**values, **settings, "flow_recipe": None})
+        return settings
 
     @property
     def kind(self) -> str:

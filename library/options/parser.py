@@ -1,4 +1,4 @@
-"""One parser for all scripts: dataclass defaults < TOML file < command line.
+"""One parser for all scripts: dataclass defaults < recipe < TOML file < command line.
 
 A script's options are one dataclass whose fields are the option groups of this package. On the command line and in
 the TOML file they are flat, under the names of the fields. Nothing here imports torch.
@@ -26,6 +26,7 @@ from library.options.command_line import known_words, nearest
 from library.options.dialect import PLAIN, Dialect, values_in
 from library.options.given import NOT_GIVEN, VERBATIM, markers, plain_kinds, value_given, words_given
 from library.options.help import answer_help
+from library.options.recipes import WithRecipes
 from library.options.rivals import beaten, option_of, without
 from library.options.toml_file import Located, find_config, in_single_quotes, parse_toml, read_options, values_of
 
@@ -293,8 +294,10 @@ def _as_paths(value: Any) -> Any:
 
 
 def _built(options_type: type, values: Mapping[str, Any]) -> Any:
-    """An instance with these values, and defaults for the others. Raises OptionError."""
+    """An instance with these values, those of a recipe that they name, and defaults for the others. Raises OptionError."""
     hints = typing.get_type_hints(options_type, include_extras=True)
+    if issubclass(options_type, WithRecipes):
+        values = {**values, **options_type.of_recipe(values)}
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(options_type):
         if dataclasses.is_dataclass(hints[field.name]):

@@ -1,13 +1,13 @@
 """What AlignHeads learn beside any diffusion training: the teacher's tokens, and how they relate to each other.
 
-loss = L_diff + lambda(step) * (L_token + w * L_manifold)        (U-REPA, arXiv 2503.18414)
+loss = L_diff + lambda(step) * (token_weight * L_token + manifold_weight * L_manifold)        (U-REPA, arXiv 2503.18414)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import nn
 
 from library.diffusion import alignment_losses as losses
 from library.diffusion.alignment_losses import Weights
+from library.diffusion.alignment_schedules import align_coefficient, timestep_weights
+from library.diffusion.parametrisation import Parametrisation
 from library.options.alignment import AlignmentOptions
 from library.options.kohya.optimizer import NetworkOptimizerOptions
 from library.training.optimizers import ParameterGroup
@@ -25,12 +27,8 @@ PART = "align_heads"
 """Name of the heads' file in a state, of their group in the optimizer, and first word of their parameters."""
 
 
-@dataclass
-class AlignmentLosses:
-    """Scalars float32, each the mean over the heads."""
-
-    token: torch.Tensor
-    manifold: torch.Tensor
+AlignmentLosses = dict[str, torch.Tensor]
+"""Scalars float32 by name, token and manifold, each the mean over the heads."""
 
 
 @dataclass
@@ -45,18 +43,23 @@ class Alignment:
     features: Mapping[str, torch.Tensor]
     options: AlignmentOptions
     gather: losses.Gather | None = None
+    last_step: int | None = None
+    """Of the run, where lambda falls until then."""
 
     @classmethod
     def attach(
-        cls,
-        unet: nn.Module,
-        heads: AlignHeads,
-        options: AlignmentOptions,
-        context: ExitStack,
-        gather: losses.Gather | None = None,
+        cls, unet: nn.Module, heads: AlignHeads, options: AlignmentOptions, context: ExitStack, **others: Any
     ) -> Alignment:
-        """With the features of `unet`, caught as long as `context` is open. To be called before anything is compiled."""
-        return cls(heads, context.enter_context(capture(unet, list(heads))), options, gather)
+        """With the features of `unet`, caught as long as `context` is open. To be called before anything is compiled.
+
+        others: gather, last_step.
+        """
+        return cls(heads, context.enter_context(capture(unet, list(heads))), options, **others)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of each loss beside the others. One of weight 0 is computed for the log."""
+        return {"token": self.options.token_weight, "manifold": self.options.manifold_weight}
 
     @property
     def warm_step(self) -> int:
@@ -66,9 +69,25 @@ class Alignment:
     def coefficient(self, step: int) -> float:
         """lambda(step)."""
         o = self.options
-        return losses.align_coefficient(
-            step, o.align_coeff, o.align_schedule, o.align_warmup_steps, o.align_cutoff_step
+        return align_coefficient(
+            step, o.align_coeff, o.align_schedule, o.align_warmup_steps, o.align_cutoff_step, self.last_step
         )
+
+    def at_noise(
+        self, weights: Weights | None, timesteps: torch.Tensor, parametrisation: Parametrisation, sharing: int
+    ) -> Weights | None:
+        """Weights of pictures times what counts of each by its noise. sharing: processes, where there are no weights yet."""
+        o = self.options
+        if o.align_timesteps == "all":
+            return weights
+        own = timestep_weights(parametrisation.snr(timesteps), o.align_timesteps, o.align_window)
+        if weights is None:
+            return Weights(own, torch.ones_like(own), sharing=sharing)
+        return replace(weights, pictures=weights.pictures * own)
+
+    def target(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What heads learn, of the teacher's raw tokens [B, N, D] float32."""
+        return losses.spatially_normalised(tokens, self.options.teacher_norm)
 
     def losses(
         self,
@@ -79,18 +98,32 @@ class Alignment:
         weights: Weights | None = None,
         with_gradient: bool,
     ) -> AlignmentLosses:
-        """Of the features that the U-Net's last pass left, against `target` [B, N, D] float32.
+        """Of the features that the U-Net's last pass left, against `target` [B, N, D] float32, as `target` gives it.
 
         grid: rows and columns of the N tokens; None is the heads' own square. with_gradient False leaves the losses out
         of the graph: where lambda is 0 the step is, to the bit, the step of a run without heads.
         """
-        token, manifold = [], []
-        with nullcontext() if with_gradient else torch.no_grad():
-            for tap, head in self.heads.items():
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in self.weights}
+        for tap, head in self.heads.items():
+            with torch.set_grad_enabled(with_gradient):
                 predicted = head(self.features[tap], grid)
-                token.append(losses.token_loss(predicted, target, weights))
-                manifold.append(self.manifold(predicted, target, generator, weights))
-            return AlignmentLosses(torch.stack(token).mean(), torch.stack(manifold).mean())
+            for name, values in found.items():
+                with torch.set_grad_enabled(with_gradient and self.weights[name] > 0):
+                    values.append(self.loss(name, predicted, target, generator, weights))
+        return {name: torch.stack(values).mean() for name, values in found.items()}
+
+    def loss(
+        self,
+        name: str,
+        predicted: torch.Tensor,
+        target: torch.Tensor,
+        generator: torch.Generator,
+        weights: Weights | None = None,
+    ) -> torch.Tensor:
+        """One of `weights`, of one head."""
+        if name == "token":
+            return losses.token_loss(predicted, target, weights)
+        return self.manifold(predicted, target, generator, weights)
 
     @torch.no_grad()
     def token_loss(self, target: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
@@ -106,26 +139,28 @@ class Alignment:
         weights: Weights | None = None,
     ) -> torch.Tensor:
         o = self.options
+        margin, cost = o.manifold_margin, o.manifold_loss
         if o.manifold_mode == "sample":
-            loss = losses.sample_manifold_loss(predicted, target, o.manifold_margin, self.gather, weights)
+            loss = losses.sample_manifold_loss(predicted, target, margin, self.gather, weights, cost)
         elif o.manifold_mode == "token":
-            loss = losses.token_manifold_loss(predicted, target, o.manifold_margin, weights)
+            loss = losses.token_manifold_loss(predicted, target, margin, weights, cost)
         else:
             count = predicted.shape[0] * predicted.shape[1]
             chosen = torch.randperm(count, generator=generator, device=predicted.device)[: o.manifold_random_tokens]
-            loss = losses.random_manifold_loss(predicted, target, chosen, o.manifold_margin, weights)
+            loss = losses.random_manifold_loss(predicted, target, chosen, margin, weights, cost)
         loss = losses.clip_loss(loss, o.manifold_clip)
         if weights is None or self.gather is None or o.manifold_mode != "sample":
             return loss
         return loss * weights.turn_share
 
-    def weighed(self, aligned: AlignmentLosses, coefficient: torch.Tensor) -> torch.Tensor:
-        """What is added to the diffusion loss. coefficient: lambda, on the device."""
-        return coefficient * (aligned.token + self.options.manifold_weight * aligned.manifold)
+    def total(self, aligned: Mapping[str, Any]) -> Any:
+        """The losses, each by its weight: what lambda multiplies."""
+        first, *others = (self.weights[name] * value for name, value in aligned.items())
+        return sum(others, start=first)
 
     def parts(self, aligned: AlignmentLosses, coefficient: torch.Tensor) -> dict[str, torch.Tensor]:
-        """For the metrics."""
-        return {"token": aligned.token, "manifold": aligned.manifold, "lambda": coefficient}
+        """For the metrics. coefficient: lambda, on the device."""
+        return {**aligned, "lambda": coefficient}
 
 
 def make_heads(

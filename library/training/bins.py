@@ -15,7 +15,7 @@ from library.options.run import RunOptions
 
 def make_bins(options: RunOptions, parametrisation: Parametrisation, device: torch.device | str) -> TimestepBins | None:
     """None where timesteps are drawn without them. Nothing is read from the device. Raises UserError as `LevelAccuracy.read`."""
-    if options.flow.resolved.kind != "bins":
+    if options.flow.kind != "bins":
         return None
     chosen, count = options.bins, options.bins.timestep_bins
     settings = {
@@ -36,7 +36,7 @@ def make_bins(options: RunOptions, parametrisation: Parametrisation, device: tor
 
 def describe_bins(options: RunOptions) -> list[str]:
     """What to say of them; nothing where there are none."""
-    if options.flow.resolved.kind != "bins":
+    if options.flow.kind != "bins":
         return []
     chosen = options.bins
     source = "their losses so far" if chosen.timestep_bin_file is None else f"{chosen.timestep_bin_file}"
@@ -47,7 +47,7 @@ def describe_bins(options: RunOptions) -> list[str]:
 
 def bin_facts(options: RunOptions) -> dict[str, str]:
     """What an adapter's file says of them; nothing where there were none."""
-    if options.flow.resolved.kind != "bins":
+    if options.flow.kind != "bins":
         return {}
     values = {
         name: Path(value).name if isinstance(value, Path) else value for name, value in vars(options.bins).items()

@@ -128,7 +128,7 @@ def trained_path(
     parametrisation: Parametrisation | None = None,
 ) -> FlowPath:
     """The path of a run. side: that the base was trained at, in pixels. parametrisation: the base's, on the training device."""
-    flow = options.flow.resolved
+    flow = options.flow
     if mode == "native":
         path: Parametrisation = parametrisation_of({**scheduler, "prediction_type": FLOW_NAME.scheduler})
     else:
@@ -150,7 +150,6 @@ def trained_path(
 
 
 def density_of(flow: FlowOptions, base_area: float | None = None) -> SigmaDensity:
-    """flow: resolved."""
     if flow.kind in ("uniform", "mode", "bins"):
         kind: Any = "mode" if flow.kind == "mode" else "uniform"
         return SigmaDensity(kind, mode_scale=flow.mode_scale, shift=flow.shift, base_area=base_area)
@@ -167,16 +166,14 @@ def _kind(mode: Mode, base: BaseLocation) -> str:
 def describe(flow: FlowOptions) -> str:
     """The density and the weight in words."""
     recipe = "" if flow.flow_recipe is None else f" (recipe {flow.flow_recipe}: {RECIPES[flow.flow_recipe].source})"
-    flow = flow.resolved
     shift = "by resolution" if flow.flow_shift_by_resolution else f"{flow.shift:g}"
     return f"sigmas {flow.kind}, shift {shift}, loss weight {flow.loss_weight}{recipe}"
 
 
-def flow_facts(options: FlowOptions, path: Parametrisation) -> dict[str, str]:
+def flow_facts(flow: FlowOptions, path: Parametrisation) -> dict[str, str]:
     """What an adapter's file says of its flow, under kohya's names where it has them; nothing of other trainings."""
     if not isinstance(path, FlowPath):
         return {}
-    flow = options.resolved
     facts = {
         "ss_flow_model": True,
         "ss_flow_mode": "bridge" if isinstance(path, Bridge) else "native",

@@ -154,6 +154,7 @@ def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[s
     """See that options and adapters to start from fit the base; what to say of those. Raises UserError for what does not."""
     from library.models.conditioning import clip_skip
     from library.models.text_fusion import check_fusion
+    from library.training.alignment_checks import check_alignment
     from library.training.bins import describe_bins
     from library.training.distillation import check_teacher
     from library.training.flow import check_flow
@@ -168,8 +169,10 @@ def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[s
     check_vae_fits(options, family)
     check_fusion(options.fusion, family, clip_skip(options.text, family))
     check_swapped(options, base, family)
+    notes = check_flow(options, base)
+    check_alignment(options, base, family)
     return [
-        *check_flow(options, base),
+        *notes,
         *describe_bins(options),
         *check_teacher(options, base, family),
         *check_weights(options, base, family),

@@ -179,7 +179,7 @@ def reference_values(task: LoraTask, chosen: Sequence[Request]) -> dict[str, flo
             sums += torch.stack([latents.sum(), latents.square().sum(), latents.new_tensor(latents.numel())]).cpu()
             place += len(batch)
             if task.alignment is not None and batch.token_grid is not None:
-                target = batch.target_tokens()
+                target = task.target_tokens(batch)
                 tokens.add(target, batch.token_grid)
                 head_losses.append(task.token_loss(batch).item() * len(batch) / count)
                 for tap, shape in tap_channels(task.unet.config, list(task.alignment.heads)).items():  # type: ignore[arg-type]

@@ -91,7 +91,7 @@ def make_objective(
     return Objective(
         parametrisation,
         compared,
-        flow_loss_weight=options.flow.resolved.loss_weight,
+        flow_loss_weight=options.flow.loss_weight,
         min_snr_gamma=o.min_snr_gamma,
         scale_v_pred_loss_like_noise_pred=o.scale_v_pred_loss_like_noise_pred,
         v_pred_like_loss=o.v_pred_like_loss,
@@ -221,6 +221,7 @@ def build_task(
         scaling_factor=scaling_factor(options, base, family),
         training=training,
         validation=validation,
+        last_step=plan.last_step,
     )
 
 
@@ -239,9 +240,10 @@ def make_task(
     scaling_factor: float,
     training: CachedSamples,
     validation: dict[str, CachedSamples],
+    last_step: int | None = None,
 ) -> LoraTask:
     """The same of models that are there. teacher: of a flow, the base itself. teacher_width: of the tokens that heads learn; None:
-    no heads."""
+    no heads. last_step: of the run."""
     unet = models[UNET]
     for sentence in quantise(models, options):
         processes.say(sentence)
@@ -251,7 +253,7 @@ def make_task(
     if teacher_width is not None:
         heads = build_heads(options, unet.config, teacher_width).to(processes.device)
         across = gather if options.alignment.manifold_mode == "sample" else None
-        alignment = Alignment.attach(unet, heads, options.alignment, context, across)
+        alignment = Alignment.attach(unet, heads, options.alignment, context, gather=across, last_step=last_step)
         groups.append(head_group(heads, options.optimizer))
     for group in groups:
         processes.say(

@@ -58,7 +58,7 @@ def show_timesteps(options: RunOptions) -> None:
     else:
         file = options.output.output_dir / "timesteps.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        as_picture(process, timesteps, f"{name}: {describe(options.flow.resolved)}", file)
+        as_picture(process, timesteps, f"{name}: {describe(options.flow)}", file)
         print(f"{file}  {DRAWN:,} draws")
 
 

@@ -93,11 +93,11 @@ class LoraTask:
             }
         if self.alignment is not None:
             counts = self.coefficient(step) > 0
-            aligned = self.aligned(batch, generator, with_gradient=counts)
+            aligned = self.aligned(batch, drawn.timesteps, generator, with_gradient=counts)
             if coefficient is None:
                 coefficient = torch.full((), self.coefficient(step), device=latents.device)
             if counts:
-                parts["loss"] = parts["loss"] + self.alignment.weighed(aligned, coefficient)
+                parts["loss"] = parts["loss"] + coefficient * self.alignment.total(aligned)
             parts |= self.alignment.parts(aligned, coefficient)
         return parts
 
@@ -155,21 +155,34 @@ class LoraTask:
             return batch.noise
         return sample_noise(self.validation_seed, samples.ids_of(batch), tuple(latents.shape[1:])).to(latents.device)
 
-    def aligned(self, batch: Batch, generator: torch.Generator, *, with_gradient: bool) -> AlignmentLosses:
-        """Alignment losses of the last batch that `each` ran."""
+    def aligned(
+        self, batch: Batch, timesteps: Tensor, generator: torch.Generator, *, with_gradient: bool
+    ) -> AlignmentLosses:
+        """Alignment losses of the last batch that `each` ran, at these timesteps [B]."""
         assert self.alignment is not None and batch.token_grid is not None
+        weights = self.alignment.at_noise(
+            self.token_weights(batch, batch.token_grid),
+            timesteps,
+            self.objective.parametrisation,
+            self.processes.world_size,
+        )
         return self.alignment.losses(
-            batch.target_tokens(),
+            self.target_tokens(batch),
             generator,
             grid=batch.token_grid,
-            weights=self.token_weights(batch, batch.token_grid),
+            weights=weights,
             with_gradient=with_gradient,
         )
 
     def token_loss(self, batch: Batch) -> Tensor:
         """Token loss of the last batch that `each` ran, without the manifold loss, so that no process waits for another."""
         assert self.alignment is not None
-        return self.alignment.token_loss(batch.target_tokens(), batch.token_grid)
+        return self.alignment.token_loss(self.target_tokens(batch), batch.token_grid)
+
+    def target_tokens(self, batch: Batch) -> Tensor:
+        """What heads are to predict for a batch, [B, N, D] float32."""
+        assert self.alignment is not None
+        return self.alignment.target(batch.target_tokens())
 
     def token_weights(self, batch: Batch, grid: tuple[int, int]) -> Weights | None:
         """How much pictures and tokens count: as much as in the diffusion loss, whose mask is pooled to the tokens.
@@ -225,8 +238,7 @@ class LoraTask:
                     }
                     results |= {f"val/{part}": value for part, value in aligned.items()}
                     if self.alignment is not None:
-                        weighed = aligned["token"] + self.alignment.options.manifold_weight * aligned["manifold"]
-                        results["val/total"] = mean + self.alignment.coefficient(step) * weighed
+                        results["val/total"] = mean + self.alignment.coefficient(step) * self.alignment.total(aligned)
             if "train_loss" in self.validation:
                 results["val/gap"] = results["val/loss"] - results["val/train_loss"]
             return results
@@ -239,7 +251,9 @@ class LoraTask:
         device, places = self.processes.device, stratified_places(len(samples))
         order = requests_in_order(samples, self.processes.rank, self.processes.world_size, self.validation_batches)
         generator = torch.Generator(device)
-        sums, aligned = torch.zeros(2, QUANTILES, device=device), torch.zeros(2, device=device)
+        sums = torch.zeros(2, QUANTILES, device=device)
+        names = [] if self.alignment is None else list(self.alignment.weights)
+        aligned = torch.zeros(len(names), device=device)
         batches = Prefetcher(samples, order, device, workers=self.workers)
         for batch in batches:
             latents = self.latents(batch)
@@ -253,12 +267,10 @@ class LoraTask:
             sums[1].index_add_(0, quarter, real)
             if self.alignment is not None:
                 generator.manual_seed(int(batch.indices[0]))
-                parts = self.aligned(batch, generator, with_gradient=False)
-                aligned += torch.stack([parts.token, parts.manifold]) * real.sum()
+                parts = self.aligned(batch, chosen, generator, with_gradient=False)
+                aligned += torch.stack([parts[name] for name in names]) * real.sum()
         batches.close()
         totals, counts = self.processes.sum(sums).tolist()
         every = max(sum(counts), 1.0)
-        of_heads = {}
-        if self.alignment is not None:
-            of_heads = dict(zip(("token", "manifold"), (self.processes.sum(aligned) / every).tolist(), strict=True))
+        of_heads = dict(zip(names, (self.processes.sum(aligned) / every).tolist(), strict=True)) if names else {}
         return sum(totals) / every, [t / c if c else None for t, c in zip(totals, counts, strict=True)], of_heads

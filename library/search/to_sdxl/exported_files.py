@@ -14,8 +14,9 @@ from library.data.caption_files import CaptionFolders, names_in
 from library.data.dataset_config import ID_PREFIX, as_written, read_dataset_config
 from library.data.dataset_schema import SUBSET_KEYS, SUBSET_ONLY, Dataset, Subset
 from library.data.training_images import DEFAULT_EXTENSION
+from library.options.alignment import AlignmentOptions
 from library.options.network import TrainNetworkOptions, parse_network_options
-from library.options.parser import flatten
+from library.options.parser import fields_of, flatten
 from library.options.toml_file import as_toml, toml_table
 from library.search.to_sdxl.trainings import Sd15Training
 
@@ -26,13 +27,11 @@ BUCKET_LIMITS = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "buc
 
 # Where kohya's script has no default, or another one, which would be taken there for what is not written.
 _DEFAULTS_OF_ITS_OWN = ("network_module", "seed", "sdpa")
-_NOT_OF_KOHYA = frozenset(
+_NOT_OF_KOHYA = frozenset(fields_of(AlignmentOptions)) | frozenset(
     """
-    adam_beta1 adam_beta2 adam_epsilon align_coeff align_cutoff_step align_head align_learning_rate align_schedule
-    align_warmup_steps align_weight_decay alignment allow_changed_options cache_dir channels_last compile deterministic device
-    dino_model dino_resolution dry_run early_stop ema_decay ignore_unknown_keys log_every_n_steps manifold_clip manifold_margin
-    manifold_mode manifold_random_tokens manifold_weight masked_loss_renormalize missing_caption objective overwrite
-    save_last_n_states sdxl taps token_dtype token_grid weight_decay
+    adam_beta1 adam_beta2 adam_epsilon align_learning_rate align_weight_decay allow_changed_options cache_dir channels_last compile
+    deterministic device dino_model dry_run early_stop ema_decay ignore_unknown_keys log_every_n_steps masked_loss_renormalize
+    missing_caption objective overwrite save_last_n_states sdxl weight_decay
     base_quantization blocks_to_swap
     discrete_flow_shift flow_base_pixels flow_loss_weight flow_mode flow_model flow_recipe flow_shift_by_resolution flow_sigma_max
     flow_sigma_min logit_mean logit_std mode_scale show_timesteps sigmoid_scale timestep_sampling weighting_scheme

@@ -1,0 +1,50 @@
+"""Whether what heads are to learn can be learned on a base: asked before anything slow."""
+
+from __future__ import annotations
+
+import torch
+
+from library.diffusion.alignment_schedules import timestep_weights
+from library.diffusion.scheduler_config import parametrisation_of
+from library.models.base_family import native_side
+from library.models.load import load_scheduler_config
+from library.models.locate import BaseLocation
+from library.options.checks import OptionError
+from library.options.run import RunOptions
+from library.training.flow import flow_mode, trained_path
+from networks.families import Family
+
+_PLACES = 100_000
+
+
+def check_alignment(options: RunOptions, base: BaseLocation, family: Family) -> None:
+    """Raises OptionError for what does not fit the base."""
+    if options.alignment.alignment:
+        _check_window(options, base, family)
+
+
+def _check_window(options: RunOptions, base: BaseLocation, family: Family) -> None:
+    """Raise OptionError where no timestep that is trained lies in align_window."""
+    o = options.alignment
+    if o.align_timesteps == "all" or o.align_window is None:
+        return
+    scheduler = load_scheduler_config(base)
+    mode = flow_mode(options, scheduler)
+    path = parametrisation_of(scheduler)
+    if mode is not None:
+        path = trained_path(options, scheduler, family, native_side(base), mode)
+    elif options.noise.zero_terminal_snr:
+        path = path.with_zero_terminal_snr()
+    first, end = options.noise.timesteps
+    timesteps = path.spread(torch.arange(_PLACES, dtype=torch.float64) / _PLACES)
+    timesteps = timesteps[(timesteps >= first) & (timesteps < end)]
+    snr = path.snr(timesteps)
+    if timestep_weights(snr, o.align_timesteps, o.align_window).any():
+        return
+    values = snr.log() if o.align_timesteps == "log_snr" else 1 / (1 + snr.sqrt())
+    low, high = o.align_window
+    raise OptionError(
+        "align_window",
+        f"{low:g} {high:g} holds no timestep that is trained: their {o.align_timesteps} goes from {values.min():.3g} to "
+        f"{values.max():.3g}.",
+    )
