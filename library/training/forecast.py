@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 from library.data.class_pictures import numbered_pictures
@@ -126,7 +127,7 @@ def _print_model(options: RunOptions, location: BaseLocation | None, family: Fam
         teacher_width=wanted_width(options) if options.alignment.alignment else None,
     )
     with ExitStack() as context:
-        step = meta_step(options, location, family, size, context, as_adamw=True)
+        step = meta_step(_as_large(options), location, family, size, context, as_adamw=True)
         counts = {group.name: sum(p.numel() for p in group.parameters) for group in step.task.groups}
         described = " + ".join(f"{count:,} {name}" for name, count in counts.items())
         print(
@@ -144,6 +145,13 @@ def _print_model(options: RunOptions, location: BaseLocation | None, family: Fam
         f"optimizer, {human_bytes(each)} gradients and activations for each of {size.pictures} pictures of {width} x {height}, "
         f"{human_bytes(WORKSPACE_BYTES)} workspace (forecast)"
     )
+
+
+def _as_large(options: RunOptions) -> RunOptions:
+    """A step that needs as much memory: a third micro-batch is like the second, which finds gradients of the first."""
+    training = options.training
+    fewer = min(training.gradient_accumulation_steps, 2)
+    return replace(options, training=replace(training, gradient_accumulation_steps=fewer))
 
 
 def _print_disk(options: RunOptions, family: Family, data: TrainingData) -> None:
