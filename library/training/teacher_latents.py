@@ -105,6 +105,15 @@ class _OfPrompts(TextToImage):
         return []
 
 
+@torch.no_grad()
+def draw_latents(
+    model: DrawingModel, request: PictureRequest, conditioner: TextConditioner, drawn: Sequence[Drawn]
+) -> Tensor:
+    """Latents [B, C, h, w] float32, scaled, of these prompts and seeds, and as the request says for the rest."""
+    seeds = [one.seed for one in drawn]
+    return _OfPrompts(model, request, seeds, {}, None, conditioner=conditioner, drawn=drawn).latents()
+
+
 def unconditional(conditioner: TextConditioner, prompts: Sequence[str]) -> Conditioning:
     """What guidance leads away from, [B, T, D]: zeros for no prompt where the family was trained so."""
     found = conditioner(prompts)
@@ -175,13 +184,10 @@ class Teacher:
         model = DrawingModel(family, unet, parts, vae, self.process, dtype)
         return model, TextConditioner(family, parts, clip_skip=skip, chunks=chunks)
 
-    @torch.no_grad()
     def draw(self, drawn: Sequence[Drawn]) -> np.ndarray:
         """Latents [B, C, h, w] float16, scaled. Raises RunFailed where they are not finite."""
         model, conditioner = self._models
-        seeds = [one.seed for one in drawn]
-        drawing = _OfPrompts(model, self.request, seeds, {}, None, conditioner=conditioner, drawn=drawn)
-        latents = drawing.latents().to(torch.float16).cpu()
+        latents = draw_latents(model, self.request, conditioner, drawn).to(torch.float16).cpu()
         if not torch.isfinite(latents).all():
             raise RunFailed(
                 f"{self.base.name} drew latents that are not finite: {self.options.model.mixed_precision} is too narrow. Use "
