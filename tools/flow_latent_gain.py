@@ -2,8 +2,8 @@
 
     python tools/flow_latent_gain.py data/drawn --model student --prediction_type flow_prediction
 
-The model draws the prompts and seeds of a store of prepare_cache.py --teacher_latents. Where its latents are k times the teacher's, it is
-as if its shift had been divided by k, and generate.py --latent_multiplier 1/k makes up for the rest (docs/flow.md).
+The model draws the prompts and seeds of a store of prepare_cache.py --teacher_latents. Where its latents are k times the teacher's,
+it is as if its shift had been divided by k, and generate.py --latent_multiplier 1/k makes up for the rest (docs/flow.md).
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def main(argv: list[str]) -> int:
     print("channel  teacher  student  gain")
     for channel, (one, other) in enumerate(zip(teacher.deviations, student.deviations, strict=True)):
         print(f"{channel:7}  {one:7.3f}  {other:7.3f}  {one / other:.3f}")
+    print(f"all      {teacher.deviation:7.3f}  {student.deviation:7.3f}  {found['gain']:.3f}")
     print(
-        f"all      {teacher.deviation:7.3f}  {student.deviation:7.3f}  {found['gain']:.3f}\n"
-        f"The latents of {options.model} are {found['k']:.3f} times the teacher's: --latent_multiplier {found['gain']:.3f} makes up "
-        f"for that when drawing, and their scale is a shift of {found['shift']:.3f}, over the one it was trained with."
+        f"The latents of {options.model} are {found['k']:.3f} times the teacher's: --latent_multiplier {found['gain']:.3f} makes "
+        f"up for that when drawing, and their scale is a shift of {found['shift']:.3f}, over the one it was trained with."
     )
     if options.output is not None:
         write_json(options.output, found)

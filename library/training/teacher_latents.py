@@ -238,7 +238,9 @@ def _store_path(teacher: Teacher) -> Any:
 
 def _survey(teacher: Teacher, wanted: dict[str, Drawn]) -> tuple[set[str], set[str]]:
     """Sample ids of the entries that are as they are wanted, and of all others. Raises UserError for those drawn otherwise."""
-    path, there, others = _store_path(teacher), set(), set()
+    path = _store_path(teacher)
+    there: set[str] = set()
+    others: set[str] = set()
     with read_transactions(path) as transactions:
         for transaction in transactions:
             if (data := transaction.get(META_KEY)) is not None:
