@@ -127,6 +127,7 @@ class Sandbox:
         subsets = '[[datasets]]\nresolution = 128\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "data/my/images"\n'
         (self.root / "my.toml").write_text(subsets)
         (self.root / "prompts.txt").write_text("a red square --n blurry --w 128 --h 128\na blue star --s 4\n")
+        (self.root / "captions.txt").write_text("a red square\na blue star --n blurry\n")
         (self.root / "params.json").write_text('{"params": {"learning_rate": 1e-4}}')
         for name, base, rank in (
             ("mine", "tiny-shapes", 4),
