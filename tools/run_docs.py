@@ -47,6 +47,7 @@ STOPPED = 75
 UNFINISHED = {
     "outputs/trackA/repa_trackA.safetensors": "mine.safetensors",
     "outputs/mine/mine.safetensors": "mine.safetensors",
+    "outputs/network/student.safetensors": "mine.safetensors",
 }
 """What a training that is stopped would have left for the commands after it, and what stands in for that."""
 

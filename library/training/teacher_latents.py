@@ -241,22 +241,25 @@ def _survey(teacher: Teacher, wanted: dict[str, Drawn]) -> tuple[set[str], set[s
     path = _store_path(teacher)
     there: set[str] = set()
     others: set[str] = set()
+    metas = []
     with read_transactions(path) as transactions:
         for transaction in transactions:
             if (data := transaction.get(META_KEY)) is not None:
-                _require_same(teacher, StoreMeta.from_json(bytes(data), path))
+                metas.append(StoreMeta.from_json(bytes(data), path))
             for key in transaction.cursor().iternext(keys=True, values=False):
                 name, _, ending = bytes(key).decode().rpartition("#")
                 if ending == "source":
                     made = unpack_source(transaction.get(key))[0]
                     is_wanted = name in wanted and made == _signature(wanted[name])
                     (there if is_wanted else others).add(name)
+    for meta in metas:
+        _require_same(teacher, meta, is_empty=not (there or others))
     return there, others
 
 
-def _require_same(teacher: Teacher, meta: StoreMeta) -> None:
+def _require_same(teacher: Teacher, meta: StoreMeta, is_empty: bool) -> None:
     differences = teacher.wanted.differences(meta)
-    if meta.kind == "latents" and not differences:
+    if meta.kind == "latents" and (is_empty or not differences):
         return
     why = f"was drawn differently: {'; '.join(differences)}" if meta.kind == "latents" else f"holds {meta.kind}"
     raise UserError(
