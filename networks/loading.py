@@ -35,14 +35,13 @@ def check_fits(adapter: Adapter, layers: Mapping[Target, AdaptedLayer], spec: Ne
     missing = [target for target in layers if target not in adapter.modules]
     _refuse(missing, len(layers), "modules to train are not in the adapter", _guess_missing(missing, adapter))
     pairs: list[tuple[Target, Any, AdaptedLayer]] = [(t, adapter.modules[t], layer) for t, layer in layers.items()]
-    others = [
-        (t, module.kind.title, own) for t, module, layer in pairs if module.kind != (own := layer.to_module().kind)
-    ]
-    kinds, wanted = (
-        ", ".join(sorted(set(names))) for names in ([k for _, k, _ in others], [o.title for *_, o in others])
+    others = [(t, module.kind, kind) for t, module, layer in pairs if module.kind != (kind := layer.to_module().kind)]
+    found, wanted = (
+        ", ".join(sorted({kind.title for kind in kinds}))
+        for kinds in ([k for _, k, _ in others], [k for *_, k in others])
     )
     _refuse(
-        [t for t, *_ in others], len(pairs), f"modules are {kinds}, not {wanted}", "Give its algo in --network_args."
+        [t for t, *_ in others], len(pairs), f"modules are {found}, not {wanted}", "Give its algo in --network_args."
     )
     misfits = [t for t, module, layer in pairs if not module.fits(layer.weight_shape)]
     _refuse(misfits, len(pairs), "modules are of other shapes than the model's", "It is for another base model.")

@@ -209,7 +209,7 @@ def _sizes(component: str, model: nn.Module, spec: NetworkSpec) -> Sizes:
 
 def _parts(unet: nn.Module, spec: NetworkSpec) -> Sizes:
     """Weights, and biases after their weights, of what is trained whole. Raises AdapterError for a part that is not there."""
-    found = {}
+    found: dict[str, tuple[int, float]] = {}
     for part in spec.parts:
         module = getattr(unet, part, None)
         if module is None:

@@ -13,17 +13,19 @@ from torch import Tensor
 from library.diffusion.bridge import Bridge
 from library.diffusion.noise import Draw
 from library.diffusion.rectified_flow import RectifiedFlow
+from library.files import write_json
 from library.inference.denoiser import GuidedDenoiser
 from library.inference.prompt_encoding import EncodedPart
 from library.inference.sampler_run import run_sampler
 from library.inference.samplers import SAMPLERS, no_noise
 from library.inference.sigmas import noise_levels
 from library.models.conditioning import Conditioning
+from library.models.locate import locate_base
 from library.training.stop import STOP
 from networks.families import SD15, UNET
 from tests.test_network_resume import assert_same_end
 from tests.tools.network_runs import Built, asked, losses, metadata
-from tests.tools.teacher import TeacherSetting
+from tests.tools.teacher import BASE, TeacherSetting
 
 BRIDGE = {"flow_model": ""}
 NATIVE = {"flow_mode": "native"}
@@ -132,11 +134,17 @@ def test_the_way_from_a_latents_own_noise_ends_in_the_latent(teacher_setting: Te
 def test_a_training_on_drawn_latents_resumes_to_the_bit_and_says_what_it_was(
     options: dict[str, object], teacher_setting: TeacherSetting, tmp_path: Path
 ) -> None:
-    options |= {"save_state": "", "ema_decay": 0.5, "validation_split": 0.3, "validate_every_n_steps": 1}
+    options |= {
+        "save_state": "",
+        "ema_decay": 0.5,
+        "validation_split": 0.3,
+        "max_train_steps": 2,
+        "validate_every_n_steps": 2,
+    }
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert teacher_setting.train(whole, **options) == 0
     parts.mkdir()
-    with asked(1, STOP, parts):
+    with asked(0, STOP, parts):
         assert teacher_setting.train(parts, **options) == 75
     assert teacher_setting.train(parts, **options) == 0
     assert_same_end(whole, parts)
@@ -218,6 +226,13 @@ def test_what_only_the_store_knows_is_refused_too(
     changes = {"teacher_latents": tmp_path / "store", "flow_target": "reflow", **BRIDGE}
     assert teacher_setting.train(tmp_path / "out", **changes) == 2
     assert "drawn with Euler a, which adds noise on the way" in capsys.readouterr().err
+    flow = tmp_path / "flow"
+    shutil.copytree(locate_base(BASE).path, flow)
+    write_json(
+        flow / "scheduler" / "scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0}
+    )
+    assert teacher_setting.train(tmp_path / "out", pretrained_model_name_or_path=flow, flow_target="kd") == 2
+    assert "is a flow model already. Use cfm or reflow" in capsys.readouterr().err
 
 
 def test_a_plan_of_a_training_on_drawn_latents_is_made_without_pictures(

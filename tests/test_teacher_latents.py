@@ -16,7 +16,7 @@ from library.data.batches import Prefetcher
 from library.data.cached_samples import CachedSamples, requests_in_order
 from library.data.store import TensorStore
 from library.data.store_writer import StoreWriter
-from library.data.teacher_latents import Drawn, open_teacher_latents
+from library.data.teacher_latents import Drawn, Spread, open_teacher_latents
 from library.errors import UserError
 from library.inference.sampler_noise import initial_noise
 from library.training.teacher_latents import Teacher
@@ -173,3 +173,24 @@ def test_entries_are_noted_as_json(drawn_latents: Path) -> None:
     note = json.loads(bytes(store.get_raw(b"000000002#drawn")))
     assert note == {"prompt": "a blue circle", "negative_prompt": "red", "seed": 3}
     store.close()
+
+
+@pytest.mark.bits
+def test_the_gain_of_the_teacher_itself_is_one_and_of_weaker_latents_less(
+    drawn_latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tools.flow_latent_gain import gain, main
+
+    words = [str(drawn_latents), "--model", BASE, "--count", "3", "--output", str(tmp_path / "gain.json")]
+    assert main(words) == 0
+    assert "--latent_multiplier 1.000 makes up for" in capsys.readouterr().out
+    found = json.loads((tmp_path / "gain.json").read_text())
+    assert found["gain_by_channel"] == pytest.approx([1.0] * 4, abs=2e-3) and found["latents"] == 3
+    teacher, student = Spread(2), Spread(2)
+    latents = np.random.default_rng(0).normal(size=(4, 2, 8, 8))
+    teacher.add(latents)
+    student.add(latents * [[[[2.0]], [[2.0]]]])
+    assert gain(teacher, student)["gain"] == pytest.approx(0.5) and gain(teacher, student)["shift"] == pytest.approx(
+        0.5
+    )
+    assert main([*words, "--count", "0"]) == 2

@@ -47,6 +47,7 @@ STOPPED = 75
 UNFINISHED = {
     "outputs/trackA/repa_trackA.safetensors": "mine.safetensors",
     "outputs/mine/mine.safetensors": "mine.safetensors",
+    "outputs/network/student.safetensors": "mine.safetensors",
 }
 """What a training that is stopped would have left for the commands after it, and what stands in for that."""
 
@@ -127,6 +128,7 @@ class Sandbox:
         subsets = '[[datasets]]\nresolution = 128\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "data/my/images"\n'
         (self.root / "my.toml").write_text(subsets)
         (self.root / "prompts.txt").write_text("a red square --n blurry --w 128 --h 128\na blue star --s 4\n")
+        (self.root / "captions.txt").write_text("a red square\na blue star --n blurry\n")
         (self.root / "params.json").write_text('{"params": {"learning_rate": 1e-4}}')
         for name, base, rank in (
             ("mine", "tiny-shapes", 4),

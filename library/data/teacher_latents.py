@@ -85,7 +85,7 @@ class Spread:
         if low <= self.deviation <= high:
             return
         why = (
-            "as if they were not multiplied with the autoencoder's scaling factor"
+            "as if they were not multiplied with the autoencoder's scaling factor, or drawn in too few steps with too much guidance"
             if self.deviation > high
             else "as if they were multiplied with the autoencoder's scaling factor twice"
         )

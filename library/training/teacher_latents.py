@@ -105,6 +105,15 @@ class _OfPrompts(TextToImage):
         return []
 
 
+@torch.no_grad()
+def draw_latents(
+    model: DrawingModel, request: PictureRequest, conditioner: TextConditioner, drawn: Sequence[Drawn]
+) -> Tensor:
+    """Latents [B, C, h, w] float32, scaled, of these prompts and seeds, and as the request says for the rest."""
+    seeds = [one.seed for one in drawn]
+    return _OfPrompts(model, request, seeds, {}, None, conditioner=conditioner, drawn=drawn).latents()
+
+
 def unconditional(conditioner: TextConditioner, prompts: Sequence[str]) -> Conditioning:
     """What guidance leads away from, [B, T, D]: zeros for no prompt where the family was trained so."""
     found = conditioner(prompts)
@@ -175,13 +184,10 @@ class Teacher:
         model = DrawingModel(family, unet, parts, vae, self.process, dtype)
         return model, TextConditioner(family, parts, clip_skip=skip, chunks=chunks)
 
-    @torch.no_grad()
     def draw(self, drawn: Sequence[Drawn]) -> np.ndarray:
         """Latents [B, C, h, w] float16, scaled. Raises RunFailed where they are not finite."""
         model, conditioner = self._models
-        seeds = [one.seed for one in drawn]
-        drawing = _OfPrompts(model, self.request, seeds, {}, None, conditioner=conditioner, drawn=drawn)
-        latents = drawing.latents().to(torch.float16).cpu()
+        latents = draw_latents(model, self.request, conditioner, drawn).to(torch.float16).cpu()
         if not torch.isfinite(latents).all():
             raise RunFailed(
                 f"{self.base.name} drew latents that are not finite: {self.options.model.mixed_precision} is too narrow. Use "
@@ -232,23 +238,28 @@ def _store_path(teacher: Teacher) -> Any:
 
 def _survey(teacher: Teacher, wanted: dict[str, Drawn]) -> tuple[set[str], set[str]]:
     """Sample ids of the entries that are as they are wanted, and of all others. Raises UserError for those drawn otherwise."""
-    path, there, others = _store_path(teacher), set(), set()
+    path = _store_path(teacher)
+    there: set[str] = set()
+    others: set[str] = set()
+    metas = []
     with read_transactions(path) as transactions:
         for transaction in transactions:
             if (data := transaction.get(META_KEY)) is not None:
-                _require_same(teacher, StoreMeta.from_json(bytes(data), path))
+                metas.append(StoreMeta.from_json(bytes(data), path))
             for key in transaction.cursor().iternext(keys=True, values=False):
                 name, _, ending = bytes(key).decode().rpartition("#")
                 if ending == "source":
                     made = unpack_source(transaction.get(key))[0]
                     is_wanted = name in wanted and made == _signature(wanted[name])
                     (there if is_wanted else others).add(name)
+    for meta in metas:
+        _require_same(teacher, meta, is_empty=not (there or others))
     return there, others
 
 
-def _require_same(teacher: Teacher, meta: StoreMeta) -> None:
+def _require_same(teacher: Teacher, meta: StoreMeta, is_empty: bool) -> None:
     differences = teacher.wanted.differences(meta)
-    if meta.kind == "latents" and not differences:
+    if meta.kind == "latents" and (is_empty or not differences):
         return
     why = f"was drawn differently: {'; '.join(differences)}" if meta.kind == "latents" else f"holds {meta.kind}"
     raise UserError(
