@@ -89,6 +89,14 @@ def tiny_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder of a two-layer T5EncoderModel. Read it; copy it before changing anything in it."""
+    from library.models.tiny import build_tiny_t5
+
+    return built_once("tiny-t5", build_tiny_t5, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def adapter_file(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A kohya LoRA file for the tiny SD1.5. Read it only."""
     from tests.tools.adapters import write_lora

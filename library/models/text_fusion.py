@@ -180,10 +180,11 @@ def probe_states(
     family: Family, parts: Sequence[TextPart], others: Sequence[LanguageModel], clip_skip: int
 ) -> list[Tensor]:
     """What each encoder says of PROBE, [77, width] float32 on the CPU."""
-    own = TextConditioner(family, parts, clip_skip=clip_skip)([PROBE]).states[0].float().cpu()
+    clip = TextConditioner(family, parts, clip_skip=clip_skip)
+    own = clip([PROBE]).states[0].float().cpu()
     said = list(own.split([int(part.model.config.hidden_size) for part in parts], dim=-1))
     for other in others:
-        said.append(other.states(other.ids([PROBE]).to(other.model.device))[0].cpu())
+        said.append(other.states(other.ids(clip.texts([PROBE])).to(other.model.device))[0].cpu())
     return said
 
 
