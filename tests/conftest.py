@@ -17,6 +17,7 @@ from library import progress
 
 if TYPE_CHECKING:
     from tests.tools.caches import CacheSetting
+    from tests.tools.lyra_runs import LyraSetting
     from tests.tools.network_runs import NetworkSetting
     from tests.tools.runs import RepaSetting
 
@@ -160,4 +161,20 @@ def finished_network(network_setting: NetworkSetting, tmp_path_factory: pytest.T
 
     output = tmp_path_factory.mktemp("finished_network") / "out"
     assert network_setting.train(output, **EXACT) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def lyra_setting(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path, tiny_t5: Path) -> LyraSetting:
+    """Options of runs of train_lyra.py that share one set of caches."""
+    from tests.tools.lyra_runs import LyraSetting
+
+    return LyraSetting(tmp_path_factory.mktemp("lyra") / "data", tiny_sd15, tiny_t5)
+
+
+@pytest.fixture(scope="session")
+def fusion_run(lyra_setting: LyraSetting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of a run of train_lyra.py of 6 steps with a state every 2. Read it; copy it before changing anything in it."""
+    output = tmp_path_factory.mktemp("fusion") / "out"
+    assert lyra_setting.train(output) == 0
     return output
