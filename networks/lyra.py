@@ -37,7 +37,7 @@ class LyraSpec:
 
     widths: tuple[int, ...]
     latent: int
-    hidden: int = 1024
+    hidden: int
     depth: int = 3
     heads: int = 8
     fusion: FusionKind = "attention"

@@ -16,6 +16,7 @@ from torch import Tensor
 from library.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from library.inference.prompt_encoding import PromptEncoder
 from library.inference.prompt_syntax import parse_prompt
+from library.merging.source import read_source
 from library.models.conditioning import TextConditioner
 from library.models.language import load_language
 from library.models.language_files import locate_language
@@ -148,6 +149,8 @@ def test_files_that_are_no_fusion_or_damaged_are_refused(
         with pytest.raises(UserError, match=match):
             fused(SD15, tiny_sd15, options_of(file, tiny_t5))
 
+    with pytest.raises(UserError, match="It looks like a text fusion of train_lyra.py"):
+        read_source(fusion_file)
     with pytest.raises(UserError, match="is no text fusion: its metadata has no entry lyra"):
         read_fusion(adapter_file)
     file.write_bytes(fusion_file.read_bytes()[:-100])
@@ -165,7 +168,7 @@ def test_files_that_are_no_fusion_or_damaged_are_refused(
     refused("values that are not finite", {**tensors, "encoder.0.bias": tensors["encoder.0.bias"] * math.nan})
     refused("said of the probe is missing", {k: v for k, v in tensors.items() if k != "probe.0"})
     with pytest.raises(AdapterError, match="2 to 16 text encoders"):
-        LyraSpec((4,), 8)
+        LyraSpec((4,), 8, 8)
 
 
 def test_generate_draws_with_the_fusion_and_says_so(

@@ -21,7 +21,7 @@ from library.files import file_hash
 from library.models.conditioning import TextConditioner
 from library.models.header import read_metadata
 from library.models.language import LanguageModel, load_language
-from library.models.language_files import check_language, locate_language
+from library.models.language_files import check_language, language_status, locate_language
 from library.models.load import TextPart
 from library.models.weights import assemble, read_tensors
 from library.options.text_fusion import TextFusionOptions
@@ -125,6 +125,14 @@ def check_fusion(options: TextFusionOptions, family: Family, clip_skip: int) -> 
             raise UserError(
                 f"{path} was trained with the text encoder {name}. {error} --text_fusion_encoders says where it is."
             ) from None
+
+
+def fusion_status(options: TextFusionOptions) -> str | None:
+    """None when no encoder has to be fetched for the fusion, else a sentence saying which."""
+    if options.text_fusion is None:
+        return None
+    places = options.text_fusion_encoders or read_fusion(options.text_fusion).others
+    return next(filter(None, map(language_status, places)), None)
 
 
 def fusion_facts(options: TextFusionOptions) -> dict[str, str]:
