@@ -146,7 +146,12 @@ def try_out(options: GenerateOptions, plan: PicturePlan) -> None:
     absent = {base: sentence for base in bases if (sentence := base_status(base))}
     vae = None if models.vae is None else vae_status(models.vae)
     refiner = None if models.refiner is None else refiner_status(models.refiner)
-    for sentence in filter(None, [*absent.values(), vae, refiner]):
+    fusion = None
+    if options.fusion.text_fusion is not None:
+        from library.models.text_fusion import fusion_status
+
+        fusion = fusion_status(options.fusion)
+    for sentence in filter(None, [*absent.values(), vae, refiner, fusion]):
         print(f"missing    {sentence}")
     there = [picture for picture in plan.pictures if picture.base not in absent]
     located = [locate_base(base) for base in bases if base not in (*absent, *TINY_BASES)]

@@ -55,6 +55,7 @@ _FILES = {
     r"^vision_model\.|^visual\.": "an image encoder (CLIP vision)",
     r"^(unet\.)?(down_blocks|mid_block|up_blocks)\.": "a U-Net",
     r"^(model\.\d+|body\.\d+\.(rdb|residual_group)|conv_first|params_ema)\b": "an upscaler",
+    r"^sides\.\d+\.(modality|project|decoder)\b": "a text fusion of train_lyra.py, which --text_fusion takes",
     r"^align_heads\.": "a set of AlignHeads without an adapter",
 }
 _LORA_LIKE = re.compile(

@@ -22,6 +22,8 @@ from networks import AdapterError
 from networks.trained_weights import draw_uniform, generator_for
 
 FusionKind = Literal["attention", "cantor"]
+TEXT_FUSION_KEY = "ss_text_fusion"
+"""In the metadata of an adapter: name of the file that fused the text it was trained on."""
 CANTOR_WINDOW = 3
 """Encoders that each one attends to with Cantor routing, itself among them (vae_lyra)."""
 _LOG_VARIANCES = -30.0, 20.0  # as diffusers keeps those of AutoencoderKL
@@ -35,7 +37,7 @@ class LyraSpec:
 
     widths: tuple[int, ...]
     latent: int
-    hidden: int = 1024
+    hidden: int
     depth: int = 3
     heads: int = 8
     fusion: FusionKind = "attention"

@@ -17,6 +17,7 @@ from library import progress
 
 if TYPE_CHECKING:
     from tests.tools.caches import CacheSetting
+    from tests.tools.lyra_runs import LyraSetting
     from tests.tools.network_runs import NetworkSetting
     from tests.tools.runs import RepaSetting
     from tests.tools.teacher import TeacherSetting
@@ -87,6 +88,14 @@ def tiny_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from library.models.tiny import build_tiny_dinov2
 
     return built_once("tiny-dinov2", build_tiny_dinov2, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder of a two-layer T5EncoderModel. Read it; copy it before changing anything in it."""
+    from library.models.tiny import build_tiny_t5
+
+    return built_once("tiny-t5", build_tiny_t5, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -173,4 +182,20 @@ def finished_network(network_setting: NetworkSetting, tmp_path_factory: pytest.T
 
     output = tmp_path_factory.mktemp("finished_network") / "out"
     assert network_setting.train(output, **EXACT) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def lyra_setting(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path, tiny_t5: Path) -> LyraSetting:
+    """Options of runs of train_lyra.py that share one set of caches."""
+    from tests.tools.lyra_runs import LyraSetting
+
+    return LyraSetting(tmp_path_factory.mktemp("lyra") / "data", tiny_sd15, tiny_t5)
+
+
+@pytest.fixture(scope="session")
+def fusion_run(lyra_setting: LyraSetting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of a run of train_lyra.py of 6 steps with a state every 2. Read it; copy it before changing anything in it."""
+    output = tmp_path_factory.mktemp("fusion") / "out"
+    assert lyra_setting.train(output) == 0
     return output

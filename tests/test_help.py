@@ -11,6 +11,7 @@ import train_network
 from library.errors import EXIT_BAD_INPUT, UserError
 from library.options.generate import GenerateOptions
 from library.options.help import groups_of
+from library.options.lyra import TrainLyraOptions
 from library.options.merging import MergeLoraOptions
 from library.options.network import TrainNetworkOptions, parse_network_options
 from library.options.parser import fields_of, parse
@@ -24,7 +25,7 @@ def help_of(options_type: type, capsys: pytest.CaptureFixture[str], *words: str)
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options_type", [TrainNetworkOptions, TrainRepaOptions, GenerateOptions])
+@pytest.mark.parametrize("options_type", [TrainNetworkOptions, TrainRepaOptions, TrainLyraOptions, GenerateOptions])
 def test_the_help_of_many_options_is_what_people_use_most_and_the_groups(
     options_type: type, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +64,7 @@ def test_few_options_are_all_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_option_and_group_says_what_it_is_for() -> None:
-    for options_type in (TrainNetworkOptions, TrainRepaOptions, GenerateOptions):
+    for options_type in (TrainNetworkOptions, TrainRepaOptions, TrainLyraOptions, GenerateOptions):
         for group in groups_of(options_type):
             assert group.purpose.endswith("."), group.name
             assert all(len(option.about) > 15 for option in group.options)
@@ -79,7 +80,9 @@ def test_the_example_of_train_network_can_be_copied(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("script", ["train_network", "generate", "evaluate", "optimize", "extract_lora", "merge_lora"])
+@pytest.mark.parametrize(
+    "script", ["train_network", "train_lyra", "generate", "evaluate", "optimize", "extract_lora", "merge_lora"]
+)
 def test_no_line_of_help_is_wider_than_the_terminal(
     script: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

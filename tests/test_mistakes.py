@@ -51,6 +51,7 @@ KINDS = {
         2,
         "does not exist",
     ),
+    "captions": ("train_lyra.py --captions nowhere", 2, "captions nowhere does not exist"),
     "number of trials": ("optimize.py --n-trials x", 2, "n_trials is 'x': expected INT."),
 }
 

@@ -26,7 +26,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("train_network", "flow", "repa", "generate", "merge", "evaluate", "optimize")),
+    *(
+        f"docs/{name}.md"
+        for name in ("train_network", "flow", "lyra", "repa", "generate", "merge", "evaluate", "optimize")
+    ),
 )
 ASIDE = {
     "make": "installs",
@@ -41,6 +44,7 @@ HUB = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "tiny-shapes",
     "facebook/dinov2-large": "tiny-dinov2",
     "openai/clip-vit-large-patch14": "tiny-shapes-clip",
+    "google-t5/t5-base": "tiny-t5",
 }
 SNAPSHOT = "0123456789abcdef0123456789abcdef01234567"
 STOPPED = 75
@@ -98,7 +102,9 @@ class Sandbox:
 
     def lay_out(self) -> None:
         """Small files under the names that the pages use."""
-        self._python("-c", "from library.models.tiny import ensure_tiny; ensure_tiny('tiny-dinov2')")
+        self._python(
+            "-c", "from library.models.tiny import ensure_tiny; ensure_tiny('tiny-dinov2'); ensure_tiny('tiny-t5')"
+        )
         for hub_id, model in HUB.items():
             repository = self.root / ".hub" / "hub" / f"models--{hub_id.replace('/', '--')}"
             (repository / "refs").mkdir(parents=True)

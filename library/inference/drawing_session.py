@@ -31,6 +31,8 @@ from library.models.text_fusion import check_fusion, load_fusion
 from library.options.text_fusion import TextFusionOptions
 from library.progress import doing
 from networks.adapters import Adapter
+from networks.families import UNET
+from networks.lyra import TEXT_FUSION_KEY
 
 
 @dataclass
@@ -187,7 +189,8 @@ class DrawingSession:
         """The adapter in a file or folder, read once. Raises UserError for a damaged file, and for a whole model."""
         if path not in self._sources:
             self._sources[path] = read_source(path)
-            for note in self._sources[path].adapter.notes:
+            adapter = self._sources[path].adapter
+            for note in [*adapter.notes, *self._fusion_notes(adapter)]:
                 self.say(f"{path}: {note}")
         source = self._sources[path]
         if source.is_wrapped:
@@ -195,6 +198,16 @@ class DrawingSession:
                 f"{path} holds a whole model with adapters in it. Merge it with merge_lora.py and name the result as the base."
             )
         return source.adapter
+
+    def _fusion_notes(self, adapter: Adapter) -> list[str]:
+        """Where an adapter was trained on other text than it is drawn with, or changes the encoders that a fusion is for."""
+        trained, used = adapter.metadata.get(TEXT_FUSION_KEY), self.fusion.text_fusion
+        notes = []
+        if trained is not None and used is None:
+            notes.append(f"it was trained on text fused by {trained}; --text_fusion names that file")
+        if used is not None and any(target.component != UNET for target in adapter.modules):
+            notes.append(f"it changes the text encoder, and {used.name} was trained on the base's own")
+        return notes
 
     def _hash(self, use: LoraUse) -> str:
         if use.path not in self._hashes:

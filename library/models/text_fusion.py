@@ -21,7 +21,7 @@ from library.files import file_hash
 from library.models.conditioning import TextConditioner
 from library.models.header import read_metadata
 from library.models.language import LanguageModel, load_language
-from library.models.language_files import check_language, locate_language
+from library.models.language_files import check_language, language_status, locate_language
 from library.models.load import TextPart
 from library.models.weights import assemble, read_tensors
 from library.options.text_fusion import TextFusionOptions
@@ -127,6 +127,14 @@ def check_fusion(options: TextFusionOptions, family: Family, clip_skip: int) -> 
             ) from None
 
 
+def fusion_status(options: TextFusionOptions) -> str | None:
+    """None when no encoder has to be fetched for the fusion, else a sentence saying which."""
+    if options.text_fusion is None:
+        return None
+    places = options.text_fusion_encoders or read_fusion(options.text_fusion).others
+    return next(filter(None, map(language_status, places)), None)
+
+
 def fusion_facts(options: TextFusionOptions) -> dict[str, str]:
     """What a cache of embeddings is to know of the fusion they went through: nothing without one."""
     return {} if options.text_fusion is None else {"text_fusion": file_hash(options.text_fusion)}
@@ -180,10 +188,11 @@ def probe_states(
     family: Family, parts: Sequence[TextPart], others: Sequence[LanguageModel], clip_skip: int
 ) -> list[Tensor]:
     """What each encoder says of PROBE, [77, width] float32 on the CPU."""
-    own = TextConditioner(family, parts, clip_skip=clip_skip)([PROBE]).states[0].float().cpu()
+    clip = TextConditioner(family, parts, clip_skip=clip_skip)
+    own = clip([PROBE]).states[0].float().cpu()
     said = list(own.split([int(part.model.config.hidden_size) for part in parts], dim=-1))
     for other in others:
-        said.append(other.states(other.ids([PROBE]).to(other.model.device))[0].cpu())
+        said.append(other.states(other.ids(clip.texts([PROBE])).to(other.model.device))[0].cpu())
     return said
 
 

@@ -64,8 +64,8 @@ class LyraModelOptions:
 
     latent_dim: OptionalCount = None
     """Channels of a token's latent. Default: the width of the base's first text encoder."""
-    hidden_dim: int = 1024
-    """Width of the layers of encoder and decoders."""
+    hidden_dim: OptionalCount = None
+    """Width of the layers of encoder and decoders. Default: 4/3 of latent_dim, Lyra's 1024 over 768."""
     depth: int = 3
     """Linear layers of the encoder and of each decoder."""
     fusion: Literal["attention", "cantor"] = "attention"

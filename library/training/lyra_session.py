@@ -257,7 +257,9 @@ def header_of(options: TrainLyraOptions, sources: Sources, widths: Sequence[int]
     """What the file will say of itself. Raises UserError for sizes that cannot be."""
     o = options.lyra
     try:
-        spec = LyraSpec(tuple(widths), o.latent_dim or widths[0], o.hidden_dim, o.depth, o.fusion_heads, o.fusion)
+        latent = o.latent_dim or widths[0]
+        hidden = o.hidden_dim or round(latent * 4 / 3)
+        spec = LyraSpec(tuple(widths), latent, hidden, o.depth, o.fusion_heads, o.fusion)
     except AdapterError as error:
         raise UserError(f"{error} latent_dim, hidden_dim, depth and fusion_heads say how large it is.") from None
     path = options.output.output_dir / f"{options.output.output_name}.safetensors"

@@ -27,6 +27,7 @@ from library.training.optimizers import optimizer_text
 from library.training.plan import Plan
 from networks.adapter_export import adapter_metadata
 from networks.families import Family
+from networks.lyra import TEXT_FUSION_KEY
 from networks.prediction_names import FLOW_SHIFT_KEY, flow_usage
 from networks.spec import RUN_KEY, NetworkSpec, is_kept
 
@@ -51,6 +52,8 @@ class AdapterMetadata:
 
     def __post_init__(self) -> None:
         self._fixed = self._of_options() | self._of_data() | self._of_base()
+        if (fusion := self.options.fusion.text_fusion) is not None:
+            self._fixed[TEXT_FUSION_KEY] = fusion.name
 
     def at(
         self, step: int, tensors: Mapping[str, Tensor], name: str, date: str, *, finished: bool = False
