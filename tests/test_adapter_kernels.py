@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from networks.families import UNET
+from networks.kinds.lora_products import LoraLinears
 from networks.network import Network, add_network
 from networks.spec import NetworkSpec
 from networks.targets import ADAPTER
@@ -65,6 +67,8 @@ def test_every_layer_computes_the_product_and_its_gradients(multiplier: float) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_cast_together_are_those_cast_one_by_one(dtype: torch.dtype) -> None:
     unet, network = stirred(dtype=dtype)
+    for layer in network.layers.values():
+        layer.together = None  # type: ignore[attr-defined]  # one product for several has a rounding of its own
     results = []
     for together in (False, True):
         if together:
@@ -78,13 +82,56 @@ def test_weights_cast_together_are_those_cast_one_by_one(dtype: torch.dtype) -> 
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_of_one_input_compute_together_what_each_does_alone(checkpointing: bool) -> None:
+    results, calls = [], []
+    for together in (False, True):
+        unet, network = stirred()
+        unet.train()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        for layer in network.layers.values():
+            layer.together = layer.together if together else None  # type: ignore[attr-defined]
+        with mock.patch.object(LoraLinears, "forward", wraps=LoraLinears.forward) as products:
+            network.cast_together(torch.float32)
+            output = unet(**unet_inputs()).sample
+            output.square().mean().backward()
+        results.append([output, *(p.grad for p in network.parameters.values())])
+        calls.append(products.call_count)
+    for alone, joined in zip(*results, strict=True):
+        torch.testing.assert_close(joined, alone, rtol=1e-4, atol=1e-6)
+    attentions = sum(type(module).__name__ == "BasicTransformerBlock" for module in unet.modules())
+    # One for q, k and v, and one for k and v of the text; a block that is recomputed computes twice.
+    assert calls[0] - calls[1] == 3 * attentions * (1 + checkpointing)
+
+
+def test_layers_that_are_given_different_inputs_after_all_compute_with_their_own() -> None:
+    unet, network = stirred()
+    attention = next(module for module in unet.modules() if type(module).__name__ == "Attention")
+    first, second = torch.randn(2, 1, 5, attention.to_q.in_features).unbind()
+    with torch.no_grad():
+        wanted = [attention.to_q(first), attention.to_k(second), attention.to_v(first), attention.to_q(second)]
+    network.cast_together(torch.float32)
+    layers = (attention.to_q, attention.to_k, attention.to_v, attention.to_q)
+    for layer, x, alone in zip(layers, (first, second, first, second), wanted, strict=True):
+        torch.testing.assert_close(layer(x), alone)
+
+
+@pytest.mark.bits
+def test_fresh_adapters_of_one_input_are_the_base() -> None:
+    base, unet = small_unet(), small_unet()
+    network = add_network({UNET: unet}, LORA, seed=0)
+    network.cast_together(torch.float32)
+    assert torch.equal(unet(**unet_inputs()).sample, base(**unet_inputs()).sample)
+
+
 def test_no_copy_outlives_its_backward_pass() -> None:
     """So that whoever computes next, the validation or a picture, computes with the weights as they are then."""
     unet, network = stirred()
     network.cast_together(torch.float32)
     unet(**unet_inputs()).sample.sum().backward()
     layers: list[Any] = list(network.layers.values())
-    assert all(layer.at_work is None for layer in layers)
+    assert all(layer.at_work is None and (layer.together is None or layer.together.downs is None) for layer in layers)
     network.cast_together(torch.float32)  # of a pass that does not come
     with torch.no_grad():
         before = unet(**unet_inputs()).sample

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.models.activations import get_activation
 from diffusers.models.attention_processor import AttnProcessor
 
 from library.errors import UserError
@@ -94,6 +95,15 @@ def leave_divisions_by_one_out(unet: Any) -> None:
                 setattr(module, name, _One())
 
 
+def activate_time_once(unet: Any) -> None:
+    """All residual blocks are given the same embedding of the time step, and each would activate it anew."""
+    blocks = [module for module in unet.modules() if type(module).__name__ == "ResnetBlock2D"]
+    if unet.time_embed_act is None and not any(block.skip_time_act for block in blocks):
+        unet.time_embed_act = get_activation(unet.config["act_fn"])
+        for block in blocks:
+            block.skip_time_act = True
+
+
 def set_up_speed(unet: Any, options: SpeedOptions) -> None:
     """Attention, memory format, checkpointing and compilation of a U-Net that has its adapters already."""
     if options.channels_last:
@@ -104,7 +114,8 @@ def set_up_speed(unet: Any, options: SpeedOptions) -> None:
         unet.set_attn_processor(AttnProcessor())
     if options.xformers:
         unet.enable_xformers_memory_efficient_attention()
-    if options.compile == "none":  # a compiler leaves them out by itself, and wants numbers
+    activate_time_once(unet)
+    if options.compile in ("none", "graphs"):  # a compiler leaves them out by itself, and wants numbers
         leave_divisions_by_one_out(unet)
     if options.compile == "whole":
         unet.compile()

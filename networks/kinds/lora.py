@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from networks import AdapterError
-from networks.adapted_layer import AdaptedLayer, Draw, copy_weights
+from networks.adapted_layer import AdaptedLayer, Draw, Sizes, copy_weights
 from networks.adapter_module import AdapterModule
 from networks.dropouts import drop_ranks
 from networks.injection import PeftLayer
 from networks.kinds import KINDS, Kind
 from networks.kinds.dora import read_magnitude, with_magnitude
+from networks.kinds.lora_products import AtWork, LoraLinears
 from networks.spec import NetworkSpec
-from networks.targets import ADAPTER
+from networks.targets import ADAPTER, with_one_input
 
 
 @dataclass(frozen=True)
@@ -152,62 +154,31 @@ def _without_ones(shape: Sequence[int]) -> list[int]:
 LORA_DOWN, _UP, _MAGNITUDE = f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight", "dora_scale"
 
 
-class _AtWork(torch.autograd.Function):
-    """The weights of many layers as products take them, times their factors and in `dtype`, in a few operations for all.
+class _Together:
+    """Layers that are given the same input: the first that is called computes for all.
 
-    At the end of the backward pass the layers forget the copies, which belong to the weights as they were.
+    That they will be is told by their places (`targets.with_one_input`); whether they are is seen at each call.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, layers: Sequence[LoraLayer], dtype: torch.dtype, factors: list[float], *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.layers, ctx.factors, ctx.dtype = layers, factors, weights[0].dtype
-        ctx.set_materialize_grads(False)
-        return tuple(_cast(list(torch._foreach_mul(weights, factors)), dtype))
+    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+        self.layers = tuple(layers)
+        self.forget()
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        for layer in ctx.layers:
-            layer.at_work = None
-        there = [(place, gradient) for place, gradient in enumerate(gradients) if gradient is not None]
-        results: list[Tensor | None] = [None] * len(gradients)
-        # Not in place: a gradient in the dtype of its weight may be another one's too.
-        scaled = _cast([gradient for _, gradient in there], ctx.dtype)
-        scaled = list(torch._foreach_mul(scaled, [ctx.factors[place] for place, _ in there]))
-        for (place, _), value in zip(there, scaled, strict=True):
-            results[place] = value
-        return None, None, None, *results
+    def forget(self) -> None:
+        self.downs: Tensor | None = None
+        """At work behind each other, [sum of ranks, in], while they are."""
+        self.input: Tensor | None = None
+        self.results: dict[LoraLayer, Tensor] = {}
 
-
-def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    if not tensors or tensors[0].dtype == dtype:
-        return tensors
-    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    torch._foreach_copy_(copies, tensors)
-    return copies
-
-
-class _LoraLinear(torch.autograd.Function):
-    """x W^T + bias + x down^T up^T with a frozen W [out, in]: three products, and five in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
-        result = F.linear(x, weight, bias)
-        hidden = x.flatten(0, -2) @ down.T  # [rows, rank]
-        result.view(-1, result.shape[-1]).addmm_(hidden, up.T)
-        ctx.save_for_backward(x, hidden, weight, down, up)
+    def product(self, layer: LoraLayer, x: Tensor) -> Tensor:
+        if x is not self.input or layer not in self.results:
+            parts = [part for one in self.layers for part in one.parts_at_work(x.dtype)]
+            self.input = x
+            self.results = dict(zip(self.layers, LoraLinears.apply(x, self.downs, *parts), strict=True))
+        result = self.results.pop(layer)
+        if not self.results:
+            self.input = None
         return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, weight, down, up = ctx.saved_tensors
-        gradient = gradients[0].flatten(0, -2)  # [rows, out]
-        of_hidden = gradient @ up
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = (gradient @ weight).addmm_(of_hidden, down).view(x.shape)
-        return of_x, None, None, of_hidden.T @ x.flatten(0, -2), gradient.T @ hidden
 
 
 def _is_plain(base: nn.Module, x: Tensor) -> bool:
@@ -227,14 +198,25 @@ class LoraLayer(PeftLayer):
     """Of what the down matrix gives: by value, and by sample and rank."""
     at_work: tuple[Tensor, Tensor] | None
     """Down, and up times the scale, as they were cast for the pass that runs; see `cast_together`."""
+    together: _Together | None
+    """With the layers that are given the same input."""
 
     @classmethod
     def configuration(cls, spec: NetworkSpec, alpha: float, **common: Any) -> LoraConfig:
         return LoraConfig(lora_alpha=alpha, **common)  # type: ignore[arg-type]  # annotated int, used as a number
 
+    @classmethod
+    def put_into(cls, model: nn.Module, sizes: Sizes, spec: NetworkSpec) -> dict[str, AdaptedLayer]:
+        layers: dict[str, Any] = super().put_into(model, sizes, spec)
+        for paths in with_one_input(model, sizes):
+            together = _Together([layers[path] for path in paths])
+            for layer in together.layers:
+                layer.together = together
+        return layers
+
     def set_up(self, rank: int, alpha: float, spec: NetworkSpec) -> None:
         super().set_up(rank, alpha, spec)
-        self.drops, self.at_work = (spec.dropout, spec.rank_dropout), None
+        self.drops, self.at_work, self.together = (spec.dropout, spec.rank_dropout), None, None
         if isinstance(self.base_layer, nn.Conv2d):  # PEFT makes the parts of the base layer's own class
             for part in (self.lora_A, self.lora_B):
                 part[ADAPTER].__class__ = nn.Conv2d
@@ -287,18 +269,40 @@ class LoraLayer(PeftLayer):
     @staticmethod
     def cast_together(layers: Sequence[AdaptedLayer], dtype: torch.dtype) -> None:
         of_lora = [layer for layer in layers if isinstance(layer, LoraLayer)]
-        factors = [factor for layer in of_lora for factor in (1.0, layer.scale)]
-        weights = [weight for layer in of_lora for weight in layer.factors()]
-        copies = _AtWork.apply(of_lora, dtype, factors, *weights)
-        for layer, down, up in zip(of_lora, copies[::2], copies[1::2], strict=True):
-            layer.at_work = (down, up)
+        places = {layer: 2 * place for place, layer in enumerate(of_lora)}
+        joined = list(dict.fromkeys(layer.together for layer in of_lora if layer.together is not None))
+        joined = [one for one in joined if all(layer.is_plain(layer.factors()[0]) for layer in one.layers)]
+
+        def forget() -> None:
+            for layer in of_lora:
+                layer.at_work = None
+            for together in joined:
+                together.forget()
+
+        forget()
+        copies = AtWork.apply(
+            forget,
+            dtype,
+            [factor for layer in of_lora for factor in (1.0, layer.scale)],
+            [[places[layer] for layer in together.layers] for together in joined],
+            *(weight for layer in of_lora for weight in layer.factors()),
+        )
+        for layer, place in places.items():
+            layer.at_work = copies[place : place + 2]
+        for together, downs in zip(joined, copies[2 * len(of_lora) :], strict=True):
+            together.downs = downs
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # transformers and older diffusers pass a scale of their own to layers that they think PEFT's; there is none here.
         base = self.base_layer
-        if self.enabled and _is_plain(base, x) and not (self.training and self._leaves_out):
-            down, up = self._weights_at_work(x.dtype)
-            product: Tensor = _LoraLinear.apply(x, base.weight, base.bias, down, up)
+        if self.is_plain(x):
+            together = self.together
+            # A compiler takes each layer as it is, and a pass without a backward pass the weights as they are.
+            is_joined = together is not None and together.downs is not None
+            if is_joined and self._is_at_work(x.dtype) and not is_compiling():
+                return together.product(self, x)
+            parts = self.parts_at_work(x.dtype)
+            product: Tensor = LoraLinears.apply(x, parts[2], *parts)[0]
             return product
         result: Tensor = base(x)
         if not self.enabled:
@@ -307,14 +311,26 @@ class LoraLayer(PeftLayer):
         keeps = self.keeps_module(added)
         return result + (added if keeps is None else added * keeps)
 
-    @property
-    def _leaves_out(self) -> bool:
-        """Whether anything is dropped while training."""
-        return self.skip_rate > 0 or any(self.drops)
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether the whole layer is its base's product and the adapter's."""
+        leaves_out = self.training and (self.skip_rate > 0 or any(self.drops))
+        return (
+            type(self).forward is LoraLayer.forward
+            and self.enabled
+            and not leaves_out
+            and _is_plain(self.base_layer, x)
+        )
+
+    def parts_at_work(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Weight and bias of the base layer, and those of the adapter as products take them."""
+        return self.base_layer.weight, self.base_layer.bias, *self._weights_at_work(dtype)
+
+    def _is_at_work(self, dtype: torch.dtype) -> bool:
+        return self.at_work is not None and torch.is_grad_enabled() and self.at_work[0].dtype == dtype
 
     def _weights_at_work(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Down, and up times the scale, in the dtype of an input; copies are only for passes that have a backward pass."""
-        if self.at_work is not None and torch.is_grad_enabled() and self.at_work[0].dtype == dtype:
+        if self.at_work is not None and self._is_at_work(dtype):
             return self.at_work
         down, up = self.factors()
         return down.to(dtype), (up * self.scale).to(dtype)
