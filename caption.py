@@ -2,7 +2,7 @@ r"""Captions or tags for a folder of pictures, by a model; or changes to those t
 
     python caption.py data/mio --model Salesforce/blip-image-captioning-large --prefix mio
     python caption.py data/mio --tagger SmilingWolf/wd-vit-tagger-v3 --threshold 0.4 --prefix mio --blacklist "simple background"
-    python caption.py data/mio --edit first:mio "remove:white background" "replace:a dog=mio dog" deduplicate --dry_run
+    python caption.py data/mio --edit first:mio "replace:a dog=mio dog" --dry_run
 
 A caption that is there stays, unless --overwrite or --append is given. Each file is written whole, in the form it had.
 """

@@ -79,7 +79,9 @@ def test_the_example_of_train_network_can_be_copied(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("script", ["train_network", "generate", "evaluate", "optimize", "extract_lora", "merge_lora"])
+@pytest.mark.parametrize(
+    "script", ["train_network", "doctor", "caption", "generate", "evaluate", "optimize", "extract_lora", "merge_lora"]
+)
 def test_no_line_of_help_is_wider_than_the_terminal(
     script: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("train_network", "flow", "repa", "generate", "merge", "evaluate", "optimize")),
+    *(
+        f"docs/{name}.md"
+        for name in ("doctor", "train_network", "flow", "repa", "generate", "merge", "evaluate", "optimize")
+    ),
 )
 ASIDE = {
     "make": "installs",
@@ -34,6 +37,8 @@ ASIDE = {
     "-m venv": "installs",
     "postgresql": "needs a PostgreSQL server",
     "--device cuda": "needs a CUDA device",
+    "--model Salesforce": "fetches a model",
+    "--tagger": "needs onnxruntime, and fetches a model",
     "...": "is not whole",
 }
 """What a command holds that cannot run here, and why."""

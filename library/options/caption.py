@@ -40,7 +40,7 @@ class CaptionFileOptions:
 
 @dataclass(frozen=True)
 class CaptionModelOptions:
-    """The model that writes captions (model) or tags (tagger), and what is kept of what it says."""
+    """The model that writes captions or tags, and what is kept of them."""
 
     model: str | None = None
     """Image-to-text model of transformers: a hub id (Salesforce/blip-image-captioning-large) or a folder."""
