@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from pathlib import Path
+from typing import NamedTuple
 
 from library.errors import UserError
 
@@ -23,7 +24,7 @@ def decoded(data: bytes) -> str:
 
     Raises NotText. UTF-16 without a mark is legal UTF-8, with a NUL beside each letter; text that people write has none.
     """
-    mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "utf-8"))
+    mark, encoding = form_of(data)
     if not mark and data.count(0) > len(data) // 4:
         raise NotText("UTF-16 text without a byte order mark", data.count(b"\n", 0, data.index(0)) + 1)
     try:
@@ -44,3 +45,18 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is {error}. Save it as UTF-8.") from None
     except OSError as error:
         raise UserError(f"{path} could not be read: {error.strerror or error}.") from None
+
+
+class Form(NamedTuple):
+    """What a file's text is kept in: its byte order mark, which may be none, and its encoding."""
+
+    mark: bytes = b""
+    encoding: str = "utf-8"
+
+    def encoded(self, text: str) -> bytes:
+        return self.mark + text.encode(self.encoding)
+
+
+def form_of(data: bytes) -> Form:
+    """The form that `decoded` reads a file in, so that a changed text can be written in it again."""
+    return next((Form(mark, name) for mark, name in _MARKS if data.startswith(mark)), Form())

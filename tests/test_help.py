@@ -81,7 +81,18 @@ def test_the_example_of_train_network_can_be_copied(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize(
-    "script", ["train_network", "train_lyra", "generate", "evaluate", "optimize", "extract_lora", "merge_lora"]
+    "script",
+    [
+        "train_network",
+        "train_lyra",
+        "doctor",
+        "caption",
+        "generate",
+        "evaluate",
+        "optimize",
+        "extract_lora",
+        "merge_lora",
+    ],
 )
 def test_no_line_of_help_is_wider_than_the_terminal(
     script: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

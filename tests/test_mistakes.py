@@ -52,6 +52,10 @@ KINDS = {
         "does not exist",
     ),
     "captions": ("train_lyra.py --captions nowhere", 2, "captions nowhere does not exist"),
+    "folder to look at": ("doctor.py nowhere", 2, "nowhere does not exist"),
+    "pictures to look at": ("doctor.py tests", 2, "has no images"),
+    "pictures to caption": ("caption.py tests --edit shuffle", 2, "tests has no pictures"),
+    "model to caption with": ("caption.py models --model nowhere", 2, "has no pictures"),
     "number of trials": ("optimize.py --n-trials x", 2, "n_trials is 'x': expected INT."),
 }
 

@@ -28,7 +28,7 @@ PAGES = (
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("train_network", "flow", "lyra", "repa", "generate", "merge", "evaluate", "optimize")
+        for name in ("doctor", "train_network", "flow", "lyra", "repa", "generate", "merge", "evaluate", "optimize")
     ),
 )
 ASIDE = {
@@ -37,6 +37,8 @@ ASIDE = {
     "-m venv": "installs",
     "postgresql": "needs a PostgreSQL server",
     "--device cuda": "needs a CUDA device",
+    "--model Salesforce": "fetches a model",
+    "--tagger": "needs onnxruntime, and fetches a model",
     "...": "is not whole",
 }
 """What a command holds that cannot run here, and why."""

@@ -125,7 +125,8 @@ def _trigger(captions: Sequence[Caption], tokenizer: CLIPTokenizer, trigger: str
             "trigger missing",
             "mend",
             f"{plural(len(without), 'caption does', 'captions do')} not have {named}.",
-            f"Add it: python caption.py FOLDER --edit first:{word}. Pictures without it teach the subject to every prompt.",
+            f"Add it: python caption.py FOLDER --edit first:{word}, which leaves captions alone that name it. Pictures without it "
+            "teach the subject to every prompt.",
             tuple(caption.path for caption in without),
             tuple(caption.text for caption in without),
         )

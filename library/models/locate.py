@@ -147,7 +147,7 @@ def clip_status(name: str) -> str | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    is_cached = _is_hub_id(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
+    is_cached = is_hub_id(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
     return None if is_cached else _absent(name, SHAPES_CLIP)
 
 
@@ -301,7 +301,7 @@ def _names_in(files: Collection[str], component: str) -> list[str]:
 
 def cached_copy(name: str, components: Sequence[str] | None) -> BaseLocation | None:
     """A complete copy in the hub cache of the id, or of the id it moved to."""
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         return None
     from huggingface_hub import try_to_load_from_cache
 
@@ -363,14 +363,15 @@ def _require_fetchable(name: str, tiny: str) -> None:
 
 def is_fetchable(name: str) -> bool:
     """Whether the hub is asked for it."""
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         return False
     from huggingface_hub import constants
 
     return not constants.is_offline_mode()
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form owner/name; whether there is such a repository only the hub knows."""
     return bool(_HUB_ID.fullmatch(name)) and not name.lower().endswith((".safetensors", *PICKLE_SUFFIXES))
 
 
@@ -379,7 +380,7 @@ def _moved(name: str) -> str:
 
 
 def _absent(name: str, tiny: str) -> str:
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         return f"{name} does not exist (looked in {Path.cwd()}), and is no hub id of the form owner/name."
     from huggingface_hub import constants
 
