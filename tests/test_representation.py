@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from library.errors import UserError
 from library.diffusion.dense_maps import dense_maps, diverging, pca_colours
+from library.errors import UserError
 from library.evaluation.feature_model import FeatureModel, load_feature_model, load_folded_model, read_heads
 from library.evaluation.probe_pictures import ProbePictures, StoredPictures, open_probe_pictures, pictures_of_state
 from library.evaluation.representation import (

@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from library.diffusion.dense_maps import DenseMaps, dense_maps
 from library.errors import UserError
 from library.evaluation import baselines
-from library.diffusion.dense_maps import DenseMaps, dense_maps
 from library.evaluation.feature_model import FeatureModel, load_feature_model
 from library.evaluation.probe_pictures import ProbePictures, pictures_of_state
 from library.evaluation.representation_measures import RepresentationMeasures, meaning, of_each_token

@@ -60,9 +60,7 @@ def chart_html(chart: Chart) -> str:
         names = [(f"c{place}", curve.name) for place, curve in enumerate(chart.curves)] if len(chart.curves) > 1 else []
         names += [(f"l{place}", name) for place, name in enumerate(chart.lines)]
         legend = "".join(f'<span><i class="{kind}"></i>{escape(name)}</span>' for kind, name in names)
-    return (
-        f'<div class="chart"><p class="title">{escape(chart.title)}</p><p class="legend">{legend}</p>{_svg(chart)}</div>'
-    )
+    return f'<div class="chart"><p class="title">{escape(chart.title)}</p><p class="legend">{legend}</p>{_svg(chart)}</div>'
 
 
 def _svg(chart: Chart) -> str:
@@ -71,7 +69,9 @@ def _svg(chart: Chart) -> str:
     xs = [x for curve in curves for x, _ in curve.points]
     if not xs:
         return "<p>no values yet</p>"
-    shown = [y for curve in curves for _, y in curve.points] + [y for curve in curves for pair in curve.band for y in pair]
+    shown = [y for curve in curves for _, y in curve.points] + [
+        y for curve in curves for pair in curve.band for y in pair
+    ]
     y_axis = _Axis(min([*shown, *chart.lines.values()]), max([*shown, *chart.lines.values()]), chart.log)
     x_axis = _Axis(min(xs), max(xs), rounded=False)
     labels = [(value, _tick_text(value)) for value in y_axis.ticks()]
@@ -92,7 +92,9 @@ def _svg(chart: Chart) -> str:
     for place, (value, text) in enumerate(under.items()):
         at = x_axis.place(value)
         anchor = "start" if place == 0 and at < 0.1 else "end" if at > 0.9 else "middle"
-        parts.append(f'<text x="{x(value)}" y="{bottom + LINE_HEIGHT:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
+        parts.append(
+            f'<text x="{x(value)}" y="{bottom + LINE_HEIGHT:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+        )
     if chart.x_title:
         parts.append(
             f'<text x="{right:.1f}" y="{bottom + 2 * LINE_HEIGHT:.1f}" text-anchor="end">{escape(chart.x_title)}</text>'
@@ -103,9 +105,7 @@ def _svg(chart: Chart) -> str:
         parts.append(f'<path class="marked" d="M{x(chart.marked)} {top}V{bottom}"/>')
     for number, curve in enumerate(curves):
         parts.append(_drawn(curve, f"c{number}", x, y))
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.title)}">{"".join(parts)}</svg>'
-    )
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.title)}">{"".join(parts)}</svg>'
 
 
 def _drawn(curve: Curve, kind: str, x, y) -> str:  # type: ignore[no-untyped-def]
@@ -113,9 +113,13 @@ def _drawn(curve: Curve, kind: str, x, y) -> str:  # type: ignore[no-untyped-def
     path = "L".join(f"{x(a)} {y(b)}" for a, b in curve.points)
     band = ""
     if curve.band and curve.bars:
-        band = f'<path class="bars {kind}" d="' + "".join(
-            f"M{x(a)} {y(low)}V{y(high)}" for (a, _), (low, high) in zip(curve.points, curve.band, strict=True)
-        ) + '"/>'
+        band = (
+            f'<path class="bars {kind}" d="'
+            + "".join(
+                f"M{x(a)} {y(low)}V{y(high)}" for (a, _), (low, high) in zip(curve.points, curve.band, strict=True)
+            )
+            + '"/>'
+        )
     elif curve.band:
         upper = "L".join(f"{x(a)} {y(high)}" for (a, _), (_, high) in zip(curve.points, curve.band, strict=True))
         lower = "L".join(

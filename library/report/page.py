@@ -178,7 +178,9 @@ class Page:
         layout = "" if columns is None else f' style="grid-template-columns:repeat({columns},minmax(6.5rem,18rem))"'
         kind = "pictures" if columns is None else "pictures columns"
         self._parts.append(
-            _Pictures(pictures, max_side, f'<div class="scroll" tabindex="0"><div class="{kind}"{layout}>', "</div></div>")
+            _Pictures(
+                pictures, max_side, f'<div class="scroll" tabindex="0"><div class="{kind}"{layout}>', "</div></div>"
+            )
         )
 
     def strip(self, name: str, pictures: Sequence[tuple[Image.Image | Embedded, str]], max_side: int = 256) -> None:

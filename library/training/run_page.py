@@ -1,4 +1,4 @@
-"""OUTPUT/run.html: what people look at while a run goes on. Made of metrics.jsonl and the samples, so that it survives a restart."""
+"""OUTPUT/run.html: what people look at while a run goes on, made of metrics.jsonl and the samples: a restart loses nothing."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ class RunPage:
             self._sheets = {step: self._sheets[step] for step in kept}
         page.heading("What the U-Net sees")
         page.paragraph(
-            "Held-out pictures, the teacher's tokens of them, what the head predicts from the U-Net's map of the noised picture, the "
-            "cosine of the two (red 1, grey 0, blue -1), and that map itself, each as its first three principal components."
+            "Held-out pictures, the teacher's tokens of them, what the head predicts from the U-Net's map of the noised picture, "
+            "the cosine of the two (red 1, grey 0, blue -1), and that map itself, each as its first three principal components."
         )
         page.strip("seen", [frame for _, frame in sorted(self._sheets.items())], max_side=512)
 
@@ -242,7 +242,12 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     ]
 
 
-TITLES = {"train/diffusion": "training", "train/loss": "training", "val/loss": "held out", "val/train_loss": "training pictures"}
+TITLES = {
+    "train/diffusion": "training",
+    "train/loss": "training",
+    "val/loss": "held out",
+    "val/train_loss": "training pictures",
+}
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
