@@ -192,17 +192,19 @@ class Page:
         self._parts.append(_Pictures(pictures, max_side, head, "</div></div>"))
 
     def html(self) -> str:
-        side = None
-        while True:
-            text = self._html(side)
-            held = [part for part in self._parts if isinstance(part, _Pictures) and part.pictures]
-            largest = max((part.side(side) for part in held), default=0)
+        """With pictures as large as they were asked for, or where that is too much for one page, as there is room for."""
+        side, text = None, self._html(None)
+        held = [part for part in self._parts if isinstance(part, _Pictures) and part.pictures]
+        while len(text.encode()) > MOST_BYTES and held and side != LEAST_SIDE:
+            largest = max(part.side(side) for part in held)
             of_pictures = sum(len(part.html(side)) for part in held)
-            room = MOST_BYTES - (len(text.encode()) - of_pictures)
-            if len(text) <= MOST_BYTES or largest <= LEAST_SIDE:
-                return text
-            share = max(room, 0) / of_pictures
-            side = max(LEAST_SIDE, min(int(largest * share**0.5), int(0.85 * largest)))
+            room = max(MOST_BYTES - len(text.encode()) + of_pictures, 0)
+            # At first only in another form, which may do.
+            side = (
+                largest if side is None else max(LEAST_SIDE, int(0.95 * largest * min(room / of_pictures, 0.9) ** 0.5))
+            )
+            text = self._html(side)
+        return text
 
     def _html(self, side: int | None) -> str:
         """side: that no picture is larger than; None leaves each as it was asked for."""
@@ -235,10 +237,10 @@ class Page:
 
 
 class Embedded:
-    """A picture of which what goes into a page is kept, for pages that are written again and again."""
+    """A picture of which what goes into a page is kept, for pages that are written again and again. lossless: see picture_uri."""
 
-    def __init__(self, picture: Image.Image, max_side: int) -> None:
-        self.picture = smaller(picture, max_side)
+    def __init__(self, picture: Image.Image, max_side: int, *, lossless: bool = True) -> None:
+        self.picture, self.lossless = smaller(picture, max_side), lossless
         self._uris: dict[int | None, str] = {}
 
     @property
@@ -246,11 +248,10 @@ class Embedded:
         return max(self.picture.size)
 
     def uri(self, most: int | None) -> str:
-        """No side of it above `most` pixels."""
-        if most is not None and most >= self.side:
-            most = None
+        """As it is; or, to save room, no side of it above `most` pixels, and not kept exactly."""
+        most = None if most is not None and most >= self.side and not self.lossless else most
         if most not in self._uris:
-            self._uris[most] = picture_uri(self.picture, most)
+            self._uris[most] = picture_uri(self.picture, most, lossless=self.lossless and most is None)
         return self._uris[most]
 
 
@@ -299,12 +300,11 @@ def smaller(picture: Image.Image, max_side: int) -> Image.Image:
     return picture
 
 
-def picture_uri(picture: Image.Image, max_side: int | None = 512) -> str:
-    """A picture as a data URI, no side of it above `max_side` pixels."""
+def picture_uri(picture: Image.Image, max_side: int | None = 512, *, lossless: bool = True) -> str:
+    """A picture as a data URI, no side of it above `max_side` pixels. lossless: where it is small then, it is kept exactly."""
     file = io.BytesIO()
     shown = picture if max_side is None else smaller(picture, max_side)
-    # Of what is made smaller nothing is left to be kept exactly.
-    if max(shown.size) <= LOSSLESS_SIDE and shown.size == picture.size:
+    if lossless and max(shown.size) <= LOSSLESS_SIDE:
         shown.save(file, "PNG", optimize=True)
         kind = "png"
     else:
