@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 SHOWN_PROMPTS, SHOWN_SEEDS = 8, 4
 SHOWN_PHOTOS = 12
-FIRST_ROWS, FIRST_COLUMNS = 3, 6
-"""Of the pictures that a page begins with: pictures of the subject, and checkpoints."""
+FIRST_PICTURES, FIRST_CHECKPOINTS, FIRST_COLUMNS = 3, 6, 8
+"""What a page begins with: pictures of each of so many checkpoints, and how many of all stand side by side."""
+SMALL = (190, 130)
+"""Width and height of curves that stand in one row."""
 CURVES = ("likeness", "drift", "adherence", "adherence_subject", "diversity", "loss", "kid", "cmmd")
 OF_STRENGTH = ("likeness", "drift", "adherence", "adherence_subject", "diversity")
 IN_A_ROW = 6
@@ -87,15 +89,15 @@ def findings(result: GenerationResult, representation: RepresentationResult | No
 
 
 def _first_pictures(page: Page, plan: GenerationPlan, result: GenerationResult) -> None:
-    """A few rows of the subject (without one, of unrelated prompts): the base, and the checkpoints, of many some."""
+    """A few of the subject (without one, of unrelated prompts): the base beside the checkpoints, of many some."""
     kind, prompts = ("unrelated", plan.unrelated) if plan.subject is None else ("subject", plan.subject)
     names = result.names
-    if len(names) > FIRST_COLUMNS:
-        spread = {names[round(place * (len(names) - 1) / (FIRST_COLUMNS - 2))] for place in range(FIRST_COLUMNS - 1)}
+    if (count := FIRST_CHECKPOINTS - 1) < len(names) - 1:
+        spread = {names[round(place * (len(names) - 1) / (count - 1))] for place in range(count)}
         names = [name for name in names if name in spread | {to_use(result)}]
     models = [BASE, *names]
-    each = max(1, FIRST_ROWS // len(prompts.requests))
-    rows = [place for place, (_, seed) in enumerate(prompts.places) if seed in prompts.seeds[:each]][:FIRST_ROWS]
+    each = max(1, FIRST_PICTURES // len(prompts.requests))
+    rows = [place for place, (_, seed) in enumerate(prompts.places) if seed in prompts.seeds[:each]][:FIRST_PICTURES]
     page.heading("Pictures")
     page.pictures(
         [
@@ -106,7 +108,7 @@ def _first_pictures(page: Page, plan: GenerationPlan, result: GenerationResult) 
             for place in rows
             for name in models
         ],
-        columns=len(models),
+        columns=len(models) * min(len(rows), max(1, FIRST_COLUMNS // len(models))),
     )
 
 
@@ -167,6 +169,7 @@ def _strength(page: Page, plan: GenerationPlan, strength: Strength) -> None:
                 "weight",
                 _lines(swept, measure),
                 marked=strength.recommended,
+                size=SMALL,
             )
             for measure in OF_STRENGTH
             if measure in swept.measured
@@ -197,6 +200,7 @@ def _curves(result: GenerationResult) -> list[Chart]:
             _lines(result, measure),
             marked=x[result.names.index(to_use(result))],
             ticks=ends,
+            size=SMALL,
         )
         for measure in CURVES
         if measure in result.measured
