@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.evaluation.generation_result import BASE, Best, GenerationResult, Strength, to_use
+from library.evaluation.generation_result import BASE, Best, CheckpointPictures, GenerationResult, Strength, to_use
+from library.evaluation.html_report import report_page
+from library.evaluation.prompt_sets import PromptSet
 from library.evaluation.recommendation import WEIGHT_KEY, Card, check_recommendation, write_card
 from library.evaluation.standard_errors import Estimate
 from library.evaluation.verdict import is_noise, strength_words, verdict
 from library.inference.infotext import Infotext
+from library.inference.picture_request import PictureRequest
 from networks.families import SD15
+from tests.test_page import Outline
 
 SURE, NOISY = 0.01, 1.0
 """Standard errors: of what is told apart, and of what is not."""
@@ -60,7 +65,7 @@ def test_as_like_as_the_last_with_half_the_drift_is_what_to_use() -> None:
 @pytest.mark.parametrize(
     ("likeness", "drift", "words"),
     [
-        ((0.3, 0.4), (0.1, 0.2), "c: the last, and as like as any, no other as like as it drifts less. Use it."),
+        ((0.3, 0.4), (0.1, 0.2), "c: the last, and none is significantly more like or, as like as it, drifts significantly less."),
         ((0.5, 0.4), (0.05, 0.2), "b: more like than the last, 25% of its drift. Use it."),
         ((0.5, 0.4), (0.2, 0.2), "b: more like than the last, and as much drift. Use it."),
         ((0.1, 0.2), (0.1, 0.2), "No checkpoint is significantly more like the subject than the base (0.200 ± 0.021, the"),
@@ -110,6 +115,22 @@ def test_a_number_within_its_interval_is_noise() -> None:
     assert is_noise(result, "a", "likeness") and not is_noise(result, "a", "drift")
     result.estimates["a"]["drift"] = estimate(0.1, NOISY)
     assert is_noise(result, "a", "drift")
+
+
+def test_no_prompt_and_no_name_becomes_markup_on_the_page() -> None:
+    hostile = "<script>alert(1)</script><b>\"'&"
+    result = result_of({BASE: 0.2, hostile: 0.4, "c": 0.5}, {BASE: 0, hostile: 0.1, "c": 0.2})
+    pictures = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    result.drawn = dict.fromkeys((BASE, hostile, "c"), CheckpointPictures(pictures, pictures, None))
+    result.notes = [hostile]
+    swept = result_of({BASE: 0.2, "0.5": 0.4, "1": 0.5}, {BASE: 0, "0.5": 0.1, "1": 0.2})
+    swept.drawn = dict.fromkeys((BASE, "0.5", "1"), result.drawn[BASE])
+    result.strength = Strength(hostile, (0.5, 1.0), swept)
+    prompts = PromptSet((PictureRequest(hostile, "", 1, 1.0, 64, 64),), (42, 43))
+    plan = SimpleNamespace(subject=prompts, unrelated=prompts, photos=[])
+    outline = Outline(report_page(plan, result, {hostile: hostile}, {hostile: hostile}).html())  # type: ignore[arg-type]
+    assert outline.open == [] and not {"script", "b"} & set(outline.names())
+    assert outline.text.count("<script>alert(1)") > 10
 
 
 # What is written

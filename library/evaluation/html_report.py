@@ -56,7 +56,11 @@ def report_page(
         _strength(page, plan, result.strength)
     if count > 1:
         page.heading("Over the checkpoints")
-        page.charts(_curves(result), "Bars are 95 % intervals over seeds, of the loss over photos.", columns=IN_A_ROW)
+        page.charts(
+            _curves(result),
+            "Bars are 95 % intervals over seeds, of the loss over photos. Grey is noise; the dotted line is the checkpoint to use.",
+            columns=IN_A_ROW,
+        )
     _numbers(page, result)
     if "loss_q1" in result.measured:
         _losses(page, result)
@@ -190,7 +194,7 @@ def _curves(result: GenerationResult) -> list[Chart]:
     steps = [step for step in result.steps.values() if step is not None]
     counted = len(set(steps)) == len(result.names)
     x = [float(step) for step in steps] if counted else [float(place) for place in range(len(result.names))]
-    ends = {} if counted else {x[0]: result.names[0][-10:], x[-1]: result.names[-1][-10:]}
+    ends = {} if counted else {x[0]: result.names[0][-12:], x[-1]: result.names[-1][-12:]}
     return [
         Chart(
             MEASURES[measure].title,
@@ -238,7 +242,7 @@ def _numbers(page: Page, result: GenerationResult) -> None:
     )
     noise = [m for m in measures if all(is_noise(result, name, m) for name in result.names)]
     if noise:
-        page.paragraph(f"Noise for every checkpoint: {', '.join(MEASURES[measure].title for measure in noise)}.")
+        page.paragraph(f"Noise for every checkpoint: {'; '.join(MEASURES[measure].title for measure in noise)}.")
     if len(result.names) > 1:
         page.heading("Which is best", level=3)
         page.table(

@@ -27,7 +27,7 @@ def _why(result: GenerationResult, name: str) -> list[str]:
     if name != last:
         return [_likeness_to_last(result, name), _drift_to_last(result, name)]
     if len(result.names) > 1 and "likeness" in result.best:
-        return ["the last, and as like as any", "no other as like as it drifts less"]
+        return ["the last, and none is significantly more like or, as like as it, drifts significantly less"]
     words = []
     if "likeness" in own:
         words.append(f"likeness {own['likeness']}, the base's {result.estimates[BASE]['likeness'].value:.3f}")
