@@ -4,6 +4,7 @@
     python evaluate.py --checkpoint zorb-000004.safetensors --base-model model.safetensors --prompt "a photo of zorb" \\
         --num-samples 16 --resolution 512 --dino_model facebook/dinov2-large --clip_model openai/clip-vit-large-patch14
     python evaluate.py --checkpoint outputs/demo                             # a training of train_repa.py: representations too
+    python evaluate.py --checkpoint outputs/zorb --strength --write          # at which weight to use the best one
 
 All checkpoints, and the base without them, draw the same prompts with the same seeds.
 """
@@ -135,6 +136,7 @@ def build(options: EvaluateOptions) -> Plan:
         clip_skip=options.sampling.clip_skip or 1,
         batch_size=pictures.batch_size,
         loss_seed=pictures.seed,
+        strengths=options.strengths.strengths if options.strengths.strength else (),
     )
     return Plan(generation, why, folder, subject, states_with_heads(options, candidates))
 
@@ -211,6 +213,11 @@ def print_plan(options: EvaluateOptions, plan: Plan) -> None:
     request = generation.unrelated.requests[0]
     size, steps = f"{generation.size} x {generation.size} pixels", plural(request.steps, "step")
     print(f"pictures   {count} of {size}, {steps}, cfg_scale {request.cfg_scale:g}")
+    if new := sum(weight != generation.weight for weight in generation.strengths):
+        weights = ", ".join(f"{weight:g}" for weight in generation.strengths)
+        print(
+            f"strength   then the best checkpoint at {weights}: {new * count // (len(generation.candidates) + 1)} more"
+        )
     for state in plan.states:
         print(f"states     representation of {state}")
     print(f"output     {options.checkpoints.output_dir}")
@@ -232,6 +239,7 @@ def check(options: EvaluateOptions, plan: Plan) -> None:
     """Raise UserError, a line for each fault, for what the evaluation would stop at later. Reads headers and configurations."""
     from library.device import choose_device
     from library.evaluation.readiness import check_generation
+    from library.evaluation.recommendation import check_recommendation
     from library.evaluation.representation import check_states
 
     checks: list[Callable[[], object]] = [
@@ -240,6 +248,8 @@ def check(options: EvaluateOptions, plan: Plan) -> None:
     ]
     if options.measures.representation:
         checks.append(partial(check_states, plan.states, representation_settings(options)))
+    if options.strengths.write:
+        checks += [partial(check_recommendation, candidate.path) for candidate in plan.generation.candidates]
     check_all(*checks)
 
 
@@ -260,6 +270,7 @@ def run(options: EvaluateOptions, plan: Plan) -> None:
     from library.device import choose_device, choose_dtype
     from library.evaluation.generation import evaluate_generation
     from library.evaluation.html_report import report_page, sheets_of
+    from library.evaluation.recommendation import write_recommendation
     from library.files import write_json
 
     start, folder, device = time.perf_counter(), options.checkpoints.output_dir, choose_device(options.device)
@@ -283,7 +294,9 @@ def run(options: EvaluateOptions, plan: Plan) -> None:
     metrics["options"] = flatten(options)
     write_json(folder / METRICS, metrics)
     (folder / UNFINISHED).unlink()
-    print_result(result, folder)
+    print_result(result, representation, folder)
+    if options.strengths.write:
+        write_recommendation(plan.generation, result, print)
 
 
 def clear(folder: Path) -> None:
@@ -341,10 +354,10 @@ def facts_of(plan: Plan, device: str, seconds: float) -> dict[str, str]:
     }
 
 
-def print_result(result: GenerationResult, folder: Path) -> None:
+def print_result(result: GenerationResult, representation: RepresentationResult | None, folder: Path) -> None:
     from library.evaluation.html_report import findings
 
-    for sentence in [*findings(result), *(f"note: {note}" for note in result.notes)]:
+    for sentence in [*findings(result, representation), *(f"note: {note}" for note in result.notes)]:
         print(sentence)
     print(f"Wrote {folder / REPORT}, {folder / METRICS}, {folder / SHEETS} and {folder / PICTURES}.")
 

@@ -131,10 +131,11 @@ def draw_sheet(view: StudyView, folder: Path, setup: Setup) -> None:
 
 
 def write_report(view: StudyView, folder: Path) -> None:
+    from library.search.results.running_report import REPORT
     from library.search.results.study_report import build_report
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "report.html"
+    path = folder / REPORT
     build_report(view, folder).write(path)
     print(f"report     {path}", flush=True)
 

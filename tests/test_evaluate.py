@@ -68,6 +68,7 @@ def evaluated(
     photos = write_photos(folder / "photos")
     words = ["--checkpoint", folder / "run", "--reference_dir", photos, "--output-dir", folder / "out"]
     words += ["--unrelated_prompts", folder / "unrelated.txt", "--dino_model", tiny_dinov2, "--device", "cpu"]
+    words += ["--strength", "--strengths", "0.5", "1"]
     assert evaluate.main([*map(str, words), *WORDS]) == EXIT_OK
     return folder / "out", json.loads((folder / "out" / "metrics.json").read_text())
 
@@ -94,6 +95,28 @@ def test_everything_is_there(evaluated: tuple[Path, dict[str, Any]]) -> None:
     assert "Evaluation of 2 checkpoints, mio-000001 to mio-000002" in html and "a photo of mio" in html
     assert {"likeness", "drift", "drift_pixels", "diversity", "loss", "loss_q4"} <= metrics["meanings"].keys()
     assert metrics["options"]["steps"] == 1 and metrics["facts"]["device"] == "cpu"
+
+
+def test_the_page_shows_pictures_then_what_to_do_then_the_strength_curves_and_numbers(
+    evaluated: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, _ = evaluated
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    order = [">Pictures</h2>", "<img", 'class="verdict"', ">Strength of ", ">Over the checkpoints</h2>", ">Numbers</h2>",
+             ">Unrelated prompts</h2>", ">How it was made</h2>"]  # fmt: skip
+    places = [html.find(part) for part in order]
+    assert -1 not in places and places == sorted(places) and "plotly" not in html
+
+
+def test_a_checkpoint_is_drawn_at_each_weight_with_the_same_noise(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = evaluated
+    strength = metrics["strength"]
+    chosen = strength["checkpoint"]
+    assert [row["name"] for row in strength["weights"]] == [0.5, 1.0] and chosen in ("mio-000001", "mio-000002")
+    info = read_png(folder / "pictures" / f"{chosen}@0.5" / "subject_00_43.png")
+    assert info.prompt == f"a photo of mio <lora:{chosen}:0.5>" and info.seed == 43
+    at_one = next(one for one in strength["weights"] if one["name"] == 1.0)["metrics"]
+    assert at_one["drift"] == row(metrics, chosen)["metrics"]["drift"], "what was drawn already is not drawn again"
 
 
 @pytest.mark.bits
@@ -142,7 +165,8 @@ def test_a_state_with_heads_is_compared_with_the_teacher_too(
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())["representation"]
     assert found["settings"]["timesteps"] == [261] and len(found["rows"]) > 4
     html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "At timestep 261" in html and "Dense maps" in html
+    assert "At timestep 261" in html and html.index(">Representation</h2>") < html.index(">Pictures</h2>")
+    assert "A new head finds the teacher&#x27;s tokens in" in html
     assert len(found["earlier"]) > 0 and "Over the training" in html and found["earlier"][0]["checkpoint"] in html
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from library.report.page import Page, picture_uri
+from library.report.curves import Chart, Curve
+from library.report.page import Page, Quiet, picture_uri
 
 UNCLOSED = {"meta", "img", "br", "link", "wbr"}
 
@@ -51,6 +52,11 @@ def full_page() -> Page:
     page.figure(go.Figure(go.Scatter(x=[1, 2], y=[3, 4]), layout={"width": 2000}), caption="curve")
     page.figure(go.Figure(go.Heatmap(z=[[1, 2], [3, 4]])), least_width=600)
     page.figures([go.Figure(go.Bar(x=[1], y=[2]), layout={"title": name}) for name in "xy"], caption="small ones")
+    page.charts(
+        [Chart("Loss", [Curve("a", [(1, 2), (2, 3)], [(1, 3), (2, 4)])], "step", {"base": 2.5}, marked=1.5)], columns=2
+    )
+    page.strip("strip", [(Image.new("RGB", (8, 8), colour), colour) for colour in ("red", "blue")])
+    page.verdict("use it")
     page.pictures([(Image.new("RGB", (8, 8), "red"), "a red square")], columns=3)
     page.code("seed = 1", caption="configuration")
     page.notice("left out")
@@ -101,17 +107,30 @@ def marked(text: str) -> Page:
     page.notice(text)
     page.code(text)
     page.code(text, caption="c" + text)
-    page.table(["c" + text], [[text]], caption="c" + text)
+    page.verdict(text)
+    page.table(["c" + text], [[text], [Quiet(text)]], caption="c" + text)
+    page.charts(
+        [
+            Chart(
+                "c" + text,
+                [Curve("c" + text, [(1, 1)]), Curve("d", [])],
+                "c" + text,
+                {"c" + text: 1},
+                ticks={1: "c" + text},
+            )
+        ]
+    )
     page.pictures([(Image.new("RGB", (2, 2)), "c" + text)])
+    page.strip("c" + text, [(Image.new("RGB", (2, 2)), "c" + text)])
     return page
 
 
 def test_markup_in_texts_is_shown_as_text():
     text = "</code></table><script>alert('1')</script>\"&amp;"
     outline = Outline(marked(text).html())
-    assert "script" not in outline.names()
-    assert outline.text.count("<script>alert('1')") >= 9
-    assert [a["alt"] for tag, a in outline.tags if tag == "img"] == ["c" + text]
+    assert outline.names().count("script") == 1, "the page's own, of the strip"
+    assert outline.text.count("<script>alert('1')") >= 15
+    assert [a["alt"] for tag, a in outline.tags if tag == "img"] == ["c" + text] * 2
 
 
 def test_a_closing_script_tag_in_a_figure_does_not_end_its_script():
@@ -179,3 +198,66 @@ def test_large_pictures_are_embedded_smaller_and_small_ones_as_they_are():
 
 def test_the_same_parts_make_the_same_bytes():
     assert full_page().html() == full_page().html()
+
+
+def drawn(chart: Chart) -> str:
+    page = Page("Title")
+    page.charts([chart])
+    return page.html()
+
+
+def test_curves_leave_out_what_is_no_number_and_a_chart_without_any_says_so():
+    html = drawn(
+        Chart(
+            "x",
+            [
+                Curve(
+                    "a",
+                    [(0, 1.0), (1, float("nan")), (2, 3.0), (3, float("inf"))],
+                    [(0, 2), (0, 0), (2, float("nan")), (0, 0)],
+                )
+            ],
+        )
+    )
+    assert (
+        html.count("<circle") == 2 and "nan" not in html.split("</style>")[1] and "inf" not in html.split("</style>")[1]
+    )
+    assert "no values yet" in drawn(Chart("x", [])) and "no values yet" in drawn(
+        Chart("x", [Curve("a", [(1, -1.0)])], log=True)
+    )
+
+
+@pytest.mark.parametrize("values", [[0.0], [1e-9], [5.0, 5.0], [-3e7, 2e7], [1e-5, 2e-5], [0.1, 0.3], [1e300, -1e300]])
+@pytest.mark.parametrize("log", [False, True])
+def test_every_range_of_values_has_a_few_ticks_within_the_drawing(values: list[float], log: bool):
+    html = drawn(Chart("x", [Curve("a", [(float(x), abs(y) if log else y) for x, y in enumerate(values)])], log=log))
+    if log and not any(values):
+        assert "no values yet" in html
+        return
+    ticks = re.findall(r'class="grid" d="M[\d.]+ ([\d.]+)H', html)
+    assert 1 <= len(ticks) <= 6 and all(-1 <= float(y) <= 151 for y in ticks)
+
+
+def test_what_is_noise_is_grey():
+    page = Page("Title")
+    page.table(["", "a"], [["x", "0.3 ± 0.1"], ["y", Quiet("2.113 ± 5.738")]])
+    html = page.html()
+    assert '<td class="number quiet">2.113 ± 5.738</td>' in html and '<td class="number">0.3 ± 0.1</td>' in html
+
+
+def test_pictures_become_smaller_until_the_page_is_small_enough(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("library.report.page.MOST_BYTES", 150_000)
+    page = Page("Title")
+    page.pictures([(Image.effect_noise((300, 200), 60).convert("RGB"), str(number)) for number in range(8)])
+    page.pictures([(Image.effect_noise((200, 200), 60).convert("RGB"), "small and kept exactly otherwise")])
+    html = page.html()
+    assert len(html) <= 150_000 and html.count("<img") == 9 and "image/png" not in html
+    few = Page("Title")
+    few.pictures([(Image.new("RGB", (8, 8)), "x")])
+    assert "image/png" in few.html()
+
+
+def test_a_page_that_is_still_written_says_when_and_loads_itself_again():
+    html = Page("Title", reload=20).html()
+    assert 'data-reload="20"' in html and "location.reload()" in html
+    assert "data-reload=" not in full_page().html()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from library.errors import UserError
 from library.search.results.best_trial import pick_trial
 from library.search.results.charts import importances
+from library.search.results.recipe import recipe_command, recipe_words
+from library.search.results.running_report import REPORT, RunningReport
 from library.search.results.status import StudyView, status_text
 from library.search.results.study_report import build_report
 from library.search.study.progress import set_budget
@@ -30,6 +34,55 @@ def test_the_report_has_every_chapter_and_opens_without_a_network(finished: Path
         assert f">{heading}</h2>" in html
     assert html.count('id="figure-') >= 5
     assert "<script src" not in html and "default-src 'none'" in html
+
+
+def test_it_begins_with_the_recipe_the_command_and_the_best_pictures(finished: Path) -> None:
+    out = finished / "out"
+    view_, best = view(finished), view(finished).verdict.best
+    assert best is not None
+    (out / "contact_sheet").mkdir(exist_ok=True)
+    hostile = "<script>alert(1)</script><b>"
+    index = []
+    for number, name in enumerate(["base", "trial 1", "trial 2", "trial 3", "trial 4", "trial 5"]):
+        Image.new("RGB", (4, 4)).save(out / "contact_sheet" / f"{number}.png")
+        index.append({"file": f"{number}.png", "caption": f"{name}, {hostile}"})
+    (out / "contact_sheet" / "pictures.json").write_text(json.dumps(index))
+    html = build_report(view_, out, is_running=True).html()
+    words = recipe_words(view_)
+    assert f"learning_rate {best.params['learning_rate']:.3g}" in words and words.endswith(f"(trial {best.trial}).")
+    command = recipe_command(out, "test")
+    assert (
+        command is not None
+        and command.startswith("python train_network.py ")
+        and f"--network_dim {best.params['network_dim']}" in command
+    )
+    places = [
+        html.index(part)
+        for part in (">Recommendation<", words[:30], "train_network.py --", "<img", ">How certain it is<")
+    ]
+    assert places == sorted(places) and "data-reload=" in html
+    assert "<b>" not in html and hostile not in html and html.count("<img") == 4 + 6
+    for file in (out / "contact_sheet").iterdir():
+        file.unlink()
+
+
+def test_a_running_study_reports_at_most_once_a_minute_and_never_fails(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    report = RunningReport(tmp_path, said.append)
+    report(lambda: view(finished))
+    assert not (tmp_path / REPORT).exists(), "a minute has not gone by"
+    monkeypatch.setattr("library.search.results.running_report.EVERY", 0.0)
+    report(lambda: view(finished))
+    assert "data-reload=" in (tmp_path / REPORT).read_text()
+
+    def broken() -> StudyView:
+        raise OSError("the disk has gone")
+
+    report(broken)
+    report(broken)
+    assert said == ["report.html could not be written, and the study goes on: the disk has gone"]
 
 
 def test_the_report_says_how_sure_it_is(finished: Path) -> None:

@@ -14,9 +14,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "outputs" / "demo"
+EVALUATION = OUTPUT / "evaluation"
 PROMPT = "a photo of a red circle"
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
           "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+PAGES = {
+    "before": (OUTPUT / "doctor.html", "the pictures that are trained on"),
+    "while": (OUTPUT / "run.html", "losses, and what the U-Net sees"),
+    "after": (EVALUATION / "report.html", "what was learned, and which checkpoint to use"),
+}
 
 
 def main() -> int:
@@ -30,6 +36,10 @@ def main() -> int:
         ["merge_lora.py", "--models", adapter, "--output_dir", merged, "--overwrite"],
         ["generate.py", "--pretrained_model_name_or_path", merged, "--prompt", PROMPT,
          "--images", "4", "--steps", "12", "--output", picture],
+        # As few pictures and timesteps as make a page: it takes a quarter of the demo's time.
+        ["evaluate.py", "--checkpoint", OUTPUT, "--prompt", PROMPT, "--num-samples", "4", "--steps", "6",
+         "--batch_size", "2", "--representation_samples", "64", "--representation_timesteps", "50", "261", "500",
+         "--output_dir", EVALUATION, "--overwrite"],
     ])  # fmt: skip
     if failed:
         print(f"The demo ended here: exit code {failed}.", file=sys.stderr)
@@ -61,7 +71,11 @@ def print_summary(adapter: Path, merged: Path, picture: Path, seconds: float) ->
     print(f"merged model   {merged.relative_to(ROOT)}")
     print(f"picture        {picture.relative_to(ROOT)}  ({PROMPT})")
     print(f"TensorBoard    tensorboard --logdir {(OUTPUT / 'logs').relative_to(ROOT)}")
-    print(f"{seconds:.0f} s in all")
+    print("\nPages, for a browser:")
+    for when, (page, shows) in PAGES.items():
+        if page.is_file():
+            print(f"  {when:12} {page.relative_to(ROOT)}  ({shows})")
+    print(f"\n{seconds:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -28,6 +28,15 @@ from library.evaluation.generated_pictures import (
     pixels_of,
     save_pictures,
 )
+from library.evaluation.generation_result import (
+    BASE,
+    Best,
+    CheckpointPictures,
+    GenerationResult,
+    Strength,
+    to_use,
+)
+from library.evaluation.measure_table import MEASURES
 from library.evaluation.photos import Photo
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures, unit
 from library.evaluation.prompt_sets import PromptSet, is_ours, words_of
@@ -40,60 +49,6 @@ from library.models.locate import locate_base
 from library.progress import doing
 from library.words import plural
 from networks.adapters import Adapter
-
-BASE = "base"
-"""The name of the base without an adapter among the checkpoints."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    title: str
-    meaning: str
-    better: int
-    """1: higher is better, -1: lower is better, 0: neither."""
-    from_base: bool = False
-    """Whether it is a distance to the base: that of the base itself is 0, so that no difference to it is tested."""
-
-
-MEASURES = {
-    "likeness": Measure("Likeness", "DINOv2 cosine of pictures to the held-out photos, mean over all pairs.", 1),
-    "drift": Measure(
-        "Drift",
-        "1 - DINOv2 cosine between pictures with and without the adapter, of unrelated prompts and the same seed.",
-        -1,
-        from_base=True,
-    ),
-    "drift_pixels": Measure(
-        "Drift in pixels",
-        "Root mean square difference of the same pairs of pictures, where white is 1.",
-        -1,
-        from_base=True,
-    ),
-    "adherence": Measure("Adherence", "CLIP cosine of pictures of unrelated prompts to their prompts.", 1),
-    "adherence_subject": Measure(
-        "Adherence, subject",
-        "CLIP cosine of the subject's pictures to their prompts. CLIP does not know a new word.",
-        1,
-    ),
-    "diversity": Measure(
-        "Diversity",
-        "1 - DINOv2 cosine between seeds of one prompt of the subject, divided by the base's.",
-        0,
-    ),
-    "kid": Measure("KID", "Unbiased kernel distance of the subject's pictures to the photos, on DINOv2.", -1),
-    "cmmd": Measure("CMMD", "Unbiased CLIP distance (MMD x 1000) of the subject's pictures to the photos.", -1),
-    "loss": Measure(
-        "Denoising loss",
-        "Log of the loss on the held-out photos divided by the base's, photo by photo: -0.1 is 10 % less.",
-        -1,
-    ),
-    **{
-        f"loss_q{quarter}": Measure(
-            f"Loss, quarter {quarter}", f"The same on quarter {quarter} of the timesteps; 1 is the least noise.", -1
-        )
-        for quarter in range(1, QUARTERS + 1)
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -115,69 +70,8 @@ class GenerationPlan:
     clip_skip: int = 1
     batch_size: int = 1
     loss_seed: int = 0
-
-
-@dataclass
-class CheckpointPictures:
-    """The pictures of one checkpoint, and its losses [photos, timesteps]."""
-
-    subject: list[Image.Image]
-    unrelated: list[Image.Image]
-    losses: Tensor | None
-
-
-@dataclass
-class GenerationResult:
-    """drawn, estimates: by checkpoint, BASE first. against_base: the paired difference to the base, of measures not from_base.
-
-    anchors: values to compare a measure with, by its name.
-    """
-
-    candidates: Sequence[Candidate]
-    drawn: dict[str, CheckpointPictures]
-    estimates: dict[str, dict[str, Estimate]]
-    against_base: dict[str, dict[str, Estimate]]
-    best: dict[str, Best]
-    anchors: dict[str, float]
-    notes: list[str]
-
-    @property
-    def names(self) -> list[str]:
-        """The checkpoints' names, without the base."""
-        return [candidate.name for candidate in self.candidates]
-
-    @property
-    def measured(self) -> list[str]:
-        return list(self.estimates[BASE])
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything except the pictures; nan becomes null."""
-        steps: dict[str, int | None] = {BASE: 0, **{candidate.name: candidate.step for candidate in self.candidates}}
-        rows = []
-        for name, step in steps.items():
-            row: dict[str, Any] = {"name": name, "step": step}
-            row["metrics"] = {measure: estimate.to_json() for measure, estimate in self.estimates[name].items()}
-            if name != BASE:
-                row["against_base"] = {
-                    measure: {**gap.to_json(), "told_apart": gap.is_significant}
-                    for measure, gap in self.against_base[name].items()
-                }
-            rows.append(row)
-        return {
-            "meanings": {name: MEASURES[name].meaning for name in self.measured},
-            "checkpoints": rows,
-            "best": {name: {"checkpoint": best.name, "not_told_apart": best.alike} for name, best in self.best.items()},
-            "anchors": self.anchors,
-            "left_out": self.notes,
-        }
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best checkpoint by one measure. alike: those that do not differ from it significantly."""
-
-    name: str
-    alike: list[str]
+    strengths: Sequence[float] = ()
+    """Weights at which the checkpoint to use is drawn too, ascending; none: it is not."""
 
 
 def evaluate_generation(
@@ -199,14 +93,45 @@ def evaluate_generation(
     model = load_model(locate_base(plan.base), dtype=dtype, device=device)
     model.folded.check(list(plan.adapters.values()))
     on_loaded()
-    drawn = _draw_all(model, plan, pictures_folder, say)
-    del model
+    save = _Saving(plan, pictures_folder)
+    drawn = _draw_all(model, plan, save, say)
     with doing("measuring the pictures"):
-        return _Measurement(plan, drawn, dino, clip).result()
+        result = _Measurement(plan, drawn, dino, clip).result()
+    if plan.strengths:
+        chosen = to_use(result)
+        swept = _draw_strengths(model, plan, chosen, drawn, save, say)
+        with doing("measuring the pictures"):
+            measured = _Measurement(plan, swept, dino, clip).result()
+        result.strength = Strength(chosen, plan.strengths, measured)
+    return result
+
+
+def _draw_strengths(
+    model: DrawingModel,
+    plan: GenerationPlan,
+    name: str,
+    drawn: Mapping[str, CheckpointPictures],
+    save: _Saving,
+    say: Callable[[str], None],
+) -> dict[str, CheckpointPictures]:
+    """The base and a checkpoint at each weight, with the same prompts and seeds; at its own weight it is drawn already."""
+    candidate = next(one for one in plan.candidates if one.name == name)
+    swept = {BASE: replace(drawn[BASE], losses=None)}
+    new = [weight for weight in plan.strengths if weight != plan.weight]
+    with doing("drawing pictures", len(new) * len([*drawn[BASE].subject, *drawn[BASE].unrelated])) as activity:
+        for weight in plan.strengths:
+            if weight == plan.weight:
+                swept[f"{weight:g}"] = replace(drawn[name], losses=None)
+                continue
+            say(f"{name} at weight {weight:g}")
+            applied = AppliedAdapter(candidate.path, plan.adapters[name], weight)
+            swept[f"{weight:g}"] = one = _draw_one(model, plan, applied, None, activity.advance)
+            save(f"{name}@{weight:g}", one, applied)
+    return swept
 
 
 def _draw_all(
-    model: DrawingModel, plan: GenerationPlan, folder: Path | None, say: Callable[[str], None]
+    model: DrawingModel, plan: GenerationPlan, save: _Saving, say: Callable[[str], None]
 ) -> dict[str, CheckpointPictures]:
     encoded = None
     if plan.photos:
@@ -217,16 +142,31 @@ def _draw_all(
         applied = AppliedAdapter(candidate.path, plan.adapters[candidate.name], plan.weight)
         models.append((candidate.name, applied))
     drawn = {}
-    base = model_name(plan.base), None if folder is None else model_hash(Path(plan.base).expanduser())
     each = sum(len(prompts.places) for prompts in (plan.subject, plan.unrelated) if prompts is not None)
     with doing("drawing pictures", len(models) * each) as activity:
         for number, (name, adapter) in enumerate(models, start=1):
             say(f"{number}/{len(models)} {name}")
             drawn[name] = _draw_one(model, plan, adapter, encoded, activity.advance)
-            if folder is not None:
-                for kind, prompts, made in _by_kind(plan, drawn[name]):
-                    save_pictures(folder / name.replace("/", "_"), kind, prompts, made, adapter, *base)
+            save(name, drawn[name], adapter)
     return drawn
+
+
+@dataclass
+class _Saving:
+    """Saves the pictures of checkpoints, in a folder for each; without a folder, nowhere."""
+
+    plan: GenerationPlan
+    folder: Path | None
+
+    @cached_property
+    def _base(self) -> tuple[str, str | None]:
+        return model_name(self.plan.base), model_hash(Path(self.plan.base).expanduser())
+
+    def __call__(self, name: str, drawn: CheckpointPictures, adapter: AppliedAdapter | None) -> None:
+        if self.folder is None:
+            return
+        for kind, prompts, made in _by_kind(self.plan, drawn):
+            save_pictures(self.folder / name.replace("/", "_"), kind, prompts, made, adapter, *self._base)
 
 
 def _draw_one(
@@ -281,10 +221,12 @@ class _Measurement:
         estimates = {name: {m: self._estimate(m, self.statistics[m][name]) for m in order} for name in names}
         paired = [name for name in order if not MEASURES[name].from_base]
         against = {name: {m: self._gap(m, name, BASE) for m in paired} for name in names if name != BASE}
+        known = {candidate.name: candidate.step for candidate in self.plan.candidates}
+        own = {name: known.get(name) for name in names if name != BASE}
+        *earlier, newest = own
+        last = {name: {m: self._gap(m, name, newest) for m in order} for name in earlier}
         best = {m: self._best(m, estimates) for m in order if MEASURES[m].better}
-        return GenerationResult(
-            self.plan.candidates, dict(self.drawn), estimates, against, best, self.anchors, self.notes
-        )
+        return GenerationResult(own, dict(self.drawn), estimates, against, last, best, self.anchors, self.notes)
 
     def _add(self, measure: str, groups: Tensor, statistic: Callable[[str], Statistic]) -> None:
         self.groups[measure] = groups

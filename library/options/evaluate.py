@@ -144,11 +144,43 @@ class MeasureOptions:
 
 
 @dataclass(frozen=True)
+class StrengthOptions:
+    """At which weight to use the best checkpoint."""
+
+    strength: bool = False
+    """Draw the checkpoint to use at each of --strengths too, and recommend the weight from which on likeness no longer rises
+    beyond its interval. It draws as many pictures again for each weight."""
+    strengths: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
+    """Weights for --strength."""
+    write: bool = False
+    """Write the recommended weight into the adapter (ss_recommended_weight) and into the .json beside it, with a preview .png, as
+    A1111 and ComfyUI's managers show them. The adapter's tensors stay as they are, byte by byte."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.strength or not self.write, "write", "needs --strength, which finds the weight. Give both, or neither."
+        )
+        require(
+            self.strength or self.strengths == StrengthOptions.strengths,
+            "strengths",
+            "has no effect without --strength. Give both, or leave it out.",
+        )
+        require(
+            len(self.strengths) >= 2
+            and list(self.strengths) == sorted(set(self.strengths))
+            and all(0 < weight <= 10 for weight in self.strengths),
+            "strengths",
+            f"must name two weights or more above 0 and up to 10, ascending, got {list(self.strengths)}.",
+        )
+
+
+@dataclass(frozen=True)
 class EvaluateOptions:
     checkpoints: CheckpointOptions
     pictures: PictureOptions
     sampling: SamplingOptions
     measures: MeasureOptions
+    strengths: StrengthOptions
     dtype: Precision | None = None
     """Number format of the base. Default: fp16 on a GPU, float elsewhere."""
     device: str | None = None

@@ -136,11 +136,15 @@ def _drawn(curve: Curve, kind: str, x, y) -> str:  # type: ignore[no-untyped-def
 
 
 def _finite(curve: Curve, log: bool) -> Curve:
-    def fits(*values: float) -> bool:
-        return all(math.isfinite(value) and (value > 0 or not log) for value in values)
+    def fits(*heights: float) -> bool:
+        return all(math.isfinite(height) and (height > 0 or not log) for height in heights)
 
     band = list(curve.band) or [(y, y) for _, y in curve.points]
-    kept = [(point, pair) for point, pair in zip(curve.points, band, strict=True) if fits(point[0], point[1])]
+    kept = [
+        (point, pair)
+        for point, pair in zip(curve.points, band, strict=True)
+        if math.isfinite(point[0]) and fits(point[1])
+    ]
     # A band that is not known at a point has no width there.
     pairs = [pair if fits(*pair) else (point[1], point[1]) for point, pair in kept]
     return Curve(curve.name, [point for point, _ in kept], pairs if curve.band else (), curve.bars, curve.quiet)
@@ -181,4 +185,4 @@ class _Axis:
 def _tick_text(value: float) -> str:
     if abs(value) >= 10_000 and value == round(value, -2):
         return f"{value / 1000:g}k"
-    return f"{round(value, 12):.4g}"
+    return f"{value:.4g}"

@@ -35,6 +35,7 @@
     show(found < 0 ? last : found);
     const row = strip.querySelector(".frames");
     row.scrollLeft = row.scrollWidth;
+    row.scrollTop = row.scrollHeight;
   }
 
   const live = document.querySelector("[data-reload]");

@@ -211,17 +211,19 @@ class Page:
         )
 
     def html(self) -> str:
-        side = None
-        while True:
-            text = self._html(side)
-            held = [part for part in self._parts if isinstance(part, _Pictures) and part.pictures]
-            largest = max((part.side(side) for part in held), default=0)
+        """With pictures as large as they were asked for, or where that is too much for one page, as there is room for."""
+        side, text = None, self._html(None)
+        held = [part for part in self._parts if isinstance(part, _Pictures) and part.pictures]
+        while len(text.encode()) > MOST_BYTES and held and side != LEAST_SIDE:
+            largest = max(part.side(side) for part in held)
             of_pictures = sum(len(part.html(side)) for part in held)
-            room = MOST_BYTES - (len(text.encode()) - of_pictures)
-            if len(text) <= MOST_BYTES or largest <= LEAST_SIDE:
-                return text
-            share = max(room, 0) / of_pictures
-            side = max(LEAST_SIDE, min(int(largest * share**0.5), int(0.85 * largest)))
+            room = max(MOST_BYTES - len(text.encode()) + of_pictures, 0)
+            # At first only in another form, which may do.
+            side = (
+                largest if side is None else max(LEAST_SIDE, int(0.95 * largest * min(room / of_pictures, 0.9) ** 0.5))
+            )
+            text = self._html(side)
+        return text
 
     def _html(self, side: int | None) -> str:
         """side: that no picture is larger than; None leaves each as it was asked for."""
@@ -254,7 +256,7 @@ class Page:
 
 
 class Embedded:
-    """A picture of which what goes into a page is kept, for pages that are written again and again."""
+    """A picture of which what goes into a page is kept, for pages that are written again and again. quality: see picture_uri."""
 
     def __init__(self, picture: Image.Image, max_side: int, quality: int | None = None) -> None:
         self.picture, self.quality = smaller(picture, max_side), quality
@@ -265,11 +267,11 @@ class Embedded:
         return max(self.picture.size)
 
     def uri(self, most: int | None) -> str:
-        """No side of it above `most` pixels."""
-        if most is not None and most >= self.side:
-            most = None
+        """As it is; or, to save room, no side of it above `most` pixels, and not kept exactly."""
+        most = None if most is not None and most >= self.side and self.quality is not None else most
         if most not in self._uris:
-            self._uris[most] = picture_uri(self.picture, most, self.quality)
+            quality = self.quality if most is None else self.quality or WEBP_QUALITY
+            self._uris[most] = picture_uri(self.picture, most, quality)
         return self._uris[most]
 
 
@@ -323,8 +325,7 @@ def picture_uri(picture: Image.Image, max_side: int | None = 512, quality: int |
     """A picture as a data URI, no side of it above `max_side` pixels: small ones as PNG, others, or with `quality` all, as WebP."""
     file = io.BytesIO()
     shown = picture if max_side is None else smaller(picture, max_side)
-    # Of what is made smaller nothing is left to be kept exactly.
-    if quality is None and max(shown.size) <= LOSSLESS_SIDE and shown.size == picture.size:
+    if quality is None and max(shown.size) <= LOSSLESS_SIDE:
         shown.save(file, "PNG", optimize=True)
         kind = "png"
     else:

@@ -12,11 +12,13 @@ from types import FrameType
 from library.signals import caught
 
 NOTHING, SAMPLE, SAVE, STOP = 0, 1, 2, 3  # the stronger, the larger
+LOOKED_EVERY = 1.0
+"""Seconds between two looks into the folder."""
 FILES = {STOP: "stop", SAVE: "save", SAMPLE: "sample"}
 
 
 class Requests:
-    """The strongest request since the last call. The folder is read at most once a second."""
+    """The strongest request since the last call. The folder is read at most once in LOOKED_EVERY."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,7 +39,7 @@ class Requests:
         self.reason = signal.Signals(number).name
 
     def look(self) -> int:
-        if self._signalled == NOTHING and time.monotonic() - self._looked >= 1.0:
+        if self._signalled == NOTHING and time.monotonic() - self._looked >= LOOKED_EVERY:
             self._looked = time.monotonic()
             for request, name in FILES.items():
                 if (self.folder / name).is_file():

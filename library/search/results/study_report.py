@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,7 @@ from PIL import Image
 from library.report.page import Page
 from library.search.results import charts
 from library.search.results.contact_sheet import sheet_pictures
+from library.search.results.recipe import recipe_command, recipe_words
 from library.search.results.status import StudyView, broke_words
 from library.search.study.ledger import PRUNED_AT, SEED, WITHDRAWN
 from library.search.study.running import BASELINE, INITIAL
@@ -34,14 +36,23 @@ OBJECTIVE_WORDS = {
 }
 
 
-def build_report(view: StudyView, folder: Path) -> Page:
-    """The report of a finished or running study. folder: of the study; pictures that are not there are left out."""
+RELOAD = 60.0
+"""Seconds after which a browser loads the page of a running study again."""
+SHEET_TRIALS = 3
+"""Of the contact sheet, beside the recommendation: the base and so many of the best."""
+
+
+def build_report(view: StudyView, folder: Path, *, is_running: bool = False) -> Page:
+    """The report of a study. folder: of the study; pictures that are not there are left out. is_running: the page loads itself
+    again."""
     progress, terms = view.progress, view.terms
     page = Page(
         f"Search: {view.name}",
         f"{progress.done} of {view.n_trials} trials of {terms['script']}.py, objective {terms['objective']}.",
+        RELOAD if is_running else None,
     )
-    _recommendation(page, view)
+    _recommendation(page, view, folder)
+    _certainty(page, view)
     _best(page, view, folder)
     if any(is_real(trial) for trial in view.trials):
         _search(page, view)
@@ -51,10 +62,25 @@ def build_report(view: StudyView, folder: Path) -> Page:
     return page
 
 
-def _recommendation(page: Page, view: StudyView) -> None:
+def _recommendation(page: Page, view: StudyView, folder: Path) -> None:
+    """The recipe in words, the command, the best pictures."""
     verdict = view.verdict
     page.heading("Recommendation")
+    if recipe := recipe_words(view):
+        page.verdict(recipe)
     (page.paragraph if verdict.is_winner else page.notice)(verdict.words)
+    if command := recipe_command(folder, view.name):
+        page.code(command)
+    pictures = sheet_pictures(folder)
+    columns = list(dict.fromkeys(caption.partition(",")[0] for _, caption in pictures))[: SHEET_TRIALS + 1]
+    _sheet(page, [(path, caption) for path, caption in pictures if caption.partition(",")[0] in columns], len(columns))
+    for level, alert in view.alerts.items():
+        page.notice(f"{level}: {alert['words']}")
+
+
+def _certainty(page: Page, view: StudyView) -> None:
+    verdict = view.verdict
+    page.heading("How certain it is")
     if verdict.best is not None and not verdict.best.again:
         page.paragraph(
             "The lowest of many noisy values is too low by chance. This trial has not been trained again with other seeds, so "
@@ -75,8 +101,6 @@ def _recommendation(page: Page, view: StudyView) -> None:
     page.paragraph(OBJECTIVE_WORDS[view.terms["objective"]])
     if verdict.broke:
         page.paragraph(f"{broke_words(verdict.broke)}.")
-    for level, alert in view.alerts.items():
-        page.notice(f"{level}: {alert['words']}")
 
 
 def _best(page: Page, view: StudyView, folder: Path) -> None:
@@ -102,17 +126,22 @@ def _best(page: Page, view: StudyView, folder: Path) -> None:
         f"{_number(verdict.default)} on average.",
     )
     pictures = sheet_pictures(folder)
-    if pictures:
+    columns = len({caption.partition(",")[0] for _, caption in pictures})
+    if columns > SHEET_TRIALS + 1:  # else all of it is above
         page.heading("Contact sheet", level=3)
         page.paragraph(
             "All have the same prompts and seeds. The value does not measure everything that you see: optimize.py pick N makes "
             "trial N the study's choice."
         )
-        columns = len({caption.partition(",")[0] for _, caption in pictures})
-        opened = []
-        for path, caption in pictures:
-            with Image.open(path) as picture:
-                opened.append((picture.convert("RGB"), caption))
+        _sheet(page, pictures, columns)
+
+
+def _sheet(page: Page, pictures: Sequence[tuple[Path, str]], columns: int) -> None:
+    opened = []
+    for path, caption in pictures:
+        with Image.open(path) as picture:
+            opened.append((picture.convert("RGB"), caption))
+    if opened:
         page.pictures(opened, columns=columns, max_side=384)
 
 

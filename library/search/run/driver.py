@@ -22,6 +22,7 @@ from library.search.messages import Progress as JobProgress
 from library.search.results.best_trial import write_best
 from library.search.results.dashboard import attach_pictures
 from library.search.results.kept_adapters import keep_best_adapters
+from library.search.results.running_report import RunningReport
 from library.search.results.status import StudyView, now_lines
 from library.search.run.console import Console
 from library.search.run.failures import FailuresInARow, ending_words
@@ -78,6 +79,7 @@ class Driver:
         self._trainers: dict[int, Trainer] = {}
         self._fatal: BaseException | None = None
         self._failures = FailuresInARow()
+        self._report_page = RunningReport(plan.output_dir, self.say)
         self._more = most_confirmations(plan.n_trials, plan.confirm, plan.new_seeds)
         self._writing = threading.Lock()
         """Held by the worker that writes the study's files after a trial."""
@@ -332,6 +334,7 @@ class Driver:
                 self._end(RunFailed(f"{self._failures.words()} See {logs}. Run the same command again to continue."))
             if ledger.creates:
                 self._report(ledger)
+            self._report_page(lambda: StudyView(self.plan.name, self.plan.storage, self._study))
 
     def _report(self, ledger: Ledger) -> None:
         """After each trial: alerts, best_params.json, the progress."""

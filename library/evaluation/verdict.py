@@ -1,0 +1,98 @@
+"""What a person is to do after an evaluation, in a sentence; and which numbers are noise."""
+
+from __future__ import annotations
+
+import math
+
+from library.evaluation.generation_result import BASE, GenerationResult, Strength, follows_less, rises, to_use
+from library.evaluation.measure_table import MEASURES
+
+
+def verdict(result: GenerationResult) -> str:
+    """ "dog-000002: as like as the last, half the drift. Use it at 0.8." """
+    name = to_use(result)
+    if "likeness" in result.best and not rises(result.against_base[result.best["likeness"].name]["likeness"]):
+        own, base = result.estimates[result.best["likeness"].name]["likeness"], result.estimates[BASE]["likeness"].value
+        return (
+            f"No checkpoint is significantly more like the subject than the base ({own}, the base {base:.3f}): train longer, at a "
+            "higher learning rate, or judge by more pictures (--num-samples)."
+        )
+    why = ", ".join(_why(result, name))
+    less = " It follows prompts less than the base does." if follows_less(result, name) else ""
+    return f"{name}: {why}. {_use(result)}{less}"
+
+
+def _why(result: GenerationResult, name: str) -> list[str]:
+    last, own = result.names[-1], result.estimates[name]
+    if name != last:
+        return [_likeness_to_last(result, name), _drift_to_last(result, name)]
+    if len(result.names) > 1 and "likeness" in result.best:
+        return ["the last, and none is significantly more like or, as like as it, drifts significantly less"]
+    words = []
+    if "likeness" in own:
+        words.append(f"likeness {own['likeness']}, the base's {result.estimates[BASE]['likeness'].value:.3f}")
+    elif len(result.names) > 1:
+        words.append("the last")
+    another = f", another seed's {result.anchors['drift']:.3f}" if "drift" in result.anchors else ""
+    return [*words, f"drift {own['drift']}{another}"]
+
+
+def _likeness_to_last(result: GenerationResult, name: str) -> str:
+    gaps = result.against_last[name]
+    if "likeness" in gaps:
+        return "more like than the last" if rises(gaps["likeness"]) else "as like as the last"
+    if "loss" in gaps:
+        gap = gaps["loss"]
+        return "less loss than the last" if gap.is_significant and gap.value < 0 else "as little loss as the last"
+    return "nothing says how like the subject it is"
+
+
+def _drift_to_last(result: GenerationResult, name: str) -> str:
+    last = result.estimates[result.names[-1]]["drift"].value
+    if not result.against_last[name]["drift"].is_significant or last <= 0:
+        return "and as much drift"
+    share = result.estimates[name]["drift"].value / last
+    if abs(share - 0.5) <= 0.05:
+        return "half the drift"
+    return f"{share:.0%} of its drift"
+
+
+def _use(result: GenerationResult) -> str:
+    strength = result.strength
+    if strength is None or strength.recommended is None:
+        return "Use it."
+    return f"Use it at {strength.recommended:g}."
+
+
+def strength_words(strength: Strength) -> str:
+    """What the weights from which a person chooses do."""
+    swept, alike = strength.swept, strength.alike
+    if "likeness" not in swept.best:
+        return (
+            "No weight is recommended, because likeness was not measured: that takes held-out photos (--reference_dir)."
+        )
+    if not alike:
+        return (
+            "No weight is recommended: at none is likeness significantly above the base's. More pictures (--num-samples) tell "
+            "more."
+        )
+    at, best, end = f"{alike[0]:g}", swept.best["likeness"].name, f"{alike[-1]:g}"
+    likeness, drift = (
+        {weight: swept.estimates[weight][measure] for weight in swept.names} for measure in ("likeness", "drift")
+    )
+    if at == best:
+        return (
+            f"Likeness is highest at {at} ({likeness[at]}) and significantly lower at each weight below. Drift is {drift[at]} "
+            "there."
+        )
+    return (
+        f"From {at} on likeness no longer rises beyond its interval: {likeness[at]} there, and {likeness[best]} at {best}, where "
+        f"it is highest. From {at} to {end} it does not differ significantly, while drift goes from {drift[at].value:.3f} to "
+        f"{drift[end].value:.3f}."
+    )
+
+
+def is_noise(result: GenerationResult, name: str, measure: str) -> bool:
+    """Whether a number says nothing: its difference to the base (of a distance to the base, itself) is within its interval."""
+    gap = result.estimates[name][measure] if MEASURES[measure].from_base else result.against_base[name][measure]
+    return math.isfinite(gap.margin) and not gap.is_significant
