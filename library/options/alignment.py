@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from library.options.checks import not_negative, positive, require, share
+from library.options.given import OptionalCount
 from library.options.recipes import Recipe, WithRecipes
 
 Tap = Literal["enc_last", "mid", "dec_first"]
+GRADIENT_EVERY = 50
+"""Steps between measurements where only align_stop_on_conflict is given: 1 % of a run for the second backward pass."""
 
 RECIPES: dict[str, Recipe] = {
     "trd": Recipe(
@@ -86,7 +89,14 @@ class AlignmentOptions(TokenOptions, WithRecipes):
     """lambda by the noise of each picture: the same at all, U-REPA's V (half at t = 0.5), or only within align_window, of t or of
     log-SNR. t is the flow's, 0 without noise and 1 of noise alone; other bases align at the same signal-to-noise ratios."""
     align_window: tuple[float, float] | None = None
-    """Lowest and highest t or log-SNR at which pictures are aligned (align_timesteps t, log_snr). 0.1 1 leaves out the least noise."""
+    """Lowest and highest t or log-SNR at which pictures are aligned (align_timesteps t, log_snr). 0.1 1: all but little noise."""
+    align_stop_on_plateau: OptionalCount = None
+    """End alignment when the running mean of the token cosine has not risen for so many steps after the warm-up."""
+    align_gradient_every: OptionalCount = None
+    """Measure the cosine between the adapters' gradients of the diffusion and the alignment loss every so many steps, by a second
+    backward pass. Default: 50 with align_stop_on_conflict, else never."""
+    align_stop_on_conflict: OptionalCount = None
+    """End alignment when the running mean of these cosines has been below 0 in so many measurements in a row (HASTE)."""
     token_weight: float = 1.0
     """Weight of the token loss, 1 - cosine. 0 leaves it out: its value is logged and trains nothing."""
     manifold_weight: float = 3.0
@@ -119,10 +129,24 @@ class AlignmentOptions(TokenOptions, WithRecipes):
             "and token_weight are both 0: nothing would be aligned. Raise one of them, or use align_coeff 0 to train without.",
         )
         share("teacher_norm", self.teacher_norm)
+        for name in ("align_stop_on_plateau", "align_gradient_every", "align_stop_on_conflict"):
+            positive(name, getattr(self, name))
+        require(
+            self.align_stop_on_plateau is None or self.token_weight > 0,
+            "align_stop_on_plateau",
+            "goes by the token cosine, which nothing raises with token_weight 0. Use align_stop_on_conflict.",
+        )
         not_negative("manifold_margin", self.manifold_margin)
         positive("manifold_clip", self.manifold_clip)
         require(self.manifold_random_tokens >= 2, "manifold_random_tokens", "must be at least 2.")
         self._check_schedule()
+
+    @property
+    def gradient_every(self) -> int | None:
+        """Steps between measurements of the gradient cosine; None where it is never measured."""
+        if self.align_gradient_every is None and self.align_stop_on_conflict is not None:
+            return GRADIENT_EVERY
+        return self.align_gradient_every
 
     def _check_schedule(self) -> None:
         schedule, cutoff = self.align_schedule, self.align_cutoff_step

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,12 @@ from library.diffusion.alignment_losses import Weights
 from library.diffusion.alignment_schedules import align_coefficient, timestep_weights
 from library.diffusion.parametrisation import Parametrisation
 from library.options.alignment import AlignmentOptions
+from library.options.run import RunOptions
 from library.options.training import OptimizerOptions
+from library.processes import Processes
+from library.training.alignment_end import AlignmentEnd, GradientCosine
 from library.training.optimizers import ParameterGroup
+from library.training.plan import Plan
 from networks.align_head import AlignHeads, HeadKind
 from networks.features import capture, tap_channels
 
@@ -45,16 +50,37 @@ class Alignment:
     gather: losses.Gather | None = None
     last_step: int | None = None
     """Of the run, where lambda falls until then."""
+    end: AlignmentEnd | None = None
+    """What may end alignment before the run ends."""
 
     @classmethod
     def attach(
-        cls, unet: nn.Module, heads: AlignHeads, options: AlignmentOptions, context: ExitStack, **others: Any
+        cls,
+        unet: Any,
+        options: RunOptions,
+        teacher_width: int,
+        adapters: list[nn.Parameter],
+        plan: Plan,
+        processes: Processes,
+        context: ExitStack,
     ) -> Alignment:
         """With the features of `unet`, caught as long as `context` is open. To be called before anything is compiled.
 
-        others: gather, last_step.
+        adapters: what is trained beside the heads.
         """
-        return cls(heads, context.enter_context(capture(unet, list(heads))), options, **others)
+        o = options.alignment
+        heads = make_heads(
+            unet.config, o.taps, teacher_width, grid=o.token_grid, kind=o.align_head, seed=options.training.seed
+        )
+        heads = heads.to(processes.device, torch.bfloat16 if options.model.full_bf16 else torch.float32)
+        features = context.enter_context(capture(unet, list(heads)))
+        end = None
+        if o.align_stop_on_plateau is not None or o.gradient_every is not None:
+            end = AlignmentEnd(o, processes.say, GradientCosine(adapters, processes))
+        gather = None
+        if o.manifold_mode == "sample" and processes.world_size > 1:
+            gather = partial(processes.gather_rows, most=plan.batch_size)  # no batch is larger
+        return cls(heads, features, o, gather, plan.last_step, end)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -69,6 +95,8 @@ class Alignment:
     def coefficient(self, step: int) -> float:
         """lambda(step)."""
         o = self.options
+        if self.end is not None and self.end.step is not None and step >= self.end.step:
+            return 0.0
         return align_coefficient(
             step, o.align_coeff, o.align_schedule, o.align_warmup_steps, o.align_cutoff_step, self.last_step
         )
@@ -158,10 +186,6 @@ class Alignment:
         first, *others = (self.weights[name] * value for name, value in aligned.items())
         return sum(others, start=first)
 
-    def parts(self, aligned: AlignmentLosses, coefficient: torch.Tensor) -> dict[str, torch.Tensor]:
-        """For the metrics. coefficient: lambda, on the device."""
-        return {**aligned, "lambda": coefficient}
-
 
 def make_heads(
     unet_config: Mapping[str, Any], taps: Sequence[str], teacher_width: int, *, grid: int, kind: HeadKind, seed: int
@@ -179,4 +203,4 @@ def head_parameters(heads: AlignHeads) -> dict[str, nn.Parameter]:
 def head_group(heads: AlignHeads, options: OptimizerOptions) -> ParameterGroup:
     """The heads learn at a rate and with a decay of their own."""
     rate = options.learning_rate if options.align_learning_rate is None else options.align_learning_rate
-    return ParameterGroup(PART, list(heads.parameters()), rate, options.align_weight_decay)
+    return ParameterGroup(PART, list(heads.parameters()), rate, options.align_weight_decay, options.align_max_grad_norm)

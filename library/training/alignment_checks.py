@@ -29,12 +29,11 @@ def _check_window(options: RunOptions, base: BaseLocation, family: Family) -> No
     if o.align_timesteps == "all" or o.align_window is None:
         return
     scheduler = load_scheduler_config(base)
-    mode = flow_mode(options, scheduler)
-    if mode is not None:
+    path = parametrisation_of(scheduler)
+    if (mode := flow_mode(options, scheduler)) is not None:
         path = trained_path(options, scheduler, family, native_side(base), mode)
-    else:
-        path = parametrisation_of(scheduler)
-        path = path.with_zero_terminal_snr() if options.noise.zero_terminal_snr else path
+    elif options.noise.zero_terminal_snr:
+        path = path.with_zero_terminal_snr()
     first, end = options.noise.timesteps
     timesteps = path.spread(torch.arange(_PLACES, dtype=torch.float64) / _PLACES)
     timesteps = timesteps[(timesteps >= first) & (timesteps < end)]

@@ -155,6 +155,7 @@ def meta_step(
     scheduler = configs_of(family).scheduler if location is None else load_scheduler_config(location)
     frozen = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
     processes = _Alone()
+    plan = Plan(size.pictures, size.pictures, options.training.gradient_accumulation_steps, 1, 1, 10_000, 0)
     unused = cast(Any, None)
     task = make_task(
         options,
@@ -165,16 +166,15 @@ def meta_step(
         make_objective(options, scheduler, family, family.native_side, processes),
         context,
         teacher_width=size.teacher_width,
-        gather=None,
         scaling_factor=family.scaling_factor,
         training=CachedSamples((), *Stores(unused, None), text, seed=0, last_step=1),
         validation={},
+        plan=plan,
     )
     optimizer = rates = None
     if as_adamw:
         optimizer = AdamW([{"params": list(group.parameters), "name": group.name} for group in task.groups], fused=True)
         rates = lambda step: [group.learning_rate for group in task.groups]  # noqa: E731
-    plan = Plan(size.pictures, size.pictures, options.training.gradient_accumulation_steps, 1, 1, 10_000, 0)
     run = Run(
         task=task,
         plan=plan,
@@ -188,6 +188,7 @@ def meta_step(
         checkpoints=cast(Checkpoints, unused),
         validates=False,
         after_step=after_step_of(options, task),
+        watch=None if task.alignment is None else task.alignment.end,
     )
     at_rest = processes.said[: sum(options.model.format_at_rest(name) is not None for name in models)]
     return MetaStep(run, task, _batch(options, family, models, text, size), models, frozen, at_rest)

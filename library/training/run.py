@@ -23,7 +23,6 @@ from library.data.text_embeddings import TextEmbeddings
 from library.data.trained_image import TrainedImage
 from library.data.training_images import TrainingImage
 from library.device import named_dtype
-from library.diffusion.alignment_losses import Gather
 from library.diffusion.loss import PointwiseLoss
 from library.diffusion.objective import Objective
 from library.diffusion.predictions import EPSILON, FLOW, VELOCITY, Prediction
@@ -41,7 +40,7 @@ from library.options.run import RunOptions
 from library.processes import Processes
 from library.training.alignment import PART, Alignment, head_group, head_parameters
 from library.training.caches import Prepared, Stores
-from library.training.checkpoints import Checkpoints
+from library.training.checkpoints import Checkpoints, Memory
 from library.training.earlier import run_record
 from library.training.ema import ExponentialAverage
 from library.training.facts import state_facts
@@ -52,7 +51,6 @@ from library.training.loop import Run, backward
 from library.training.loss_scaling import LossScaler
 from library.training.metadata import AdapterMetadata
 from library.training.models import (
-    build_heads,
     build_network,
     parameter_groups,
     scaling_factor,
@@ -150,6 +148,9 @@ def build_run(
 
     every_n_steps, every_n_epochs = options.output.validate_every_n_steps, options.validation.validate_every_n_epochs
     patience = None if options.validation.early_stop is None else Patience(options.validation.early_stop, processes.say)
+    end = None if task.alignment is None else task.alignment.end
+    found: dict[str, Memory | None] = {"patience": patience, "alignment_end": end}
+    memories = {name: memory for name, memory in found.items() if memory is not None}
     run = Run(
         task=task,
         plan=plan,
@@ -169,7 +170,7 @@ def build_run(
             processes,
             order=order,
             export=export,
-            patience=patience,
+            memories=memories,
             pictures=marks_of_prepared(prepared) if samples else {},
         ),
         validates=bool(task.validation),
@@ -177,6 +178,7 @@ def build_run(
         validation_due=lambda step: validation_due(step, every_n_steps, every_n_epochs, plan.steps_per_epoch),
         enough=patience,
         after_step=after_step_of(options, task),
+        watch=end,
     )
     if options.speed.compile == "graphs":
         run.graphs = Graphs(
@@ -218,11 +220,10 @@ def build_task(
         make_objective(options, load_scheduler_config(base), family, native_side(base), processes),
         context,
         teacher_width=None if tokens is None else tokens.width,
-        gather=_gather(processes, plan),
         scaling_factor=scaling_factor(options, base, family),
         training=training,
         validation=validation,
-        last_step=plan.last_step,
+        plan=plan,
     )
 
 
@@ -236,13 +237,12 @@ def make_task(
     context: ExitStack,
     *,
     teacher_width: int | None,
-    gather: Gather | None,
     scaling_factor: float,
     training: CachedSamples,
     validation: dict[str, CachedSamples],
-    last_step: int | None = None,
+    plan: Plan,
 ) -> LoraTask:
-    """The same of models that are there. teacher_width: of the tokens that heads learn; None: no heads. last_step: of the run."""
+    """The same of models that are there. teacher_width: of the tokens that heads learn; None: no heads."""
     unet = models[UNET]
     for sentence in quantise(models, options):
         processes.say(sentence)
@@ -250,10 +250,9 @@ def make_task(
     groups = parameter_groups(network, options, family)
     alignment = None
     if teacher_width is not None:
-        heads = build_heads(options, unet.config, teacher_width).to(processes.device)
-        across = gather if options.alignment.manifold_mode == "sample" else None
-        alignment = Alignment.attach(unet, heads, options.alignment, context, gather=across, last_step=last_step)
-        groups.append(head_group(heads, options.optimizer))
+        adapters = [parameter for group in groups for parameter in group.parameters]
+        alignment = Alignment.attach(unet, options, teacher_width, adapters, plan, processes, context)
+        groups.append(head_group(alignment.heads, options.optimizer))
     for group in groups:
         processes.say(
             f"training {sum(p.numel() for p in group.parameters):,} parameters of {group.name} at {group.learning_rate:g}"
@@ -290,13 +289,6 @@ def make_task(
         channels_last=bool(options.speed.channels_last),
         alignment=alignment,
     )
-
-
-def _gather(processes: Processes, plan: Plan) -> Gather | None:
-    """Joins rows of all processes; no batch is larger than the plan's."""
-    if processes.world_size == 1:
-        return None
-    return lambda rows, sharing: processes.gather_rows(rows, sharing, most=plan.batch_size)
 
 
 def make_text(options: RunOptions, processes: Processes, prepared: Prepared, unet: Any, parts: list[TextPart]) -> Text:

@@ -91,9 +91,10 @@ class LoraTask:
             aligned = self.aligned(batch, drawn.timesteps, generator, with_gradient=counts)
             if coefficient is None:
                 coefficient = torch.full((), self.coefficient(step), device=latents.device)
+            weighed = coefficient * self.alignment.total(aligned)
             if counts:
-                parts["loss"] = parts["loss"] + coefficient * self.alignment.total(aligned)
-            parts |= self.alignment.parts(aligned, coefficient)
+                parts["loss"] = parts["loss"] + weighed
+            parts |= {"alignment": weighed, **aligned, "lambda": coefficient}
         return parts
 
     def latents(self, batch: Batch) -> Tensor:
