@@ -39,7 +39,7 @@ EVERYTHING = (
     "--ip_noise_gamma 0.1 --ip_noise_gamma_random_strength --loss_type huber --masked_loss --alpha_mask --masked_loss_renormalize "
     "--debiased_estimation_loss --scale_weight_norms 1 --gradient_accumulation_steps 2"
 )
-HEADS = "--alignment --taps enc_last mid dec_first"
+HEADS = "--alignment --taps enc_last mid dec_first --align_film"
 MEASURED = "--teacher_norm 0.6 --align_timesteps v --align_gradient_every 1 --align_max_grad_norm 1"
 
 

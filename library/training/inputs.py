@@ -44,7 +44,7 @@ def input_checks(options: RunOptions, *, planning: bool = False) -> list[Callabl
     ]
     if (vae := model.vae) is not None:
         checks.append(lambda: check_vae_name(vae))
-    if options.alignment.alignment:
+    if options.alignment.needs_teacher:
         checks.append(lambda: check_dino(model.dino_model))
     if classes is None and not options.uses_demo:
         checks.append(lambda: read_datasets(options, native_side=SD15.native_side))
@@ -128,7 +128,7 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
     check_graphs(options, processes)
     with processes.main_first():
         base = locate_base(options.model.pretrained_model_name_or_path, base_components(options))
-        if options.alignment.alignment:
+        if options.alignment.needs_teacher:
             locate_dino(options.model.dino_model)
         if options.model.vae is not None:
             locate_vae(options.model.vae)

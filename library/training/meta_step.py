@@ -22,6 +22,7 @@ from library.models.load import TextPart, load_scheduler_config
 from library.models.locate import BaseLocation
 from library.options.run import RunOptions
 from library.processes import Processes
+from library.training.alignment import LATENTS_HEAD_WIDTH
 from library.training.caches import Stores
 from library.training.checkpoints import Checkpoints
 from library.training.loop import Run, take_step
@@ -47,7 +48,7 @@ class StepSize:
     preserved: bool = False
     """With pictures of diff_output_preservation."""
     teacher_width: int | None = None
-    """Of the tokens that heads learn; None: no heads."""
+    """Of the teacher's tokens, where heads learn from one."""
 
 
 @dataclass
@@ -165,7 +166,7 @@ def meta_step(
         text,
         make_objective(options, scheduler, family, family.native_side, processes),
         context,
-        teacher_width=size.teacher_width,
+        head_width=(size.teacher_width or LATENTS_HEAD_WIDTH) if options.alignment.alignment else None,
         scaling_factor=family.scaling_factor,
         training=CachedSamples((), *Stores(unused, None), text, seed=0, last_step=1),
         validation={},

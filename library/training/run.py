@@ -38,7 +38,7 @@ from library.options.parser import flatten
 from library.options.repa import RepaObjectiveOptions
 from library.options.run import RunOptions
 from library.processes import Processes
-from library.training.alignment import PART, Alignment, head_group, head_parameters
+from library.training.alignment import PART, Alignment, head_group, head_parameters, head_width
 from library.training.caches import Prepared, Stores
 from library.training.checkpoints import Checkpoints, Memory
 from library.training.earlier import run_record
@@ -210,7 +210,6 @@ def build_task(
     parts = prepared.models.text(options, base, family, processes.device) if prepared.text is None else []
     text = make_text(options, processes, prepared, unet, parts)
     training, validation = make_samples(options, prepared, text, plan)
-    tokens = prepared.training.tokens
     return make_task(
         options,
         processes,
@@ -219,7 +218,7 @@ def build_task(
         text,
         make_objective(options, load_scheduler_config(base), family, native_side(base), processes),
         context,
-        teacher_width=None if tokens is None else tokens.width,
+        head_width=head_width(options.alignment, prepared.training.tokens),
         scaling_factor=scaling_factor(options, base, family),
         training=training,
         validation=validation,
@@ -236,22 +235,22 @@ def make_task(
     objective: Objective,
     context: ExitStack,
     *,
-    teacher_width: int | None,
+    head_width: int | None,
     scaling_factor: float,
     training: CachedSamples,
     validation: dict[str, CachedSamples],
     plan: Plan,
 ) -> LoraTask:
-    """The same of models that are there. teacher_width: of the tokens that heads learn; None: no heads."""
+    """The same of models that are there. head_width: of what heads predict; None: no heads."""
     unet = models[UNET]
     for sentence in quantise(models, options):
         processes.say(sentence)
     network = build_network(models, options, family, start_weights(options))
     groups = parameter_groups(network, options, family)
     alignment = None
-    if teacher_width is not None:
+    if head_width is not None:
         adapters = [parameter for group in groups for parameter in group.parameters]
-        alignment = Alignment.attach(unet, options, teacher_width, adapters, plan, processes, context)
+        alignment = Alignment.attach(unet, options, head_width, adapters, plan, processes, context)
         groups.append(head_group(alignment.heads, options.optimizer))
     for group in groups:
         processes.say(
