@@ -24,6 +24,7 @@ page of them. Ratios are measured side by side in one run: on a shared machine t
 |---|---|
 | `store_read.py` | samples a second from the LMDB stores into a training batch, beside a memcpy of the same bytes |
 | `repa_step.py` | seconds, memory and data wait of a U-REPA step; full SD1.5 size on a GPU, the tiny model on a CPU |
+| `alignment_recipes.py` | what each way to align costs a step beside lambda 0: measured on the tiny model, counted at full size |
 | `merge.py` | seconds and memory of merging a LoRA into full-size SD1.5 or SDXL, beside `cp`, load-merge-save and another program |
 | `train_network.py` | seconds and memory of a LoRA step at full size, as a user starts it, beside published figures |
 | `beside.py` | start, step and memory of a LoRA training beside other programs, in turn on the same cores |

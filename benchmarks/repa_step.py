@@ -76,13 +76,13 @@ def main(argv: list[str]) -> None:
 
 
 def measure(
-    arguments: argparse.Namespace, folder: Path, context: ExitStack, *, full_size: bool
+    arguments: argparse.Namespace, folder: Path, context: ExitStack, *, full_size: bool, more: str = ""
 ) -> tuple[dict[str, object], dict[str, float]]:
     base, resolution, width, grid = (SD15, 512, 1024, 16) if full_size else ("tiny-sd15", 128, 64, 4)
     argv = f"""--train_data x --output_dir {folder / "out"} --resolution {resolution} --token_grid {grid}
         --train_batch_size {arguments.batch} --max_train_steps {arguments.steps} --log_every_n_steps 10
         --lora_scope {arguments.lora_scope} --compile {arguments.compile} --align_schedule constant
-        --mixed_precision {"bf16" if full_size else "no"} {"--no_deterministic" if arguments.no_deterministic else ""}"""
+        --mixed_precision {"bf16" if full_size else "no"} {"--no_deterministic" if arguments.no_deterministic else ""} {more}"""
     options = parse_repa_options(argv.split(), prog="repa_step", description="")
     processes = Processes()
     check_graphs(options, processes)

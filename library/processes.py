@@ -104,17 +104,16 @@ class Processes:
         return [item for part in parts for item in part]
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace gradients by their mean over processes, all in one collective."""
-        if self.world_size == 1:
+        """Replace gradients by their mean over processes."""
+        self.average([p.grad for p in parameters if p.grad is not None])
+
+    def average(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors by their mean over processes, all in one collective."""
+        if self.world_size == 1 or not tensors:
             return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:
-            return
-        flat = self.mean(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(
-            gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
-        )
+        flat = self.mean(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
     def gather_rows(self, rows: torch.Tensor, sharing: int | None = None, *, most: int | None = None) -> torch.Tensor:
         """[B, ...] of every process as [W*B, ...], in rank order, with gradients into this process's rows.

@@ -1,12 +1,12 @@
 """AlignHead: projects a feature map of the U-Net onto the token grid of a vision encoder.
 
-Source: U-REPA (arXiv 2503.18414, section 3.2, "upsample after the MLP"); the kind conv3x3 is iREPA's projector
-(arXiv 2512.10794).
+Source: U-REPA (arXiv 2503.18414, section 3.2, "upsample after the MLP", and its time-aware projector: scale and shift of the
+output by the timestep, FiLM); the kind conv3x3 is iREPA's projector (arXiv 2512.10794).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks import AdapterError
-from networks.trained_weights import Conv2d, draw_uniform, generator_for
+from networks.features import TIME
+from networks.trained_weights import Conv2d, Linear, draw_uniform, generator_for
 
 HeadKind = Literal["mlp", "linear", "conv3x3"]
 
@@ -24,6 +25,9 @@ class AlignHead(nn.Module):
 
     Of maps that are no squares, tokens are asked for on a grid of their own. The projection computes in the dtype of the
     feature map from float32 weights; all that follows is float32. The initial weights depend on `seed` and `name` alone.
+
+    time_width: of the embedding of the timesteps, by which the projection's output is scaled and shifted, at first by 1 and 0;
+    None: the head is the same at all timesteps.
     """
 
     def __init__(
@@ -35,20 +39,32 @@ class AlignHead(nn.Module):
         kind: HeadKind = "mlp",
         seed: int = 0,
         name: str = "mid",
+        time_width: int | None = None,
     ) -> None:
         super().__init__()
         self.grid = grid
         self.proj = _projection(in_channels, out_dim, kind)
         self._draw_weights(seed, name)
+        self.film = None
+        if time_width is not None:
+            with torch.device("meta"):
+                self.film = Linear(time_width, 2 * out_dim)
+            for name, weight in self.film.named_parameters():
+                setattr(self.film, name, nn.Parameter(torch.zeros(weight.shape)))
 
-    def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """grid: rows and columns of the tokens; None is the head's own square."""
+    def forward(self, features: Tensor, grid: tuple[int, int] | None = None, time: Tensor | None = None) -> Tensor:
+        """grid: rows and columns of the tokens; None is the head's own square. time: [B, T], which a head with FiLM needs."""
         projected = self.proj(features)  # [B, D, h, w]
         # The meta device, on which memory is forecast, knows no autocast.
         device = "cpu" if projected.is_meta else projected.device.type
         with torch.autocast(device, enabled=False):
             rows, columns = (self.grid, self.grid) if grid is None else grid
-            tokens = resize_bilinear(projected.float(), rows, columns).flatten(2).transpose(1, 2)  # [B, N, D]
+            projected = projected.float()
+            if self.film is not None:
+                assert time is not None
+                scale, shift = self.film(F.silu(time.float()))[..., None, None].chunk(2, dim=1)  # [B, D, 1, 1]
+                projected = projected * (1.0 + scale) + shift
+            tokens = resize_bilinear(projected, rows, columns).flatten(2).transpose(1, 2)  # [B, N, D]
             return F.normalize(tokens, dim=-1, eps=1e-6)  # a zero token gets a gradient of 1e6 at most, not 1e12
 
     def _draw_weights(self, seed: int, name: str) -> None:
@@ -61,21 +77,56 @@ class AlignHead(nn.Module):
                     layer.bias = nn.Parameter(draw_uniform(layer.bias.shape, generator, fan_in=fan_in))
 
 
-class AlignHeads(nn.ModuleDict):
-    """One AlignHead per tap; {tap: feature map} -> {tap: tokens}.
+def head_key(tap: str) -> str:
+    """First word of a head's weights: modules have names without a dot."""
+    return tap.replace(".", "_")
 
-    `channels` maps taps to the channels of their feature maps (see `features.tap_channels`). A tap's initial weights do
-    not depend on the other taps.
+
+class AlignHeads(nn.ModuleDict):
+    """One AlignHead per tap; {tap: feature map} -> {tap: tokens}. Taps are its keys.
+
+    `channels` maps taps to the channels of their feature maps (see `taps.tap_channels`). A tap's initial weights do
+    not depend on the other taps. time_width: see `AlignHead`.
     """
 
     def __init__(
-        self, channels: Mapping[str, int], out_dim: int, *, grid: int = 16, kind: HeadKind = "mlp", seed: int = 0
+        self,
+        channels: Mapping[str, int],
+        out_dim: int,
+        *,
+        grid: int = 16,
+        kind: HeadKind = "mlp",
+        seed: int = 0,
+        time_width: int | None = None,
     ) -> None:
-        heads = {tap: AlignHead(n, out_dim, grid=grid, kind=kind, seed=seed, name=tap) for tap, n in channels.items()}
-        super().__init__(heads)
+        super().__init__()
+        self.timed = time_width is not None
+        for tap, count in channels.items():
+            head = AlignHead(count, out_dim, grid=grid, kind=kind, seed=seed, name=tap, time_width=time_width)
+            self.add_module(head_key(tap), head)
+        self._taps = tuple(channels)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._taps)
+
+    def __contains__(self, tap: object) -> bool:
+        return tap in self._taps
+
+    def __getitem__(self, tap: str) -> nn.Module:
+        return super().__getitem__(head_key(tap))
+
+    @property
+    def captured(self) -> list[str]:
+        """What of a U-Net's pass the heads need; see `features.capture`."""
+        return [*self, TIME] if self.timed else [*self]
+
+    def tokens(self, tap: str, features: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> Tensor:
+        """What the head at `tap` makes of the features that were captured."""
+        tokens: Tensor = self[tap](features[tap], grid, features[TIME] if self.timed else None)
+        return tokens
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {tap: head(features[tap]) for tap, head in self.items()}
+        return {tap: self.tokens(tap, features) for tap in self}
 
 
 def resize_bilinear(x: Tensor, height: int, width: int) -> Tensor:

@@ -1,24 +1,18 @@
-"""Intermediate feature maps of a diffusers U-Net, caught by forward hooks at named taps."""
+"""Intermediate feature maps of a diffusers U-Net, caught by forward hooks at taps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
 from networks import AdapterError
+from networks.taps import tap_path
 
-Tap = Literal["enc_last", "mid", "dec_first"]
-
-
-@dataclass(frozen=True)
-class TapShape:
-    channels: int
-    stride: int
-    """Latent pixels per pixel of the feature map: 8 means 8x8 from 64x64 latents."""
+TIME = "time_embedding"
+"""Captured like a tap: what the U-Net makes of the timesteps, [B, T]."""
 
 
 class Features(dict[str, Tensor]):
@@ -40,22 +34,11 @@ def capture(unet: nn.Module, taps: Sequence[str]) -> Iterator[Features]:
     the context once, before its first pass.
     """
     features = Features()
-    blocks = {tap: _block(unet, tap) for tap in taps}
+    blocks = {tap: tap_block(unet, tap) for tap in taps}
     with ExitStack() as hooks:
         for tap, block in blocks.items():
             hooks.callback(block.register_forward_hook(_keeper(features, tap)).remove)
         yield features
-
-
-def tap_channels(unet_config: Mapping[str, Any], taps: Sequence[str]) -> dict[str, TapShape]:
-    """Channels and stride of the feature maps at `taps`, from the configuration of a UNet2DConditionModel.
-
-    Every down block but the last halves the resolution, every up block but the last doubles it.
-    """
-    widths = unet_config["block_out_channels"]
-    deepest = TapShape(widths[-1], 2 ** (len(widths) - 1))
-    shapes = {"enc_last": deepest, "mid": deepest, "dec_first": TapShape(widths[-1], max(deepest.stride // 2, 1))}
-    return {tap: shapes[_known(tap)] for tap in taps}
 
 
 def _keeper(features: Features, tap: str) -> Any:
@@ -66,13 +49,9 @@ def _keeper(features: Features, tap: str) -> Any:
     return keep
 
 
-def _block(unet: Any, tap: str) -> nn.Module:
-    if _known(tap) == "mid":
-        return unet.mid_block
-    return unet.down_blocks[-1] if tap == "enc_last" else unet.up_blocks[0]
-
-
-def _known(tap: str) -> str:
-    if tap not in get_args(Tap):
-        raise AdapterError(f"A tap must be one of {', '.join(get_args(Tap))}, got {tap!r}.")
-    return tap
+def tap_block(unet: Any, tap: str) -> nn.Module:
+    """The module whose output is taken. Raises AdapterError where the U-Net has no such tap."""
+    if tap == TIME:
+        return unet.time_embedding
+    block: nn.Module = unet.get_submodule(tap_path(tap, len(unet.config["block_out_channels"])))
+    return block

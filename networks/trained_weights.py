@@ -17,6 +17,14 @@ class Conv2d(nn.Conv2d):
         return self._conv_forward(input, self.weight.to(input.dtype), bias)
 
 
+class Linear(nn.Linear):
+    """A Linear whose float32 weights are cast to the dtype of each input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return nn.functional.linear(input, self.weight.to(input.dtype), bias)
+
+
 def generator_for(seed: int, name: str) -> torch.Generator:
     """A CPU generator that depends on `seed` and `name` alone.
 

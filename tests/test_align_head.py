@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from networks import AdapterError
 from networks.align_head import AlignHead, AlignHeads, HeadKind, resize_bilinear
+from networks.features import TIME
 
 KINDS: tuple[HeadKind, ...] = ("mlp", "linear", "conv3x3")
 
@@ -139,3 +140,40 @@ def test_initial_weights_fill_the_range_of_kaiming_uniform() -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(AdapterError, match="align_head must be one of mlp, linear, conv3x3, got 'mpl'"):
         AlignHead(8, 12, kind="mpl")  # type: ignore[arg-type]
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_time_aware_head_begins_as_the_head_without(kind: HeadKind) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, time = torch.randn(2, 8, 4, 4, generator=generator), torch.randn(2, 6, generator=generator)
+    plain, timed = (AlignHeads({"down_blocks.1": 8}, 12, kind=kind, seed=5, time_width=width) for width in (None, 6))
+    captured = {"down_blocks.1": features, TIME: time}
+    assert plain.captured == ["down_blocks.1"] and timed.captured == ["down_blocks.1", TIME]
+    assert torch.equal(plain(captured)["down_blocks.1"], timed(captured)["down_blocks.1"])
+    names = list(timed.state_dict())
+    assert names[-2:] == ["down_blocks_1.film.weight", "down_blocks_1.film.bias"]
+    assert names[:-2] == list(plain.state_dict())
+    again = AlignHeads({"down_blocks.1": 8}, 12, kind=kind, seed=6, time_width=6)
+    again.load_state_dict(timed.state_dict())
+    assert torch.equal(again(captured)["down_blocks.1"], timed(captured)["down_blocks.1"])
+
+
+def test_the_timestep_scales_and_shifts_the_projection() -> None:
+    """FiLM: (1 + gamma(t)) * x + beta(t) of each channel, gamma and beta linear in SiLU of the embedding."""
+    generator = torch.Generator().manual_seed(1)
+    head = AlignHead(3, 2, grid=2, kind="linear", time_width=4)
+    assert head.film is not None
+    with torch.no_grad():
+        for weight in head.film.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    features, time = torch.randn(2, 3, 2, 2, generator=generator), torch.randn(2, 4, generator=generator)
+    tokens = head(features, time=time).detach().numpy()
+    projected = head.proj(features).detach().double().numpy()
+    weight, bias = (part.detach().double().numpy() for part in (head.film.weight, head.film.bias))
+    for picture in range(2):
+        hidden = np.array([value / (1 + math.exp(-value)) for value in time[picture].tolist()])
+        both = weight @ hidden + bias
+        for place in range(4):
+            token = projected[picture, :, place // 2, place % 2] * (1 + both[:2]) + both[2:]
+            np.testing.assert_allclose(tokens[picture, place], token / np.linalg.norm(token), atol=2e-6)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from networks import AdapterError
-from networks.features import TapShape, capture, tap_channels
+from networks.features import TIME, capture
+from networks.taps import TapShape, tap_channels
 from tests.tools.unets import SD15, small_unet, unet_inputs
 
 TAPS = ("enc_last", "mid", "dec_first")
@@ -30,12 +31,20 @@ def test_taps_of_sd15_have_the_documented_shapes() -> None:
     }
 
 
+def test_every_block_can_be_a_tap() -> None:
+    shapes = tap_channels(SD15, ["down_blocks.0", "down_blocks.2", "up_blocks.1", "up_blocks.3"])
+    assert [(shape.channels, shape.stride) for shape in shapes.values()] == [(320, 2), (1280, 8), (1280, 2), (320, 1)]
+
+
 def test_captured_maps_have_the_announced_shapes(unet: nn.Module) -> None:
     inputs = unet_inputs()
-    with capture(unet, TAPS) as features, torch.no_grad():
+    blocks = range(len(unet.config["block_out_channels"]))  # type: ignore[index]
+    every = ["mid", *(f"{kind}_blocks.{number}" for kind in ("down", "up") for number in blocks)]
+    with capture(unet, [*TAPS, *every, TIME]) as features, torch.no_grad():
         unet(**inputs)
     size = inputs["sample"].shape[-1]
-    for tap, shape in tap_channels(unet.config, TAPS).items():
+    assert features[TIME].shape == (2, 4 * unet.config["block_out_channels"][0])  # type: ignore[index]
+    for tap, shape in (tap_channels(unet.config, TAPS) | tap_channels(unet.config, every)).items():  # type: ignore[arg-type]
         assert features[tap].shape == (2, shape.channels, size // shape.stride, size // shape.stride)
 
 
@@ -128,7 +137,18 @@ def test_a_map_that_was_not_captured_says_why(unet: nn.Module) -> None:
 
 
 def test_an_unknown_tap_is_refused(unet: nn.Module) -> None:
-    with pytest.raises(AdapterError, match="A tap must be one of enc_last, mid, dec_first, got 'middle'"):
+    with pytest.raises(
+        AdapterError, match="A tap must be enc_last, mid, dec_first, down_blocks.N or up_blocks.N, got 'middle'"
+    ):
         tap_channels(SD15, ["middle"])
     with pytest.raises(AdapterError, match="got 'middle'"), capture(unet, ["middle"]):
         pass
+
+
+def test_a_place_that_is_not_there_or_named_twice_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"no up_blocks.4: it goes from up_blocks.0 to up_blocks.3"):
+        tap_channels(SD15, ["up_blocks.4"])
+    with pytest.raises(
+        AdapterError, match=r"taps enc_last and down_blocks.3 are one place in this U-Net. Name it once"
+    ):
+        tap_channels(SD15, ["enc_last", "mid", "down_blocks.3"])

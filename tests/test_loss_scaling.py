@@ -37,7 +37,9 @@ class HalfPrecision:
             self.scaler.scale(loss * torch.inf if step == overflow_at else loss).backward()
             self.scaler.unscale(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            rows.append({name: value.item() for name, value in self.scaler.step(optimizer, norm).items()})
+            rows.append(
+                {name: value.item() for name, value in self.scaler.step(optimizer, {"grad_norm": norm}).items()}
+            )
             optimizer.zero_grad()
         return rows
 
@@ -86,6 +88,6 @@ def test_a_fused_step_is_scaled_without_reading_the_device() -> None:
         before = weight.detach().clone()
         with NoReads():
             scaler.unscale(optimizer)
-            metrics = scaler.step(optimizer, torch.nn.utils.clip_grad_norm_([weight], 1.0))
+            metrics = scaler.step(optimizer, {"grad_norm": torch.nn.utils.clip_grad_norm_([weight], 1.0)})
         assert metrics["skipped"].item() == (step == 1) and torch.equal(weight, before) == (step == 1)
         optimizer.zero_grad()

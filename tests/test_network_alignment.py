@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.errors import UserError
 from library.training.stop import STOP
 from tests.test_network_resume import assert_same_end
 from tests.tools.network_runs import EXACT, Built, NetworkSetting, adapter, asked, draw_pictures, losses, metadata, rows
@@ -72,19 +74,89 @@ def test_each_loss_has_a_weight_and_one_of_weight_0_is_only_logged(
     with_options(token_weight=0.0)
     manifold = parts_of(built, batch)
     assert manifold["loss"] == pytest.approx(every["diffusion"] + 0.5 * 3 * every["manifold"], rel=1e-6)
-    assert {**every, "loss": 0} == {**token, "loss": 0} == {**manifold, "loss": 0}
+    logged = [{name: parts[name] for name in ("token", "manifold", "diffusion")} for parts in (every, token, manifold)]
+    assert logged[0] == logged[1] == logged[2]
 
 
 def test_the_teachers_tokens_are_normalised_when_they_are_learned_and_not_in_the_cache(
     built: Built, with_options: Callable[..., None]
 ) -> None:
     batch = built.batch()
-    raw = built.task.target_tokens(batch)
+    latents = built.task.latents(batch)
+    raw, grid = built.task.alignment.target(batch, latents)
     with_options(teacher_norm=1.0)
-    target = built.task.target_tokens(batch)
+    target = built.task.alignment.target(batch, latents)[0]
+    assert grid == batch.token_grid
     torch.testing.assert_close(target.mean(dim=1), torch.zeros_like(target[:, 0]), atol=1e-5, rtol=0)
     torch.testing.assert_close(target.std(dim=1), torch.ones_like(target[:, 0]), atol=1e-3, rtol=0)
     assert torch.equal(raw, batch.target_tokens())
+
+
+def test_taps_have_weights(built: Built, with_options: Callable[..., None]) -> None:
+    batch = built.batch()
+    found = []
+    for weights in ((), (1.0, 1.0, 1.0), (4.0, 1.0, 1.0), (1.0, 4.0, 1.0), (1.0, 1.0, 4.0)):
+        with_options(tap_weights=weights)
+        found.append(parts_of(built, batch)["token"])
+    plain, alike, *leaning = found
+    assert alike == pytest.approx(plain, rel=1e-6) and len(set(leaning)) == 3
+    assert sum(leaning) / 3 == pytest.approx(plain, rel=1e-6), "each weighs one tap by 2/3 and the others by 1/6"
+
+
+def test_without_a_teacher_relations_are_those_of_the_clean_latents(
+    built: Built, with_options: Callable[..., None]
+) -> None:
+    batch = built.batch()
+    with_options(
+        manifold_target="latents", token_weight=0.0, manifold_mode="token", token_grid=3, tap_weights=(1, 1, 1)
+    )
+    parts = parts_of(replace(built), replace(batch, tokens=None, token_grid=None))
+    assert parts["loss"] == pytest.approx(parts["diffusion"] + 0.5 * 3 * parts["manifold"], rel=1e-6)
+    assert "token" not in parts
+    latents = built.task.latents(batch)  # [B, 4, 12, 12]
+    target, grid = built.task.alignment.target(batch, latents)
+    assert grid == (3, 3)
+    slow = [[latents[b, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4].mean(dim=(1, 2)) for r in range(3) for c in range(3)]
+            for b in range(len(batch))]  # fmt: skip
+    torch.testing.assert_close(target, torch.stack([torch.stack(row) for row in slow]))
+    with_options(manifold_target="latents", token_weight=0.0, token_grid=13, dino_resolution=518)
+    with pytest.raises(UserError, match="token_grid 13 is finer than latents of 12 x 12, which are pooled to it."):
+        built.task.alignment.target(batch, latents)
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"token_weight": 0.0, "manifold_mode": "token", "manifold_loss": "l1", "manifold_margin": 0.1},
+        {"teacher_norm": 0.6, "manifold_weight": 0.0},
+        {"align_timesteps": "v", "tap_weights": (1.0, 2.0, 3.0)},
+        {"align_timesteps": "t", "align_window": (0.1, 0.9), "manifold_mode": "random"},
+        {"align_schedule": "cosine"},
+        {"manifold_target": "latents", "token_weight": 0.0},
+    ],
+    ids=lambda recipe: " ".join(map(str, recipe.values()))[:30],
+)
+def test_lambda_0_gives_the_adapters_the_gradients_of_a_run_without_heads(
+    built: Built, with_options: Callable[..., None], recipe: dict[str, object]
+) -> None:
+    def gradients(alignment: object) -> tuple[float, dict[str, torch.Tensor]]:
+        torch.manual_seed(1)
+        with mock.patch.object(built.task, "alignment", alignment):
+            loss = built.task.losses(batch, torch.Generator().manual_seed(1), 5)["loss"]
+        loss.backward()
+        found = {name: one.grad for name, one in built.task.network.parameters.items() if one.grad is not None}
+        heads = [one.grad for one in built.task.alignment.heads.parameters()]
+        for parameter in [*built.task.network.parameters.values(), *built.task.alignment.heads.parameters()]:
+            parameter.grad = None
+        assert all(gradient is None for gradient in heads)
+        return loss.item(), found
+
+    batch = built.batch()
+    with_options(**recipe, align_coeff=0.0)
+    (plain, of_none), (aligned, of_recipe) = gradients(None), gradients(built.task.alignment)
+    assert plain == aligned and len(of_none) > 20
+    assert of_none.keys() == of_recipe.keys() and all(torch.equal(of_none[name], of_recipe[name]) for name in of_none)
 
 
 def test_each_bucket_has_tokens_on_a_grid_of_its_aspect(built: Built) -> None:
@@ -126,7 +198,9 @@ def test_fillers_and_pictures_that_are_preserved_count_nothing_and_others_their_
     def token(batch, **changes) -> float:  # type: ignore[no-untyped-def]
         latents, draw = drawn(built, batch := replace(batch, **changes))
         built.task.each(batch, latents, draw)
-        return built.task.aligned(batch, draw.timesteps, torch.Generator(), with_gradient=False)["token"].item()
+        return built.task.aligned(batch, latents, draw.timesteps, torch.Generator(), with_gradient=False)[
+            "token"
+        ].item()
 
     first, both = token(rest), token(batch)
     assert len(batch) == 2 and first != pytest.approx(both)
@@ -227,9 +301,11 @@ def test_a_state_of_another_teacher_is_not_continued(
     [
         {"taps": "enc_last mid dec_first", "token_dtype": "int8", "gradient_checkpointing": ""},
         {"mixed_precision": "bf16", "full_bf16": "", "manifold_mode": "token", "align_head": "conv3x3"},
-        {"mixed_precision": "fp16", "manifold_mode": "random", "align_learning_rate": 1e-3, "optimizer_type": "AdamW8bit"},
-        {"align_recipe": "trd"},
-        {"align_recipe": "irepa", "taps": "dec_first"},
+        {"mixed_precision": "fp16", "manifold_mode": "random", "align_learning_rate": 1e-3, "optimizer_type": "AdamW8bit",
+         "align_gradient_every": 1, "align_max_grad_norm": 1.0},
+        {"align_recipe": "trd", "gradient_checkpointing": "", "align_gradient_every": 1},
+        {"align_recipe": "irepa", "taps": "down_blocks.1 up_blocks.1", "tap_weights": "1 0.5", "align_film": ""},
+        {"manifold_target": "latents", "token_weight": 0, "manifold_mode": "token", "taps": "up_blocks.2", "dino_model": None},
         {"optimizer_type": "Prodigy", "learning_rate": 1.0, "manifold_clip": 0.01, "align_weight_decay": 0.0},
     ],
     ids=lambda changes: " ".join(map(str, changes.values()))[:30],
@@ -242,7 +318,8 @@ def test_every_mode_trains(
     assert network_setting.train(tmp_path, **{**options, **changes}) == 0
     found = rows(tmp_path)
     assert len(found) == 2 and all(np.isfinite(list(row.values())).all() for row in found)
-    assert all(row["lambda"] == 0.5 and row["train/token"] > 0 for row in found)
+    name = "train/manifold" if "manifold_target" in changes else "train/token"
+    assert all(row["lambda"] == 0.5 and row[name] > 0 for row in found)
 
 
 def test_sdxl_aligns_at_its_own_width_with_regularisation_pictures_and_validation(
@@ -289,6 +366,17 @@ def test_dry_run_counts_heads_and_the_disk_of_their_tokens(
         (
             {"align_recipe": "irepa", "token_weight": 0},
             "manifold_weight and token_weight are both 0: nothing would be aligned.",
+        ),
+        ({"taps": "mid up_blocks.7"}, "This U-Net has no up_blocks.7: it goes from up_blocks.0 to up_blocks.3."),
+        (
+            {"taps": "middle"},
+            "taps has 'middle'. A tap must be enc_last, mid, dec_first, down_blocks.N or up_blocks.N, got",
+        ),
+        ({"tap_weights": "1 2"}, "tap_weights has 2 numbers, and there are 1 taps."),
+        ({"manifold_target": "latents"}, "latents has no tokens to predict, only similarities. Give token_weight 0"),
+        (
+            {"align_stop_on_plateau": 9, "token_weight": 0},
+            "goes by the token cosine, which nothing raises with token_weight 0",
         ),
         ({"token_grid": 5}, "token_grid is 5, finer than the 4 patches that dino_resolution 56 gives."),
     ],

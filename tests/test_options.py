@@ -53,6 +53,8 @@ def test_the_command_line_beats_the_file_and_the_file_beats_the_default(tmp_path
         ("--align_recipe irepa", {"align_head": "conv3x3", "teacher_norm": 0.6, "manifold_weight": 0.0, "token_weight": 1.0}),
         ("--align_recipe irepa --align_head mlp", {"align_head": "mlp", "teacher_norm": 0.6}),
         ("--align_recipe trd --manifold_weight 3", {"manifold_weight": 3.0, "manifold_mode": "token"}),
+        ("--dataset_config trackA.toml --align_recipe trd", {"manifold_mode": "token", "token_weight": 0.0}),
+        ("--dataset_config trackA.toml --align_recipe irepa --align_head mlp", {"align_head": "mlp", "teacher_norm": 0.6}),
         ("--flow_recipe lune", {"timestep_sampling": "uniform", "discrete_flow_shift": 2.0}),
         ("--flow_recipe lune --discrete_flow_shift 3", {"timestep_sampling": "uniform", "discrete_flow_shift": 3.0}),
         ("--flow_recipe bigasp --weighting_scheme mode", {"timestep_sampling": None, "weighting_scheme": "mode"}),
@@ -61,7 +63,11 @@ def test_the_command_line_beats_the_file_and_the_file_beats_the_default(tmp_path
 def test_a_recipe_lies_between_the_defaults_and_what_is_given(
     words: str, expected: dict[str, object], tmp_path: Path
 ) -> None:
-    """Given on the command line or in a file, also where it is the default that is given."""
+    """Given on the command line or in a file, also where it is the default that is given. Nearer to the user, it beats a file."""
+    if words.startswith("--dataset_config"):
+        options = flatten(parsed(*words.split()))
+        assert {name: options[name] for name in expected} == expected
+        return
     flat = iter(words.replace("--", "").split())
     pairs = [
         f"{name} = {float(value) if value.isdigit() else json.dumps(value)}"

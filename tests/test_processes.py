@@ -67,8 +67,11 @@ def test_two_processes_train_validate_save_and_resume_exactly(
 ) -> None:
     setting = RepaSetting(tmp_path / "data", tiny_sd15, tiny_dinov2)
     """What bins of timesteps learn from losses, too: processes that disagreed about them would resume as another run."""
-    changes = {"processes": WORLD, "train_batch_size": 2, "save_every_n_steps": 2, "validate_every_n_steps": 2}
-    changes |= {"timestep_sampling": "bins", "timestep_bins": 4}
+    changes = {
+        "processes": WORLD, "train_batch_size": 2, "save_every_n_steps": 2, "validate_every_n_steps": 2,
+        "timestep_sampling": "bins", "timestep_bins": 4,
+        "align_gradient_every": 1, "align_stop_on_conflict": 1, "align_timesteps": "v",
+    }  # fmt: skip
     output = setting.start(tmp_path / "whole", **changes).end()
     assert "batch 2 x 1 accumulated x 2 processes" in output
     copy_until(tmp_path / "whole", tmp_path / "resumed", 2)
@@ -78,6 +81,8 @@ def test_two_processes_train_validate_save_and_resume_exactly(
     rows = metric_rows(tmp_path / "whole", "val/total")
     assert [row["step"] for row in rows] == [2, 4]
     # The same weights judged by one process: the whole set, the same noise, the same global Gram matrix.
+    measured = metric_rows(tmp_path / "whole", "align/gradient_cosine")
+    assert measured and all(-1 <= row["align/gradient_cosine"] <= 1 for row in measured)
     still = {"max_train_steps": 1, "learning_rate": 1e-30, "align_schedule": "constant"}
     assert setting.train(tmp_path / "one", **still) == 0
     setting.start(tmp_path / "both", **still, train_batch_size=2, processes=WORLD).end()

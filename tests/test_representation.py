@@ -297,7 +297,7 @@ def test_the_base_is_measured_alike_beside_a_state_and_alone(
         ({"seeds": ()}, "seeds must name each once, and at least one"),
         ({"test_samples": 3}, "test_samples must be at least 4, got 3"),
         ({"timesteps": (1000,)}, r"timesteps must lie in 0..999, got 1000"),
-        ({"tap": "middle"}, "tap must be one of enc_last, mid, dec_first, got 'middle'"),
+        ({"tap": "middle"}, "A tap must be enc_last, mid, dec_first, down_blocks.N or up_blocks.N, got 'middle'"),
     ],
 )
 def test_bad_settings_are_named(state: Path, changes: dict[str, object], text: str) -> None:

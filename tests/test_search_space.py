@@ -13,7 +13,7 @@ from library.search.space import Space, difference
 from library.search.space_file import find_space, read_space
 from tests.tools.search import SPACE
 
-SHIPPED = ("default", "repa", "sdxl")
+SHIPPED = ("alignment", "default", "repa", "sdxl")
 GOOD = "[parameters.learning_rate]\nlow = 1e-5\nhigh = 1e-3\nlog = true\ndefault = 1e-4\n"
 
 
@@ -45,7 +45,7 @@ def test_the_default_space_stands_for_the_guides_configuration() -> None:
     assert {name: options[name] for name in wanted} == wanted
 
 
-@pytest.mark.parametrize("name", ["default", "repa"])
+@pytest.mark.parametrize("name", ["alignment", "default", "repa"])
 def test_every_choice_makes_options_that_the_script_takes(name: str, tmp_path: Path) -> None:
     import toml
 
@@ -163,7 +163,9 @@ def test_a_space_of_the_other_script_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(GOOD)
     with pytest.raises(UserError, match="is a search space of train_network, but this study tunes train_repa"):
         read_space(tmp_path / "mine.toml", "train_repa")
-    with pytest.raises(UserError, match="There is no search space nothing, .* which has default, flow, repa, sdxl"):
+    with pytest.raises(
+        UserError, match="There is no search space nothing, .* which has alignment, default, flow, repa, sdxl"
+    ):
         find_space("nothing")
 
 

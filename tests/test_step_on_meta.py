@@ -39,7 +39,8 @@ EVERYTHING = (
     "--ip_noise_gamma 0.1 --ip_noise_gamma_random_strength --loss_type huber --masked_loss --alpha_mask --masked_loss_renormalize "
     "--debiased_estimation_loss --scale_weight_norms 1 --gradient_accumulation_steps 2"
 )
-HEADS = "--alignment --taps enc_last mid dec_first"
+HEADS = "--alignment --taps enc_last mid dec_first --align_film"
+MEASURED = "--teacher_norm 0.6 --align_timesteps v --align_gradient_every 1 --align_max_grad_norm 1"
 
 
 def network_options(words: str, folder: Path) -> RunOptions:
@@ -85,7 +86,7 @@ def built(
     [
         (network_options, f"--mixed_precision bf16 {EVERYTHING}", SD15, StepSize(512, 768, 2, masked=True, preserved=True)),
         (repa_options, f"--lora_scope all --ema_decay 0.999 {HEADS}", SD15, StepSize(512, 512, 128, teacher_width=1024)),
-        (network_options, f"{UNET_ONLY} {HEADS} --manifold_mode token", SDXL, StepSize(1024, 1024, 4, teacher_width=1024)),
+        (network_options, f"{UNET_ONLY} {HEADS} --align_recipe trd {MEASURED}", SDXL, StepSize(1024, 1024, 4, teacher_width=1024)),
     ],
     ids=["sd15 with text encoder", "sd15 with heads", "sdxl with heads"],
 )  # fmt: skip

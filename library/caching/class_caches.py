@@ -84,7 +84,7 @@ class Preparation:
         self.model, self.classes, self.cache, self.alignment = model, classes, cache, alignment
         self.text, self.fusion, self.family, self.processes = text, fusion, family, processes
         self.side, self.workers = side, workers
-        self.kinds = KINDS if alignment.alignment else KINDS[:1]
+        self.kinds = KINDS if alignment.needs_teacher else KINDS[:1]
         automatic = "bf16" if model.mixed_precision == "bf16" else "no"  # fp16 may overflow
         self.precision = automatic if cache.encoder_precision == "auto" else cache.encoder_precision
         self.vae = locate_vae(model.vae or model.pretrained_model_name_or_path)

@@ -20,7 +20,7 @@ from library.training.alignment import PART
 from library.training.randomness import seed_of
 from library.training.saving import StepSaving
 from library.training.state import read_facts, read_tensors
-from networks.align_head import AlignHeads
+from networks.align_head import AlignHeads, head_key
 from networks.families import SD15, UNET
 from networks.features import capture
 from networks.network import Network, add_network
@@ -60,11 +60,11 @@ class FeatureModel:
         noise = torch.randn(latents.shape, generator=generator, device=device)
         timesteps = torch.full((latents.shape[0],), timestep, device=device)
         noisy = self.parametrisation.add_noise(latents.float(), noise, timesteps)
-        with capture(self.unet, [tap]) as features:
+        with capture(self.unet, [tap] if what == "map" else self.heads.captured) as features:
             self.unet(noisy.to(self.dtype), timesteps, text.to(device, self.dtype), return_dict=False)
         if what == "map":
             return features[tap].float()
-        tokens = self.heads[tap](features[tap])
+        tokens = self.heads.tokens(tap, features)
         return tokens if what == "tokens" else tokens.mean(dim=1)
 
 
@@ -106,13 +106,14 @@ def read_heads(state: Path, *, use_ema: bool = True) -> AlignHeads:
     if use_ema and (state / EMA).is_file():
         saved |= {name: value for name, value in read_tensors(state / EMA).items() if name in saved}
     tensors = {name.removeprefix(f"{PART}."): value for name, value in saved.items()}
-    first = {tap: tensors[f"{tap}.proj.0.weight"] for tap in options["taps"]}  # [D, channels, ...]
+    first = {tap: tensors[f"{head_key(tap)}.proj.0.weight"] for tap in options["taps"]}  # [D, channels, ...]
     width = next(iter(first.values())).shape[0]
     heads = AlignHeads(
         {tap: value.shape[1] for tap, value in first.items()},
         width,
         grid=options["token_grid"],
         kind=options["align_head"],
+        time_width=next((value.shape[1] for name, value in tensors.items() if name.endswith("film.weight")), None),
     )
     heads.load_state_dict(tensors)
     return heads

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,8 +32,9 @@ from library.models.locate import locate_base
 from library.progress import doing
 from library.training.saving import StepSaving
 from library.training.state import read_facts
+from networks import AdapterError
 from networks.families import UNET
-from networks.features import Tap
+from networks.features import tap_block
 
 TIMESTEPS = (1, 50, 100, 261, 400, 500, 750)
 """261 is DIFT's (arXiv 2306.03881); segmentation is best near 100 (CleanDIFT, arXiv 2412.03439); the others cover the range."""
@@ -225,8 +226,11 @@ def _check_state(state: Path) -> None:
 
 
 def _check(settings: RepresentationSettings, model: FeatureModel, pictures: ProbePictures) -> None:
-    if settings.tap is not None and settings.tap not in get_args(Tap):
-        raise UserError(f"tap must be one of {', '.join(get_args(Tap))}, got {settings.tap!r}.")
+    if settings.tap is not None:
+        try:
+            tap_block(model.unet, settings.tap)
+        except AdapterError as error:
+            raise UserError(str(error)) from None
     last = model.parametrisation.timesteps - 1
     if wrong := [t for t in settings.timesteps if not 0 <= t <= last]:
         raise UserError(f"timesteps must lie in 0..{last}, got {', '.join(map(str, wrong))}.")

@@ -18,7 +18,7 @@ from library.evaluation.feature_model import FeatureModel
 from library.evaluation.probe_pictures import StoredPictures
 from library.evaluation.similarity import pool_tokens
 from library.training.randomness import sample_noise
-from networks.features import capture
+from networks.features import TIME, capture, tap_block
 
 
 @dataclass
@@ -52,10 +52,11 @@ def features_at_tap(
 ) -> TapFeatures:
     """Features of all `samples` at one timestep. empty_prompt: [77, D] embedding of the empty prompt."""
     device = next(model.unet.parameters()).device
-    head = dict(model.heads.items()).get(tap)
+    heads = model.heads if tap in model.heads else None
+    captured = [tap, TIME] if heads is not None and heads.timed else [tap]
     text = empty_prompt.to(device, model.dtype)
     maps, tokens = [], []
-    with capture(model.unet, [tap]) as features, _stopped_after(model.unet, tap):
+    with capture(model.unet, captured) as features, _stopped_after(model.unet, tap):
         for start in range(0, len(samples), batch_size):
             indices = range(start, min(start + batch_size, len(samples)))
             latents = samples.read_latents(indices)
@@ -66,8 +67,8 @@ def features_at_tap(
             with suppress(_Stopped):
                 model.unet(noisy.to(model.dtype), timesteps, text.expand(len(indices), -1, -1), return_dict=False)
             maps.append(features[tap].float().cpu())
-            if head is not None:
-                tokens.append(head(features[tap]).float().cpu())
+            if heads is not None:
+                tokens.append(heads.tokens(tap, features).float().cpu())
     return TapFeatures(torch.cat(maps), torch.cat(tokens) if tokens else None)
 
 
@@ -78,12 +79,11 @@ class _Stopped(Exception):
 @contextmanager
 def _stopped_after(unet: Any, tap: str) -> Iterator[None]:
     """Within the context a forward pass stops after `tap`, which saves the decoder. Enter it after capture()."""
-    last = unet.up_blocks[0] if tap == "dec_first" else unet.mid_block
 
     def stop(module: nn.Module, inputs: Any, output: Any) -> None:
         raise _Stopped
 
-    hook = last.register_forward_hook(stop)
+    hook = tap_block(unet, tap).register_forward_hook(stop)
     try:
         yield
     finally:

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from library.options.checks import not_negative, positive, require, share
+from library.options.checks import OptionError, not_negative, positive, require, share
+from library.options.given import OptionalCount
 from library.options.recipes import Recipe, WithRecipes
+from networks import AdapterError
+from networks.taps import check_tap
 
-Tap = Literal["enc_last", "mid", "dec_first"]
+GRADIENT_EVERY = 50
+"""Steps between measurements where only align_stop_on_conflict is given: 1 % of a run for the second backward pass."""
 
 RECIPES: dict[str, Recipe] = {
     "trd": Recipe(
@@ -68,10 +72,15 @@ class AlignmentOptions(TokenOptions, WithRecipes):
     align_recipe: Literal["trd", "irepa"] | None = None
     """Settings of a paper, for what is not given otherwise: trd (VideoREPA: relations between tokens alone), irepa (3x3 head and
     teacher_norm)."""
-    taps: tuple[Tap, ...] = ("mid",)
-    """U-Net features that get an AlignHead: enc_last, mid, dec_first, or several."""
+    taps: tuple[str, ...] = ("mid",)
+    """Blocks of the U-Net after which features get an AlignHead: mid, enc_last, dec_first, any down_blocks.N or up_blocks.N, or
+    several of them."""
+    tap_weights: tuple[float, ...] = ()
+    """How much each of them counts in the mean of their losses. Default: all alike."""
     align_head: Literal["mlp", "linear", "conv3x3"] = "mlp"
     """AlignHead: two 1x1 convolutions with GELU between, one 1x1, or one 3x3 (iREPA)."""
+    align_film: bool = False
+    """Let the timestep scale and shift what an AlignHead projects (U-REPA's time-aware projector); at first it does nothing."""
     align_coeff: float = 0.5
     """lambda: weight of the alignment losses beside the diffusion loss."""
     align_schedule: Literal["warmup", "constant", "cutoff", "linear", "cosine"] = "warmup"
@@ -86,11 +95,21 @@ class AlignmentOptions(TokenOptions, WithRecipes):
     """lambda by the noise of each picture: the same at all, U-REPA's V (half at t = 0.5), or only within align_window, of t or of
     log-SNR. t is the flow's, 0 without noise and 1 of noise alone; other bases align at the same signal-to-noise ratios."""
     align_window: tuple[float, float] | None = None
-    """Lowest and highest t or log-SNR at which pictures are aligned (align_timesteps t, log_snr). 0.1 1 leaves out little noise."""
+    """Lowest and highest t or log-SNR at which pictures are aligned (align_timesteps t, log_snr). 0.1 1: all but little noise."""
+    align_stop_on_plateau: OptionalCount = None
+    """End alignment when the running mean of the token cosine has not risen for so many steps after the warm-up."""
+    align_gradient_every: OptionalCount = None
+    """Measure the cosine between the adapters' gradients of the diffusion and the alignment loss every so many steps, by a second
+    backward pass. Default: 50 with align_stop_on_conflict, else never."""
+    align_stop_on_conflict: OptionalCount = None
+    """End alignment when the running mean of these cosines has been below 0 in so many measurements in a row (HASTE)."""
     token_weight: float = 1.0
     """Weight of the token loss, 1 - cosine. 0 leaves it out: its value is logged and trains nothing."""
     manifold_weight: float = 3.0
     """w: weight of the manifold loss, the difference of similarities. 0 leaves it out, likewise."""
+    manifold_target: Literal["teacher", "latents"] = "teacher"
+    """Whose similarities the manifold loss compares with: the teacher's tokens', or those of clean latents, pooled to token_grid
+    (SPARE's idea), which takes no teacher and no cache of tokens."""
     manifold_mode: Literal["sample", "token", "random"] = "sample"
     """Gram matrices compared: of pooled samples in the global batch, of the tokens in each image, of random tokens."""
     manifold_loss: Literal["l2", "l1"] = "l2"
@@ -102,13 +121,29 @@ class AlignmentOptions(TokenOptions, WithRecipes):
     manifold_random_tokens: int = 192
     """Tokens drawn from the batch in mode random (192: Manifold Distillation's K)."""
     teacher_norm: float = 0.0
-    """Share of a picture's mean token that is taken off the teacher's tokens, which are then divided by their spread over the
+    """Share of a picture's mean token that is taken off the tokens to be learned, which are then divided by their spread over the
     picture (iREPA: 0.6). 0 leaves them as they are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(len(self.taps) > 0, "taps", "is empty. Without alignment no heads are trained.")
         require(len(set(self.taps)) == len(self.taps), "taps", f"names a tap twice: {' '.join(self.taps)}.")
+        for tap in self.taps:
+            try:
+                check_tap(tap)
+            except AdapterError as error:
+                raise OptionError("taps", f"has {tap!r}. {error}") from None
+        require(
+            len(self.tap_weights) in (0, len(self.taps)),
+            "tap_weights",
+            f"has {len(self.tap_weights)} numbers, and there are {len(self.taps)} taps.",
+        )
+        require(all(weight > 0 for weight in self.tap_weights), "tap_weights", "must all be positive.")
+        require(
+            self.manifold_target == "teacher" or (self.token_weight == 0 and self.manifold_weight > 0),
+            "manifold_target",
+            "latents has no tokens to predict, only similarities. Give token_weight 0 and a manifold_weight above 0.",
+        )
         not_negative("align_coeff", self.align_coeff)
         not_negative("align_warmup_steps", self.align_warmup_steps)
         not_negative("token_weight", self.token_weight)
@@ -119,10 +154,29 @@ class AlignmentOptions(TokenOptions, WithRecipes):
             "and token_weight are both 0: nothing would be aligned. Raise one of them, or use align_coeff 0 to train without.",
         )
         share("teacher_norm", self.teacher_norm)
+        for name in ("align_stop_on_plateau", "align_gradient_every", "align_stop_on_conflict"):
+            positive(name, getattr(self, name))
+        require(
+            self.align_stop_on_plateau is None or self.token_weight > 0,
+            "align_stop_on_plateau",
+            "goes by the token cosine, which nothing raises with token_weight 0. Use align_stop_on_conflict.",
+        )
         not_negative("manifold_margin", self.manifold_margin)
         positive("manifold_clip", self.manifold_clip)
         require(self.manifold_random_tokens >= 2, "manifold_random_tokens", "must be at least 2.")
         self._check_schedule()
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether heads learn from a vision model, whose tokens are cached."""
+        return self.alignment and self.manifold_target == "teacher"
+
+    @property
+    def gradient_every(self) -> int | None:
+        """Steps between measurements of the gradient cosine; None where it is never measured."""
+        if self.align_gradient_every is None and self.align_stop_on_conflict is not None:
+            return GRADIENT_EVERY
+        return self.align_gradient_every
 
     def _check_schedule(self) -> None:
         schedule, cutoff = self.align_schedule, self.align_cutoff_step

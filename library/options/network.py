@@ -132,7 +132,10 @@ class TrainNetworkOptions(RunOptions):
         super()._check_effects()
         if self.alignment.alignment:
             return
-        groups = (self.model, ("dino_model",)), (self.optimizer, ("align_learning_rate", "align_weight_decay"))
+        groups = (
+            (self.model, ("dino_model",)),
+            (self.optimizer, ("align_learning_rate", "align_weight_decay", "align_max_grad_norm")),
+        )
         for group, names in groups:
             for name in names:
                 is_default = getattr(group, name) == getattr(type(group), name)

@@ -1,12 +1,17 @@
 """Options that say one thing in two ways: the one nearer to the user beats the other, wherever that was written.
 
-Near is the command line, then a file, then the file that it extends. Within one of them both count as their group says.
+Near is the command line, then a file, then the file that it extends. Within one of them both count as their group says. A recipe
+says what its settings say, one way: it replaces those that were given farther away, and what is given nearer counts beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from library.options.alignment import AlignmentOptions
+from library.options.flow import FlowOptions
+from library.options.recipes import WithRecipes
 
 # LIST:KEY is the word KEY=... of a list, no_NAME a flag that is turned off.
 RIVALS: tuple[frozenset[str], ...] = tuple(
@@ -40,6 +45,8 @@ RIVALS: tuple[frozenset[str], ...] = tuple(
     )
 )
 
+WITH_RECIPES: tuple[type[WithRecipes], ...] = (FlowOptions, AlignmentOptions)
+
 # What has no meaning without what it belongs to goes with it.
 _BELONGS = {"lr_scheduler_type": ("lr_scheduler_args",), "in_json": ("dataset_repeats",)}
 
@@ -54,6 +61,9 @@ def beaten(nearer: Mapping[str, Any], farther: Mapping[str, Any]) -> dict[str, s
     for group in RIVALS:
         for winner in sorted(group & given):
             found |= {loser: winner for loser in group & there - given if loser not in found}
+    for group in WITH_RECIPES:
+        settings = group.of_recipe({group.recipe_option: nearer.get(group.recipe_option)})
+        found |= dict.fromkeys(settings.keys() & farther.keys() - nearer.keys(), group.recipe_option)
     for loser, winner in list(found.items()):
         found |= {name: winner for name in _BELONGS.get(loser, ()) if name in there - given}
     return found

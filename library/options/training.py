@@ -85,6 +85,8 @@ class OptimizerOptions:
     """cosine_with_min_lr, warmup_stable_decay: share of the peak learning rate that is left at the end."""
     max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns that off."""
+    align_max_grad_norm: float | None = None
+    """The same of the AlignHeads alone, which then have no part in max_grad_norm; 0 turns it off. Default: one norm for all."""
     ema_decay: float = 0.9995
     """Decay of the exponential moving average of the trained weights; 0 turns it off."""
 
@@ -97,6 +99,7 @@ class OptimizerOptions:
         positive("adam_epsilon", self.adam_epsilon)
         not_negative("weight_decay", self.weight_decay)
         not_negative("max_grad_norm", self.max_grad_norm)
+        not_negative("align_max_grad_norm", self.align_max_grad_norm)
         self._check_optimizer()
         self._check_schedule()
 

@@ -5,24 +5,37 @@ loss = L_diff + lambda(step) * (token_weight * L_token + manifold_weight * L_man
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from library.caching.by_bucket import BucketCaches
+from library.data.cached_samples import Batch
 from library.diffusion import alignment_losses as losses
 from library.diffusion.alignment_losses import Weights
 from library.diffusion.alignment_schedules import align_coefficient, timestep_weights
 from library.diffusion.parametrisation import Parametrisation
+from library.errors import UserError
+from library.models.encoders import grid_in_aspect
 from library.options.alignment import AlignmentOptions
 from library.options.kohya.optimizer import NetworkOptimizerOptions
+from library.options.run import RunOptions
+from library.processes import Processes
+from library.training.alignment_end import AlignmentEnd, GradientCosine
 from library.training.optimizers import ParameterGroup
-from networks.align_head import AlignHeads, HeadKind
-from networks.features import capture, tap_channels
+from library.training.plan import Plan
+from networks.align_head import AlignHeads
+from networks.features import capture
+from networks.taps import tap_channels
 
+LATENTS_HEAD_WIDTH = 256
+"""Of what heads predict where there is no teacher to say it (a guess; only similarities are compared)."""
 PART = "align_heads"
 """Name of the heads' file in a state, of their group in the optimizer, and first word of their parameters."""
 
@@ -45,21 +58,41 @@ class Alignment:
     gather: losses.Gather | None = None
     last_step: int | None = None
     """Of the run, where lambda falls until then."""
+    end: AlignmentEnd | None = None
+    """What may end alignment before the run ends."""
 
     @classmethod
     def attach(
-        cls, unet: nn.Module, heads: AlignHeads, options: AlignmentOptions, context: ExitStack, **others: Any
+        cls,
+        unet: Any,
+        options: RunOptions,
+        teacher_width: int,
+        adapters: list[nn.Parameter],
+        plan: Plan,
+        processes: Processes,
+        context: ExitStack,
     ) -> Alignment:
         """With the features of `unet`, caught as long as `context` is open. To be called before anything is compiled.
 
-        others: gather, last_step.
+        adapters: what is trained beside the heads.
         """
-        return cls(heads, context.enter_context(capture(unet, list(heads))), options, **others)
+        o = options.alignment
+        heads = make_heads(unet.config, o, teacher_width, options.training.seed)
+        heads = heads.to(processes.device, torch.bfloat16 if options.model.full_bf16 else torch.float32)
+        features = context.enter_context(capture(unet, heads.captured))
+        end = None
+        if o.align_stop_on_plateau is not None or o.gradient_every is not None:
+            end = AlignmentEnd(o, processes.say, GradientCosine(adapters, processes))
+        gather = None
+        if o.manifold_mode == "sample" and processes.world_size > 1:
+            gather = partial(processes.gather_rows, most=plan.batch_size)  # no batch is larger
+        return cls(heads, features, o, gather, plan.last_step, end)
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of each loss beside the others. One of weight 0 is computed for the log."""
-        return {"token": self.options.token_weight, "manifold": self.options.manifold_weight}
+        """Of each loss beside the others. One of weight 0 is computed for the log; without a teacher there are no tokens."""
+        weights = {"token": self.options.token_weight, "manifold": self.options.manifold_weight}
+        return weights if self.options.needs_teacher else {"manifold": weights["manifold"]}
 
     @property
     def warm_step(self) -> int:
@@ -69,6 +102,8 @@ class Alignment:
     def coefficient(self, step: int) -> float:
         """lambda(step)."""
         o = self.options
+        if self.end is not None and self.end.step is not None and step >= self.end.step:
+            return 0.0
         return align_coefficient(
             step, o.align_coeff, o.align_schedule, o.align_warmup_steps, o.align_cutoff_step, self.last_step
         )
@@ -85,9 +120,24 @@ class Alignment:
             return Weights(own, torch.ones_like(own), sharing=sharing)
         return replace(weights, pictures=weights.pictures * own)
 
-    def target(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What heads learn, of the teacher's raw tokens [B, N, D] float32."""
-        return losses.spatially_normalised(tokens, self.options.teacher_norm)
+    def target(self, batch: Batch, latents: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """What heads learn, [B, N, D] float32, on rows and columns of N tokens: the teacher's, or clean latents pooled.
+
+        latents: [B, C, h, w], scaled. Raises UserError where they are fewer than the tokens.
+        """
+        if self.options.needs_teacher:
+            assert batch.token_grid is not None
+            tokens, grid = batch.target_tokens(), batch.token_grid
+        else:
+            height, width = latents.shape[-2:]
+            grid = grid_in_aspect(self.options.token_grid, width, height)
+            if grid[0] > height or grid[1] > width:
+                raise UserError(
+                    f"token_grid {self.options.token_grid} is finer than latents of {height} x {width}, which are pooled to it. "
+                    "Lower token_grid."
+                )
+            tokens = F.adaptive_avg_pool2d(latents, grid).flatten(2).transpose(1, 2)
+        return losses.spatially_normalised(tokens, self.options.teacher_norm), grid
 
     def losses(
         self,
@@ -104,13 +154,21 @@ class Alignment:
         of the graph: where lambda is 0 the step is, to the bit, the step of a run without heads.
         """
         found: dict[str, list[torch.Tensor]] = {name: [] for name in self.weights}
-        for tap, head in self.heads.items():
+        for tap in self.heads:
             with torch.set_grad_enabled(with_gradient):
-                predicted = head(self.features[tap], grid)
+                predicted = self.heads.tokens(tap, self.features, grid)
             for name, values in found.items():
                 with torch.set_grad_enabled(with_gradient and self.weights[name] > 0):
                     values.append(self.loss(name, predicted, target, generator, weights))
-        return {name: torch.stack(values).mean() for name, values in found.items()}
+        return {name: self._mean(values) for name, values in found.items()}
+
+    def _mean(self, of_taps: list[torch.Tensor]) -> torch.Tensor:
+        """Over the heads, by their weights where they have any."""
+        weights = self.options.tap_weights
+        if not weights:
+            return torch.stack(of_taps).mean()
+        weighed = torch.stack([weight * value for weight, value in zip(weights, of_taps, strict=True)])
+        return weighed.sum() / sum(weights)
 
     def loss(
         self,
@@ -128,7 +186,7 @@ class Alignment:
     @torch.no_grad()
     def token_loss(self, target: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
         """The mean over the heads, every token counting alike."""
-        found = [losses.token_loss(head(self.features[tap], grid), target) for tap, head in self.heads.items()]
+        found = [losses.token_loss(self.heads.tokens(tap, self.features, grid), target) for tap in self.heads]
         return torch.stack(found).mean()
 
     def manifold(
@@ -158,17 +216,27 @@ class Alignment:
         first, *others = (self.weights[name] * value for name, value in aligned.items())
         return sum(others, start=first)
 
-    def parts(self, aligned: AlignmentLosses, coefficient: torch.Tensor) -> dict[str, torch.Tensor]:
-        """For the metrics. coefficient: lambda, on the device."""
-        return {**aligned, "lambda": coefficient}
+
+def head_width(options: AlignmentOptions, tokens: BucketCaches | None) -> int | None:
+    """Of what heads predict, as wide as the teacher's tokens where there are any; None without heads."""
+    if not options.alignment:
+        return None
+    return LATENTS_HEAD_WIDTH if tokens is None else tokens.width
 
 
-def make_heads(
-    unet_config: Mapping[str, Any], taps: Sequence[str], teacher_width: int, *, grid: int, kind: HeadKind, seed: int
-) -> AlignHeads:
-    """One for each tap, of as many channels as the U-Net has there; none without taps."""
-    channels = {tap: shape.channels for tap, shape in tap_channels(unet_config, taps).items()}
-    return AlignHeads(channels, teacher_width, grid=grid, kind=kind, seed=seed)
+def make_heads(unet_config: Mapping[str, Any], o: AlignmentOptions, teacher_width: int, seed: int) -> AlignHeads:
+    """One for each tap, of as many channels as the U-Net has there."""
+    channels = {tap: shape.channels for tap, shape in tap_channels(unet_config, o.taps).items()}
+    # diffusers' own rule for the width of the embedding.
+    time_width = unet_config.get("time_embedding_dim") or unet_config["block_out_channels"][0] * 4
+    return AlignHeads(
+        channels,
+        teacher_width,
+        grid=o.token_grid,
+        kind=o.align_head,
+        seed=seed,
+        time_width=time_width if o.align_film else None,
+    )
 
 
 def head_parameters(heads: AlignHeads) -> dict[str, nn.Parameter]:
@@ -179,4 +247,4 @@ def head_parameters(heads: AlignHeads) -> dict[str, nn.Parameter]:
 def head_group(heads: AlignHeads, options: NetworkOptimizerOptions) -> ParameterGroup:
     """The heads learn at a rate and with a decay of their own."""
     rate = options.learning_rate if options.align_learning_rate is None else options.align_learning_rate
-    return ParameterGroup(PART, list(heads.parameters()), rate, options.align_weight_decay)
+    return ParameterGroup(PART, list(heads.parameters()), rate, options.align_weight_decay, options.align_max_grad_norm)

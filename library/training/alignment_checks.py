@@ -6,13 +6,16 @@ import torch
 
 from library.diffusion.alignment_schedules import timestep_weights
 from library.diffusion.scheduler_config import parametrisation_of
+from library.errors import UserError
 from library.models.base_family import native_side
-from library.models.load import load_scheduler_config
+from library.models.load import load_scheduler_config, unet_config
 from library.models.locate import BaseLocation
 from library.options.checks import OptionError
 from library.options.run import RunOptions
 from library.training.flow import flow_mode, trained_path
+from networks import AdapterError
 from networks.families import Family
+from networks.taps import tap_channels
 
 _PLACES = 100_000
 
@@ -20,7 +23,15 @@ _PLACES = 100_000
 def check_alignment(options: RunOptions, base: BaseLocation, family: Family) -> None:
     """Raises OptionError for what does not fit the base."""
     if options.alignment.alignment:
+        _check_taps(options, base, family)
         _check_window(options, base, family)
+
+
+def _check_taps(options: RunOptions, base: BaseLocation, family: Family) -> None:
+    try:
+        tap_channels(unet_config(base, families=(family,)), options.alignment.taps)
+    except AdapterError as error:
+        raise UserError(str(error)) from None
 
 
 def _check_window(options: RunOptions, base: BaseLocation, family: Family) -> None:
@@ -29,9 +40,8 @@ def _check_window(options: RunOptions, base: BaseLocation, family: Family) -> No
     if o.align_timesteps == "all" or o.align_window is None:
         return
     scheduler = load_scheduler_config(base)
-    mode = flow_mode(options, scheduler)
     path = parametrisation_of(scheduler)
-    if mode is not None:
+    if (mode := flow_mode(options, scheduler)) is not None:
         path = trained_path(options, scheduler, family, native_side(base), mode)
     elif options.noise.zero_terminal_snr:
         path = path.with_zero_terminal_snr()

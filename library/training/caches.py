@@ -93,7 +93,7 @@ def prepare_caches(
     )
     data = _without(data, latents.dropped)
     tokens = None
-    if options.alignment.alignment:
+    if options.alignment.needs_teacher:
         readable = [picture for picture in pictures if picture.sample_id not in latents.dropped]
         tokens = _tokens(options, processes, readable)
         data = _without(data, tokens.dropped)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import save_file
 
@@ -16,7 +16,6 @@ from library.data.order import BatchOrder
 from library.files import whole_file
 from library.options.training import OutputOptions
 from library.processes import Processes
-from library.training.patience import Patience
 from library.training.plan import Plan
 from library.training.saving import saving_of
 from library.training.state import Trained, load_state, read_facts, save_state
@@ -34,6 +33,14 @@ WHAT = {
 }
 
 
+class Memory(Protocol):
+    """What a run has to know to go on exactly and is no tensor: as plain JSON types."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: Mapping[str, Any]) -> None: ...
+
+
 @dataclass
 class Checkpoints:
     """Saves adapters and states of a run, when and where `saving` says."""
@@ -46,7 +53,8 @@ class Checkpoints:
     processes: Processes
     order: BatchOrder
     export: Export
-    patience: Patience | None = None
+    memories: Mapping[str, Memory] = field(default_factory=dict)
+    """What else the run remembers, by the name it has in state.json."""
     pictures: Marks = field(default_factory=dict)
     newest: Path | None = None
     written: set[str] = field(default_factory=set)
@@ -102,9 +110,7 @@ class Checkpoints:
             "options": dict(self.options),
             "versions": versions(),
         }
-        if self.patience is not None:
-            facts["patience"] = {"best": self.patience.best, "waited": self.patience.waited}
-        return facts
+        return facts | {name: memory.state() for name, memory in self.memories.items()}
 
     def _save_state(self, folder: Path, step: int, finished: bool) -> None:
         start = time.perf_counter()
@@ -141,9 +147,9 @@ class Checkpoints:
         self.newest, self.begun = state, facts.get("begun", 0.0)
         if state.resolve().parent == self.output.output_dir.resolve():
             self.written = set(facts.get("written", ()))
-        if self.patience is not None:
-            patience = facts.get("patience", {})
-            self.patience.best, self.patience.waited = patience.get("best"), patience.get("waited", 0)
+        for name, memory in self.memories.items():
+            if name in facts:  # a state may be older than the option
+                memory.load(facts[name])
         return int(facts["step"])
 
 

@@ -48,7 +48,7 @@ def cache_sizes(options: RunOptions, family: Family, data: TrainingData) -> list
     """Of latents and tokens, each picture with its mirror image where that is shown; latents of a teacher are there already."""
     if data.drawn is not None:
         return []
-    tokens = options.alignment if options.alignment.alignment else None
+    tokens = options.alignment if options.alignment.needs_teacher else None
     width = wanted_width(options)
     moments = 1 if data.classes is not None else 2
     needed = {"latents": 0, "tokens": 0}
@@ -93,9 +93,9 @@ def require_cache_space(sizes: list[CacheSize]) -> None:
 
 
 def wanted_width(options: RunOptions) -> int:
-    """Width of the teacher's tokens, guessed by its name where it is not on this machine yet; 0 without alignment."""
+    """Width of the teacher's tokens, guessed by its name where it is not on this machine yet; 0 without a teacher."""
     name = options.model.dino_model
-    if not options.alignment.alignment:
+    if not options.alignment.needs_teacher:
         return 0
     if dino_status(name) is None:
         from library.models.dinov2 import dinov2_width

@@ -70,7 +70,7 @@ def print_plan(options: RunOptions) -> None:
             _print_model(options, location, family, data)
             _print_disk(options, family, data)
             _print_hours(options, family, data, plan)
-    if options.alignment.alignment and (absent := dino_status(options.model.dino_model)):
+    if options.alignment.needs_teacher and (absent := dino_status(options.model.dino_model)):
         missing.append(absent)
     if options.model.vae is not None and (absent := vae_status(options.model.vae)):
         missing.append(absent)
@@ -124,7 +124,7 @@ def _print_model(options: RunOptions, location: BaseLocation | None, family: Fam
         height,
         largest.dataset.batch_size,
         masked=options.objective.masked_loss,
-        teacher_width=wanted_width(options) if options.alignment.alignment else None,
+        teacher_width=wanted_width(options) if options.alignment.needs_teacher else None,
     )
     with ExitStack() as context:
         step = meta_step(_as_large(options), location, family, size, context, as_adamw=True)

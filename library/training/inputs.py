@@ -49,7 +49,7 @@ def input_checks(options: RunOptions, *, planning: bool = False) -> list[Callabl
         checks.append(lambda: check_vae_name(vae))
     if (file := options.bins.timestep_bin_file) is not None:
         checks.append(partial(LevelAccuracy.read, file, options.bins.timestep_bin_min_acc))
-    if options.alignment.alignment:
+    if options.alignment.needs_teacher:
         checks.append(lambda: check_dino(model.dino_model))
     if (teacher := options.teacher) is not None:
         checks.append(lambda: open_teacher_latents(cast(Path, teacher.teacher_latents)).close())
@@ -135,7 +135,7 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
     check_graphs(options, processes)
     with processes.main_first():
         base = locate_base(options.model.pretrained_model_name_or_path, base_components(options))
-        if options.alignment.alignment:
+        if options.alignment.needs_teacher:
             locate_dino(options.model.dino_model)
         if options.model.vae is not None:
             locate_vae(options.model.vae)

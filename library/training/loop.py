@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from library.errors import Stopped
 from library.options.training import OutputOptions
 from library.processes import Processes
 from library.progress import Activity, doing
+from library.training.alignment_end import GradientCosine
 from library.training.checkpoints import Checkpoints
 from library.training.loss_scaling import LossScaler
 from library.training.optimizers import ParameterGroup, learning_rates, set_rates
@@ -55,6 +56,22 @@ class Task(Protocol):
     def sample_ids(self, indices: np.ndarray) -> list[str]: ...
 
 
+class Watch(Protocol):
+    """Decides by the metrics of steps, which come in order, how the run goes on."""
+
+    def due(self, step: int) -> bool:
+        """Whether the metrics of all steps before this one have to be seen before it begins."""
+        ...
+
+    def see(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of one step; further ones of its own for the next row."""
+        ...
+
+    def measures(self, step: int) -> GradientCosine | None:
+        """What measures the gradients of this step, if anything."""
+        ...
+
+
 class Look(Protocol):
     """Draws pictures after a step where they are due."""
 
@@ -84,6 +101,7 @@ class Run:
     after_step: called when the optimizer has stepped, before the average takes the weights; gives metrics on the device.
     validation_due: whether to validate after so many steps; default: every output.validate_every_n_steps.
     enough: asked after each validation, with its metrics, whether the run may end there as if this were its last step.
+    watch: sees the metrics of every step. A step whose gradients are measured has "alignment" among its loss parts.
     graphs: the forward and backward pass of a micro-batch (batch, generator, step, share of the step), in place of the plain one.
     guesses: seconds of a "step", "validation", "save" and "samples", for the time left until one was measured.
     """
@@ -107,6 +125,7 @@ class Run:
     validation_due: Callable[[int], bool] | None = None
     enough: Callable[[dict[str, float]], bool] | None = None
     graphs: Callable[[Any, torch.Generator, int, float], dict[str, torch.Tensor]] | None = None
+    watch: Watch | None = None
     guesses: dict[str, float] = field(default_factory=dict)
 
     def validation_comes(self, step: int) -> bool:
@@ -145,7 +164,10 @@ def train(run: Run, first_step: int) -> dict[str, float]:
             validating = step > first_step and (run.validates and finished or run.validation_comes(step))
             saving = run.checkpoints.due(step, finished) and step > first_step
             request = lookout(step, requests.look()) if lookout.due(step) or finished else NOTHING
-            if window and (_due(step, output.log_every_n_steps, finished) or validating or saving or request):
+            watching = run.watch is not None and run.watch.due(step)
+            if window and (
+                _due(step, output.log_every_n_steps, finished) or validating or saving or request or watching
+            ):
                 report(step, window)
 
             # Validate, save, draw, obey a stop: maintenance, timed apart.
@@ -193,11 +215,14 @@ def take_step(
     """One optimizer step; its metrics on the device, and its sample indices. Nothing in it waits for the device."""
     # Forward and backward, each micro-batch with its own randomness from (seed, rank, step).
     set_rates(run.trained.optimizer, run.rates(step))
-    metrics, indices = _accumulate(run, batches, randomness, step)
+    measuring = None if run.watch is None else run.watch.measures(step)
+    metrics, indices = _accumulate(run, batches, randomness, step, measuring)
 
     # Clip, step, average.
     parameters = list(run.trained.parameters.values())
     run.processes.average_gradients(parameters)
+    if measuring is not None:
+        measuring.finish()
     metrics |= _step(run, parameters)
     if run.after_step is not None:
         metrics |= run.after_step()
@@ -207,7 +232,7 @@ def take_step(
 
 
 def _accumulate(
-    run: Run, batches: Batches, randomness: StepRandomness, step: int
+    run: Run, batches: Batches, randomness: StepRandomness, step: int, measuring: GradientCosine | None
 ) -> tuple[dict[str, torch.Tensor], np.ndarray]:
     """Accumulate the gradients of one optimizer step; return mean loss parts over its micro-batches, and their sample indices."""
     totals: dict[str, torch.Tensor] = {}
@@ -218,8 +243,10 @@ def _accumulate(
         share = 1.0 / count if batch.share is None else batch.share
         generator = randomness.at(step, micro)
         with explained_kernels(run.processes.device):
-            if run.graphs is None:
+            if run.graphs is None or measuring is not None:
                 parts = run.task.losses(batch, generator, step)
+                if measuring is not None:
+                    measuring.add(parts["alignment"], share, run.trained.scaler)
                 backward(parts, share, run.trained.scaler)
             else:
                 parts = run.graphs(batch, generator, step, share)
@@ -239,21 +266,33 @@ def _step(run: Run, parameters: list[torch.nn.Parameter]) -> dict[str, torch.Ten
     """Clip the gradients, step, drop them; the gradient norm, and what the loss scaler has to say."""
     optimizer, scaler = run.trained.optimizer, run.trained.scaler
     if scaler is None:
-        metrics = {"grad_norm": clip_gradients(parameters, run.max_grad_norm)}
+        metrics = _clip(run, parameters)
         optimizer.step()
     else:
         scaler.unscale(optimizer)
-        metrics = scaler.step(optimizer, clip_gradients(parameters, run.max_grad_norm))
+        metrics = scaler.step(optimizer, _clip(run, parameters))
     optimizer.zero_grad(set_to_none=True)
     return metrics
 
 
-def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale gradients down to a global norm of `max_norm` (0: leave them); the norm before, on the device.
+def _clip(run: Run, parameters: list[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Clip what is clipped together, and each group that has a norm of its own; the norms before."""
+    apart = [group for group in run.task.groups if group.max_grad_norm is not None]
+    own = {id(parameter) for group in apart for parameter in group.parameters}
+    norms = {"grad_norm": clip_gradients([p for p in parameters if id(p) not in own], run.max_grad_norm)}
+    for group in apart:
+        norms[f"grad_norm/{group.name}"] = clip_gradients(group.parameters, group.max_grad_norm or 0.0)
+    return norms
+
+
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale gradients down to a global norm of `max_norm` (0: leave them); the norm before, on the device; 0 without gradients.
 
     torch's clip_grad_norm_ to the bit, which on some devices takes the gradients one by one.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return parameters[0].new_zeros((), dtype=torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -305,7 +344,7 @@ class _Reporter:
         self.run, self.clock, self.batches, self.pace, self.activity = run, clock, batches, pace, activity
         self.newest: dict[str, float] = {}
         activity.words = self._words
-        self.watch = AnomalyWatch(run.output.output_dir / "anomalies.jsonl")
+        self.anomalies = AnomalyWatch(run.output.output_dir / "anomalies.jsonl")
         self.last_time = time.perf_counter()
         self.last_other = 0.0
         self.last_waited = 0.0
@@ -316,17 +355,20 @@ class _Reporter:
         shared = run.processes.mean(on_device).cpu().numpy().astype(float)
         # The wait for the device that the read above brought was training.
         self.clock.to_train()
+        watched: dict[str, float] = {}
         for at, row, indices in zip(steps, shared, samples, strict=True):
             values = dict(zip(names, row.tolist(), strict=True))
             # Every process sees the same means, so all of them come here together or none does.
-            if AnomalyWatch.is_not_finite(values) or self.watch.is_anomalous(values):
+            if AnomalyWatch.is_not_finite(values) or self.anomalies.is_anomalous(values):
                 ids = run.processes.gather(run.task.sample_ids(indices))
                 AnomalyWatch.refuse_non_finite(at, values, ids, run.checkpoints.newest)
                 if run.processes.is_main:
-                    run.processes.say(self.watch.record(at, values, ids))
-            self.watch.remember(values)
+                    run.processes.say(self.anomalies.record(at, values, ids))
+            self.anomalies.remember(values)
+            if run.watch is not None:
+                watched |= run.watch.see(at, values)
         means = dict(zip(names, shared.mean(axis=0).tolist(), strict=True))
-        self.newest = self._row(means, len(set(steps)))
+        self.newest = self._row(means, len(set(steps))) | watched
         if run.log is not None:
             run.log.add(step, self.newest)
         if not self.activity.live:

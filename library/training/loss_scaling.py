@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,19 +25,19 @@ class LossScaler:
         """Divide the gradients by the scale. Call after they are averaged over processes and before they are clipped."""
         self._scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
+    def step(self, optimizer: torch.optim.Optimizer, grad_norms: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Step unless a gradient overflowed, and adapt the scale.
 
-        Returns the scale used, whether the step was left out (0 or 1), and the gradient norm, 0 where it was: an overflow
+        Returns the scale used, whether the step was left out (0 or 1), and the gradient norms, 0 where it was: an overflow
         is no divergence.
         """
         scale = self._scaler._get_scale_async().clone()  # type: ignore[union-attr]
         self._scaler.step(optimizer)
         self._scaler.update()
-        finite = grad_norm.isfinite()
+        finite = torch.stack(list(grad_norms.values())).isfinite().all()
         return {
-            "grad_norm": torch.where(finite, grad_norm, 0.0),
-            "loss_scale": scale.to(grad_norm.device),
+            **{name: torch.where(finite, norm, 0.0) for name, norm in grad_norms.items()},
+            "loss_scale": scale.to(finite.device),
             "skipped": 1.0 - finite.float(),
         }
 

@@ -22,6 +22,7 @@ from library.models.load import TextPart, load_scheduler_config
 from library.models.locate import BaseLocation
 from library.options.run import RunOptions
 from library.processes import Processes
+from library.training.alignment import LATENTS_HEAD_WIDTH
 from library.training.caches import Stores
 from library.training.checkpoints import Checkpoints
 from library.training.distillation import bridged_teacher
@@ -48,7 +49,7 @@ class StepSize:
     preserved: bool = False
     """With pictures of diff_output_preservation."""
     teacher_width: int | None = None
-    """Of the tokens that heads learn; None: no heads."""
+    """Of the teacher's tokens, where heads learn from one."""
 
 
 @dataclass
@@ -156,6 +157,7 @@ def meta_step(
     scheduler = configs_of(family).scheduler if location is None else load_scheduler_config(location)
     frozen = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
     processes = _Alone()
+    plan = Plan(size.pictures, size.pictures, options.training.gradient_accumulation_steps, 1, 1, 10_000, 0)
     unused = cast(Any, None)
     task = make_task(
         options,
@@ -168,17 +170,16 @@ def meta_step(
         teacher=bridged_teacher(
             options, scheduler, META, lambda: Conditioning(*_conditioning(options, family, models, 1))
         ),
-        teacher_width=size.teacher_width,
-        gather=None,
+        head_width=(size.teacher_width or LATENTS_HEAD_WIDTH) if options.alignment.alignment else None,
         scaling_factor=family.scaling_factor,
         training=CachedSamples((), *Stores(unused, None), text, seed=0, last_step=1),
         validation={},
+        plan=plan,
     )
     optimizer = rates = None
     if as_adamw:
         optimizer = AdamW([{"params": list(group.parameters), "name": group.name} for group in task.groups], fused=True)
         rates = lambda step: [group.learning_rate for group in task.groups]  # noqa: E731
-    plan = Plan(size.pictures, size.pictures, options.training.gradient_accumulation_steps, 1, 1, 10_000, 0)
     run = Run(
         task=task,
         plan=plan,
@@ -192,6 +193,7 @@ def meta_step(
         checkpoints=cast(Checkpoints, unused),
         validates=False,
         after_step=after_step_of(options, task),
+        watch=None if task.alignment is None else task.alignment.end,
     )
     at_rest = processes.said[: sum(options.model.format_at_rest(name) is not None for name in models)]
     return MetaStep(run, task, _batch(options, family, models, text, size), models, frozen, at_rest)

@@ -180,8 +180,13 @@ class AdapterMetadata:
             values["ss_network_args"] = json.dumps({**words, "dropout": o.network.network_dropout})
         if o.alignment.alignment:
             # Not kohya's: nothing else in the file tells of the heads, which are left in the states.
-            heads = {name: getattr(optimizer, name) for name in ("align_learning_rate", "align_weight_decay")}
-            described = asdict(o.alignment) | heads | {"dino_model": o.model.dino_model}
+            heads = {
+                name: getattr(optimizer, name)
+                for name in ("align_learning_rate", "align_weight_decay", "align_max_grad_norm")
+            }
+            described = (
+                asdict(o.alignment) | heads | ({"dino_model": o.model.dino_model} if o.alignment.needs_teacher else {})
+            )
             values["ss_alignment"] = json.dumps({name: one for name, one in described.items() if name != "alignment"})
         return values
 

@@ -28,11 +28,9 @@ from library.models.single_file import file_text_config
 from library.models.text_fusion import fusion_facts, load_fusion
 from library.options.kohya.network_args import BlockCurve
 from library.options.run import RunOptions
-from library.training.alignment import make_heads
 from library.training.optimizers import ParameterGroup
 from networks import AdapterError
 from networks.adapters import Adapter
-from networks.align_head import AlignHeads
 from networks.blocks import block_weights
 from networks.families import SD15, TEXT_ENCODER, TEXT_ENCODER_2, UNET, Family
 from networks.kinds.lora import LORA_DOWN
@@ -178,15 +176,6 @@ def build_network(
 
 def _by_module(target: Target, weight: str) -> str:
     return target.path if weight == LORA_DOWN else weight_name(target, weight)
-
-
-def build_heads(options: RunOptions, unet_config: Mapping[str, Any], teacher_width: int) -> AlignHeads:
-    """The AlignHeads of a run with alignment, on the CPU."""
-    a = options.alignment
-    heads = make_heads(
-        unet_config, a.taps, teacher_width, grid=a.token_grid, kind=a.align_head, seed=options.training.seed
-    )
-    return heads.to(torch.bfloat16) if options.model.full_bf16 else heads
 
 
 def network_spec(options: RunOptions, family: Family, start: Adapter | None) -> NetworkSpec:

@@ -62,13 +62,15 @@ SYNONYMS = {"decouple": "weight_decouple", "use_bias_correction": "bias_correcti
 class ParameterGroup:
     """Parameters that share a peak learning rate and a weight decay; `name` is their tag in the metrics.
 
-    weight_decay None leaves it to optimizer_args, or else to the optimizer.
+    weight_decay None leaves it to optimizer_args, or else to the optimizer. max_grad_norm None clips their gradients together with
+    those of all such groups.
     """
 
     name: str
     parameters: Sequence[torch.nn.Parameter]
     learning_rate: float
     weight_decay: float | None = None
+    max_grad_norm: float | None = None
 
 
 def make_optimizer(groups: Sequence[ParameterGroup], options: OptimizerOptions) -> torch.optim.Optimizer:

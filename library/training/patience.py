@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -25,6 +26,12 @@ class Patience:
             return False
         self.say(f"early stop: {self.waited} validations without a better loss than {self.best:.4f}")
         return True
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.best, self.waited = state["best"], state["waited"]
 
 
 def validation_due(step: int, every_n_steps: int | None, every_n_epochs: int | None, steps_per_epoch: int) -> bool:

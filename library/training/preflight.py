@@ -28,7 +28,7 @@ from library.training.speed import explained_kernels
 from library.training.state import save_state
 from library.training.task import LoraTask
 from library.words import plural, wrapped
-from networks.features import tap_channels
+from networks.taps import tap_channels
 
 REFERENCE_SAMPLES = 256
 """Enough that the frozen base's loss is known to a few per cent."""
@@ -178,13 +178,14 @@ def reference_values(task: LoraTask, chosen: Sequence[Request]) -> dict[str, flo
             latents = task.latents(batch)
             sums += torch.stack([latents.sum(), latents.square().sum(), latents.new_tensor(latents.numel())]).cpu()
             place += len(batch)
-            if task.alignment is not None and batch.token_grid is not None:
-                target = task.target_tokens(batch)
-                tokens.add(target, batch.token_grid)
-                head_losses.append(task.token_loss(batch).item() * len(batch) / count)
+            if task.alignment is not None and "token" in task.alignment.weights:
+                target, grid = task.alignment.target(batch, latents)
+                tokens.add(target, grid)
+                # Without the manifold loss, so that no process waits for another.
+                head_losses.append(task.alignment.token_loss(target, grid).item() * len(batch) / count)
                 for tap, shape in tap_channels(task.unet.config, list(task.alignment.heads)).items():  # type: ignore[arg-type]
                     rows, columns = (-(-side // shape.stride) for side in latents.shape[-2:])
-                    ceiling = losses.grid_ceiling(target, batch.token_grid, (rows, columns)).item()
+                    ceiling = losses.grid_ceiling(target, grid, (rows, columns)).item()
                     ceilings[tap] = ceilings.get(tap, 0.0) + ceiling * len(batch) / count
     total, squares, number = sums.tolist()
     facts = {
@@ -193,7 +194,7 @@ def reference_values(task: LoraTask, chosen: Sequence[Request]) -> dict[str, flo
         "zero_predictor_loss": torch.cat(zero).mean().item(),
         "latent_std": math.sqrt(max(squares / number - (total / number) ** 2, 0.0) * number / max(number - 1, 1)),
     }
-    if task.alignment is not None:
+    if head_losses:
         facts["token_loss"] = sum(head_losses)
         facts["constant_token_loss"], facts["positional_token_loss"] = tokens.losses()
         facts |= {f"grid_ceiling_{tap}": value for tap, value in ceilings.items()}

@@ -17,7 +17,6 @@ from library.data.batches import Prefetcher
 from library.data.cached_samples import CachedSamples, requests
 from library.data.order import BatchOrder
 from library.device import named_dtype
-from library.diffusion.alignment_losses import Gather
 from library.diffusion.loss import PointwiseLoss
 from library.diffusion.objective import Objective
 from library.diffusion.predictions import EPSILON, FLOW, VELOCITY, Prediction
@@ -30,10 +29,10 @@ from library.options.parser import flatten
 from library.options.repa import RepaObjectiveOptions
 from library.options.run import RunOptions
 from library.processes import Processes
-from library.training.alignment import PART, Alignment, head_group, head_parameters
+from library.training.alignment import PART, Alignment, head_group, head_parameters, head_width
 from library.training.bins import bin_facts, make_bins
 from library.training.caches import Prepared
-from library.training.checkpoints import Checkpoints
+from library.training.checkpoints import Checkpoints, Memory
 from library.training.distillation import BridgedTeacher, bridged_teacher, distillation_facts, without_prompt
 from library.training.earlier import run_record
 from library.training.ema import ExponentialAverage
@@ -45,7 +44,6 @@ from library.training.loop import Run, backward
 from library.training.loss_scaling import LossScaler
 from library.training.metadata import AdapterMetadata
 from library.training.models import (
-    build_heads,
     build_network,
     parameter_groups,
     scaling_factor,
@@ -141,6 +139,9 @@ def build_run(
 
     every_n_steps, every_n_epochs = options.output.validate_every_n_steps, options.validation.validate_every_n_epochs
     patience = None if options.validation.early_stop is None else Patience(options.validation.early_stop, processes.say)
+    end = None if task.alignment is None else task.alignment.end
+    found: dict[str, Memory | None] = {"patience": patience, "alignment_end": end}
+    memories = {name: memory for name, memory in found.items() if memory is not None}
     run = Run(
         task=task,
         plan=plan,
@@ -160,7 +161,7 @@ def build_run(
             processes,
             order=order,
             export=export,
-            patience=patience,
+            memories=memories,
             pictures=marks_of_prepared(prepared) if samples else {},
         ),
         validates=bool(task.validation),
@@ -168,6 +169,7 @@ def build_run(
         validation_due=lambda step: validation_due(step, every_n_steps, every_n_epochs, plan.steps_per_epoch),
         enough=patience,
         after_step=after_step_of(options, task),
+        watch=end,
     )
     if options.speed.compile == "graphs":
         run.graphs = Graphs(
@@ -206,7 +208,7 @@ def build_task(
     parts = prepared.models.text(options, base, family, processes.device) if prepared.text is None else []
     text = make_text(options, processes, prepared, unet, parts)
     training, validation = make_samples(options, prepared, text, plan)
-    tokens, scheduler = prepared.training.tokens, load_scheduler_config(base)
+    scheduler = load_scheduler_config(base)
     return make_task(
         options,
         processes,
@@ -216,12 +218,11 @@ def build_task(
         make_objective(options, scheduler, family, native_side(base), processes),
         context,
         teacher=bridged_teacher(options, scheduler, processes.device, lambda: without_prompt(text, family)),
-        teacher_width=None if tokens is None else tokens.width,
-        gather=_gather(processes, plan),
+        head_width=head_width(options.alignment, prepared.training.tokens),
         scaling_factor=scaling_factor(options, base, family),
         training=training,
         validation=validation,
-        last_step=plan.last_step,
+        plan=plan,
     )
 
 
@@ -235,26 +236,23 @@ def make_task(
     context: ExitStack,
     *,
     teacher: BridgedTeacher | None,
-    teacher_width: int | None,
-    gather: Gather | None,
+    head_width: int | None,
     scaling_factor: float,
     training: CachedSamples,
     validation: dict[str, CachedSamples],
-    last_step: int | None = None,
+    plan: Plan,
 ) -> LoraTask:
-    """The same of models that are there. teacher: of a flow, the base itself. teacher_width: of the tokens that heads learn; None:
-    no heads. last_step: of the run."""
+    """The same of models that are there. teacher: of a flow, the base itself. head_width: of what heads predict; None: no heads."""
     unet = models[UNET]
     for sentence in quantise(models, options):
         processes.say(sentence)
     network = build_network(models, options, family, start_weights(options))
     groups = parameter_groups(network, options, family)
     alignment = None
-    if teacher_width is not None:
-        heads = build_heads(options, unet.config, teacher_width).to(processes.device)
-        across = gather if options.alignment.manifold_mode == "sample" else None
-        alignment = Alignment.attach(unet, heads, options.alignment, context, gather=across, last_step=last_step)
-        groups.append(head_group(heads, options.optimizer))
+    if head_width is not None:
+        adapters = [parameter for group in groups for parameter in group.parameters]
+        alignment = Alignment.attach(unet, options, head_width, adapters, plan, processes, context)
+        groups.append(head_group(alignment.heads, options.optimizer))
     for group in groups:
         processes.say(
             f"training {sum(p.numel() for p in group.parameters):,} parameters of {group.name} at {group.learning_rate:g}"
@@ -293,13 +291,6 @@ def make_task(
         teacher=teacher,
         bins=make_bins(options, objective.parametrisation, processes.device),
     )
-
-
-def _gather(processes: Processes, plan: Plan) -> Gather | None:
-    """Joins rows of all processes; no batch is larger than the plan's."""
-    if processes.world_size == 1:
-        return None
-    return lambda rows, sharing: processes.gather_rows(rows, sharing, most=plan.batch_size)
 
 
 def make_trained(options: RunOptions, task: LoraTask, optimizer: Optimizer | None = None) -> Trained:

@@ -93,12 +93,13 @@ class LoraTask:
             }
         if self.alignment is not None:
             counts = self.coefficient(step) > 0
-            aligned = self.aligned(batch, drawn.timesteps, generator, with_gradient=counts)
+            aligned = self.aligned(batch, latents, drawn.timesteps, generator, with_gradient=counts)
             if coefficient is None:
                 coefficient = torch.full((), self.coefficient(step), device=latents.device)
+            weighed = coefficient * self.alignment.total(aligned)
             if counts:
-                parts["loss"] = parts["loss"] + coefficient * self.alignment.total(aligned)
-            parts |= self.alignment.parts(aligned, coefficient)
+                parts["loss"] = parts["loss"] + weighed
+            parts |= {"alignment": weighed, **aligned, "lambda": coefficient}
         return parts
 
     def latents(self, batch: Batch) -> Tensor:
@@ -156,33 +157,24 @@ class LoraTask:
         return sample_noise(self.validation_seed, samples.ids_of(batch), tuple(latents.shape[1:])).to(latents.device)
 
     def aligned(
-        self, batch: Batch, timesteps: Tensor, generator: torch.Generator, *, with_gradient: bool
+        self, batch: Batch, latents: Tensor, timesteps: Tensor, generator: torch.Generator, *, with_gradient: bool
     ) -> AlignmentLosses:
-        """Alignment losses of the last batch that `each` ran, at these timesteps [B]."""
-        assert self.alignment is not None and batch.token_grid is not None
+        """Alignment losses of the last batch that `each` ran, of these latents at these timesteps [B]."""
+        assert self.alignment is not None
+        target, grid = self.alignment.target(batch, latents)
         weights = self.alignment.at_noise(
-            self.token_weights(batch, batch.token_grid),
+            self.token_weights(batch, grid),
             timesteps,
             self.objective.parametrisation,
             self.processes.world_size,
         )
         return self.alignment.losses(
-            self.target_tokens(batch),
+            target,
             generator,
-            grid=batch.token_grid,
+            grid=grid,
             weights=weights,
             with_gradient=with_gradient,
         )
-
-    def token_loss(self, batch: Batch) -> Tensor:
-        """Token loss of the last batch that `each` ran, without the manifold loss, so that no process waits for another."""
-        assert self.alignment is not None
-        return self.alignment.token_loss(self.target_tokens(batch), batch.token_grid)
-
-    def target_tokens(self, batch: Batch) -> Tensor:
-        """What heads are to predict for a batch, [B, N, D] float32."""
-        assert self.alignment is not None
-        return self.alignment.target(batch.target_tokens())
 
     def token_weights(self, batch: Batch, grid: tuple[int, int]) -> Weights | None:
         """How much pictures and tokens count: as much as in the diffusion loss, whose mask is pooled to the tokens.
@@ -267,7 +259,7 @@ class LoraTask:
             sums[1].index_add_(0, quarter, real)
             if self.alignment is not None:
                 generator.manual_seed(int(batch.indices[0]))
-                parts = self.aligned(batch, chosen, generator, with_gradient=False)
+                parts = self.aligned(batch, latents, chosen, generator, with_gradient=False)
                 aligned += torch.stack([parts[name] for name in names]) * real.sum()
         batches.close()
         totals, counts = self.processes.sum(sums).tolist()

@@ -29,7 +29,8 @@ BUCKET_LIMITS = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "buc
 _DEFAULTS_OF_ITS_OWN = ("network_module", "seed", "sdpa")
 _NOT_OF_KOHYA = frozenset(fields_of(AlignmentOptions)) | frozenset(
     """
-    adam_beta1 adam_beta2 adam_epsilon align_learning_rate align_weight_decay allow_changed_options cache_dir channels_last compile
+    adam_beta1 adam_beta2 adam_epsilon
+    align_learning_rate align_max_grad_norm align_weight_decay allow_changed_options cache_dir channels_last compile
     deterministic device dino_model dry_run early_stop ema_decay ignore_unknown_keys log_every_n_steps masked_loss_renormalize
     missing_caption objective overwrite save_last_n_states sdxl weight_decay
     base_quantization blocks_to_swap
