@@ -65,8 +65,8 @@ def test_the_sample_loss_and_its_gradient_are_those_of_one_process_on_the_same_g
 def test_two_processes_train_validate_save_and_resume_exactly(
     tmp_path: Path, tiny_sd15: Path, tiny_dinov2: Path
 ) -> None:
+    """With bins of timesteps and the cosine of gradients: processes that disagreed about either would resume as another run."""
     setting = RepaSetting(tmp_path / "data", tiny_sd15, tiny_dinov2)
-    """What bins of timesteps learn from losses, too: processes that disagreed about them would resume as another run."""
     changes = {
         "processes": WORLD, "train_batch_size": 2, "save_every_n_steps": 2, "validate_every_n_steps": 2,
         "timestep_sampling": "bins", "timestep_bins": 4,

@@ -14,11 +14,11 @@ from torch import Tensor
 from library.data.pixels import glance
 from library.device import choose_device
 from library.diffusion.alignment_losses import normalize
+from library.diffusion.dense_maps import colour_picture, pca_colours
 from library.doctor.findings import Finding
 from library.doctor.likeness import groups
 from library.doctor.measures import Asked, seen_part
 from library.doctor.picture_faults import Measured
-from library.evaluation.dense_maps import colour_picture, pca_colours
 from library.models.dinov2 import load_dinov2
 from library.models.embedded import SHAPES_DINOV2
 from library.models.encoders import DinoEncoder

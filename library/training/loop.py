@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from library.data.batches import AnyBatch
 from library.errors import Stopped
 from library.options.training import OutputOptions
 from library.processes import Processes
 from library.progress import Activity, doing
 from library.training.alignment_end import GradientCosine
 from library.training.checkpoints import Checkpoints
+from library.training.loop_interfaces import Batches, Look, Task, Watch, Watched
 from library.training.loss_scaling import LossScaler
-from library.training.optimizers import ParameterGroup, learning_rates, set_rates
+from library.training.optimizers import learning_rates, set_rates
 from library.training.pace import Pace
 from library.training.plan import Plan
 from library.training.randomness import StepRandomness
@@ -28,66 +28,6 @@ from library.training.state import Trained
 from library.training.stop import NOTHING, SAMPLE, SAVE, STOP, Requests
 from library.training.tracking import AnomalyWatch, Clock, MetricLog, MetricWindow, status_words
 from library.words import wrapped
-
-
-class Batches(Protocol):
-    """An endless iterator of batches that knows how long it kept the step waiting, in seconds."""
-
-    waited: float
-
-    def __next__(self) -> AnyBatch: ...
-
-    def close(self) -> None: ...
-
-
-class Task(Protocol):
-    """What a run trains."""
-
-    groups: list[ParameterGroup]
-
-    def losses(self, batch: Any, generator: torch.Generator, step: int) -> dict[str, torch.Tensor]:
-        """Loss parts of a batch, scalars on the device; "loss" is the one to minimise."""
-        ...
-
-    def validate(self, step: int) -> dict[str, float]:
-        """Metrics of the validation set with the weights as they are; the same call gives the same numbers."""
-        ...
-
-    def sample_ids(self, indices: np.ndarray) -> list[str]: ...
-
-
-class Watch(Protocol):
-    """Decides by the metrics of steps, which come in order, how the run goes on."""
-
-    def due(self, step: int) -> bool:
-        """Whether the metrics of all steps before this one have to be seen before it begins."""
-        ...
-
-    def see(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of one step; further ones of its own for the next row."""
-        ...
-
-    def measures(self, step: int) -> GradientCosine | None:
-        """What measures the gradients of this step, if anything."""
-        ...
-
-
-class Look(Protocol):
-    """Draws pictures after a step where they are due."""
-
-    def due(self, step: int, finished: bool) -> bool: ...
-
-    def __call__(self, step: int, finished: bool) -> None: ...
-
-
-class Watched(Protocol):
-    """The page that people watch a run by."""
-
-    def due(self, step: int) -> bool:
-        """Whether it is old, though nothing has happened."""
-        ...
-
-    def __call__(self, step: int) -> None: ...
 
 
 @dataclass

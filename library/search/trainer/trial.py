@@ -28,7 +28,8 @@ from library.search.terms import DECIDED_BY_TRIALS
 from library.search.trainer.judge_by_loss import Judge, Measured
 from library.search.trial_files import EVALUATIONS, LOGS, PARAMS_FILE, adapter_file, adapter_name
 from library.training.checkpoints import Checkpoints
-from library.training.loop import Batches, Run, train
+from library.training.loop import Run, train
+from library.training.loop_interfaces import Batches
 
 CONFIG_FILE = "config.toml"
 
