@@ -29,6 +29,7 @@ def main() -> int:
     start = time.perf_counter()
     adapter, merged, picture = OUTPUT / "demo.safetensors", OUTPUT / "merged", OUTPUT / "picture.png"
     failed = run_commands([
+        ["train_repa.py", "--dataset_config", "demo.toml", "--dry_run", "--report"],
         # train_repa.py would build missing caches itself; this also renews those of an older version of the tiny models.
         ["prepare_cache.py", "--dataset_config", "demo.toml"],
         # A demo shows a whole run; a second one would only find that the first is finished.
