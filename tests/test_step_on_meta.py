@@ -43,9 +43,9 @@ HEADS = "--alignment --taps enc_last mid dec_first"
 
 
 def network_options(words: str, folder: Path) -> RunOptions:
+    data = [] if "--teacher_latents" in words else ["--train_data_dir", str(folder)]
     argv = [
-        "--train_data_dir",
-        str(folder),
+        *data,
         "--output_dir",
         str(folder),
         "--pretrained_model_name_or_path",
@@ -117,6 +117,8 @@ def test_a_step_at_full_size_waits_for_nothing(
         "--flow_model --timestep_sampling shift --discrete_flow_shift 2.5 --min_snr_gamma 5",
         "--flow_mode native --weighting_scheme cosmap",
         "--flow_mode native --flow_recipe lune",
+        "--teacher_latents drawn --flow_model --flow_target reflow",
+        "--teacher_latents drawn --flow_mode native --flow_target kd --flow_kd_cfg 3 --train_parts time_embedding conv_in conv_out",
     ],
 )
 def test_every_kind_of_adapter_and_loss_waits_for_nothing(words: str, tmp_path: Path) -> None:
