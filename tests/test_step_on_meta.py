@@ -44,9 +44,9 @@ MEASURED = "--teacher_norm 0.6 --align_timesteps v --align_gradient_every 1 --al
 
 
 def network_options(words: str, folder: Path) -> RunOptions:
+    data = [] if "--teacher_latents" in words else ["--train_data_dir", str(folder)]
     argv = [
-        "--train_data_dir",
-        str(folder),
+        *data,
         "--output_dir",
         str(folder),
         "--pretrained_model_name_or_path",
@@ -121,6 +121,8 @@ def test_a_step_at_full_size_waits_for_nothing(
         "--flow_model --timestep_sampling bins --discrete_flow_shift 2",
         "--flow_mode native --timestep_sampling bins --flow_shift_by_resolution",
         "--timestep_sampling bins --timestep_bins 20 --timestep_bin_correct none --min_snr_gamma 5 --ema_decay 0.9",
+        "--teacher_latents drawn --flow_model --flow_target reflow",
+        "--teacher_latents drawn --flow_mode native --flow_target kd --flow_kd_cfg 3 --train_parts time_embedding conv_in conv_out",
     ],
 )
 def test_every_kind_of_adapter_and_loss_waits_for_nothing(words: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,13 @@ from library.data.store import TensorStore
 from library.data.store_writer import StoreWriter
 from library.data.teacher_latents import Drawn, Spread, open_teacher_latents
 from library.errors import UserError
+from library.inference.drawing_model import load_model
+from library.inference.picture_request import PictureRequest
 from library.inference.sampler_noise import initial_noise
-from library.training.teacher_latents import Teacher
+from library.inference.text_to_image import TextToImage
+from library.models.conditioning import TextConditioner
+from library.models.locate import locate_base
+from library.training.teacher_latents import Teacher, draw_latents
 from tests.tools.teacher import BASE, PROMPTS, TeacherSetting, draw, words
 
 
@@ -194,3 +200,21 @@ def test_the_gain_of_the_teacher_itself_is_one_and_of_weaker_latents_less(
         0.5
     )
     assert main([*words, "--count", "0"]) == 2
+
+
+@pytest.mark.parametrize("negative", ["", "blurry"])
+@pytest.mark.parametrize("family", ["tiny_sd15", "tiny_sdxl"])
+def test_a_plain_prompt_gives_the_latents_that_generate_draws(
+    family: str, negative: str, request: pytest.FixtureRequest
+) -> None:
+    """Each in a batch with another prompt, and of SDXL with zeros for no negative prompt."""
+    base = locate_base(str(request.getfixturevalue(family)))
+    model = load_model(base, dtype=torch.float32, device="cpu")
+    settings = PictureRequest("", "", steps=2, cfg_scale=3.0, width=64, height=64, sampler="Euler")
+    drawn = [Drawn("a cat", negative, 3), Drawn("a red square", "", 4)]
+    found = draw_latents(model, settings, TextConditioner(model.family, model.parts), drawn)
+    for one, latents in zip(drawn, found, strict=True):
+        asked = replace(settings, prompt=one.prompt, negative_prompt=one.negative_prompt)
+        with torch.no_grad():
+            alone = TextToImage(model, asked, [one.seed], {}, None).latents()[0]
+        assert torch.allclose(latents, alone, atol=1e-4)
