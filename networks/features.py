@@ -35,6 +35,7 @@ class Features(dict[str, Tensor]):
 def capture(unet: nn.Module, taps: Sequence[str]) -> Iterator[Features]:
     """Within the context, every forward pass of `unet` leaves its feature maps at `taps` in the yielded dictionary.
 
+    taps: a Tap, or a block's name (`blocks_of`).
     The hooks sit on whole blocks, outside of what regional compilation and gradient checkpointing wrap, and are gone
     when the context ends, however it ends. The dictionary outlives it. A wholly compiled U-Net traces the hooks: enter
     the context once, before its first pass.
@@ -66,13 +67,23 @@ def _keeper(features: Features, tap: str) -> Any:
     return keep
 
 
+def blocks_of(unet: Any) -> dict[str, nn.Module]:
+    """All blocks of a U-Net by name, in the order of its pass: down_0, down_1, ..., mid, up_0, ..."""
+    down = {f"down_{number}": block for number, block in enumerate(unet.down_blocks)}
+    return {**down, "mid": unet.mid_block, **{f"up_{number}": block for number, block in enumerate(unet.up_blocks)}}
+
+
+def block_at(unet: Any, tap: Tap) -> str:
+    """The name of the block whose output a tap is."""
+    return {"enc_last": f"down_{len(unet.down_blocks) - 1}", "mid": "mid", "dec_first": "up_0"}[tap]
+
+
 def _block(unet: Any, tap: str) -> nn.Module:
-    if _known(tap) == "mid":
-        return unet.mid_block
-    return unet.down_blocks[-1] if tap == "enc_last" else unet.up_blocks[0]
+    blocks = blocks_of(unet)
+    return blocks[tap] if tap in blocks else blocks[block_at(unet, _known(tap))]
 
 
-def _known(tap: str) -> str:
+def _known(tap: str) -> Any:
     if tap not in get_args(Tap):
         raise AdapterError(f"A tap must be one of {', '.join(get_args(Tap))}, got {tap!r}.")
     return tap
