@@ -5,6 +5,7 @@
         --num-samples 16 --resolution 512 --dino_model facebook/dinov2-large --clip_model openai/clip-vit-large-patch14
     python evaluate.py --checkpoint outputs/demo                             # a training of train_repa.py: representations too
     python evaluate.py --checkpoint outputs/zorb --strength --write          # at which weight to use the best one
+    python evaluate.py --block_probe --base-model model.safetensors --reference_dir photos   # what each block knows
 
 All checkpoints, and the base without them, draw the same prompts with the same seeds.
 """
@@ -62,6 +63,9 @@ def main(argv: list[str]) -> int:
     if options.sampling.schedule is not None:
         schedule_named(options.sampling.schedule)
     check_output(options)
+    if options.probe.block_probe:
+        probe_blocks(options)
+        return EXIT_OK
     plan = build(options)
     print_plan(options, plan)
     check(options, plan)
@@ -297,6 +301,20 @@ def run(options: EvaluateOptions, plan: Plan) -> None:
     print_result(result, representation, folder)
     if options.strengths.write:
         write_recommendation(plan.generation, result, print)
+
+
+def probe_blocks(options: EvaluateOptions) -> None:
+    """--block_probe: nothing is drawn."""
+    from library.evaluation.block_probe_run import BINS_FILE, plan_probe, run_probe
+
+    plan, folder = plan_probe(options), options.checkpoints.output_dir
+    print(*plan.lines(), f"output     {folder}", sep="\n")
+    if options.dry_run:
+        return
+    clear(folder)
+    found = run_probe(options, plan, folder / REPORT, folder / METRICS, FORMAT_VERSION)
+    (folder / UNFINISHED).unlink()
+    print(*found.recommendation(), f"Wrote {folder / REPORT}, {folder / METRICS} and {folder / BINS_FILE}.", sep="\n")
 
 
 def clear(folder: Path) -> None:

@@ -20,6 +20,12 @@ class TapShape:
     """Latent pixels per pixel of the feature map: 8 means 8x8 from 64x64 latents."""
 
 
+def all_taps(blocks: int) -> list[str]:
+    """Every place of a U-Net with so many down blocks, in the order of its pass."""
+    numbers = range(blocks)
+    return [*(f"down_blocks.{number}" for number in numbers), "mid", *(f"up_blocks.{number}" for number in numbers)]
+
+
 def check_tap(tap: str) -> None:
     """Raise AdapterError where it is none of any U-Net's."""
     if tap not in ("enc_last", "mid", "dec_first") and not _NUMBERED.fullmatch(tap):

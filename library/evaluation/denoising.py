@@ -69,7 +69,7 @@ def denoising_losses(model: DrawingModel, photos: EncodedPhotos, seed: int, clip
         target = objective.target(clean, noise, timesteps)
         for start in range(0, len(timesteps), _BATCH_SIZE):
             part = slice(start, start + _BATCH_SIZE)
-            output = _predicted(
+            output = predicted(
                 model, noisy[part], timesteps[part], conditioning.states, conditioning.pooled, photos.size
             )
             losses[row, part] = (output - target[part]).double().square().mean(dim=(1, 2, 3))
@@ -84,7 +84,7 @@ def log_ratios(losses: Tensor, base: Tensor) -> Tensor:
     return (losses / base).log().unflatten(1, (QUARTERS, -1)).mean(dim=2)
 
 
-def _predicted(
+def predicted(
     model: DrawingModel, noisy: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None, size: int
 ) -> Tensor:
     """The U-Net's output without guidance, float32 on the CPU."""

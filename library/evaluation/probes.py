@@ -47,29 +47,56 @@ class ProbeAccuracy:
     l2: float
 
 
+@dataclass(frozen=True)
+class LinearProbe:
+    """Multinomial logistic regression on features [n, D], standardised by the fitted pictures' mean and deviation."""
+
+    mean: Tensor
+    scale: Tensor
+    weights: Tensor
+    bias: Tensor
+    classes: Tensor
+    l2: float
+
+    @classmethod
+    def fit(cls, features: Tensor, labels: Tensor, ids: Sequence[str], grid: Sequence[float] = L2_GRID) -> LinearProbe:
+        """Of the penalties in `grid`, that with the lowest log loss on a fifth of the pictures, chosen by a hash of their ids; the
+        final fit includes that fifth.
+
+        REPA's probe (batch norm without parameters, then a linear layer) except for the optimizer: here L-BFGS, to convergence. A
+        class without pictures is never predicted. Raises UserError for pictures of one class.
+        """
+        classes, targets = labels.unique(return_inverse=True)
+        if len(classes) < 2:
+            raise UserError("A probe needs training pictures of at least two classes, and all are of one.")
+        mean, scale = _standard(features)
+        x = (features.float() - mean) * scale
+        chosen = grid[0]
+        if len(grid) > 1:
+            inner = split_by_hash(ids, 0.2, "probe").to(x.device)
+            losses = _path(x[~inner], targets[~inner], len(classes), grid, x[inner], targets[inner])
+            chosen = grid[losses.index(min(losses))]
+        weights, bias = _fit_logistic(x, targets, len(classes), chosen)
+        return cls(mean, scale, weights, bias, classes, chosen)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """The predicted labels, [n]."""
+        x = (features.float() - self.mean) * self.scale
+        return self.classes[(x @ self.weights + self.bias).argmax(dim=1)]
+
+    def accuracy(self, features: Tensor, labels: Tensor) -> float:
+        return (self(features) == labels).float().mean().item()
+
+
 def linear_probe(
     fit: Tensor, fit_labels: Tensor, test: Tensor, test_labels: Tensor, fit_ids: Sequence[str]
 ) -> ProbeAccuracy:
-    """Multinomial logistic regression on features [n, D], standardised by the fitted pictures' mean and deviation.
+    """How well a `LinearProbe` fitted on one set classifies another.
 
-    Of `L2_GRID`, the penalty with the lowest log loss on a fifth of the training pictures, chosen by a hash of their ids; the
-    final fit includes that fifth. REPA's probe (batch norm without parameters, then a linear layer) except for the optimizer: here
-    L-BFGS, to convergence. Chance is the share of the commonest class; a class without training pictures is never predicted. More
-    training pictures give a higher accuracy: compare at equal n.
+    Chance is the share of the commonest class. More training pictures give a higher accuracy: compare at equal n.
     """
-    classes, targets = fit_labels.unique(return_inverse=True)
-    if len(classes) < 2:
-        raise UserError("A probe needs training pictures of at least two classes, and all are of one.")
-    x, to_judge = _standardised(fit, fit, test)
-    inner = split_by_hash(fit_ids, 0.2, "probe").to(x.device)
-    losses = _path(x[~inner], targets[~inner], len(classes), L2_GRID, x[inner], targets[inner])
-    chosen = L2_GRID[losses.index(min(losses))]
-    weights, bias = _fit_logistic(x, targets, len(classes), chosen)
-    return ProbeAccuracy(
-        _accuracy(to_judge @ weights + bias, classes, test_labels),
-        _accuracy(x @ weights + bias, classes, fit_labels),
-        chosen,
-    )
+    probe = LinearProbe.fit(fit, fit_labels, fit_ids)
+    return ProbeAccuracy(probe.accuracy(test, test_labels), probe.accuracy(fit, fit_labels), probe.l2)
 
 
 def knn_accuracy(fit: Tensor, fit_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 10) -> float:
@@ -94,12 +121,12 @@ def chance_accuracy(fit_labels: Tensor, test_labels: Tensor) -> float:
     return (test_labels == fit_labels.mode().values).float().mean().item()
 
 
-def _standardised(like: Tensor, *features: Tensor) -> list[Tensor]:
-    like = like.float()
-    deviation, mean = torch.std_mean(like, dim=0, correction=0)
+def _standard(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of each channel, and by what to multiply it for a deviation of 1."""
+    features = features.float()
+    deviation, mean = torch.std_mean(features, dim=0, correction=0)
     # Constant channels become 0: dividing by their deviation would amplify rounding errors.
-    scale = torch.where(deviation > 1e-6 * like.abs().amax(dim=0), 1.0 / deviation, 0.0)
-    return [(part.float() - mean) * scale for part in features]
+    return mean, torch.where(deviation > 1e-6 * features.abs().amax(dim=0), 1.0 / deviation, 0.0)
 
 
 def _path(

@@ -35,9 +35,6 @@ class CheckpointOptions:
     """Replace an evaluation in that folder."""
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.checkpoint), "checkpoint", "is missing: name an adapter, a training state or a folder of them."
-        )
         for path in self.checkpoint:
             require(path.expanduser().exists(), "checkpoint", f"{path} does not exist.")
         require(
@@ -175,15 +172,43 @@ class StrengthOptions:
 
 
 @dataclass(frozen=True)
+class BlockProbeOptions:
+    """What each block of the U-Net knows of noise and picture."""
+
+    block_probe: bool = False
+    """Instead of drawing: measure what can be read from each block's features, with and without its timestep, of the base and the
+    newest checkpoint, or of the base alone; writes timestep_bins.json for --timestep_bin_source probe."""
+    block_probe_bins: int = 100
+    """Bins of log-SNR between which noise levels are told apart."""
+    block_probe_samples: int = 256
+    """At most so many pictures of --reference_dir, each at ten noise levels. Default pictures: those of the training's caches, a
+    folder held_out beside it, or for the project's own bases generated ones."""
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("block_probe_bins", 10, 1000), ("block_probe_samples", 12, 100_000)):
+            value, default = getattr(self, name), getattr(BlockProbeOptions, name)
+            require(least <= value <= most, name, f"must lie between {least} and {most}, got {value}.")
+            require(self.block_probe or value == default, name, "has no effect without block_probe.")
+
+
+@dataclass(frozen=True)
 class EvaluateOptions:
     checkpoints: CheckpointOptions
     pictures: PictureOptions
     sampling: SamplingOptions
     measures: MeasureOptions
     strengths: StrengthOptions
+    probe: BlockProbeOptions
     dtype: Precision | None = None
     """Number format of the base. Default: fp16 on a GPU, float elsewhere."""
     device: str | None = None
     """Device as torch names it (cuda, cuda:1, mps, cpu). Default: the best there is."""
     dry_run: bool = False
     """Print the plan and stop."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.checkpoints.checkpoint) or self.probe.block_probe,
+            "checkpoint",
+            "is missing: name an adapter, a training state or a folder of them.",
+        )
