@@ -15,12 +15,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from library.data.caption_lists import demo_captions
 from library.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, UserError
 from library.models.language import load_language
 from library.models.language_files import locate_language
 from library.models.text_fusion import (
     read_fusion,
 )
+from library.options.lyra import parse_lyra_options
+from library.training.lyra_inputs import read_captions
 from library.training.lyra_task import LyraTask
 from networks.families import SD15
 from networks.lyra import (
@@ -34,6 +37,8 @@ from networks.lyra import (
     new_lyra,
 )
 from tests.tools.lyra_runs import CAPTIONS, LyraSetting
+from tests.tools.network_runs import CAPTIONS as PICTURES
+from tests.tools.network_runs import NetworkSetting
 from tests.tools.runs import assert_equal_states, copy_until, metric_rows
 
 SPEC = LyraSpec((6, 5, 4), latent=8, hidden=12, depth=3, heads=2)
@@ -253,6 +258,18 @@ def test_what_is_no_text_encoder_is_refused(tiny_dinov2: Path, tiny_t5: Path, tm
     (broken / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="has no tokenizer"):
         load_language(locate_language(str(broken)), dtype=torch.float32, device="cpu")
+
+
+def test_captions_come_from_data_sets_a_file_or_the_generated_pictures(network_setting: NetworkSetting) -> None:
+    sets = network_setting.dataset(more="[lyra]\nkl_weight = 0.5")
+
+    def read(*argv: str) -> tuple[float, list[str]]:
+        options = parse_lyra_options(list(argv), prog="train_lyra.py", description=None)
+        return options.lyra.kl_weight, read_captions(options)
+
+    assert read("--dataset_config", str(sets)) == (0.5, list(PICTURES))
+    assert read("--dataset_config", str(sets), "--captions", "demo") == (0.5, demo_captions())
+    assert read() == (0.001, demo_captions()) and len(set(demo_captions())) > 1000
 
 
 def test_the_plan_needs_no_models(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from library.files import file_hash
 from library.inference.prompt_encoding import PromptEncoder
 from library.inference.prompt_syntax import parse_prompt
 from library.merging.source import read_source
@@ -31,7 +32,10 @@ from library.models.text_fusion import (
     probe_states,
     read_fusion,
 )
+from library.options.repa import parse_repa_options
 from library.options.text_fusion import TextFusionOptions
+from library.processes import Processes
+from library.training.caches import class_preparation
 from networks import AdapterError
 from networks.families import SD15, SDXL, Family
 from networks.lyra import (
@@ -41,6 +45,7 @@ from networks.lyra import (
 )
 from tests.tools import generating
 from tests.tools.network_runs import NetworkSetting, metadata
+from tests.tools.runs import RepaSetting
 
 
 @pytest.fixture
@@ -210,3 +215,16 @@ def test_training_takes_fused_states_and_caches_them_apart(
     assert "Add --network_train_unet_only" in capsys.readouterr().err
     assert network_setting.train(tmp_path / "out", **{**changes, "clip_skip": 2}) == EXIT_BAD_INPUT
     assert "trained on the states of clip_skip 1" in capsys.readouterr().err
+
+
+def test_prompts_of_classes_are_fused_and_their_file_knows_by_what(
+    fusion_file: Path, repa_setting: RepaSetting, tiny_t5: Path, tmp_path: Path
+) -> None:
+    fusion = {"text_fusion": fusion_file, "text_fusion_encoders": tiny_t5}
+    prompts = {}
+    for name, changes in (("plain", {}), ("fused", fusion)):
+        options = parse_repa_options(repa_setting.argv(tmp_path, **changes), prog="x", description=None)
+        preparation = class_preparation(options, Processes("cpu"), SD15)
+        prompts[name] = preparation.encoder("text")(["a cat"]).states, preparation._text_producer()
+    assert not torch.allclose(prompts["plain"][0], prompts["fused"][0], atol=1e-2)
+    assert prompts["fused"][1] == prompts["plain"][1] | {"text_fusion": file_hash(fusion_file)}

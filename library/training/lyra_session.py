@@ -30,8 +30,8 @@ from library.options.model import SpeedOptions
 from library.options.parser import flatten
 from library.processes import Processes
 from library.progress import doing
-from library.training.checkpoints import Checkpoints, changes_since, is_early_end
-from library.training.earlier import finished_adapter, run_record, state_to_resume
+from library.training.checkpoints import Checkpoints, changes_since
+from library.training.earlier import run_record, state_to_resume
 from library.training.ema import ExponentialAverage
 from library.training.loop import Run, train
 from library.training.lyra_inputs import Captions, order_of, read_captions, split
@@ -41,7 +41,7 @@ from library.training.output import open_log, own_output
 from library.training.plan import Plan, make_plan
 from library.training.preflight import try_save
 from library.training.schedules import check_schedule, learning_rates_of
-from library.training.session import finish, say_finished, unless_changed
+from library.training.session import end_of, finish, is_done, unless_changed
 from library.training.speed import prepare_environment, set_up_determinism
 from library.training.state import Trained
 from library.words import plural
@@ -95,13 +95,9 @@ def train_lyra(options: TrainLyraOptions, context: ExitStack) -> None:
     order = order_of(captions, options, processes.rank, processes.world_size)
     plan = make_plan(order, options.training, options.optimizer)
     check_schedule(options.optimizer, plan)
-    ended = state is not None and (facts["step"] >= plan.last_step or is_early_end(facts, plan))
-    if ended and options.output.overwrite:
-        state, ended = None, False
-    if ended and (options.output.output_dir / f"{options.output.output_name}.safetensors").exists():
-        return say_finished(processes, state, facts["step"])
-    if (finished := finished_adapter(options, captions.digest, weights)) is not None:
-        return say_finished(processes, finished.path, finished.step)
+    state, ended = end_of(state, facts, plan, options.output)
+    if is_done(options, processes, state if ended else None, facts, captions.digest, weights):
+        return
     caches = encode(captions, sources, weights, options, processes)
     for cache in caches:
         context.callback(cache.close)
@@ -115,7 +111,8 @@ def train_lyra(options: TrainLyraOptions, context: ExitStack) -> None:
         context.enter_context(own_output(options.output.output_dir))
     step = 0 if state is None else run.checkpoints.resume(state)
     if ended:
-        return run.checkpoints.save(step, finished=True)  # the file was lost after the last state
+        run.checkpoints.save(step, finished=True)  # the file was lost after the last state
+        return
     if step:
         processes.say(f"resuming from {state} at step {step}")
     if processes.is_main:
@@ -144,10 +141,14 @@ def find_sources(options: TrainLyraOptions, processes: Processes) -> Sources:
 
 
 def weights_of(sources: Sources, options: TrainLyraOptions) -> dict[str, str]:
-    """Hashes of the encoders' weights."""
+    """Hashes of the encoders' weights, the others' by their numbers: a file that may be published names no folders."""
     cache_dir = options.data.cache_dir
     own = {name: weight_fingerprint(sources.base, name, cache_dir) for name in sources.family.text_encoders}
-    return own | {other.name: weight_fingerprint(other, LANGUAGE, cache_dir) for other in sources.others}
+    others = {
+        f"encoder_{number}": weight_fingerprint(other, LANGUAGE, cache_dir)
+        for number, other in enumerate(sources.others, 1)
+    }
+    return own | others
 
 
 def encode(
@@ -169,8 +170,12 @@ def encode(
 
     facts: dict[str, Any] = {"clip_skip": sources.clip_skip, "chunks": 1, "precision": precision}
     caches = [prepare(conditioner=base, facts={"weights": own, **facts})]
-    for other in sources.others:
-        of_other = {"weights": weights[other.name], "words": own[family.text_encoders[0]], "precision": precision}
+    for number, other in enumerate(sources.others, 1):
+        of_other = {
+            "weights": weights[f"encoder_{number}"],
+            "words": own[family.text_encoders[0]],
+            "precision": precision,
+        }
         caches.append(prepare(conditioner=partial(language, other), facts=of_other))
     return caches
 

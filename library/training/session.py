@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from library.data.cached_samples import requests
 from library.data.collect import TrainingData
@@ -19,7 +21,7 @@ from library.progress import doing
 from library.training.caches import prepare_caches
 from library.training.checkpoints import changes_since, is_early_end
 from library.training.disk import cache_sizes, require_cache_space
-from library.training.earlier import finished_adapter, state_to_resume
+from library.training.earlier import Outputs, finished_adapter, state_to_resume
 from library.training.facts import base_facts, samples_digest
 from library.training.inputs import check_start
 from library.training.loop import Run, train
@@ -59,14 +61,8 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
     )
     check_schedule(options.optimizer, plan)
     first = first_step(options, plan)
-    ended = state is not None and (facts["step"] >= plan.last_step or is_early_end(facts, plan))
-    if ended and output.overwrite:
-        state, ended = None, False
-    if ended and (output.output_dir / f"{output.output_name}.safetensors").exists():
-        say_finished(processes, state, facts["step"])
-        return
-    if (finished := finished_adapter(options, samples, weights)) is not None:
-        say_finished(processes, finished.path, finished.step)
+    state, ended = end_of(state, facts, plan, output)
+    if is_done(options, processes, state if ended else None, facts, samples, weights):
         return
     require_cache_space(cache_sizes(options, family, data))
     prepared = prepare_caches(options, processes, base, family, data)
@@ -106,8 +102,30 @@ def run_training(options: RunOptions, context: ExitStack) -> None:
         finish(run, "adapter")
 
 
-def say_finished(processes: Processes, end: Path | None, step: int) -> None:
+def end_of(state: Path | None, facts: Mapping[str, Any], plan: Plan, output: OutputOptions) -> tuple[Path | None, bool]:
+    """The state, unless it is an end that is to be overwritten, and whether the run had ended with it."""
+    ended = state is not None and (facts["step"] >= plan.last_step or is_early_end(facts, plan))
+    return (None, False) if ended and output.overwrite else (state, ended)
+
+
+def is_done(
+    options: Outputs,
+    processes: Processes,
+    end: Path | None,
+    facts: Mapping[str, Any],
+    samples: str,
+    weights: Mapping[str, Any],
+) -> bool:
+    """Whether nothing is left to do, which is said then. end: the state of the run's last step, where there is one."""
+    output = options.output
+    step = facts.get("step")
+    if end is None or not (output.output_dir / f"{output.output_name}.safetensors").exists():
+        finished = finished_adapter(options, samples, weights)
+        if finished is None:
+            return False
+        end, step = finished.path, finished.step
     processes.say(f"{end} is the end of this run (step {step}). Nothing is left to do. --overwrite trains it anew.")
+    return True
 
 
 def unless_changed(state: Path, changes: list[str], output: OutputOptions) -> Path | None:
