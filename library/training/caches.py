@@ -16,6 +16,7 @@ from library.data.collect import TrainingData
 from library.data.text_embeddings import TextEmbeddings
 from library.errors import UserError
 from library.models.conditioning import TextConditioner, clip_skip
+from library.models.frozen import freeze_layers
 from library.models.locate import BaseLocation, locate_dino
 from library.models.lone_vae import locate_vae
 from library.options.data import ClassCacheOptions
@@ -200,6 +201,8 @@ def _prompts(
 
     def conditioner() -> TextConditioner:
         parts = load_frozen_text(options, base, family, processes.device)
+        for part in parts:
+            freeze_layers(part.model, linear=processes.device.type == "cpu")
         return TextConditioner(family, parts, clip_skip=clip_skip(options.text, family), chunks=options.text.chunks)
 
     return prepare_prompts(

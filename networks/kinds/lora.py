@@ -298,8 +298,7 @@ class LoraLayer(PeftLayer):
         if self.is_plain(x):
             together = self.together
             # A compiler takes each layer as it is, and a pass without a backward pass the weights as they are.
-            is_joined = together is not None and together.downs is not None
-            if is_joined and self._is_at_work(x.dtype) and not is_compiling():
+            if together is not None and together.downs is not None and self._is_at_work(x.dtype) and not is_compiling():
                 return together.product(self, x)
             parts = self.parts_at_work(x.dtype)
             product: Tensor = LoraLinears.apply(x, parts[2], *parts)[0]
