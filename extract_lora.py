@@ -115,8 +115,8 @@ def run(options: ExtractLoraOptions, base: Checkpoint, tuned: Checkpoint) -> Non
     import torch
 
     from library.device import choose_device, named_dtype
+    from library.hashes import Hashes
     from library.merging.extract import extract
-    from library.merging.hashes import Hashes
     from library.merging.lora_file import write_adapter
 
     device = choose_device(options.device, needs=torch.float64)

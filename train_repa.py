@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from library.errors import EXIT_OK, script
 from library.launch import start_cpu_processes
 from library.options.repa import parse_repa_options
-from library.training.inputs import check_inputs
+from library.training.inputs import begin_hashing, check_inputs
 
 
 @script
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
         show_timesteps(options)
         return EXIT_OK
     start_cpu_processes(__file__, argv)
+    begin_hashing(options)
     from library.training.session import run_training
 
     with ExitStack() as context:

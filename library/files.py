@@ -308,16 +308,22 @@ def _digest(read: Callable[[int], bytes]) -> str:
     return digest.hexdigest()
 
 
-def remembered_hash(path: Path | str, memory: Path | str) -> str:
-    """`file_hash(path)`, looked up in the JSON file `memory` while size and modification time are unchanged."""
+def remembered_hash(path: Path | str, memory: Path | str, take: Callable[[Path], str] = file_hash) -> str:
+    """`file_hash(path)`, looked up in the JSON file `memory` while size and modification time are unchanged, else by `take`."""
     path, memory = Path(path).resolve(), Path(memory)
-    status = path.stat()
+    mark = file_mark(path)
     known = read_json(memory) if memory.exists() else {}
-    entry = known.get(str(path))
-    if entry and entry["size"] == status.st_size and entry["mtime_ns"] == status.st_mtime_ns:
+    entry = known.get(str(path), {})
+    if {name: entry.get(name) for name in mark} == mark:
         return entry["sha256"]
     with doing(f"hashing {path.name}"):
-        digest = file_hash(path)
-    known[str(path)] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest}
+        digest = take(path)
+    known[str(path)] = {**mark, "sha256": digest}
     write_json(memory, known)
     return digest
+
+
+def file_mark(path: Path) -> dict[str, int]:
+    """What tells, without reading it, that a file is another than it was."""
+    status = path.stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,10 @@ from library.models.encoders import (
     grid_in_aspect,
     quantize_tokens,
 )
-from library.models.fingerprint import weight_fingerprint
+from library.models.fingerprint import hash_ahead, weight_fingerprint
 from library.models.load import load_vae
-from library.models.locate import DINOV2, BaseLocation, locate_base, locate_dino
+from library.models.locate import DINOV2, BaseLocation, locate_base, locate_dino, weight_files
+from networks.families import UNET, VAE
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +236,21 @@ def test_a_fingerprint_is_the_hash_of_the_file_that_is_loaded(
     single.write_bytes(b"weights")
     assert weight_fingerprint(BaseLocation("x", single), "vae", memory) == file_hash(single)
     assert (memory / "weight_hashes.json").is_file()
+
+
+def test_weights_hashed_ahead_are_not_hashed_again_and_a_file_that_changed_meanwhile_is(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(tiny_sd15, tmp_path / "base")
+    files = {part: weight_files(base, part)[0] for part in (UNET, VAE)}
+    hash_ahead(str(base), (UNET, VAE), tmp_path / "cache")
+    with open(files[VAE], "ab") as file:
+        file.write(b" ")
+    changed = file_hash(files[VAE])
+    taken: list[Path] = []
+    monkeypatch.setattr("library.models.fingerprint.file_hash", lambda path: taken.append(path) or file_hash(path))
+    location = locate_base(str(base))
+    for _ in range(2):
+        assert weight_fingerprint(location, UNET, tmp_path / "cache") == file_hash(files[UNET])
+        assert weight_fingerprint(location, VAE, tmp_path / "cache") == changed
+    assert taken == [files[VAE]]

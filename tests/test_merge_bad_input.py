@@ -261,7 +261,7 @@ def test_too_little_space_is_found_before_anything_is_written(
     monkeypatch.chdir(case.folder)
     monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
     monkeypatch.setattr("library.merging.write.write_tensor_file", None)  # nothing is to be written
-    monkeypatch.setattr("library.merging.hashes.file_hash", None)  # nor read whole
+    monkeypatch.setattr("library.hashes.file_hash", None)  # nor read whole
     case.output = list(words)
     assert case.run() == EXIT_BAD_INPUT
     said = capsys.readouterr().err

@@ -11,17 +11,20 @@ from tests.tools.warm import Run
 
 CODE = """
 import sys
-from library.quiet import let_scikit_learn_in, quiet_libraries
-from transformers import CLIPTextModel
-assert not sys.modules["sklearn"], "transformers imported scikit-learn"
-let_scikit_learn_in()
-import sklearn
+from library.quiet import let_in, quiet_libraries
 quiet_libraries()
-assert sys.modules["sklearn"] is sklearn, "what is in use was hidden"
+import diffusers.models
+from transformers import CLIPTextModel
+for name in ("sklearn", "bitsandbytes"):
+    assert not sys.modules[name], f"{name} was imported"
+    let_in(name)
+import bitsandbytes, sklearn
+quiet_libraries()
+assert sys.modules["sklearn"] is sklearn and sys.modules["bitsandbytes"] is bitsandbytes, "what is in use was hidden"
 """
 
 
-def test_scikit_learn_is_imported_where_it_is_used_and_nowhere_else() -> None:
+def test_what_others_load_for_nothing_is_imported_where_it_is_used_and_nowhere_else() -> None:
     """In a process that called quiet_libraries() before it imported anything."""
     Run("-c", [CODE]).end()
 

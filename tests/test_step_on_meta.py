@@ -39,6 +39,7 @@ EVERYTHING = (
     "--ip_noise_gamma 0.1 --ip_noise_gamma_random_strength --loss_type huber --masked_loss --alpha_mask --masked_loss_renormalize "
     "--debiased_estimation_loss --scale_weight_norms 1 --gradient_accumulation_steps 2"
 )
+SCALED = "--mixed_precision fp16 --max_token_length 150"
 HEADS = "--alignment --taps enc_last mid dec_first --align_film"
 MEASURED = "--teacher_norm 0.6 --align_timesteps v --align_gradient_every 1 --align_max_grad_norm 1"
 
@@ -66,13 +67,13 @@ def narrow(width: int) -> dict[str, Any]:
     return {"down_block_types": down, "up_block_types": up, **widths}
 
 
-def small() -> dict[str, Any]:
+def small(dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """A U-Net of two blocks and a text encoder of two layers, of SD1.5's kind, for what does not depend on the size."""
     with META:
         unet = UNet2DConditionModel(**narrow(8), layers_per_block=1, norm_num_groups=4)
         sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
         models = {UNET: unet, TEXT_ENCODER: CLIPTextModel(CLIPTextConfig(**sizes))}
-    return {name: model.to(torch.bfloat16).requires_grad_(False) for name, model in models.items()}
+    return {name: model.to(dtype).requires_grad_(False) for name, model in models.items()}
 
 
 def built(
@@ -86,9 +87,9 @@ def built(
     [
         (network_options, f"--mixed_precision bf16 {EVERYTHING}", SD15, StepSize(512, 768, 2, masked=True, preserved=True)),
         (repa_options, f"--lora_scope all --ema_decay 0.999 {HEADS}", SD15, StepSize(512, 512, 128, teacher_width=1024)),
-        (network_options, f"{UNET_ONLY} {HEADS} --align_recipe trd {MEASURED}", SDXL, StepSize(1024, 1024, 4, teacher_width=1024)),
+        (network_options, f"{SCALED} {HEADS} --align_recipe trd {MEASURED}", SDXL, StepSize(1024, 1024, 4, teacher_width=1024)),
     ],
-    ids=["sd15 with text encoder", "sd15 with heads", "sdxl with heads"],
+    ids=["sd15 with text encoder", "sd15 with heads", "sdxl with text encoders and heads in fp16"],
 )  # fmt: skip
 def test_a_step_at_full_size_waits_for_nothing(
     parse: Callable[[str, Path], RunOptions], words: str, family: Family, size: StepSize, tmp_path: Path
@@ -129,6 +130,14 @@ def test_every_kind_of_adapter_and_loss_waits_for_nothing(words: str, tmp_path: 
     options = network_options(f"--network_dim 4 --mixed_precision bf16 {words}", tmp_path)
     with ExitStack() as context:
         assert built(options, SD15, StepSize(128, 64, 2), context, small()).count().operations
+
+
+def test_the_loss_scaler_of_fp16_waits_for_nothing(tmp_path: Path) -> None:
+    with ExitStack() as context:
+        counted = built(
+            network_options(SCALED, tmp_path), SD15, StepSize(128, 64, 2), context, small(torch.float16)
+        ).count()
+    assert counted.launches["_amp_foreach_non_finite_check_and_unscale_"] and counted.launches["_amp_update_scale_"]
 
 
 @pytest.mark.parametrize("mode", ["sample", "token", "random"])

@@ -19,6 +19,7 @@ from library.caching.survey import Entry, Survey
 from library.data.sources import ImageSource, Sample
 from library.data.store import pack_source, shard_folder
 from library.data.store_writer import StoreWriter
+from library.freed_memory import keep_freed_memory
 from library.models.encoders import quantize_tokens
 from library.progress import doing
 
@@ -102,6 +103,8 @@ def build(
     result = BuildResult()
     if not planned:
         return result
+    if device.type == "cpu":
+        keep_freed_memory()
     start = time.perf_counter()
     jobs = [picture.job for picture in planned]
     writer = _Writer(surveys, planned, result)

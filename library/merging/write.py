@@ -21,8 +21,8 @@ from library.files import (
     whole_file,
     whole_folder,
 )
+from library.hashes import Hashes
 from library.merging.diffusers_folder import copied_bytes, weights_file, write_rest
-from library.merging.hashes import Hashes
 from library.merging.layouts import Merging, component_tensors, single_file_tensors
 from library.merging.merge_report import Component, Ingredient, MergeReport
 from library.merging.read_back import Check, verify

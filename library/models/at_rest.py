@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from library.quiet import let_in
+
 Kept = tuple[Tensor, Tensor | None]
 """What is kept of a weight: numbers, and scales where there are any."""
 
@@ -85,6 +87,7 @@ NF4_BLOCK = 64
 
 def _to_nf4(weight: Tensor) -> Kept:
     """16 quantiles of a normal distribution, two to a byte, [n / 2, 1], and the largest magnitude of each block, [n / 64]."""
+    let_in("bitsandbytes")
     from bitsandbytes.functional import quantize_4bit
 
     numbers, state = quantize_4bit(weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")

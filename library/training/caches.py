@@ -17,6 +17,7 @@ from library.data.store import TensorStore
 from library.data.text_embeddings import TextEmbeddings
 from library.errors import UserError
 from library.models.conditioning import TextConditioner, clip_skip
+from library.models.frozen import freeze_layers
 from library.models.locate import BaseLocation, locate_dino
 from library.models.lone_vae import locate_vae
 from library.options.data import ClassCacheOptions
@@ -215,6 +216,8 @@ def _prompts(
 
     def conditioner() -> TextConditioner:
         parts = load_frozen_text(options, base, family, processes.device)
+        for part in parts:
+            freeze_layers(part.model, linear=processes.device.type == "cpu")
         return text_conditioner(options, family, parts, processes.device)
 
     return prepare_prompts(

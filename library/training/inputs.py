@@ -12,7 +12,7 @@ from library.errors import UserError, check_all
 from library.options.checks import OptionError
 from library.options.kohya.watching import SampleOptions
 from library.options.run import RunOptions
-from networks.families import SD15, SDXL, Family
+from networks.families import SD15, SDXL, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Family
 
 if TYPE_CHECKING:
     from library.models.locate import BaseLocation
@@ -115,6 +115,14 @@ def check_sampler(samples: SampleOptions) -> None:
 def base_components(options: RunOptions) -> tuple[str, ...] | None:
     """Components of the base that a run needs; None is all. With class pictures, caches from elsewhere replace the encoders."""
     return ("unet", "scheduler") if options.class_pictures is not None else None
+
+
+def begin_hashing(options: RunOptions) -> None:
+    """Hash the base's weights while the libraries are imported."""
+    from library.models.fingerprint import hash_ahead
+
+    components = (UNET,) if options.class_pictures is not None else (UNET, TEXT_ENCODER, TEXT_ENCODER_2, VAE)
+    hash_ahead(options.model.pretrained_model_name_or_path, components, options.cache.cache_dir)
 
 
 def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation, Family]:

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from library.options.checks import OptionError
+from library.quiet import let_in
 
 Made = TypeVar("Made")
 Kind = TypeVar("Kind")
@@ -17,10 +18,11 @@ Kind = TypeVar("Kind")
 
 def find_module(option: str, name: str) -> ModuleType:
     """Raises OptionError where it cannot be imported."""
+    package = name.partition(".")[0]
+    let_in(package)
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.partition(".")[0]
         raise OptionError(
             option, f"needs {name}, which cannot be imported ({error}). Is it installed (pip install {package})?"
         ) from None

@@ -23,7 +23,7 @@ from tests.tools.waiting import wait_until
 
 IMPORTED = (
     "prepare_cache", "train_repa", "train_network", "library.training.session", "torch.utils.tensorboard",
-    "diffusers.optimization", "diffusers.schedulers.scheduling_ddpm", "peft.tuners.lora.bnb", "typeguard", "toml",
+    "diffusers.optimization", "diffusers.schedulers.scheduling_ddpm", "typeguard", "toml",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import optuna
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
-from library.quiet import let_scikit_learn_in
+from library.quiet import let_in
 from library.report.template import COLOURS
 from library.search.messages import SLOTS
 from library.search.results.status import shown_params
@@ -103,7 +103,7 @@ def importances(trials: Iterable[FrozenTrial]) -> dict[str, float] | None:
     study = filtered(trials)
     if len(study.trials) < LEAST_FOR_IMPORTANCE:
         return None
-    let_scikit_learn_in()
+    let_in("sklearn")
     try:
         found = optuna.importance.FanovaImportanceEvaluator(seed=0).evaluate(study)
     except RuntimeError:  # no tree of the forest has a branch
