@@ -51,16 +51,18 @@ class Describer:
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
         inputs = self._inputs(list(pictures)).to(self.model.device)
+        inputs.pop("token_type_ids", None)  # of BERT's tokenizer, and taken by no generating model
+        if self.options.prompt and self.model.config.model_type == "git":
+            for key in ("input_ids", "attention_mask"):
+                inputs[key] = inputs[key][:, :-1]  # the end of the sentence, which is to go on
         for key, value in inputs.items():
             if torch.is_floating_point(value):
                 inputs[key] = value.to(self.model.dtype)
         written = self.model.generate(
             **inputs, max_new_tokens=self.options.max_new_tokens, num_beams=self.options.num_beams, do_sample=False
         )
-        # Decoders repeat what they were given, encoder-decoders do not.
-        given = inputs.get("input_ids")
-        if given is not None and not self.model.config.is_encoder_decoder and _begins(written, given):
-            written = written[:, given.shape[1] :] if self._chats else written
+        if self._chats and _begins(written, inputs["input_ids"]):
+            written = written[:, inputs["input_ids"].shape[1] :]  # the answer alone; a caption's own beginning stays
         texts = self.processor.batch_decode(written, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
@@ -69,7 +71,8 @@ class Describer:
         if self._chats:
             message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt or ASKED}]}]
             asked = self.processor.apply_chat_template(message, add_generation_prompt=True)
-            return self.processor(images=pictures, text=[asked] * len(pictures), padding=True, return_tensors="pt")
+            each = [[picture] for picture in pictures]
+            return self.processor(images=each, text=[asked] * len(pictures), padding=True, return_tensors="pt")
         if prompt:
             return self.processor(images=pictures, text=[prompt] * len(pictures), padding=True, return_tensors="pt")
         return self.processor(images=pictures, return_tensors="pt")

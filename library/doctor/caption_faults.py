@@ -18,6 +18,8 @@ MOST = 0.9
 """Share of the captions that name the trigger word, where nobody says which it is."""
 FEWEST = 8
 """With fewer captions nothing is said about what most of them name."""
+COMMON = 5
+"""Captions that have a word which another may be a slip of."""
 LEAST_ALIKE = 3
 """So many pictures with one caption are worth a word."""
 
@@ -171,29 +173,28 @@ def _repeated(captions: Sequence[Caption], trigger: str | None) -> Iterator[Find
 
 
 def _misspelt(captions: Sequence[Caption]) -> Iterator[Finding]:
-    counts = counted(captions, tags=are_tags(captions))
-    common = [unit for unit, count in counts.items() if count >= 5 and len(unit) > 4]
-    found: dict[str, str] = {}
-    for unit, count in counts.items():
-        if count > 1 or len(unit) < 5 or any(sign.isdigit() for sign in unit):
-            continue
-        for near in difflib.get_close_matches(unit, common, n=1, cutoff=0.85):
-            if sorted(unit) == sorted(near) or (len(unit) == len(near) and unit[0] == near[0] and unit[-1] == near[-1]):
-                found[unit] = near
-    if found:
-        which = [
-            (caption.path, unit)
-            for caption in captions
-            for unit in (caption.tags if are_tags(captions) else caption.words) & found.keys()
-        ]
+    """Words of one caption that are nearly a frequent word: as long to one letter, with its first and last letter."""
+    counts = counted(captions, tags=False)
+    common: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for word, count in counts.items():
+        if count >= COMMON and len(word) > 4:
+            common[word[0], word[-1]].append(word)
+    slips: dict[str, str] = {}
+    for word, count in counts.items():
+        if count == 1 and len(word) > 4 and word.isalpha():
+            near = [other for other in common[word[0], word[-1]] if abs(len(other) - len(word)) <= 1]
+            if meant := difflib.get_close_matches(word, near, n=1, cutoff=0.85):
+                slips[word] = meant[0]
+    if slips:
+        which = [(caption.path, word) for caption in captions for word in sorted(caption.words & slips.keys())]
         yield Finding(
             "misspelt",
             "know",
-            f"{plural(len(found), 'word looks', 'words look')} like a slip: "
-            f"{', '.join(f'{one!r} for {other!r}' for one, other in found.items())}.",
+            f"{plural(len(slips), 'word looks', 'words look')} like a slip: "
+            f"{', '.join(f'{one!r} for {other!r}' for one, other in list(slips.items())[:20])}.",
             "A word that only one caption has is learned from one picture. Mend it where it is a slip.",
             tuple(path for path, _ in which),
-            tuple(unit for _, unit in which),
+            tuple(word for _, word in which),
         )
 
 

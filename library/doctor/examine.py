@@ -60,9 +60,9 @@ class Examination:
     """Path -> the principal components of the teacher's tokens, in colours."""
 
     @property
-    def training(self) -> list[Measured]:
-        held = {str(picture.image.path) for picture in self.data.validation}
-        return [one for one in self.measured if one.path not in held]
+    def held_out(self) -> set[str]:
+        """Paths."""
+        return {str(picture.image.path) for picture in self.data.validation}
 
 
 def examine(options: RunOptions, doctor: DoctorOptions) -> Examination:
@@ -103,16 +103,19 @@ def examine(options: RunOptions, doctor: DoctorOptions) -> Examination:
         doctor.trigger or (None if is_of_classes else suggested_trigger([one for one in subject if one.has_own])),
         notes,
     )
-    training = examination.training
-    findings = [
-        *unreadable_finding(unreadable),
-        *_left_out(data),
-        *caption_findings(subject, tokenizer, examination.room, doctor.trigger),
-        *regularisation_findings(captions),
-        *_balance(data),
-        *likeness_findings(training, [one for one in measured if one not in training]),
-        *picture_findings(measured),
-    ]
+    held = examination.held_out
+    with doing("comparing pictures and captions"):
+        findings = [
+            *unreadable_finding(unreadable),
+            *_left_out(data),
+            *caption_findings(subject, tokenizer, examination.room, doctor.trigger),
+            *regularisation_findings(captions),
+            *_balance(data),
+            *likeness_findings(
+                [one for one in measured if one.path not in held], [one for one in measured if one.path in held]
+            ),
+            *picture_findings(measured),
+        ]
     if doctor.deep:
         from library.doctor.teacher import ask_teacher
 

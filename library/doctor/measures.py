@@ -157,7 +157,7 @@ def blur_of(grey: Grey) -> float:
 def _blur_along(grey: Grey) -> float:
     if grey.shape[1] <= _BLUR + 1:
         return 0.0
-    sums = np.cumsum(grey, axis=1, dtype=np.float64)
+    sums = np.cumsum(grey, axis=1)
     averaged = (sums[:, _BLUR:] - sums[:, :-_BLUR]) / _BLUR  # column j is the mean around j + 5
     after = np.abs(np.diff(averaged, axis=1))
     before = np.abs(np.diff(grey, axis=1))[:, (_BLUR + 1) // 2 :][:, : after.shape[1]]
@@ -177,10 +177,16 @@ def borders_of(pixels: npt.NDArray[np.int16]) -> Borders:
 
 def _strip(rows: npt.NDArray[np.int16]) -> int:
     """How many of the first rows are a border: all of one colour, and what follows differs from it nearly everywhere."""
-    colour = np.median(rows[0], axis=0)
-    differs = np.abs(rows[: len(rows) // 2] - colour).max(axis=2) > _BORDER_NOISE  # [rows, width]
-    ends = np.flatnonzero(differs.mean(axis=1) > 0.02)
-    if not len(ends) or ends[0] < max(3, _LEAST_BORDER * len(rows)):
+    colour = np.median(rows[0], axis=0).astype(rows.dtype)
+
+    def others(part: npt.NDArray[np.int16]) -> npt.NDArray[np.intp]:
+        """Rows that are not of the border's colour."""
+        return np.flatnonzero((np.abs(part - colour).max(axis=2) > _BORDER_NOISE).mean(axis=1) > 0.02)
+
+    if len(others(rows[: max(3, math.ceil(_LEAST_BORDER * len(rows)))])):
+        return 0
+    ends = others(rows[: len(rows) // 2])
+    if not len(ends):
         return 0
     end = int(ends[0])
     # Scaling leaves one or two mixed rows between a border and the picture. A slow gradient differs only after more of them.

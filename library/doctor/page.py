@@ -108,7 +108,7 @@ def _add_finding(page: Page, finding: Finding, pictures: Mapping[str, Measures])
     shown = [path for path in finding.pictures if path in pictures][:SHOWN]
     if shown:
         cards = [(_thumbnail(pictures[path]), _joined(os.path.basename(path), details.get(path, ""))) for path in shown]
-        page.pictures(cards, quality=QUALITY)
+        page.pictures(cards, quality=QUALITY, even=True)
     rest = [path for path in finding.pictures if path not in shown]
     if rest:
         lines = [_joined(path, details.get(path, "")) for path in rest[:200]]
@@ -183,7 +183,7 @@ def _add_teacher(page: Page, examination: Examination) -> None:
 def _add_sheet(page: Page, examination: Examination) -> None:
     page.heading("Contact sheet")
     texts = {caption.path: caption.text for caption in examination.captions}
-    held = {str(picture.image.path) for picture in examination.data.validation}
+    held = examination.held_out
     named = {path for finding in examination.findings for path in finding.pictures}
     shown = sorted(examination.measured, key=lambda one: one.path not in named)[:SHEET]
     less = f" {SHEET} of {len(examination.measured):,} are here, those with findings first."
@@ -198,7 +198,7 @@ def _add_sheet(page: Page, examination: Examination) -> None:
         if one.path in held:
             facts += " · held out"
         cards.append((_thumbnail(one.measures), _joined(facts, texts.get(one.path, one.picture.image.caption))))
-    page.pictures(cards, quality=QUALITY)
+    page.pictures(cards, quality=QUALITY, even=True)
 
 
 def _joined(first: str, second: str) -> str:

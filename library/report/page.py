@@ -174,14 +174,16 @@ class Page:
         columns: int | None = None,
         max_side: int = 512,
         quality: int | None = None,
+        even: bool = False,
     ) -> None:
         """Pictures with captions, as many side by side as fit; with `columns`, exactly so many, scrolling where too narrow.
 
         Pictures with a longer side than `max_side` pixels are embedded smaller. quality: of all of them as WebP, where there are
-        many; see `picture_uri`.
+        many; see `picture_uri`. even: in cells of one height, whatever their shape.
         """
         layout = "" if columns is None else f' style="grid-template-columns:repeat({columns},minmax(6.5rem,18rem))"'
         kind = "pictures" if columns is None else "pictures columns"
+        kind += " even" if even else ""
         self._parts.append(
             _Pictures(
                 [_embedded(picture, max_side, quality) for picture in pictures],
