@@ -37,6 +37,7 @@ FRAMES, FEWEST_FRAMES, SIDE = 240, 8, 256
 SHEETS = 24
 """Of what the U-Net sees, at most."""
 WIDE = (420, 190)
+FINISHED = "Finished"
 
 _SAMPLE = r"_(?P<epoch>e?)(?P<place>\d{6,})_(?P<number>\d{2,})_(?P<date>\d{14})_(?P<seed>\d+)\.png"
 
@@ -81,7 +82,7 @@ class RunPage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self.ended = f"Finished at step {self.step}."
+            self.ended = f"{FINISHED} at step {self.step}."
         elif isinstance(error, Stopped):
             self.ended = str(error)
         else:
@@ -107,7 +108,7 @@ class RunPage:
         last, rows = self.run.plan.last_step, self._rows()
         page = Page(f"{self.name}: step {self.step} of {last}", self._lead(rows), None if self.ended else RELOAD)
         if self.ended:
-            page.notice(self.ended)
+            (page.paragraph if self.ended.startswith(FINISHED) else page.notice)(self.ended)
         self._samples(page)
         self._seen(page)
         page.heading("Curves")
