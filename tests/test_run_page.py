@@ -19,7 +19,7 @@ from library.errors import Stopped
 from library.report.page import MOST_BYTES
 from library.training.loop import train
 from library.training.run_page import FRAMES, POINTS, RunPage, running
-from library.training.stop import SAMPLE, STOP, Requests
+from library.training.stop import NOTHING, SAMPLE, STOP, Requests
 from tests.test_loop import Regression, run_of
 from tests.test_page import Outline
 
@@ -216,6 +216,25 @@ def test_without_prompts_it_is_said_that_nothing_is_drawn(
     train(run, 0)
     assert "samples were asked for, and there are no prompts. Give --sample_prompts." in capsys.readouterr().out
     assert not (tmp_path / "sample").exists()
+
+
+def test_touching_the_folder_of_samples_asks_too_and_pictures_in_it_do_not(tmp_path: Path) -> None:
+    samples, requests = tmp_path / "sample", Requests(tmp_path)
+
+    def look() -> int:
+        requests._looked = 0.0
+        return requests.look()
+
+    samples.mkdir()
+    assert look() == NOTHING, "a folder that is new"
+    for name, second in (("a.png", 10), ("b.png", 20)):
+        (samples / name).touch()
+        os.utime(samples, ns=(5 * 10**9, second * 10**9))  # a picture came: only the time of the change
+        assert look() == NOTHING
+    os.utime(samples, ns=(30 * 10**9, 30 * 10**9))
+    assert look() == SAMPLE
+    requests.done(SAMPLE)
+    assert look() == NOTHING and sorted(path.name for path in samples.iterdir()) == ["a.png", "b.png"]
 
 
 def test_a_stop_comes_before_a_sample(tmp_path: Path) -> None:
