@@ -117,7 +117,7 @@ def _drawn(curve: Curve, kind: str, x: Callable[[float], str], y: Callable[[floa
     band = ""
     if curve.band and curve.bars:
         band = (
-            f'<path class="bars {kind}" d="'
+            f'<path class="errors {kind}" d="'
             + "".join(
                 f"M{x(a)} {y(low)}V{y(high)}" for (a, _), (low, high) in zip(curve.points, curve.band, strict=True)
             )

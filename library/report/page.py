@@ -169,18 +169,34 @@ class Page:
         return f"{above}{drawn}"
 
     def pictures(
-        self, pictures: Sequence[tuple[Image.Image | Embedded, str]], columns: int | None = None, max_side: int = 512
+        self,
+        pictures: Sequence[tuple[Image.Image | Embedded, str]],
+        columns: int | None = None,
+        max_side: int = 512,
+        quality: int | None = None,
+        even: bool = False,
     ) -> None:
         """Pictures with captions, as many side by side as fit; with `columns`, exactly so many, scrolling where too narrow.
 
-        Pictures with a longer side than `max_side` pixels are embedded smaller.
+        Pictures with a longer side than `max_side` pixels are embedded smaller. quality: of all of them as WebP, where there are
+        many; see `picture_uri`. even: in cells of one height, whatever their shape.
         """
         layout = "" if columns is None else f' style="grid-template-columns:repeat({columns},minmax(6.5rem,18rem))"'
         kind = "pictures" if columns is None else "pictures columns"
+        kind += " even" if even else ""
+        head = f'<div class="scroll" tabindex="0"><div class="{kind}"{layout}>'
+        self._parts.append(_Pictures(pictures, max_side, quality, head, "</div></div>"))
+
+    def bars(self, rows: Sequence[tuple[str, float, str]], caption: str = "") -> None:
+        """A histogram in words: of each row its name, a bar as long as its number, and what to say of it. Without plotly."""
+        most = max((number for _, number, _ in rows), default=0) or 1
+        lines = "".join(
+            f'<tr><th scope="row">{escape(name)}</th><td class="bar"><span style="width:{100 * number / most:.1f}%"></span>'
+            f"</td><td>{escape(text)}</td></tr>"
+            for name, number, text in rows
+        )
         self._parts.append(
-            _Pictures(
-                pictures, max_side, f'<div class="scroll" tabindex="0"><div class="{kind}"{layout}>', "</div></div>"
-            )
+            f'<figure><table class="bars"><tbody>{lines}</tbody></table>{caption_html(caption)}</figure>'
         )
 
     def strip(self, name: str, pictures: Sequence[tuple[Image.Image | Embedded, str]], max_side: int = 256) -> None:
@@ -189,7 +205,7 @@ class Page:
         name: says which strip it is, where a reloaded page shows the picture that was chosen before.
         """
         head = f'<div class="strip" data-name="{escape(name)}"><div class="frames" tabindex="0">'
-        self._parts.append(_Pictures(pictures, max_side, head, "</div></div>"))
+        self._parts.append(_Pictures(pictures, max_side, None, head, "</div></div>"))
 
     def html(self) -> str:
         """With pictures as large as they were asked for, or where that is too much for one page, as there is room for."""
@@ -237,10 +253,10 @@ class Page:
 
 
 class Embedded:
-    """A picture of which what goes into a page is kept, for pages that are written again and again. lossless: see picture_uri."""
+    """A picture of which what goes into a page is kept, for pages that are written again and again. quality: see picture_uri."""
 
-    def __init__(self, picture: Image.Image, max_side: int, *, lossless: bool = True) -> None:
-        self.picture, self.lossless = smaller(picture, max_side), lossless
+    def __init__(self, picture: Image.Image, max_side: int, quality: int | None = None) -> None:
+        self.picture, self.quality = smaller(picture, max_side), quality
         self._uris: dict[int | None, str] = {}
 
     @property
@@ -249,9 +265,9 @@ class Embedded:
 
     def uri(self, most: int | None) -> str:
         """As it is; or, to save room, no side of it above `most` pixels, and not kept exactly."""
-        most = None if most is not None and most >= self.side and not self.lossless else most
         if most not in self._uris:
-            self._uris[most] = picture_uri(self.picture, most, lossless=self.lossless and most is None)
+            quality = self.quality if most is None else self.quality or WEBP_QUALITY
+            self._uris[most] = picture_uri(self.picture, most or self.side, quality)
         return self._uris[most]
 
 
@@ -259,10 +275,15 @@ class _Pictures:
     """Pictures with captions between `head` and `foot`, embedded when the page is made, as large as it has room for."""
 
     def __init__(
-        self, pictures: Sequence[tuple[Image.Image | Embedded, str]], max_side: int, head: str, foot: str
+        self,
+        pictures: Sequence[tuple[Image.Image | Embedded, str]],
+        max_side: int,
+        quality: int | None,
+        head: str,
+        foot: str,
     ) -> None:
         self.pictures = [
-            (picture if isinstance(picture, Embedded) else Embedded(picture, max_side), caption)
+            (picture if isinstance(picture, Embedded) else Embedded(picture, max_side, quality), caption)
             for picture, caption in pictures
         ]
         self.head, self.foot = head, foot
@@ -300,15 +321,14 @@ def smaller(picture: Image.Image, max_side: int) -> Image.Image:
     return picture
 
 
-def picture_uri(picture: Image.Image, max_side: int | None = 512, *, lossless: bool = True) -> str:
-    """A picture as a data URI, no side of it above `max_side` pixels. lossless: where it is small then, it is kept exactly."""
-    file = io.BytesIO()
-    shown = picture if max_side is None else smaller(picture, max_side)
-    if lossless and max(shown.size) <= LOSSLESS_SIDE:
-        shown.save(file, "PNG", optimize=True)
+def picture_uri(picture: Image.Image, max_side: int = 512, quality: int | None = None) -> str:
+    """A picture as a data URI, no side of it above `max_side` pixels: small ones as PNG, others, or with `quality` all, as WebP."""
+    picture, file = smaller(picture, max_side), io.BytesIO()
+    if quality is None and max(picture.size) <= LOSSLESS_SIDE:
+        picture.save(file, "PNG", optimize=True)
         kind = "png"
     else:
-        shown.save(file, "WEBP", quality=WEBP_QUALITY)
+        picture.save(file, "WEBP", quality=quality or WEBP_QUALITY)
         kind = "webp"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 

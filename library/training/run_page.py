@@ -20,7 +20,7 @@ from library.data.collect import TrainingData
 from library.errors import Stopped
 from library.progress import clock_text
 from library.report.curves import Chart, Curve, Point
-from library.report.page import Embedded, Page
+from library.report.page import WEBP_QUALITY, Embedded, Page
 from library.training.loop import Run
 from library.training.output import METRICS, RUN_PAGE
 from library.training.seen import Sight
@@ -178,7 +178,7 @@ class RunPage:
         if path not in self._frames:
             with Image.open(path) as picture:
                 words = str(picture.info.get("parameters", "")).split("\nNegative prompt:")[0].split("\nSteps:")[0]
-                self._frames[path] = Embedded(picture.convert("RGB"), SIDE, lossless=False), words or path.stem
+                self._frames[path] = Embedded(picture.convert("RGB"), SIDE, WEBP_QUALITY), words or path.stem
         return self._frames[path]
 
     def _seen(self, page: Page) -> None:
@@ -187,7 +187,7 @@ class RunPage:
         if self.step not in self._sheets and (not self._sheets or self._validated(self.step)):
             with self.run.trained.judged():
                 sheet, cosine = self.sight.sheet()
-            self._sheets[self.step] = Embedded(sheet, 512, lossless=False), f"step {self.step}: cosine {cosine:.3f}"
+            self._sheets[self.step] = Embedded(sheet, 512, WEBP_QUALITY), f"step {self.step}: cosine {cosine:.3f}"
             kept = _thinned(sorted(self._sheets), SHEETS)
             self._sheets = {step: self._sheets[step] for step in kept}
         page.heading("What the U-Net sees")
