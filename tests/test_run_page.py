@@ -146,6 +146,13 @@ def test_a_page_that_cannot_be_written_is_said_once_and_the_page_before_stays(
     assert (tmp_path / "run.html").read_bytes() == before and list(tmp_path.glob("*tmp*")) == []
 
 
+def test_a_run_with_heads_shows_what_the_u_net_sees(finished_run: Path) -> None:
+    html = (finished_run / "run.html").read_text()
+    seen = html.partition('data-name="seen"')[2].partition("</div></div>")[0]
+    assert seen.count("<img") >= 2 and "step 0: cosine " in seen and "step 4: cosine " in seen
+    assert ">lambda</p>" in html and "Finished at step 4." in html
+
+
 def test_a_running_mean_is_the_mean_of_what_is_around() -> None:
     values = np.array([1.0, 2, 6, 3, 4])
     means, deviations = running(values, 3)

@@ -76,6 +76,8 @@ class RunPage:
 
     def __enter__(self) -> RunPage:
         self(self.step)
+        if not self._failed:
+            self.run.processes.say(f"open {self.run.output.output_dir / RUN_PAGE} in a browser to watch the run")
         return self
 
     def __exit__(
@@ -90,7 +92,7 @@ class RunPage:
         self(self.step)
 
     def due(self, step: int) -> bool:
-        """Whether it is a minute old. Before the loop's first validation it shows how the losses begin."""
+        """Whether it is a minute old: before the first validation it shows how the losses begin."""
         self.step = step
         return time.monotonic() - self._written >= EVERY
 
