@@ -26,7 +26,7 @@ from tests.test_page import Outline
 HOSTILE = "</figcaption><script>alert(1)</script> a \"photo\" of <b>dog & 'cat'"
 
 
-def page_of(folder: Path, *, last_step: int = 1000, step: int = 0, **changes: Any) -> RunPage:
+def page_of(folder: Path, *, last_step: int = 1000, step: int = 0, name: str = "dog", **changes: Any) -> RunPage:
     """The page of a run that says what it says into `changes["said"]`."""
     said: list[str] = changes.pop("said", [])
     run = SimpleNamespace(
@@ -35,7 +35,7 @@ def page_of(folder: Path, *, last_step: int = 1000, step: int = 0, **changes: An
         processes=SimpleNamespace(warnings=["warning: <b>slow</b>"], say=said.append),
     )
     data = TrainingData([], [], [], [], {f"<i>{HOSTILE}": "torn"}, notes=["<u>note"])
-    return RunPage(run, "dog", data, {"train_data_dir": HOSTILE, "seed": None}, step, **changes)  # type: ignore[arg-type]
+    return RunPage(run, name, data, {"train_data_dir": HOSTILE, "seed": None}, step, **changes)  # type: ignore[arg-type]
 
 
 def write_metrics(folder: Path, count: int) -> None:
@@ -103,10 +103,12 @@ def test_large_pictures_make_no_large_page(tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_people_and_pictures_say_is_no_markup(tmp_path: Path) -> None:
     write_metrics(tmp_path, 3)
-    write_sample(tmp_path, "dog_000001_00_20260101000000_42.png", HOSTILE)
-    write_sample(tmp_path, "dog_000002_00_20260101000000_42.png", HOSTILE)
-    outline = Outline(page_of(tmp_path, step=2).page().html())
+    name = "犬 'dög' \"<b>\" (1)+"
+    write_sample(tmp_path, f"{name}_000001_00_20260101000000_42.png", HOSTILE)
+    write_sample(tmp_path, f"{name}_000002_00_20260101000000_42.png", HOSTILE)
+    outline = Outline(page_of(tmp_path, step=2, name=name).page().html())
     assert outline.open == [] and outline.names().count("script") == 1, "the page's own"
+    assert f"{name}: step 2 of 1000" in outline.text and outline.names().count("img") == 2
     assert not {"b", "u"} & set(outline.names()) and outline.text.count("<script>alert(1)") >= 3
 
 
@@ -125,6 +127,18 @@ def test_it_loads_itself_again_until_the_run_ends_however_it_ends(tmp_path: Path
             assert raised is error
         html = path.read_text()
         assert "data-reload=" not in html and words in html
+
+
+def test_who_reads_a_page_while_it_is_replaced_reads_a_whole_one(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 3)
+    page = page_of(tmp_path, step=1)
+    page(1)
+    with open(tmp_path / "run.html", encoding="utf-8") as reader:
+        begun = reader.read(100)
+        page(2)
+        old = begun + reader.read()
+    assert "dog: step 1 of" in old and old.endswith("</html>\n")
+    assert "dog: step 2 of" in (tmp_path / "run.html").read_text()
 
 
 def test_a_page_that_cannot_be_written_is_said_once_and_the_page_before_stays(
