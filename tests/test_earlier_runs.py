@@ -193,7 +193,7 @@ def test_the_metadata_tell_no_folder_and_stay_with_the_file(output: Path, networ
     assert merge_lora.main(words) == 0 and "repa_run" not in metadata(other)
 
 
-def test_a_run_of_another_name_keeps_metrics_and_options(
+def test_a_run_of_another_name_keeps_metrics_options_and_page(
     output: Path, network_setting: NetworkSetting, capsys: Say
 ) -> None:
     before = contents(output)
@@ -201,6 +201,7 @@ def test_a_run_of_another_name_keeps_metrics_and_options(
     assert network_setting.train(output, **options, output_name="other") == 0
     now = contents(output)
     assert now["metrics-mio.jsonl"] == before["metrics.jsonl"] and now["options-mio.toml"] == before["options.toml"]
+    assert now["run-mio.html"] == before["run.html"] != now["run.html"]
     assert now["mio.safetensors"] == before["mio.safetensors"] and "other.safetensors" in now
     assert network_setting.train(output, "--overwrite", **network_setting.quick) == 0
     assert contents(output)["metrics-other.jsonl"] == now["metrics.jsonl"]

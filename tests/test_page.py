@@ -121,6 +121,7 @@ def marked(text: str) -> Page:
         ]
     )
     page.pictures([(Image.new("RGB", (2, 2)), "c" + text)])
+    page.bars([("c" + text, 1.0, "c" + text)], caption="c" + text)
     page.strip("c" + text, [(Image.new("RGB", (2, 2)), "c" + text)])
     return page
 

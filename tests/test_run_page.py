@@ -19,14 +19,14 @@ from library.errors import Stopped
 from library.report.page import MOST_BYTES
 from library.training.loop import train
 from library.training.run_page import FRAMES, POINTS, RunPage, running
-from library.training.stop import SAMPLE, STOP, Requests
+from library.training.stop import NOTHING, SAMPLE, STOP, Requests
 from tests.test_loop import Regression, run_of
 from tests.test_page import Outline
 
 HOSTILE = "</figcaption><script>alert(1)</script> a \"photo\" of <b>dog & 'cat'"
 
 
-def page_of(folder: Path, *, last_step: int = 1000, step: int = 0, **changes: Any) -> RunPage:
+def page_of(folder: Path, *, last_step: int = 1000, step: int = 0, name: str = "dog", **changes: Any) -> RunPage:
     """The page of a run that says what it says into `changes["said"]`."""
     said: list[str] = changes.pop("said", [])
     run = SimpleNamespace(
@@ -35,7 +35,7 @@ def page_of(folder: Path, *, last_step: int = 1000, step: int = 0, **changes: An
         processes=SimpleNamespace(warnings=["warning: <b>slow</b>"], say=said.append),
     )
     data = TrainingData([], [], [], [], {f"<i>{HOSTILE}": "torn"}, notes=["<u>note"])
-    return RunPage(run, "dog", data, {"train_data_dir": HOSTILE, "seed": None}, step, **changes)  # type: ignore[arg-type]
+    return RunPage(run, name, data, {"train_data_dir": HOSTILE, "seed": None}, step, **changes)  # type: ignore[arg-type]
 
 
 def write_metrics(folder: Path, count: int) -> None:
@@ -103,10 +103,12 @@ def test_large_pictures_make_no_large_page(tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_people_and_pictures_say_is_no_markup(tmp_path: Path) -> None:
     write_metrics(tmp_path, 3)
-    write_sample(tmp_path, "dog_000001_00_20260101000000_42.png", HOSTILE)
-    write_sample(tmp_path, "dog_000002_00_20260101000000_42.png", HOSTILE)
-    outline = Outline(page_of(tmp_path, step=2).page().html())
+    name = "犬 'dög' \"<b>\" (1)+"
+    write_sample(tmp_path, f"{name}_000001_00_20260101000000_42.png", HOSTILE)
+    write_sample(tmp_path, f"{name}_000002_00_20260101000000_42.png", HOSTILE)
+    outline = Outline(page_of(tmp_path, step=2, name=name).page().html())
     assert outline.open == [] and outline.names().count("script") == 1, "the page's own"
+    assert f"{name}: step 2 of 1000" in outline.text and outline.names().count("img") == 2
     assert not {"b", "u"} & set(outline.names()) and outline.text.count("<script>alert(1)") >= 3
 
 
@@ -127,6 +129,18 @@ def test_it_loads_itself_again_until_the_run_ends_however_it_ends(tmp_path: Path
         assert "data-reload=" not in html and words in html
 
 
+def test_who_reads_a_page_while_it_is_replaced_reads_a_whole_one(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 3)
+    page = page_of(tmp_path, step=1)
+    page(1)
+    with open(tmp_path / "run.html", encoding="utf-8") as reader:
+        begun = reader.read(100)
+        page(2)
+        old = begun + reader.read()
+    assert "dog: step 1 of" in old and old.endswith("</html>\n")
+    assert "dog: step 2 of" in (tmp_path / "run.html").read_text()
+
+
 def test_a_page_that_cannot_be_written_is_said_once_and_the_page_before_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +158,13 @@ def test_a_page_that_cannot_be_written_is_said_once_and_the_page_before_stays(
     page(3)
     assert len(said) == 1 and said[0].startswith("warning: run.html could not be written, and the run goes on: ")
     assert (tmp_path / "run.html").read_bytes() == before and list(tmp_path.glob("*tmp*")) == []
+
+
+def test_a_run_with_heads_shows_what_the_u_net_sees(finished_run: Path) -> None:
+    html = (finished_run / "run.html").read_text()
+    seen = html.partition('data-name="seen"')[2].partition("</div></div>")[0]
+    assert seen.count("<img") >= 2 and "step 0: cosine " in seen and "step 4: cosine " in seen
+    assert ">lambda</p>" in html and "Finished at step 4." in html
 
 
 def test_a_running_mean_is_the_mean_of_what_is_around() -> None:
@@ -216,6 +237,25 @@ def test_without_prompts_it_is_said_that_nothing_is_drawn(
     train(run, 0)
     assert "samples were asked for, and there are no prompts. Give --sample_prompts." in capsys.readouterr().out
     assert not (tmp_path / "sample").exists()
+
+
+def test_touching_the_folder_of_samples_asks_too_and_pictures_in_it_do_not(tmp_path: Path) -> None:
+    samples, requests = tmp_path / "sample", Requests(tmp_path)
+
+    def look() -> int:
+        requests._looked = 0.0
+        return requests.look()
+
+    samples.mkdir()
+    assert look() == NOTHING, "a folder that is new"
+    for name, second in (("a.png", 10), ("b.png", 20)):
+        (samples / name).touch()
+        os.utime(samples, ns=(5 * 10**9, second * 10**9))  # a picture came: only the time of the change
+        assert look() == NOTHING
+    os.utime(samples, ns=(30 * 10**9, 30 * 10**9))
+    assert look() == SAMPLE
+    requests.done(SAMPLE)
+    assert look() == NOTHING and sorted(path.name for path in samples.iterdir()) == ["a.png", "b.png"]
 
 
 def test_a_stop_comes_before_a_sample(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def add_representation(page: Page, found: RepresentationResult) -> None:
         page.pictures(
             [(picture, f"{name}, {maps.sample_id}" if name == columns[0] else name)
              for maps in found.pictures for name, picture in maps.columns().items()],
-            columns=len(columns), max_side=160,
+            columns=2 * len(columns), max_side=160,
         )  # fmt: skip
         page.paragraph(f"Held-out pictures and {found.pictured}, each as its first three principal components.")
     page.verdict(representation_verdict(found))
@@ -98,7 +98,7 @@ def _over_timesteps(found: RepresentationResult, measures: Sequence[str]) -> Ite
             spreads = {row.timestep: row.measures[measure] for row in found.rows
                        if row.name == name and row.timestep is not None and measure in row.measures}  # fmt: skip
             if spreads:
-                curves.append(_curve(name, spreads))
+                curves.append(_curve(found, name, spreads))
         if curves:
             yield Chart(_title(measure), curves, "timestep")
 
@@ -113,17 +113,20 @@ def _over_training(found: RepresentationResult, measures: Sequence[str], timeste
         for name in (name for name in found.names() if name.startswith("checkpoint")):
             known = [result.row(name, timestep).measures.get(measure) for result in results if name in result.names()]
             if len(known) == len(results) and None not in known:
-                curves.append(_curve(name, {place: one for place, one in enumerate(known) if one is not None}))
+                spreads = {place: one for place, one in enumerate(known) if one is not None}
+                curves.append(_curve(found, name, spreads))
         bases = [row for row in found.rows if row.name.startswith("base trunk") and row.timestep == timestep]
         means = [row.measures[measure].mean for row in bases if measure in row.measures]
         if curves:
             yield Chart(_title(measure), curves, "", {"base": means[0]} if means else {}, ticks=ticks)
 
 
-def _curve(name: str, spreads: Mapping[int, Spread]) -> Curve:
-    """spreads: by x."""
+def _curve(found: RepresentationResult, name: str, spreads: Mapping[int, Spread]) -> Curve:
+    """spreads: by x. A name has one colour in all charts."""
     band = [(one.mean - (one.deviation or 0), one.mean + (one.deviation or 0)) for one in spreads.values()]
-    return Curve(name, [(float(x), one.mean) for x, one in spreads.items()], band, bars=True)
+    return Curve(
+        name, [(float(x), one.mean) for x, one in spreads.items()], band, bars=True, colour=found.names().index(name)
+    )
 
 
 def _star(found: RepresentationResult, row: Row, measure: str) -> str:

@@ -8,8 +8,8 @@ For what a person explores with the pointer (studies), `Page.figure` draws plotl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from html import escape
 
 Point = tuple[float, float]
@@ -25,7 +25,8 @@ LINE_HEIGHT, LETTER = 13, 6.2
 class Curve:
     """points: (x, y), sorted by x. band: (low, high) around each. Points that are not finite are left out.
 
-    bars: the band is drawn as a bar at each point, for a few estimates; otherwise as an area. quiet: in grey.
+    bars: the band is drawn as a bar at each point, for a few estimates; otherwise as an area. quiet: in grey. colour: number of one
+    of the page's; default: the curve's place in its chart.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Curve:
     band: Sequence[Point] = ()
     bars: bool = False
     quiet: bool = False
+    colour: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def chart_html(chart: Chart) -> str:
     """Title, legend where there is more than one thing, and the drawing."""
     legend = ""
     if len(chart.curves) + len(chart.lines) > 1:
-        names = [(f"c{place}", curve.name) for place, curve in enumerate(chart.curves)] if len(chart.curves) > 1 else []
+        own = chart.curves if len(chart.curves) > 1 else ()  # of a lone one the title says it
+        names = [(_colour(curve, place), curve.name) for place, curve in enumerate(own)]
         names += [(f"l{place}", name) for place, name in enumerate(chart.lines)]
         legend = "".join(f'<span><i class="{kind}"></i>{escape(name)}</span>' for kind, name in names)
     return f'<div class="chart"><p class="title">{escape(chart.title)}</p><p class="legend">{legend}</p>{_svg(chart)}</div>'
@@ -104,17 +107,17 @@ def _svg(chart: Chart) -> str:
     if chart.marked is not None:
         parts.append(f'<path class="marked" d="M{x(chart.marked)} {top}V{bottom}"/>')
     for number, curve in enumerate(curves):
-        parts.append(_drawn(curve, f"c{number}", x, y))
+        parts.append(_drawn(curve, _colour(curve, number), x, y))
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.title)}">{"".join(parts)}</svg>'
 
 
-def _drawn(curve: Curve, kind: str, x, y) -> str:  # type: ignore[no-untyped-def]
+def _drawn(curve: Curve, kind: str, x: Callable[[float], str], y: Callable[[float], str]) -> str:
     kind = f"{kind} quiet" if curve.quiet else kind
     path = "L".join(f"{x(a)} {y(b)}" for a, b in curve.points)
     band = ""
     if curve.band and curve.bars:
         band = (
-            f'<path class="bars {kind}" d="'
+            f'<path class="errors {kind}" d="'
             + "".join(
                 f"M{x(a)} {y(low)}V{y(high)}" for (a, _), (low, high) in zip(curve.points, curve.band, strict=True)
             )
@@ -147,7 +150,12 @@ def _finite(curve: Curve, log: bool) -> Curve:
     ]
     # A band that is not known at a point has no width there.
     pairs = [pair if fits(*pair) else (point[1], point[1]) for point, pair in kept]
-    return Curve(curve.name, [point for point, _ in kept], pairs if curve.band else (), curve.bars, curve.quiet)
+    return replace(curve, points=[point for point, _ in kept], band=pairs if curve.band else ())
+
+
+def _colour(curve: Curve, place: int) -> str:
+    """The class of its colour; there are seven."""
+    return f"c{min(place if curve.colour is None else curve.colour, 6)}"
 
 
 class _Axis:

@@ -184,21 +184,8 @@ class Page:
         layout = "" if columns is None else f' style="grid-template-columns:repeat({columns},minmax(6.5rem,18rem))"'
         kind = "pictures" if columns is None else "pictures columns"
         kind += " even" if even else ""
-        self._parts.append(
-            _Pictures(
-                [_embedded(picture, max_side, quality) for picture in pictures],
-                f'<div class="scroll" tabindex="0"><div class="{kind}"{layout}>',
-                "</div></div>",
-            )
-        )
-
-    def strip(self, name: str, pictures: Sequence[tuple[Image.Image | Embedded, str]], max_side: int = 256) -> None:
-        """One thing as it changes: its pictures in order with captions, which tell them apart, and a slider over them.
-
-        name: says which strip it is, where a reloaded page shows the picture that was chosen before.
-        """
-        head = f'<div class="strip" data-name="{escape(name)}"><div class="frames" tabindex="0">'
-        self._parts.append(_Pictures([_embedded(picture, max_side) for picture in pictures], head, "</div></div>"))
+        head = f'<div class="scroll" tabindex="0"><div class="{kind}"{layout}>'
+        self._parts.append(_Pictures(pictures, max_side, quality, head, "</div></div>"))
 
     def bars(self, rows: Sequence[tuple[str, float, str]], caption: str = "") -> None:
         """A histogram in words: of each row its name, a bar as long as its number, and what to say of it. Without plotly."""
@@ -211,6 +198,14 @@ class Page:
         self._parts.append(
             f'<figure><table class="bars"><tbody>{lines}</tbody></table>{caption_html(caption)}</figure>'
         )
+
+    def strip(self, name: str, pictures: Sequence[tuple[Image.Image | Embedded, str]], max_side: int = 256) -> None:
+        """One thing as it changes: its pictures in order with captions, which tell them apart, and a slider over them.
+
+        name: says which strip it is, where a reloaded page shows the picture that was chosen before.
+        """
+        head = f'<div class="strip" data-name="{escape(name)}"><div class="frames" tabindex="0">'
+        self._parts.append(_Pictures(pictures, max_side, None, head, "</div></div>"))
 
     def html(self) -> str:
         """With pictures as large as they were asked for, or where that is too much for one page, as there is room for."""
@@ -270,25 +265,28 @@ class Embedded:
 
     def uri(self, most: int | None) -> str:
         """As it is; or, to save room, no side of it above `most` pixels, and not kept exactly."""
-        most = None if most is not None and most >= self.side and self.quality is not None else most
         if most not in self._uris:
             quality = self.quality if most is None else self.quality or WEBP_QUALITY
-            self._uris[most] = picture_uri(self.picture, most, quality)
+            self._uris[most] = picture_uri(self.picture, most or self.side, quality)
         return self._uris[most]
-
-
-def _embedded(
-    given: tuple[Image.Image | Embedded, str], max_side: int, quality: int | None = None
-) -> tuple[Embedded, str]:
-    picture, caption = given
-    return (picture if isinstance(picture, Embedded) else Embedded(picture, max_side, quality)), caption
 
 
 class _Pictures:
     """Pictures with captions between `head` and `foot`, embedded when the page is made, as large as it has room for."""
 
-    def __init__(self, pictures: Sequence[tuple[Embedded, str]], head: str, foot: str) -> None:
-        self.pictures, self.head, self.foot = pictures, head, foot
+    def __init__(
+        self,
+        pictures: Sequence[tuple[Image.Image | Embedded, str]],
+        max_side: int,
+        quality: int | None,
+        head: str,
+        foot: str,
+    ) -> None:
+        self.pictures = [
+            (picture if isinstance(picture, Embedded) else Embedded(picture, max_side, quality), caption)
+            for picture, caption in pictures
+        ]
+        self.head, self.foot = head, foot
 
     def side(self, most: int | None) -> int:
         """Of the largest picture as it is embedded."""
@@ -323,15 +321,14 @@ def smaller(picture: Image.Image, max_side: int) -> Image.Image:
     return picture
 
 
-def picture_uri(picture: Image.Image, max_side: int | None = 512, quality: int | None = None) -> str:
+def picture_uri(picture: Image.Image, max_side: int = 512, quality: int | None = None) -> str:
     """A picture as a data URI, no side of it above `max_side` pixels: small ones as PNG, others, or with `quality` all, as WebP."""
-    file = io.BytesIO()
-    shown = picture if max_side is None else smaller(picture, max_side)
-    if quality is None and max(shown.size) <= LOSSLESS_SIDE:
-        shown.save(file, "PNG", optimize=True)
+    picture, file = smaller(picture, max_side), io.BytesIO()
+    if quality is None and max(picture.size) <= LOSSLESS_SIDE:
+        picture.save(file, "PNG", optimize=True)
         kind = "png"
     else:
-        shown.save(file, "WEBP", quality=quality or WEBP_QUALITY)
+        picture.save(file, "WEBP", quality=quality or WEBP_QUALITY)
         kind = "webp"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 

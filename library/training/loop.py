@@ -118,10 +118,12 @@ def train(run: Run, first_step: int) -> dict[str, float]:
             if (saving or request in (SAVE, STOP) or finished) and step > first_step:
                 with pace.interruption("save", "saving"):
                     run.checkpoints.save(step, finished=finished, asked=request in (SAVE, STOP))
+            if request == SAMPLE:
+                requests.done(SAMPLE)  # now, because its file lies where the folder of samples will
             if looking := _looks(run, step, request, finished):
                 with pace.interruption("samples", "drawing samples"):
                     run.look(step, finished)  # type: ignore[misc]
-            if request:
+            if request in (SAVE, STOP):
                 requests.done(request)
             if run.page is not None and (validating or saving or looking or request or run.page.due(step)):
                 run.page(step)

@@ -37,6 +37,7 @@ FRAMES, FEWEST_FRAMES, SIDE = 240, 8, 256
 SHEETS = 24
 """Of what the U-Net sees, at most."""
 WIDE = (420, 190)
+FINISHED = "Finished"
 
 _SAMPLE = r"_(?P<epoch>e?)(?P<place>\d{6,})_(?P<number>\d{2,})_(?P<date>\d{14})_(?P<seed>\d+)\.png"
 
@@ -75,13 +76,15 @@ class RunPage:
 
     def __enter__(self) -> RunPage:
         self(self.step)
+        if not self._failed:
+            self.run.processes.say(f"open {self.run.output.output_dir / RUN_PAGE} in a browser to watch the run")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self.ended = f"Finished at step {self.step}."
+            self.ended = f"{FINISHED} at step {self.step}."
         elif isinstance(error, Stopped):
             self.ended = str(error)
         else:
@@ -89,7 +92,7 @@ class RunPage:
         self(self.step)
 
     def due(self, step: int) -> bool:
-        """Whether it is a minute old. Before the loop's first validation it shows how the losses begin."""
+        """Whether it is a minute old: before the first validation it shows how the losses begin."""
         self.step = step
         return time.monotonic() - self._written >= EVERY
 
@@ -107,7 +110,7 @@ class RunPage:
         last, rows = self.run.plan.last_step, self._rows()
         page = Page(f"{self.name}: step {self.step} of {last}", self._lead(rows), None if self.ended else RELOAD)
         if self.ended:
-            page.notice(self.ended)
+            (page.paragraph if self.ended.startswith(FINISHED) else page.notice)(self.ended)
         self._samples(page)
         self._seen(page)
         page.heading("Curves")
@@ -177,7 +180,7 @@ class RunPage:
         if path not in self._frames:
             with Image.open(path) as picture:
                 words = str(picture.info.get("parameters", "")).split("\nNegative prompt:")[0].split("\nSteps:")[0]
-                self._frames[path] = Embedded(picture.convert("RGB"), SIDE, quality=WEBP_QUALITY), words or path.stem
+                self._frames[path] = Embedded(picture.convert("RGB"), SIDE, WEBP_QUALITY), words or path.stem
         return self._frames[path]
 
     def _seen(self, page: Page) -> None:
@@ -186,10 +189,7 @@ class RunPage:
         if self.step not in self._sheets and (not self._sheets or self._validated(self.step)):
             with self.run.trained.judged():
                 sheet, cosine = self.sight.sheet()
-            self._sheets[self.step] = (
-                Embedded(sheet, 512, quality=WEBP_QUALITY),
-                f"step {self.step}: cosine {cosine:.3f}",
-            )
+            self._sheets[self.step] = Embedded(sheet, 512, WEBP_QUALITY), f"step {self.step}: cosine {cosine:.3f}"
             kept = _thinned(sorted(self._sheets), SHEETS)
             self._sheets = {step: self._sheets[step] for step in kept}
         page.heading("What the U-Net sees")

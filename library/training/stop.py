@@ -24,6 +24,8 @@ class Requests:
         self.folder = folder
         self._signalled = NOTHING
         self._looked = 0.0
+        self._changed: int | None = None
+        """When the folder of samples changed, as last seen; nanoseconds."""
         self.reason = ""
 
     @contextmanager
@@ -42,13 +44,26 @@ class Requests:
         if self._signalled == NOTHING and time.monotonic() - self._looked >= LOOKED_EVERY:
             self._looked = time.monotonic()
             for request, name in FILES.items():
-                if (self.folder / name).is_file():
+                path = self.folder / name
+                if path.is_file() or (request == SAMPLE and self._is_touched(path)):
                     self.reason = f"the file {self.folder / name}"
                     return request
         return self._signalled
 
+    def _is_touched(self, samples: Path) -> bool:
+        """Whether somebody touched the folder of samples, which bears the request's name. That sets both of its times to the same
+        moment; pictures that come and go change one of them."""
+        try:
+            times = samples.stat()
+        except OSError:
+            return False
+        before, self._changed = self._changed, times.st_mtime_ns
+        return before not in (None, times.st_mtime_ns) and times.st_atime_ns == times.st_mtime_ns
+
     def done(self, request: int) -> None:
-        """`request` was carried out: remove its file. What came in meanwhile stays to be looked at."""
-        (self.folder / FILES[request]).unlink(missing_ok=True)
+        """`request` is or was carried out: remove its file. What came in meanwhile stays to be looked at."""
+        path = self.folder / FILES[request]
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
         if request == STOP:
             self._signalled = NOTHING
