@@ -12,7 +12,8 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files import read_json, write_json
-from library.models.dinov2 import dinov2_width, load_dinov2, register_count
+from library.models.dinov2 import load_dinov2
+from library.models.teachers import teacher_size
 
 WIDTH, LAYERS, HEADS, PATCH, SIDE = 128, 2, 2, 14, 5  # heads are 64 wide in every published size
 
@@ -100,7 +101,7 @@ def test_metas_file_computes_what_metas_architecture_does(tmp_path: Path, regist
     pictures = torch.randn(
         2, 3, SIDE * PATCH, SIDE * PATCH, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
-    assert register_count(model) == registers and dinov2_width(str(path)) == WIDTH
+    assert teacher_size(str(path))[1:] == (WIDTH, PATCH, LAYERS)
     assert (model(pictures).last_hidden_state - meta_forward(weights, pictures)).abs().max() < 1e-9
 
 
@@ -115,7 +116,7 @@ def test_metas_tensors_as_safetensors_are_the_same_model(tmp_path: Path) -> None
 def test_a_folder_loads_frozen_in_the_asked_dtype(tiny_dinov2: Path) -> None:
     model = load_dinov2(str(tiny_dinov2), dtype=torch.bfloat16)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
-    assert model.dtype == torch.bfloat16 and dinov2_width(str(tiny_dinov2)) == 64
+    assert model.dtype == torch.bfloat16 and teacher_size(str(tiny_dinov2)).width == 64
 
 
 def test_a_folder_with_registers_keeps_them(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_a_folder_with_registers_keeps_them(tmp_path: Path) -> None:
     model = load_dinov2(str(tmp_path / "a.pth"))
     model.save_pretrained(tmp_path / "folder")
     again = load_dinov2(str(tmp_path / "folder"))
-    assert register_count(again) == 4
+    assert again.config.num_register_tokens == 4
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files import file_hash
-from library.models.dinov2 import load_dinov2
 from library.models.encoders import (
-    DinoEncoder,
+    TeacherEncoder,
     VaeEncoder,
     dequantize_tokens,
     grid_in_aspect,
@@ -25,6 +24,7 @@ from library.models.encoders import (
 from library.models.fingerprint import hash_ahead, weight_fingerprint
 from library.models.load import load_vae
 from library.models.locate import DINOV2, BaseLocation, locate_base, locate_dino, weight_files
+from library.models.teachers import load_teacher
 from networks.families import UNET, VAE
 
 
@@ -40,8 +40,8 @@ def vae_encoder(tiny_sd15: Path) -> VaeEncoder:
     return VaeEncoder(load_vae(str(tiny_sd15)))
 
 
-def dino_encoder(folder: Path, resolution: int, grid: int) -> DinoEncoder:
-    return DinoEncoder(load_dinov2(str(folder)), resolution, grid)
+def dino_encoder(folder: Path, resolution: int, grid: int) -> TeacherEncoder:
+    return TeacherEncoder(load_teacher(str(folder)), resolution, grid)
 
 
 # Latents
@@ -106,7 +106,7 @@ def test_at_224_the_tokens_are_the_models_own(tiny_dinov2: Path, pixels: Tensor)
     inputs = (inputs - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(
         3, 1, 1
     )
-    own = encoder.model(inputs).last_hidden_state[:, 1:]
+    own = encoder.teacher.model(inputs).last_hidden_state[:, 1:]
     assert torch.allclose(encoder.encode(pixels).float(), own, atol=3e-3)
 
 
@@ -163,8 +163,9 @@ def test_registers_are_left_out(tmp_path: Path, pixels: Tensor) -> None:
     )
     Dinov2WithRegistersModel(config).save_pretrained(tmp_path / "registers")
     encoder = dino_encoder(tmp_path / "registers", 56, 4)
-    inputs = encoder._inputs(pixels)
-    own = encoder.model(inputs).last_hidden_state
+    kind = encoder.teacher.size.kind
+    inputs = (encoder._pictures(pixels) - torch.tensor(kind.mean).view(3, 1, 1)) / torch.tensor(kind.std).view(3, 1, 1)
+    own = encoder.teacher.model(inputs).last_hidden_state
     assert own.shape[1] == 1 + 4 + 16
     assert torch.allclose(encoder.encode(pixels).float(), own[:, 5:], atol=3e-3)
 
@@ -182,7 +183,7 @@ def test_a_model_that_gives_another_number_of_tokens_is_an_error_with_both_numbe
     tiny_dinov2: Path, pixels: Tensor
 ) -> None:
     encoder = dino_encoder(tiny_dinov2, 224, 16)
-    encoder.model.config.num_register_tokens = 4
+    encoder.teacher.model.config.num_register_tokens = 4
     with pytest.raises(UserError, match="gave 252 patch tokens for 224 x 224 pixels, not 16 x 16"):
         encoder.encode(pixels)
 

@@ -303,7 +303,7 @@ def test_a_state_of_another_teacher_is_not_continued(
         {"mixed_precision": "bf16", "full_bf16": "", "manifold_mode": "token", "align_head": "conv3x3"},
         {"mixed_precision": "fp16", "manifold_mode": "random", "align_learning_rate": 1e-3, "optimizer_type": "AdamW8bit",
          "align_gradient_every": 1, "align_max_grad_norm": 1.0},
-        {"align_recipe": "trd", "gradient_checkpointing": "", "align_gradient_every": 1},
+        {"teacher_layer": 2, "align_recipe": "trd", "gradient_checkpointing": "", "align_gradient_every": 1},
         {"align_recipe": "irepa", "taps": "down_blocks.1 up_blocks.1", "tap_weights": "1 0.5", "align_film": ""},
         {"manifold_target": "latents", "token_weight": 0, "manifold_mode": "token", "taps": "up_blocks.2", "dino_model": None},
         {"optimizer_type": "Prodigy", "learning_rate": 1.0, "manifold_clip": 0.01, "align_weight_decay": 0.0},
@@ -371,6 +371,11 @@ def test_dry_run_counts_heads_and_the_disk_of_their_tokens(
         (
             {"taps": "middle"},
             "taps has 'middle'. A tap must be enc_last, mid, dec_first, down_blocks.N or up_blocks.N, got",
+        ),
+        ({"teacher_layer": 4}, "teacher_layer 4 is more than there are: "),
+        (
+            {"dino_resolution": 64},
+            "dino_resolution must be a multiple of the patch size 14, got 64. Nearest: 56 and 70.",
         ),
         ({"tap_weights": "1 2"}, "tap_weights has 2 numbers, and there are 1 taps."),
         ({"manifold_target": "latents"}, "latents has no tokens to predict, only similarities. Give token_weight 0"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from library.diffusion.alignment_losses import spatially_normalised
 from library.diffusion.dense_maps import dense_maps, diverging, pca_colours
 from library.errors import UserError
 from library.evaluation.feature_model import FeatureModel, load_feature_model, load_folded_model, read_heads
@@ -355,3 +356,25 @@ def test_colours_are_principal_components() -> None:
 def test_the_diverging_scale_is_grey_in_the_middle() -> None:
     low, middle, high = (diverging(torch.tensor([-1.0, 0.0, 2.0])) * 255).round().int().tolist()
     assert (low, middle, high) == ([59, 76, 192], [221, 221, 221], [180, 4, 38])
+
+
+def test_a_time_aware_head_of_any_block_is_measured_against_the_tokens_it_learned(
+    repa_setting: RepaSetting, tmp_path: Path
+) -> None:
+    options = {"align_recipe": "irepa", "align_film": "", "taps": "down_blocks.1 mid", "max_train_steps": 2}
+    assert repa_setting.train(tmp_path, **options, save_every_n_steps=2, lora_scope="down_mid") == 0
+    state = tmp_path / "step_000002"
+    model = load_feature_model(state)
+    assert list(model.heads) == ["down_blocks.1", "mid"] and model.heads.timed and model.teacher_norm == 0.6
+    one = RepresentationSettings(
+        timesteps=(261,), seeds=(0,), neighbours=2, recall_at=(1,), pictures=2, baselines=False
+    )
+    pictures = pictures_of_state(state, fit=100, test=100)
+    found = evaluate_representation(model, one, pictures=pictures)
+    assert found.tap == "down_blocks.1"
+    seen = look(model, pictures, tap="down_blocks.1")
+    assert seen.tokens is not None and seen.maps.shape[-2:] == (4, 4)
+    cosine = found.row("checkpoint head", 261).measures["token_cosine"].mean
+    normalised = spatially_normalised(pictures.test.teacher(), 0.6)
+    assert cosine == pytest.approx(token_cosine(seen.tokens, normalised), abs=1e-5)
+    assert cosine != pytest.approx(token_cosine(seen.tokens, pictures.test.teacher()), abs=1e-3)

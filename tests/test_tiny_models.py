@@ -18,11 +18,11 @@ from library.models import tiny
 from library.models.calibration import synthetic_pictures
 from library.models.clip_tokenizer import _TINY_WORDS, tiny_tokenizer
 from library.models.conditioning import TextConditioner
-from library.models.dinov2 import load_dinov2
 from library.models.embedded import TINY_DINOV2
-from library.models.encoders import DinoEncoder
+from library.models.encoders import TeacherEncoder
 from library.models.load import load_text_encoders, load_unet, load_vae
 from library.models.sd15_configs import SD15_SCHEDULER, SD15_UNET, SD15_VAE
+from library.models.teachers import load_teacher
 from networks.families import SD15
 from tests.tools.warm import Run
 
@@ -138,7 +138,7 @@ def test_the_written_tokenizer_is_the_built_one(tiny_sd15: Path) -> None:
 
 def test_dino_tokens_say_what_is_in_the_patch_and_hardly_where_it_is(tiny_dinov2: Path, pictures: torch.Tensor) -> None:
     pixels = ((pictures + 1) * 127.5).to(torch.uint8)
-    encoder = DinoEncoder(load_dinov2(str(tiny_dinov2)), 224, 16)
+    encoder = TeacherEncoder(load_teacher(str(tiny_dinov2)), 224, 16)
     tokens = encoder.encode(pixels).float()  # [32, 256, 64]
     rolled = encoder.encode(pixels.roll((32, 32), dims=(2, 3))).float()
     moved = tokens.unflatten(1, (16, 16)).roll((8, 8), dims=(1, 2)).flatten(1, 2)

@@ -13,9 +13,9 @@ import torch
 from library.caching.by_bucket import BucketCaches, BucketedPicture
 from library.caching.tokens import Teacher, prepare_tokens
 from library.data.pixels import decode_rgb, square_crop
-from library.models.dinov2 import load_dinov2
-from library.models.encoders import DinoEncoder, dequantize_tokens
+from library.models.encoders import TeacherEncoder, dequantize_tokens
 from library.models.locate import BaseLocation
+from library.models.teachers import load_teacher
 from library.processes import Processes
 from tests.test_bucket_caches import LatentSetting, cut_pixels, draw, read
 
@@ -49,7 +49,7 @@ def setting(tmp_path: Path, tiny_dinov2: Path) -> TokenSetting:
 
 def fresh(dino: Path, pixels: list[np.ndarray]) -> np.ndarray:
     batch = torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())
-    return DinoEncoder(load_dinov2(str(dino)), 56, 4).encode(batch).numpy()
+    return TeacherEncoder(load_teacher(str(dino)), 56, 4).encode(batch).numpy()
 
 
 @pytest.mark.bits

@@ -28,12 +28,12 @@ from library.device import named_dtype
 from library.errors import UserError
 from library.files import human_bytes, whole_file
 from library.models.conditioning import TextConditioner, clip_skip
-from library.models.dinov2 import dinov2_width, load_dinov2
-from library.models.encoders import PROMPTS_AT_ONCE, DinoEncoder, VaeEncoder
+from library.models.encoders import PROMPTS_AT_ONCE, TeacherEncoder, VaeEncoder
 from library.models.fingerprint import weight_fingerprint
 from library.models.load import load_text_encoders, load_vae
 from library.models.locate import DINOV2, BaseLocation, locate_base, locate_dino
 from library.models.lone_vae import LoneVae, locate_vae
+from library.models.teachers import load_teacher, teacher_size
 from library.models.text_fusion import fusion_facts, load_fusion
 from library.options.alignment import AlignmentOptions
 from library.options.data import ClassCacheOptions, ClassPictureOptions
@@ -137,7 +137,9 @@ class Preparation:
             "dino_resolution": self.alignment.dino_resolution,
             "token_grid": self.alignment.token_grid,
         }
-        shape = (self.alignment.token_grid**2, dinov2_width(location))
+        if self.alignment.teacher_layer is not None:
+            producer["layer"] = self.alignment.teacher_layer
+        shape = (self.alignment.token_grid**2, teacher_size(location).width)
         return Wanted("tokens", self.alignment.token_dtype, shape, producer)
 
     def _pixels(self) -> dict[str, Any]:
@@ -149,14 +151,17 @@ class Preparation:
         }
 
     def encoder(self, kind: str) -> Any:
-        """VaeEncoder, DinoEncoder or TextConditioner, loaded on first use."""
+        """VaeEncoder, TeacherEncoder or TextConditioner, loaded on first use."""
         if kind not in self._encoders:
             dtype, device = named_dtype(self.precision), self.processes.device
             if kind == "latents":
                 self._encoders[kind] = VaeEncoder(load_vae(self.vae, serves=self.family, dtype=dtype, device=device))
             elif kind == "tokens":
-                teacher = load_dinov2(locate_dino(self.model.dino_model), dtype=dtype, device=device)
-                self._encoders[kind] = DinoEncoder(teacher, self.alignment.dino_resolution, self.alignment.token_grid)
+                location, layer = locate_dino(self.model.dino_model), self.alignment.teacher_layer
+                teacher = load_teacher(location, layer, dtype=dtype, device=device)
+                self._encoders[kind] = TeacherEncoder(
+                    teacher, self.alignment.dino_resolution, self.alignment.token_grid
+                )
             else:
                 parts = load_text_encoders(self._text_location, families=(self.family,), device=device)
                 skip = clip_skip(self.text, self.family)

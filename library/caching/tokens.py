@@ -1,4 +1,4 @@
-"""Teacher tokens of bucketed pictures, by bucket: DINOv2 sees what the bucket keeps of each, in the bucket's aspect.
+"""Teacher tokens of bucketed pictures, by bucket: the teacher sees what the bucket keeps of each, in the bucket's aspect.
 
 A value is float16 [N, D], or int8 with a scale for each token: N = rows x columns of about token_grid², row by row. Its key
 is the sample id and `_mid`. Another teacher, resolution, grid or precision has a folder of its own.
@@ -24,24 +24,23 @@ from library.caching.producers import Wanted
 from library.data.buckets import Size
 from library.data.pixels import PIXELS_VERSION
 from library.device import named_dtype
-from library.models.dinov2 import dinov2_width, load_dinov2
-from library.models.encoders import DinoEncoder, grid_in_aspect
+from library.models.encoders import TeacherEncoder, grid_in_aspect
 from library.models.fingerprint import weight_fingerprint
 from library.models.locate import DINOV2, BaseLocation
+from library.models.teachers import load_teacher, teacher_size
 from library.processes import Processes
 
 KIND = "tokens"
 LABEL = "tokens"
-PATCH = 14
 # As train_repa.py's cache_batch_size: the teacher is larger than the VAE and its pictures are smaller.
 BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """Which DINOv2, what it sees of a square picture, and what is kept of its tokens.
+    """Which vision model, what it sees of a square picture, and what is kept of its tokens.
 
-    precision: no or bf16. grid, resolution: see `DinoEncoder`.
+    precision: no or bf16. grid, resolution: see `TeacherEncoder`. layer: whose tokens, counted from 1; None: the last.
     """
 
     location: BaseLocation
@@ -49,6 +48,7 @@ class Teacher:
     grid: int
     dtype: Literal["float16", "int8"]
     precision: str
+    layer: int | None = None
 
 
 def prepare_tokens(
@@ -66,7 +66,7 @@ def prepare_tokens(
     """
     with processes.main_first():
         weights = weight_fingerprint(teacher.location, DINOV2, cache_dir)
-        width = dinov2_width(teacher.location)
+        size = teacher_size(teacher.location)
     producer = {
         "model": teacher.location.name,
         "weights": weights,
@@ -75,17 +75,19 @@ def prepare_tokens(
         "dtype": teacher.dtype,
         "pixels": PIXELS_VERSION,
         "precision": teacher.precision,
+        **({} if teacher.layer is None else {"layer": teacher.layer}),
     }
 
     def wanted(bucket: Size) -> Wanted:
         rows, columns = grid_in_aspect(teacher.grid, *bucket)
-        seen = [side * PATCH for side in grid_in_aspect(teacher.resolution // PATCH, *bucket)]
+        seen = [side * size.patch for side in grid_in_aspect(teacher.resolution // size.patch, *bucket)]
         own = producer | {"grid": [rows, columns], "input_pixels": seen}
-        return Wanted(KIND, teacher.dtype, (rows * columns, width), own, remedy="--mixed_precision no may help")
+        return Wanted(KIND, teacher.dtype, (rows * columns, size.width), own, remedy="--mixed_precision no may help")
 
-    def load() -> DinoEncoder:
-        model = load_dinov2(teacher.location, dtype=named_dtype(teacher.precision), device=processes.device)
-        return DinoEncoder(model, teacher.resolution, teacher.grid)
+    def load() -> TeacherEncoder:
+        dtype = named_dtype(teacher.precision)
+        model = load_teacher(teacher.location, teacher.layer, dtype=dtype, device=processes.device)
+        return TeacherEncoder(model, teacher.resolution, teacher.grid)
 
     kind = BucketKind(LABEL, KIND, cache_dir, producer, "teacher, resolution, grid or precision", wanted)
     plan = plan_stores(pictures, kind)

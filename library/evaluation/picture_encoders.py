@@ -17,12 +17,11 @@ from library.errors import UserError
 from library.files import read_json
 from library.models.dinov2 import load_dinov2
 from library.models.embedded import SHAPES_CLIP
-from library.models.encoders import IMAGENET_MEAN, IMAGENET_STD
 from library.models.locate import check_clip, locate_clip, locate_dino
+from library.models.teachers import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
 BATCH_SIZE = 16
 DINO_RESOLUTION = 224  # published numbers of DINO-I are at 224
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 
 
 class DinoPictures:

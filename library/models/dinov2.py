@@ -43,9 +43,15 @@ _INNER = {
 
 
 def load_dinov2(
-    location: BaseLocation | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    location: BaseLocation | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    layers: int | None = None,
 ) -> Dinov2:
-    """The teacher, frozen. Raises UserError for a file that is no DINOv2, is torn, or does not fit its configuration.
+    """The model, frozen; of its layers the first `layers` alone, and the last layer norm.
+
+    Raises UserError for a file that is no DINOv2, is torn, or does not fit its configuration.
 
     At other resolutions than 518 position embeddings are interpolated as transformers does it: by 16/37 at 224 pixels, where
     Meta's code for models without registers takes (16 + 0.1)/37.
@@ -58,6 +64,9 @@ def load_dinov2(
     else:
         config = _folder_config(location.path)
         tensors = read_tensors(weight_files(location.path, DINOV2))
+    if layers is not None:
+        config.num_hidden_layers = layers
+        tensors = {name: value for name, value in tensors.items() if _layer_of(name) < layers}
     cls: Any = Dinov2WithRegistersModel if isinstance(config, Dinov2WithRegistersConfig) else Dinov2Model
     return assemble(lambda: cls(config), tensors, f"The DINOv2 in {location.path}", dtype=dtype, device=device)
 
@@ -75,17 +84,17 @@ def check_dinov2(name: str) -> None:
                 read_shapes(path)
 
 
-def dinov2_width(location: BaseLocation | str) -> int:
-    """Width D of a token, without loading more than the configuration of a folder."""
+def dinov2_config(location: BaseLocation | str) -> Config:
+    """Without loading more than the configuration of a folder."""
     location = _located(location)
     if location.is_file:
-        return _meta_config(read_tensors(location.path), location.path).hidden_size
-    return _folder_config(location.path).hidden_size
+        return _meta_config(read_tensors(location.path), location.path)
+    return _folder_config(location.path)
 
 
-def register_count(model: Dinov2) -> int:
-    """Register tokens between the CLS token and the patches: 4 in Meta's `_reg4` models, else 0."""
-    return int(getattr(model.config, "num_register_tokens", 0))
+def _layer_of(name: str) -> int:
+    """-1 of weights outside of the layers."""
+    return int(name.split(".")[2]) if name.startswith("encoder.layer.") else -1
 
 
 def _located(location: BaseLocation | str) -> BaseLocation:

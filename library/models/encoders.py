@@ -10,10 +10,8 @@ from diffusers.models import AutoencoderKL
 from torch import Tensor
 
 from library.errors import UserError
-from library.models.dinov2 import Dinov2, register_count
+from library.models.teachers import VisionTeacher
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 PROMPTS_AT_ONCE = 64
 # Between them diffusers keeps log-variances, as LDM's code did. At the floor a draw is the mean, to 1 part in 3 million.
 LOG_VARIANCE_FLOOR, LOG_VARIANCE_CEILING = -30.0, 20.0
@@ -62,36 +60,20 @@ class MomentsEncoder:
         return torch.cat([mean, log_variance.clamp(LOG_VARIANCE_FLOOR, LOG_VARIANCE_CEILING)], dim=1).to(torch.float16)
 
 
-class DinoEncoder:
-    """Pixels to DINOv2's patch tokens, pooled to a grid of the crop's aspect.
+class TeacherEncoder:
+    """Pixels to a teacher's patch tokens, pooled to a grid of the crop's aspect.
 
     The whole crop is resized, so that token (r, c) of the grid and latent (r, c) of a map of that many rows and columns
     show the same place; the tokens keep their true grid of one per patch until they are pooled by area.
 
-    model: from `load_dinov2`. resolution: side that a square crop is resized to, a multiple of the patch size (224, 448,
-    518). grid: tokens per side that come out of it, at most resolution / patch. Raises UserError otherwise. Of crops that
-    are no squares there are about as many patches and tokens, in their aspect (`grid_in_aspect`).
+    resolution: side that a square crop is resized to, a multiple of the patch size (224, 448, 518). grid: tokens per side that come
+    out of it, at most resolution / patch. Raises UserError otherwise. Of crops that are no squares there are about as many patches
+    and tokens, in their aspect (`grid_in_aspect`).
     """
 
-    def __init__(self, model: Dinov2, resolution: int, grid: int) -> None:
-        config: Any = model.config  # annotated as int or pair; every DINOv2 has square patches
-        patch = int(config.patch_size)
-        if resolution % patch:
-            below = resolution // patch * patch
-            raise UserError(
-                f"dino_resolution must be a multiple of the patch size {patch}, got {resolution}. Nearest: {below or patch} "
-                f"and {below + patch}."
-            )
-        self.side = resolution // patch
-        if not 1 <= grid <= self.side:
-            raise UserError(
-                f"token_grid must lie between 1 and {self.side}, the patches per side at dino_resolution {resolution}, got "
-                f"{grid}. Raise dino_resolution to {grid * patch} or lower token_grid."
-            )
-        self.model, self.patch, self.grid = model, patch, grid
-        self.width = int(config.hidden_size)
-        self._mean = torch.tensor(IMAGENET_MEAN, device=model.device).view(1, 3, 1, 1)
-        self._std = torch.tensor(IMAGENET_STD, device=model.device).view(1, 3, 1, 1)
+    def __init__(self, teacher: VisionTeacher, resolution: int, grid: int) -> None:
+        self.side = patches_of(teacher.size.patch, resolution, grid)
+        self.teacher, self.patch, self.grid, self.width = teacher, teacher.size.patch, grid, teacher.size.width
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -103,28 +85,37 @@ class DinoEncoder:
 
     @torch.no_grad()
     def patch_tokens(self, pixels: Tensor) -> Tensor:
-        """Patch tokens on their true grid, without CLS and registers: float32 [B, D, h, w]."""
-        inputs = self._inputs(pixels)
-        height, width = inputs.shape[-2:]
-        rows, columns = height // self.patch, width // self.patch
-        hidden = self.model(pixel_values=inputs.to(self.model.dtype)).last_hidden_state
-        tokens = hidden[:, 1 + register_count(self.model) :]
-        if tokens.shape[1] != rows * columns:
-            raise UserError(
-                f"The teacher gave {tokens.shape[1]} patch tokens for {width} x {height} pixels, not {columns} x {rows}. Its "
-                "configuration (patch size, registers) does not describe its weights."
-            )
-        return tokens.float().transpose(1, 2).unflatten(2, (rows, columns))
+        """Patch tokens on their true grid: float32 [B, D, h, w]."""
+        pictures = self._pictures(pixels)
+        grid = tuple(side // self.patch for side in pictures.shape[-2:])
+        return self.teacher.patch_tokens(pictures).float().transpose(1, 2).unflatten(2, grid)
 
-    def _inputs(self, pixels: Tensor) -> Tensor:
+    def _pictures(self, pixels: Tensor) -> Tensor:
         _require_uint8(pixels)
-        pictures = pixels.to(self.model.device).float() / 255.0
+        pictures = pixels.to(self.teacher.model.device).float() / 255.0
         rows, columns = grid_in_aspect(self.side, pixels.shape[-1], pixels.shape[-2])
         size = (rows * self.patch, columns * self.patch)
         if pictures.shape[-2:] != size:
             pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True, align_corners=False)
         # Bicubic overshoots at edges, and no picture the teacher saw did.
-        return (pictures.clamp(0.0, 1.0) - self._mean) / self._std
+        return pictures.clamp(0.0, 1.0)
+
+
+def patches_of(patch: int, resolution: int, grid: int) -> int:
+    """Patches per side of a square. Raises UserError where the resolution is no multiple of the patch, or the grid is finer."""
+    if resolution % patch:
+        below = resolution // patch * patch
+        raise UserError(
+            f"dino_resolution must be a multiple of the patch size {patch}, got {resolution}. Nearest: {below or patch} "
+            f"and {below + patch}."
+        )
+    side = resolution // patch
+    if not 1 <= grid <= side:
+        raise UserError(
+            f"token_grid must lie between 1 and {side}, the patches per side at dino_resolution {resolution}, got "
+            f"{grid}. Raise dino_resolution to {grid * patch} or lower token_grid."
+        )
+    return side
 
 
 def pixels_of_latent(vae: Any) -> int:

@@ -38,8 +38,10 @@ class TokenOptions:
     """What is kept of what the teacher sees."""
 
     dino_resolution: int = 518
-    """Side in pixels of the teacher's input, 518 (its native grid, 37x37), 448 (32x32) or 224 (16x16, 6x cheaper); of pictures
-    that are no squares the same area."""
+    """Side in pixels of the teacher's input: of DINOv2 518 (its native grid, 37x37), 448 (32x32) or 224 (16x16, 6x cheaper), of
+    teachers with patches of 16 pixels 256 (16x16) or 512; of pictures that are no squares the same area."""
+    teacher_layer: OptionalCount = None
+    """Layer of the teacher whose tokens are learned, counted from 1. Default: the last."""
     token_grid: int = 16
     """Teacher tokens are area-pooled to this many rows and columns, or to the same number in the bucket's aspect."""
     token_dtype: Literal["float16", "int8"] = "float16"
@@ -48,10 +50,12 @@ class TokenOptions:
     def __post_init__(self) -> None:
         positive("token_grid", self.token_grid)
         require(
-            self.dino_resolution > 0 and self.dino_resolution % 14 == 0,
+            self.dino_resolution > 0 and 0 in (self.dino_resolution % 14, self.dino_resolution % 16),
             "dino_resolution",
-            f"must be a multiple of DINOv2's patch of 14 (518, 448, 224), got {self.dino_resolution}.",
+            "must be a multiple of the teacher's patch, DINOv2's 14 (518, 448, 224) or 16 (512, 256, 224), got "
+            f"{self.dino_resolution}.",
         )
+        positive("teacher_layer", self.teacher_layer)
         require(
             self.token_grid <= self.dino_resolution // 14,
             "token_grid",

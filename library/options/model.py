@@ -21,7 +21,8 @@ class ModelOptions:
     pretrained_model_name_or_path: Needed = "tiny-shapes"
     """Base model: a hub id, a diffusers folder, one .safetensors file, or tiny-shapes, the embedded default."""
     dino_model: Needed = "tiny-shapes-dinov2"
-    """Teacher: a hub id (facebook/dinov2-large), a folder, Meta's dinov2_vit*14*.pth, or tiny-shapes-dinov2."""
+    """Teacher: hub id or folder of a DINOv2 (facebook/dinov2-large), DINOv3, SigLIP, SigLIP 2, CLIP or MAE, Meta's
+    dinov2_vit*14*.pth, or tiny-shapes-dinov2."""
     mixed_precision: Precision = "bf16"
     """Number format in which frozen weights are kept and everything but losses and trained weights is computed."""
     device: str | None = None

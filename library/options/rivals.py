@@ -61,9 +61,9 @@ def beaten(nearer: Mapping[str, Any], farther: Mapping[str, Any]) -> dict[str, s
     for group in RIVALS:
         for winner in sorted(group & given):
             found |= {loser: winner for loser in group & there - given if loser not in found}
-    for options in WITH_RECIPES:
-        settings = options.of_recipe({options.recipe_option: nearer.get(options.recipe_option)})
-        found |= dict.fromkeys(settings.keys() & farther.keys() - nearer.keys(), options.recipe_option)
+    for kind in WITH_RECIPES:
+        settings = kind.of_recipe({kind.recipe_option: nearer.get(kind.recipe_option)})
+        found |= dict.fromkeys(settings.keys() & farther.keys() - nearer.keys(), kind.recipe_option)
     for loser, winner in list(found.items()):
         found |= {name: winner for name in _BELONGS.get(loser, ()) if name in there - given}
     return found

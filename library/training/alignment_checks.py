@@ -8,8 +8,10 @@ from library.diffusion.alignment_schedules import timestep_weights
 from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
 from library.models.base_family import native_side
+from library.models.encoders import patches_of
 from library.models.load import load_scheduler_config, unet_config
-from library.models.locate import BaseLocation
+from library.models.locate import BaseLocation, dino_status
+from library.models.teachers import require_layer, teacher_size
 from library.options.checks import OptionError
 from library.options.run import RunOptions
 from library.training.flow import flow_mode, trained_path
@@ -23,8 +25,19 @@ _PLACES = 100_000
 def check_alignment(options: RunOptions, base: BaseLocation, family: Family) -> None:
     """Raises OptionError for what does not fit the base."""
     if options.alignment.alignment:
+        _check_teacher(options)
         _check_taps(options, base, family)
         _check_window(options, base, family)
+
+
+def _check_teacher(options: RunOptions) -> None:
+    """Raise UserError where the teacher, if it is on this machine, gives no such tokens."""
+    o, name = options.alignment, options.model.dino_model
+    if not o.needs_teacher or dino_status(name) is not None:
+        return
+    size = teacher_size(name)
+    require_layer(o.teacher_layer, size, name)
+    patches_of(size.patch, o.dino_resolution, o.token_grid)
 
 
 def _check_taps(options: RunOptions, base: BaseLocation, family: Family) -> None:

@@ -183,7 +183,14 @@ def _tokens(options: RunOptions, processes: Processes, pictures: list[BucketedPi
         location = locate_dino(options.model.dino_model)
     # Like the VAE, it computes in float32 where that is not bf16: fp16 may overflow.
     precision = "bf16" if options.model.mixed_precision == "bf16" else "no"
-    teacher = Teacher(location, alignment.dino_resolution, alignment.token_grid, alignment.token_dtype, precision)
+    teacher = Teacher(
+        location,
+        alignment.dino_resolution,
+        alignment.token_grid,
+        alignment.token_dtype,
+        precision,
+        alignment.teacher_layer,
+    )
     return prepare_tokens(
         pictures,
         teacher,

@@ -98,7 +98,7 @@ def wanted_width(options: RunOptions) -> int:
     if not options.alignment.needs_teacher:
         return 0
     if dino_status(name) is None:
-        from library.models.dinov2 import dinov2_width
+        from library.models.teachers import teacher_size
 
-        return dinov2_width(name)
+        return teacher_size(name).width
     return next((width for word, width in TEACHER_WIDTHS.items() if word in name.lower()), 1024)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
-from library.models.encoders import IMAGENET_MEAN, IMAGENET_STD
+from library.models.teachers import IMAGENET_MEAN, IMAGENET_STD
 from tools.shapes.autoencoder import recoloured
 from tools.shapes.fit import Record, fit
 from tools.shapes.pictures import LABELS, Pictures, batches
