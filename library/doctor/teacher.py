@@ -19,16 +19,15 @@ from library.doctor.findings import Finding
 from library.doctor.likeness import groups
 from library.doctor.measures import Asked, seen_part
 from library.doctor.picture_faults import Measured
-from library.models.dinov2 import load_dinov2
 from library.models.embedded import SHAPES_DINOV2
-from library.models.encoders import DinoEncoder
-from library.models.locate import locate_dino
+from library.models.encoders import TeacherEncoder
+from library.models.teachers import load_teacher
 from library.options.run import RunOptions
 from library.progress import doing
 from library.words import plural
 
 SIDE, GRID = 224, 16
-"""Pixels a side of what the teacher is shown, and tokens a side that are kept of it."""
+"""Pixels a side of what the teacher is shown, and at most so many tokens a side that are kept of it."""
 MAPS = 240
 """Pictures whose components are shown."""
 ALIKE = 0.95
@@ -49,8 +48,9 @@ def ask_teacher(measured: Sequence[Measured], asked: Sequence[Asked], options: R
     """asked: how the pictures of `measured` are read, in their order. Raises UserError where the teacher cannot be used."""
     name = options.model.dino_model
     with doing("loading the teacher"):
-        model = load_dinov2(locate_dino(name), device=choose_device(options.model.device))
-        encoder = DinoEncoder(model, SIDE, GRID)
+        teacher = load_teacher(name, device=choose_device(options.model.device))
+        grid = min(GRID, SIDE // teacher.size.patch)
+        encoder = TeacherEncoder(teacher, SIDE, grid)
     maps: list[Tensor] = []
     means: list[Tensor] = []
     with doing("asking the teacher", len(asked)) as activity:
@@ -60,7 +60,7 @@ def ask_teacher(measured: Sequence[Measured], asked: Sequence[Asked], options: R
             tokens = encoder.patch_tokens(pixels)[0].cpu()  # [D, h, w]
             means.append(normalize(tokens.flatten(1).T).mean(dim=0))
             if len(maps) < MAPS:
-                maps.append(normalize(F.adaptive_avg_pool2d(tokens, GRID).permute(1, 2, 0)))  # [16, 16, D]
+                maps.append(normalize(F.adaptive_avg_pool2d(tokens, grid).permute(1, 2, 0)))  # [grid, grid, D]
             activity.advance()
     answer = Answer()
     if not maps:
