@@ -35,6 +35,7 @@ _NOT_OF_KOHYA = frozenset(
     save_last_n_states sdxl taps token_dtype token_grid weight_decay
     base_quantization blocks_to_swap
     discrete_flow_shift flow_base_pixels flow_loss_weight flow_mode flow_model flow_recipe flow_shift_by_resolution flow_sigma_max
+    any_teacher flow_kd_cfg flow_target teacher_latents train_parts train_parts_lr
     flow_sigma_min logit_mean logit_std mode_scale show_timesteps sigmoid_scale timestep_sampling weighting_scheme
     """.split()  # noqa: SIM905
 )
