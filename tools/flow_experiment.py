@@ -88,7 +88,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sampling_steps", type=int, default=15, help="of teacher and students (%(default)s)")
     parser.add_argument("--drawn", type=int, default=3, help="pictures of each prompt (%(default)s)")
     parser.add_argument(
-        "--reader_steps", type=int, default=600, help="steps of the classifier's training (%(default)s)"
+        "--reader_steps", type=int, default=400, help="steps of the classifier's training (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of training (%(default)s)")
     parser.add_argument(
