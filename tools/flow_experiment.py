@@ -86,7 +86,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
         "--cfg_scale", type=float, default=3.0, help="of teacher and students when drawing (%(default)s)"
     )
     parser.add_argument("--sampling_steps", type=int, default=15, help="of teacher and students (%(default)s)")
-    parser.add_argument("--drawn", type=int, default=3, help="pictures of each prompt (%(default)s)")
+    parser.add_argument("--drawn", type=int, default=2, help="pictures of each prompt (%(default)s)")
     parser.add_argument(
         "--reader_steps", type=int, default=400, help="steps of the classifier's training (%(default)s)"
     )
