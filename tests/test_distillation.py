@@ -230,3 +230,20 @@ def test_a_plan_of_a_training_on_drawn_latents_is_made_without_pictures(
     said = capsys.readouterr().out
     assert "6 latents of tiny-shapes (Euler Normal, 3 steps, cfg 1.5), flow_target kd" in said
     assert "samples          6 an epoch, of 6 pictures" in said and "missing          nothing" in said
+
+
+def test_the_experiments_commands_are_ones_that_the_scripts_take(tmp_path: Path) -> None:
+    from library.options.network import parse_network_options
+    from library.options.parser import parse
+    from library.options.repa import REPA, PrepareCacheOptions
+    from tools.flow_experiment import ARMS, draw_command, parsed, train_command
+
+    options = parsed([])
+    for arm in ARMS:
+        found = parse_network_options(train_command(arm, options, tmp_path)[2:], prog="", description=None)
+        assert (found.flow.flow_mode == "native") == arm.is_native and found.training.max_train_steps == options.steps
+    words = draw_command(options, tmp_path, tmp_path / "prompts.txt")[2:]
+    drawing = parse(
+        PrepareCacheOptions, words, prog="", description=None, default_config="demo.toml", dialect=REPA
+    ).drawing
+    assert drawing.teacher_images == options.latents and drawing.teacher_sampler == "Euler"

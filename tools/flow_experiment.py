@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.errors import EXIT_OK, RunFailed, script
-from library.files import write_json, write_text
+from library.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from library.evaluation.denoising import EncodedPhotos
     from library.inference.drawing_model import DrawingModel
-    from tools.alignment_study.reader import Reader
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, RENDERS, SIGMAS = 128, 2, 12
+MEASURED = "measured.json"
 LORA = ("--network_dim", "16", "--network_alpha", "16", "--network_train_unet_only")
 PARTS = ("--train_parts", "time_embedding", "conv_in", "conv_out")
 
@@ -86,9 +86,9 @@ def parsed(argv: list[str]) -> argparse.Namespace:
         "--cfg_scale", type=float, default=3.0, help="of teacher and students when drawing (%(default)s)"
     )
     parser.add_argument("--sampling_steps", type=int, default=15, help="of teacher and students (%(default)s)")
-    parser.add_argument("--drawn", type=int, default=3, help="pictures of each prompt (%(default)s)")
+    parser.add_argument("--drawn", type=int, default=2, help="pictures of each prompt (%(default)s)")
     parser.add_argument(
-        "--reader_steps", type=int, default=600, help="steps of the classifier's training (%(default)s)"
+        "--reader_steps", type=int, default=400, help="steps of the classifier's training (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of training (%(default)s)")
     parser.add_argument(
@@ -148,17 +148,15 @@ def call(command: Sequence[str], log: Path) -> None:
 
 
 def measure_all(options: argparse.Namespace, out: Path, kinds: Sequence[str]) -> dict[str, Any]:
-    """Of the untouched base along its bridge and of each arm: the share of pictures that show what was asked for, and the loss."""
-    import torch
+    """Of the untouched base along its bridge and of each arm: the share of pictures that show what was asked for, and the loss.
+
+    What was measured before is not measured again.
+    """
+    from PIL import Image
 
     from library.data.teacher_latents import open_teacher_latents
-    from library.evaluation.denoising import encode_photos
-    from library.evaluation.generated_pictures import AppliedAdapter, apply_adapter
-    from library.inference.drawing_model import load_model
     from library.inference.grids import grid
-    from library.merging.source import read_source
-    from library.models.locate import locate_base
-    from tools.alignment_study.reader import trained_reader
+    from tools.alignment_study.reader import share_right, trained_reader
 
     reader, right = trained_reader(out / "reader.pt", options.reader_steps)
     teacher = open_teacher_latents(out / "teacher")
@@ -167,34 +165,44 @@ def measure_all(options: argparse.Namespace, out: Path, kinds: Sequence[str]) ->
     rows: dict[str, Any] = {}
     sheet = []
     for arm in (None, *ARMS):
-        name = "base" if arm is None else arm.name
-        print(f"measuring  {'the base, along its bridge' if arm is None else arm.title}", flush=True)
-        native = arm is not None and arm.is_native
-        model = load_model(
-            locate_base(options.base),
-            dtype=torch.float32,
-            device="cpu",
-            prediction_type="flow_prediction" if native else None,
-        )
-        photos = encode_photos(model, *renders(kinds), SIDE)
-        if arm is not None:
-            file = out / arm.name / "student.safetensors"
-            apply_adapter(model, AppliedAdapter(file, read_source(file).adapter))
-        drawn = draw_all(model, options, kinds, out / name)
-        shown = [kind for kind in kinds for _ in range(options.drawn)]
-        rows[name] = {
-            "title": "the base, untouched" if arm is None else arm.title,
-            "right": share_right(reader, drawn, shown),
-            "loss": flow_loss(model, photos),
-        }
+        name, title = ("base", "the base, untouched") if arm is None else (arm.name, arm.title)
+        if not (out / name / MEASURED).exists():
+            print(f"measuring  {title}", flush=True)
+            measure(arm, options, kinds, out / name)
+        drawn = [
+            Image.open(picture_file(out / name, kind, seed)).convert("RGB") for kind in kinds for seed in seeds(options)
+        ]
+        shown = [kind for kind in kinds for _ in seeds(options)]
+        rows[name] = {"title": title, "right": share_right(reader, drawn, shown), **read_json(out / name / MEASURED)}
         sheet += drawn[:: 2 * options.drawn]
-    columns = len(range(0, len(kinds), 2))
-    titles = [rows[name]["title"] for name in rows]
+    titles = [row["title"] for row in rows.values()]
+    columns = len(kinds[::2])
     grid(sheet, columns, column_headings=list(kinds[::2]), row_headings=titles).save(
         out / "pictures.png", optimize=True
     )
     facts = {key: value for key, value in vars(options).items() if key != "out"}
     return {"settings": facts, "reader_right": right, "chance": 1 / len(kinds), "teacher": statistics, "arms": rows}
+
+
+def measure(arm: Arm | None, options: argparse.Namespace, kinds: Sequence[str], folder: Path) -> None:
+    """Draw an arm's pictures into its folder, and write its loss there, last."""
+    import torch
+
+    from library.evaluation.denoising import encode_photos
+    from library.evaluation.generated_pictures import AppliedAdapter, apply_adapter
+    from library.inference.drawing_model import load_model
+    from library.merging.source import read_source
+    from library.models.locate import locate_base
+
+    prediction_type = "flow_prediction" if arm is not None and arm.is_native else None
+    base = locate_base(options.base)
+    model = load_model(base, dtype=torch.float32, device="cpu", prediction_type=prediction_type)
+    photos = encode_photos(model, *renders(kinds), SIDE)
+    if arm is not None:
+        file = folder / "student.safetensors"
+        apply_adapter(model, AppliedAdapter(file, read_source(file).adapter))
+    draw_all(model, options, kinds, folder)
+    write_json(folder / MEASURED, {"loss": flow_loss(model, photos)})
 
 
 def renders(kinds: Sequence[str]) -> tuple[list[Any], list[str], list[str]]:
@@ -208,29 +216,29 @@ def renders(kinds: Sequence[str]) -> tuple[list[Any], list[str], list[str]]:
     return pictures, [f"a {name.rpartition(' ')[0]}" for name in names], names
 
 
-def draw_all(model: DrawingModel, options: argparse.Namespace, kinds: Sequence[str], folder: Path) -> list[Any]:
-    """Pictures of each kind, by Euler's steps along the flow; kept in the folder."""
+def draw_all(model: DrawingModel, options: argparse.Namespace, kinds: Sequence[str], folder: Path) -> None:
+    """Pictures of each kind, by Euler's steps along the flow."""
     from library.inference.picture_request import PictureRequest
     from library.inference.text_to_image import draw
 
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = list(range(1000, 1000 + options.drawn))
-    found = []
     for kind in kinds:
+        if all(picture_file(folder, kind, seed).exists() for seed in seeds(options)):
+            continue
         request = PictureRequest(
             f"a {kind}", "", options.sampling_steps, options.cfg_scale, SIDE, SIDE, sampler="Euler", flow_shift=1.0
         )
-        pictures = draw(model, request, seeds)
-        for seed, picture in zip(seeds, pictures, strict=True):
-            picture.save(folder / f"{kind.replace(' ', '_')}_{seed}.png")
-        found += pictures
-    return found
+        for seed, picture in zip(seeds(options), draw(model, request, seeds(options)), strict=True):
+            picture.save(picture_file(folder, kind, seed))
 
 
-def share_right(reader: Reader, pictures: Sequence[Any], kinds: Sequence[str]) -> float:
-    from tools.alignment_study.reader import share_right as share
+def seeds(options: argparse.Namespace) -> list[int]:
+    """Of the drawn pictures of each kind: others than the teacher's."""
+    return list(range(1000, 1000 + options.drawn))
 
-    return share(reader, pictures, kinds)
+
+def picture_file(folder: Path, kind: str, seed: int) -> Path:
+    return folder / f"{kind.replace(' ', '_')}_{seed}.png"
 
 
 def flow_loss(model: DrawingModel, photos: EncodedPhotos) -> float:

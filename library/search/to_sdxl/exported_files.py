@@ -35,6 +35,7 @@ _NOT_OF_KOHYA = frozenset(fields_of(AlignmentOptions)) | frozenset(
     missing_caption objective overwrite save_last_n_states sdxl weight_decay
     base_quantization blocks_to_swap
     discrete_flow_shift flow_base_pixels flow_loss_weight flow_mode flow_model flow_recipe flow_shift_by_resolution flow_sigma_max
+    any_teacher flow_kd_cfg flow_target teacher_latents train_parts train_parts_lr
     flow_sigma_min logit_mean logit_std mode_scale show_timesteps sigmoid_scale timestep_sampling weighting_scheme
     timestep_bin_correct timestep_bin_file timestep_bin_floor timestep_bin_jitter timestep_bin_min_acc timestep_bin_power
     timestep_bin_source timestep_bins

@@ -42,6 +42,10 @@ _BASE_BOUND = (
     "scale_v_pred_loss_like_noise_pred",
     "zero_terminal_snr",
     "flow_mode",
+    "teacher_latents",
+    "flow_target",
+    "flow_kd_cfg",
+    "any_teacher",
 )
 
 
