@@ -83,11 +83,21 @@ def built(
 @pytest.mark.parametrize(
     ("parse", "words", "family", "size"),
     [
-        (network_options, f"--mixed_precision bf16 {EVERYTHING}", SD15, StepSize(512, 768, 2, masked=True, preserved=True)),
+        (
+            network_options,
+            f"--mixed_precision bf16 --flow_model --timestep_sampling bins {EVERYTHING}",
+            SD15,
+            StepSize(512, 768, 2, masked=True, preserved=True),
+        ),
         (repa_options, f"--lora_scope all --ema_decay 0.999 {HEADS}", SD15, StepSize(512, 512, 128, teacher_width=1024)),
-        (network_options, f"{UNET_ONLY} {HEADS} --manifold_mode token", SDXL, StepSize(1024, 1024, 4, teacher_width=1024)),
+        (
+            network_options,
+            f"{UNET_ONLY} {HEADS} --manifold_mode token --flow_mode native --timestep_sampling shift",
+            SDXL,
+            StepSize(1024, 1024, 4, teacher_width=1024),
+        ),
     ],
-    ids=["sd15 with text encoder", "sd15 with heads", "sdxl with heads"],
+    ids=["sd15 with text encoder, a bridge by bins", "sd15 with heads", "sdxl with heads, a native flow"],
 )  # fmt: skip
 def test_a_step_at_full_size_waits_for_nothing(
     parse: Callable[[str, Path], RunOptions], words: str, family: Family, size: StepSize, tmp_path: Path
