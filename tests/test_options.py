@@ -124,6 +124,9 @@ def test_every_ablation_of_the_document_changes_what_it_says() -> None:
         changed = {k for k, v in flatten(parsed("--dataset_config", str(path))).items() if v != base[k]}
         about = changed - {"dataset_config", "output_dir", "output_name"}
         assert bool(about) == (path.stem != "baseline"), path.stem
+        if path.stem.startswith("flow_shift_"):
+            flow = parsed("--dataset_config", str(path)).flow
+            assert flow.flow_model and flow.shift == float(path.stem.removeprefix("flow_shift_"))
 
 
 @pytest.mark.parametrize(

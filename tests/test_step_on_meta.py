@@ -85,11 +85,21 @@ def built(
 @pytest.mark.parametrize(
     ("parse", "words", "family", "size"),
     [
-        (network_options, f"--mixed_precision bf16 {EVERYTHING}", SD15, StepSize(512, 768, 2, masked=True, preserved=True)),
+        (
+            network_options,
+            f"--mixed_precision bf16 --flow_model --timestep_sampling bins {EVERYTHING}",
+            SD15,
+            StepSize(512, 768, 2, masked=True, preserved=True),
+        ),
         (repa_options, f"--lora_scope all --ema_decay 0.999 {HEADS}", SD15, StepSize(512, 512, 128, teacher_width=1024)),
-        (network_options, f"{SCALED} {HEADS} --align_recipe trd {MEASURED}", SDXL, StepSize(1024, 1024, 4, teacher_width=1024)),
+        (
+            network_options,
+            f"{SCALED} {HEADS} --align_recipe trd {MEASURED} --flow_mode native --timestep_sampling shift",
+            SDXL,
+            StepSize(1024, 1024, 4, teacher_width=1024),
+        ),
     ],
-    ids=["sd15 with text encoder", "sd15 with heads", "sdxl with text encoders and heads in fp16"],
+    ids=["sd15 with text encoder, a bridge by bins", "sd15 with heads", "sdxl, all trained, with heads, in fp16, a native flow"],
 )  # fmt: skip
 def test_a_step_at_full_size_waits_for_nothing(
     parse: Callable[[str, Path], RunOptions], words: str, family: Family, size: StepSize, tmp_path: Path
