@@ -11,20 +11,20 @@ from diffusers.models import AutoencoderKL
 from PIL import Image
 from torch import nn
 
-from library.data.demo_pictures import CLASSES, NEW_CLASSES, imagine, make_demo_pictures
+from library.data.demo_pictures import CLASSES, NEW_CLASSES, caption_of, imagine, make_demo_pictures
 from library.data.new_concept import NAME, make_concept_pictures
 from library.models.clip_tokenizer import tiny_tokenizer
 from tools.shapes.autoencoder import CONFIG, recoloured, scale_latents
 from tools.shapes.clip import fulfilled
 from tools.shapes.fit import fit
 from tools.shapes.parts import has_part, load_model, record_of, save_part
-from tools.shapes.pictures import batches, caption
+from tools.shapes.pictures import batches
 
 
 def test_a_caption_is_fulfilled_by_the_pictures_of_which_all_it_says_is_true() -> None:
     pictures = [imagine(CLASSES[index % 16], random.Random(index)) for index in range(64)]
     choose = random.Random(0)
-    captions = [caption(picture, choose) for picture in pictures]
+    captions = [caption_of(picture, choose) for picture in pictures]
 
     def holds(text: str, index: int) -> bool:
         one = pictures[index]
