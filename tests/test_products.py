@@ -86,3 +86,17 @@ def test_all_other_convolutions_are_torchs_own(
 def test_other_formats_are_torchs_own(dtype: torch.dtype, onednn_calls: list[Any]) -> None:
     x, weight = torch.randn(64, 256, dtype=dtype), torch.randn(256, 256, dtype=dtype)
     assert torch.equal(products.linear(x, weight), F.linear(x, weight)) and not onednn_calls
+
+
+def test_a_compiler_is_given_torchs_own_operations(onednn_calls: list[Any]) -> None:
+    """oneDNN's takes constant weights there only: `--compile` on a CPU ended in the compiler's error."""
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    x, weight = torch.randn(64, 256), torch.randn(256, 256)
+    compiled: Any = torch.compile(products.linear, backend=keep, fullgraph=True)
+    close(compiled(x, weight), F.linear(x.double(), weight.double()))
+    assert len(graphs) == 1 and "linear_pointwise" not in graphs[0] and not onednn_calls

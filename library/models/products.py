@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 FEWEST = 1 << 21
 """Multiplications from which a oneDNN product is the faster one; below, the call itself costs more (12 us beside 3)."""
@@ -89,7 +90,8 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _computes(x: Tensor, weight: Tensor) -> bool:
-    on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    # torch's compiler has kernels of its own for products, and takes oneDNN's operation for packed constant weights only.
+    on_cpu = not is_compiling() and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
     return on_cpu and x.dtype == weight.dtype == torch.float32
 
 
