@@ -165,7 +165,7 @@ def _repeated(captions: Sequence[Caption], trigger: str | None) -> Iterator[Find
     yield Finding(
         "repeated",
         "know",
-        f"All {len(captions)} captions say {named}.",
+        f"All {len(captions):,} captions say {named}.",
         "What every caption names becomes part of the trigger: it comes without being asked for, and does not come alone. Leave it "
         "out of the captions where it belongs to the subject, and vary it where it does not.",
         tuple(caption.path for caption in captions),

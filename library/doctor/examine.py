@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from library.data.buckets import Buckets
@@ -58,6 +59,17 @@ class Examination:
     notes: list[str]
     teacher_maps: dict[str, Image.Image] = field(default_factory=dict)
     """Path -> the principal components of the teacher's tokens, in colours."""
+
+    def named(self, path: str) -> str:
+        """A picture's path from the folder that all of them lie in."""
+        return os.path.relpath(path, self.root) if self.root else path
+
+    @cached_property
+    def root(self) -> str:
+        try:
+            return os.path.commonpath([os.path.dirname(picture.image.path) for picture in self.data.every])
+        except ValueError:  # on several drives
+            return ""
 
     @property
     def held_out(self) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def report(examination: Examination) -> Page:
     pictures = {one.path: one.measures for one in examination.measured}
     page.heading("Findings")
     for finding in examination.findings:
-        _add_finding(page, finding, pictures)
+        _add_finding(page, examination, finding, pictures)
     if not examination.findings:
         page.paragraph("None. Look at the contact sheet all the same: no program knows what the pictures are for.")
     for note in examination.notes:
@@ -101,13 +101,15 @@ def _places(examination: Examination) -> list[str]:
     return [os.path.abspath(subset.image_dir or subset.metadata_file or "") for subset in subsets]
 
 
-def _add_finding(page: Page, finding: Finding, pictures: Mapping[str, Measures]) -> None:
+def _add_finding(page: Page, examination: Examination, finding: Finding, pictures: Mapping[str, Measures]) -> None:
     page.heading(f"{IN_WORDS[finding.severity]}: {finding.title}", level=3)
     page.paragraph(finding.advice)
     details = dict(zip(finding.pictures, finding.details, strict=False))
     shown = [path for path in finding.pictures if path in pictures][:SHOWN]
     if shown:
-        cards = [(_thumbnail(pictures[path]), _joined(os.path.basename(path), details.get(path, ""))) for path in shown]
+        cards = [
+            (_thumbnail(pictures[path]), _joined(examination.named(path), details.get(path, ""))) for path in shown
+        ]
         page.pictures(cards, quality=QUALITY, even=True)
     rest = [path for path in finding.pictures if path not in shown]
     if rest:
@@ -176,7 +178,7 @@ def _add_teacher(page: Page, examination: Examination) -> None:
     pictures = []
     for one in examination.measured:
         if (colours := examination.teacher_maps.get(one.path)) is not None:
-            pictures.append((_beside(_crop(one.measures), colours), os.path.basename(one.path)))
+            pictures.append((_beside(_crop(one.measures), colours), examination.named(one.path)))
     page.pictures(pictures, quality=QUALITY)
 
 
@@ -194,7 +196,7 @@ def _add_sheet(page: Page, examination: Examination) -> None:
     cards = []
     for one in shown:
         width, height = one.measures.fitted.bucket
-        facts = f"{os.path.basename(one.path)} · {width} x {height}"
+        facts = f"{examination.named(one.path)} · {width} x {height}"
         if one.path in held:
             facts += " · held out"
         cards.append((_thumbnail(one.measures), _joined(facts, texts.get(one.path, one.picture.image.caption))))
@@ -237,11 +239,11 @@ def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
     return both
 
 
-def lines(findings: Sequence[Finding]) -> list[str]:
+def lines(examination: Examination) -> list[str]:
     """For a terminal: each finding in a line, with its first pictures."""
     found = []
-    for finding in findings:
-        names = [os.path.basename(path) for path in finding.pictures[:3]]
+    for finding in examination.findings:
+        names = [examination.named(path) for path in finding.pictures[:3]]
         more = f", and {len(finding.pictures) - 3} more" if len(finding.pictures) > 3 else ""
         which = f" ({', '.join(names)}{more})" if names else ""
         found.append(f"{IN_WORDS[finding.severity].lower()}: {finding.title}{which}")

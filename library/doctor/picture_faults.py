@@ -176,7 +176,7 @@ def likeness_findings(training: Sequence[Measured], validation: Sequence[Measure
         yield Finding(
             "duplicates",
             "mend",
-            f"{sum(map(len, joined))} pictures are copies of each other, or mirror images, in {plural(len(joined), 'group')}.",
+            f"{sum(map(len, joined)):,} pictures are copies of each other, or mirror images, in {plural(len(joined), 'group')}.",
             "A picture that is there twice counts twice, and is what a LoRA learns by heart first. Keep the best of each group.",
             tuple(every[index].path for group in joined for index in group),
             tuple(f"group {number}" for number, group in enumerate(joined, start=1) for _ in group),

@@ -6,6 +6,7 @@ from library.errors import EXIT_FAILED, EXIT_OK
 from library.files import require_writable
 from library.options.doctor import DoctorOptions
 from library.options.run import RunOptions
+from library.progress import doing
 
 
 def look(options: RunOptions, doctor: DoctorOptions) -> int:
@@ -19,8 +20,9 @@ def look(options: RunOptions, doctor: DoctorOptions) -> int:
     from library.doctor.page import lines, verdict, write_report
 
     examination = examine(options, doctor)
-    beside = write_report(examination, doctor.page)
-    for line in [*lines(examination.findings), *map(noted, examination.notes), verdict(examination)]:
+    with doing("writing the page"):
+        beside = write_report(examination, doctor.page)
+    for line in [*lines(examination), *map(noted, examination.notes), verdict(examination)]:
         print(line)
     print(f"page      {doctor.page}\nfindings  {beside}")
     return EXIT_FAILED if spoiled(examination.findings) else EXIT_OK

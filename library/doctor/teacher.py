@@ -91,7 +91,7 @@ def _alike(measured: Sequence[Measured], likeness: Tensor) -> Iterator[Finding]:
         yield Finding(
             "alike to the teacher",
             "know",
-            f"{sum(map(len, joined))} pictures are alike to the teacher, in {plural(len(joined), 'group')}.",
+            f"{sum(map(len, joined)):,} pictures are alike to the teacher, in {plural(len(joined), 'group')}.",
             "They may be frames of one scene, which teach little more than one of them. Keep the best, or caption what differs.",
             tuple(measured[index].path for group in joined for index in group),
             tuple(f"group {number}" for number, group in enumerate(joined, start=1) for _ in group),
