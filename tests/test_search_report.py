@@ -17,14 +17,14 @@ from library.search.results.status import StudyView, status_text
 from library.search.results.study_report import build_report
 from library.search.study.progress import set_budget
 from library.search.study.trial_values import is_real
-from tests.tools.search import FakeTrainer, dead_lease, ledger, plan, run, view
+from tests.tools.search import FACTS, FakeTrainer, dead_lease, ledger, plan, run, view
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of 12 fake trials, of which one diverged, with the best two trained again."""
     folder = tmp_path_factory.mktemp("study")
-    run(plan(folder, confirm=2), lambda: FakeTrainer(lambda job: "diverged" if job.trial == 6 else "done"))
+    run(plan(folder, confirm=2, facts=FACTS), lambda: FakeTrainer(lambda job: "diverged" if job.trial == 6 else "done"))
     return folder
 
 
@@ -56,10 +56,8 @@ def test_it_begins_with_the_recipe_the_command_and_the_best_pictures(finished: P
         and command.startswith("python train_network.py ")
         and f"--network_dim {best.params['network_dim']}" in command
     )
-    places = [
-        html.index(part)
-        for part in (">Recommendation<", words[:30], "train_network.py --", "<img", ">How certain it is<")
-    ]
+    order = (">Recommendation<", words[:30], "train_network.py --", "<img", ">How certain it is<")
+    places = [html.index(part, html.index("</nav>")) for part in order]
     assert places == sorted(places) and "data-reload=" in html
     assert "<b>" not in html and hostile not in html and html.count("<img") == 4 + 6
     for file in (out / "contact_sheet").iterdir():

@@ -85,8 +85,19 @@ def test_one_that_no_longer_follows_prompts_is_not_chosen_unless_all_are_so() ->
     likeness, drift = {BASE: 0.2, "a": 0.4, "b": 0.4}, {BASE: 0.0, "a": 0.1, "b": 0.2}
     result = result_of(likeness, drift, adherence={BASE: 0.3, "a": 0.2, "b": 0.3})
     assert to_use(result) == "b"
+    result = result_of(likeness, drift, adherence={BASE: 0.3, "a": 0.3, "b": 0.2})
+    assert (
+        verdict(result)
+        == "a: as like as the last, half the drift. Use it. The last follows prompts less than the base does."
+    )
     result = result_of(likeness, drift, adherence={BASE: 0.3, "a": 0.2, "b": 0.2})
-    assert to_use(result) == "a" and verdict(result).endswith("It follows prompts less than the base does.")
+    assert to_use(result) == "a" and verdict(result).endswith("a follows prompts less than the base does.")
+
+
+def test_without_photos_nothing_is_advised_but_what_drifts_least() -> None:
+    result = result_of({BASE: 0.2, "a": 0.4, "b": 0.4}, {BASE: 0.0, "a": 0.1, "b": 0.2})
+    del result.best["likeness"]
+    assert to_use(result) == "b" and verdict(result).endswith("(--reference_dir). a drifts least: 0.100 ± 0.021.")
 
 
 def sweep(*likeness: float, error: float = SURE) -> Strength:

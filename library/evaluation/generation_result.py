@@ -132,12 +132,15 @@ class Best:
 
 def to_use(result: GenerationResult) -> str:
     """The checkpoint to use: of those that are not significantly less like the subject than the most like one (without likeness:
-    whose loss is not significantly above the lowest) the one with the least drift, where that is significantly less
-    than the last one's. One that follows unrelated prompts significantly less than the base does is taken only where all do."""
-    best = result.best.get("likeness") or result.best.get("loss")
-    among = result.names if best is None else [name for name in result.names if name in (best.name, *best.alike)]
+    whose loss is not significantly above the lowest) the one with the least drift, where that is significantly less than the last
+    one's. One that follows unrelated prompts significantly less than the base does is taken only where all do. Where nothing says
+    what is like the subject, the last."""
+    last, best = result.names[-1], result.best.get("likeness") or result.best.get("loss")
+    if best is None:
+        return last
+    among = [name for name in result.names if name in (best.name, *best.alike)]
     obeys = [name for name in among if not follows_less(result, name)] or among
-    least, last = min(obeys, key=lambda name: result.estimates[name]["drift"].value), result.names[-1]
+    least = min(obeys, key=lambda name: result.estimates[name]["drift"].value)
     drifts_less = least != last and result.against_last[least]["drift"].is_significant
     return least if drifts_less or last not in obeys else last
 

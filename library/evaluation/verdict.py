@@ -17,34 +17,38 @@ def verdict(result: GenerationResult) -> str:
             f"No checkpoint is significantly more like the subject than the base ({own}, the base {base:.3f}): train longer, at a "
             "higher learning rate, or judge by more pictures (--num-samples)."
         )
+    if "likeness" not in result.best and "loss" not in result.best:
+        least = result.best["drift"].name
+        return (
+            "Which checkpoint to use cannot be told without held-out photos of the subject (--reference_dir). "
+            f"{least} drifts least: {result.estimates[least]['drift']}."
+        )
     why = ", ".join(_why(result, name))
-    less = " It follows prompts less than the base does." if follows_less(result, name) else ""
-    return f"{name}: {why}. {_use(result)}{less}"
+    less = [name if name == result.names[-1] else "The last"] if follows_less(result, result.names[-1]) else []
+    less += [name] if name != result.names[-1] and follows_less(result, name) else []
+    notes = "".join(f" {who} follows prompts less than the base does." for who in less)
+    return f"{name}: {why}. {_use(result)}{notes}"
 
 
 def _why(result: GenerationResult, name: str) -> list[str]:
     last, own = result.names[-1], result.estimates[name]
     if name != last:
         return [_likeness_to_last(result, name), _drift_to_last(result, name)]
-    if len(result.names) > 1 and "likeness" in result.best:
+    if len(result.names) > 1:
         return ["the last, and none is significantly more like or, as like as it, drifts significantly less"]
-    words = []
-    if "likeness" in own:
-        words.append(f"likeness {own['likeness']}, the base's {result.estimates[BASE]['likeness'].value:.3f}")
-    elif len(result.names) > 1:
-        words.append("the last")
     another = f", another seed's {result.anchors['drift']:.3f}" if "drift" in result.anchors else ""
-    return [*words, f"drift {own['drift']}{another}"]
+    words = [f"drift {own['drift']}{another}"]
+    if "likeness" in own:
+        words.insert(0, f"likeness {own['likeness']}, the base's {result.estimates[BASE]['likeness'].value:.3f}")
+    return words
 
 
 def _likeness_to_last(result: GenerationResult, name: str) -> str:
     gaps = result.against_last[name]
     if "likeness" in gaps:
         return "more like than the last" if rises(gaps["likeness"]) else "as like as the last"
-    if "loss" in gaps:
-        gap = gaps["loss"]
-        return "less loss than the last" if gap.is_significant and gap.value < 0 else "as little loss as the last"
-    return "nothing says how like the subject it is"
+    gap = gaps["loss"]
+    return "less loss than the last" if gap.is_significant and gap.value < 0 else "as little loss as the last"
 
 
 def _drift_to_last(result: GenerationResult, name: str) -> str:
