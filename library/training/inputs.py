@@ -157,8 +157,7 @@ def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[s
     options.optimizer.text_encoder_rates(len(family.text_encoders))
     check_vae_fits(options, family)
     check_swapped(options, base, family)
-    notes = check_flow(options, base)
-    check_alignment(options, base, family)
+    notes = [*check_flow(options, base), *check_alignment(options, base, family)]
     return [*notes, *check_weights(options, base, family)]
 
 
