@@ -12,6 +12,7 @@ from library.models.encoders import patches_of
 from library.models.load import load_scheduler_config, unet_config
 from library.models.locate import BaseLocation, dino_status
 from library.models.teachers import require_layer, teacher_size
+from library.options.alignment import RECIPES
 from library.options.checks import OptionError
 from library.options.run import RunOptions
 from library.training.flow import flow_mode, trained_path
@@ -22,12 +23,15 @@ from networks.taps import tap_channels
 _PLACES = 100_000
 
 
-def check_alignment(options: RunOptions, base: BaseLocation, family: Family) -> None:
-    """Raises OptionError for what does not fit the base."""
-    if options.alignment.alignment:
-        _check_teacher(options)
-        _check_taps(options, base, family)
-        _check_window(options, base, family)
+def check_alignment(options: RunOptions, base: BaseLocation, family: Family) -> list[str]:
+    """What to say of the alignment. Raises UserError for what does not fit the base or the teacher."""
+    if not options.alignment.alignment:
+        return []
+    _check_teacher(options)
+    _check_taps(options, base, family)
+    _check_window(options, base, family)
+    recipe = options.alignment.align_recipe
+    return [] if recipe is None else [f"alignment recipe {recipe}: {RECIPES[recipe].source}"]
 
 
 def _check_teacher(options: RunOptions) -> None:

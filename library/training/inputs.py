@@ -177,10 +177,9 @@ def check_fit(options: RunOptions, base: BaseLocation, family: Family) -> list[s
     check_vae_fits(options, family)
     check_fusion(options.fusion, family, clip_skip(options.text, family))
     check_swapped(options, base, family)
-    notes = check_flow(options, base)
-    check_alignment(options, base, family)
     return [
-        *notes,
+        *check_flow(options, base),
+        *check_alignment(options, base, family),
         *describe_bins(options),
         *check_teacher(options, base, family),
         *check_weights(options, base, family),
