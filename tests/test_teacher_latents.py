@@ -26,6 +26,7 @@ from library.inference.text_to_image import TextToImage
 from library.models.conditioning import TextConditioner
 from library.models.locate import locate_base
 from library.training.teacher_latents import Teacher, draw_latents
+from tests.tools.adapters import write_lora
 from tests.tools.teacher import BASE, PROMPTS, TeacherSetting, draw, words
 
 
@@ -192,6 +193,11 @@ def test_the_gain_of_the_teacher_itself_is_one_and_of_weaker_latents_less(
     assert "--latent_multiplier 1.000 makes up for" in capsys.readouterr().out
     found = json.loads((tmp_path / "gain.json").read_text())
     assert found["gain_by_channel"] == pytest.approx([1.0] * 4, abs=2e-3) and found["latents"] == 3
+    write_lora(locate_base(BASE).path, tmp_path / "strong.safetensors")
+    assert main([*words, "--lora", str(tmp_path / "strong.safetensors")]) == 0
+    assert json.loads((tmp_path / "gain.json").read_text())["k"] != pytest.approx(found["k"], abs=1e-4), (
+        "the adapter counts"
+    )
     teacher, student = Spread(2), Spread(2)
     latents = np.random.default_rng(0).normal(size=(4, 2, 8, 8))
     teacher.add(latents)

@@ -164,11 +164,10 @@ def measure_all(options: argparse.Namespace, out: Path, kinds: Sequence[str]) ->
     teacher.close()
     rows: dict[str, Any] = {}
     sheet = []
-    for arm in (None, *ARMS):
-        name, title = ("base", "the base, untouched") if arm is None else (arm.name, arm.title)
+    for name, title, native in measured():
         if not (out / name / MEASURED).exists():
             print(f"measuring  {title}", flush=True)
-            measure(arm, options, kinds, out / name)
+            measure(options, kinds, out / name, native=native)
         drawn = [
             Image.open(picture_file(out / name, kind, seed)).convert("RGB") for kind in kinds for seed in seeds(options)
         ]
@@ -184,23 +183,28 @@ def measure_all(options: argparse.Namespace, out: Path, kinds: Sequence[str]) ->
     return {"settings": facts, "reader_right": right, "chance": 1 / len(kinds), "teacher": statistics, "arms": rows}
 
 
-def measure(arm: Arm | None, options: argparse.Namespace, kinds: Sequence[str], folder: Path) -> None:
-    """Draw an arm's pictures into its folder, and write its loss there, last."""
+def measured() -> list[tuple[str, str, bool]]:
+    """Folder, title, and whether it is drawn as a native flow, of the arms and of the base before any of them."""
+    untouched = [("base", "the base, by its bridge", False), ("base_native", "the base, as if it were native", True)]
+    return [*untouched, *((arm.name, arm.title, arm.is_native) for arm in ARMS)]
+
+
+def measure(options: argparse.Namespace, kinds: Sequence[str], folder: Path, *, native: bool) -> None:
+    """Draw pictures into the folder, with the adapter that is there, if one is, and write the loss there, last."""
     import torch
 
     from library.evaluation.denoising import encode_photos
-    from library.evaluation.generated_pictures import AppliedAdapter, apply_adapter
     from library.inference.drawing_model import load_model
+    from library.merging.merge import fold_into_modules
     from library.merging.source import read_source
     from library.models.locate import locate_base
+    from networks.families import UNET
 
-    prediction_type = "flow_prediction" if arm is not None and arm.is_native else None
-    base = locate_base(options.base)
-    model = load_model(base, dtype=torch.float32, device="cpu", prediction_type=prediction_type)
+    prediction_type = "flow_prediction" if native else None
+    model = load_model(locate_base(options.base), dtype=torch.float32, device="cpu", prediction_type=prediction_type)
     photos = encode_photos(model, *renders(kinds), SIDE)
-    if arm is not None:
-        file = folder / "student.safetensors"
-        apply_adapter(model, AppliedAdapter(file, read_source(file).adapter))
+    if (file := folder / "student.safetensors").exists():
+        fold_into_modules({UNET: model.unet}, model.family, read_source(file).adapter, 1.0)
     draw_all(model, options, kinds, folder)
     write_json(folder / MEASURED, {"loss": flow_loss(model, photos)})
 

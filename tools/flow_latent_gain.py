@@ -65,14 +65,15 @@ def drawn_by_both(options: argparse.Namespace) -> tuple[Spread, Spread]:
     import torch
 
     from library.data.teacher_latents import Spread, open_teacher_latents, spread_of
-    from library.evaluation.generated_pictures import AppliedAdapter, apply_adapter
     from library.inference.drawing_model import load_model
     from library.inference.picture_request import PictureRequest
+    from library.merging.merge import fold_into_modules
     from library.merging.source import read_source
     from library.models.conditioning import TextConditioner
     from library.models.locate import locate_base
     from library.progress import doing
     from library.training.teacher_latents import draw_latents
+    from networks.families import UNET
 
     latents = open_teacher_latents(options.store)
     names = list(latents.drawn)
@@ -85,7 +86,8 @@ def drawn_by_both(options: argparse.Namespace) -> tuple[Spread, Spread]:
             locate_base(options.model), dtype=torch.float32, device="cpu", prediction_type=options.prediction_type
         )
         if options.lora is not None:
-            apply_adapter(model, AppliedAdapter(options.lora, read_source(options.lora).adapter))
+            models = {UNET: model.unet, **{part.component: part.model for part in model.parts}}
+            fold_into_modules(models, model.family, read_source(options.lora).adapter, 1.0)
     channels, rows, columns = latents.store.meta.shape
     request = PictureRequest(
         *("", "", options.steps or made["steps"], made["cfg_scale"], columns * model.factor, rows * model.factor),
