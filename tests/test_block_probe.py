@@ -157,7 +157,7 @@ def test_clusters_are_found_and_information_is_that_of_its_definition() -> None:
 def test_every_block_can_be_captured_by_name() -> None:
     unet, names = small_unet(), [f"down_{i}" for i in range(4)] + ["mid"] + [f"up_{i}" for i in range(4)]
     assert list(blocks_of(unet)) == names and block_at(unet, "enc_last") == "down_3"
-    with capture(unet, names) as found, torch.no_grad():  # type: ignore[arg-type]
+    with capture(unet, names) as found, torch.no_grad():
         unet(**unet_inputs())
     assert isinstance(found, Features) and found["up_3"].shape == (2, 8, 16, 16) and found["mid"].shape == (2, 16, 2, 2)
 

@@ -149,12 +149,12 @@ class BlockProbe:
         alike = [names[b] for b in names if b != best and not paired_difference(known[best], known[b]).is_significant]
         among = f"; {' and '.join(alike)} {'are' if len(alike) > 1 else 'is'} not told apart from it" if alike else ""
         sentences = [
-            f"For alignment, tap {names[best]} ({best}): of the {len(names)} taps, it tells the {self.labels} of most held-out "
-            f"pictures, {known[best].mean:.1%} (chance: {self.label_chance:.1%}){among}."
+            f"For alignment, tap {names[best]} ({best}): of the {len(names)} taps, a linear probe tells the {self.labels} best "
+            f"from it, of {known[best].mean:.1%} of the inputs (chance: {self.label_chance:.1%}){among}."
         ]
         top = max(known, key=lambda block: known[block].mean)
         if top not in names and paired_difference(known[top], known[best]).is_significant:
-            sentences.append(f"{top} tells more, {known[top].mean:.1%}, and there is no tap.")
+            sentences.append(f"There is no tap at {top}, which tells more: {known[top].mean:.1%}.")
         return sentences
 
     def change(
@@ -213,7 +213,7 @@ class Prober:
         """Mean and deviation of each block's channels, [n * parts, 2 * channels] float32 on the CPU."""
         found: dict[str, list[Tensor]] = {block: [] for block in blocks_of(unet)}
         parts, device = self.settings.parts, next(unet.parameters()).device
-        with capture(unet, list(found)) as maps:  # type: ignore[arg-type]
+        with capture(unet, list(found)) as maps:
             for start in range(0, len(self.owners), self.settings.batch_size):
                 rows = range(start, min(start + self.settings.batch_size, len(self.owners)))
                 latents = self.pictures.latents[[row // parts for row in rows]]
@@ -257,9 +257,8 @@ class Prober:
 
     def _told(self, features: Tensor, labels: Tensor) -> Tensor:
         """What a linear probe takes the held-out inputs for."""
-        test = self.held_out
-        ids = [owner for owner, apart in zip(self.owners, test.tolist(), strict=True) if not apart]
-        return LinearProbe.fit(features[~test], labels[~test], ids, (PENALTY,))(features[test])
+        fit, test = ~self.held_out, self.held_out
+        return LinearProbe.fit(features[fit], labels[fit], grid=(PENALTY,))(features[test])
 
     def _by_part(self, right: Tensor) -> Spread:
         parts = self.parts[self.held_out]
