@@ -125,7 +125,10 @@ def test_it_is_the_same_each_time_and_models_are_compared_in_pairs(
     again = prober.read(prober.features(wide_unet(), predict, "frozen")["mid"])
     assert again == of_pictures.models["base"]["mid"]["frozen"]
     both = replace(of_pictures, models={"base": of_noise.models["base"], "other": of_pictures.models["base"]})
-    nothing, more = both.change("base", "up_blocks.1", "fed", "label"), both.change("other", "up_blocks.1", "fed", "label")
+    nothing, more = (
+        both.change("base", "up_blocks.1", "fed", "label"),
+        both.change("other", "up_blocks.1", "fed", "label"),
+    )
     assert nothing is not None and nothing.value == 0 and not nothing.is_significant
     assert more is not None and more.value > 0.3 and more.is_significant
 

@@ -13,6 +13,7 @@ from PIL import Image
 from library.diffusion.alignment_losses import spatially_normalised
 from library.diffusion.dense_maps import dense_maps, diverging, pca_colours
 from library.errors import UserError
+from library.evaluation.block_pictures import find_pictures
 from library.evaluation.feature_model import FeatureModel, load_feature_model, load_folded_model, read_heads
 from library.evaluation.probe_pictures import ProbePictures, StoredPictures, open_probe_pictures, pictures_of_state
 from library.evaluation.representation import (
@@ -131,6 +132,15 @@ def test_held_out_pictures_that_were_trained_on_are_noted(repa_setting: RepaSett
     classes = ClassPictureOptions(train_data=train, val_data=train, class_names=names)
     found = open_probe_pictures(classes, ClassCacheOptions(cache_dir=tmp_path), side=128, fit=9, test=9)
     assert len(found.notes) == 1 and found.notes[0].startswith("8 of 8 held-out pictures share an id")
+
+
+def test_a_block_probe_takes_the_pictures_of_a_state_with_their_classes(state: Path, pictures: ProbePictures) -> None:
+    source = find_pictures(None, [state], None, "x", 128, 24)
+    assert len(source) == 12 and source.where == f"the caches of {state}"
+    shown = source.labelled(None, 0)  # type: ignore[arg-type]
+    assert shown.kind == "class" and len(set(shown.ids)) == 12 and shown.labels is not None
+    assert shown.labels.tolist() == [*pictures.fit.labels.tolist(), *pictures.test.labels.tolist()]
+    assert torch.equal(shown.latents[8:], pictures.test.samples.read_latents(range(4)))
 
 
 # ------------------------------------------------------------------------------------------------ features

@@ -148,8 +148,8 @@ class BlockProbe:
         alike = [b for b in known if b != best and not paired_difference(known[best], known[b]).is_significant]
         among = f"; {' and '.join(alike)} {'are' if len(alike) > 1 else 'is'} not told apart from it" if alike else ""
         return [
-            f"For alignment, tap {best}: of the {len(known)} blocks, it tells the {self.labels} of most held-out pictures, "
-            f"{known[best].mean:.1%} (chance: {self.label_chance:.1%}){among}."
+            f"For alignment, tap {best}: of the {len(known)} blocks, a linear probe tells the {self.labels} best from it, of "
+            f"{known[best].mean:.1%} of the inputs (chance: {self.label_chance:.1%}){among}."
         ]
 
     def change(
@@ -252,9 +252,8 @@ class Prober:
 
     def _told(self, features: Tensor, labels: Tensor) -> Tensor:
         """What a linear probe takes the held-out inputs for."""
-        test = self.held_out
-        ids = [owner for owner, apart in zip(self.owners, test.tolist(), strict=True) if not apart]
-        return LinearProbe.fit(features[~test], labels[~test], ids, (PENALTY,))(features[test])
+        fit, test = ~self.held_out, self.held_out
+        return LinearProbe.fit(features[fit], labels[fit], grid=(PENALTY,))(features[test])
 
     def _by_part(self, right: Tensor) -> Spread:
         parts = self.parts[self.held_out]

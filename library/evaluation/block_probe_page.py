@@ -30,7 +30,8 @@ def probe_page(found: BlockProbe, facts: Mapping[str, str], options: Mapping[str
     if found.label_chance is not None:
         page.heading("The picture")
         page.figure(
-            _bars(found, "label", chance["label"]), f"Share of pictures whose {found.labels} a linear probe tells."
+            _bars(found, "label", chance["label"]),
+            f"Share of inputs whose {found.labels} a linear probe tells. Dashed: chance.",
         )
         page.figure(
             _bars(found, "pattern", None),

@@ -59,9 +59,11 @@ class LinearProbe:
     l2: float
 
     @classmethod
-    def fit(cls, features: Tensor, labels: Tensor, ids: Sequence[str], grid: Sequence[float] = L2_GRID) -> LinearProbe:
+    def fit(
+        cls, features: Tensor, labels: Tensor, ids: Sequence[str] = (), grid: Sequence[float] = L2_GRID
+    ) -> LinearProbe:
         """Of the penalties in `grid`, that with the lowest log loss on a fifth of the pictures, chosen by a hash of their ids; the
-        final fit includes that fifth.
+        final fit includes that fifth. With one penalty there is nothing to choose, and no ids are needed.
 
         REPA's probe (batch norm without parameters, then a linear layer) except for the optimizer: here L-BFGS, to convergence. A
         class without pictures is never predicted. Raises UserError for pictures of one class.
