@@ -27,7 +27,7 @@ RESOLVED = "options.toml"
 # Options that a resumed run may change without becoming another run.
 HARMLESS = frozenset(
     """
-    dataset_config config_file output_config ignore_unknown_keys dry_run verify
+    dataset_config config_file output_config ignore_unknown_keys dry_run report verify
     device sdpa xformers gradient_checkpointing blocks_to_swap compile channels_last deterministic max_data_loader_n_workers
     persistent_data_loader_workers disable_mmap_load_safetensors
     cache_dir train_latents train_tokens val_latents val_tokens text_embeddings cache_batch_size vae_batch_size

@@ -33,7 +33,7 @@ _NOT_OF_KOHYA = frozenset(
     dino_model dino_resolution dry_run early_stop ema_decay ignore_unknown_keys log_every_n_steps manifold_clip manifold_margin
     manifold_mode manifold_random_tokens manifold_weight masked_loss_renormalize missing_caption objective overwrite
     save_last_n_states sdxl taps token_dtype token_grid weight_decay
-    base_quantization blocks_to_swap
+    base_quantization blocks_to_swap report
     discrete_flow_shift flow_base_pixels flow_loss_weight flow_mode flow_model flow_recipe flow_shift_by_resolution flow_sigma_max
     flow_sigma_min logit_mean logit_std mode_scale show_timesteps sigmoid_scale timestep_sampling weighting_scheme
     """.split()  # noqa: SIM905
