@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -203,8 +205,11 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_dry_run_of_a_training_writes_the_page_where_the_run_will_be(
-    forty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    forty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plan = types.ModuleType("the plan, which has tests of its own")
+    plan.print_plan = lambda options: print("steps per epoch")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "library.training.forecast", plan)
     folders = ("--train_data_dir", str(forty), "--output_dir", str(tmp_path / "run"))
     words = [*folders, "--cache_dir", str(tmp_path / "cache"), "--resolution", "128", "--report"]
     assert train_network.main([*words, "--dry_run"]) == EXIT_OK

@@ -58,6 +58,8 @@ def full_page() -> Page:
     page.strip("strip", [(Image.new("RGB", (8, 8), colour), colour) for colour in ("red", "blue")])
     page.verdict("use it")
     page.pictures([(Image.new("RGB", (8, 8), "red"), "a red square")], columns=3)
+    page.pictures([(Image.new("RGB", (200, 8), "red"), "a flat one")], quality=70, even=True)
+    page.bars([("512 x 512", 30, "30 pictures"), ("<b>", 15, "15")], caption="buckets")
     page.code("seed = 1", caption="configuration")
     page.notice("left out")
     return page
@@ -262,3 +264,18 @@ def test_a_page_that_is_still_written_says_when_and_loads_itself_again():
     html = Page("Title", reload=20).html()
     assert 'data-reload="20"' in html and "location.reload()" in html
     assert "data-reload=" not in full_page().html()
+
+
+def test_bars_are_as_long_as_their_numbers_and_their_names_are_text() -> None:
+    page = Page("t")
+    page.bars([("<b>bold</b>", 4, "four"), ("half", 2, "two"), ("none", 0, "none")])
+    outline = Outline(page.html())
+    widths = [dict(attributes)["style"] for tag, attributes in outline.tags if tag == "span"]
+    assert widths == ["width:100.0%", "width:50.0%", "width:0.0%"]
+    assert "b" not in outline.names() and "<b>bold</b>" in outline.text
+
+
+def test_many_pictures_are_small_where_a_quality_is_given() -> None:
+    noise = Image.effect_noise((160, 120), 60).convert("RGB")
+    small, exact = picture_uri(noise, quality=70), picture_uri(noise)
+    assert small.startswith("data:image/webp") and exact.startswith("data:image/png") and len(small) < len(exact) / 3

@@ -27,7 +27,7 @@ RESOLVED = "options.toml"
 # Options that a resumed run may change without becoming another run.
 HARMLESS = frozenset(
     """
-    dataset_config config_file output_config ignore_unknown_keys dry_run verify show_timesteps
+    dataset_config config_file output_config ignore_unknown_keys dry_run report verify show_timesteps
     device sdpa xformers gradient_checkpointing blocks_to_swap compile channels_last deterministic max_data_loader_n_workers
     persistent_data_loader_workers disable_mmap_load_safetensors
     captions text_fusion_encoders

@@ -185,7 +185,7 @@ RULES: tuple[Rule, ...] = (
 # Options of the trial and not of the training: where it ran, which files it read and wrote.
 _OF_THE_TRIAL = frozenset(
     """
-    config_file dataset_config output_config ignore_unknown_keys dry_run pretrained_model_name_or_path device output_dir
+    config_file dataset_config output_config ignore_unknown_keys dry_run report pretrained_model_name_or_path device output_dir
     output_name logging_dir log_prefix log_tracker_name log_every_n_steps resume allow_changed_options overwrite
     initial_step initial_epoch skip_until_initial_step save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs
     save_last_n_steps save_last_n_states save_state save_state_on_train_end save_last_n_epochs_state
