@@ -118,6 +118,8 @@ def test_a_step_at_full_size_waits_for_nothing(
         "--flow_model --timestep_sampling shift --discrete_flow_shift 2.5 --min_snr_gamma 5",
         "--flow_mode native --weighting_scheme cosmap",
         "--flow_mode native --flow_recipe lune",
+        "--alignment --manifold_target latents --token_weight 0 --token_grid 4 --taps down_blocks.0 up_blocks.1 --tap_weights 1 2 "
+        "--align_timesteps log_snr --align_window -4 4 --flow_model --align_gradient_every 1 --gradient_accumulation_steps 2",
     ],
 )
 def test_every_kind_of_adapter_and_loss_waits_for_nothing(words: str, tmp_path: Path) -> None:
