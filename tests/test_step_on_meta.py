@@ -134,6 +134,8 @@ def test_a_step_at_full_size_waits_for_nothing(
         "--timestep_sampling bins --timestep_bins 20 --timestep_bin_correct none --min_snr_gamma 5 --ema_decay 0.9",
         "--teacher_latents drawn --flow_model --flow_target reflow",
         "--teacher_latents drawn --flow_mode native --flow_target kd --flow_kd_cfg 3 --train_parts time_embedding conv_in conv_out",
+        "--alignment --manifold_target latents --token_weight 0 --token_grid 4 --taps down_blocks.0 up_blocks.1 --tap_weights 1 2 "
+        "--align_timesteps log_snr --align_window -4 4 --flow_model --align_gradient_every 1 --gradient_accumulation_steps 2",
     ],
 )
 def test_every_kind_of_adapter_and_loss_waits_for_nothing(words: str, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ _NOT_OF_KOHYA = frozenset(fields_of(AlignmentOptions)) | frozenset(
     align_learning_rate align_max_grad_norm align_weight_decay allow_changed_options cache_dir channels_last compile
     deterministic device dino_model dry_run early_stop ema_decay ignore_unknown_keys log_every_n_steps masked_loss_renormalize
     missing_caption objective overwrite save_last_n_states sdxl weight_decay
-    base_quantization blocks_to_swap report text_fusion
+    base_quantization blocks_to_swap report text_fusion text_fusion_encoders
     discrete_flow_shift flow_base_pixels flow_loss_weight flow_mode flow_model flow_recipe flow_shift_by_resolution flow_sigma_max
     any_teacher flow_kd_cfg flow_target teacher_latents train_parts train_parts_lr
     flow_sigma_min logit_mean logit_std mode_scale show_timesteps sigmoid_scale timestep_sampling weighting_scheme
