@@ -46,6 +46,11 @@ _BASE_BOUND = (
     "flow_target",
     "flow_kd_cfg",
     "any_teacher",
+    "text_fusion",
+    "text_fusion_encoders",
+    "timestep_bin_source",
+    "timestep_bin_file",
+    "timestep_bin_min_acc",
 )
 
 
