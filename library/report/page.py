@@ -181,7 +181,10 @@ class Page:
         Pictures with a longer side than `max_side` pixels are embedded smaller. quality: of all of them as WebP, where there are
         many; see `picture_uri`. even: in cells of one height, whatever their shape.
         """
-        layout = "" if columns is None else f' style="grid-template-columns:repeat({columns},minmax(6.5rem,18rem))"'
+        least = 6.5 if columns is None else max(5.0, min(6.5, 62 / columns))  # ten columns are as wide as the page
+        layout = (
+            "" if columns is None else f' style="grid-template-columns:repeat({columns},minmax({least:.3g}rem,18rem))"'
+        )
         kind = "pictures" if columns is None else "pictures columns"
         kind += " even" if even else ""
         head = f'<div class="scroll" tabindex="0"><div class="{kind}"{layout}>'

@@ -218,7 +218,7 @@ class RunPage:
         if data.dropped:
             page.table(["left out", "why"], list(data.dropped.items())[:20])
         for note in data.notes:
-            page.notice(note)
+            (page.notice if note.startswith("warning") else page.paragraph)(note)
 
 
 def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
