@@ -378,7 +378,7 @@ def test_dry_run_counts_heads_and_the_disk_of_their_tokens(
             {"dino_resolution": 64},
             "dino_resolution must be a multiple of the patch size 14, got 64. Nearest: 56 and 70.",
         ),
-        ({"tap_weights": "1 2"}, "tap_weights has 2 numbers, and there are 1 taps."),
+        ({"tap_weights": "1 2"}, "tap_weights has 2 numbers for 1 tap: give one for each, or none."),
         ({"manifold_target": "latents"}, "latents has no tokens to predict, only similarities. Give token_weight 0"),
         (
             {"align_stop_on_plateau": 9, "token_weight": 0},

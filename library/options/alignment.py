@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from library.options.checks import OptionError, not_negative, positive, require, share
 from library.options.given import OptionalCount
 from library.options.recipes import Recipe, WithRecipes
+from library.words import plural
 from networks import AdapterError
 from networks.taps import check_tap
 
@@ -140,7 +141,7 @@ class AlignmentOptions(TokenOptions, WithRecipes):
         require(
             len(self.tap_weights) in (0, len(self.taps)),
             "tap_weights",
-            f"has {len(self.tap_weights)} numbers, and there are {len(self.taps)} taps.",
+            f"has {plural(len(self.tap_weights), 'number')} for {plural(len(self.taps), 'tap')}: give one for each, or none.",
         )
         require(all(weight > 0 for weight in self.tap_weights), "tap_weights", "must all be positive.")
         require(
