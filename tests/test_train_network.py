@@ -71,7 +71,7 @@ def test_the_guides_command_trains_a_single_file_and_a_folder_alike(
     assert run_guide(tmp_path, tmp_path / "base.safetensors", tmp_path / "file") == 0
     assert names(tmp_path / "file") == [
         "logs", "luca_v1-000002-state", "luca_v1-000002.safetensors", "luca_v1-state", "luca_v1.safetensors",
-        "metrics.jsonl", "options.toml",
+        "metrics.jsonl", "options.toml", "run.html",
     ]  # fmt: skip
     assert re.fullmatch(r"\d{14}/network_train", "/".join(board(tmp_path / "file").parts[-2:]))
     assert any(file.name.startswith("events.") for file in board(tmp_path / "file").iterdir())

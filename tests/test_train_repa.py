@@ -21,7 +21,8 @@ from tests.tools.runs import RepaSetting, assert_equal_states, copy_until, metri
 
 def test_a_run_leaves_states_adapters_metrics_and_its_options(finished_run: Path) -> None:
     assert sorted(p.name for p in finished_run.iterdir() if p.name != ".lock") == [
-        "logs", "metrics.jsonl", "options.toml", "repa-ema.safetensors", "repa.safetensors", "step_000002", "step_000004",
+        "logs", "metrics.jsonl", "options.toml", "repa-ema.safetensors", "repa.safetensors", "run.html",
+        "step_000002", "step_000004",
     ]  # fmt: skip
     state = json.loads((finished_run / "step_000004" / "state.json").read_text())
     assert state["step"] == 4 and state["samples_seen"] == 16 and state["versions"]["torch"] == torch.__version__
