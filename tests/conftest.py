@@ -51,6 +51,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
+def no_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans without the step that they count for their memory, which takes most of their time."""
+    monkeypatch.setattr("library.training.forecast._print_model", lambda *given: None)
+
+
+@pytest.fixture
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files need not survive a loss of power here."""
     monkeypatch.setattr("os.fsync", lambda file: None)

@@ -141,7 +141,7 @@ def test_masks_of_a_folder_and_of_transparency_come_with_their_picture(
     from_folder = network_setting.build(
         dataset_config=config, network_train_unet_only="", cache_dir=tmp_path / "caches", masked_loss=""
     )
-    first = [epoch(from_folder, number) for number in range(3)]
+    first = [epoch(from_folder, number) for number in range(10)]
     from_folder.close()
     transparent = tmp_path / "alpha"
     draw_pictures(transparent, ((96, 96), (96, 96)))
@@ -153,7 +153,7 @@ def test_masks_of_a_folder_and_of_transparency_come_with_their_picture(
     config = network_setting.dataset("alpha", folder=transparent, subset="alpha_mask = true\nflip_aug = true")
     from_alpha = network_setting.build(dataset_config=config, network_train_unet_only="", cache_dir=tmp_path / "caches")
     seen = set()
-    for number in range(3):
+    for number in range(10):
         for a, b in zip(first[number], epoch(from_alpha, number), strict=True):
             assert a.mask is not None and b.mask is not None and a.mask.shape == (2, 1, 12, 12)
             for row, flip in enumerate(a.flipped.tolist()):

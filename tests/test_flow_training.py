@@ -189,7 +189,7 @@ def test_a_contradiction_is_one_sentence_before_anything_slow(
 
 
 def test_noise_that_a_flow_does_not_end_in_is_warned_of(
-    network_setting: NetworkSetting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    network_setting: NetworkSetting, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_forecast: None
 ) -> None:
     words = ["--noise_offset", "0.05", "--dry_run"]
     assert network_setting.train(tmp_path / "out", *words, **network_setting.quick, **BRIDGE) == 0
@@ -198,7 +198,7 @@ def test_noise_that_a_flow_does_not_end_in_is_warned_of(
 
 def test_adapters_of_the_other_kind_are_refused_by_name(
     plain: Path, native: Path, bridged: Path, flow_base: Path, network_setting: NetworkSetting, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], no_forecast: None
 ) -> None:  # fmt: skip
     quick, file = network_setting.quick, "mio.safetensors"
     flow = {"pretrained_model_name_or_path": flow_base}

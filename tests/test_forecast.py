@@ -93,6 +93,7 @@ def test_caches_that_do_not_fit_are_a_warning_of_the_plan_and_end_the_run_before
     tmp_path: Path,
     capsys: Say,
     monkeypatch: pytest.MonkeyPatch,
+    no_forecast: None,
 ) -> None:
     import library.training.disk as disk
     import train_repa
@@ -126,7 +127,7 @@ def test_caches_that_do_not_fit_are_a_warning_of_the_plan_and_end_the_run_before
 
 
 def test_a_plan_finds_what_the_run_would_refuse_and_says_what_it_would_say(
-    network_setting: NetworkSetting, tmp_path: Path, capsys: Say
+    network_setting: NetworkSetting, tmp_path: Path, capsys: Say, no_forecast: None
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --colour red\n")

@@ -207,7 +207,7 @@ def test_a_wrong_value_in_a_file_is_one_clear_sentence(tmp_path: Path, text: str
         ("--align_coeff 0.1", r"align_coeff has no effect without --alignment"),
         ("--dino_model x", r"dino_model has no effect without --alignment"),
         ("--alignment --network_train_text_encoder_only", r"alignment trains features of the U-Net"),
-        ("--alignment --dino_resolution 500", r"multiple of DINOv2's patch of 14"),
+        ("--alignment --dino_resolution 500", r"multiple of the teacher's patch, DINOv2's 14"),
         (
             "--enable_bucket --resolution 1024 --max_bucket_reso 768",
             r"768 is less than the resolution's longer side 1024",

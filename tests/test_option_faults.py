@@ -192,7 +192,7 @@ def test_the_word_for_the_family_is_accepted(tmp_path: Path) -> None:
     )
 
 
-def test_a_wrong_word_for_the_family_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_word_for_the_family_is_said(capsys: pytest.CaptureFixture[str], no_forecast: None) -> None:
     assert train_network.main(["--sdxl", "--dry_run"]) == 0
     assert "note: sdxl is true, and tiny-shapes is SD1.5. It is trained as what it is." in capsys.readouterr().out
     assert train_network.main(["--no_sdxl", "--dry_run"]) == 0

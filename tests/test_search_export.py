@@ -212,7 +212,7 @@ def test_what_changed_is_told_and_written_beside_it(data: Path) -> None:
 # --- what is held out ---
 
 
-def test_few_pictures_are_held_out_with_a_larger_share(data: Path) -> None:
+def test_few_pictures_are_held_out_with_a_larger_share(data: Path, no_forecast: None) -> None:
     draw(data / "five", 5)
     (data / "five.toml").write_text("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'five'\n")
     found = find_training(of_file(dataset_config="five.toml"))
@@ -325,7 +325,7 @@ def test_the_options_that_kohya_does_not_know_are_those_of_the_table() -> None:
     assert fields_of(TrainNetworkOptions).keys() - kohya_table().keys() == _NOT_OF_KOHYA
 
 
-def test_kohyas_script_is_told_what_it_has_no_default_for(data: Path) -> None:
+def test_kohyas_script_is_told_what_it_has_no_default_for(data: Path, no_forecast: None) -> None:
     result = exported(of_file())
     text = result.config.read_text(encoding="utf-8")
     written = {name: option.value for name, option in read_options(result.config).items()}
