@@ -32,12 +32,13 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 LONGEST = (
-    "test_real_photos", "test_train_network", "test_train_repa", "test_network_resume", "test_search_trial",
-    "test_search_trainer", "test_network_alignment", "test_processes", "test_merge_interruption", "test_cache_interruption",
-    "test_train_repa_engine", "test_mistakes", "test_search_faults", "test_resume", "test_optimize", "test_network_kinds",
-    "test_search_postgres", "test_earlier_runs", "test_tiny_models", "test_bucket_caches", "test_evaluate", "test_on_gpu",
+    "test_real_photos", "test_train_repa", "test_train_network", "test_step_on_meta", "test_merge_interruption",
+    "test_network_alignment", "test_network_resume", "test_task", "test_search_trainer", "test_resume", "test_on_gpu",
+    "test_train_repa_engine", "test_merged_file", "test_flow_training", "test_search_trial", "test_cache_interruption",
+    "test_search_faults", "test_merged_folder", "test_search_postgres", "test_optimize", "test_lone_vae", "test_processes",
+    "test_earlier_runs", "test_search_export", "test_network_samples", "test_distillation", "test_mistakes",
 )  # fmt: skip
-"""Files that take a quarter of a minute and more, the longest first: begun last, one process would work and the others wait."""
+"""Files that take ten seconds and more, the longest first: begun last, one process would work and the others wait."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
