@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.diffusion.bridge import along_flow
+from library.diffusion.bridge import Bridge, along_flow
 from library.diffusion.parametrisation import Parametrisation
 from library.diffusion.rectified_flow import FlowPath
 from library.diffusion.scheduler_config import parametrisation_of
@@ -96,7 +97,15 @@ def test_a_flow_that_is_trained_draws_its_data_with_any_shift(native: Net, shift
     assert sliced(torch.randn(COUNT, 2, 1, 1, generator=torch.Generator().manual_seed(2))) > 2 * NEAR
 
 
-def test_a_network_of_sds_schedule_draws_its_data_through_the_bridge() -> None:
+@torch.no_grad()
+def test_a_network_of_sds_schedule_draws_its_data_through_the_bridge_also_from_noise_alone() -> None:
     bridge = along_flow(PLAIN)
-    net = trained(PLAIN, lambda uniform: (1000 * uniform).long())
+    assert isinstance(bridge, Bridge)
+    with torch.enable_grad():
+        net = trained(PLAIN, lambda uniform: (1000 * uniform).long())
     assert distance(net, bridge, noise_levels("Normal", 25, bridge.levels, SD15)) < NEAR
+    x = torch.randn(COUNT, 2, 1, 1, generator=torch.Generator().manual_seed(2))
+    for sigma, after in itertools.pairwise(torch.linspace(1, 0, 26).tolist()):
+        sigmas = torch.full((COUNT,), sigma)
+        x = x + (after - sigma) * bridge.velocity(net(*bridge.seen(x, sigmas)), x, sigmas)
+    assert sliced(x) < NEAR
