@@ -43,6 +43,11 @@ def _same_colours(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) 
     return spread == 0 or float(((one - one.mean()) * (other - other.mean())).mean() / spread) >= COLOURS_ALIKE
 
 
+def group_captions(found: Sequence[Sequence[int]]) -> tuple[str, ...]:
+    """Of each member of each group, in order, which group it is of."""
+    return tuple(f"group {number}" for number, group in enumerate(found, start=1) for _ in group)
+
+
 def groups(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Indices that are joined by pairs, each group sorted, the largest group first."""
     leader: dict[int, int] = {}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from library.data.trained_image import TrainedImage
 from library.doctor.findings import Finding, Severity
-from library.doctor.likeness import common_background, duplicate_pairs, groups
+from library.doctor.likeness import common_background, duplicate_pairs, group_captions, groups
 from library.doctor.measures import Measures
 from library.words import plural
 
@@ -179,7 +179,7 @@ def likeness_findings(training: Sequence[Measured], validation: Sequence[Measure
             f"{sum(map(len, joined)):,} pictures are copies of each other, or mirror images, in {plural(len(joined), 'group')}.",
             "A picture that is there twice counts twice, and is what a LoRA learns by heart first. Keep the best of each group.",
             tuple(every[index].path for group in joined for index in group),
-            tuple(f"group {number}" for number, group in enumerate(joined, start=1) for _ in group),
+            group_captions(joined),
         )
     across = [(i, j) for i, j in by_path if i < len(training) <= j]
     if across:

@@ -16,7 +16,7 @@ from library.device import choose_device
 from library.diffusion.alignment_losses import normalize
 from library.diffusion.dense_maps import colour_picture, pca_colours
 from library.doctor.findings import Finding
-from library.doctor.likeness import groups
+from library.doctor.likeness import group_captions, groups
 from library.doctor.measures import Asked, seen_part
 from library.doctor.picture_faults import Measured
 from library.models.embedded import SHAPES_DINOV2
@@ -94,7 +94,7 @@ def _alike(measured: Sequence[Measured], likeness: Tensor) -> Iterator[Finding]:
             f"{sum(map(len, joined)):,} pictures are alike to the teacher, in {plural(len(joined), 'group')}.",
             "They may be frames of one scene, which teach little more than one of them. Keep the best, or caption what differs.",
             tuple(measured[index].path for group in joined for index in group),
-            tuple(f"group {number}" for number, group in enumerate(joined, start=1) for _ in group),
+            group_captions(joined),
         )
 
 

@@ -42,7 +42,7 @@ class T5Language:
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Token ids [B, 77] int64, on the CPU; what does not fit is cut off."""
-        end = int(self.model.config.eos_token_id or 1)
+        end = 1 if self.model.config.eos_token_id is None else int(self.model.config.eos_token_id)  # T5's own
         rows = torch.full((len(texts), MAX_LENGTH), int(self.model.config.pad_token_id or 0))
         for row, found in zip(rows, self._ids(texts), strict=True):
             cut = found[: MAX_LENGTH - 1] + [end]

@@ -28,7 +28,9 @@ class CaptionFileOptions:
 
     def __post_init__(self) -> None:
         require(self.folder is not None, "folder", "is missing: name the folder of the pictures.")
-        require(self.folder is None or self.folder.is_dir(), "folder", f"{self.folder} is no folder.")
+        require(
+            self.folder is None or self.folder.is_dir(), "folder", f"{self.folder} does not exist, or is no folder."
+        )
         require(bool(self.caption_separator), "caption_separator", "is empty; tags are usually separated by commas.")
         require(
             self.caption_extension.startswith(".") and len(self.caption_extension) > 1,

@@ -130,7 +130,7 @@ def find_sources(options: TrainLyraOptions, processes: Processes) -> Sources:
         base = locate_base(model.pretrained_model_name_or_path)
         others = [locate_language(name) for name in model.encoders]
     family = family_of(base)
-    skip = 1 if family.text_layer is not None else model.clip_skip or 1
+    skip = 1 if family.text_layer is not None or model.clip_skip is None else model.clip_skip
     if family.text_layer is not None and model.clip_skip not in (None, family.text_layer):
         raise UserError(
             f"clip_skip {model.clip_skip} cannot be used: {family.title} was trained on layer {family.text_layer}."
