@@ -22,6 +22,7 @@ from networks.adapters import Adapter
 from networks.families import FAMILIES, UNET, Family
 from networks.injection import inject
 from networks.kinds import READ_ONLY
+from networks.kinds.full import FullLayer
 from networks.loading import check_fits
 from networks.names import Target, with_text_model
 from networks.spec import NetworkSpec
@@ -64,7 +65,7 @@ class Network:
     @property
     def adapters(self) -> dict[Target, AdaptedLayer]:
         """The layers of the network's own kind, without parts that are trained whole."""
-        return {target: layer for target, layer in self.layers.items() if not self.spec.is_part(target)}
+        return {target: layer for target, layer in self.layers.items() if not isinstance(layer, FullLayer)}
 
     def groups(self, loraplus: Mapping[str, float] | None = None) -> list[NetworkGroup]:
         """Parameters by component and by factor of the learning rate.
@@ -85,7 +86,10 @@ class Network:
                 members.setdefault(key, []).append(weight_name(target, weight))
         groups = [NetworkGroup(name, component, tuple(names), f) for (component, name, f), names in members.items()]
         parts = tuple(
-            weight_name(t, name) for t, layer in self.layers.items() if self.spec.is_part(t) for name in layer.weights
+            weight_name(target, name)
+            for target, layer in self.layers.items()
+            if isinstance(layer, FullLayer)
+            for name in layer.weights
         )
         return [*groups, NetworkGroup(PARTS_GROUP, UNET, parts, 1.0)] if parts else groups
 
@@ -210,12 +214,13 @@ def _sizes(component: str, model: nn.Module, spec: NetworkSpec) -> Sizes:
 def _parts(unet: nn.Module, spec: NetworkSpec) -> Sizes:
     """Weights, and biases after their weights, of what is trained whole. Raises AdapterError for a part that is not there."""
     found: dict[str, tuple[int, float]] = {}
+    adapted = tuple(f"{path}." for path, module in unet.named_modules() if isinstance(module, AdaptedLayer))
     for part in spec.parts:
         module = getattr(unet, part, None)
         if module is None:
             raise AdapterError(f"{FAMILIES[spec.family].title} has no {part} to train (train_parts).")
         for path, layer in module.named_modules(prefix=part):
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            if isinstance(layer, (nn.Linear, nn.Conv2d)) and not path.startswith(adapted):
                 found |= {path: (1, 1.0)} | ({} if layer.bias is None else {f"{path}.bias": (1, 1.0)})
     return found
 

@@ -27,8 +27,8 @@ _ARGUMENTS = {"conv_rank": "conv_dim"}
 _NOT_ARGUMENTS = ("family", "rank", "alpha", "unet", "text_encoder", "dropout", "sizes", "parts")
 _BLOCKS = {"mid": ("mid_block.",), "down_mid": ("down_blocks.", "mid_block.")}
 _ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
-PARTS = ("time_embedding", "add_embedding", "conv_in", "conv_out")
-"""Parts of a U-Net outside of its blocks, where no adapters are."""
+PARTS = ("time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")
+"""Parts of a U-Net whose weights can be trained whole, where no adapter is on them."""
 _PER_BLOCK = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "block_lr_weights")
 
 
@@ -56,7 +56,7 @@ class NetworkSpec:
     text_encoder: bool = True
     """All text encoders that the network is given."""
     parts: tuple[str, ...] = ()
-    """Of PARTS: those whose weights and biases are trained whole."""
+    """Of PARTS: those whose weights and biases are trained whole, but for layers with an adapter."""
     dropout: float = 0.0
     """Share of what the down matrix gives that is dropped while training."""
     rank_dropout: float = 0.0
@@ -148,10 +148,6 @@ class NetworkSpec:
             if self.block_lr_weights is not None and self.block_lr_weights[block] <= self.block_lr_zero_threshold:
                 return None
         return (rank, alpha) if rank > 0 and alpha > 0 else None
-
-    def is_part(self, target: Target) -> bool:
-        """Whether a weight or bias is one of `parts`, not of an adapter."""
-        return target.component == UNET and target.path.split(".")[0] in self.parts
 
     def _reaches(self, path: str) -> bool:
         """Whether a module of the U-Net lies in the blocks, and is of the layers, that get adapters."""

@@ -111,6 +111,25 @@ def test_parts_are_a_group_of_their_own_beside_bound_norms() -> None:
     assert torch.equal(network.parameters["unet.conv_in.diff"], before)
 
 
+def test_blocks_are_trained_whole_where_no_adapter_is(tmp_path: Path) -> None:
+    unet = small_unet()
+    network = add_network({UNET: unet}, few(parts=("down_blocks", "mid_block", "up_blocks")), 0)
+    whole = {target for target in network.layers if target not in network.adapters}
+    inside = {target.module for target in whole}
+    assert not inside & {target.path for target in network.adapters}
+    plain = small_unet()
+    every = {
+        path
+        for path, module in plain.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and path.startswith(("down_blocks.", "mid_block.", "up_blocks."))
+    }
+    assert inside | {target.path for target in network.adapters} == every
+    stir(network)
+    save_file(network.tensors(), tmp_path / "a.safetensors")
+    fold_into_modules({UNET: plain}, SD15, read_adapter(tmp_path / "a.safetensors"), 1.0)
+    assert torch.allclose(output(plain), output(unet), atol=1e-3, rtol=1e-3)
+
+
 def test_sdxls_names_of_parts_are_read_back() -> None:
     modules = {
         Target(UNET, path): FullModule(torch.randn(4, 4))
@@ -126,8 +145,8 @@ def test_a_specification_says_its_parts_and_older_ones_none() -> None:
     spec = few(parts=ALL)
     assert NetworkSpec.from_json(spec.to_json()) == spec and "parts" not in few().to_json()
     assert NetworkSpec.from_json(few().to_json()) == few()
-    with pytest.raises(AdapterError, match=f"parts must be of {', '.join(PARTS)}, got mid_block"):
-        few(parts=("mid_block",))
+    with pytest.raises(AdapterError, match=f"parts must be of {', '.join(PARTS)}, got conv_norm_out"):
+        few(parts=("conv_norm_out",))
     with pytest.raises(AdapterError, match=r"SD1.5 has no add_embedding to train \(train_parts\)"):
         add_network({UNET: small_unet()}, few(parts=("add_embedding",)), 0)
 
@@ -178,7 +197,7 @@ def test_parts_are_trained_averaged_saved_resumed_and_merged(
             "train_parts are of the U-Net, and the U-Net is not",
         ),
         (("--train_parts_lr", "0.1"), "train_parts_lr has no effect without train_parts"),
-        (("--train_parts", "mid_block"), "mid_block"),
+        (("--train_parts", "conv_norm_out"), "conv_norm_out"),
     ],
 )
 def test_parts_that_cannot_be_are_refused(

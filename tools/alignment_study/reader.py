@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from library.data.demo_pictures import COLOURS, NEW_COLOURS, SHAPES, draw, imagine
+from library.data.demo_pictures import draw, imagine
 from library.files import whole_file
 from tools.shapes.fit import fit
 from tools.shapes.judge import Judge
-from tools.shapes.pictures import batches
+from tools.shapes.pictures import ALL_LABELS, batches
 
-KNOWN = {"shape": (*SHAPES, "cross"), "colour": (*COLOURS, *NEW_COLOURS)}
+KNOWN = {name: ALL_LABELS[name] for name in ("shape", "colour")}
 KINDS = tuple(f"{colour} {shape}" for colour in KNOWN["colour"] for shape in KNOWN["shape"])
 PICTURES, UNSEEN, SIDE = 3000, 500, 64
 BATCH, RATE = 64, 2e-3

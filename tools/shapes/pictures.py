@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +17,8 @@ from library.data.demo_pictures import (
     BACKGROUNDS,
     CLASSES,
     COLOURS,
+    NEW_CLASSES,
+    NEW_COLOURS,
     SHAPES,
     TEXTURES,
     Picture,
@@ -26,10 +28,14 @@ from library.data.demo_pictures import (
 )
 
 SIDE = 128
-SEEDS = {"train": "shapes train", "unseen": "shapes unseen"}
+SEEDS = {"train": "shapes train", "unseen": "shapes unseen", "all": "shapes all"}
 """Other seeds than `data/demo`'s, so that the demo set is not among them."""
+DRAWN = {"train": CLASSES, "unseen": CLASSES, "all": (*CLASSES, *NEW_CLASSES)}
+"""What is on the pictures of each part, the classes in turn; "all" has those too that the tiny base does not know."""
 
-LABELS = {"shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS), "texture": TEXTURES}
+Labels = Mapping[str, tuple[str, ...]]
+LABELS: Labels = {"shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS), "texture": TEXTURES}
+ALL_LABELS: Labels = {**LABELS, "shape": (*SHAPES, "cross"), "colour": (*COLOURS, *NEW_COLOURS)}
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,9 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.known)
 
-    def labels(self, of: str) -> Tensor:
-        """[N] int64: which of `LABELS[of]` each picture has."""
-        return torch.tensor([LABELS[of].index(getattr(picture, of)) for picture in self.known])
+    def labels(self, of: str, names: Labels = LABELS) -> Tensor:
+        """[N] int64: which of `names[of]` each picture has."""
+        return torch.tensor([names[of].index(getattr(picture, of)) for picture in self.known])
 
 
 class _Drawn(NamedTuple):
@@ -69,7 +75,7 @@ def draw_pictures(part: str, count: int) -> Pictures:
 
 
 def _one(part: str, index: int) -> _Drawn:
-    picture = imagine(CLASSES[index % len(CLASSES)], random.Random(f"{SEEDS[part]} {index}"))
+    picture = imagine(DRAWN[part][index % len(DRAWN[part])], random.Random(f"{SEEDS[part]} {index}"))
     return _Drawn(picture, np.asarray(draw(picture, SIDE)), np.asarray(shape_mask(picture, SIDE)))
 
 

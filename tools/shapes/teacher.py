@@ -14,7 +14,7 @@ from transformers import Dinov2Config, Dinov2Model
 from library.models.teachers import IMAGENET_MEAN, IMAGENET_STD
 from tools.shapes.autoencoder import recoloured
 from tools.shapes.fit import Record, fit
-from tools.shapes.pictures import LABELS, Pictures, batches
+from tools.shapes.pictures import LABELS, Labels, Pictures, batches
 
 HIDDEN, PATCHES = 96, 16
 CONFIG = {
@@ -30,16 +30,19 @@ BATCH, RATE = 32, 1e-3
 class _Heads(nn.Module):
     """What must be readable, linearly: of a patch, how much of it the shape covers, its colour, and shape or texture."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Labels) -> None:
         super().__init__()
         self.patch = nn.Linear(HIDDEN, 4)
-        self.kind = nn.Linear(HIDDEN, len(LABELS["shape"]) + len(LABELS["texture"]))
-        self.picture = nn.ModuleDict({name: nn.Linear(HIDDEN, len(values)) for name, values in LABELS.items()})
+        self.kind = nn.Linear(HIDDEN, len(names["shape"]) + len(names["texture"]))
+        self.picture = nn.ModuleDict({name: nn.Linear(HIDDEN, len(values)) for name, values in names.items()})
 
 
-def train_teacher(pictures: Pictures, steps: int) -> tuple[Dinov2Model, Record]:
-    model, heads = Dinov2Model(Dinov2Config(**CONFIG)).train(), _Heads()
-    labels = {name: pictures.labels(name) for name in LABELS}
+def train_teacher(
+    pictures: Pictures, steps: int, names: Labels = LABELS, begun: Dinov2Model | None = None
+) -> tuple[Dinov2Model, Record]:
+    """names: the labels that `pictures` have. begun: a teacher to go on with."""
+    model, heads = (Dinov2Model(Dinov2Config(**CONFIG)) if begun is None else begun).train(), _Heads(names)
+    labels = {name: pictures.labels(name, names) for name in names}
     generator = torch.Generator().manual_seed(3)
 
     def loss_at(step: int, indices: Tensor) -> Tensor:
@@ -49,9 +52,7 @@ def train_teacher(pictures: Pictures, steps: int) -> tuple[Dinov2Model, Record]:
         colours = F.adaptive_avg_pool2d(pixels, PATCHES).flatten(2).transpose(1, 2)  # [B, N, 3]
         patches = torch.cat([covered.unsqueeze(2), colours], dim=2)
         own = {name: values[indices] for name, values in labels.items()}
-        kinds = torch.where(
-            covered > 0.5, own["shape"].unsqueeze(1), len(LABELS["shape"]) + own["texture"].unsqueeze(1)
-        )
+        kinds = torch.where(covered > 0.5, own["shape"].unsqueeze(1), len(names["shape"]) + own["texture"].unsqueeze(1))
         loss = F.mse_loss(heads.patch(hidden[:, 1:]), patches) * 4.0
         loss = loss + F.cross_entropy(heads.kind(hidden[:, 1:]).flatten(0, 1), kinds.flatten())
         kept = slice(1, None, 2)  # of the others the colours are no longer those of the caption

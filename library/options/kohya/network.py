@@ -52,9 +52,11 @@ class NetworkOptions:
     """Adapter files that are folded into the base before training."""
     base_weights_multiplier: tuple[float, ...] = ()
     """Strength of each of them; 1 where none is given."""
-    train_parts: tuple[Literal["time_embedding", "add_embedding", "conv_in", "conv_out"], ...] = ()
-    """Parts of the U-Net whose weights are trained whole beside the adapters, for students that LoRA alone does not make a flow of;
-    add_embedding is SDXL's. merge_lora.py folds them into a full model."""
+    train_parts: tuple[
+        Literal["time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out"], ...
+    ] = ()
+    """Parts of the U-Net whose Linear layers and convolutions are trained whole, where no adapter is on them, for students that LoRA
+    alone does not make a flow of; add_embedding is SDXL's. merge_lora.py folds them into a full model."""
     scale_weight_norms: OptionalAmount = None
     """Greatest norm of an adapter's product; larger ones are scaled down after each step. 1 is usual."""
 
