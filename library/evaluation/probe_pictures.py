@@ -141,9 +141,7 @@ def open_probe_pictures(
 
 def _probe_set(pictures: PictureSet, side: int, cache: ClassCacheOptions, limit: int, notes: list[str]) -> ProbeSet:
     stores = {
-        kind: TensorStore(
-            cache.store_path(f"{pictures.name}_{kind}"), kind, made_elsewhere=shape and ("float16", shape)
-        )
+        kind: TensorStore(cache.store_path(pictures.name, kind), kind, made_elsewhere=shape and ("float16", shape))
         for kind, shape in (("latents", cache.latent_shape), ("tokens", cache.token_shape))
     }
     cached = [sample for sample in pictures.samples if all(sample.sample_id in store for store in stores.values())]
