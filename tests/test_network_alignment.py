@@ -42,11 +42,6 @@ def parts_of(built: Built, batch, step: int = 9) -> dict[str, float]:  # type: i
     return {name: value.item() for name, value in parts.items()}
 
 
-def targets_of(built: Built, batch, latents):  # type: ignore[no-untyped-def]
-    targets, grid = built.task.alignment.targets(batch, latents)
-    return targets.values(), grid
-
-
 def test_the_loss_is_the_diffusion_loss_plus_lambda_times_token_and_manifold_loss(built: Built) -> None:
     batch = built.batch()
     plain, warming, warm = (parts_of(built, batch, step) for step in (0, 1, 9))
@@ -90,13 +85,13 @@ def test_the_teachers_tokens_are_normalised_when_they_are_learned_and_not_in_the
 ) -> None:
     batch = built.batch()
     latents = built.task.latents(batch)
-    (raw,), grid = targets_of(built, batch, latents)
+    raw, grid = built.task.alignment.targets(batch, latents)
     with_options(teacher_norm=1.0)
-    (target,), _ = targets_of(built, batch, latents)
+    target = built.task.alignment.targets(batch, latents)[0][TEACHER]
     assert grid == batch.token_grid
     torch.testing.assert_close(target.mean(dim=1), torch.zeros_like(target[:, 0]), atol=1e-5, rtol=0)
     torch.testing.assert_close(target.std(dim=1), torch.ones_like(target[:, 0]), atol=1e-3, rtol=0)
-    assert torch.equal(raw, batch.target_tokens(TEACHER))
+    assert torch.equal(raw[TEACHER], batch.target_tokens(TEACHER))
 
 
 def test_taps_have_weights(built: Built, with_options: Callable[..., None]) -> None:
@@ -121,11 +116,11 @@ def test_without_a_teacher_relations_are_those_of_the_clean_latents(
     assert parts["loss"] == pytest.approx(parts["diffusion"] + 0.5 * 3 * parts["manifold"], rel=1e-6)
     assert "token" not in parts
     latents = built.task.latents(batch)  # [B, 4, 12, 12]
-    (target,), grid = targets_of(built, batch, latents)
+    targets, grid = built.task.alignment.targets(batch, latents)
     assert grid == (3, 3)
     slow = [[latents[b, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4].mean(dim=(1, 2)) for r in range(3) for c in range(3)]
             for b in range(len(batch))]  # fmt: skip
-    torch.testing.assert_close(target, torch.stack([torch.stack(row) for row in slow]))
+    torch.testing.assert_close(targets[TEACHER], torch.stack([torch.stack(row) for row in slow]))
     with_options(manifold_target="latents", token_weight=0.0, token_grid=13, dino_resolution=(518,))
     with pytest.raises(UserError, match="token_grid 13 is finer than latents of 12 x 12, which are pooled to it."):
         built.task.alignment.targets(batch, latents)
@@ -278,9 +273,8 @@ def test_heads_are_trained_and_kept_in_the_state_and_not_in_the_adapter(finished
     assert losses(finished)[0] == losses(finished_network)[0] and losses(finished)[1] != losses(finished_network)[1]
     assert any(not torch.equal(ours[name], plain[name]) for name in ours if name.startswith("lora_unet_down"))
     described = json.loads(metadata(finished / "mio.safetensors")["ss_alignment"])
-    assert (
-        described["taps"] == ["mid"] and described["align_coeff"] == 0.5 and "tiny-dinov2" in described["dino_model"][0]
-    )
+    assert described["taps"] == ["mid"] and described["align_coeff"] == 0.5
+    assert TEACHER in described["dino_model"][0]
     assert "ss_alignment" not in metadata(finished_network / "mio.safetensors")
     assert rows(finished, "lr/align_heads")
 
@@ -360,10 +354,8 @@ def test_dry_run_counts_heads_and_the_disk_of_their_tokens(
     # Six pictures of 16 or 18 tokens of 64 halves: a page of 4 KiB each, and its share of the keys.
     assert "disk             25.5 KiB for tokens in" in said and "missing          nothing" in said
     assert not (tmp_path / "new").exists()
-    assert (
-        network_setting.train(tmp_path / "out", "--dry_run", **{**aligned, "dino_model": "facebook/dinov2-nowhere"})
-        == 0
-    )
+    aligned = {**aligned, "dino_model": "facebook/dinov2-nowhere"}
+    assert network_setting.train(tmp_path / "out", "--dry_run", **aligned) == 0
     assert "missing          facebook/dinov2-nowhere" in capsys.readouterr().out
     assert "2 of 4 batches of an epoch hold one picture: manifold_mode sample has nothing to compare there" in said
 

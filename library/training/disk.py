@@ -64,14 +64,15 @@ def cache_sizes(options: RunOptions, family: Family, data: TrainingData) -> list
                 needed["tokens"] += times * entry.entry_bytes
     found = []
     for kind, size in needed.items():
+        if not size:
+            continue
         path = options.cache.cache_dir
         stores = list(path.glob(f"{kind}_*/*"))
         if data.classes is not None and isinstance(options.cache, ClassCacheOptions):
             names = ["latents"] if kind == "latents" else list(token_kinds(widths).values())
             stores = [options.cache.store_path("train", name) for name in names]
             path = stores[0]
-        if size:
-            found.append(CacheSize(kind, path, size, sum(map(disk_bytes, stores))))
+        found.append(CacheSize(kind, path, size, sum(map(disk_bytes, stores))))
     return found
 
 
