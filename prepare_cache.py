@@ -101,9 +101,9 @@ def run(options: PrepareCacheOptions) -> int:
     preparation = class_preparation(options, processes, family)
     if options.config.dry_run:
         for pictures in data.classes.sets:
-            for kind, state in preparation.survey(pictures).items():
+            for name, state in preparation.survey(pictures).items():
                 processes.say(
-                    f"{pictures.name} {kind}: {state.present} present, {len(state.work)} to make in {state.path}"
+                    f"{pictures.name} {name}: {state.present} present, {len(state.work)} to make in {state.path}"
                 )
         return EXIT_OK
     caches = preparation.prepare(data.classes, rebuild=True, say=processes.say)

@@ -85,9 +85,9 @@ def counted(words: str) -> dict[str, float]:
     given = "--train_data x --output_dir x --pretrained_model_name_or_path published --align_schedule constant"
     argv = f"{given} --lora_scope {QUICK.lora_scope} --train_batch_size {BATCH} {words}".split()
     options = parse_repa_options(argv, prog="", description=None)
-    width = TEACHER_WIDTH if options.alignment.needs_teacher else None
+    widths = {"teacher": TEACHER_WIDTH} if options.alignment.needs_teacher else {}
     with ExitStack() as context:
-        count = meta_step(options, None, SD15, StepSize(512, 512, BATCH, teacher_width=width), context).count()
+        count = meta_step(options, None, SD15, StepSize(512, 512, BATCH, teacher_widths=widths), context).count()
     return {"kernels": count.operations, "flop": count.flop, "memory": count.peak}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -61,7 +62,7 @@ def main() -> None:
         launches[name] = dict(counted.launches.most_common(MOST))
     for name, (family, words, batch) in REPA.items():
         options = parse_repa_options(_argv("--train_data", words), prog="", description=None)
-        counted = count(options, family, 512, batch, teacher_width=1024)
+        counted = count(options, family, 512, batch, teacher_widths={"teacher": 1024})
         measured |= figures(name, counted)
         launches[name] = dict(counted.launches.most_common(MOST))
     before = RESULTS / "count_step_before.json"
@@ -80,9 +81,11 @@ def _argv(data: str, words: str) -> list[str]:
     return [data, folder, "--output_dir", folder, "--pretrained_model_name_or_path", "published", *words.split()]
 
 
-def count(options: RunOptions, family: str, side: int, batch: int, teacher_width: int | None = None) -> StepCount:
+def count(
+    options: RunOptions, family: str, side: int, batch: int, teacher_widths: Mapping[str, int] | None = None
+) -> StepCount:
     with ExitStack() as context:
-        size = StepSize(side, side, batch, teacher_width=teacher_width)
+        size = StepSize(side, side, batch, teacher_widths=teacher_widths or {})
         return meta_step(options, None, FAMILIES[family], size, context).count()
 
 

@@ -92,7 +92,7 @@ def measure(
         numbered_pictures(arguments.samples, NAMES), options.classes, side=resolution, batch_size=arguments.batch,
         validation_split=0.0, seed=0,
     )  # fmt: skip
-    prepared = prepared_classes(caches, BaseLocation(base, folder), SD15_FAMILY, data)
+    prepared = prepared_classes(caches, BaseLocation(base, folder), SD15_FAMILY, data, options.model.teachers)
     prepared.models = RandomModels(config)
     order = make_order(data, options)
     plan = make_plan(order, options.training, options.optimizer)

@@ -84,7 +84,7 @@ def samples_of(ids: list[str], store: TensorStore) -> CachedSamples:
     ]
     text = TextEmbeddings(torch.zeros(2, 77, 1).half(), {0: 0})
     table = PromptTable(text, 0.0, device=torch.device("cpu"), dtype=torch.float32)
-    return CachedSamples(pictures, Stored(store), None, table, seed=0, last_step=1, alike=True)
+    return CachedSamples(pictures, Stored(store), {}, table, seed=0, last_step=1, alike=True)
 
 
 def request(indices: np.ndarray) -> Request:

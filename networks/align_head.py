@@ -7,6 +7,7 @@ output by the timestep, FiLM); the kind conv3x3 is iREPA's projector (arXiv 2512
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Literal, get_args
 
 import torch
@@ -77,22 +78,29 @@ class AlignHead(nn.Module):
                     layer.bias = nn.Parameter(draw_uniform(layer.bias.shape, generator, fan_in=fan_in))
 
 
-def head_key(tap: str) -> str:
+def head_name(tap: str, teacher: str | None = None) -> str:
+    """What a head's weights are drawn by, and where they are kept: those of the first teacher, None, as where there is no other."""
+    return tap if teacher is None else f"{tap}_{teacher}"
+
+
+def head_key(name: str) -> str:
     """First word of a head's weights: modules have names without a dot."""
-    return tap.replace(".", "_")
+    return name.replace(".", "_")
 
 
 class AlignHeads(nn.ModuleDict):
-    """One AlignHead per tap; {tap: feature map} -> {tap: tokens}. Taps are its keys.
+    """An AlignHead for each tap and teacher, which turns the tap's feature map into that teacher's tokens.
 
-    `channels` maps taps to the channels of their feature maps (see `taps.tap_channels`). A tap's initial weights do
-    not depend on the other taps. time_width: see `AlignHead`.
+    Its keys are the taps, its values the heads of the first teacher.
+
+    `channels` maps taps to the channels of their feature maps (see `taps.tap_channels`), `widths` teachers to those of their
+    tokens. A head's initial weights do not depend on the other heads. time_width: see `AlignHead`.
     """
 
     def __init__(
         self,
         channels: Mapping[str, int],
-        out_dim: int,
+        widths: Mapping[str, int],
         *,
         grid: int = 16,
         kind: HeadKind = "mlp",
@@ -101,10 +109,21 @@ class AlignHeads(nn.ModuleDict):
     ) -> None:
         super().__init__()
         self.timed = time_width is not None
-        for tap, count in channels.items():
-            head = AlignHead(count, out_dim, grid=grid, kind=kind, seed=seed, name=tap, time_width=time_width)
-            self.add_module(head_key(tap), head)
-        self._taps = tuple(channels)
+        self._taps, self.teachers = tuple(channels), tuple(widths)
+        for (teacher, width), (tap, count) in product(widths.items(), channels.items()):
+            name = self._name(tap, teacher)
+            head = AlignHead(count, width, grid=grid, kind=kind, seed=seed, name=name, time_width=time_width)
+            self.add_module(head_key(name), head)
+
+    def __getitem__(self, tap: str) -> nn.Module:
+        return self.head(tap)
+
+    def head(self, tap: str, teacher: str | None = None) -> nn.Module:
+        """Of a teacher; None: of the first."""
+        return super().__getitem__(head_key(self._name(tap, teacher)))
+
+    def _name(self, tap: str, teacher: str | None) -> str:
+        return head_name(tap, None if teacher in self.teachers[:1] else teacher)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._taps)
@@ -112,21 +131,21 @@ class AlignHeads(nn.ModuleDict):
     def __contains__(self, tap: object) -> bool:
         return tap in self._taps
 
-    def __getitem__(self, tap: str) -> nn.Module:
-        return super().__getitem__(head_key(tap))
-
     @property
     def captured(self) -> list[str]:
         """What of a U-Net's pass the heads need; see `features.capture`."""
         return [*self, TIME] if self.timed else [*self]
 
-    def tokens(self, tap: str, features: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> Tensor:
-        """What the head at `tap` makes of the features that were captured."""
-        tokens: Tensor = self[tap](features[tap], grid, features[TIME] if self.timed else None)
+    def tokens(
+        self,
+        tap: str,
+        features: Mapping[str, Tensor],
+        grid: tuple[int, int] | None = None,
+        teacher: str | None = None,
+    ) -> Tensor:
+        """What the head of a teacher (None: the first) at `tap` makes of the features that were captured."""
+        tokens: Tensor = self.head(tap, teacher)(features[tap], grid, features[TIME] if self.timed else None)
         return tokens
-
-    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {tap: self.tokens(tap, features) for tap in self}
 
 
 def resize_bilinear(x: Tensor, height: int, width: int) -> Tensor:

@@ -68,7 +68,7 @@ def test_resize_is_torchs_bilinear(shape: tuple[int, int]) -> None:
 
 
 def test_mlp_has_the_documented_size_and_names() -> None:
-    heads = AlignHeads({"mid": 1280}, 1024)
+    heads = AlignHeads({"mid": 1280}, {"a": 1024})
     assert sum(parameter.numel() for parameter in heads.parameters()) == 2_360_320
     assert list(heads.state_dict()) == ["mid.proj.0.weight", "mid.proj.0.bias", "mid.proj.2.weight"]
 
@@ -118,15 +118,15 @@ def test_a_zero_feature_map_has_finite_tokens_and_gradients() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_initial_weights_follow_from_seed_and_tap_alone(kind: HeadKind) -> None:
     torch.manual_seed(1)
-    one = AlignHeads({"mid": 8}, 12, kind=kind, seed=5)
+    one = AlignHeads({"mid": 8}, {"a": 12}, kind=kind, seed=5)
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    both = AlignHeads({"enc_last": 8, "mid": 8}, 12, kind=kind, seed=5)
+    both = AlignHeads({"enc_last": 8, "mid": 8}, {"a": 12}, kind=kind, seed=5)
     assert torch.equal(torch.get_rng_state(), before)
     for name, value in one.state_dict().items():
         assert torch.equal(value, both.state_dict()[name])
         assert not torch.equal(value, both.state_dict()[name.replace("mid", "enc_last")])
-    other = AlignHeads({"mid": 8}, 12, kind=kind, seed=6)
+    other = AlignHeads({"mid": 8}, {"a": 12}, kind=kind, seed=6)
     assert not torch.equal(one["mid"].proj[0].weight, other["mid"].proj[0].weight)
 
 
@@ -147,16 +147,18 @@ def test_an_unknown_kind_is_refused() -> None:
 def test_a_time_aware_head_begins_as_the_head_without(kind: HeadKind) -> None:
     generator = torch.Generator().manual_seed(0)
     features, time = torch.randn(2, 8, 4, 4, generator=generator), torch.randn(2, 6, generator=generator)
-    plain, timed = (AlignHeads({"down_blocks.1": 8}, 12, kind=kind, seed=5, time_width=width) for width in (None, 6))
+    plain, timed = (
+        AlignHeads({"down_blocks.1": 8}, {"a": 12}, kind=kind, seed=5, time_width=width) for width in (None, 6)
+    )
     captured = {"down_blocks.1": features, TIME: time}
     assert plain.captured == ["down_blocks.1"] and timed.captured == ["down_blocks.1", TIME]
-    assert torch.equal(plain(captured)["down_blocks.1"], timed(captured)["down_blocks.1"])
+    assert torch.equal(plain.tokens("down_blocks.1", captured), timed.tokens("down_blocks.1", captured))
     names = list(timed.state_dict())
     assert names[-2:] == ["down_blocks_1.film.weight", "down_blocks_1.film.bias"]
     assert names[:-2] == list(plain.state_dict())
-    again = AlignHeads({"down_blocks.1": 8}, 12, kind=kind, seed=6, time_width=6)
+    again = AlignHeads({"down_blocks.1": 8}, {"a": 12}, kind=kind, seed=6, time_width=6)
     again.load_state_dict(timed.state_dict())
-    assert torch.equal(again(captured)["down_blocks.1"], timed(captured)["down_blocks.1"])
+    assert torch.equal(again.tokens("down_blocks.1", captured), timed.tokens("down_blocks.1", captured))
 
 
 def test_the_timestep_scales_and_shifts_the_projection() -> None:

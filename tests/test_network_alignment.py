@@ -18,6 +18,8 @@ from library.training.stop import STOP
 from tests.test_network_resume import assert_same_end
 from tests.tools.network_runs import EXACT, Built, NetworkSetting, adapter, asked, draw_pictures, losses, metadata, rows
 
+TEACHER = "tiny-dinov2"
+
 
 @pytest.fixture(scope="module")
 def aligned(tiny_dinov2: Path) -> dict[str, object]:
@@ -83,13 +85,13 @@ def test_the_teachers_tokens_are_normalised_when_they_are_learned_and_not_in_the
 ) -> None:
     batch = built.batch()
     latents = built.task.latents(batch)
-    raw, grid = built.task.alignment.target(batch, latents)
+    raw, grid = built.task.alignment.targets(batch, latents)
     with_options(teacher_norm=1.0)
-    target = built.task.alignment.target(batch, latents)[0]
+    target = built.task.alignment.targets(batch, latents)[0][TEACHER]
     assert grid == batch.token_grid
     torch.testing.assert_close(target.mean(dim=1), torch.zeros_like(target[:, 0]), atol=1e-5, rtol=0)
     torch.testing.assert_close(target.std(dim=1), torch.ones_like(target[:, 0]), atol=1e-3, rtol=0)
-    assert torch.equal(raw, batch.target_tokens())
+    assert torch.equal(raw[TEACHER], batch.target_tokens(TEACHER))
 
 
 def test_taps_have_weights(built: Built, with_options: Callable[..., None]) -> None:
@@ -110,18 +112,18 @@ def test_without_a_teacher_relations_are_those_of_the_clean_latents(
     with_options(
         manifold_target="latents", token_weight=0.0, manifold_mode="token", token_grid=3, tap_weights=(1, 1, 1)
     )
-    parts = parts_of(replace(built), replace(batch, tokens=None, token_grid=None))
+    parts = parts_of(replace(built), replace(batch, tokens={}, token_grid=None))
     assert parts["loss"] == pytest.approx(parts["diffusion"] + 0.5 * 3 * parts["manifold"], rel=1e-6)
     assert "token" not in parts
     latents = built.task.latents(batch)  # [B, 4, 12, 12]
-    target, grid = built.task.alignment.target(batch, latents)
+    targets, grid = built.task.alignment.targets(batch, latents)
     assert grid == (3, 3)
     slow = [[latents[b, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4].mean(dim=(1, 2)) for r in range(3) for c in range(3)]
             for b in range(len(batch))]  # fmt: skip
-    torch.testing.assert_close(target, torch.stack([torch.stack(row) for row in slow]))
-    with_options(manifold_target="latents", token_weight=0.0, token_grid=13, dino_resolution=518)
+    torch.testing.assert_close(targets[TEACHER], torch.stack([torch.stack(row) for row in slow]))
+    with_options(manifold_target="latents", token_weight=0.0, token_grid=13, dino_resolution=(518,))
     with pytest.raises(UserError, match="token_grid 13 is finer than latents of 12 x 12, which are pooled to it."):
-        built.task.alignment.target(batch, latents)
+        built.task.alignment.targets(batch, latents)
 
 
 @pytest.mark.bits
@@ -164,7 +166,7 @@ def test_each_bucket_has_tokens_on_a_grid_of_its_aspect(built: Built) -> None:
     for number in range(4):
         batch = built.batch(number)
         rows_, columns = batch.token_grid
-        assert batch.tokens.shape[1] == rows_ * columns
+        assert batch.tokens[TEACHER].shape[1] == rows_ * columns
         seen[tuple(batch.latents.shape[-2:])] = batch.token_grid
         assert np.isfinite(parts_of(built, batch)["token"])
     assert seen == {(12, 12): (4, 4), (8, 16): (3, 6), (16, 8): (6, 3)}
@@ -180,10 +182,10 @@ def test_a_mirrored_picture_comes_with_the_tokens_of_its_mirror_image(built: Bui
         batch = samples.empty_batch(request._replace(epoch=epoch), pin=False)
         samples.fill(batch, slice(0, len(batch)))
         for row, index in enumerate(batch.indices):
-            tokens, one = built.prepared.training.tokens, samples.images[index]
+            tokens, one = built.prepared.training.tokens[TEACHER], samples.images[index]
             stores = tokens.flipped if batch.flipped[row] else tokens.stores
             expected = stores[one.fitted.bucket].read(one.image.sample_id)
-            assert np.array_equal(batch.tokens[row].numpy(), expected)
+            assert np.array_equal(batch.tokens[TEACHER][row].numpy(), expected)
             found.add(bool(batch.flipped[row]))
     assert found == {True, False}
 
@@ -191,8 +193,8 @@ def test_a_mirrored_picture_comes_with_the_tokens_of_its_mirror_image(built: Bui
 def test_fillers_and_pictures_that_are_preserved_count_nothing_and_others_their_weight(built: Built) -> None:
     batch = built.batch()
     rest = replace(
-        batch, **{name: getattr(batch, name)[:1] for name in ("latents", "sizes", "real", "weights", "ids", "tokens")},
-        indices=batch.indices[:1],
+        batch, **{name: getattr(batch, name)[:1] for name in ("latents", "sizes", "real", "weights", "ids")},
+        tokens={TEACHER: batch.tokens[TEACHER][:1]}, indices=batch.indices[:1],
     )  # fmt: skip
 
     def token(batch, **changes) -> float:  # type: ignore[no-untyped-def]
@@ -271,7 +273,8 @@ def test_heads_are_trained_and_kept_in_the_state_and_not_in_the_adapter(finished
     assert losses(finished)[0] == losses(finished_network)[0] and losses(finished)[1] != losses(finished_network)[1]
     assert any(not torch.equal(ours[name], plain[name]) for name in ours if name.startswith("lora_unet_down"))
     described = json.loads(metadata(finished / "mio.safetensors")["ss_alignment"])
-    assert described["taps"] == ["mid"] and described["align_coeff"] == 0.5 and "tiny-dinov2" in described["dino_model"]
+    assert described["taps"] == ["mid"] and described["align_coeff"] == 0.5
+    assert TEACHER in described["dino_model"][0]
     assert "ss_alignment" not in metadata(finished_network / "mio.safetensors")
     assert rows(finished, "lr/align_heads")
 
@@ -351,10 +354,8 @@ def test_dry_run_counts_heads_and_the_disk_of_their_tokens(
     # Six pictures of 16 or 18 tokens of 64 halves: a page of 4 KiB each, and its share of the keys.
     assert "disk             25.5 KiB for tokens in" in said and "missing          nothing" in said
     assert not (tmp_path / "new").exists()
-    assert (
-        network_setting.train(tmp_path / "out", "--dry_run", **{**aligned, "dino_model": "facebook/dinov2-nowhere"})
-        == 0
-    )
+    aligned = {**aligned, "dino_model": "facebook/dinov2-nowhere"}
+    assert network_setting.train(tmp_path / "out", "--dry_run", **aligned) == 0
     assert "missing          facebook/dinov2-nowhere" in capsys.readouterr().out
     assert "2 of 4 batches of an epoch hold one picture: manifold_mode sample has nothing to compare there" in said
 

@@ -37,7 +37,7 @@ def test_defaults_are_track_a_of_the_document() -> None:
     assert (a.align_coeff, a.align_warmup_steps, a.manifold_weight, a.manifold_mode) == (0.5, 3000, 3.0, "sample")
     assert options.classes.class_dropout == 0.1 and options.model.mixed_precision == "bf16"
     assert (options.output.validate_every_n_steps, options.output.save_every_n_steps) == (3000, 6000)
-    assert options.speed.max_data_loader_n_workers == 8 and options.alignment.dino_resolution == 518
+    assert options.speed.max_data_loader_n_workers == 8 and options.alignment.dino_resolution == (518,)
 
 
 def test_the_command_line_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def samples(stores: dict[str, TensorStore], text: PromptTable) -> CachedSamples:
         for i in range(20)
     ]
     latents, tokens = Stored(stores["latents"]), Stored(stores["tokens"])
-    return CachedSamples(pictures, latents, tokens, text, seed=0, last_step=1, alike=True)
+    return CachedSamples(pictures, latents, {"a": tokens}, text, seed=0, last_step=1, alike=True)
 
 
 def request(*indices: int) -> Request:
@@ -76,13 +76,11 @@ def test_a_batch_holds_what_the_stores_hold(samples: CachedSamples, stores: dict
     batch = samples.read(request(3, 0, 19))
     for row, i in enumerate((3, 0, 19)):
         assert np.array_equal(batch.latents[row].numpy(), stores["latents"].read(f"n{i}"))
-        assert batch.tokens is not None
-        assert np.array_equal(batch.tokens[row].numpy(), stores["tokens"].read(f"n{i}"))
+        assert np.array_equal(batch.tokens["a"][row].numpy(), stores["tokens"].read(f"n{i}"))
     assert batch.text_rows is not None and batch.text_rows.tolist() == [0, 0, 1]
     assert batch.weights is None and batch.token_grid == (2, 2) and batch.captions == ["a cat"] * 3
-    assert batch.token_scales is not None
-    expected = batch.tokens.double() * batch.token_scales.double()[..., None]
-    torch.testing.assert_close(batch.target_tokens().double(), expected)
+    expected = batch.tokens["a"].double() * batch.token_scales["a"].double()[..., None]
+    torch.testing.assert_close(batch.target_tokens("a").double(), expected)
 
 
 def test_prompts_of_classes_are_dropped_by_the_generator_and_by_nothing_else(
@@ -110,7 +108,7 @@ def test_reading_ahead_keeps_order_and_content_whatever_the_number_of_workers(
     for asked, batch in zip(order, ahead, strict=True):
         expected = samples.read(asked)
         assert np.array_equal(batch.indices, asked.micro.indices) and torch.equal(batch.latents, expected.latents)
-        assert torch.equal(batch.target_tokens(), expected.target_tokens())
+        assert torch.equal(batch.target_tokens("a"), expected.target_tokens("a"))
     ahead.close()
 
 

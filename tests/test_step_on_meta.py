@@ -91,12 +91,12 @@ def built(
             SD15,
             StepSize(512, 768, 2, masked=True, preserved=True),
         ),
-        (repa_options, f"--lora_scope all --ema_decay 0.999 {HEADS}", SD15, StepSize(512, 512, 128, teacher_width=1024)),
+        (repa_options, f"--lora_scope all --ema_decay 0.999 {HEADS}", SD15, StepSize(512, 512, 128, teacher_widths={"a": 1024})),
         (
             network_options,
             f"{SCALED} {HEADS} --align_recipe trd {MEASURED} --flow_mode native --timestep_sampling shift",
             SDXL,
-            StepSize(1024, 1024, 4, teacher_width=1024),
+            StepSize(1024, 1024, 4, teacher_widths={"a": 1024}),
         ),
     ],
     ids=["sd15 with text encoder, a bridge by bins", "sd15 with heads", "sdxl, all trained, with heads, in fp16, a native flow"],
@@ -154,7 +154,7 @@ def test_the_loss_scaler_of_fp16_waits_for_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["sample", "token", "random"])
 def test_every_manifold_loss_waits_for_nothing(mode: str, tmp_path: Path) -> None:
-    size = StepSize(128, 64, 2, masked=True, preserved=True, teacher_width=64)
+    size = StepSize(128, 64, 2, masked=True, preserved=True, teacher_widths={"a": 64})
     options = network_options(f"{UNET_ONLY} {HEADS} --manifold_mode {mode} --manifold_clip 0.1", tmp_path)
     with ExitStack() as context:
         assert built(options, SD15, size, context, small()).count().operations

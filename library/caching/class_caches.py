@@ -1,4 +1,4 @@
-"""Caches of class pictures: a store of latents and one of teacher tokens for each set, and a file of the classes' prompts.
+"""Caches of class pictures: for each set a store of latents and one of tokens for each teacher, and a file of the classes' prompts.
 
 The key of an entry is the sample id, of tokens with `_mid`; latents are float16 [C, h, w], scaled. The file of prompts has one
 row per class and the empty prompt last.
@@ -19,6 +19,7 @@ from library.caching.fill import Filling, dropped_of, list_dropped, nothing_usab
 from library.caching.geometry import SquareCrop
 from library.caching.producers import Wanted, fingerprint
 from library.caching.survey import Survey, Target
+from library.caching.teacher import Teacher, locate_teacher
 from library.data.class_pictures import Pictures, PictureSet
 from library.data.pixels import PIXELS_VERSION
 from library.data.sources import Sample, missing_files
@@ -28,22 +29,20 @@ from library.device import named_dtype
 from library.errors import UserError
 from library.files import human_bytes, whole_file
 from library.models.conditioning import TextConditioner, clip_skip
-from library.models.encoders import PROMPTS_AT_ONCE, TeacherEncoder, VaeEncoder
+from library.models.encoders import PROMPTS_AT_ONCE, VaeEncoder
 from library.models.fingerprint import weight_fingerprint
 from library.models.load import load_text_encoders, load_vae
-from library.models.locate import DINOV2, BaseLocation, locate_base, locate_dino
+from library.models.locate import BaseLocation, locate_base
 from library.models.lone_vae import LoneVae, locate_vae
-from library.models.teachers import load_teacher, teacher_size
 from library.models.text_fusion import fusion_facts, load_fusion
 from library.options.alignment import AlignmentOptions
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.options.kohya.training import NetworkModelOptions, TextEncoderOptions
+from library.options.model import token_kinds
 from library.options.text_fusion import TextFusionOptions
 from library.processes import Processes
 from library.words import plural
 from networks.families import TOKENIZERS, Family
-
-KINDS = ("latents", "tokens")
 
 
 @dataclass
@@ -52,6 +51,7 @@ class Cached:
 
     samples: list[Sample]
     stores: dict[str, TensorStore]
+    """By what they are called: latents, and for each teacher the name that `token_kinds` gives."""
     dropped: dict[str, str] = field(default_factory=dict)
 
 
@@ -84,36 +84,39 @@ class Preparation:
         self.model, self.classes, self.cache, self.alignment = model, classes, cache, alignment
         self.text, self.fusion, self.family, self.processes = text, fusion, family, processes
         self.side, self.workers = side, workers
-        self.kinds = KINDS if alignment.needs_teacher else KINDS[:1]
+        teachers = token_kinds(model.teachers) if alignment.needs_teacher else {}
+        self.teachers = {name: teacher for teacher, name in teachers.items()}
+        """By the names of their stores."""
+        self.names = ("latents", *self.teachers)
         automatic = "bf16" if model.mixed_precision == "bf16" else "no"  # fp16 may overflow
         self.precision = automatic if cache.encoder_precision == "auto" else cache.encoder_precision
         self.vae = locate_vae(model.vae or model.pretrained_model_name_or_path)
         self._encoders: dict[str, Any] = {}
 
-    def made_elsewhere(self, kind: str) -> tuple[int, ...] | None:
-        return self.cache.latent_shape if kind == "latents" else self.cache.token_shape
+    def made_elsewhere(self, name: str) -> tuple[int, ...] | None:
+        return {"latents": self.cache.latent_shape, "tokens": self.cache.token_shape}.get(name)
 
-    def path(self, pictures: str, kind: str) -> Path:
-        return self.cache.store_path(f"{pictures}_{kind}")
+    def path(self, pictures: str, name: str) -> Path:
+        return self.cache.store_path(pictures, name)
 
-    def is_foreign(self, pictures: str, kind: str) -> bool:
+    def is_foreign(self, pictures: str, name: str) -> bool:
         """Whether the store was made elsewhere: it has no `__meta__`, and its shape is given."""
-        path = self.path(pictures, kind)
-        if self.made_elsewhere(kind) is None or not shard_folders(path):
+        path, shape = self.path(pictures, name), self.made_elsewhere(name)
+        if shape is None or not shard_folders(path):
             return False
-        store = TensorStore(path, kind, made_elsewhere=("float16", self.made_elsewhere(kind) or ()))
+        store = TensorStore(path, name, made_elsewhere=("float16", shape))
         foreign = store.foreign
         store.close()
         return foreign
 
-    def wanted(self, kind: str, foreign: bool) -> Wanted:
+    def wanted(self, name: str, foreign: bool) -> Wanted:
         """Form and producer of the entries this run needs."""
         if foreign:
-            shape = self.made_elsewhere(kind)
+            shape = self.made_elsewhere(name)
             assert shape is not None
-            right = self._latent_shape if kind == "latents" else (self.alignment.token_grid**2, shape[1])
-            return Wanted(kind, "float16", right, {})
-        return self._wanted_latents() if kind == "latents" else self._wanted_tokens()
+            right = self._latent_shape if name == "latents" else (self.alignment.token_grid**2, shape[1])
+            return Wanted(name, "float16", right, {})
+        return self._wanted_latents() if name == "latents" else self._wanted_tokens(self._teacher(name))
 
     def _wanted_latents(self) -> Wanted:
         producer = self._pixels() | {
@@ -129,18 +132,12 @@ class Preparation:
     def _latent_shape(self) -> tuple[int, int, int]:
         return self.family.latent_channels, *self.family.latent_size(self.side, self.side)
 
-    def _wanted_tokens(self) -> Wanted:
-        location = locate_dino(self.model.dino_model)
-        producer = self._pixels() | {
-            "model": self.model.dino_model,
-            "weights": weight_fingerprint(location, DINOV2, self.cache.cache_dir),
-            "dino_resolution": self.alignment.dino_resolution,
-            "token_grid": self.alignment.token_grid,
-        }
-        if self.alignment.teacher_layer is not None:
-            producer["layer"] = self.alignment.teacher_layer
-        shape = (self.alignment.token_grid**2, teacher_size(location).width)
-        return Wanted("tokens", self.alignment.token_dtype, shape, producer)
+    def _wanted_tokens(self, teacher: Teacher) -> Wanted:
+        producer = self._pixels() | teacher.facts(self.cache.cache_dir)
+        return Wanted("tokens", teacher.dtype, (teacher.grid**2, teacher.size.width), producer)
+
+    def _teacher(self, name: str) -> Teacher:
+        return locate_teacher(self.teachers[name], self.model, self.alignment, self.precision)
 
     def _pixels(self) -> dict[str, Any]:
         return {
@@ -150,26 +147,22 @@ class Preparation:
             "precision": self.precision,
         }
 
-    def encoder(self, kind: str) -> Any:
+    def encoder(self, name: str) -> Any:
         """VaeEncoder, TeacherEncoder or TextConditioner, loaded on first use."""
-        if kind not in self._encoders:
+        if name not in self._encoders:
             dtype, device = named_dtype(self.precision), self.processes.device
-            if kind == "latents":
-                self._encoders[kind] = VaeEncoder(load_vae(self.vae, serves=self.family, dtype=dtype, device=device))
-            elif kind == "tokens":
-                location, layer = locate_dino(self.model.dino_model), self.alignment.teacher_layer
-                teacher = load_teacher(location, layer, dtype=dtype, device=device)
-                self._encoders[kind] = TeacherEncoder(
-                    teacher, self.alignment.dino_resolution, self.alignment.token_grid
-                )
+            if name == "latents":
+                self._encoders[name] = VaeEncoder(load_vae(self.vae, serves=self.family, dtype=dtype, device=device))
+            elif name in self.teachers:
+                self._encoders[name] = self._teacher(name).encoder(device)
             else:
                 parts = load_text_encoders(self._text_location, families=(self.family,), device=device)
                 skip = clip_skip(self.text, self.family)
                 fusion = load_fusion(self.fusion, self.family, parts, dtype=torch.float32, device=device)
-                self._encoders[kind] = TextConditioner(
+                self._encoders[name] = TextConditioner(
                     self.family, parts, clip_skip=skip, chunks=self.text.chunks, fusion=fusion
                 )
-        return self._encoders[kind]
+        return self._encoders[name]
 
     def survey(self, pictures: PictureSet) -> dict[str, Survey]:
         """State of each store against `pictures`."""
@@ -190,11 +183,11 @@ class Preparation:
         targets = {}
         # The main process first: it may have to fetch or make a model.
         with self.processes.main_first():
-            for kind in self.kinds:
-                foreign = self.is_foreign(pictures.name, kind)
-                shape = self.made_elsewhere(kind) if foreign else None
-                targets[kind] = Target(
-                    self.path(pictures.name, kind), self.wanted(kind, foreign), pictures.samples, shape
+            for name in self.names:
+                foreign = self.is_foreign(pictures.name, name)
+                shape = self.made_elsewhere(name) if foreign else None
+                targets[name] = Target(
+                    self.path(pictures.name, name), self.wanted(name, foreign), pictures.samples, shape
                 )
         return targets
 
@@ -227,7 +220,7 @@ class Preparation:
         dropped = dropped_of(states.values())
         present = [sample for sample in pictures.samples if sample.sample_id not in dropped]
         stores = ", ".join(
-            f"{kind} {human_bytes(disk_bytes(state.path))} in {state.path}" for kind, state in states.items()
+            f"{name} {human_bytes(disk_bytes(state.path))} in {state.path}" for name, state in states.items()
         )
         say(f"{pictures.name}: {plural(len(present), 'sample')} cached, {len(dropped)} unreadable; {stores}")
         table = self.cache.cache_dir / f"{pictures.name}_unreadable.tsv"
@@ -235,10 +228,10 @@ class Preparation:
         if not present:
             raise nothing_usable(str(pictures.source.location), len(pictures.samples), dropped)
         opened = {
-            kind: TensorStore(
-                state.path, kind, made_elsewhere=("float16", state.wanted.shape) if state.foreign else None
+            name: TensorStore(
+                state.path, state.wanted.kind, made_elsewhere=("float16", state.wanted.shape) if state.foreign else None
             )
-            for kind, state in states.items()
+            for name, state in states.items()
         }
         return Cached(present, opened, dropped)
 

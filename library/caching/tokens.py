@@ -7,9 +7,8 @@ is the sample id and `_mid`. Another teacher, resolution, grid or precision has 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from library.caching.by_bucket import (
     BucketCaches,
@@ -21,34 +20,16 @@ from library.caching.by_bucket import (
 )
 from library.caching.fill import Say
 from library.caching.producers import Wanted
+from library.caching.teacher import Teacher
 from library.data.buckets import Size
 from library.data.pixels import PIXELS_VERSION
-from library.device import named_dtype
-from library.models.encoders import TeacherEncoder, grid_in_aspect
-from library.models.fingerprint import weight_fingerprint
-from library.models.locate import DINOV2, BaseLocation
-from library.models.teachers import load_teacher, teacher_size
+from library.models.encoders import grid_in_aspect
 from library.processes import Processes
 
 KIND = "tokens"
 LABEL = "tokens"
 # As train_repa.py's cache_batch_size: the teacher is larger than the VAE and its pictures are smaller.
 BATCH_SIZE = 16
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Which vision model, what it sees of a square picture, and what is kept of its tokens.
-
-    precision: no or bf16. grid, resolution: see `TeacherEncoder`. layer: whose tokens, counted from 1; None: the last.
-    """
-
-    location: BaseLocation
-    resolution: int
-    grid: int
-    dtype: Literal["float16", "int8"]
-    precision: str
-    layer: int | None = None
 
 
 def prepare_tokens(
@@ -65,18 +46,8 @@ def prepare_tokens(
     Raises UserError: no picture can be read, a store in use, no space.
     """
     with processes.main_first():
-        weights = weight_fingerprint(teacher.location, DINOV2, cache_dir)
-        size = teacher_size(teacher.location)
-    producer = {
-        "model": teacher.location.name,
-        "weights": weights,
-        "dino_resolution": teacher.resolution,
-        "token_grid": teacher.grid,
-        "dtype": teacher.dtype,
-        "pixels": PIXELS_VERSION,
-        "precision": teacher.precision,
-        **({} if teacher.layer is None else {"layer": teacher.layer}),
-    }
+        facts, size = teacher.facts(cache_dir), teacher.size
+    producer = facts | {"dtype": teacher.dtype, "pixels": PIXELS_VERSION, "precision": teacher.precision}
 
     def wanted(bucket: Size) -> Wanted:
         rows, columns = grid_in_aspect(teacher.grid, *bucket)
@@ -84,13 +55,7 @@ def prepare_tokens(
         own = producer | {"grid": [rows, columns], "input_pixels": seen}
         return Wanted(KIND, teacher.dtype, (rows * columns, size.width), own, remedy="--mixed_precision no may help")
 
-    def load() -> TeacherEncoder:
-        dtype = named_dtype(teacher.precision)
-        model = load_teacher(teacher.location, teacher.layer, dtype=dtype, device=processes.device)
-        return TeacherEncoder(model, teacher.resolution, teacher.grid)
-
     kind = BucketKind(LABEL, KIND, cache_dir, producer, "teacher, resolution, grid or precision", wanted)
     plan = plan_stores(pictures, kind)
-    return fill_stores(
-        plan, kind, FlippingEncoder(load), batch_size=BATCH_SIZE, workers=workers, processes=processes, say=say
-    )
+    encoder = FlippingEncoder(partial(teacher.encoder, processes.device))
+    return fill_stores(plan, kind, encoder, batch_size=BATCH_SIZE, workers=workers, processes=processes, say=say)

@@ -29,17 +29,17 @@ def verify(preparation: Preparation, pictures: Pictures, caches: Caches, *, say:
     """
     for picture_set, cached in zip(pictures.sets, [caches.train, caches.val], strict=False):
         assert cached is not None
-        for kind, store in cached.stores.items():
-            say(f"{picture_set.name} {kind}: {_read_all(kind, store, cached)}")
+        for name, store in cached.stores.items():
+            say(f"{picture_set.name} {name}: {_read_all(store, cached)}")
             if not store.foreign:
-                say(f"{picture_set.name} {kind}: {_encode_again(preparation, picture_set, cached, kind)}")
+                say(f"{picture_set.name} {name}: {_encode_again(preparation, picture_set, cached, name)}")
     finite = bool(caches.text.embeddings.isfinite().all())
     say(
         f"text: {caches.text.embeddings.shape[0]} rows of {tuple(caches.text.embeddings.shape[1:])}, all finite: {finite}"
     )
 
 
-def _read_all(kind: str, store: TensorStore, cached: Cached) -> str:
+def _read_all(store: TensorStore, cached: Cached) -> str:
     """Sentence on all entries of a store; entries of the wrong length are refused by the store itself."""
     total = squares = count = 0.0
     bad = []
@@ -66,9 +66,9 @@ def _read_all(kind: str, store: TensorStore, cached: Cached) -> str:
     )
 
 
-def _encode_again(preparation: Preparation, picture_set: PictureSet, cached: Cached, kind: str) -> str:
+def _encode_again(preparation: Preparation, picture_set: PictureSet, cached: Cached, name: str) -> str:
     chosen = random.Random(0).sample(cached.samples, min(REENCODED, len(cached.samples)))
-    store, worst, least = cached.stores[kind], 0.0, 1.0
+    store, worst, least = cached.stores[name], 0.0, 1.0
     gone = 0
     for sample in chosen:
         try:
@@ -79,7 +79,7 @@ def _encode_again(preparation: Preparation, picture_set: PictureSet, cached: Cac
         pixels = square_crop(picture, preparation.side)
         batch = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].to(preparation.processes.device)
         with torch.no_grad():
-            fresh = preparation.encoder(kind).encode(batch)[0].float().cpu()
+            fresh = preparation.encoder(name).encode(batch)[0].float().cpu()
         kept = torch.from_numpy(store.read(sample.sample_id).astype(np.float32))
         if store.meta.has_scale:
             scale = np.empty((1, store.meta.shape[0]), np.float16)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, Protocol, TypeVar
@@ -34,13 +34,24 @@ class AnyBatch:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    def tensors(self) -> list[torch.Tensor]:
+        """Of its fields, and of those that are dictionaries; in one order for batches of one form."""
+        values = [getattr(self, one.name) for one in fields(self)]
+        found = [one for value in values for one in (value.values() if isinstance(value, dict) else [value])]
+        return [one for one in found if isinstance(one, torch.Tensor)]
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        """The batch with `change` of each of these tensors in its place."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: changed(one) for name, one in value.items()}
+            return change(value) if isinstance(value, torch.Tensor) else value
+
+        return replace(self, **{one.name: changed(getattr(self, one.name)) for one in fields(self)})
 
     def to(self, device: torch.device) -> Any:
-        moved: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in self.tensors().items()}
-        return replace(self, **moved)
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 class Samples(Protocol[Asked]):
@@ -61,30 +72,28 @@ class Samples(Protocol[Asked]):
 
 @dataclass
 class AlignedBatch(AnyBatch):
-    """A batch that may carry what the teacher says: float16 [B, N, D], or int8 with scales [B, N]; None without alignment."""
+    """A batch that may carry what teachers say, by teacher: float16 [B, N, D], or int8 with scales [B, N]."""
 
-    tokens: torch.Tensor | None = field(default=None, kw_only=True)
-    token_scales: torch.Tensor | None = field(default=None, kw_only=True)
+    tokens: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
+    token_scales: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
 
-    def allocate_tokens(self, store: TensorStore, pin: bool) -> None:
+    def allocate_tokens(self, teacher: str, store: TensorStore, pin: bool) -> None:
         """Make room for the entries of a store."""
         count, shape, dtype = len(self), store.meta.shape, getattr(torch, store.meta.dtype)
-        self.tokens = torch.empty((count, *shape), dtype=dtype, pin_memory=pin)
+        self.tokens[teacher] = torch.empty((count, *shape), dtype=dtype, pin_memory=pin)
         if store.meta.has_scale:
-            self.token_scales = torch.empty((count, shape[0]), dtype=torch.float16, pin_memory=pin)
+            self.token_scales[teacher] = torch.empty((count, shape[0]), dtype=torch.float16, pin_memory=pin)
 
-    def read_tokens(self, store: TensorStore, sample_ids: list[str], part: slice) -> None:
+    def read_tokens(self, teacher: str, store: TensorStore, sample_ids: list[str], part: slice) -> None:
         """Copy the entries of the samples into rows `part`."""
-        assert self.tokens is not None
-        store.read_into(sample_ids, self.tokens.numpy()[part])
-        if self.token_scales is not None:
-            store.read_scales_into(sample_ids, self.token_scales.numpy()[part])
+        store.read_into(sample_ids, self.tokens[teacher].numpy()[part])
+        if teacher in self.token_scales:
+            store.read_scales_into(sample_ids, self.token_scales[teacher].numpy()[part])
 
-    def target_tokens(self) -> torch.Tensor:
-        """Teacher tokens [B, N, D] float32."""
-        assert self.tokens is not None
-        tokens = self.tokens.float()
-        return tokens if self.token_scales is None else tokens * self.token_scales.float().unsqueeze(-1)
+    def target_tokens(self, teacher: str) -> torch.Tensor:
+        """A teacher's tokens [B, N, D] float32."""
+        tokens, scales = self.tokens[teacher].float(), self.token_scales.get(teacher)
+        return tokens if scales is None else tokens * scales.float().unsqueeze(-1)
 
 
 @functools.cache
@@ -160,7 +169,7 @@ class Prefetcher(Generic[Request]):
             # The step's stream waits for the copy on the device; the host does not.
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)
-            for tensor in batch.tensors().values():
+            for tensor in batch.tensors():
                 tensor.record_stream(current)
             if all(future.done() for future in (self._ahead[0][1] if self._ahead else [])):
                 self._on_device = self._take()

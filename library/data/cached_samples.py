@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -70,7 +70,7 @@ class Batch(AlignedBatch):
     preserve: torch.Tensor | None = None
     """[B] bool: pictures whose target is what the base says (diff_output_preservation); None where there is none."""
     token_grid: tuple[int, int] | None = None
-    """Rows and columns of the teacher's tokens, where there are any."""
+    """Rows and columns of the teachers' tokens, where there are any: token_grid is the same for all."""
     sharing: int = 1
     """Processes that have pictures in this turn."""
     turn_share: float = 1.0
@@ -107,7 +107,7 @@ class CachedSamples:
         self,
         images: Sequence[TrainedImage],
         latents: ByBucket,
-        tokens: ByBucket | None,
+        tokens: Mapping[str, ByBucket],
         captions: Captions,
         *,
         seed: int,
@@ -117,7 +117,7 @@ class CachedSamples:
         frozen_captions: bool = False,
         alike: bool = False,
     ) -> None:
-        """frozen_captions: as they are, without shuffling and dropout; pictures are not mirrored either.
+        """tokens: by teacher. frozen_captions: as they are, without shuffling and dropout; pictures are not mirrored either.
 
         alike: every row of every batch is a picture and counts 1, so that batches need no weights.
         """
@@ -150,10 +150,9 @@ class CachedSamples:
         self._captions.allocate(batch, pin)
         if self._read_noise is not None:
             batch.noise = torch.empty(batch.latents.shape, pin_memory=pin)
-        if self._tokens is not None:
-            store = self._tokens.stores[bucket]
-            batch.allocate_tokens(store, pin)
-            batch.token_grid = _grid_of(store)
+        for teacher, caches in self._tokens.items():
+            batch.allocate_tokens(teacher, caches.stores[bucket], pin)
+            batch.token_grid = _grid_of(caches.stores[bucket])
         return self._labelled(batch, request)
 
     def relabel(self, batch: Batch, request: Request) -> Batch | None:
@@ -197,8 +196,8 @@ class CachedSamples:
             flipped, pictures = bool(batch.flipped[rows.start]), [self.images[i] for i in batch.indices[rows]]
             ids = [picture.image.sample_id for picture in pictures]
             self._store(self._latents, pictures[0], flipped).read_into(ids, latents[rows])
-            if self._tokens is not None:
-                batch.read_tokens(self._store(self._tokens, pictures[0], flipped), ids, rows)
+            for teacher, caches in self._tokens.items():
+                batch.read_tokens(teacher, self._store(caches, pictures[0], flipped), ids, rows)
             if batch.mask is not None and self._read_mask is not None:
                 for row, picture in enumerate(pictures, rows.start):
                     if picture.has_mask:

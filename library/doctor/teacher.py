@@ -46,7 +46,7 @@ class Answer:
 
 def ask_teacher(measured: Sequence[Measured], asked: Sequence[Asked], options: RunOptions) -> Answer:
     """asked: how the pictures of `measured` are read, in their order. Raises UserError where the teacher cannot be used."""
-    name = options.model.dino_model
+    name = options.model.dino_model[0]
     with doing("loading the teacher"):
         teacher = load_teacher(name, device=choose_device(options.model.device))
         grid = min(GRID, SIDE // teacher.size.patch)

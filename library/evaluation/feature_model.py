@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +17,12 @@ from library.merging.merge import fold_into_modules
 from library.merging.source import read_source
 from library.models.load import load_scheduler_config, load_unet
 from library.models.locate import locate_base
-from library.training.alignment import PART
+from library.options.model import teacher_name
+from library.training.alignment import LATENTS, PART
 from library.training.randomness import seed_of
 from library.training.saving import StepSaving
 from library.training.state import read_facts, read_tensors
-from networks.align_head import AlignHeads, head_key
+from networks.align_head import AlignHeads, head_key, head_name
 from networks.families import SD15, UNET
 from networks.features import capture
 from networks.network import Network, add_network
@@ -101,22 +103,37 @@ def read_heads(state: Path, *, use_ema: bool = True) -> AlignHeads:
     """
     options = read_facts(state)["options"]
     if not (state / f"{PART}.safetensors").is_file():
-        return AlignHeads({}, 0)
+        return AlignHeads({}, {})
     saved = read_tensors(state / f"{PART}.safetensors")
     if use_ema and (state / EMA).is_file():
         saved |= {name: value for name, value in read_tensors(state / EMA).items() if name in saved}
     tensors = {name.removeprefix(f"{PART}."): value for name, value in saved.items()}
-    first = {tap: tensors[f"{head_key(tap)}.proj.0.weight"] for tap in options["taps"]}  # [D, channels, ...]
-    width = next(iter(first.values())).shape[0]
+    taps = options["taps"]
+
+    def first_weight(tap: str, teacher: str | None) -> torch.Tensor:  # [D, channels, ...]
+        return tensors[f"{head_key(head_name(tap, teacher))}.proj.0.weight"]
+
     heads = AlignHeads(
-        {tap: value.shape[1] for tap, value in first.items()},
-        width,
+        {tap: first_weight(tap, None).shape[1] for tap in taps},
+        {
+            name: first_weight(taps[0], name if number else None).shape[0]
+            for number, name in enumerate(teachers_of(options))
+        },
         grid=options["token_grid"],
         kind=options["align_head"],
         time_width=next((value.shape[1] for name, value in tensors.items() if name.endswith("film.weight")), None),
     )
     heads.load_state_dict(tensors)
     return heads
+
+
+def teachers_of(options: Mapping[str, Any]) -> dict[str, str]:
+    """What the teachers of a run are called -> hub id, folder or file. options: as a state has them, where a lone one is a text."""
+    if options.get("manifold_target") == LATENTS:
+        return {LATENTS: ""}
+    given = options["dino_model"]
+    models = [given] if isinstance(given, str) else given
+    return {teacher_name(one): one for one in models}
 
 
 def load_folded_model(
@@ -144,7 +161,7 @@ def load_folded_model(
             fold_into_modules({UNET: unet}, SD15, replace(read, modules=modules), weight)
     nn.Module.to(unet, device, dtype)  # diffusers' own warns of nothing
     parametrisation = parametrisation_of(load_scheduler_config(base), device)
-    return FeatureModel(unet, (heads or AlignHeads({}, 0)).to(device), parametrisation, dtype)
+    return FeatureModel(unet, (heads or AlignHeads({}, {})).to(device), parametrisation, dtype)
 
 
 def extract_features(

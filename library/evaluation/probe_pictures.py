@@ -18,6 +18,7 @@ from library.data.pixels import UnreadableImage, decode_rgb, square_crop
 from library.data.store import StoreMeta, TensorStore
 from library.data.text_embeddings import read_text_embeddings
 from library.errors import UserError
+from library.evaluation.feature_model import teachers_of
 from library.models.encoders import dequantize_tokens
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.training.state import read_facts
@@ -101,7 +102,15 @@ def pictures_of_state(state: Path, *, fit: int, test: int) -> ProbePictures:
     options = facts["options"]
     classes, caches = _group(ClassPictureOptions, options, state), _group(ClassCacheOptions, options, state)
     pictures = open_probe_pictures(classes, caches, side=options["resolution"][0], fit=fit, test=test)
+    first, *others = teachers_of(options)
+    if others:
+        pictures.notes.append(
+            f"The training has several teachers. All here is about the tokens of the first, {first}; heads of {', '.join(others)} "
+            "are not measured."
+        )
     for name, producer in facts.get("caches", {}).items():
+        if name.startswith("tokens_"):  # of another teacher than the first
+            continue
         store = pictures.fit.samples.tokens if name.startswith("tokens ") else pictures.fit.samples.latents
         if not store.foreign and store.meta.producer != producer:
             raise UserError(
@@ -141,9 +150,7 @@ def open_probe_pictures(
 
 def _probe_set(pictures: PictureSet, side: int, cache: ClassCacheOptions, limit: int, notes: list[str]) -> ProbeSet:
     stores = {
-        kind: TensorStore(
-            cache.store_path(f"{pictures.name}_{kind}"), kind, made_elsewhere=shape and ("float16", shape)
-        )
+        kind: TensorStore(cache.store_path(pictures.name, kind), kind, made_elsewhere=shape and ("float16", shape))
         for kind, shape in (("latents", cache.latent_shape), ("tokens", cache.token_shape))
     }
     cached = [sample for sample in pictures.samples if all(sample.sample_id in store for store in stores.values())]

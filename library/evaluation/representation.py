@@ -294,7 +294,7 @@ class _Evaluation:
         yield _Trunk("checkpoint", self.model)
         if not self.settings.baselines:
             return
-        headless = replace(self.model, heads=type(self.model.heads)({}, 0))
+        headless = replace(self.model, heads=type(self.model.heads)({}, {}))
         if self.model.network is not None:
             yield _Trunk("base", headless, self.model.network.disabled)
         elif self.base is not None:

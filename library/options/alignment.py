@@ -38,9 +38,10 @@ RECIPES: dict[str, Recipe] = {
 class TokenOptions:
     """What is kept of what the teacher sees."""
 
-    dino_resolution: int = 518
+    dino_resolution: tuple[int, ...] = (518,)
     """Side in pixels of the teacher's input: of DINOv2 518 (its native grid, 37x37), 448 (32x32) or 224 (16x16, 6x cheaper), of
-    teachers with patches of 16 pixels 256 (16x16) or 512; of pictures that are no squares the same area."""
+    teachers with patches of 16 pixels 512 (32x32; their default) or 256; of pictures that are no squares the same area. Of several
+    teachers one for all, or one for each."""
     teacher_layer: OptionalCount = None
     """Layer of the teacher whose tokens are learned, counted from 1. Default: the last."""
     token_grid: int = 16
@@ -50,19 +51,25 @@ class TokenOptions:
 
     def __post_init__(self) -> None:
         positive("token_grid", self.token_grid)
-        require(
-            self.dino_resolution > 0 and 0 in (self.dino_resolution % 14, self.dino_resolution % 16),
-            "dino_resolution",
-            "must be a multiple of the teacher's patch, DINOv2's 14 (518, 448, 224) or 16 (512, 256, 224), got "
-            f"{self.dino_resolution}.",
-        )
+        require(bool(self.dino_resolution), "dino_resolution", "is empty.")
+        for side in self.dino_resolution:
+            require(
+                side > 0 and 0 in (side % 14, side % 16),
+                "dino_resolution",
+                f"must be a multiple of the teacher's patch, DINOv2's 14 (518, 448, 224) or 16 (512, 256, 224), got {side}.",
+            )
+            require(
+                self.token_grid <= side // 14,
+                "token_grid",
+                f"is {self.token_grid}, finer than the {side // 14} patches that dino_resolution {side} gives. Raise "
+                "dino_resolution or lower token_grid.",
+            )
         positive("teacher_layer", self.teacher_layer)
-        require(
-            self.token_grid <= self.dino_resolution // 14,
-            "token_grid",
-            f"is {self.token_grid}, finer than the {self.dino_resolution // 14} patches that dino_resolution "
-            f"{self.dino_resolution} gives. Raise dino_resolution or lower token_grid.",
-        )
+
+    def resolution(self, number: int, patch: int) -> int:
+        """Of the teacher of this number, counted from 0; of the default the largest multiple of its patch that is no larger."""
+        given = self.dino_resolution[number if len(self.dino_resolution) > 1 else 0]
+        return given // patch * patch if self.dino_resolution == TokenOptions.dino_resolution else given
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,8 @@ class AlignmentOptions(TokenOptions, WithRecipes):
     several of them."""
     tap_weights: tuple[float, ...] = ()
     """How much each of them counts in the mean of their losses. Default: all alike."""
+    teacher_weights: tuple[float, ...] = ()
+    """The same of the teachers (dino_model)."""
     align_head: Literal["mlp", "linear", "conv3x3"] = "mlp"
     """AlignHead: two 1x1 convolutions with GELU between, one 1x1, or one 3x3 (iREPA)."""
     align_film: bool = False
@@ -143,7 +152,8 @@ class AlignmentOptions(TokenOptions, WithRecipes):
             "tap_weights",
             f"has {plural(len(self.tap_weights), 'number')} for {plural(len(self.taps), 'tap')}: give one for each, or none.",
         )
-        require(all(weight > 0 for weight in self.tap_weights), "tap_weights", "must all be positive.")
+        for name in ("tap_weights", "teacher_weights"):
+            require(all(weight > 0 for weight in getattr(self, name)), name, "must all be positive.")
         require(
             self.manifold_target == "teacher" or (self.token_weight == 0 and self.manifold_weight > 0),
             "manifold_target",

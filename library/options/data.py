@@ -48,7 +48,8 @@ class ClassCacheOptions(NetworkCacheOptions):
     train_latents: Path | None = None
     """LMDB store of the training latents. Default: train_latents in cache_dir."""
     train_tokens: Path | None = None
-    """LMDB store of the training DINOv2 tokens (/dev/shm suits, if they fit). Default: train_tokens in cache_dir."""
+    """LMDB store of the training pictures' tokens (/dev/shm suits, if they fit). Default: train_tokens in cache_dir. Those of a
+    second teacher lie beside it, as train_tokens_NAME."""
     val_latents: Path | None = None
     """LMDB store of the validation latents. Default: val_latents in cache_dir."""
     val_tokens: Path | None = None
@@ -58,7 +59,7 @@ class ClassCacheOptions(NetworkCacheOptions):
     latent_shape: tuple[int, int, int] | None = None
     """Shape of one latent in a raw float16 store made elsewhere without __meta__, such as 4 64 64."""
     token_shape: tuple[int, int] | None = None
-    """Shape of one sample's tokens in such a store, such as 256 1024."""
+    """Shape of one sample's tokens in such a store, such as 256 1024; of several teachers the first's."""
     encoder_precision: Literal["auto", "bf16", "no"] = "auto"
     """Number format in which VAE, teacher and text encoder compute. auto follows mixed_precision."""
     cache_batch_size: int = 16
@@ -68,9 +69,12 @@ class ClassCacheOptions(NetworkCacheOptions):
         super().__post_init__()
         positive("cache_batch_size", self.cache_batch_size)
 
-    def store_path(self, name: str) -> Path:
-        """Folder of one of the four stores: train_latents, train_tokens, val_latents, val_tokens."""
-        return getattr(self, name) or self.cache_dir / name
+    def store_path(self, pictures: str, name: str) -> Path:
+        """Folder of a store of the training (train) or validation pictures (val): latents, tokens; those of other teachers than the
+        first (`token_kinds`) lie beside the first's."""
+        kind, _, teacher = name.partition("_")
+        path: Path = getattr(self, f"{pictures}_{kind}") or self.cache_dir / f"{pictures}_{kind}"
+        return path.with_name(f"{path.name}_{teacher}") if teacher else path
 
     @property
     def text_embeddings_path(self) -> Path:

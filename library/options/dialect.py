@@ -50,8 +50,6 @@ class Dialect:
     """Flag that lets unknown keys of this file pass with a warning."""
     later_section_wins: bool = False
     """A key may stand in several sections; the last one counts."""
-    loose_values: bool = False
-    """In files, "" stands for an optional value not given, and a single value for a list of one."""
     datasets_beside: bool = False
     """A file with [[datasets]] may hold options beside them; its [general] is theirs then."""
     aliases: Mapping[str, Alias] = field(default_factory=dict)

@@ -32,7 +32,7 @@ class DoctorOptions:
     max_pictures: int = 2000
     """Look at so many pictures at most, chosen by a stable hash of their ids; captions and sizes are read of all."""
     deep: bool = False
-    """Also ask the teacher (dino_model) which pictures are alike, and show what it sees in each."""
+    """Also ask the teacher (dino_model, the first of several) which pictures are alike, and show what it sees in each."""
 
     def __post_init__(self) -> None:
         positive("max_pictures", self.max_pictures)

@@ -107,7 +107,7 @@ class MeasureOptions:
     val_data, or a folder held_out beside its pictures."""
     max_references: int = DEFAULT_REFERENCES
     """At most so many photos are used, spread evenly over the folder."""
-    dino_model: str = ModelOptions.dino_model
+    dino_model: str = ModelOptions.dino_model[0]
     """DINOv2 for likeness, drift and diversity: a hub id (facebook/dinov2-large), a folder, Meta's .pth, or the project's own."""
     clip_model: str | None = None
     """CLIP for adherence: a hub id or folder of a transformers CLIPModel. Default: the project's own for its bases, else none."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal
 
 from library.options.checks import require
@@ -20,9 +23,9 @@ class ModelOptions:
 
     pretrained_model_name_or_path: Needed = "tiny-shapes"
     """Base model: a hub id, a diffusers folder, one .safetensors file, or tiny-shapes, the embedded default."""
-    dino_model: Needed = "tiny-shapes-dinov2"
+    dino_model: tuple[Needed, ...] = ("tiny-shapes-dinov2",)
     """Teacher: hub id or folder of a DINOv2 (facebook/dinov2-large), DINOv3, SigLIP, SigLIP 2, CLIP or MAE, Meta's
-    dinov2_vit*14*.pth, or tiny-shapes-dinov2."""
+    dinov2_vit*14*.pth, or tiny-shapes-dinov2. Of several, each gets an AlignHead of its own."""
     mixed_precision: Precision = "bf16"
     """Number format in which frozen weights are kept and everything but losses and trained weights is computed."""
     device: str | None = None
@@ -30,7 +33,29 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         require(bool(self.pretrained_model_name_or_path), "pretrained_model_name_or_path", "is empty.")
-        require(bool(self.dino_model), "dino_model", "is empty.")
+        require(bool(self.dino_model) and all(self.dino_model), "dino_model", "is empty.")
+        twice = [name for name in self.teachers if [teacher_name(one) for one in self.dino_model].count(name) > 1]
+        require(
+            not twice,
+            "dino_model",
+            f"has {' '.join(twice)} twice. Stores, heads and metrics are called by the last part of a teacher's name: give each "
+            "once, and folders of the same name another one.",
+        )
+
+    @property
+    def teachers(self) -> dict[str, str]:
+        """What each teacher is called in this run -> hub id, folder or file."""
+        return {teacher_name(one): one for one in self.dino_model}
+
+
+def teacher_name(model: str) -> str:
+    """What is called by a teacher has the last part of its name, with signs that names of files and modules may have."""
+    return re.sub(r"[^\w-]+", "_", re.sub(r"\.(pth|safetensors)$", "", PurePath(model).name)) or "teacher"
+
+
+def token_kinds(teachers: Iterable[str]) -> dict[str, str]:
+    """Teacher -> what its tokens are called among the stores of class pictures: those of the first as where there is no other."""
+    return {teacher: f"tokens_{teacher}" if number else "tokens" for number, teacher in enumerate(teachers)}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ KOHYA = Dialect(
     output_option="output_config",
     ignore_option="ignore_unknown_keys",
     later_section_wins=True,
-    loose_values=True,
     aliases=ALIASES,
     refused=REFUSED,
     words_of={"network_args": network_args.KEYS, "optimizer_args": OPTIMIZER_KEYS},

@@ -85,7 +85,7 @@ def parse(
             from_file = _file_values(config, dialect, known, words, wrong)
         except UserError as error:
             raise UserError("\n".join([*wrong, str(error)])) from None
-        from_file = _typed(from_file, kinds, wrong, loose=dialect.loose_values)
+        from_file = _typed(from_file, kinds, wrong)
     words, empty = words_given(words, kinds)
     for name, word in empty.items():
         _say(f"note: --{name} {word or 'is empty and'} counts as not given.")
@@ -227,11 +227,9 @@ def _unknown(values: dict[str, Located], known: set[str], ignore_option: str | N
     return f"Unknown {'key' if len(unknown) == 1 else 'keys'}: {'; '.join(unknown)}.{away}"
 
 
-def _typed(values: dict[str, Located], kinds: dict[str, Any], wrong: list[str], *, loose: bool) -> dict[str, Located]:
-    """The values that belong to `kinds`, checked strictly: "10" is no number, 1 is no switch, 1 is a legal float. What does not
-    fit is left out and added to `wrong`.
-
-    loose: a single value is a list of one where a list is wanted.
+def _typed(values: dict[str, Located], kinds: dict[str, Any], wrong: list[str]) -> dict[str, Located]:
+    """The values that belong to `kinds`, checked strictly: "10" is no number, 1 is no switch, 1 is a legal float. A single value is
+    a list of one where a list is wanted. What does not fit is left out and added to `wrong`.
     """
     typed: dict[str, Located] = {}
     for name, located in values.items():
@@ -240,7 +238,7 @@ def _typed(values: dict[str, Located], kinds: dict[str, Any], wrong: list[str], 
         kind, value = kinds[name], value_given(located.value, kinds[name])
         if value is NOT_GIVEN:
             continue
-        if loose and _is_list(kind) and not isinstance(value, list):
+        if _is_list(kind) and not isinstance(value, list):
             value = [value]
         if reason := _misread(value, kind):
             wrong.append(f"{name} in {located.place}: {reason}")

@@ -27,6 +27,7 @@ from library.options.teacher import DistillationOptions
 from library.options.text_fusion import TextFusionOptions
 from library.options.timestep_bins import TimestepBinOptions
 from library.options.training import OutputOptions
+from library.words import plural
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class RunOptions:
 
     def _check_effects(self) -> None:
         """What would have no effect beside the rest, or cannot be had together."""
+        self._check_teachers()
         require(
             not self.bins.given or self.flow.kind == "bins",
             next(iter(self.bins.given), ""),
@@ -163,6 +165,22 @@ class RunOptions:
             self.training.initial_epoch is None or self.output.resume == "auto",
             "initial_epoch",
             "has no effect with resume: a state knows its own step.",
+        )
+
+    def _check_teachers(self) -> None:
+        o, teachers = self.alignment, plural(len(self.model.dino_model), "teacher")
+        for name, allowed in (("teacher_weights", (0,)), ("dino_resolution", (1,))):
+            count = len(getattr(o, name))
+            require(
+                count in (*allowed, len(self.model.dino_model)),
+                name,
+                f"has {plural(count, 'number')} for {teachers} (dino_model): give one for each, or "
+                f"{'none' if 0 in allowed else 'one for all'}.",
+            )
+        require(
+            not o.alignment or o.needs_teacher or len(self.model.dino_model) == 1,
+            "dino_model",
+            "has no effect with manifold_target latents, which asks no teacher.",
         )
 
     def metrics_folder(self, now: datetime) -> Path:

@@ -29,7 +29,7 @@ class Judging:
     size: int | None = None
     """Side in pixels. Default: the size that the base was trained at."""
     dino_model: str | None = None
-    """Default: the training's option dino_model."""
+    """Default: the training's dino_model, the first of several."""
     clip_model: str | None = None
     """CLIP that measures adherence, which is not measured without one. The embedded base comes with its own."""
     drift_weight: float = 0.5

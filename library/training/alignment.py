@@ -1,21 +1,20 @@
-"""What AlignHeads learn beside any diffusion training: the teacher's tokens, and how they relate to each other.
+"""What AlignHeads learn beside any diffusion training: the tokens of one teacher or several, and how these relate to each other.
 
 loss = L_diff + lambda(step) * (token_weight * L_token + manifold_weight * L_manifold)        (U-REPA, arXiv 2503.18414)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from library.caching.by_bucket import BucketCaches
 from library.data.cached_samples import Batch
 from library.diffusion import alignment_losses as losses
 from library.diffusion.alignment_losses import Weights
@@ -34,21 +33,23 @@ from networks.align_head import AlignHeads
 from networks.features import capture
 from networks.taps import tap_channels
 
+LATENTS = "latents"
+"""In place of a teacher's name, where heads learn the relations of clean latents."""
 LATENTS_HEAD_WIDTH = 256
-"""Of what heads predict where there is no teacher to say it (a guess; only similarities are compared)."""
+"""Of what heads predict there, where no teacher says it (a guess; only similarities are compared)."""
 PART = "align_heads"
 """Name of the heads' file in a state, of their group in the optimizer, and first word of their parameters."""
 
-
+Value = TypeVar("Value", float, torch.Tensor)
 AlignmentLosses = dict[str, torch.Tensor]
-"""Scalars float32 by name, token and manifold, each the mean over the heads."""
+"""Scalars float32 by name, token and manifold, each the mean over the heads; of several teachers also align/TEACHER/token, ..."""
 
 
 @dataclass
 class Alignment:
     """AlignHeads and what they are trained by.
 
-    heads: tap -> AlignHead. features: the mapping that hooks on the U-Net fill, tap -> [B, C, h, w]; see `attach`.
+    heads: of each tap and teacher. features: the mapping that hooks on the U-Net fill, tap -> [B, C, h, w]; see `attach`.
     gather: joins the pooled rows of all processes for the Gram matrix between samples; None compares within a batch.
     """
 
@@ -66,7 +67,7 @@ class Alignment:
         cls,
         unet: Any,
         options: RunOptions,
-        teacher_width: int,
+        widths: Mapping[str, int],
         adapters: list[nn.Parameter],
         plan: Plan,
         processes: Processes,
@@ -74,10 +75,10 @@ class Alignment:
     ) -> Alignment:
         """With the features of `unet`, caught as long as `context` is open. To be called before anything is compiled.
 
-        adapters: what is trained beside the heads.
+        widths: of what heads predict, by teacher (`head_widths`). adapters: what is trained beside the heads.
         """
         o = options.alignment
-        heads = make_heads(unet.config, o, teacher_width, options.training.seed)
+        heads = make_heads(unet.config, o, widths, options.training.seed)
         heads = heads.to(processes.device, torch.bfloat16 if options.model.full_bf16 else torch.float32)
         features = context.enter_context(capture(unet, heads.captured))
         end = None
@@ -120,14 +121,15 @@ class Alignment:
             return Weights(own, torch.ones_like(own), sharing=sharing)
         return replace(weights, pictures=weights.pictures * own)
 
-    def target(self, batch: Batch, latents: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """What heads learn, [B, N, D] float32, on rows and columns of N tokens: the teacher's, or clean latents pooled.
+    def targets(self, batch: Batch, latents: torch.Tensor) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+        """What the heads of each teacher learn, [B, N, D] float32, on rows and columns of N tokens: its tokens, or clean latents
+        pooled.
 
         latents: [B, C, h, w], scaled. Raises UserError where they are fewer than the tokens.
         """
         if self.options.needs_teacher:
             assert batch.token_grid is not None
-            tokens, grid = batch.target_tokens(), batch.token_grid
+            tokens, grid = {name: batch.target_tokens(name) for name in self.heads.teachers}, batch.token_grid
         else:
             height, width = latents.shape[-2:]
             grid = grid_in_aspect(self.options.token_grid, width, height)
@@ -136,39 +138,64 @@ class Alignment:
                     f"token_grid {self.options.token_grid} is finer than latents of {height} x {width}, which are pooled to it. "
                     "Lower token_grid."
                 )
-            tokens = F.adaptive_avg_pool2d(latents, grid).flatten(2).transpose(1, 2)
-        return losses.spatially_normalised(tokens, self.options.teacher_norm), grid
+            pooled = F.adaptive_avg_pool2d(latents, grid).flatten(2).transpose(1, 2)
+            tokens = dict.fromkeys(self.heads.teachers, pooled)
+        share = self.options.teacher_norm
+        return {name: losses.spatially_normalised(one, share) for name, one in tokens.items()}, grid
 
     def losses(
         self,
-        target: torch.Tensor,
+        targets: Mapping[str, torch.Tensor],
         generator: torch.Generator,
         *,
         grid: tuple[int, int] | None = None,
         weights: Weights | None = None,
         with_gradient: bool,
     ) -> AlignmentLosses:
-        """Of the features that the U-Net's last pass left, against `target` [B, N, D] float32, as `target` gives it.
+        """Of the features that the U-Net's last pass left, against `targets` by teacher, each [B, N, D] float32.
 
         grid: rows and columns of the N tokens; None is the heads' own square. with_gradient False leaves the losses out
         of the graph: where lambda is 0 the step is, to the bit, the step of a run without heads.
         """
-        found: dict[str, list[torch.Tensor]] = {name: [] for name in self.weights}
-        for tap in self.heads:
-            with torch.set_grad_enabled(with_gradient):
-                predicted = self.heads.tokens(tap, self.features, grid)
-            for name, values in found.items():
-                with torch.set_grad_enabled(with_gradient and self.weights[name] > 0):
-                    values.append(self.loss(name, predicted, target, generator, weights))
-        return {name: self._mean(values) for name, values in found.items()}
+        found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.weights}
+        for teacher, target in targets.items():
+            of_taps: dict[str, list[torch.Tensor]] = {name: [] for name in self.weights}
+            for tap in self.heads:
+                with torch.set_grad_enabled(with_gradient):
+                    predicted = self.heads.tokens(tap, self.features, grid, teacher)
+                for name, values in of_taps.items():
+                    with torch.set_grad_enabled(with_gradient and self.weights[name] > 0):
+                        values.append(self.loss(name, predicted, target, generator, weights))
+            for name, values in of_taps.items():
+                found[name][teacher] = self._over_taps(values)
+        means = {name: self.over_teachers(list(values.values())) for name, values in found.items()}
+        if len(targets) == 1:
+            return means
+        return means | {
+            _part(teacher, name): value.detach() for name in found for teacher, value in found[name].items()
+        }
 
-    def _mean(self, of_taps: list[torch.Tensor]) -> torch.Tensor:
-        """Over the heads, by their weights where they have any."""
+    @property
+    def parts(self) -> list[str]:
+        """The names of what `losses` gives."""
+        teachers = self.heads.teachers if len(self.heads.teachers) > 1 else ()
+        return [*self.weights, *(_part(teacher, name) for name in self.weights for teacher in teachers)]
+
+    def _over_taps(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """The mean of a teacher's heads, by their weights where they have any."""
         weights = self.options.tap_weights
         if not weights:
-            return torch.stack(of_taps).mean()
-        weighed = torch.stack([weight * value for weight, value in zip(weights, of_taps, strict=True)])
+            return torch.stack(values).mean()
+        weighed = torch.stack([weight * value for weight, value in zip(weights, values, strict=True)])
         return weighed.sum() / sum(weights)
+
+    def over_teachers(self, values: Sequence[Value]) -> Value:
+        """The mean of what each teacher has, likewise."""
+        if len(values) == 1:
+            return values[0]
+        weights = self.options.teacher_weights or (1.0,) * len(values)
+        first, *others = (weight * value for weight, value in zip(weights, values, strict=True))
+        return cast(Value, sum(others, start=first) / sum(weights))
 
     def loss(
         self,
@@ -184,10 +211,13 @@ class Alignment:
         return self.manifold(predicted, target, generator, weights)
 
     @torch.no_grad()
-    def token_loss(self, target: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
+    def token_loss(self, targets: Mapping[str, torch.Tensor], grid: tuple[int, int] | None) -> torch.Tensor:
         """The mean over the heads, every token counting alike."""
-        found = [losses.token_loss(self.heads.tokens(tap, self.features, grid), target) for tap in self.heads]
-        return torch.stack(found).mean()
+        found = []
+        for teacher, target in targets.items():
+            predicted = (self.heads.tokens(tap, self.features, grid, teacher) for tap in self.heads)
+            found.append(self._over_taps([losses.token_loss(tokens, target) for tokens in predicted]))
+        return self.over_teachers(found)
 
     def manifold(
         self,
@@ -213,25 +243,32 @@ class Alignment:
 
     def total(self, aligned: Mapping[str, Any]) -> Any:
         """The losses, each by its weight: what lambda multiplies."""
-        first, *others = (self.weights[name] * value for name, value in aligned.items())
+        first, *others = (weight * aligned[name] for name, weight in self.weights.items())
         return sum(others, start=first)
 
 
-def head_width(options: AlignmentOptions, tokens: BucketCaches | None) -> int | None:
-    """Of what heads predict, as wide as the teacher's tokens where there are any; None without heads."""
+def _part(teacher: str, name: str) -> str:
+    return f"align/{teacher}/{name}"
+
+
+def head_widths(options: AlignmentOptions, teachers: Mapping[str, int]) -> Mapping[str, int]:
+    """Of what heads predict, by teacher: as wide as its tokens, where there is one; empty without heads.
+
+    teachers: widths of their tokens.
+    """
     if not options.alignment:
-        return None
-    return LATENTS_HEAD_WIDTH if tokens is None else tokens.width
+        return {}
+    return teachers if options.needs_teacher else {LATENTS: LATENTS_HEAD_WIDTH}
 
 
-def make_heads(unet_config: Mapping[str, Any], o: AlignmentOptions, teacher_width: int, seed: int) -> AlignHeads:
-    """One for each tap, of as many channels as the U-Net has there."""
+def make_heads(unet_config: Mapping[str, Any], o: AlignmentOptions, widths: Mapping[str, int], seed: int) -> AlignHeads:
+    """One for each tap and teacher, of as many channels as the U-Net has there."""
     channels = {tap: shape.channels for tap, shape in tap_channels(unet_config, o.taps).items()}
     # diffusers' own rule for the width of the embedding.
     time_width = unet_config.get("time_embedding_dim") or unet_config["block_out_channels"][0] * 4
     return AlignHeads(
         channels,
-        teacher_width,
+        widths,
         grid=o.token_grid,
         kind=o.align_head,
         seed=seed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from library.diffusion.alignment_schedules import timestep_weights
@@ -27,21 +29,30 @@ def check_alignment(options: RunOptions, base: BaseLocation, family: Family) -> 
     """What to say of the alignment. Raises UserError for what does not fit the base or the teacher."""
     if not options.alignment.alignment:
         return []
-    _check_teacher(options)
+    notes = list(_teacher_notes(options))
     _check_taps(options, base, family)
     _check_window(options, base, family)
-    recipe = options.alignment.align_recipe
-    return [] if recipe is None else [f"alignment recipe {recipe}: {RECIPES[recipe].source}"]
+    if (recipe := options.alignment.align_recipe) is not None:
+        notes.append(f"alignment recipe {recipe}: {RECIPES[recipe].source}")
+    return notes
 
 
-def _check_teacher(options: RunOptions) -> None:
-    """Raise UserError where the teacher, if it is on this machine, gives no such tokens."""
-    o, name = options.alignment, options.model.dino_model
-    if not o.needs_teacher or dino_status(name) is not None:
-        return
-    size = teacher_size(name)
-    require_layer(o.teacher_layer, size, name)
-    patches_of(size.patch, o.dino_resolution, o.token_grid)
+def _teacher_notes(options: RunOptions) -> Iterator[str]:
+    """What the teachers that are on this machine see, where dino_resolution does not say it of one. Raises UserError where one of
+    them gives no such tokens."""
+    o, teachers = options.alignment, options.model.dino_model
+    for number, name in enumerate(teachers if o.needs_teacher else ()):
+        if dino_status(name) is not None:
+            continue
+        size = teacher_size(name)
+        require_layer(o.teacher_layer, size, name)
+        resolution = o.resolution(number, size.patch)
+        try:
+            side = patches_of(size.patch, resolution, o.token_grid)
+        except UserError as error:
+            raise UserError(f"{error} The teacher is {name}.") from None
+        if len(teachers) > 1 or resolution != o.dino_resolution[0]:
+            yield f"teacher {name}: {resolution} x {resolution} pixels, {side} x {side} patches of {size.patch}"
 
 
 def _check_taps(options: RunOptions, base: BaseLocation, family: Family) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -10,7 +10,8 @@ from library.caching.by_bucket import BucketCaches, BucketedPicture
 from library.caching.class_caches import Cached, Caches, Preparation
 from library.caching.latents import prepare_latents
 from library.caching.prompt_cache import PromptCache, prepare_prompts
-from library.caching.tokens import Teacher, prepare_tokens
+from library.caching.teacher import locate_teacher
+from library.caching.tokens import prepare_tokens
 from library.data.captions import cacheable_captions, variations
 from library.data.collect import TrainingData
 from library.data.store import TensorStore
@@ -18,9 +19,10 @@ from library.data.text_embeddings import TextEmbeddings
 from library.errors import UserError
 from library.models.conditioning import TextConditioner, clip_skip
 from library.models.frozen import freeze_layers
-from library.models.locate import BaseLocation, locate_dino
+from library.models.locate import BaseLocation
 from library.models.lone_vae import locate_vae
 from library.options.data import ClassCacheOptions
+from library.options.model import token_kinds
 from library.options.run import RunOptions
 from library.processes import Processes
 from library.training.models import FrozenModels, base_weights_facts, load_frozen_text, text_conditioner
@@ -28,10 +30,14 @@ from networks.families import Family
 
 
 class Stores(NamedTuple):
-    """Of one set of pictures. tokens: None without alignment."""
+    """Of one set of pictures. tokens: by teacher; none without one."""
 
     latents: BucketCaches
-    tokens: BucketCaches | None
+    tokens: Mapping[str, BucketCaches]
+
+    @property
+    def every(self) -> list[BucketCaches]:
+        return [self.latents, *self.tokens.values()]
 
 
 @dataclass
@@ -51,9 +57,8 @@ class Prepared:
     models: FrozenModels = field(default_factory=FrozenModels)
 
     def close(self) -> None:
-        for caches in (*self.training, *self.validation):
-            if caches is not None:
-                caches.close()
+        for caches in (*self.training.every, *self.validation.every):
+            caches.close()
         if isinstance(self.text, PromptCache):
             self.text.close()
 
@@ -93,11 +98,12 @@ def prepare_caches(
         kohya_caches=options.cache.cache_latents_to_disk,
     )
     data = _without(data, latents.dropped)
-    tokens = None
-    if options.alignment.needs_teacher:
-        readable = [picture for picture in pictures if picture.sample_id not in latents.dropped]
-        tokens = _tokens(options, processes, readable)
-        data = _without(data, tokens.dropped)
+    tokens, dropped = dict[str, BucketCaches](), set(latents.dropped)
+    for teacher in options.model.teachers if options.alignment.needs_teacher else ():
+        readable = [picture for picture in pictures if picture.sample_id not in dropped]
+        tokens[teacher] = _tokens(options, processes, teacher, readable)
+        data = _without(data, tokens[teacher].dropped)
+        dropped |= tokens[teacher].dropped.keys()
     prompts = _prompts(options, processes, base, family, data) if options.cache.caches_text else None
     stores = Stores(latents, tokens)
     return Prepared(base, family, data, stores, stores, prompts)
@@ -110,21 +116,21 @@ def prepare_drawn(
     assert options.teacher is not None and options.teacher.teacher_latents is not None
     store, bucket = TensorStore(options.teacher.teacher_latents, "latents"), data.training[0].fitted.bucket
     prompts = _prompts(options, processes, base, family, data) if options.cache.caches_text else None
-    stores = Stores(BucketCaches({bucket: store}, {}, {}), None)
+    stores = Stores(BucketCaches({bucket: store}, {}, {}), {})
     return Prepared(base, family, data, stores, stores, prompts)
 
 
 def prepare_classes(
     options: RunOptions, processes: Processes, base: BaseLocation, family: Family, data: TrainingData
 ) -> Prepared:
-    """The caches of class pictures: a store of latents and one of tokens for each set, and the prompts of all classes.
+    """The caches of class pictures: for each set a store of latents and one of tokens for each teacher; the prompts of all classes.
 
     Raises UserError where a store was made with other options: a training should not overwrite by a slip of an option what
     took days. prepare_cache.py does.
     """
     assert data.classes is not None
     caches = class_preparation(options, processes, family).prepare(data.classes, rebuild=False, say=processes.say)
-    return prepared_classes(caches, base, family, data)
+    return prepared_classes(caches, base, family, data, options.model.teachers)
 
 
 def class_preparation(options: RunOptions, processes: Processes, family: Family) -> Preparation:
@@ -144,12 +150,14 @@ def class_preparation(options: RunOptions, processes: Processes, family: Family)
     )
 
 
-def prepared_classes(caches: Caches, base: BaseLocation, family: Family, data: TrainingData) -> Prepared:
-    side = data.datasets[0].resolution
+def prepared_classes(
+    caches: Caches, base: BaseLocation, family: Family, data: TrainingData, teachers: Iterable[str]
+) -> Prepared:
+    side, named = data.datasets[0].resolution, token_kinds(teachers)
 
     def stores(cached: Cached) -> Stores:
-        by_kind = {kind: BucketCaches({side: store}, {}, cached.dropped) for kind, store in cached.stores.items()}
-        return Stores(by_kind["latents"], by_kind.get("tokens"))
+        found = {name: BucketCaches({side: store}, {}, cached.dropped) for name, store in cached.stores.items()}
+        return Stores(found["latents"], {teacher: found[name] for teacher, name in named.items() if name in found})
 
     held_out = caches.val or caches.train
     data = _without(data, caches.train.dropped, held_out.dropped)
@@ -177,23 +185,14 @@ def _without(
     return data
 
 
-def _tokens(options: RunOptions, processes: Processes, pictures: list[BucketedPicture]) -> BucketCaches:
-    alignment = options.alignment
-    with processes.main_first():
-        location = locate_dino(options.model.dino_model)
+def _tokens(options: RunOptions, processes: Processes, teacher: str, pictures: list[BucketedPicture]) -> BucketCaches:
     # Like the VAE, it computes in float32 where that is not bf16: fp16 may overflow.
     precision = "bf16" if options.model.mixed_precision == "bf16" else "no"
-    teacher = Teacher(
-        location,
-        alignment.dino_resolution,
-        alignment.token_grid,
-        alignment.token_dtype,
-        precision,
-        alignment.teacher_layer,
-    )
+    with processes.main_first():
+        located = locate_teacher(teacher, options.model, options.alignment, precision)
     return prepare_tokens(
         pictures,
-        teacher,
+        located,
         cache_dir=options.cache.cache_dir,
         workers=options.speed.max_data_loader_n_workers,
         processes=processes,

@@ -13,6 +13,7 @@ from library.files import disk_of, free_bytes, human_bytes
 from library.models.encoders import grid_in_aspect
 from library.models.locate import dino_status
 from library.options.data import ClassCacheOptions
+from library.options.model import token_kinds
 from library.options.run import RunOptions
 from networks.families import Family
 
@@ -31,7 +32,7 @@ TEACHER_WIDTHS = {
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Bytes of all entries of a kind ("latents", "tokens"), and what is in the stores there already."""
+    """Bytes of all entries of a kind (latents, tokens of all teachers together), and what is in the stores there already."""
 
     kind: str
     path: Path
@@ -49,7 +50,7 @@ def cache_sizes(options: RunOptions, family: Family, data: TrainingData) -> list
     if data.drawn is not None:
         return []
     tokens = options.alignment if options.alignment.needs_teacher else None
-    width = wanted_width(options)
+    widths = wanted_widths(options)
     moments = 1 if data.classes is not None else 2
     needed = {"latents": 0, "tokens": 0}
     for picture in data.every:
@@ -58,16 +59,20 @@ def cache_sizes(options: RunOptions, family: Family, data: TrainingData) -> list
         needed["latents"] += times * StoreMeta("latents", "float16", shape).entry_bytes
         if tokens is not None:
             rows, columns = grid_in_aspect(tokens.token_grid, *bucket)
-            needed["tokens"] += times * StoreMeta("tokens", tokens.token_dtype, (rows * columns, width)).entry_bytes
+            for width in widths.values():
+                entry = StoreMeta("tokens", tokens.token_dtype, (rows * columns, width))
+                needed["tokens"] += times * entry.entry_bytes
     found = []
     for kind, size in needed.items():
+        if not size:
+            continue
         path = options.cache.cache_dir
         stores = list(path.glob(f"{kind}_*/*"))
         if data.classes is not None and isinstance(options.cache, ClassCacheOptions):
-            path = options.cache.store_path(f"train_{kind}")
-            stores = [path]
-        if size:
-            found.append(CacheSize(kind, path, size, sum(map(disk_bytes, stores))))
+            names = ["latents"] if kind == "latents" else list(token_kinds(widths).values())
+            stores = [options.cache.store_path("train", name) for name in names]
+            path = stores[0]
+        found.append(CacheSize(kind, path, size, sum(map(disk_bytes, stores))))
     return found
 
 
@@ -92,11 +97,14 @@ def require_cache_space(sizes: list[CacheSize]) -> None:
         raise UserError("\n".join(short))
 
 
-def wanted_width(options: RunOptions) -> int:
-    """Width of the teacher's tokens, guessed by its name where it is not on this machine yet; 0 without a teacher."""
-    name = options.model.dino_model
+def wanted_widths(options: RunOptions) -> dict[str, int]:
+    """Widths of the teachers' tokens, guessed by the name of one that is not on this machine yet; empty without a teacher."""
     if not options.alignment.needs_teacher:
-        return 0
+        return {}
+    return {teacher: _width(name) for teacher, name in options.model.teachers.items()}
+
+
+def _width(name: str) -> int:
     if dino_status(name) is None:
         from library.models.teachers import teacher_size
 

@@ -227,11 +227,12 @@ def changed_options(then: Mapping[str, Any], now: Mapping[str, Any], harmless: f
 
 
 def _same(then: Any, now: Any) -> bool:
-    """Equal, or the public name of what is given now, or another way to the same file or folder."""
+    """Equal, or the public name of what is given now, or another way to the same file or folder; a value is a list of one."""
     if then == now:
         return True
-    if isinstance(then, list) and isinstance(now, list):
-        return len(then) == len(now) and all(map(_same, then, now))
+    if isinstance(then, list) or isinstance(now, list):
+        before, after = (value if isinstance(value, list) else [value] for value in (then, now))
+        return len(before) == len(after) and all(map(_same, before, after))
     if not (isinstance(then, str) and isinstance(now, str) and then and now):
         return False
     if then == Path(now).name:

@@ -11,6 +11,7 @@ from library.data.collect import TrainingData
 from library.data.dataset_schema import Dataset, Subset
 from library.diffusion.objective import Objective
 from library.models.locate import BaseLocation
+from library.options.model import token_kinds
 from library.options.run import RunOptions
 from library.training.caches import Prepared
 from library.training.models import base_weights_facts
@@ -29,7 +30,9 @@ _NOT_SHOWN = frozenset(
 def state_facts(options: RunOptions, prepared: Prepared, spec: NetworkSpec, objective: Objective) -> dict[str, Any]:
     """What state.json says besides the counters: enough to rebuild the model around the saved weights."""
     family, stores = prepared.family, prepared.training
-    tokens = {} if stores.tokens is None else stores.tokens.producers("tokens ")
+    tokens: dict[str, Any] = {}
+    for teacher, name in token_kinds(stores.tokens).items():
+        tokens |= stores.tokens[teacher].producers(f"{name} ")
     return {
         "base_model": options.model.pretrained_model_name_or_path,
         "family": family.key,
@@ -38,7 +41,7 @@ def state_facts(options: RunOptions, prepared: Prepared, spec: NetworkSpec, obje
         "samples": samples_digest(prepared.data),
         "base_weights": base_facts(options, prepared.base, family),
         "caches": stores.latents.producers() | tokens,
-        "teacher_width": 0 if stores.tokens is None else stores.tokens.width,
+        "teacher_width": next((caches.width for caches in stores.tokens.values()), 0),
     }
 
 

@@ -22,7 +22,7 @@ from library.models.locate import BaseLocation, base_status, dino_status, locate
 from library.models.lone_vae import vae_status
 from library.options.kohya.dataset import DEMO_DATA
 from library.options.run import RunOptions
-from library.training.disk import cache_sizes, shortages, wanted_width
+from library.training.disk import cache_sizes, shortages, wanted_widths
 from library.training.hours import hours_line, workload_of
 from library.training.inputs import base_components, check_fit, family_note, input_checks, output_checks
 from library.training.meta_step import StepSize, meta_step
@@ -70,8 +70,8 @@ def print_plan(options: RunOptions) -> None:
             _print_model(options, location, family, data)
             _print_disk(options, family, data)
             _print_hours(options, family, data, plan)
-    if options.alignment.needs_teacher and (absent := dino_status(options.model.dino_model)):
-        missing.append(absent)
+    if options.alignment.needs_teacher:
+        missing += filter(None, map(dino_status, options.model.dino_model))
     if options.model.vae is not None and (absent := vae_status(options.model.vae)):
         missing.append(absent)
     for sentence in missing or ["nothing"]:
@@ -124,7 +124,7 @@ def _print_model(options: RunOptions, location: BaseLocation | None, family: Fam
         height,
         largest.dataset.batch_size,
         masked=options.objective.masked_loss,
-        teacher_width=wanted_width(options) if options.alignment.needs_teacher else None,
+        teacher_widths=wanted_widths(options),
     )
     with ExitStack() as context:
         step = meta_step(_as_large(options), location, family, size, context, as_adamw=True)

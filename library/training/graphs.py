@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Protocol
 
@@ -114,7 +114,7 @@ class _Recorded:
     parts: Parts
 
     def replay(self, batch: AnyBatch, share: float, coefficient: float) -> Parts:
-        torch._foreach_copy_(list(self.batch.tensors().values()), list(batch.tensors().values()))
+        torch._foreach_copy_(self.batch.tensors(), batch.tensors())
         self.share.fill_(share)
         self.coefficient.fill_(coefficient)
         accumulate_into(self.gradients)
@@ -184,7 +184,7 @@ class Graphs:
             return self.recorder.warm_up(work)
 
     def _record(self, form: Hashable, batch: AnyBatch, generator: torch.Generator, step: int) -> _Recorded:
-        own: Any = replace(batch, **{name: tensor.clone() for name, tensor in batch.tensors().items()})  # type: ignore[arg-type]
+        own = batch.mapped(torch.Tensor.clone)
         share, coefficient = (torch.zeros((), device=generator.device) for _ in range(2))
         gradients = {}
         for parameter in self._reached[form]:
@@ -200,6 +200,8 @@ def form_of(batch: AnyBatch) -> Hashable:
     """All that the host decides of what is computed with a batch; with equal ones the same is, whatever the values."""
 
     def described(value: Any) -> Hashable:
+        if isinstance(value, dict):
+            return tuple((name, described(one)) for name, one in value.items())
         return (tuple(value.shape), value.dtype, value.stride()) if isinstance(value, Tensor) else value
 
     return tuple((one.name, described(getattr(batch, one.name))) for one in fields(batch) if one.name not in _UNSEEN)

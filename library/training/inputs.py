@@ -50,7 +50,7 @@ def input_checks(options: RunOptions, *, planning: bool = False) -> list[Callabl
     if (file := options.bins.timestep_bin_file) is not None:
         checks.append(partial(LevelAccuracy.read, file, options.bins.timestep_bin_min_acc))
     if options.alignment.needs_teacher:
-        checks.append(lambda: check_dino(model.dino_model))
+        checks += [partial(check_dino, name) for name in model.dino_model]
     if (teacher := options.teacher) is not None:
         checks.append(lambda: open_teacher_latents(cast(Path, teacher.teacher_latents)).close())
     elif classes is None and not options.uses_demo:
@@ -143,8 +143,8 @@ def check_start(options: RunOptions, processes: Processes) -> tuple[BaseLocation
     check_graphs(options, processes)
     with processes.main_first():
         base = locate_base(options.model.pretrained_model_name_or_path, base_components(options))
-        if options.alignment.needs_teacher:
-            locate_dino(options.model.dino_model)
+        for name in options.model.dino_model if options.alignment.needs_teacher else ():
+            locate_dino(name)
         if options.model.vae is not None:
             locate_vae(options.model.vae)
     if base.note:

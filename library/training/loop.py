@@ -331,9 +331,8 @@ class _Reporter:
         self.last_time, self.last_other, self.last_waited = now, self.clock.other, self.batches.waited
         per_step = seconds / max(steps, 1)
         self.pace.stepped(seconds, steps)
-        row = {f"train/{name}": value for name, value in means.items() if name not in ("lambda",)}
-        if "lambda" in means:
-            row["lambda"] = means["lambda"]
+        own = ("lambda", "align/")
+        row = {name if name.startswith(own) else f"train/{name}": value for name, value in means.items()}
         row |= learning_rates(run.trained.optimizer)
         row["time/step_ms"] = 1000 * per_step
         row["time/samples_per_second"] = run.plan.samples_per_step / per_step

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +22,7 @@ from library.models.load import TextPart, load_scheduler_config
 from library.models.locate import BaseLocation
 from library.options.run import RunOptions
 from library.processes import Processes
-from library.training.alignment import LATENTS_HEAD_WIDTH
+from library.training.alignment import head_widths
 from library.training.caches import Stores
 from library.training.checkpoints import Checkpoints
 from library.training.distillation import bridged_teacher
@@ -48,8 +48,8 @@ class StepSize:
     masked: bool = False
     preserved: bool = False
     """With pictures of diff_output_preservation."""
-    teacher_width: int | None = None
-    """Of the teacher's tokens, where heads learn from one."""
+    teacher_widths: Mapping[str, int] = field(default_factory=dict)
+    """Of the tokens of each teacher that heads learn from."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ class MetaStep:
             yield from (value for value in state.values() if isinstance(value, Tensor) and value.is_meta)
         if trained.average is not None:
             yield from trained.average.shadows.values()
-        yield from self.batch.tensors().values()
+        yield from self.batch.tensors()
 
     def _make_moments(self) -> None:
         parameters = self.run.trained.parameters.values()
@@ -170,9 +170,9 @@ def meta_step(
         teacher=bridged_teacher(
             options, scheduler, META, lambda: Conditioning(*_conditioning(options, family, models, 1))
         ),
-        head_width=(size.teacher_width or LATENTS_HEAD_WIDTH) if options.alignment.alignment else None,
+        head_widths=head_widths(options.alignment, size.teacher_widths),
         scaling_factor=family.scaling_factor,
-        training=CachedSamples((), *Stores(unused, None), text, seed=0, last_step=1),
+        training=CachedSamples((), *Stores(unused, {}), text, seed=0, last_step=1),
         validation={},
         plan=plan,
     )
@@ -252,10 +252,10 @@ def _batch(options: RunOptions, family: Family, models: dict[str, Any], text: Te
         batch.mask = torch.empty(count, 1, rows, columns, device=META)
     if size.preserved:
         batch.preserve = torch.empty(count, dtype=torch.bool, device=META)
-    if size.teacher_width is not None:
+    if size.teacher_widths:
         batch.token_grid = grid_in_aspect(options.alignment.token_grid, size.width, size.height)
         tokens = batch.token_grid[0] * batch.token_grid[1]
-        batch.tokens = _half(count, tokens, size.teacher_width)
+        batch.tokens = {name: _half(count, tokens, width) for name, width in size.teacher_widths.items()}
     return batch
 
 

@@ -186,7 +186,9 @@ class AdapterMetadata:
                 for name in ("align_learning_rate", "align_weight_decay", "align_max_grad_norm")
             }
             described = (
-                asdict(o.alignment) | heads | ({"dino_model": o.model.dino_model} if o.alignment.needs_teacher else {})
+                asdict(o.alignment)
+                | heads
+                | ({"dino_model": list(o.model.dino_model)} if o.alignment.needs_teacher else {})
             )
             values["ss_alignment"] = json.dumps({name: one for name, one in described.items() if name != "alignment"})
         return values

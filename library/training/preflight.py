@@ -164,10 +164,11 @@ def reference_values(task: LoraTask, chosen: Sequence[Request]) -> dict[str, flo
     """Losses of the frozen base and of predictors that know nothing, over the training pictures of these batches.
 
     Of runs with heads also their token loss on the base's features and those of the two best predictors that never look at a
-    picture, and for each tap the highest token cosine that a map of its size can reach.
+    picture, and for each tap the highest token cosine that a map of its size can reach; of several teachers their means.
     """
     count = sum(len(request.micro.indices) for request in chosen)
-    own, zero, sums, tokens, place = [], [], torch.zeros(3, dtype=torch.float64), losses.TokenConstants(), 0
+    own, zero, sums, place = [], [], torch.zeros(3, dtype=torch.float64), 0
+    tokens: dict[str, losses.TokenConstants] = {}
     ceilings: dict[str, float] = {}
     head_losses: list[float] = []
     with _evaluating(task), task.network.disabled():
@@ -178,14 +179,17 @@ def reference_values(task: LoraTask, chosen: Sequence[Request]) -> dict[str, flo
             latents = task.latents(batch)
             sums += torch.stack([latents.sum(), latents.square().sum(), latents.new_tensor(latents.numel())]).cpu()
             place += len(batch)
-            if task.alignment is not None and "token" in task.alignment.weights:
-                target, grid = task.alignment.target(batch, latents)
-                tokens.add(target, grid)
+            if (alignment := task.alignment) is not None and "token" in alignment.weights:
+                targets, grid = alignment.targets(batch, latents)
+                for teacher, target in targets.items():
+                    tokens.setdefault(teacher, losses.TokenConstants()).add(target, grid)
                 # Without the manifold loss, so that no process waits for another.
-                head_losses.append(task.alignment.token_loss(target, grid).item() * len(batch) / count)
-                for tap, shape in tap_channels(task.unet.config, list(task.alignment.heads)).items():  # type: ignore[arg-type]
-                    rows, columns = (-(-side // shape.stride) for side in latents.shape[-2:])
-                    ceiling = losses.grid_ceiling(target, grid, (rows, columns)).item()
+                head_losses.append(alignment.token_loss(targets, grid).item() * len(batch) / count)
+                for tap, shape in tap_channels(task.unet.config, list(alignment.heads)).items():  # type: ignore[arg-type]
+                    side = tuple(-(-side // shape.stride) for side in latents.shape[-2:])
+                    ceiling = alignment.over_teachers(
+                        [losses.grid_ceiling(target, grid, (side[0], side[1])).item() for target in targets.values()]
+                    )
                     ceilings[tap] = ceilings.get(tap, 0.0) + ceiling * len(batch) / count
     total, squares, number = sums.tolist()
     facts = {
@@ -194,9 +198,10 @@ def reference_values(task: LoraTask, chosen: Sequence[Request]) -> dict[str, flo
         "zero_predictor_loss": torch.cat(zero).mean().item(),
         "latent_std": math.sqrt(max(squares / number - (total / number) ** 2, 0.0) * number / max(number - 1, 1)),
     }
-    if head_losses:
+    if head_losses and task.alignment is not None:
         facts["token_loss"] = sum(head_losses)
-        facts["constant_token_loss"], facts["positional_token_loss"] = tokens.losses()
+        constants = zip(*(one.losses() for one in tokens.values()), strict=True)
+        facts["constant_token_loss"], facts["positional_token_loss"] = map(task.alignment.over_teachers, constants)
         facts |= {f"grid_ceiling_{tap}": value for tap, value in ceilings.items()}
     return facts
 

@@ -29,7 +29,7 @@ from library.options.parser import flatten
 from library.options.repa import RepaObjectiveOptions
 from library.options.run import RunOptions
 from library.processes import Processes
-from library.training.alignment import PART, Alignment, head_group, head_parameters, head_width
+from library.training.alignment import PART, Alignment, head_group, head_parameters, head_widths
 from library.training.bins import bin_facts, make_bins
 from library.training.caches import Prepared
 from library.training.checkpoints import Checkpoints, Memory
@@ -218,7 +218,9 @@ def build_task(
         make_objective(options, scheduler, family, native_side(base), processes),
         context,
         teacher=bridged_teacher(options, scheduler, processes.device, lambda: without_prompt(text, family)),
-        head_width=head_width(options.alignment, prepared.training.tokens),
+        head_widths=head_widths(
+            options.alignment, {teacher: caches.width for teacher, caches in prepared.training.tokens.items()}
+        ),
         scaling_factor=scaling_factor(options, base, family),
         training=training,
         validation=validation,
@@ -236,22 +238,22 @@ def make_task(
     context: ExitStack,
     *,
     teacher: BridgedTeacher | None,
-    head_width: int | None,
+    head_widths: Mapping[str, int],
     scaling_factor: float,
     training: CachedSamples,
     validation: dict[str, CachedSamples],
     plan: Plan,
 ) -> LoraTask:
-    """The same of models that are there. teacher: of a flow, the base itself. head_width: of what heads predict; None: no heads."""
+    """The same of models that are there. teacher: of a flow, the base itself. head_widths: of what heads predict; empty: none."""
     unet = models[UNET]
     for sentence in quantise(models, options):
         processes.say(sentence)
     network = build_network(models, options, family, start_weights(options))
     groups = parameter_groups(network, options, family)
     alignment = None
-    if head_width is not None:
+    if head_widths:
         adapters = [parameter for group in groups for parameter in group.parameters]
-        alignment = Alignment.attach(unet, options, head_width, adapters, plan, processes, context)
+        alignment = Alignment.attach(unet, options, head_widths, adapters, plan, processes, context)
         groups.append(head_group(alignment.heads, options.optimizer))
     for group in groups:
         processes.say(

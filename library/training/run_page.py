@@ -71,7 +71,8 @@ class RunPage:
         """The page of the main process; the others have none."""
         if not run.processes.is_main:
             return nullcontext()
-        sight = None if task.alignment is None else Sight(task, data.classes)
+        sees = task.alignment is not None and task.alignment.options.needs_teacher
+        sight = Sight(task, data.classes) if sees else None
         return cls(run, run.output.output_name, data, options, step, sight)
 
     def __enter__(self) -> RunPage:

@@ -52,15 +52,15 @@ class Sight:
         finally:
             for model, training in modes.items():
                 model.train(training)
-        tap, head = next(iter(task.alignment.heads.items()))
-        features, count = task.alignment.features[tap], min(PICTURES, len(ids))
+        heads, features, count = task.alignment.heads, task.alignment.features, min(PICTURES, len(ids))
+        tap, (targets, token_grid) = next(iter(heads)), task.alignment.targets(batch, latents)
         maps = dense_maps(
             ids[:count],
             [self._photo(samples, ids[i], int(batch.indices[i])) for i in range(count)],
-            batch.target_tokens()[:count].float().cpu(),
-            head(features, batch.token_grid)[:count].float().cpu(),
-            features[:count].float().cpu(),
-            batch.token_grid,
+            targets[heads.teachers[0]][:count].cpu(),
+            heads.tokens(tap, features, token_grid)[:count].cpu(),
+            features[tap][:count].float().cpu(),
+            token_grid,
         )
         names = list(maps[0].columns())
         tiles = [tile for one in maps for tile in one.columns().values()]

@@ -161,7 +161,7 @@ class LoraTask:
     ) -> AlignmentLosses:
         """Alignment losses of the last batch that `each` ran, of these latents at these timesteps [B]."""
         assert self.alignment is not None
-        target, grid = self.alignment.target(batch, latents)
+        targets, grid = self.alignment.targets(batch, latents)
         weights = self.alignment.at_noise(
             self.token_weights(batch, grid),
             timesteps,
@@ -169,7 +169,7 @@ class LoraTask:
             self.processes.world_size,
         )
         return self.alignment.losses(
-            target,
+            targets,
             generator,
             grid=grid,
             weights=weights,
@@ -244,7 +244,7 @@ class LoraTask:
         order = requests_in_order(samples, self.processes.rank, self.processes.world_size, self.validation_batches)
         generator = torch.Generator(device)
         sums = torch.zeros(2, QUANTILES, device=device)
-        names = [] if self.alignment is None else list(self.alignment.weights)
+        names = [] if self.alignment is None else self.alignment.parts
         aligned = torch.zeros(len(names), device=device)
         batches = Prefetcher(samples, order, device, workers=self.workers)
         for batch in batches:

@@ -56,8 +56,8 @@ def marks_of_prepared(prepared: Prepared) -> dict[str, Mark]:
     for picture in prepared.data.training:
         name = picture.image.sample_id
         marks[name] = marks[name]._replace(content=stores[picture.fitted.bucket].content(name).hex())
-    for caches in prepared.training:
-        for name in () if caches is None else caches.dropped:
+    for caches in prepared.training.every:
+        for name in caches.dropped:
             marks.setdefault(name, Mark("", "", "", UNREADABLE))
     return marks
 

@@ -135,7 +135,7 @@ def _check_judging(plan: StudyPlan, options: RunOptions) -> None:
     if plan.terms.objective != "image":
         return
     judging = read_judging(plan.terms.judging)
-    check_dino(judging.dino_model or options.model.dino_model)
+    check_dino(judging.dino_model or options.model.dino_model[0])
     clip = clip_of(judging.clip_model, options.model.pretrained_model_name_or_path)
     if clip is not None:
         locate_clip(clip)

@@ -182,7 +182,7 @@ def network_image_judge(
     name = options.model.pretrained_model_name_or_path
     held_out = by_hash(prepared.data.validation, lambda picture: picture.image.sample_id, MOST_PICTURES)
     judging = settled(read_judging(job.judging), name, [picture.image.caption for picture in held_out])
-    dino = judging.dino_model or options.model.dino_model
+    dino = judging.dino_model or options.model.dino_model[0]
     clip = clip_of(judging.clip_model, name)
     device, vae = task.processes.device, options.model.vae
     vae_base = prepared.base if vae is None else locate_vae(vae)
