@@ -12,6 +12,7 @@ from torch import nn
 from library.diffusion.parametrisation import Parametrisation
 from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
+from library.inference.reference import ReferenceHeads
 from library.merging.merge import fold_into_modules
 from library.merging.source import read_source
 from library.models.load import load_scheduler_config, load_unet
@@ -117,6 +118,34 @@ def read_heads(state: Path, *, use_ema: bool = True) -> AlignHeads:
     )
     heads.load_state_dict(tensors)
     return heads
+
+
+def reference_heads(state: Path, teacher: str | None = None) -> ReferenceHeads:
+    """The heads of a state, and how its teacher was shown pictures, to steer drawing with. teacher: where it is now.
+
+    Raises UserError where `state` is incomplete or its heads learned no tokens of a teacher.
+    """
+    facts = read_facts(state)
+    options = facts["options"]
+    if options.get("token_weight", 1.0) == 0:
+        raise UserError(
+            f"The AlignHeads of {state} learned how tokens relate to each other, not the teacher's tokens (token_weight 0): they "
+            "cannot compare a picture with a photo. Name a state of a run with a token_weight above 0."
+        )
+    stores = [producer for name, producer in facts["caches"].items() if name.startswith("tokens ")]
+    return ReferenceHeads(
+        state,
+        read_heads(state),
+        base_model=facts["base_model"],
+        family=facts["family"],
+        teacher=teacher or options["dino_model"],
+        teacher_weights=next((producer["weights"] for producer in stores if "weights" in producer), None),
+        cache_dir=Path(options["cache_dir"]),
+        layer=options.get("teacher_layer"),
+        resolution=options["dino_resolution"],
+        grid=options["token_grid"],
+        norm=options.get("teacher_norm", 0.0),
+    )
 
 
 def load_folded_model(
