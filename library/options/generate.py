@@ -204,7 +204,7 @@ class ReferenceOptions:
     """Training state whose AlignHeads steer: step_NNNNNN of train_repa.py, NAME-state of train_network.py."""
     align_guidance: float | None = None
     """How strongly: the share of itself by which predicted noise is turned towards the photo. Default: 0.2; 0 is without."""
-    align_guidance_window: tuple[float, float] = (0.0, 0.95)
+    align_guidance_window: tuple[float, float] = (0.3, 0.95)
     """Lowest and highest noise at which pictures are steered, as t of train_repa.py's align_window: 0 without, 1 noise alone."""
     dino_model: str | None = None
     """Where the state's teacher is. Default: where it was in training."""
