@@ -87,9 +87,9 @@ def _add_sight(page: Page, found: RepresentationResult) -> None:
     page.heading("What the U-Net sees", level=3)
     page.pictures(cells, columns=2 + 2 * len(models), max_side=160)
     page.paragraph(
-        f"Tokens that the checkpoint's head reads off the U-Net at {found.tap} while it is shown the picture in noise (the more, the higher the "
-        "timestep), and the teacher's of the picture without, by the same three principal components. The cosine of both is blue at -1, grey at 0 and "
-        "red at 1. base: the same head on the U-Net without the adapter."
+        f"Tokens that the checkpoint's head reads off the U-Net at {found.tap} while it is shown the picture in noise (the more, "
+        "the higher the timestep), and the teacher's of the picture without, by the same three principal components. The cosine of "
+        "both is blue at -1, grey at 0 and red at 1. base: the same head on the U-Net without the adapter."
     )
 
 
