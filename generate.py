@@ -27,7 +27,7 @@ from library.models.embedded import TINY_BASES
 from library.models.header import read_metadata, read_shapes
 from library.models.locate import check_base, check_refiner
 from library.models.lone_vae import check_vae_name
-from library.options.generate import GenerateOptions
+from library.options.generate import GenerateOptions, ReferenceOptions
 from library.options.parser import parse
 from library.words import plural
 from networks.prediction_names import FLOW_NAME, type_in_file
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from library.inference.drawing_session import DrawingSession
+    from library.inference.reference import ReferenceHeads
     from library.models.locate import BaseLocation
 
 
@@ -79,6 +80,13 @@ def print_plan(options: GenerateOptions, plan: PicturePlan) -> None:
             print(
                 f"hires      {hires.scale:g} times by {hires.upscaler}, {plural(steps, 'step')}, denoising strength "
                 f"{hires.denoising_strength:g}"
+            )
+    for reference in dict.fromkeys(request.reference for request in requests):
+        if reference is not None:
+            low, high = reference.window
+            print(
+                f"reference  {reference.photo} by the AlignHeads of {reference.state}, strength {reference.strength:g} where noise "
+                f"is {low:g} to {high:g}"
             )
     for name, axis in zip(("columns", "rows"), plan.axes or (), strict=False):
         if axis is not None:
@@ -158,6 +166,7 @@ def try_out(options: GenerateOptions, plan: PicturePlan) -> None:
     requests = [picture.request for picture in there]
     more = (
         plan.adapters
+        or options.reference.align_state
         or models.vae
         or models.refiner
         or options.fusion.text_fusion
@@ -166,6 +175,11 @@ def try_out(options: GenerateOptions, plan: PicturePlan) -> None:
     if more or not all(map(has_betas, located)):
         session = new_session(options)
         session.vae, session.refiner = (None if vae else models.vae), (None if refiner else models.refiner)
+        if session.heads is not None:
+            if sentence := session.heads.missing():
+                print(f"missing    {sentence}")
+            else:
+                session.heads.check_teacher()
         session.check(there)
         check_all(*(partial(session.adapter, path) for path in plan.adapters))  # those of bases that are not there, too
     else:  # without torch
@@ -193,7 +207,14 @@ def new_session(options: GenerateOptions) -> DrawingSession:
         prediction_type=models.prediction_type,
         zero_terminal_snr=models.zero_terminal_snr,
         fusion=options.fusion,
+        heads=read_reference_heads(options.reference),
     )
+
+
+def read_reference_heads(options: ReferenceOptions) -> ReferenceHeads | None:
+    from library.evaluation.feature_model import reference_heads
+
+    return None if options.align_state is None else reference_heads(options.align_state, options.dino_model)
 
 
 def build(options: GenerateOptions, plan: PicturePlan) -> tuple[DrawingSession, PicturePlan]:
@@ -203,6 +224,8 @@ def build(options: GenerateOptions, plan: PicturePlan) -> tuple[DrawingSession, 
     """
     session = new_session(options)
     sides = session.check(plan.pictures)
+    if session.heads is not None:
+        session.heads.check_teacher()
     first = plan.pictures[0].base
     for other, side in sides.items():
         if side != sides[first] and any(None in size for size in plan.sizes):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from networks import AdapterError
-from networks.taps import tap_path
+from networks.taps import last_tap, tap_path
 
 TIME = "time_embedding"
 """Captured like a tap: what the U-Net makes of the timesteps, [B, T]."""
@@ -39,6 +39,26 @@ def capture(unet: nn.Module, taps: Sequence[str]) -> Iterator[Features]:
         for tap, block in blocks.items():
             hooks.callback(block.register_forward_hook(_keeper(features, tap)).remove)
         yield features
+
+
+@contextmanager
+def capture_alone(unet: Any, taps: Sequence[str]) -> Iterator[Features]:
+    """As `capture`, for one pass that ends after the last of the taps, and the context with it: the rest is not computed.
+
+    The pass is the last thing in the context; what is made of the features comes after it.
+    """
+    tap = last_tap([tap for tap in taps if tap != TIME], len(unet.config["block_out_channels"]))
+
+    def stop(module: nn.Module, inputs: Any, output: Any) -> None:
+        raise _Stopped
+
+    with suppress(_Stopped), capture(unet, taps) as features, ExitStack() as hooks:
+        hooks.callback(tap_block(unet, tap).register_forward_hook(stop).remove)
+        yield features
+
+
+class _Stopped(Exception):
+    """The forward pass has passed the last tap."""
 
 
 def _keeper(features: Features, tap: str) -> Any:

@@ -43,6 +43,12 @@ def tap_path(tap: str, blocks: int) -> str:
     return path
 
 
+def last_tap(taps: Sequence[str], blocks: int) -> str:
+    """Which of them a pass through a U-Net with so many down blocks comes to last. Raises AdapterError as `tap_path` does."""
+    order = [tap_path(tap, blocks) for tap in all_taps(blocks)]
+    return max(taps, key=lambda tap: order.index(tap_path(tap, blocks)))
+
+
 def tap_channels(unet_config: Mapping[str, Any], taps: Sequence[str]) -> dict[str, TapShape]:
     """Channels and stride of the feature maps at `taps`, from the configuration of a UNet2DConditionModel.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from library.diffusion.alignment_losses import spatially_normalised
-from library.diffusion.dense_maps import dense_maps, diverging, pca_colours
 from library.errors import UserError
 from library.evaluation.block_pictures import find_pictures
 from library.evaluation.feature_model import FeatureModel, load_feature_model, load_folded_model, read_heads
@@ -340,32 +340,29 @@ def test_dense_maps_are_of_the_held_out_photos(result: RepresentationResult, pic
     assert all(image.size == (128, 128) for one in result.pictures for image in one.columns().values())
 
 
-def test_the_cosine_map_shows_where_tokens_agree() -> None:
-    teacher = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
-    predicted = torch.stack([3 * teacher[0, 0], -teacher[0, 1], teacher[0, 2], teacher[0, 3]])[None]
-    one = dense_maps(["x"], [Image.new("RGB", (20, 20))], teacher, predicted, torch.rand(1, 5, 2, 2))[0]
-    assert one.mean_cosine == pytest.approx(0.5, abs=1e-6)
-    corners = [one.cosine.getpixel(place) for place in ((2, 2), (17, 2), (2, 17))]
-    assert corners == [(180, 4, 38), (59, 76, 192), (180, 4, 38)]
-    assert one.teacher.getpixel((2, 2)) == one.predicted.getpixel((2, 2)) != one.predicted.getpixel((17, 2))
-
-
-def test_colours_are_principal_components() -> None:
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(1, 30, 30, 3, generator=generator) * torch.tensor([1.0, 9.0, 3.0]) + 5
-    colours = pca_colours(features, like=features)
-    assert colours.min() >= 0 and colours.max() <= 1
-    for colour, channel in enumerate((1, 2, 0)):
-        both = torch.stack([colours[..., colour].flatten(), features[..., channel].flatten()])
-        assert torch.corrcoef(both)[0, 1] > 0.9
-    assert torch.equal(pca_colours(features * 2, like=features * 2), pca_colours(features * 2, like=features * 2))
-    flat = pca_colours(torch.ones(2, 3, 4), like=torch.ones(2, 3, 4))
-    assert torch.equal(flat, torch.full((2, 3, 3), 0.5))
-
-
-def test_the_diverging_scale_is_grey_in_the_middle() -> None:
-    low, middle, high = (diverging(torch.tensor([-1.0, 0.0, 2.0])) * 255).round().int().tolist()
-    assert (low, middle, high) == ([59, 76, 192], [221, 221, 221], [180, 4, 38])
+def test_the_head_reads_the_trunks_of_checkpoint_and_base_at_three_timesteps(
+    result: RepresentationResult, model: FeatureModel, pictures: ProbePictures
+) -> None:
+    assert [(one.timestep, one.name) for one in result.seen] == list(product((100, 400, 750), ("base", "checkpoint")))
+    assert model.network is not None
+    ids, teacher = pictures.test.ids, pictures.test.teacher()
+    for one in result.seen:
+        assert [maps.sample_id for maps in one.maps] == [ids[0], ids[3]]
+        assert one.maps[0].teacher.tobytes() == result.seen[0].maps[0].teacher.tobytes(), "in the same colours"
+        with nullcontext() if one.name == "checkpoint" else model.network.disabled():
+            tokens = features_at_tap(
+                model,
+                pictures.test.samples,
+                pictures.empty_prompt,
+                tap="mid",
+                timestep=one.timestep,
+                seed=0,
+                batch_size=4,
+            ).tokens
+        assert tokens is not None
+        assert one.maps[1].mean_cosine == pytest.approx(token_cosine(tokens[3:], teacher[3:]), abs=1e-5)
+    by_model = [[one.maps[0].mean_cosine for one in result.seen if one.name == name] for name in ("base", "checkpoint")]
+    assert by_model[0] != pytest.approx(by_model[1], abs=1e-6)
 
 
 def test_a_time_aware_head_of_any_block_is_measured_against_the_tokens_it_learned(

@@ -18,11 +18,11 @@ from library.errors import EXIT_OK, RunFailed, UserError
 from library.inference.drawing_model import DrawingModel, load_model
 from library.inference.find_adapters import constant_weights
 from library.inference.lora_tags import LoraWeights, cut_out_tags, lora_weights
-from library.inference.picture_request import Hires, LoraUse, PictureRequest, base_steps
+from library.inference.picture_request import Hires, LoraUse, PictureRequest, base_steps, fitted_picture
 from library.inference.prompt_syntax import parse_negative, parse_prompt, weighted_spans
 from library.inference.sampler_names import SAMPLER_NAMES
 from library.inference.samplers import SAMPLERS
-from library.inference.text_to_image import draw, encode_together, fitted_picture, native_size
+from library.inference.text_to_image import draw, encode_together, native_size
 from library.models.locate import BaseLocation
 from networks.adapter_file import read_adapter
 from networks.adapters import Adapter
@@ -200,7 +200,9 @@ def test_a_picture_to_begin_with_decides_by_its_strength(model: DrawingModel, ph
     request = replace(SMALL, steps=20, init_image=photo)
     pictures = [one(model, replace(request, denoising_strength=strength)) for strength in (0.01, 0.6)]
     with torch.no_grad():
-        pixels_ = torch.from_numpy(np.array(fitted_picture(photo, 64, 64))).permute(2, 0, 1)[None] / 127.5 - 1
+        pixels_ = (
+            torch.from_numpy(np.array(fitted_picture(photo, 64, 64, "init_image"))).permute(2, 0, 1)[None] / 127.5 - 1
+        )
         through = model.vae.decode(model.vae.encode(pixels_).latent_dist.mode()).sample[0].permute(1, 2, 0)
     target = ((through / 2 + 0.5).clamp(0, 1) * 255).numpy()
     near, far = (float(np.abs(pixels(picture) - target).mean()) for picture in pictures)
@@ -218,11 +220,13 @@ def test_what_sticks_out_of_the_size_is_cut_off_evenly(tmp_path: Path) -> None:
     sides = Image.new("RGB", (40, 20), "red")
     sides.paste("blue", (10, 0, 30, 20))
     sides.save(path)
-    assert np.array_equal(pixels(fitted_picture(path, 20, 20)), pixels(Image.new("RGB", (20, 20), "blue")))
+    assert np.array_equal(
+        pixels(fitted_picture(path, 20, 20, "init_image")), pixels(Image.new("RGB", (20, 20), "blue"))
+    )
     (tmp_path / "b.png").write_text("no picture")
     for name, said in (("b.png", "cannot be read"), ("c.png", "does not exist")):
         with pytest.raises(UserError, match=f"init_image .*{name} {said}"):
-            fitted_picture(tmp_path / name, 8, 8)
+            fitted_picture(tmp_path / name, 8, 8, "init_image")
 
 
 # Refiners

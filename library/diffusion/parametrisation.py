@@ -100,6 +100,10 @@ class Parametrisation(ABC):
         """Strength of the latents in what a sampler keeps at a level."""
         return 1.0
 
+    def time(self, level: float) -> float:
+        """How noisy a level is, from 0 to 1: t of `timestep_weights`, sigma of the flow with this signal-to-noise ratio."""
+        return level / (self.signal(level) + level)
+
     @abstractmethod
     def inverse_scale(self, level: float) -> float:
         """What a sampler's latents are divided by to be what the network saw in training; on SD's schedules 1 / alpha."""

@@ -13,6 +13,7 @@ from torch import nn
 from library.diffusion.parametrisation import Parametrisation
 from library.diffusion.scheduler_config import parametrisation_of
 from library.errors import UserError
+from library.inference.reference import ReferenceHeads
 from library.merging.merge import fold_into_modules
 from library.merging.source import read_source
 from library.models.load import load_scheduler_config, load_unet
@@ -134,6 +135,36 @@ def teachers_of(options: Mapping[str, Any]) -> dict[str, str]:
     given = options["dino_model"]
     models = [given] if isinstance(given, str) else given
     return {teacher_name(one): one for one in models}
+
+
+def reference_heads(state: Path, teacher: str | None = None) -> ReferenceHeads:
+    """The heads of a state, and how its (first) teacher was shown pictures, to steer drawing with. teacher: where it is now.
+
+    Raises UserError where `state` is incomplete or its heads learned no tokens of a teacher.
+    """
+    facts = read_facts(state)
+    options = facts["options"]
+    if options.get("token_weight", 1.0) == 0:
+        raise UserError(
+            f"The AlignHeads of {state} learned how tokens relate to each other, not the teacher's tokens (token_weight 0): they "
+            "cannot compare a picture with a photo. Name a state of a run with a token_weight above 0."
+        )
+    given = options["dino_resolution"]
+    asked = [given] if isinstance(given, int) else given
+    stores = [producer for name, producer in facts["caches"].items() if name.startswith("tokens ")]
+    return ReferenceHeads(
+        state,
+        read_heads(state),
+        base_model=facts["base_model"],
+        family=facts["family"],
+        teacher=teacher or next(iter(teachers_of(options).values())),
+        teacher_weights=next((producer["weights"] for producer in stores if "weights" in producer), None),
+        cache_dir=Path(options["cache_dir"]),
+        layer=options.get("teacher_layer"),
+        resolution=next((one["dino_resolution"] for one in stores if "dino_resolution" in one), asked[0]),
+        grid=options["token_grid"],
+        norm=options.get("teacher_norm", 0.0),
+    )
 
 
 def load_folded_model(

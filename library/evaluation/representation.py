@@ -24,6 +24,7 @@ from library.evaluation import baselines
 from library.evaluation.feature_model import FeatureModel, load_feature_model
 from library.evaluation.probe_pictures import ProbePictures, pictures_of_state
 from library.evaluation.representation_measures import RepresentationMeasures, meaning, of_each_token
+from library.evaluation.sight import Sight, spread_over, what_is_seen
 from library.evaluation.similarity import pool_tokens, sample_similarity_mae
 from library.evaluation.standard_errors import Spread, transposed
 from library.evaluation.tap_features import TapFeatures, features_at_tap
@@ -104,6 +105,8 @@ class RepresentationResult:
     pictures: list[DenseMaps] = field(default_factory=list)
     pictured: str = ""
     """Which tokens the dense maps show, and at which timestep."""
+    seen: list[Sight] = field(default_factory=list)
+    """What the checkpoint's head reads off its own trunk and off the base's, at several timesteps."""
     earlier: list[RepresentationResult] = field(default_factory=list)
     """Results of earlier states of the training, in order, at one timestep and without baselines."""
 
@@ -288,6 +291,8 @@ class _Evaluation:
                         side = self._measure(trunk, timestep)
         if self.settings.baselines:
             self._add_baselines(side)
+            if self.tap in self.model.heads:
+                self.result.seen = what_is_seen(self.model, self.base, self.pictures, self.head_target, self.tap)
         return self.result
 
     def _trunks(self) -> Iterator[_Trunk]:
@@ -377,7 +382,7 @@ class _Evaluation:
         """Draw dense maps of a few held-out pictures, spread over the set."""
         own = test.tokens is not None
         predicted = test.tokens if test.tokens is not None else fitted
-        places = torch.linspace(0, len(fitted) - 1, min(self.settings.pictures, len(fitted))).long().unique().tolist()
+        places = spread_over(len(fitted), self.settings.pictures)
         if not places:
             return
         sides = self.pictures.test

@@ -20,7 +20,10 @@ STATE_WORDS = 12
 
 def add_representation(page: Page, found: RepresentationResult) -> None:
     page.heading("Representation")
+    _add_sight(page, found)
+    page.verdict(representation_verdict(found))
     if found.pictures:
+        page.heading("More held-out pictures", level=3)
         columns = list(found.pictures[0].columns())
         page.pictures(
             [(picture, f"{name}, {maps.sample_id}" if name == columns[0] else name)
@@ -28,7 +31,6 @@ def add_representation(page: Page, found: RepresentationResult) -> None:
             columns=2 * len(columns), max_side=160,
         )  # fmt: skip
         page.paragraph(f"Held-out pictures and {found.pictured}, each as its first three principal components.")
-    page.verdict(representation_verdict(found))
     for note in found.notes:
         page.notice(note)
     chosen = found.settings.pictured_at
@@ -66,6 +68,29 @@ def add_representation(page: Page, found: RepresentationResult) -> None:
     )
     meanings = found.to_json()["meanings"]
     page.table(["", ""], [[_title(name), meanings.get(name, "")] for name in measures])
+
+
+def _add_sight(page: Page, found: RepresentationResult) -> None:
+    """A row for each picture and timestep: photo, the teacher's tokens, and of each model the head's tokens and their cosine."""
+    if not found.seen:
+        return
+    models = list(dict.fromkeys(sight.name for sight in found.seen))
+    timesteps = list(dict.fromkeys(sight.timestep for sight in found.seen))
+    of = {(sight.name, sight.timestep): sight.maps for sight in found.seen}
+    cells = []
+    for place, first in enumerate(found.seen[0].maps):
+        for timestep in timesteps:
+            cells += [(first.photo, f"{first.sample_id}, timestep {timestep}"), (first.teacher, "teacher")]
+            for name in models:
+                maps = of[name, timestep][place]
+                cells += [(maps.predicted, name), (maps.cosine, f"{name}: cosine {maps.mean_cosine:.2f}")]
+    page.heading("What the U-Net sees", level=3)
+    page.pictures(cells, columns=2 + 2 * len(models), max_side=160)
+    page.paragraph(
+        f"Tokens that the checkpoint's head reads off the U-Net at {found.tap} while it is shown the picture in noise (the more, "
+        "the higher the timestep), and the teacher's of the picture without, by the same three principal components. The cosine of "
+        "both is blue at -1, grey at 0 and red at 1. base: the same head on the U-Net without the adapter."
+    )
 
 
 def representation_verdict(found: RepresentationResult) -> str:

@@ -6,19 +6,16 @@ so that every model sees the same inputs whatever the batch size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.evaluation.feature_model import FeatureModel
 from library.evaluation.probe_pictures import StoredPictures
 from library.evaluation.similarity import pool_tokens
 from library.training.randomness import sample_noise
-from networks.features import TIME, capture, tap_block
+from networks.features import TIME, capture_alone
 
 
 @dataclass
@@ -56,35 +53,16 @@ def features_at_tap(
     captured = [tap, TIME] if heads is not None and heads.timed else [tap]
     text = empty_prompt.to(device, model.dtype)
     maps, tokens = [], []
-    with capture(model.unet, captured) as features, _stopped_after(model.unet, tap):
-        for start in range(0, len(samples), batch_size):
-            indices = range(start, min(start + batch_size, len(samples)))
-            latents = samples.read_latents(indices)
-            ids = [f"{samples.sample_ids[i]}@{timestep}" for i in indices]
-            noise = sample_noise(seed, ids, tuple(latents.shape[1:]))
-            timesteps = torch.full((len(indices),), timestep, device=device)
-            noisy = model.parametrisation.add_noise(latents.to(device), noise.to(device), timesteps)
-            with suppress(_Stopped):
-                model.unet(noisy.to(model.dtype), timesteps, text.expand(len(indices), -1, -1), return_dict=False)
-            maps.append(features[tap].float().cpu())
-            if heads is not None:
-                tokens.append(heads.tokens(tap, features).float().cpu())
+    for start in range(0, len(samples), batch_size):
+        indices = range(start, min(start + batch_size, len(samples)))
+        latents = samples.read_latents(indices)
+        ids = [f"{samples.sample_ids[i]}@{timestep}" for i in indices]
+        noise = sample_noise(seed, ids, tuple(latents.shape[1:]))
+        timesteps = torch.full((len(indices),), timestep, device=device)
+        noisy = model.parametrisation.add_noise(latents.to(device), noise.to(device), timesteps)
+        with capture_alone(model.unet, captured) as features:
+            model.unet(noisy.to(model.dtype), timesteps, text.expand(len(indices), -1, -1), return_dict=False)
+        maps.append(features[tap].float().cpu())
+        if heads is not None:
+            tokens.append(heads.tokens(tap, features).float().cpu())
     return TapFeatures(torch.cat(maps), torch.cat(tokens) if tokens else None)
-
-
-class _Stopped(Exception):
-    """The forward pass has passed the tap; the rest of it is not needed."""
-
-
-@contextmanager
-def _stopped_after(unet: Any, tap: str) -> Iterator[None]:
-    """Within the context a forward pass stops after `tap`, which saves the decoder. Enter it after capture()."""
-
-    def stop(module: nn.Module, inputs: Any, output: Any) -> None:
-        raise _Stopped
-
-    hook = tap_block(unet, tap).register_forward_hook(stop)
-    try:
-        yield
-    finally:
-        hook.remove()

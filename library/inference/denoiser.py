@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from library.diffusion.parametrisation import Parametrisation
 from library.inference.prompt_encoding import EncodedPart, same_length
+from library.inference.token_guidance import TokenGuidance
 from library.models.conditioning import Conditioning
 
 
@@ -21,6 +22,7 @@ class GuidedDenoiser:
     negative_size_ids: those of the negative prompt where they differ (SDXL's refiner). calls_per_step and extra_calls: the
     sampler's, so that prompts change at the sampler's steps. A1111 counts calls: with DPM++ 2S a, its [a:b:10] changes after five
     steps. dtype: of the U-Net's inputs; default its weights'. on_step: called with the number of each step before its first call.
+    guidance: by a photo, through the positive parts.
     """
 
     def __init__(
@@ -37,11 +39,13 @@ class GuidedDenoiser:
         extra_calls: int = 0,
         dtype: torch.dtype | None = None,
         on_step: Callable[[int], None] | None = None,
+        guidance: TokenGuidance | None = None,
     ) -> None:
         self.unet, self.parametrisation = unet, parametrisation
         self.positive, self.negative = list(positive), negative
         self.size_ids, self.negative_size_ids = size_ids, negative_size_ids or size_ids
         self.calls_per_step, self.extra_calls, self.on_step = calls_per_step, extra_calls, on_step
+        self.guidance = guidance
         self.dtype = dtype or next(unet.parameters()).dtype
         self.guided = cfg_scale > 1 or [part.weight for part in self.positive] != [1]
         self.weights = [part.weight * (cfg_scale if cfg_scale > 1 else 1.0) for part in self.positive]
@@ -67,10 +71,16 @@ class GuidedDenoiser:
             output = negative + sum(
                 weight * (part - negative) for weight, part in zip(self.weights, parts, strict=True)
             )
-        return self.parametrisation.clean(output, x, sigma)
+        clean = self.parametrisation.clean(output, x, sigma)
+        if self.guidance is None or not self.guidance.acts_at(sigma, self.parametrisation):
+            return clean
+        shown = prompts[: len(self.positive)]
+        return clean + self.guidance.step(
+            self.unet, lambda near: self._run_unet(near, sigma, shown), x, sigma, self.parametrisation
+        )
 
     def _run_unet(self, x: Tensor, sigma: float, prompts: Sequence[Conditioning]) -> Tensor:
-        """The U-Net's output [prompts * B, 4, h, w], all prompts in one batch."""
+        """The U-Net's output [prompts * B, 4, h, w], all prompts in one batch: the positive parts, perhaps the negative one."""
         count, dtype = len(x), self.dtype
         inputs = (x * (1 / self.parametrisation.inverse_scale(sigma))).to(dtype).repeat(len(prompts), 1, 1, 1)
         timestep = self.parametrisation.levels.timestep(sigma)
@@ -81,7 +91,7 @@ class GuidedDenoiser:
         if self.size_ids is not None and self.negative_size_ids is not None:
             pooled = torch.cat([prompt.pooled.expand(count, -1) for prompt in prompts if prompt.pooled is not None])
             rows = [list(self.size_ids)] * len(self.positive) + [list(self.negative_size_ids)] * self.guided
-            sizes = torch.tensor(rows, device=x.device, dtype=dtype).repeat_interleave(count, dim=0)
+            sizes = torch.tensor(rows[: len(prompts)], device=x.device, dtype=dtype).repeat_interleave(count, dim=0)
             more["added_cond_kwargs"] = {"text_embeds": pooled.to(x.device, dtype), "time_ids": sizes}
         return self.unet(inputs, timesteps, encoder_hidden_states=states, **more).sample
 

@@ -21,6 +21,7 @@ from library.inference.infotext import Infotext, lora_hash, model_hash, model_ti
 from library.inference.picture_infotext import infotext_of, model_name, vae_name
 from library.inference.picture_plan import PlannedPicture
 from library.inference.picture_request import LoraUse, PictureRequest
+from library.inference.reference import ReferenceHeads
 from library.inference.refiner import load_refiner, locate_refiner
 from library.inference.text_to_image import draw, on_process
 from library.merging.source import Source, read_source
@@ -39,7 +40,8 @@ from networks.lyra import TEXT_FUSION_KEY
 class DrawingSession:
     """Keeps what several pictures share: the base, the refiner, adapters and hashes.
 
-    prediction_type, zero_terminal_snr: see `load_model`. fusion: of its text encoders. say: prints what the user should know.
+    prediction_type, zero_terminal_snr: see `load_model`. fusion: of its text encoders. heads: of request.reference. say: prints
+    what the user should know.
     """
 
     dtype: torch.dtype
@@ -49,6 +51,7 @@ class DrawingSession:
     prediction_type: str | None = None
     zero_terminal_snr: bool = False
     fusion: TextFusionOptions = TextFusionOptions()
+    heads: ReferenceHeads | None = None
     say: Callable[[str], None] = print
     _along: dict[str, Parametrisation] = field(default_factory=dict, init=False)
     _loaded: tuple[str, DrawingModel] | None = field(default=None, init=False)
@@ -110,6 +113,8 @@ class DrawingSession:
             own_vae=self.vae is None,
         )
         self._along[name] = parametrisation
+        if self.heads is not None:
+            self.heads.check_base(base)
         for skip in {request.clip_skip for request in requests}:
             check_fusion(self.fusion, family_of(base), skip)
         found = [on_process(request, parametrisation)[0] for request in requests]
@@ -172,7 +177,10 @@ class DrawingSession:
     def _draw_batch(self, model: DrawingModel, request: PictureRequest, seeds: Sequence[int]) -> list[Image.Image]:
         refiner = None if request.refiner_switch_at is None else self._refiner
         adapters = {use.path: self.adapter(use.path) for use in request.loras}
-        return draw(model, request, seeds, adapters=adapters, refiner=refiner)
+        guidance, reference = None, request.reference
+        if self.heads is not None and reference is not None and reference.strength > 0:
+            guidance = self.heads.guidance(reference, request.width, request.height, self.device)
+        return draw(model, request, seeds, adapters=adapters, refiner=refiner, guidance=guidance)
 
     def _prepare(self, model: DrawingModel, pictures: Sequence[PlannedPicture]) -> None:
         requests = list(dict.fromkeys(picture.request for picture in pictures))

@@ -52,6 +52,11 @@ def infotext_of(
         other["Text fusion"] = text_fusion
     if request.latent_multiplier != 1:
         other["Latent multiplier"] = f"{request.latent_multiplier:g}"
+    if (reference := request.reference) is not None and reference.strength > 0:
+        other["Align guidance"] = f"{reference.strength:g}"
+        other["Align reference"] = reference.photo.name
+        other["Align state"] = "/".join(reference.state.resolve().parts[-2:])
+        other["Align window"] = " ".join(f"{end:g}" for end in reference.window)
     strength = request.denoising_strength if request.init_image is not None else None
     return Infotext(
         prompt=f"{request.prompt}{tags}".strip(),

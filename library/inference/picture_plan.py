@@ -8,13 +8,13 @@ from pathlib import Path
 from library.errors import UserError
 from library.inference.find_adapters import AdapterFolders, loras_of
 from library.inference.lora_tags import cut_out_tags
-from library.inference.picture_request import Hires, PictureRequest, open_init_image, request_of
+from library.inference.picture_request import Hires, PictureRequest, Reference, open_picture, request_of
 from library.inference.prompt_file import PromptLine, note_on_switches, read_prompt_file
 from library.inference.prompt_syntax import unbalanced_brackets
 from library.inference.upscaling import SIZE_STEP, find_upscaler
 from library.inference.xy_grid import Axis, Cell, changed, parse_axis, plan_cells
 from library.options.checks import require
-from library.options.generate import IMAGES, GenerateOptions, split_weight
+from library.options.generate import GUIDANCE, IMAGES, GenerateOptions, split_weight
 
 OUTPUTS = Path("outputs")
 IN_PROMPT = (
@@ -127,12 +127,18 @@ class _Planner:
             hires = Hires(
                 passes.hires_scale, passes.hires_upscaler, passes.hires_steps, passes.hires_denoising_strength
             )
+        given, reference = options.reference, None
+        if given.align_reference is not None and given.align_state is not None:
+            window, strength = given.align_guidance_window, given.align_guidance
+            strength = GUIDANCE if strength is None else strength
+            reference = Reference(given.align_reference, given.align_state, strength, window)
         request = replace(
             request_of(
                 line, options.sampling, width=width, height=height, negative_prompt=options.pictures.negative_prompt
             ),
             hires=hires,
             init_image=passes.init_image,
+            reference=reference,
             denoising_strength=passes.denoising_strength,
             refiner_switch_at=None if options.models.refiner is None else options.models.refiner_switch_at,
         )
@@ -156,7 +162,7 @@ class _Planner:
         """Width and height from the line, else from the options, else from --init_image."""
         width, height = line.width or self.options.pictures.width, line.height or self.options.pictures.height
         if self.options.passes.init_image is not None:
-            own_width, own_height = open_init_image(self.options.passes.init_image).size
+            own_width, own_height = open_picture(self.options.passes.init_image, "init_image").size
             width, height = width or own_width // SIZE_STEP * SIZE_STEP, height or own_height // SIZE_STEP * SIZE_STEP
         return width, height
 

@@ -47,6 +47,17 @@ class Hires:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A photo to steer towards, by the AlignHeads of a training state; see `TokenGuidance`."""
+
+    photo: Path
+    state: Path
+    strength: float
+    window: tuple[float, float]
+    """Of noise, from 0 to 1 (`Parametrisation.time`): outside of it nothing is steered."""
+
+
+@dataclass(frozen=True)
 class PictureRequest:
     """All settings of a picture except its seed. Names: see sampler_names and upscaling; "DPM++ 2M Karras" is a sampler too."""
 
@@ -69,6 +80,7 @@ class PictureRequest:
     """Begin with this picture instead of noise (img2img)."""
     denoising_strength: float = 0.75
     """How much the init_image may change: the share of the steps that are done."""
+    reference: Reference | None = None
     refiner_switch_at: float | None = None
     """Share of the steps after which the refiner takes over, in the second pass where there is one. None: no refiner."""
     dialect: Dialect = "a1111"
@@ -157,12 +169,17 @@ def base_steps(steps: int, switch_at: float) -> int:
     return math.ceil(switch_at * steps - 1e-9)
 
 
-def open_init_image(path: Path) -> Image.Image:
-    """A picture file as RGB, turned as its EXIF says. Raises UserError where it cannot be read."""
+def fitted_picture(path: Path, width: int, height: int, option: str) -> Image.Image:
+    """As `open_picture`, of this size: scaled to cover it, and cropped to the centre."""
+    return ImageOps.fit(open_picture(path, option), (width, height), Image.Resampling.LANCZOS)
+
+
+def open_picture(path: Path, option: str) -> Image.Image:
+    """A picture file as RGB, turned as its EXIF says. Raises UserError, which names the option, where it cannot be read."""
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError:
-        raise UserError(f"init_image {path} does not exist.") from None
+        raise UserError(f"{option} {path} does not exist.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"init_image {path} cannot be read: {error}.") from None
+        raise UserError(f"{option} {path} cannot be read: {error}.") from None

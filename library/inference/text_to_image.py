@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from library.diffusion.bridge import along_flow
@@ -22,13 +22,14 @@ from library.errors import RunFailed
 from library.inference.denoiser import GuidedDenoiser, HandOver
 from library.inference.drawing_model import DrawingModel
 from library.inference.lora_tags import StepWeights
-from library.inference.picture_request import Hires, LoraUse, PictureRequest, base_steps, open_init_image
+from library.inference.picture_request import Hires, LoraUse, PictureRequest, base_steps, fitted_picture
 from library.inference.prompt_encoding import EncodedPart, PromptEncoder, empty_conditioning
 from library.inference.prompt_syntax import Prompt, parse_negative, parse_prompt, weighted_spans
 from library.inference.sampler_noise import BrownianNoise, NoiseSource, StepNoise, initial_noise
 from library.inference.sampler_run import run_sampler
 from library.inference.samplers import SAMPLERS, Sampler, no_noise
 from library.inference.sigmas import last_steps, noise_levels, part_of
+from library.inference.token_guidance import TokenGuidance
 from library.inference.upscaling import LatentUpscaler, find_upscaler
 from library.models.conditioning import Conditioning
 from networks.adapters import Adapter
@@ -64,12 +65,13 @@ def draw(
     *,
     adapters: Adapters | None = None,
     refiner: DrawingModel | None = None,
+    guidance: TokenGuidance | None = None,
 ) -> list[Image.Image]:
-    """One RGB picture per seed, drawn together. adapters: those of request.loras, by their paths.
+    """One RGB picture per seed, drawn together. adapters: those of request.loras, by their paths. guidance: by request.reference.
 
     Raises RunFailed where the model's numbers overflow, UserError where the request does not fit the base.
     """
-    return TextToImage(model, request, seeds, adapters or {}, refiner).draw()
+    return TextToImage(model, request, seeds, adapters or {}, refiner, guidance).draw()
 
 
 @dataclass
@@ -81,6 +83,7 @@ class TextToImage:
     seeds: Sequence[int]
     adapters: Adapters
     refiner: DrawingModel | None
+    guidance: TokenGuidance | None = None
 
     def __post_init__(self) -> None:
         self.request, self.process = on_process(self.request, self.model.parametrisation)
@@ -103,7 +106,7 @@ class TextToImage:
         )
         initial = None
         if request.init_image is not None:
-            picture = fitted_picture(request.init_image, request.width, request.height)
+            picture = fitted_picture(request.init_image, request.width, request.height, "init_image")
             initial = self._encode([picture]).expand(len(self.seeds), -1, -1, -1)
             sigmas = part_of(sigmas, request.denoising_strength)
         latents = self._run(_Pass(sigmas, request.width, request.height), initial)
@@ -174,6 +177,7 @@ class TextToImage:
             extra_calls=self.sampler.extra_calls,
             dtype=model.dtype,
             on_step=fold,
+            guidance=self.guidance if model is self.model else None,  # a refiner's features are others
         )
 
     def _encode_prompts(
@@ -265,11 +269,6 @@ def encode_together(
     if filling is None:
         return parts
     return [part.filled(max(other.length for other in parts), filling) for part in parts]
-
-
-def fitted_picture(path: Path, width: int, height: int) -> Image.Image:
-    """A picture file as RGB of this size: scaled to cover it, and cropped to the centre. Raises UserError."""
-    return ImageOps.fit(open_init_image(path), (width, height), Image.Resampling.LANCZOS)
 
 
 def _step_by_step(parts: Sequence[EncodedPart]) -> EncodedPart:

@@ -52,8 +52,8 @@ class Cell:
     """A place of the sheet, and the settings of its picture.
 
     changes: some of the fields of PictureRequest (prompt, negative_prompt, steps, cfg_scale, sampler, schedule, clip_skip,
-    denoising_strength; see `changed`), and three others: checkpoint (a base, as text), adapter_weight (of every adapter) and seed.
-    The tags in a changed prompt already have the adapter_weight; the caller finds their files.
+    denoising_strength; see `changed`), and four others: align_guidance (a strength), checkpoint (a base, as text), adapter_weight
+    (of every adapter) and seed. The tags in a changed prompt already have the adapter_weight; the caller finds their files.
     """
 
     column: int
@@ -127,6 +127,10 @@ def changed(request: PictureRequest, changes: Mapping[str, Any]) -> PictureReque
             own["hires"] = replace(request.hires, denoising_strength=own.pop("denoising_strength"))
         elif request.init_image is None:
             raise UserError("The axis denoising needs the hires fix or a picture to begin with; there is neither.")
+    if "align_guidance" in own:
+        if request.reference is None:
+            raise UserError("The axis align guidance needs a photo to steer towards. Name one with --align_reference.")
+        own["reference"] = replace(request.reference, strength=own.pop("align_guidance"))
     return replace(request, **own)
 
 
@@ -292,6 +296,9 @@ _KINDS: dict[str, _Kind] = {
         numbers=True,
     ),
     "clip skip": _Kind("clip_skip", _whole(1, 12), "Clip skip", _ENCODES_PROMPTS, numbers=True, whole=True),
+    "align guidance": _Kind(
+        "align_guidance", _number("numbers from 0 on", lambda value: value >= 0), "Align guidance", numbers=True
+    ),
     "checkpoint": _Kind("checkpoint", str, cost=_LOADS_A_MODEL),
     _PROMPT: _Kind("prompt", str, cost=_ENCODES_PROMPTS),
 }
@@ -320,6 +327,7 @@ _EXAMPLES = {
     "weight": "0, 0.5, 1",
     "denoising": "0.3, 0.5",
     "clip skip": "1, 2",
+    "align guidance": "0, 0.5, 1",
     "checkpoint": "a.safetensors | b.safetensors",
     _PROMPT: "cat, dog",
 }

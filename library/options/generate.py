@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from library.options.checks import finite, positive, require
+from library.options.checks import OptionError, finite, not_negative, positive, require
 from library.options.given import Needed, Verbatim
 from library.options.model import ModelOptions
 from library.options.text_fusion import TextFusionOptions
@@ -16,6 +16,8 @@ from library.precision import Precision
 PROMPT_FILES = (".txt", ".toml", ".json")
 IMAGES = 4
 """Pictures of a single prompt, by default."""
+GUIDANCE = 0.2
+"""Of a reference, by default: measured, see docs/generate.md."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,53 @@ class PassOptions:
 
 
 @dataclass(frozen=True)
+class ReferenceOptions:
+    """A photo that pictures are steered towards, as the AlignHeads of a training see it."""
+
+    align_reference: Path | None = None
+    """Photo whose content and layout the pictures take over. It is scaled and cropped to their size."""
+    align_state: Path | None = None
+    """Training state whose AlignHeads steer: step_NNNNNN of train_repa.py, NAME-state of train_network.py."""
+    align_guidance: float | None = None
+    """How strongly: the share of itself by which predicted noise is turned towards the photo. Default: 0.2; 0 is without."""
+    align_guidance_window: tuple[float, float] = (0.3, 0.95)
+    """Lowest and highest noise at which pictures are steered, as t of train_repa.py's align_window: 0 without, 1 noise alone."""
+    dino_model: str | None = None
+    """Where the state's teacher is. Default: where it was in training."""
+
+    def __post_init__(self) -> None:
+        photo, state = self.align_reference, self.align_state
+        not_negative("align_guidance", self.align_guidance)
+        finite("align_guidance", self.align_guidance)
+        for name in ("align_state", "align_guidance", "align_guidance_window", "dino_model"):
+            given = getattr(self, name) != getattr(ReferenceOptions, name)
+            require(not given or photo is not None, name, "has no effect without align_reference.")
+        if photo is None:
+            return
+        require(photo.is_file(), "align_reference", f"{photo} does not exist.")
+        if state is None:
+            raise OptionError(
+                "align_state", "is missing: the training state whose AlignHeads read the photo of align_reference."
+            )
+        require(
+            (state / "state.json").is_file(),
+            "align_state",
+            f"{state} is no training state: there is no state.json in it. Name a folder step_NNNNNN or NAME-state.",
+        )
+        require(
+            (state / "align_heads.safetensors").is_file(),
+            "align_state",
+            f"{state} has no AlignHeads: its run trained without alignment. Name a state of a run with them.",
+        )
+        low, high = self.align_guidance_window
+        require(
+            0 <= low < high <= 1,
+            "align_guidance_window",
+            f"wants two numbers from 0 to 1, the lower one first, got {low:g} {high:g}.",
+        )
+
+
+@dataclass(frozen=True)
 class SheetOptions:
     """A sheet of pictures that differ along one or two axes."""
 
@@ -223,6 +272,7 @@ class GenerateOptions:
     models: ModelsOptions
     sampling: SamplingOptions
     passes: PassOptions
+    reference: ReferenceOptions
     sheet: SheetOptions
     fusion: TextFusionOptions = field(default_factory=TextFusionOptions)
     dry_run: bool = False

@@ -55,7 +55,7 @@ class NetworkOptions:
     train_parts: tuple[
         Literal["time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out"], ...
     ] = ()
-    """Parts of the U-Net whose Linear layers and convolutions are trained whole, where no adapter is on them, for students that LoRA
+    """Parts of the U-Net whose Linear layers and convolutions are trained whole, where they have no adapter, for students that LoRA
     alone does not make a flow of; add_embedding is SDXL's. merge_lora.py folds them into a full model."""
     scale_weight_norms: OptionalAmount = None
     """Greatest norm of an adapter's product; larger ones are scaled down after each step. 1 is usual."""
