@@ -8,8 +8,12 @@ from xml.etree import ElementTree
 import pytest
 
 from library.errors import UserError
+from library.evaluation.standard_errors import Estimate
+from library.options.network import parse_network_options
+from library.options.repa import parse_repa_options
 from tools.alignment_study import page, settings
-from tools.alignment_study.compare import compare, findings, table
+from tools.alignment_study.arms import RECIPES, Arm
+from tools.alignment_study.compare import Compared, compare, findings, mean_of_seeds, overview, significant_among, table
 from tools.alignment_study.settings import Folders, Run, Settings, make_runs, train_command
 from tools.alignment_study.svg import Panel, Series, chart, ticks_between
 
@@ -63,7 +67,7 @@ def test_sentences_call_different_only_what_is() -> None:
 
 
 def test_a_row_has_base_arms_difference_and_verdict() -> None:
-    row = next(line for line in table({"likeness": 0.3}, WITHOUT, WITH, "0.5") if line.startswith("| Likeness"))
+    row = next(line for line in table({"likeness": 0.3}, WITHOUT, WITH, "lambda 0.5") if line.startswith("| Likeness"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:4] == ["Likeness ↑", "0.300", "0.500 (0.400 to 0.600)", "0.510 (0.410 to 0.609)"]
     assert cells[5:] == ["3 of 3", "**better**"]
@@ -100,8 +104,8 @@ def test_a_page_of_numbers_names_its_figures_and_what_was_learned() -> None:
 
 def test_arms_of_a_seed_differ_in_lambda_and_folder_alone() -> None:
     folders = Folders(Path("out"))
-    with_, without = make_runs(["classes"], [0.0, 0.5], [7])
-    assert (with_.coefficient, without.coefficient) == (0.5, 0.0)
+    with_, without = make_runs(["classes"], ["0", "0.5"], [7])
+    assert (with_.arm.coefficient, without.arm.coefficient) == (0.5, 0.0)
     words = [train_command(run, Settings(), folders) for run in (with_, without)]
     assert [pair for pair in zip(*words, strict=True) if pair[0] != pair[1]] == [
         ("0.5", "0"),
@@ -110,17 +114,74 @@ def test_arms_of_a_seed_differ_in_lambda_and_folder_alone() -> None:
 
 
 def test_a_subject_without_alignment_is_plain_kohya() -> None:
-    words = train_command(Run("concept", 0.0, 1), Settings(), Folders(Path("out")))
+    words = train_command(Run("concept", Arm("", 0.0), 1), Settings(), Folders(Path("out")))
     assert not [word for word in words if "align" in word or "dino" in word]
 
 
 @pytest.mark.parametrize(
-    ("coefficients", "seeds", "said"),
-    [([0.5], [1], "must name 0"), ([0.0, 0.5], [1, 1], "each once"), ([0.0, -1.0], [1], "above it")],
+    ("arms", "seeds", "said"),
+    [
+        (["0.5"], [1], "must name 0"),
+        (["0", "0.0"], [1], "must name 0"),
+        (["0", "0.5"], [1, 1], "each once"),
+        (["0", "-1"], [1], "a lambda of 0 or more, one of trd"),
+        (["0", "tdr"], [1], "got 'tdr'"),
+        (["0", "trd:0"], [1], "got 'trd:0'"),
+    ],
 )
-def test_nothing_to_compare_is_refused(coefficients: list[float], seeds: list[int], said: str) -> None:
+def test_nothing_to_compare_is_refused(arms: list[str], seeds: list[int], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        make_runs(["classes"], coefficients, seeds)
+        make_runs(["classes"], arms, seeds)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_both_scripts_take_the_options_of_every_recipe(recipe: str, tmp_path: Path) -> None:
+    folders = Folders(tmp_path)
+    for study in ("classes", "concept"):
+        (folders.pictures(study) / "train").mkdir(parents=True)
+    for name in ("train.csv", "val.csv", "class_names.json"):
+        (folders.pictures("classes") / name).write_text("{}")
+    words = {"prog": "", "description": ""}
+    of_repa = train_command(Run("classes", Arm(recipe, 0.1), 1), Settings(), folders)[2:]
+    of_network = train_command(Run("concept", Arm(recipe, 0.1), 1), Settings(), folders)[2:]
+    for options in (parse_repa_options(of_repa, **words), parse_network_options(of_network, **words)):
+        assert options.alignment.align_coeff == 0.1 and options.alignment.alignment
+
+
+def test_an_arm_is_read_back_as_it_is_written() -> None:
+    for text in ("0", "0.1", "trd", "irepa:0.1"):
+        assert str(Arm.parse(text)) == text
+    assert Arm.parse("trd:0.5") == Arm.parse("trd") != Arm.parse("0.5")
+
+
+def test_a_difference_that_holds_alone_may_not_hold_among_many() -> None:
+    """Holm by hand: 0.001 is below 0.05 / 3, 0.03 not below 0.05 / 2, and then 0.04 falls too."""
+    from scipy.stats import t
+
+    def with_p_value(p: float) -> list[Compared]:
+        return [Compared("loss", Estimate(float(t.isf(p / 2, 4)), 1.0, 4), 5, 5)]
+
+    arms = {"a": with_p_value(0.03), "b": with_p_value(0.001), "c": with_p_value(0.04)}
+    assert significant_among(arms) == {"a": set(), "b": {"loss"}, "c": set()}
+    assert significant_among({"a": arms["a"]}) == {"a": {"loss"}}
+    assert significant_among({"a": arms["a"], "d": with_p_value(0.02)}) == {"a": {"loss"}, "d": {"loss"}}
+
+
+def test_the_p_value_is_that_of_a_paired_test() -> None:
+    from scipy.stats import ttest_1samp
+
+    gaps = [0.3, 0.1, 0.25, -0.02]
+    assert Compared("loss", mean_of_seeds(gaps), 1, 4).p_value == pytest.approx(ttest_1samp(gaps, 0).pvalue)
+
+
+def test_the_table_of_all_arms_marks_what_is_left_and_says_so() -> None:
+    noise = {
+        seed: {name: value + 0.1 * seed * (-1) ** seed for name, value in one.items()} for seed, one in WITH.items()
+    }
+    lines = overview(WITHOUT, {"λ = 0.5": WITH, "trd": noise})
+    row = next(line for line in lines if line.startswith("| Likeness"))
+    assert row.count("**") == 2 and "| **+0.0100" in row
+    assert lines[-1].endswith("λ = 0.5: 1 better.") and "its 2 arms (Holm)" in lines[-1]
 
 
 def test_a_folder_keeps_to_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

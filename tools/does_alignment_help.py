@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +24,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.errors import EXIT_OK, RunFailed, script
+from library.errors import EXIT_OK, RunFailed, UserError, script
 from library.files import read_json, write_json, write_text
+from tools.alignment_study.arms import RECIPES, WITHOUT
 from tools.alignment_study.settings import (
     CLASSES,
     STUDIES,
@@ -35,6 +36,7 @@ from tools.alignment_study.settings import (
     adapter_file,
     cache_command,
     claim_folder,
+    in_order,
     make_runs,
     train_command,
 )
@@ -47,7 +49,11 @@ PAGE, IMAGES = "does_alignment_help.md", "images/does_alignment_help"
 def main(argv: list[str]) -> int:
     options = parsed(argv)
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
-    runs = make_runs(options.studies, options.coefficients, options.seeds)
+    if options.teacher_steps < 0 or (options.teacher_steps and options.teacher != Settings.teacher):
+        raise UserError("teacher_steps train the embedded teacher further: name steps above 0, and no other --teacher.")
+    if options.teacher_steps:
+        settings = replace(settings, teacher=str(options.out.resolve() / "teacher"))
+    runs = make_runs(options.studies, options.arms, options.seeds)
     folders = Folders(options.out.resolve())
     for run in runs:
         state = "trained" if adapter_file(run, folders).exists() else "to train"
@@ -57,10 +63,16 @@ def main(argv: list[str]) -> int:
     from tools.alignment_study.page import put_between_marks, results_text
 
     page = read_page(options.docs)
+    if options.teacher_steps:
+        from tools.alignment_study.teacher import knowing_teacher
+
+        print("teacher    the embedded one, trained further on all classes", flush=True)
+        knowing_teacher(Path(settings.teacher), options.teacher_steps)
     claim_folder(folders, settings)
     train_all(runs, settings, folders, options.jobs)
     results = measure_all(runs, settings, folders, options.docs / IMAGES)
     results["facts"] = {"command": f"`{as_typed(options)}`", **results["facts"]}
+    results["settings"]["teacher"] = options.teacher
     figures = {study: one.pop("figures") for study, one in results["studies"].items()}
     write_json(folders.out / "results.json", results)
     write_json(options.docs / IMAGES / "results.json", results)
@@ -75,9 +87,18 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="which (all)")
     parser.add_argument(
-        "--coefficients", nargs="+", type=float, default=[0.0, 0.5], help="lambda of each arm (%(default)s)"
+        "--arms",
+        nargs="+",
+        default=["0", "0.5"],
+        help=f"lambda of each arm, or its recipe ({', '.join(RECIPES)}), with a lambda of its own as in trd:0.1 (0 0.5)",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of training (%(default)s)")
+    parser.add_argument(
+        "--teacher_steps",
+        type=int,
+        default=0,
+        help="train the embedded teacher for so many steps more on all classes, the new ones too, first (%(default)s)",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once (%(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "does_alignment_help", help="runs are kept here")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the page and its images")
@@ -192,17 +213,17 @@ def compared(numbers: Any, runs: Sequence[Run]) -> dict[str, Any]:
 
     arms: dict[str, dict[str, Any]] = {}
     gains: dict[str, dict[str, Any]] = {}
-    for run in sorted(runs, key=lambda one: (one.coefficient, one.seed)):
-        arms.setdefault(run.arm, {})[str(run.seed)] = numbers.of(run)
-        gains.setdefault(run.arm, {})[str(run.seed)] = numbers.gain(run)
+    for run in in_order(runs):
+        arms.setdefault(str(run.arm), {})[str(run.seed)] = numbers.of(run)
+        gains.setdefault(str(run.arm), {})[str(run.seed)] = numbers.gain(run)
     by_seed = {arm: {int(seed): one for seed, one in some.items()} for arm, some in arms.items()}
     differences = {
         arm: {
             one.measure: {**one.gap.to_json(), "better_in": one.better_in, "seeds": one.seeds, "verdict": one.verdict}
-            for one in compare(by_seed["0"], by_seed[arm])
+            for one in compare(by_seed[WITHOUT], by_seed[arm])
         }
         for arm in arms
-        if arm != "0"
+        if arm != WITHOUT
     }
     base = numbers.of(None)
     return {
@@ -220,7 +241,7 @@ def facts_of(runs: Sequence[Run], settings: Settings, folders: Folders, device: 
     seconds = sum(read_json(file)["seconds"] for file in files)
     lengths = {"classes": settings.steps, "concept": settings.concept_steps}
     return {
-        "base, teacher": f"{settings.base}, {settings.teacher}",
+        "base, teacher": f"{settings.base}, {Path(settings.teacher).name}",
         "steps": ", ".join(f"{study} {lengths[study]}" for study in dict.fromkeys(run.study for run in runs)),
         "seeds of training": ", ".join(str(seed) for seed in sorted({run.seed for run in runs})),
         "pictures of each prompt": f"{settings.drawn_seeds}, {settings.sampling_steps} sampling steps",

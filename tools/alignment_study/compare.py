@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from library.evaluation.standard_errors import Estimate
+from library.evaluation.standard_errors import CONFIDENCE, Estimate
 
 Numbers = Mapping[str, float]
 """Measure -> value, of one run."""
@@ -87,6 +87,16 @@ class Compared:
     seeds: int
 
     @property
+    def p_value(self) -> float:
+        """Of Student's paired test, two-sided: how often chance alone would give a mean as far from 0. nan for one seed."""
+        from scipy.stats import t
+
+        gap = self.gap
+        if not gap.freedom or math.isnan(gap.error):
+            return math.nan
+        return float(2 * t.sf(abs(gap.value) / gap.error, gap.freedom)) if gap.error else float(gap.value == 0)
+
+    @property
     def verdict(self) -> str:
         """What the difference is, in words; within its spread it is none."""
         if self.seeds < 2:
@@ -113,6 +123,47 @@ def compare(without: Arm, with_: Arm) -> list[Compared]:
     return found
 
 
+def significant_among(arms: Mapping[str, Sequence[Compared]]) -> dict[str, set[str]]:
+    """Arm -> the measures in which it still differs when each measure's comparisons are corrected for the number of arms.
+
+    arms: arm -> `compare(without, arm)`. Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    found: dict[str, set[str]] = {arm: set() for arm in arms}
+    for measure in MEASURES:
+        values = {arm: one.p_value for arm, some in arms.items() for one in some if one.measure == measure}
+        for place, arm in enumerate(sorted(values, key=lambda one: values[one])):
+            if not values[arm] <= (1 - CONFIDENCE) / (len(values) - place):
+                break
+            found[arm].add(measure)
+    return found
+
+
+def overview(without: Arm, arms: Mapping[str, Arm]) -> list[str]:
+    """The Markdown lines of a table of all arms: a row for each measure, differences from `without`, in bold what is left of them
+    after the correction for the number of arms, and a sentence that says so. arms: heading -> arm."""
+    compared = {arm: compare(without, one) for arm, one in arms.items()}
+    left = significant_among(compared)
+    lines = [f"| with - without | {' | '.join(arms)} |", f"|---|{'---|' * len(arms)}"]
+    for name, measure in MEASURES.items():
+        row = {arm: one for arm, some in compared.items() for one in some if one.measure == name}
+        if row:
+            cells = [
+                "" if arm not in row else f"**{signed(row[arm].gap)}**" if name in left[arm] else signed(row[arm].gap)
+                for arm in arms
+            ]
+            lines.append(f"| {measure.title}{_ARROWS[measure.better]} | {' | '.join(cells)} |")
+    told = []
+    for arm, some in compared.items():
+        words = [one.verdict for one in some if one.measure in left[arm]]
+        counts = [f"{words.count(word)} {word}" for word in ("better", "worse", "more", "less") if word in words]
+        told += [f"{arm}: {' and '.join(counts)}"] if counts else []
+    said = (
+        f"Bold: what differs from 0 also when each row is corrected for its {len(arms)} arms (Holm): chance alone would mark "
+        f"something in one row of twenty. {'; '.join(told) if told else 'Nothing is left after it'}."
+    )
+    return [*lines, "", said]
+
+
 def mean_of_seeds(values: Sequence[float]) -> Estimate:
     """Mean, its standard error and degrees of freedom; one value has no spread."""
     count = len(values)
@@ -120,10 +171,10 @@ def mean_of_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.fmean(values), error, count - 1)
 
 
-def table(base: Numbers, without: Arm, with_: Arm, coefficient: str) -> list[str]:
+def table(base: Numbers, without: Arm, with_: Arm, title: str) -> list[str]:
     """The Markdown lines of the comparison, a row for each measure, under the headings of the groups."""
     lines = [
-        f"| | untouched base | without | with (lambda {coefficient}) | with - without | better in | |",
+        f"| | untouched base | without | with ({title}) | with - without | better in | |",
         "|---|---|---|---|---|---|---|",
     ]
     compared = compare(without, with_)

@@ -12,14 +12,15 @@ from PIL import Image
 from library.files import read_json, whole_file, write_text
 from library.inference.grids import grid
 from library.report.template import COLOURS
+from tools.alignment_study.arms import Arm
 from tools.alignment_study.compare import MEASURES
 from tools.alignment_study.measure import MEASURED, measured_folder
-from tools.alignment_study.settings import CLASSES, Folders, Run, arm_name
+from tools.alignment_study.settings import CLASSES, Folders, Run, in_order
 from tools.alignment_study.subjects import Subject
 from tools.alignment_study.svg import Panel, Series, chart
 
-BLUE, ORANGE, GREEN, PINK, _, _, GREY = COLOURS
-ARM_COLOURS = (BLUE, ORANGE, GREEN, PINK)
+BLUE, *_, GREY = COLOURS
+ARM_COLOURS = COLOURS[:-1]
 SHOWN = ("right", "likeness", "likeness_clip", "drift", "right_old", "loss", "linear_probe", "token_cosine_centred")
 GAPS = {"val/loss": "all timesteps", "val/loss_q1": "quarter 1", "val/loss_q4": "quarter 4"}
 BY_TIMESTEP = {
@@ -128,9 +129,9 @@ def sheet(study: str, runs: Sequence[Run], folders: Folders, subject: Subject) -
     """Held-out pictures, and what base and arms draw of the same prompts and seed; the first training seed, the first noise."""
     places = _shown_places(subject)
     first = min(run.seed for run in runs)
-    arms = sorted((run for run in runs if run.seed == first), key=lambda run: run.coefficient)
+    arms = in_order(run for run in runs if run.seed == first)
     rows: dict[str, list[Image.Image]] = {"held out": [_photo(subject, number, seed) for number, seed in places]}
-    for name, run in [("base", None), *((_arm_title(run.arm), run) for run in arms)]:
+    for name, run in [("base", None), *((run.arm.label, run) for run in arms)]:
         folder = measured_folder(run, study, folders) / "drawn"
         rows[name] = [Image.open(folder / f"new_{number:02d}_{seed}.png").convert("RGB") for number, seed in places]
     pictures = [one.resize((TILE, TILE), Image.Resampling.LANCZOS) for row in rows.values() for one in row]
@@ -151,10 +152,8 @@ def _photo(subject: Subject, number: int, seed: int) -> Image.Image:
 
 
 def _by_arm(kept: Mapping[Run, Any]) -> dict[str, dict[Run, Any]]:
-    coefficients = sorted({run.coefficient for run in kept})
-    return {
-        arm_name(one): {run: found for run, found in kept.items() if run.coefficient == one} for one in coefficients
-    }
+    arms = dict.fromkeys(run.arm for run in in_order(kept))
+    return {str(arm): {run: found for run, found in kept.items() if run.arm == arm} for arm in arms}
 
 
 def _banded(arm: str, place: int, rows: Iterable[tuple[float, Sequence[float]]]) -> Series:
@@ -165,4 +164,4 @@ def _banded(arm: str, place: int, rows: Iterable[tuple[float, Sequence[float]]])
 
 
 def _arm_title(arm: str) -> str:
-    return "without" if arm == "0" else f"λ = {arm}"
+    return Arm.parse(arm).label

@@ -45,7 +45,7 @@ from tools.alignment_study.subjects import Subject
 
 MEASURED = "measured.json"
 LOSS_SEED, NOISE_SEED = 0, 0
-TAP, NEIGHBOURS, MOST_PROBED = "mid", 10, 512
+NEIGHBOURS, MOST_PROBED = 10, 512
 BATCH = 8
 BY_TIMESTEP = ("linear_probe", "knn_accuracy", "mutual_knn", "token_cosine", "token_cosine_centred")
 
@@ -106,14 +106,14 @@ def _features(run: Run | None, settings: Settings, folders: Folders) -> list[dic
     classes = ClassPictureOptions(str(own / "train.csv"), str(own / "val.csv"), class_names=own / "class_names.json")
     caches = ClassCacheOptions(cache_dir=folders.caches(CLASSES))
     pictures = open_probe_pictures(classes, caches, side=SIDE, fit=MOST_PROBED, test=MOST_PROBED)
-    return [{"timestep": timestep, **_features_at(model, pictures, timestep)} for timestep in TIMESTEPS]
+    return [{"timestep": timestep, **_features_at(model, pictures, settings.tap, timestep)} for timestep in TIMESTEPS]
 
 
-def _features_at(model: FeatureModel, pictures: ProbePictures, timestep: int) -> dict[str, float]:
+def _features_at(model: FeatureModel, pictures: ProbePictures, tap: str, timestep: int) -> dict[str, float]:
     fit_set, test_set = pictures.fit, pictures.test
     fit, test = (
         features_at_tap(
-            model, one.samples, pictures.empty_prompt, tap=TAP, timestep=timestep, seed=NOISE_SEED, batch_size=16
+            model, one.samples, pictures.empty_prompt, tap=tap, timestep=timestep, seed=NOISE_SEED, batch_size=16
         )
         for one in (fit_set, test_set)
     )

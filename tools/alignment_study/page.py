@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from library.errors import UserError
-from tools.alignment_study.compare import MEASURES, findings, table
+from tools.alignment_study.arms import WITHOUT, Arm
+from tools.alignment_study.compare import MEASURES, findings, overview, table
 from tools.alignment_study.settings import CLASSES, STUDIES
 
 BEGIN = "<!-- Results, from here to the next mark: written by tools/does_alignment_help.py, changes are lost. -->"
@@ -61,17 +62,23 @@ def _made(facts: Mapping[str, str]) -> str:
 def _study(study: str, found: Mapping[str, Any], figures: Sequence[str], folder: str) -> list[str]:
     arms = {arm: {int(seed): one for seed, one in runs.items()} for arm, runs in found["arms"].items()}
     lines = [f"### {TITLES[study]}", ""]
-    for arm in arms:
-        if arm == "0":
-            continue
-        said = findings(arms["0"], arms[arm])
+    others = [arm for arm in arms if arm != WITHOUT]
+    if len(others) > 1:
+        lines += [*overview(arms[WITHOUT], {Arm.parse(arm).label: arms[arm] for arm in others}), ""]
+    for arm in others:
+        title = Arm.parse(arm).title
+        said = findings(arms[WITHOUT], arms[arm])
         lines += [
-            *([f"#### lambda {arm}", ""] if len(arms) > 2 else []),
+            *(
+                [f"#### {title[0].upper() + title[1:] if Arm.parse(arm).recipe else title}", ""]
+                if len(others) > 1
+                else []
+            ),
             *said[:1],
             "",
             *(f"- {one}" for one in said[1:]),
             "",
-            *table(found["base"], arms["0"], arms[arm], arm),
+            *table(found["base"], arms[WITHOUT], arms[arm], title),
             "",
         ]
     lines += [
@@ -101,7 +108,7 @@ def _learned(gains: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> l
             value, margin = gain["value"], gain["margin"]
             ratios[arm, seed] = value / margin if value is not None and margin else 0.0
             shown = "–" if value is None else f"{value:+.3f}".replace("-", "−") + (f" ± {margin:.3f}" if margin else "")
-            lines.append(f"| lambda {arm} | {seed} | {shown} | {ratios[arm, seed]:.1f} |".replace("-", "−"))
+            lines.append(f"| {Arm.parse(arm).title} | {seed} | {shown} | {ratios[arm, seed]:.1f} |".replace("-", "−"))
     enough = sum(ratio > TIMES for ratio in ratios.values())
     lines += ["", f"Beyond {TIMES} times its spread: {enough} of {len(ratios)} runs."]
     return lines

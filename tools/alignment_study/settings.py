@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from library.errors import UserError
 from library.files import file_hash, read_json, write_json
 from library.models.embedded import SHAPES, SHAPES_CLIP, SHAPES_DINOV2
 from library.models.locate import DINOV2, locate_base, locate_dino, weight_files
+from tools.alignment_study.arms import WITHOUT, Arm
 
 SIDE = 128
 CLASSES, CONCEPT = "classes", "concept"
@@ -21,8 +22,7 @@ WARMUP = 0.05  # of the steps: Track A's 3,000 of 62,480
 AVERAGED = 0.05  # of the steps: train_repa's 0.9995 averages about 2,000 of 62,480, and would hardly leave a short run's beginning
 VALIDATIONS = 8
 CONCEPT_BATCH = 4
-# The tap's map is 2 x 2 at 128 px, and the grid twice that, as at 512 px. 224 px are the tiny teacher's own.
-TEACHER = ("--dino_resolution", "224", "--token_grid", "4")
+TEACHER_RESOLUTION = 224  # the tiny teacher's own
 ADAPTER = ("--network_dim", "8", "--network_alpha", "8")
 
 
@@ -36,6 +36,10 @@ class Settings:
     """DINOv2 that the heads learn from, and that judges likeness and drift."""
     clip: str = SHAPES_CLIP
     """CLIP that judges likeness too: no run has learned from it."""
+    tap: str = "mid"
+    """Where the heads sit, and where features are measured. Its map at mid is 2 x 2 at 128 px, at up_blocks.1 8 x 8."""
+    token_grid: int = 4
+    """Rows and columns of the teacher's tokens: at mid twice those of the map, as at 512 px."""
     steps: int = 400
     """Optimizer steps of a run on the new classes."""
     concept_steps: int = 300
@@ -73,22 +77,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One training. coefficient: lambda, 0 is without alignment."""
+    """One training."""
 
     study: str
-    coefficient: float
+    arm: Arm
     seed: int
 
     @property
-    def arm(self) -> str:
-        return arm_name(self.coefficient)
-
-    @property
     def folder_name(self) -> str:
-        return f"lambda{self.coefficient:g}_seed{self.seed}"
+        arm = f"{self.arm.recipe}_" if self.arm.recipe else ""
+        return f"{arm}lambda{self.arm.coefficient:g}_seed{self.seed}"
 
     def __str__(self) -> str:
-        return f"{self.study}, lambda {self.coefficient:g}, seed {self.seed}"
+        return f"{self.study}, {self.arm.title}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -110,21 +111,23 @@ class Folders:
         return self.study(study) / "caches"
 
 
-def arm_name(coefficient: float) -> str:
-    return f"{coefficient:g}"
-
-
-def make_runs(studies: Sequence[str], coefficients: Sequence[float], seeds: Sequence[int]) -> list[Run]:
+def make_runs(studies: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
     """All arms of a seed before the next seed, so that what is there at any time can be compared.
 
-    The arm with the highest lambda comes first: it builds all caches. Raises UserError where there is nothing to compare.
+    An arm with a teacher comes first: it builds all caches. Raises UserError where there is nothing to compare.
     """
-    if len(set(coefficients)) < 2 or 0 not in coefficients or min(coefficients) < 0:
-        raise UserError(f"coefficients must name 0 and at least one above it, got {list(coefficients)}.")
+    found = list(dict.fromkeys(map(Arm.parse, arms)))
+    if len(found) < 2 or WITHOUT not in map(str, found):
+        raise UserError(f"arms must name 0 and at least one other, got {' '.join(arms)}.")
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f"seeds must name each once, none below 0, got {list(seeds)}.")
-    falling = sorted(set(coefficients), reverse=True)
-    return [Run(study, one, seed) for study in studies for seed in seeds for one in falling]
+    found.sort(key=lambda arm: not arm.needs_teacher)
+    return [Run(study, arm, seed) for study in studies for seed in seeds for arm in found]
+
+
+def in_order(runs: Iterable[Run]) -> list[Run]:
+    """Without alignment first, then other lambdas, then recipes."""
+    return sorted(runs, key=lambda run: (run.arm.recipe, run.arm.coefficient, run.seed))
 
 
 def cache_command(settings: Settings, folders: Folders) -> list[str]:
@@ -156,15 +159,20 @@ def _classes_options(settings: Settings, folders: Folders) -> list[str]:
         ["--pretrained_model_name_or_path", settings.base, "--dino_model", settings.teacher, "--mixed_precision", "no"],
         ["--train_data", pictures / "train.csv", "--val_data", pictures / "val.csv"],
         ["--class_names", pictures / "class_names.json", "--resolution", SIDE],
-        ["--cache_dir", folders.caches(CLASSES), *TEACHER],
+        ["--cache_dir", folders.caches(CLASSES), *_tokens(settings)],
     )
+
+
+def _tokens(settings: Settings) -> list[Any]:
+    return ["--dino_resolution", TEACHER_RESOLUTION, "--token_grid", settings.token_grid]
 
 
 def _repa_options(run: Run, settings: Settings, folders: Folders) -> list[str]:
     every = max(1, settings.steps // VALIDATIONS)
     return _words(
-        [*ADAPTER, "--lora_scope", settings.lora_scope],
-        ["--align_coeff", f"{run.coefficient:g}", "--align_warmup_steps", round(settings.steps * WARMUP)],
+        [*ADAPTER, "--lora_scope", settings.lora_scope, "--taps", settings.tap],
+        ["--align_coeff", f"{run.arm.coefficient:g}", "--align_warmup_steps", round(settings.steps * WARMUP)],
+        run.arm.words(settings.steps),
         ["--train_batch_size", settings.batch_size, "--max_train_steps", settings.steps],
         ["--learning_rate", settings.learning_rate, "--ema_decay", ema_decay(settings.steps), "--seed", run.seed],
         ["--validate_every_n_steps", every, "--save_every_n_steps", 2 * every, "--save_last_n_states", 1],
@@ -179,9 +187,11 @@ def ema_decay(steps: int) -> float:
 
 def _concept_options(run: Run, settings: Settings, folders: Folders) -> list[str]:
     alignment: list[Any] = []
-    if run.coefficient:
-        alignment = ["--alignment", "--dino_model", settings.teacher, *TEACHER, "--align_coeff", f"{run.coefficient:g}"]
+    if run.arm.coefficient:
+        alignment = ["--alignment", "--dino_model", settings.teacher, *_tokens(settings), "--taps", settings.tap]
+        alignment += ["--align_coeff", f"{run.arm.coefficient:g}"]
         alignment += ["--align_warmup_steps", round(settings.concept_steps * WARMUP)]
+        alignment += run.arm.words(settings.concept_steps)
     return _words(
         ["--pretrained_model_name_or_path", settings.base],
         ["--train_data_dir", folders.pictures(CONCEPT) / "train", "--caption_extension", ".txt", "--resolution", SIDE],
@@ -204,7 +214,7 @@ def adapter_file(run: Run, folders: Folders) -> Path:
 def claim_folder(folders: Folders, settings: Settings) -> None:
     """Note in the folder what its runs are made with. Raises UserError where it holds runs that were made otherwise."""
     file = folders.out / "settings.json"
-    commands = [train_command(Run(study, 1.0, 1), settings, Folders(Path("out")))[1:] for study in STUDIES]
+    commands = [train_command(Run(study, Arm("", 1.0), 1), settings, Folders(Path("out")))[1:] for study in STUDIES]
     wanted = {**asdict(settings), "weights": _weights(settings), "commands": commands}
     if file.exists():
         there = read_json(file)

@@ -17,7 +17,7 @@ PICTURES = 6000
 
 
 def knowing_teacher(folder: Path, steps: int) -> Path:
-    """`folder`, with the teacher in it, trained first where it is not there."""
+    """`folder`, with the teacher in it, trained first for `steps` where it is not there."""
     if not folder.exists():
         torch.manual_seed(0)
         begun = Dinov2Model.from_pretrained(locate_dino(SHAPES_DINOV2).path, dtype=torch.float32)
