@@ -30,6 +30,7 @@ _BLUR = 9  # pixels over which Crete et al. average
 _STEEP, _FAINT = 2, 2.0  # percent of the pixels that are looked at, and the least step there, of 255
 _BORDER_NOISE = 12  # of 255: what JPEG makes of one colour
 _LEAST_BORDER = 0.015  # of a side
+_FAR = 0.7  # of the way across, where the opposite border has not begun
 _REGULAR = 0.45  # of a spectrum, in one frequency
 
 Grey = npt.NDArray[np.float32]
@@ -186,10 +187,12 @@ def _strip(rows: npt.NDArray[np.int16]) -> int:
 
     if len(others(rows[: max(3, math.ceil(_LEAST_BORDER * len(rows)))])):
         return 0
-    ends = others(rows[: len(rows) // 2])
-    if not len(ends):
+    inner = others(rows[: round(_FAR * len(rows))])
+    if not len(inner) or inner[0] >= len(rows) // 2:
         return 0
-    end = int(ends[0])
+    end = int(inner[0])
+    if inner[-1] + 1 - end - len(inner) > 2:  # the colour comes again: stripes
+        return 0
     # Scaling leaves one or two mixed rows between a border and the picture. A slow gradient differs only after more of them.
     after = rows[end + 1 : end + 5]
     jump = (np.abs(after - rows[end - 3]).max(axis=2) > _BORDER_NOISE).mean(axis=1)
