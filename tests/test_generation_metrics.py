@@ -171,12 +171,14 @@ def references(labels: str, captions: list[str]) -> References:
 
 
 def test_the_others_are_of_other_labels_or_where_there_are_none_what_the_base_draws():
-    prompts = ["a cat", "a cat", "a dog", "some thing"]
-    own, left_out = references("ccd", ["a  cat", "a cat", "a dog"]).identity_of(prompts)
-    assert own[:, :3].tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1], [1, 1, 1]] and not own[:, 3:].any()
-    assert left_out[:3, 3:].all() and not left_out[:, :3].any() and left_out[3, 3:].tolist() == [0, 0, 0, 1]
-    own, left_out = references("cc", ["a cat", "a cat at home"]).identity_of(prompts)
-    assert own[:, :2].all() and torch.equal(left_out[:, 2:], torch.eye(4).bool())
+    prompts = ["a cat", "a cat", "a dog"]
+    several = references("ccd", ["a  cat", "a cat", "a dog"])
+    found = several.identity_of(prompts)
+    assert found is not None and found[0].tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+    assert found[1][:, 3:].all() and not found[1][:, :3].any()
+    assert several.identity_of([*prompts, "some thing"]) is None
+    alone = references("cc", ["a cat", "a cat at home"]).identity_of(prompts)
+    assert alone is not None and alone[0][:, :2].all() and torch.equal(alone[1][:, 2:], torch.eye(3).bool())
 
 
 def test_diversity_is_the_mean_over_pairs_of_a_prompt():

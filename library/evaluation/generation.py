@@ -330,7 +330,14 @@ class _Measurement:
         if not len(photos := self.references.gallery):
             return
         base = unit(own[BASE])
-        is_own, left_out = self.references.identity_of([words_of(prompts.requests[at]) for at in prompts.groups])
+        found = self.references.identity_of([words_of(prompts.requests[at]) for at in prompts.groups])
+        if found is None:
+            self.notes.append(
+                "Identity is left out: held-out photos are of several subjects or classes, and none of their captions says of which "
+                "a prompt of the subject is."
+            )
+            return
+        is_own, left_out = found
         searched = torch.cat([unit(photos), base])
         self._add(
             "identity",

@@ -276,7 +276,7 @@ def _numbers(page: Page, result: GenerationResult) -> None:
             [
                 [MEASURES[measure].title, best.name, ", ".join(best.alike) or "none"]
                 for measure, best in result.best.items()
-                if measure in measures and measure not in noise
+                if measure in measures and measure not in noise and not MEASURES[measure].by_itself
             ],
             caption="By paired differences over the same prompts and seeds. One comparison in twenty is significant by chance.",
         )

@@ -72,25 +72,27 @@ class References:
     def nearness(self) -> float:
         return float(self._real[self._real < measures.SAME_PICTURE].mean())
 
-    def identity_of(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def identity_of(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor] | None:
         """Of pictures drawn of these prompts, and of the gallery followed by what the base draws of the same: whether it is a
         picture's own, and whether it does not count. bool [n, gallery + n], both.
 
-        A prompt's label is that of the photos with its words for a caption. Where it has none, or there is one label alone, every
-        photo is its own, and the base's pictures of the same prompts, but for that of the same prompt and seed, are the others.
+        A prompt's label is that of the photos with its words for a caption; None where one of several labels is to be told and is
+        not. Where there is one label alone, every photo is its own, and the others are the base's pictures of the same prompts, but
+        for that of the same prompt and seed.
         """
         labels_of: dict[str, set[str]] = defaultdict(set)
         for caption, label in zip(self.captions, self.labels, strict=True):
             labels_of[" ".join(caption.split())].add(label)
         several = len(set(self.labels)) > 1
+        if several and any(len(labels_of[prompt]) != 1 for prompt in prompts):
+            return None
         own = torch.zeros(len(prompts), len(self.labels) + len(prompts), dtype=torch.bool)
         left_out = own.clone()
         for place, prompt in enumerate(prompts):
-            is_known = several and len(labels_of[prompt]) == 1
             own[place, : len(self.labels)] = torch.tensor(
-                [not is_known or one in labels_of[prompt] for one in self.labels]
+                [one in labels_of[prompt] or not several for one in self.labels]
             )
-            left_out[place, len(self.labels) :] = is_known
+            left_out[place, len(self.labels) :] = several
             left_out[place, len(self.labels) + place] = True
         return own, left_out
 
