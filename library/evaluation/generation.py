@@ -333,8 +333,8 @@ class _Measurement:
         found = self.references.identity_of([words_of(prompts.requests[at]) for at in prompts.groups])
         if found is None:
             self.notes.append(
-                "Identity is left out: held-out photos are of several subjects or classes, and none of their captions says of which "
-                "a prompt of the subject is."
+                "Identity is left out: held-out photos are of several subjects or classes, and no caption of theirs says of "
+                "which a prompt of the subject is."
             )
             return
         is_own, left_out = found
