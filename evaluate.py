@@ -54,6 +54,8 @@ class Plan:
     subject: Subject | None
     states: list[Path]
     """The training states whose representation is measured."""
+    why_unknown: str
+    """Why it is not known which pictures were trained on, if it is not."""
 
 
 @script
@@ -112,6 +114,7 @@ def build(options: EvaluateOptions) -> Plan:
     from library.evaluation.candidates import find_candidates
     from library.evaluation.generation import GenerationPlan
     from library.evaluation.prompt_sets import make_prompt_set, subject_prompts, unrelated_prompts, words_of
+    from library.evaluation.trained_photos import trained_photos
     from library.merging.source import base_model_of
 
     checkpoints, pictures = options.checkpoints, options.pictures
@@ -120,7 +123,9 @@ def build(options: EvaluateOptions) -> Plan:
     base, why = base_model_of(list(sources.values()), checkpoints.pretrained_model_name_or_path)
     photos, folder = find_photos(options, candidates)
     newest = next(reversed(sources.values())).adapter
-    size = pictures.resolution or native_side(base, newest.family, fetch=not options.dry_run)
+    own_side = native_side(base, newest.family, fetch=not options.dry_run)
+    size = pictures.resolution or own_side
+    trained, why_unknown = trained_photos(options.measures.train_data_dir, candidates, own_side)
     metadata = newest.metadata
     subject = subject_prompts(options, [photo.caption for photo in photos], metadata)
     subject_set = None if subject is None else make_prompt_set(options, subject.lines, size)
@@ -140,9 +145,10 @@ def build(options: EvaluateOptions) -> Plan:
         clip_skip=options.sampling.clip_skip or 1,
         batch_size=pictures.batch_size,
         loss_seed=pictures.seed,
+        trained=trained,
         strengths=options.strengths.strengths if options.strengths.strength else (),
     )
-    return Plan(generation, why, folder, subject, states_with_heads(options, candidates))
+    return Plan(generation, why, folder, subject, states_with_heads(options, candidates), why_unknown)
 
 
 def find_photos(options: EvaluateOptions, candidates: list[Candidate]) -> tuple[list[Photo], Path | None]:
@@ -210,6 +216,7 @@ def print_plan(options: EvaluateOptions, plan: Plan) -> None:
     print(
         f"photos     {f'{len(generation.photos)} of {plan.photos_from}' if generation.photos else 'none (--reference_dir)'}"
     )
+    print(f"trained    {generation.trained or f'unknown (--train_data_dir): {plan.why_unknown}'}")
     print(f"judges     {generation.dino_model}; {generation.clip_model or 'no CLIP (--clip_model)'}")
     count = (len(generation.candidates) + 1) * sum(
         len(prompts.places) for prompts in (generation.subject, generation.unrelated) if prompts
@@ -354,6 +361,7 @@ def facts_of(plan: Plan, device: str, seconds: float) -> dict[str, str]:
     facts = {
         "base": public_name(generation.base),
         "photos": f"{len(generation.photos)}, {public_name(str(plan.photos_from))}" if generation.photos else "none",
+        "training pictures": str(generation.trained or "unknown"),
         "prompts": "none of the subject"
         if plan.subject is None
         else f"{len(plan.subject.lines)}, {plan.subject.source}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import types
@@ -9,11 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 import doctor
 import train_network
+from library.doctor.likeness import duplicate_pairs
+from library.doctor.measures import Measures, measure, square, writing_of
+from library.doctor.picture_faults import WRITTEN
 from library.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
 from tests.test_page import Outline
 from tests.tools.photo_like import scene, write_scenes
@@ -227,3 +232,34 @@ def test_deep_shows_the_teachers_components(forty: Path, tmp_path: Path, tiny_di
         (folder / f"{number}.txt").write_text(f"sks dog number {number}")
     looked(folder, "--deep", "--dino_model", str(tiny_dinov2))
     assert "What the teacher sees" in (tmp_path / "page" / "doctor.html").read_text(encoding="utf-8")
+
+
+def drawn(colour: str, box: tuple[int, int, int, int]) -> Image.Image:
+    """A brown ground that grows lighter downwards, and on it a box."""
+    ground = Image.linear_gradient("L").resize((128, 128))
+    picture = ImageOps.colorize(ground, (110, 75, 50), (160, 120, 90))
+    picture.paste(colour, box)
+    return picture
+
+
+def measured(picture: Image.Image) -> Measures:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return measure(file.getvalue(), "picture", square(128))
+
+
+def test_other_things_on_one_ground_are_no_copies() -> None:
+    one, other = drawn("yellow", (40, 60, 66, 74)), drawn("yellow", (46, 60, 66, 80))
+    copy = one.resize((90, 90)).crop((1, 1, 89, 89))
+    assert duplicate_pairs(list(map(measured, (one, other, copy)))) == [(0, 2)]
+
+
+def test_stripes_are_no_border_and_a_railing_is_no_writing() -> None:
+    bars, frame = drawn("white", (0, 0, 20, 128)), drawn("white", (0, 0, 20, 128))
+    bars.paste("white", (50, 0, 70, 128))
+    assert measured(frame).borders.left == pytest.approx(20 / 128, abs=0.01) and measured(bars).borders.left == 0
+    rng = np.random.default_rng(0)
+    for upright, is_writing in ((np.arange(200) % 8 < 3, False), (rng.random(100).repeat(2) < 0.5, True)):
+        grey = np.full((256, 256), 255, np.float32)
+        grey[100:116, 28:228] = np.where(upright, 0, 255)
+        assert (writing_of(grey) > WRITTEN) is is_writing

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 import evaluate
 from library.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from library.evaluation import generation
-from library.evaluation.candidates import find_candidates
+from library.evaluation.candidates import Candidate, find_candidates
 from library.evaluation.photos import held_out_photos, read_photos
 from library.evaluation.prompt_sets import plain_text, trained_captions, words_of
+from library.evaluation.trained_photos import photos_of_training
 from library.files import write_json
 from library.inference.picture_request import PictureRequest
 from library.inference.prompt_syntax import weighted_spans
@@ -148,10 +149,31 @@ def test_one_that_does_something_drifts_and_differences_are_paired(evaluated: tu
     assert -1 <= metrics["anchors"]["likeness"] <= 1
 
 
+def test_a_picture_that_copies_a_training_picture_is_shown_beside_it_and_no_other_is_one(
+    evaluated: tuple[Path, dict[str, Any]], adapter_file: Path, tiny_dinov2: Path, tmp_path: Path
+) -> None:
+    write_checkpoint(adapter_file, tmp_path / "mio.safetensors", factor=8.0)
+    trained = write_photos(tmp_path / "trained", 6, captions=False)
+    shutil.copy(evaluated[0] / "pictures" / "mio-000002" / "subject_00_43.png", trained / "copy.png")
+    words = ["--checkpoint", tmp_path / "mio.safetensors", "--train_data_dir", trained, "--prompt", "a photo of mio"]
+    words += ["--unrelated_prompts", evaluated[0].parent / "unrelated.txt", "--dino_model", tiny_dinov2]
+    words += ["--output_dir", tmp_path / "out", "--device", "cpu"]
+    assert evaluate.main([*map(str, words), *WORDS]) == EXIT_OK
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    first, second = metrics["near_training"]
+    assert (first["training_picture"], first["picture"], first["is_copy"]) == ("copy.png", 1, True)
+    assert first["cosine"] == pytest.approx(1) and not second["is_copy"]
+    assert row(metrics, "mio")["metrics"]["copies"]["value"] == 0.5
+    assert metrics["facts"]["training pictures"] == "7 pictures of trained"
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "mio, cosine 1.000, a copy" in html and "trained: copy.png" in html
+
+
 def test_what_is_left_out_is_said(evaluated: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = evaluated
     said = " ".join(metrics["left_out"])
     assert "there is no CLIP" in said and "it needs 64 pictures and as many photos; there are 2 and 2" in said
+    assert "these pictures are not known" in said and "copies" not in metrics["meanings"]
     assert "adherence" not in metrics["meanings"] and metrics["representation"] is None
     assert "there is no CLIP" in (folder / "report.html").read_text(encoding="utf-8")
 
@@ -169,6 +191,19 @@ def test_a_state_with_heads_is_compared_with_the_teacher_too(
     assert "At timestep 261" in html and sorted(headings, key=html.index) == list(headings)
     assert "A new head finds the teacher&#x27;s tokens in" in html
     assert len(found["earlier"]) > 0 and "Over the training" in html and found["earlier"][0]["checkpoint"] in html
+
+
+def test_the_pictures_of_a_training_are_known_by_its_options(
+    finished_run: Path, finished_network: Path, tmp_path: Path
+) -> None:
+    for run in (finished_run, finished_network):
+        found = photos_of_training(find_candidates([run]), 64)
+        assert found is not None and found.count == len(found.trained) > 1
+        assert not {photo.name for photo in found.trained} & {photo.name for photo in found.held_out}
+        assert all(photo.read().mode == "RGB" for photo in [*found.trained, *found.held_out])
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished_network / "options.toml", tmp_path / "run")
+    assert photos_of_training([Candidate("mio", tmp_path / "other" / "mio.safetensors", None)], 64) is None
 
 
 # What is found
@@ -277,6 +312,7 @@ def test_bad_input_is_refused_in_a_sentence(
     assert "holds no pictures; at least 2" in refused([*good, "--reference_dir", empty], capsys)
     assert "holds one picture, p0.png; at least 2" in refused([*good, "--reference_dir", one], capsys)
     assert "is no folder" in refused([*good, "--reference_dir", tmp_path / "gone"], capsys)
+    assert "train_data_dir" in refused([*good, "--train_data_dir", empty], capsys)
     assert "must be a multiple of 8, got 100" in refused([*good, "--resolution", 100], capsys)
     assert "must be at least 2, to estimate a standard error, got 1" in refused([*good, "--num_samples", 1], capsys)
     assert "Eulr is no sampler (did you mean Euler?)" in refused([*good, "--sampler", "Eulr"], capsys)

@@ -18,6 +18,7 @@ from library.errors import UserError
 from library.evaluation import picture_measures as measures
 from library.evaluation.denoising import QUARTERS, denoising_losses, encode_photos, log_ratios, spread_timesteps
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures
+from library.evaluation.references import References
 from library.evaluation.standard_errors import Estimate, difference, jackknife, mean_of, student_quantile
 from library.inference.drawing_model import load_model
 from library.models.locate import locate_base
@@ -135,6 +136,49 @@ def test_the_same_pictures_have_not_drifted():
     unit = F.normalize(rows(3), dim=1)
     assert measures.distances(unit, unit).abs().max() < 1e-12
     assert measures.distances(unit, -unit).tolist() == pytest.approx([2, 2, 2])
+
+
+def test_a_planted_copy_is_nearer_to_its_training_picture_than_real_pictures_are_to_each_other():
+    trained, held_out, drawn = (F.normalize(rows(count, 16, seed), dim=1) for seed, count in enumerate((40, 40, 400)))
+    drawn[3] = F.normalize(trained[7] + 0.05 * drawn[3], dim=0)
+    trained = torch.cat([trained, trained[:1]])  # one is there twice, which does not hide copies
+    cosines, indices = measures.nearest_photo(drawn, trained)
+    real = torch.cat([measures.nearest_photo(held_out, trained)[0], measures.nearest_among(trained)])
+    level, by_chance = measures.copying_level(real)
+    assert cosines.argmax() == 3 and indices[3] == 7 and cosines[3] > level
+    assert 0.02 < float((cosines > level).double().mean()) < by_chance < 0.15, (
+        "of the others as many as may be by chance"
+    )
+    slow = [max(float(trained[i] @ trained[j]) for j in range(41) if j != i) for i in range(41)]
+    assert measures.nearest_among(trained).tolist() == pytest.approx(slow)
+    assert measures.copying_level(real[:9])[1] == pytest.approx(1 - 0.05 ** (1 / 9)), "the greatest of nine"
+    assert not len(measures.nearest_among(trained[:1]))
+
+
+def test_a_picture_is_identified_where_the_nearest_that_counts_is_its_own():
+    axes = torch.eye(4, dtype=torch.float64)
+    drawn = F.normalize(torch.tensor([[3.0, 2, 1, 0], [3, 2, 1, 0], [0, 1, 2, 3]]).double(), dim=1)
+    own = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]).bool()
+    none = torch.zeros_like(own)
+    assert measures.finds_own(drawn, axes, own, none).tolist() == [1, 0, 0]
+    none[1, 0], none[2, 3] = True, True
+    assert measures.finds_own(drawn, axes, own, none).tolist() == [1, 1, 1]
+
+
+def references(labels: str, captions: list[str]) -> References:
+    none = torch.empty(0, 4)
+    return References(none, none, (), rows(len(labels), 4), list(labels), captions)
+
+
+def test_the_others_are_of_other_labels_or_where_there_are_none_what_the_base_draws():
+    prompts = ["a cat", "a cat", "a dog"]
+    several = references("ccd", ["a  cat", "a cat", "a dog"])
+    found = several.identity_of(prompts)
+    assert found is not None and found[0].tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+    assert found[1][:, 3:].all() and not found[1][:, :3].any()
+    assert several.identity_of([*prompts, "some thing"]) is None
+    alone = references("cc", ["a cat", "a cat at home"]).identity_of(prompts)
+    assert alone is not None and alone[0][:, :2].all() and torch.equal(alone[1][:, 2:], torch.eye(3).bool())
 
 
 def test_diversity_is_the_mean_over_pairs_of_a_prompt():

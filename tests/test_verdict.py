@@ -13,7 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.evaluation.generation_result import BASE, Best, CheckpointPictures, GenerationResult, Strength, to_use
+from library.evaluation.generation_result import (
+    BASE,
+    Best,
+    CheckpointPictures,
+    GenerationResult,
+    Strength,
+    copies,
+    to_use,
+)
 from library.evaluation.html_report import report_page
 from library.evaluation.prompt_sets import PromptSet
 from library.evaluation.recommendation import WEIGHT_KEY, Card, check_recommendation, write_card
@@ -92,6 +100,21 @@ def test_one_that_no_longer_follows_prompts_is_not_chosen_unless_all_are_so() ->
     )
     result = result_of(likeness, drift, adherence={BASE: 0.3, "a": 0.2, "b": 0.2})
     assert to_use(result) == "a" and verdict(result).endswith("a follows prompts less than the base does.")
+
+
+def test_one_that_copies_training_pictures_is_not_chosen_unless_all_do_and_that_is_said() -> None:
+    result = result_of({BASE: 0.2, "a": 0.4, "b": 0.4}, {BASE: 0.0, "a": 0.1, "b": 0.2})
+    result.anchors["copies"] = 0.05
+    for name, share in ((BASE, 0.0), ("a", 0.5), ("b", 0.05)):
+        result.estimates[name]["copies"] = estimate(share)
+    result.against_base["a"]["copies"], result.against_base["b"]["copies"] = estimate(0.5), estimate(0.05)
+    assert copies(result, "a") and not copies(result, "b"), "so many are by chance"
+    assert to_use(result) == "b" and "copies" not in verdict(result) and not is_noise(result, "b", "copies")
+    result.estimates["b"]["copies"] = result.against_base["b"]["copies"] = estimate(0.5)
+    assert to_use(result) == "a" and "The last copies training pictures: 50% of its pictures are nearer" in verdict(
+        result
+    )
+    assert "a copies training pictures" in verdict(result)
 
 
 def test_without_photos_nothing_is_advised_but_what_drifts_least() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.data.buckets import Buckets, BucketTable, Fitted, UnfitImage, bucket_table
 from library.data.caption_files import some
@@ -20,7 +21,8 @@ from library.data.dataset_config import (
 from library.data.dataset_schema import Dataset, Subset
 from library.data.demo_pictures import ensure_demo_pictures
 from library.data.order import balance_regularisation
-from library.data.sources import is_wnid
+from library.data.pixels import decode_rgb
+from library.data.sources import ImageSource, Sample, is_wnid
 from library.data.teacher_latents import Drawn, TeacherLatents
 from library.data.trained_image import TrainedImage
 from library.data.training_images import (
@@ -37,6 +39,9 @@ from library.options.data import ClassPictureOptions
 from library.options.run import RunOptions
 from library.options.toml_file import PROJECT_ROOT
 from library.words import plural
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _MISSING: dict[str, MissingCaption] = {"class_tokens": "class_tokens", "drop": "skip", "stop": "error"}
 
@@ -59,6 +64,20 @@ class TrainingData:
     @property
     def every(self) -> list[TrainedImage]:
         return [*self.training, *self.validation]
+
+    @cached_property
+    def sources(self) -> dict[str, tuple[ImageSource, Sample]]:
+        """Where class pictures are read, by sample id."""
+        sets = [] if self.classes is None else self.classes.sets
+        return {sample.sample_id: (one.source, sample) for one in sets for sample in one.samples}
+
+    def decoded(self, picture: TrainedImage) -> Image.Image:
+        """The whole picture, upright RGB, wherever it lies. Raises UnreadableImage."""
+        image = picture.image
+        if self.classes is None:
+            return decode_rgb(image.path, name=str(image.path), hidden_colours=image.shows_hidden_colours)
+        source, sample = self.sources[image.sample_id]
+        return decode_rgb(source.read(sample), name=sample.path)
 
 
 def read_datasets(options: RunOptions, native_side: int) -> list[Dataset]:

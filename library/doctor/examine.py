@@ -195,10 +195,7 @@ def _asked(pictures: Sequence[TrainedImage], data: TrainingData, options: RunOpt
             Asked(str(picture.image.path), picture.image.path.read_bytes, buckets[id(picture.dataset)])
             for picture in pictures
         ]
-    sources: dict[str, tuple[ImageSource, Sample]] = {
-        sample.sample_id: (one.source, sample) for one in data.classes.sets for sample in one.samples
-    }
-    return [_of_class(*sources[picture.image.sample_id], square(picture.fitted.bucket[0])) for picture in pictures]
+    return [_of_class(*data.sources[picture.image.sample_id], square(picture.fitted.bucket[0])) for picture in pictures]
 
 
 def _of_class(source: ImageSource, sample: Sample, fit: Fit) -> Asked:

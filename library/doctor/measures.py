@@ -30,6 +30,8 @@ _BLUR = 9  # pixels over which Crete et al. average
 _STEEP, _FAINT = 2, 2.0  # percent of the pixels that are looked at, and the least step there, of 255
 _BORDER_NOISE = 12  # of 255: what JPEG makes of one colour
 _LEAST_BORDER = 0.015  # of a side
+_FAR = 0.7  # of the way across, where the opposite border has not begun
+_REGULAR = 0.45  # of a spectrum, in one frequency
 
 Grey = npt.NDArray[np.float32]
 
@@ -185,10 +187,12 @@ def _strip(rows: npt.NDArray[np.int16]) -> int:
 
     if len(others(rows[: max(3, math.ceil(_LEAST_BORDER * len(rows)))])):
         return 0
-    ends = others(rows[: len(rows) // 2])
-    if not len(ends):
+    inner = others(rows[: round(_FAR * len(rows))])
+    if not len(inner) or inner[0] >= len(rows) // 2:
         return 0
-    end = int(ends[0])
+    end = int(inner[0])
+    if inner[-1] + 1 - end - len(inner) > 2:  # the colour comes again: stripes
+        return 0
     # Scaling leaves one or two mixed rows between a border and the picture. A slow gradient differs only after more of them.
     after = rows[end + 1 : end + 5]
     jump = (np.abs(after - rows[end - 3]).max(axis=2) > _BORDER_NOISE).mean(axis=1)
@@ -198,7 +202,8 @@ def _strip(rows: npt.NDArray[np.int16]) -> int:
 def writing_of(grey: Grey) -> float:
     """Share of a picture in lines that look like writing: many upright strokes in a row, with calm above and below.
 
-    A guess from the picture's edges, which takes railings and stripes for writing now and then and misses large letters.
+    A guess from edges, which misses large letters. Strokes at one distance are a railing's or stripes: of sixteen lines
+    of writing in photographs none has more than a third of its spectrum in one frequency, of a gate's bars more than half is.
     """
     from scipy import ndimage
 
@@ -219,9 +224,15 @@ def writing_of(grey: Grey) -> float:
             strokes[rows.stop : rows.stop + max(tall // 2, 1), columns],
         ]
         around = max((float(part.mean()) for part in calm if part.size), default=1.0)
-        if full > 0.6 and around < 0.05:
+        if full > 0.6 and around < 0.05 and not _is_regular(strokes[rows, columns].mean(axis=0)):
             area += tall * wide
     return area / (height * width)
+
+
+def _is_regular(strokes: Grey) -> bool:
+    """Whether strokes [W] come at one distance."""
+    spectrum = np.square(np.abs(np.fft.rfft(strokes - strokes.mean())))[1:]
+    return bool(spectrum.max() > _REGULAR * spectrum.sum())
 
 
 def perceptual_hashes(image: Image.Image) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int8]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from library.report.page import Page
 from library.words import plural
 
 FORMAT_VERSION = 1
+NAMED_PLACES = 3
 SHOWN = 12
 """Pictures of a finding that the page shows; the JSON names all."""
 SHEET = 240
@@ -72,10 +73,10 @@ def report(examination: Examination) -> Page:
     data, family = examination.data, examination.family
     total = len({one.image.path for one in data.every})
     places = list(dict.fromkeys(_places(examination)))
-    place = places[0] if len(places) == 1 else f"{plural(len(places), 'place')} in {os.path.commonpath(places)}"
+    place = places[0] if len(places) == 1 else _together(places)
     page = Page(
         "What the training will see",
-        f"{plural(total, 'picture')} of {place}, as a training of {family.title} takes them. {verdict(examination)}",
+        f"{plural(total, 'picture')} from {place}, as a training of {family.title} takes them. {verdict(examination)}",
     )
     pictures = {one.path: one.measures for one in examination.measured}
     page.heading("Findings")
@@ -99,6 +100,15 @@ def _places(examination: Examination) -> list[str]:
         return [os.path.abspath(one.source.location) for one in data.classes.sets]
     subsets = [subset for dataset in data.datasets for subset in dataset.subsets]
     return [os.path.abspath(subset.image_dir or subset.metadata_file or "") for subset in subsets]
+
+
+def _together(places: Sequence[str]) -> str:
+    """ "train.csv and val.csv in /data/demo", or of more "12 folders in /data"."""
+    root = os.path.commonpath(places)
+    if len(places) > NAMED_PLACES:
+        return f"{plural(len(places), 'folder or file', 'folders or files')} in {root}"
+    *first, last = (os.path.relpath(place, root) for place in places)
+    return f"{', '.join(first)} and {last} in {root}"
 
 
 def _add_finding(page: Page, examination: Examination, finding: Finding, pictures: Mapping[str, Measures]) -> None:

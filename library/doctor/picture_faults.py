@@ -96,7 +96,7 @@ _FAULTS = (
         "know",
         ("picture may have writing on it", "pictures may have writing on them"),
         "Watermarks and dates are learned with the subject: cut or paint them out. Where writing belongs there, name it in the "
-        "caption. (A guess from edges; railings pass for writing, large letters do not.)",
+        "caption. (A guess from edges, which misses large letters.)",
         lambda one: _when(one.measures.writing > WRITTEN),
     ),
     _Fault(

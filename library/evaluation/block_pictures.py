@@ -56,7 +56,7 @@ class Photos(PictureSource):
     def labelled(self, model: DrawingModel, seed: int) -> LabelledPictures:
         names = [photo.name for photo in self.photos]
         encoded = encode_photos(model, [photo.picture for photo in self.photos], [""] * len(names), names, self.size)
-        folders = [str(Path(name).parent) for name in names]
+        folders = [photo.label for photo in self.photos]
         if len(set(folders)) > 1:
             kinds = sorted(set(folders))
             return LabelledPictures(

@@ -33,6 +33,7 @@ from library.evaluation.generation_result import (
     Best,
     CheckpointPictures,
     GenerationResult,
+    NearTraining,
     Strength,
     to_use,
 )
@@ -40,7 +41,9 @@ from library.evaluation.measure_table import MEASURES
 from library.evaluation.photos import Photo
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures, unit
 from library.evaluation.prompt_sets import PromptSet, is_ours, words_of
+from library.evaluation.references import References
 from library.evaluation.standard_errors import Estimate, Statistic, difference, jackknife, mean_of, of_all
+from library.evaluation.trained_photos import TrainedPhotos
 from library.inference.drawing_model import DrawingModel, load_model
 from library.inference.infotext import model_hash
 from library.inference.picture_infotext import model_name
@@ -70,6 +73,8 @@ class GenerationPlan:
     clip_skip: int = 1
     batch_size: int = 1
     loss_seed: int = 0
+    trained: TrainedPhotos | None = None
+    """The pictures that were trained on; None where they are not known."""
     strengths: Sequence[float] = ()
     """Weights at which the checkpoint to use is drawn too, ascending; none: it is not."""
 
@@ -92,16 +97,17 @@ def evaluate_generation(
     dino = DinoPictures(plan.dino_model, device)  # loaded before drawing, so that a wrong name is found at once
     model = load_model(locate_base(plan.base), dtype=dtype, device=device)
     model.folded.check(list(plan.adapters.values()))
+    references = References.of(plan.photos, plan.trained, dino)
     on_loaded()
     save = _Saving(plan, pictures_folder)
     drawn = _draw_all(model, plan, save, say)
     with doing("measuring the pictures"):
-        result = _Measurement(plan, drawn, dino, clip).result()
+        result = _Measurement(plan, references, drawn, dino, clip).result()
     if plan.strengths:
         chosen = to_use(result)
         swept = _draw_strengths(model, plan, chosen, drawn, save, say)
         with doing("measuring the pictures"):
-            measured = _Measurement(plan, swept, dino, clip).result()
+            measured = _Measurement(plan, references, swept, dino, clip).result()
         result.strength = Strength(chosen, plan.strengths, measured)
     return result
 
@@ -193,6 +199,7 @@ class _Measurement:
     """Computes the statistics of every measure by checkpoint, and the result from them."""
 
     plan: GenerationPlan
+    references: References
     drawn: Mapping[str, CheckpointPictures]
     dino: DinoPictures
     clip: ClipPictures | None
@@ -200,6 +207,7 @@ class _Measurement:
     groups: dict[str, Tensor] = field(default_factory=dict)
     anchors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    near_training: Sequence[NearTraining] = ()
 
     def result(self) -> GenerationResult:
         if self.plan.dino_model in TINY_TEACHERS and not is_ours(self.plan.base):
@@ -210,8 +218,8 @@ class _Measurement:
         self._measure_unrelated()
         if self.plan.subject is None:
             self.notes.append(
-                "Likeness, diversity and distances to the photos are left out: no prompt names the subject. Give one "
-                "with --prompt."
+                "Likeness, identity, copies, diversity and distances to the photos are left out: no prompt names the subject. "
+                "Give one with --prompt."
             )
         else:
             self._measure_subject(self.plan.subject)
@@ -226,7 +234,10 @@ class _Measurement:
         *earlier, newest = own
         last = {name: {m: self._gap(m, name, newest) for m in order} for name in earlier}
         best = {m: self._best(m, estimates) for m in order if MEASURES[m].better}
-        return GenerationResult(own, dict(self.drawn), estimates, against, last, best, self.anchors, self.notes)
+        notes = [*self.references.notes, *self.notes]
+        return GenerationResult(
+            own, dict(self.drawn), estimates, against, last, best, self.anchors, notes, near_training=self.near_training
+        )
 
     def _add(self, measure: str, groups: Tensor, statistic: Callable[[str], Statistic]) -> None:
         self.groups[measure] = groups
@@ -284,17 +295,18 @@ class _Measurement:
                 )
         else:
             self.notes.append("Diversity is left out: each prompt has a single picture. Raise --num_samples.")
+        self._measure_identity(prompts, own)
+        self._measure_copies(own)
         self._measure_adherence(
             "adherence_subject", prompts, {name: drawn.subject for name, drawn in self.drawn.items()}
         )
         if not plan.photos:
             self.notes.append(
-                "Likeness, KID, CMMD and the denoising loss are left out: there are no held-out photos. Name a folder with "
-                "--reference_dir."
+                "Likeness, KID, CMMD and the denoising loss are left out: there are no held-out photos of the subject. Name a "
+                "folder with --reference_dir."
             )
             return
-        pictures = [photo.picture for photo in plan.photos]
-        photos = self.dino(pictures)
+        pictures, photos = [photo.picture for photo in plan.photos], self.references.photos
         self._add("likeness", groups, lambda name: mean_of(measures.likeness(unit(own[name]), unit(photos))))
         self.anchors["likeness"] = measures.likeness_among(unit(photos))
         if min(len(groups), len(photos)) < measures.FEWEST_FOR_SETS:
@@ -312,6 +324,51 @@ class _Measurement:
                 groups,
                 lambda name: measures.clip_distance(clip.pictures(self.drawn[name].subject), embedded_photos),
             )
+
+    def _measure_identity(self, prompts: PromptSet, own: Mapping[str, Tensor]) -> None:
+        """own: name -> embeddings of the subject's pictures."""
+        if not len(photos := self.references.gallery):
+            return
+        base = unit(own[BASE])
+        found = self.references.identity_of([words_of(prompts.requests[at]) for at in prompts.groups])
+        if found is None:
+            self.notes.append(
+                "Identity is left out: held-out photos are of several subjects or classes, and no caption of theirs says of "
+                "which a prompt of the subject is."
+            )
+            return
+        is_own, left_out = found
+        searched = torch.cat([unit(photos), base])
+        self._add(
+            "identity",
+            torch.tensor(prompts.groups),
+            lambda name: mean_of(measures.finds_own(unit(own[name]), searched, is_own, left_out)),
+        )
+        self.anchors["identity"] = float((is_own.sum(dim=1) / (~left_out).sum(dim=1)).mean())
+
+    def _measure_copies(self, own: Mapping[str, Tensor]) -> None:
+        references = self.references
+        if not len(references.trained):
+            self.notes.append(
+                "Copies of training pictures are not looked for: these pictures are not known. Name their folder with "
+                "--train_data_dir."
+            )
+            return
+        groups = torch.tensor(self.plan.subject.groups)  # type: ignore[union-attr]
+        nearest = {name: measures.nearest_photo(unit(rows), unit(references.trained)) for name, rows in own.items()}
+        self._add("nearness", groups, lambda name: mean_of(nearest[name][0]))
+        level = references.copying_level
+        if level is None:
+            self.notes.append(
+                f"Copies are not counted: it takes {measures.FEWEST_REAL} different photos and training pictures to know how near "
+                "these are to each other."
+            )
+        else:
+            self._add("copies", groups, lambda name: mean_of((nearest[name][0] > level[0]).double()))
+            self.anchors |= {"nearness": references.nearness, "copies": level[1]}
+        self.near_training = references.worst(
+            {name: found for name, found in nearest.items() if name != BASE}, math.inf if level is None else level[0]
+        )
 
     def _measure_losses(self) -> None:
         if self.drawn[BASE].losses is None:

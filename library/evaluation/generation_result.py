@@ -25,13 +25,26 @@ class CheckpointPictures:
     losses: Tensor | None
 
 
+@dataclass(frozen=True)
+class NearTraining:
+    """A drawn picture of the subject beside the training picture that is nearest to it. place: among the checkpoint's."""
+
+    checkpoint: str
+    place: int
+    cosine: float
+    photo: Image.Image
+    photo_name: str
+    is_copy: bool
+
+
 @dataclass
 class GenerationResult:
     """steps: of each checkpoint, in order. drawn, estimates: by checkpoint, BASE first.
 
     against_base: the paired difference to the base, of measures not from_base; against_last: of all measures, of each checkpoint
     but the last to the last.
-    anchors: values to compare a measure with, by its name. strength: the checkpoint to use at several weights.
+    anchors: values to compare a measure with, by its name. strength: the checkpoint to use at several weights. near_training: the
+    pictures of checkpoints that are nearest to a training picture, the nearest first.
     """
 
     steps: Mapping[str, int | None]
@@ -43,6 +56,7 @@ class GenerationResult:
     anchors: dict[str, float]
     notes: list[str]
     strength: Strength | None = None
+    near_training: Sequence[NearTraining] = ()
 
     @property
     def names(self) -> list[str]:
@@ -71,6 +85,16 @@ class GenerationResult:
             "best": {name: {"checkpoint": best.name, "not_told_apart": best.alike} for name, best in self.best.items()},
             "anchors": self.anchors,
             "left_out": self.notes,
+            "near_training": [
+                {
+                    "checkpoint": one.checkpoint,
+                    "picture": one.place,
+                    "training_picture": one.photo_name,
+                    "cosine": one.cosine,
+                    "is_copy": one.is_copy,
+                }
+                for one in self.near_training
+            ],
             "strength": None if self.strength is None else self.strength.to_json(),
         }
 
@@ -133,13 +157,13 @@ class Best:
 def to_use(result: GenerationResult) -> str:
     """The checkpoint to use: of those that are not significantly less like the subject than the most like one (without likeness:
     whose loss is not significantly above the lowest) the one with the least drift, where that is significantly less than the last
-    one's. One that follows unrelated prompts significantly less than the base does is taken only where all do. Where nothing says
-    what is like the subject, the last."""
+    one's. One that follows unrelated prompts significantly less than the base does or copies training pictures is taken only where
+    all do. Where nothing says what is like the subject, the last."""
     last, best = result.names[-1], result.best.get("likeness") or result.best.get("loss")
     if best is None:
         return last
     among = [name for name in result.names if name in (best.name, *best.alike)]
-    obeys = [name for name in among if not follows_less(result, name)] or among
+    obeys = [name for name in among if not (follows_less(result, name) or copies(result, name))] or among
     least = min(obeys, key=lambda name: result.estimates[name]["drift"].value)
     drifts_less = least != last and result.against_last[least]["drift"].is_significant
     return least if drifts_less or last not in obeys else last
@@ -149,3 +173,11 @@ def follows_less(result: GenerationResult, name: str) -> bool:
     """Whether a checkpoint follows unrelated prompts significantly less than the base."""
     gap = result.against_base[name].get("adherence")
     return gap is not None and gap.is_significant and gap.value < 0
+
+
+def copies(result: GenerationResult, name: str) -> bool:
+    """Whether significantly more of its pictures are copies of training pictures than may be by chance, and than of the base's."""
+    share, gap = result.estimates[name].get("copies"), result.against_base[name].get("copies")
+    return (
+        share is not None and gap is not None and rises(gap) and share.value - share.margin > result.anchors["copies"]
+    )

@@ -17,6 +17,7 @@ from library.evaluation.verdict import is_noise, strength_words, verdict
 from library.inference.grids import grid
 from library.report.curves import Chart, Curve
 from library.report.page import Page, Quiet
+from library.words import plural
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,8 +31,30 @@ FIRST_PICTURES, FIRST_CHECKPOINTS, FIRST_COLUMNS = 3, 6, 8
 """What a page begins with: pictures of each of so many checkpoints, and how many of all stand side by side."""
 SMALL = (190, 130)
 """Width and height of curves that stand in one row."""
-CURVES = ("likeness", "drift", "adherence", "adherence_subject", "diversity", "loss", "kid", "cmmd")
-OF_STRENGTH = ("likeness", "drift", "adherence", "adherence_subject", "diversity")
+CURVES = (
+    *(
+        "likeness",
+        "identity",
+        "drift",
+        "nearness",
+        "copies",
+        "adherence",
+        "adherence_subject",
+        "diversity",
+        "loss",
+        "kid",
+    ),
+    "cmmd",
+)
+OF_STRENGTH = ("likeness", "identity", "drift", "nearness", "adherence", "adherence_subject", "diversity")
+COMPARED_WITH = {
+    "likeness": "photos",
+    "identity": "by chance",
+    "nearness": "real pictures",
+    "copies": "by chance at most",
+    "drift": "another seed",
+}
+"""What the anchor of a measure is."""
 IN_A_ROW = 6
 
 
@@ -62,6 +85,8 @@ def report_page(
             columns=IN_A_ROW,
         )
     _numbers(page, result)
+    if result.near_training:
+        _near_training(page, result)
     if "loss_q1" in result.measured:
         _losses(page, result)
     _pictures(page, plan, result)
@@ -215,7 +240,7 @@ def _lines(result: GenerationResult, measure: str) -> dict[str, float]:
     """What a curve is compared with."""
     lines = {} if MEASURES[measure].from_base else {"base": result.estimates[BASE][measure].value}
     if measure in result.anchors:
-        lines["photos" if measure == "likeness" else "another seed"] = result.anchors[measure]
+        lines[COMPARED_WITH[measure]] = result.anchors[measure]
     return lines
 
 
@@ -238,7 +263,8 @@ def _numbers(page: Page, result: GenerationResult) -> None:
         rows,
         caption="± is half of the 95 % interval over seeds (of the loss: over photos). Grey is noise: the difference to the base, "
         "by pairs of the same prompt and seed, is within its interval, so that the number says nothing. For comparison: "
-        "likeness of the photos to each other; drift of the base's pictures with another seed.",
+        "likeness of the photos to each other; identity by chance, and the copies that may be by chance; nearness of held-out "
+        "and other training pictures to training pictures; drift of the base's pictures with another seed.",
     )
     noise = [m for m in measures if all(is_noise(result, name, m) for name in result.names)]
     if noise:
@@ -250,12 +276,30 @@ def _numbers(page: Page, result: GenerationResult) -> None:
             [
                 [MEASURES[measure].title, best.name, ", ".join(best.alike) or "none"]
                 for measure, best in result.best.items()
-                if measure in measures and measure not in noise
+                if measure in measures and measure not in noise and not MEASURES[measure].by_itself
             ],
             caption="By paired differences over the same prompts and seeds. One comparison in twenty is significant by chance.",
         )
     page.heading("What they mean", level=3)
     page.table(["", ""], [[MEASURES[measure].title, MEASURES[measure].meaning] for measure in measures])
+
+
+def _near_training(page: Page, result: GenerationResult) -> None:
+    page.heading("Nearest training pictures", level=3)
+    count = sum(one.is_copy for one in result.near_training)
+    level = "" if "copies" not in result.measured else (
+        " None of them is a copy: real pictures are as near to each other." if not count else
+        f" {plural(count, 'picture is', 'pictures are')} nearer than real ones are to each other."
+    )  # fmt: skip
+    page.paragraph(
+        f"The pictures of the subject that are nearest to a training picture, each before that picture.{level}"
+    )
+    pictures: list[tuple[Image.Image, str]] = []
+    for one in result.near_training:
+        drawn = result.drawn[one.checkpoint].subject[one.place]
+        words = f"{one.checkpoint}, cosine {one.cosine:.3f}{', a copy' if one.is_copy else ''}"
+        pictures += [(drawn, words), (one.photo, f"trained: {one.photo_name}")]
+    page.pictures(pictures, columns=min(len(pictures), FIRST_COLUMNS), max_side=256)
 
 
 def _cell(result: GenerationResult, name: str, measure: str) -> str:

@@ -15,10 +15,30 @@ class Measure:
     """1: higher is better, -1: lower is better, 0: neither."""
     from_base: bool = False
     """Whether it is a distance to the base: that of the base itself is 0, so that no difference to it is tested."""
+    by_itself: bool = False
+    """Whether it says something whatever the base does, so that it is never noise."""
 
 
 MEASURES = {
     "likeness": Measure("Likeness", "DINOv2 cosine of pictures to the held-out photos, mean over all pairs.", 1),
+    "identity": Measure(
+        "Identity",
+        "Share of the subject's pictures whose nearest picture, by DINOv2, is one of its own held-out photos, not one of another "
+        "subject or class or, where there is only one, of those that the base draws of the same prompts with other seeds.",
+        1,
+    ),
+    "nearness": Measure(
+        "Nearness to training pictures",
+        "DINOv2 cosine of each of the subject's pictures to the nearest training picture, mean.",
+        0,
+    ),
+    "copies": Measure(
+        "Copies",
+        "Share of the subject's pictures that are nearer to a training picture than 95 % of real ones are: of the held-out photos "
+        "to training pictures, and of these to each other.",
+        -1,
+        by_itself=True,
+    ),
     "drift": Measure(
         "Drift",
         "1 - DINOv2 cosine between pictures with and without the adapter, of unrelated prompts and the same seed.",

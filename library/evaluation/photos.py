@@ -22,9 +22,16 @@ LEAST = 2
 
 @dataclass(frozen=True)
 class Photo:
+    """name: with the folders that it lies in."""
+
     name: str
     picture: Image.Image
     caption: str | None
+
+    @property
+    def label(self) -> str:
+        """The folder that it lies in, which says of whom it is where there are several."""
+        return str(Path(self.name).parent)
 
 
 def read_photos(folder: Path, limit: int | None = None) -> list[Photo]:
@@ -34,7 +41,7 @@ def read_photos(folder: Path, limit: int | None = None) -> list[Photo]:
     """
     if not folder.is_dir():
         raise UserError(f"reference_dir {folder} is no folder. Name one with held-out photos of the subject.")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+    files = picture_files(folder)
     if len(files) < LEAST:
         found = "no pictures" if not files else f"one picture, {files[0].name}"
         raise UserError(
@@ -55,6 +62,11 @@ def read_photos(folder: Path, limit: int | None = None) -> list[Photo]:
     return photos
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures in a folder and below it, sorted by name."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+
+
 def held_out_photos(candidates: Sequence[Candidate]) -> Path | None:
     """The folder of held-out photos of the training of these checkpoints; None where there is none.
 
@@ -62,7 +74,7 @@ def held_out_photos(candidates: Sequence[Candidate]) -> Path | None:
     current folder, as in the training.
     """
     for candidate in candidates:
-        options = _options_of(candidate.path)
+        options = options_of_run(candidate.path)
         if (named := options.get("val_data")) and Path(named).is_dir():
             return Path(named)
         if (trained := options.get("train_data_dir")) and (Path(trained).parent / HELD_OUT).is_dir():
@@ -70,8 +82,8 @@ def held_out_photos(candidates: Sequence[Candidate]) -> Path | None:
     return None
 
 
-def _options_of(path: Path) -> dict[str, Any]:
-    """The options of the run that saved this checkpoint, from the options.toml beside it."""
+def options_of_run(path: Path) -> dict[str, Any]:
+    """The options of the run that saved this checkpoint, from the options.toml beside it; empty where there is none."""
     import toml
 
     file = path.parent / "options.toml"

@@ -10,11 +10,17 @@ import math
 import torch
 from torch import Tensor
 
-from library.evaluation.standard_errors import Statistic
+from library.evaluation.standard_errors import CONFIDENCE, Statistic
 
 FEWEST_FOR_SETS = 64
 """Pictures on each side below which the noise of a distance between sets exceeds the difference. Measured: two slightly
 different models are 0.35 standard deviations apart at 8 to 32 pictures, 0.6 at 64, 1.2 at 256."""
+COPIES_BY_CHANCE = 0.05
+"""Share of real photos, held-out ones and training pictures, that are nearer to another training picture than a copy has to be."""
+SAME_PICTURE = 1 - 1e-6
+"""Cosine above which two embeddings are of one picture: that it is there twice says nothing of how near photos are."""
+FEWEST_REAL = 4
+"""Photos and training pictures, together, without which it cannot be said how near these are to each other."""
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 """Bandwidth and factor of CMMD's published code (Jayasumana et al. 2024, arXiv 2401.09603)."""
 
@@ -29,6 +35,38 @@ def likeness_among(photos: Tensor) -> float:
     count = len(photos)
     cosines = photos.double() @ photos.double().T
     return float((cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))
+
+
+def nearest_photo(pictures: Tensor, photos: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine of each picture to the photo that is nearest to it, and which one it is: [n], [n]."""
+    nearest = (pictures.double() @ photos.double().T).max(dim=1)
+    return nearest.values, nearest.indices
+
+
+def nearest_among(photos: Tensor) -> Tensor:
+    """Cosine of each photo to the nearest other one: [n]; empty where there is none."""
+    if len(photos) < 2:
+        return torch.empty(0, dtype=torch.float64)
+    return (photos.double() @ photos.double().T).fill_diagonal_(-torch.inf).max(dim=1).values
+
+
+def copying_level(real: Tensor) -> tuple[float, float]:
+    """The cosine to its nearest training picture above which a picture is a copy, and the share that may be so by chance.
+
+    real [n]: those of pictures that were not drawn, of which COPIES_BY_CHANCE reach the level. How many others of their kind do is
+    Beta-distributed, as order statistics are (David and Nagaraja 2003, "Order Statistics", 2.5): of few it may be many.
+    """
+    from scipy.stats import beta
+
+    real = real[real < SAME_PICTURE].sort(descending=True).values
+    reach = max(1, round(COPIES_BY_CHANCE * len(real)))
+    return float(real[reach - 1]), float(beta.ppf(CONFIDENCE, reach, len(real) + 1 - reach))
+
+
+def finds_own(pictures: Tensor, gallery: Tensor, own: Tensor, left_out: Tensor) -> Tensor:
+    """1 for each picture whose nearest of the gallery [m, D] is one of its own, else 0: [n]. own, left_out: bool [n, m]."""
+    cosines = (pictures.double() @ gallery.double().T).masked_fill(left_out, -torch.inf)
+    return own.gather(1, cosines.argmax(dim=1, keepdim=True))[:, 0].double()
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:

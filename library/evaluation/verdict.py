@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from library.evaluation.generation_result import BASE, GenerationResult, Strength, follows_less, rises, to_use
+from library.evaluation.generation_result import BASE, GenerationResult, Strength, copies, follows_less, rises, to_use
 from library.evaluation.measure_table import MEASURES
 
 
@@ -21,13 +21,23 @@ def verdict(result: GenerationResult) -> str:
         least = result.best["drift"].name
         return (
             "Which checkpoint to use cannot be told without held-out photos of the subject (--reference_dir). "
-            f"{least} drifts least: {result.estimates[least]['drift']}."
+            f"{least} drifts least: {result.estimates[least]['drift']}.{_warnings(result, name)}"
         )
     why = ", ".join(_why(result, name))
-    less = [name if name == result.names[-1] else "The last"] if follows_less(result, result.names[-1]) else []
-    less += [name] if name != result.names[-1] and follows_less(result, name) else []
-    notes = "".join(f" {who} follows prompts less than the base does." for who in less)
-    return f"{name}: {why}. {_use(result)}{notes}"
+    return f"{name}: {why}. {_use(result)}{_warnings(result, name)}"
+
+
+def _warnings(result: GenerationResult, name: str) -> str:
+    """What is wrong with the last checkpoint, and with the one to use where it is another."""
+    last, words = result.names[-1], ""
+    for one in dict.fromkeys((last, name)):
+        who = "The last" if one == last != name else one
+        if follows_less(result, one):
+            words += f" {who} follows prompts less than the base does."
+        if copies(result, one):
+            share = f"{result.estimates[one]['copies'].value:.0%}"
+            words += f" {who} copies training pictures: {share} of its pictures are nearer to one than real ones are to each other."
+    return words
 
 
 def _why(result: GenerationResult, name: str) -> list[str]:
@@ -98,5 +108,7 @@ def strength_words(strength: Strength) -> str:
 
 def is_noise(result: GenerationResult, name: str, measure: str) -> bool:
     """Whether a number says nothing: its difference to the base (of a distance to the base, itself) is within its interval."""
+    if MEASURES[measure].by_itself:
+        return False
     gap = result.estimates[name][measure] if MEASURES[measure].from_base else result.against_base[name][measure]
     return math.isfinite(gap.margin) and not gap.is_significant

@@ -105,6 +105,9 @@ class MeasureOptions:
     reference_dir: Path | None = None
     """Folder of photos of the subject that were not trained on, with captions as .txt beside them. Default: the training's
     val_data, or a folder held_out beside its pictures."""
+    train_data_dir: Path | None = None
+    """Folder of the pictures that were trained on, among which copies are looked for. Default: those of the training, by the
+    options.toml beside the checkpoints."""
     max_references: int = DEFAULT_REFERENCES
     """At most so many photos are used, spread evenly over the folder."""
     dino_model: str = ModelOptions.dino_model[0]
@@ -136,8 +139,9 @@ class MeasureOptions:
             "representation_timesteps",
             f"must name different numbers from 0 to 999, got {list(self.representation_timesteps)}.",
         )
-        if self.reference_dir is not None:
-            require(self.reference_dir.is_dir(), "reference_dir", f"{self.reference_dir} is no folder.")
+        for name in ("reference_dir", "train_data_dir"):
+            folder = getattr(self, name)
+            require(folder is None or folder.is_dir(), name, f"{folder} is no folder.")
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,9 @@ class Page:
             f"<tr>{line([escape(cell) for cell in row], 'td', [isinstance(cell, Quiet) for cell in given])}</tr>"
             for row, given in zip(texts, rows, strict=True)
         )
+        kind = "" if head else ' class="words"'
         self._parts.append(
-            f'<figure><div class="scroll" tabindex="0"><table>{head}<tbody>{body}</tbody></table></div>'
+            f'<figure><div class="scroll" tabindex="0"><table{kind}>{head}<tbody>{body}</tbody></table></div>'
             f"{caption_html(caption)}</figure>"
         )
 

@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from library.data.pixels import decode_rgb
 from library.errors import Diverged, RunFailed, UserError
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures, unit
 from library.evaluation.picture_measures import distances, likeness
@@ -212,8 +211,7 @@ def network_image_judge(
             text.fusion,
         )
 
-    images = [picture.image for picture in held_out]
-    photos = [decode_rgb(one.path, name=str(one.path), hidden_colours=one.shows_hidden_colours) for one in images]
+    photos = [prepared.data.decoded(picture) for picture in held_out]
     components = (UNET, *prepared.family.text_encoders)
     facts: list[Any] = [base_weights_facts(options, prepared.base, components), flatten(options.model)]
     facts += [repr(judging), key]
