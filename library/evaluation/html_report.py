@@ -320,10 +320,9 @@ def _losses(page: Page, result: GenerationResult) -> None:
     ]
     ticks = {1.0: "least noise", 2.0: "2", 3.0: "3", 4.0: "most noise"}
     page.charts(
-        [Chart("Loss relative to the base's, %", curves, lines={"base": 0.0}, ticks=ticks, size=(520, 200))],
+        [Chart("Loss relative to the base's, %", curves, lines={"base": 0.0}, ticks=ticks)],
         "Loss on the held-out photos relative to the base's, with the same noise and timesteps, mean over photos; below 0 is lower "
         "than the base's. A lower loss in the later quarters means better shapes and layout, in the first better texture.",
-        columns=2,
     )
 
 
