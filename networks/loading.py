@@ -9,7 +9,7 @@ from networks import AdapterError
 from networks.adapted_layer import AdaptedLayer
 from networks.adapters import Adapter
 from networks.families import FAMILIES, UNET
-from networks.kinds.full import FullModule
+from networks.kinds.full import FullLayer, FullModule
 from networks.names import Target
 from networks.spec import PARTS, NetworkSpec
 
@@ -33,7 +33,7 @@ def check_fits(adapter: Adapter, layers: Mapping[Target, AdaptedLayer], spec: Ne
         extra, len(adapter.modules), "modules of the adapter are not trained here", _guess_extra(extra, adapter, spec)
     )
     missing = [target for target in layers if target not in adapter.modules]
-    _refuse(missing, len(layers), "modules to train are not in the adapter", _guess_missing(missing, adapter))
+    _refuse(missing, len(layers), "modules to train are not in the adapter", _guess_missing(missing, layers, adapter))
     pairs: list[tuple[Target, Any, AdaptedLayer]] = [(t, adapter.modules[t], layer) for t, layer in layers.items()]
     others = [(t, module.kind, kind) for t, module, layer in pairs if module.kind != (kind := layer.to_module().kind)]
     found, wanted = (
@@ -71,8 +71,8 @@ def _guess_extra(extra: list[Target], adapter: Adapter, spec: NetworkSpec) -> st
     return "--dim_from_weights trains just the modules of the adapter."
 
 
-def _guess_missing(missing: list[Target], adapter: Adapter) -> str:
-    if missing and all(target.component == UNET and target.path.split(".")[0] in PARTS for target in missing):
+def _guess_missing(missing: list[Target], layers: Mapping[Target, AdaptedLayer], adapter: Adapter) -> str:
+    if missing and all(isinstance(layers[target], FullLayer) for target in missing):
         return "It was trained without these --train_parts: leave them out."
     if missing and not {target.component for target in missing} & {target.component for target in adapter.modules}:
         alone = "--network_train_unet_only" if missing[0].component != UNET else "--network_train_text_encoder_only"
