@@ -161,9 +161,11 @@ class Sandbox:
         demo = ("--models", "mine.safetensors", "--output_dir", "outputs/demo/merged")
         self._python("merge_lora.py", "--pretrained_model_name_or_path", "tiny-shapes", *demo)
         shutil.copy(self.root / "mine.safetensors", self.root / "outputs/demo/demo.safetensors")
-        steps = ("--max_train_steps", "2", "--save_every_n_steps", "2", "--output_dir", "outputs/heads")
+        steps = ("--max_train_steps", "2", "--save_every_n_steps", "2", "--output_dir", "outputs/repa")
         self._python("train_repa.py", "--dataset_config", "demo.toml", *steps)
-        shutil.move(self.root / "outputs/heads/step_000002", self.root / "outputs/demo/step_000200")
+        (self.root / "outputs/repa/step_000002").rename(self.root / "outputs/repa/step_000200")
+        for file in self.root.glob("outputs/repa/*.safetensors"):
+            file.unlink()  # <lora:demo:1> is to find the demo's
         shutil.copy(pictures[0], self.root / "photo.png")
 
     def _python(self, *words: str) -> None:
