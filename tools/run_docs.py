@@ -137,6 +137,8 @@ class Sandbox:
         (self.root / "my.toml").write_text(subsets)
         (self.root / "prompts.txt").write_text("a red square --n blurry --w 128 --h 128\na blue star --s 4\n")
         (self.root / "captions.txt").write_text("a red square\na blue star --n blurry\n")
+        captions = [picture.with_suffix(".txt").read_text().strip() for picture in pictures[:64]]
+        (self.root / "my_captions.txt").write_text("\n".join(captions))
         (self.root / "params.json").write_text('{"params": {"learning_rate": 1e-4}}')
         for name, base, rank in (
             ("mine", "tiny-shapes", 4),
