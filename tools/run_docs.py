@@ -51,11 +51,14 @@ HUB = {
 SNAPSHOT = "0123456789abcdef0123456789abcdef01234567"
 STOPPED = 75
 UNFINISHED = {
-    "outputs/trackA/repa_trackA.safetensors": "mine.safetensors",
-    "outputs/mine/mine.safetensors": "mine.safetensors",
-    "outputs/network/student.safetensors": "mine.safetensors",
+    "trackA.toml": ("outputs/trackA/repa_trackA.safetensors", "mine.safetensors"),
+    "mine": ("outputs/mine/mine.safetensors", "mine.safetensors"),
+    "student": ("outputs/network/student.safetensors", "mine.safetensors"),
+    "zorb": ("outputs/zorb/zorb.safetensors", "mine.safetensors"),
+    "train_lyra.py": ("outputs/lyra/lyra.safetensors", "short/lyra.safetensors"),
+    "--block_probe": ("outputs/probe/timestep_bins.json", "short/timestep_bins.json"),
 }
-"""What a training that is stopped would have left for the commands after it, and what stands in for that."""
+"""Word of a command that was stopped -> what it would have left for the commands after it, and what stands in for that."""
 
 
 def commands_of(page: str) -> Iterator[str]:
@@ -169,6 +172,9 @@ class Sandbox:
         for file in self.root.glob("outputs/repa/*.safetensors"):
             file.unlink()  # <lora:demo:1> is to find the demo's
         shutil.copy(pictures[0], self.root / "photo.png")
+        self._python("train_lyra.py", "--max_train_steps", "2", "--output_dir", "short")
+        few = ("--block_probe_samples", "32", "--block_probe_bins", "10")
+        self._python("evaluate.py", "--block_probe", *few, "--output_dir", "short")
 
     def _python(self, *words: str) -> None:
         subprocess.run(
@@ -202,8 +208,9 @@ class Sandbox:
                     os.killpg(process.pid, signal.SIGINT)
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(60)
-                for path, other in UNFINISHED.items():
-                    if (self.root / path).parent.is_dir() and not (self.root / path).exists():
+                for word, (path, other) in UNFINISHED.items():
+                    if word in command and not (self.root / path).exists():
+                        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
                         shutil.copy(self.root / other, self.root / path)
             passed = process.returncode == 0 or stopped and process.returncode == STOPPED
             how = "stopped" if stopped and passed else "ok" if passed else f"FAILED {process.returncode}"
