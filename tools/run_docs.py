@@ -56,7 +56,6 @@ UNFINISHED = {
     "student": ("outputs/network/student.safetensors", "mine.safetensors"),
     "zorb": ("outputs/zorb/zorb.safetensors", "mine.safetensors"),
     "train_lyra.py": ("outputs/lyra/lyra.safetensors", "short/lyra.safetensors"),
-    "--block_probe": ("outputs/probe/timestep_bins.json", "short/timestep_bins.json"),
 }
 """Word of a command that was stopped -> what it would have left for the commands after it, and what stands in for that."""
 
@@ -174,7 +173,7 @@ class Sandbox:
         shutil.copy(pictures[0], self.root / "photo.png")
         self._python("train_lyra.py", "--max_train_steps", "2", "--output_dir", "short")
         few = ("--block_probe_samples", "32", "--block_probe_bins", "10")
-        self._python("evaluate.py", "--block_probe", *few, "--output_dir", "short")
+        self._python("evaluate.py", "--block_probe", *few, "--output_dir", "outputs/probe")
 
     def _python(self, *words: str) -> None:
         subprocess.run(
