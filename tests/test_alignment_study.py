@@ -164,6 +164,8 @@ def test_a_difference_that_holds_alone_may_not_hold_among_many() -> None:
     arms = {"a": with_p_value(0.03), "b": with_p_value(0.001), "c": with_p_value(0.04)}
     assert significant_among(arms) == {"a": set(), "b": {"loss"}, "c": set()}
     assert significant_among({"a": arms["a"]}) == {"a": {"loss"}}
+    one_seed = [Compared("loss", mean_of_seeds([0.1]), 1, 1)]
+    assert significant_among({"one": one_seed, "b": arms["b"]}) == {"one": set(), "b": {"loss"}}
     assert significant_among({"a": arms["a"], "d": with_p_value(0.02)}) == {"a": {"loss"}, "d": {"loss"}}
 
 
@@ -190,6 +192,8 @@ def test_a_folder_keeps_to_its_settings(tmp_path: Path, monkeypatch: pytest.Monk
     settings.claim_folder(Folders(tmp_path), Settings(steps=40))
     with pytest.raises(UserError, match=r"steps 40 is now 50\. Name another --out"):
         settings.claim_folder(Folders(tmp_path), Settings(steps=50))
+    with pytest.raises(UserError, match="steps 40 is now 50"):  # before a teacher is trained for minutes
+        settings.claim_folder(Folders(tmp_path), Settings(steps=50), lambda: pytest.fail("was trained"))
     monkeypatch.setattr(settings, "_weights", lambda of: "trained anew")
     with pytest.raises(UserError, match="weights as they were is now trained anew"):
         settings.claim_folder(Folders(tmp_path), Settings(steps=40))

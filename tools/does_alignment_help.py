@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,7 @@ def main(argv: list[str]) -> int:
     from tools.alignment_study.page import put_between_marks, results_text
 
     page = read_page(options.docs)
-    if options.teacher_steps:
-        from tools.alignment_study.teacher import knowing_teacher
-
-        print("teacher    the embedded one, trained further on all classes", flush=True)
-        knowing_teacher(Path(settings.teacher), options.teacher_steps)
-    claim_folder(folders, settings)
+    claim_folder(folders, settings, partial(make_teacher, settings, options.teacher_steps))
     train_all(runs, settings, folders, options.jobs)
     results = measure_all(runs, settings, folders, options.docs / IMAGES)
     results["facts"] = {"command": f"`{as_typed(options)}`", **results["facts"]}
@@ -117,6 +113,15 @@ def as_typed(options: argparse.Namespace) -> str:
         if value != default and name not in ("out", "docs", "jobs", "dry_run"):
             words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return shlex.join(words)
+
+
+def make_teacher(settings: Settings, steps: int) -> None:
+    """Train the teacher that knows all classes, where one is asked for."""
+    if steps:
+        from tools.alignment_study.teacher import knowing_teacher
+
+        print("teacher    the embedded one, trained further on all classes", flush=True)
+        knowing_teacher(Path(settings.teacher), steps)
 
 
 def read_page(docs: Path) -> str:

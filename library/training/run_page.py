@@ -72,7 +72,7 @@ class RunPage:
         if not run.processes.is_main:
             return nullcontext()
         sees = task.alignment is not None and task.alignment.options.needs_teacher
-        sight = Sight(task, data.classes) if sees else None
+        sight = Sight(task, data) if sees else None
         return cls(run, run.output.output_name, data, options, step, sight)
 
     def __enter__(self) -> RunPage:

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from library.data.batches import Prefetcher
-from library.data.cached_samples import CachedSamples, requests_in_order
-from library.data.class_pictures import Pictures
-from library.data.pixels import UnreadableImage, decode_rgb, square_crop
+from library.data.cached_samples import requests_in_order
+from library.data.collect import TrainingData
+from library.data.pixels import UnreadableImage, square_crop
+from library.data.trained_image import TrainedImage
 from library.diffusion.dense_maps import dense_maps
 from library.diffusion.noise import Draw
 from library.inference.grids import grid
@@ -25,10 +26,10 @@ GREY = "#808890"
 
 @dataclass
 class Sight:
-    """classes: where class pictures come from; captioned ones know their files."""
+    """data: where the pictures of the task lie."""
 
     task: LoraTask
-    classes: Pictures | None
+    data: TrainingData
     _photos: dict[str, Image.Image] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -56,7 +57,7 @@ class Sight:
         tap, (targets, token_grid) = next(iter(heads)), task.alignment.targets(batch, latents)
         maps = dense_maps(
             ids[:count],
-            [self._photo(samples, ids[i], int(batch.indices[i])) for i in range(count)],
+            [self._photo(samples.images[int(index)]) for index in batch.indices[:count]],
             targets[heads.teachers[0]][:count].cpu(),
             heads.tokens(tap, features, token_grid)[:count].cpu(),
             features[tap][:count].float().cpu(),
@@ -66,20 +67,12 @@ class Sight:
         tiles = [tile for one in maps for tile in one.columns().values()]
         return grid(tiles, len(names), column_headings=names), sum(one.mean_cosine for one in maps) / count
 
-    def _photo(self, samples: CachedSamples, sample_id: str, index: int) -> Image.Image:
+    def _photo(self, picture: TrainedImage) -> Image.Image:
         """Read once; grey where it can no longer be read."""
+        sample_id = picture.image.sample_id
         if sample_id not in self._photos:
             try:
-                picture = self._read(samples, sample_id, index)
-                self._photos[sample_id] = Image.fromarray(square_crop(picture, TILE))
+                self._photos[sample_id] = Image.fromarray(square_crop(self.data.decoded(picture), TILE))
             except (UnreadableImage, OSError):
                 self._photos[sample_id] = Image.new("RGB", (TILE, TILE), GREY)
         return self._photos[sample_id]
-
-    def _read(self, samples: CachedSamples, sample_id: str, index: int) -> Image.Image:
-        for one in [] if self.classes is None else self.classes.sets:
-            for sample in one.samples:
-                if sample.sample_id == sample_id:
-                    return decode_rgb(one.source.read(sample), name=sample.path)
-        path = samples.images[index].image.path
-        return decode_rgb(path, name=str(path))

@@ -1,7 +1,7 @@
 """Differences that are stored whole: `diff` and `diff_b` (LyCORIS' full, ComfyUI), `w_norm` and `b_norm` (LyCORIS' norms).
 
-For weights and biases of any layer, normalisations too. Trained are those of a U-Net's first and last layers and of its embeddings
-(`NetworkSpec.parts`), beside adapters of another kind.
+For weights and biases of any layer, normalisations too. Trained are those of a U-Net's Linear layers and convolutions that have no
+adapter, in the parts that `NetworkSpec.parts` names, beside adapters of another kind.
 """
 
 from __future__ import annotations

@@ -130,7 +130,8 @@ def significant_among(arms: Mapping[str, Sequence[Compared]]) -> dict[str, set[s
     """
     found: dict[str, set[str]] = {arm: set() for arm in arms}
     for measure in MEASURES:
-        values = {arm: one.p_value for arm, some in arms.items() for one in some if one.measure == measure}
+        found_here = {arm: one.p_value for arm, some in arms.items() for one in some if one.measure == measure}
+        values = {arm: value for arm, value in found_here.items() if not math.isnan(value)}
         for place, arm in enumerate(sorted(values, key=lambda one: values[one])):
             if not values[arm] <= (1 - CONFIDENCE) / (len(values) - place):
                 break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -211,23 +211,32 @@ def adapter_file(run: Run, folders: Folders) -> Path:
     return folders.run(run) / (f"{CLASSES}-ema.safetensors" if run.study == CLASSES else f"{CONCEPT}.safetensors")
 
 
-def claim_folder(folders: Folders, settings: Settings) -> None:
-    """Note in the folder what its runs are made with. Raises UserError where it holds runs that were made otherwise."""
+def claim_folder(folders: Folders, settings: Settings, make_teacher: Callable[[], object] | None = None) -> None:
+    """Note in the folder what its runs are made with. Raises UserError where it holds runs that were made otherwise.
+
+    make_teacher: trains the teacher that `settings` name, if it is not there; called when all else agrees.
+    """
     file = folders.out / "settings.json"
     commands = [train_command(Run(study, Arm("", 1.0), 1), settings, Folders(Path("out")))[1:] for study in STUDIES]
-    wanted = {**asdict(settings), "weights": _weights(settings), "commands": commands}
-    if file.exists():
-        there = read_json(file)
-        if changed := [name for name in wanted if there.get(name) != wanted[name]]:
-            said = [
-                f"{name} {there.get(name)!s:.40} is now {wanted[name]!s:.40}" for name in changed if name != "commands"
-            ]
-            raise UserError(
-                f"{folders.out} holds runs made otherwise: {', '.join(said) or 'the commands that train are others now'}. "
-                "Name another --out, move it away, or go back to its settings."
-            )
-        return
-    write_json(file, wanted)
+    wanted = {**asdict(settings), "commands": commands}
+    there = read_json(file) if file.exists() else None
+    _refuse_others(folders, there, wanted)
+    if make_teacher is not None:
+        make_teacher()
+    wanted["weights"] = _weights(settings)
+    _refuse_others(folders, there, wanted)
+    if there is None:
+        write_json(file, wanted)
+
+
+def _refuse_others(folders: Folders, there: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
+    changed = [] if there is None else [name for name in wanted if there.get(name) != wanted[name]]
+    if there is not None and changed:
+        said = [f"{name} {there.get(name)!s:.40} is now {wanted[name]!s:.40}" for name in changed if name != "commands"]
+        raise UserError(
+            f"{folders.out} holds runs made otherwise: {', '.join(said) or 'the commands that train are others now'}. "
+            "Name another --out, move it away, or go back to its settings."
+        )
 
 
 def _weights(settings: Settings) -> str:
