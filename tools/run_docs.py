@@ -173,7 +173,9 @@ class Sandbox:
         shutil.copy(pictures[0], self.root / "photo.png")
         self._python("train_lyra.py", "--max_train_steps", "2", "--output_dir", "short")
         few = ("--block_probe_samples", "32", "--block_probe_bins", "10")
-        self._python("evaluate.py", "--block_probe", *few, "--output_dir", "outputs/probe")
+        self._python("evaluate.py", "--block_probe", *few, "--output_dir", "short/probe")
+        (self.root / "outputs/probe").mkdir()
+        shutil.copy(self.root / "short/probe/timestep_bins.json", self.root / "outputs/probe")
 
     def _python(self, *words: str) -> None:
         subprocess.run(
