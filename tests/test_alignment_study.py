@@ -6,16 +6,21 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
 from library.errors import UserError
 from library.evaluation.standard_errors import Estimate
+from library.files import read_json
 from library.options.network import parse_network_options
 from library.options.repa import parse_repa_options
-from tools.alignment_study import page, settings
+from tools.alignment_study import claim, page
 from tools.alignment_study.arms import RECIPES, Arm
+from tools.alignment_study.commands import ema_decay, train_command
 from tools.alignment_study.compare import Compared, compare, findings, mean_of_seeds, overview, significant_among, table
-from tools.alignment_study.settings import Folders, Run, Settings, make_runs, train_command
+from tools.alignment_study.own_data import link_classes, link_concept, studies_of
+from tools.alignment_study.settings import Folders, Run, Settings, make_runs
 from tools.alignment_study.svg import Panel, Series, chart, ticks_between
+from tools.does_alignment_help import parsed, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seeds move likeness by 0.1, alignment by 0.01: only pairs show it. Drift moves with the seed alone.
@@ -73,22 +78,34 @@ def test_a_row_has_base_arms_difference_and_verdict() -> None:
     assert cells[5:] == ["3 of 3", "**better**"]
 
 
-def test_results_replace_results_and_nothing_else() -> None:
-    before = f"# Title\n\n{page.BEGIN}\nold\n{page.END}\n\nafter\n"
-    once = page.put_between_marks(before, "new")
-    assert once == f"# Title\n\n{page.BEGIN}\n\nnew\n\n{page.END}\n\nafter\n"
-    assert page.put_between_marks(once, "new") == once
+def test_results_replace_results_of_their_part_and_nothing_else() -> None:
+    other = f"{page.begin('first')}\nkept\n{page.end('first')}"
+    before = f"# Title\n\n{page.begin('control')}\nold\n{page.end('control')}\n\nafter\n{other}\n"
+    once = page.put_between_marks(before, "new", "control")
+    assert once == f"# Title\n\n{page.begin('control')}\n\nnew\n\n{page.end('control')}\n\nafter\n{other}\n"
+    assert page.put_between_marks(once, "new", "control") == once
 
 
-@pytest.mark.parametrize("broken", ["no marks", f"{page.END}\n{page.BEGIN}", f"{page.BEGIN}\n{page.BEGIN}\n{page.END}"])
+@pytest.mark.parametrize(
+    "broken",
+    ["no marks", f"{page.end('first')}\n{page.begin('first')}", f"{page.begin('first')}\n" * 2 + page.end("first")],
+)
 def test_a_page_without_its_marks_is_refused(broken: str) -> None:
     with pytest.raises(UserError, match="lost the marks"):
-        page.put_between_marks(broken, "new")
+        page.put_between_marks(broken, "new", "first")
 
 
-def test_the_page_in_the_repository_has_its_marks() -> None:
-    text = (ROOT / "docs" / "does_alignment_help.md").read_text(encoding="utf-8")
-    assert page.put_between_marks(text, "new").count("new") >= 1
+def test_the_page_in_the_repository_has_the_marks_of_every_part() -> None:
+    for part in page.PARTS:
+        page.Place(ROOT / "docs", part).read()
+
+
+def test_without_a_part_the_page_is_one_of_its_own(tmp_path: Path) -> None:
+    place = page.Place(tmp_path, "")
+    place.write({"facts": {"steps": "3"}, "studies": {}}, {})
+    assert "| steps | 3 |" in place.page.read_text(encoding="utf-8")
+    with pytest.raises(UserError, match=r"is not there, so no part of it can be written\. Leave --part out"):
+        page.Place(tmp_path / "none", "first").read()
 
 
 def test_a_page_of_numbers_names_its_figures_and_what_was_learned() -> None:
@@ -148,6 +165,79 @@ def test_both_scripts_take_the_options_of_every_recipe(recipe: str, tmp_path: Pa
         assert options.alignment.align_coeff == 0.1 and options.alignment.alignment
 
 
+def _pictures(folder: Path, count: int, captions: bool = False) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number:02d}.png")
+        if captions:
+            (folder / f"{number:02d}.txt").write_text(f"number {number}")
+
+
+def test_a_quarter_of_the_users_classes_is_held_out(tmp_path: Path) -> None:
+    for name, count in (("big_cat", 8), ("dog", 4)):
+        _pictures(tmp_path / "data" / name, count)
+    assert studies_of([tmp_path / "data"]) == {"classes": str(tmp_path / "data")}
+    link_classes(tmp_path / "data", tmp_path / "linked")
+    train, val = ((tmp_path / "linked" / f"{part}.csv").read_text().splitlines()[1:] for part in ("train", "val"))
+    assert len(train) == 9 and val == [
+        "big_cat/03,images/big_cat/03.png,0",
+        "07,images/big_cat/07.png,0",
+        "dog/03,images/dog/03.png,1",
+    ]
+    assert read_json(tmp_path / "linked" / "class_names.json") == {"0": "big cat", "1": "dog"}
+    assert (tmp_path / "linked/images/dog/03.png").read_bytes() == (tmp_path / "data/dog/03.png").read_bytes()
+
+
+def test_a_quarter_of_the_users_captioned_pictures_is_held_out(tmp_path: Path) -> None:
+    _pictures(tmp_path / "data", 8, captions=True)
+    assert studies_of([tmp_path / "data"]) == {"concept": str(tmp_path / "data")}
+    link_concept(tmp_path / "data", tmp_path / "linked")
+    held_out = sorted(file.name for file in (tmp_path / "linked" / "held_out").iterdir())
+    assert held_out == ["03.png", "03.txt", "07.png", "07.txt"]
+    assert len(list((tmp_path / "linked" / "train").iterdir())) == 12
+
+
+def test_pictures_that_no_study_can_use_are_refused(tmp_path: Path) -> None:
+    few, plain = tmp_path / "few", tmp_path / "plain"
+    _pictures(few, 7, captions=True)
+    _pictures(plain, 8)
+    _pictures(tmp_path / "classes" / "dog", 3)
+    with pytest.raises(UserError, match="fewer than 8 pictures, of which two"):
+        link_concept(few, tmp_path / "linked")
+    with pytest.raises(UserError, match=r"00\.png has no caption beside it\. Write one into 00\.txt"):
+        link_concept(plain, tmp_path / "linked")
+    with pytest.raises(UserError, match="dog has fewer than 4 pictures"):
+        link_classes(tmp_path / "classes", tmp_path / "linked")
+    assert not (tmp_path / "linked").exists()
+    with pytest.raises(UserError, match="two folders of captioned pictures"):
+        studies_of([few, plain])
+    with pytest.raises(UserError, match="none is no folder"):
+        studies_of([tmp_path / "none"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--base", "some/model"], "name them with --data"),
+        (["--teacher_steps", "5", "--teacher", "other"], "no other --teacher"),
+        (["--data", "DATA", "--studies", "scratch"], "has pictures for concept alone"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(words: list[str], said: str, tmp_path: Path) -> None:
+    _pictures(tmp_path / "data", 8, captions=True)
+    with pytest.raises(UserError, match=said):
+        settings_of(parsed([str(tmp_path / "data") if word == "DATA" else word for word in words]))
+
+
+def test_the_control_trains_all_of_an_untrained_u_net_and_draws_from_every_state() -> None:
+    with_, without = make_runs(["scratch"], ["0", "0.5"], [7])
+    words = train_command(with_, Settings(), Folders(Path("out")))
+    assert words[words.index("--pretrained_model_name_or_path") + 1] == "out/scratch/untrained"
+    assert {"down_blocks", "mid_block", "up_blocks"} <= set(words)
+    assert words[words.index("--save_last_n_states") + 1] == "4"
+    assert len(words) == len(train_command(without, Settings(), Folders(Path("out"))))
+
+
 def test_an_arm_is_read_back_as_it_is_written() -> None:
     for text in ("0", "0.1", "trd", "irepa:0.1"):
         assert str(Arm.parse(text)) == text
@@ -187,21 +277,21 @@ def test_the_table_of_all_arms_marks_what_is_left_and_says_so() -> None:
 
 
 def test_a_folder_keeps_to_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "_weights", lambda of: "as they were")
-    settings.claim_folder(Folders(tmp_path), Settings(steps=40))
-    settings.claim_folder(Folders(tmp_path), Settings(steps=40))
+    monkeypatch.setattr(claim, "_weights", lambda of: "as they were")
+    claim.claim_folder(Folders(tmp_path), Settings(steps=40))
+    claim.claim_folder(Folders(tmp_path), Settings(steps=40))
     with pytest.raises(UserError, match=r"steps 40 is now 50\. Name another --out"):
-        settings.claim_folder(Folders(tmp_path), Settings(steps=50))
+        claim.claim_folder(Folders(tmp_path), Settings(steps=50))
     with pytest.raises(UserError, match="steps 40 is now 50"):  # before a teacher is trained for minutes
-        settings.claim_folder(Folders(tmp_path), Settings(steps=50), lambda: pytest.fail("was trained"))
-    monkeypatch.setattr(settings, "_weights", lambda of: "trained anew")
+        claim.claim_folder(Folders(tmp_path), Settings(steps=50), lambda: pytest.fail("was trained"))
+    monkeypatch.setattr(claim, "_weights", lambda of: "trained anew")
     with pytest.raises(UserError, match="weights as they were is now trained anew"):
-        settings.claim_folder(Folders(tmp_path), Settings(steps=40))
+        claim.claim_folder(Folders(tmp_path), Settings(steps=40))
 
 
 def test_the_average_reaches_back_over_a_share_of_the_steps() -> None:
-    assert settings.ema_decay(400) == 0.95
-    assert settings.ema_decay(4) == 0.5
+    assert ema_decay(400) == 0.95
+    assert ema_decay(4) == 0.5
 
 
 def test_a_chart_is_an_svg_with_every_panel_and_one_legend() -> None:

@@ -33,6 +33,12 @@ MEASURES = {
         1,
         DRAWN,
     ),
+    "kid": Measure(
+        "KID",
+        "Unbiased kernel distance of these pictures to the held-out ones, on that classifier's last features.",
+        -1,
+        DRAWN,
+    ),
     "likeness": Measure(
         "Likeness", "Cosine to the held-out pictures of the same kind, by the teacher's CLS token.", 1, DRAWN
     ),

@@ -15,7 +15,7 @@ from library.report.template import COLOURS
 from tools.alignment_study.arms import Arm
 from tools.alignment_study.compare import MEASURES
 from tools.alignment_study.measure import MEASURED, measured_folder
-from tools.alignment_study.settings import CLASSES, Folders, Run, in_order
+from tools.alignment_study.settings import CONCEPT, Folders, Run, in_order
 from tools.alignment_study.subjects import Subject
 from tools.alignment_study.svg import Panel, Series, chart
 
@@ -28,6 +28,7 @@ BY_TIMESTEP = {
     "knn_accuracy": "kNN accuracy",
     "token_cosine_centred": "Token cosine, centred",
 }
+COURSE = ("right", "kid")
 SHEET_COLUMNS, TILE = 9, 80
 
 Arms = Mapping[str, Mapping[int, Mapping[str, float]]]
@@ -35,17 +36,14 @@ Arms = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 
 def write_figures(
-    study: str,
-    base: Mapping[str, float],
-    arms: Arms,
-    runs: Sequence[Run],
-    folders: Folders,
-    subject: Subject,
-    into: Path,
+    study: str, found: Mapping[str, Any], runs: Sequence[Run], folders: Folders, subject: Subject, into: Path
 ) -> list[str]:
-    """The study's pictures in `into`; their file names."""
-    figures = {f"{study}_numbers.svg": numbers(base, arms)}
-    if study == CLASSES:
+    """The study's pictures in `into`; their file names. found: its numbers, as in the results."""
+    arms = {arm: {int(seed): one for seed, one in some.items()} for arm, some in found["arms"].items()}
+    figures = {f"{study}_numbers.svg": numbers(found["base"], arms)}
+    if "course" in found:
+        figures[f"{study}_course.svg"] = course(found["course"])
+    if study != CONCEPT:
         kept = {run: read_json(folders.run(run) / MEASURED) for run in runs}
         figures[f"{study}_loss.svg"] = curves(kept)
         of_base = read_json(measured_folder(None, study, folders) / MEASURED)
@@ -75,6 +73,19 @@ def numbers(base: Mapping[str, float], arms: Arms) -> str:
         ticks = [(float(place), _arm_title(arm)) for place, arm in enumerate(names)]
         panels.append(Panel(MEASURES[measure].title, ticks, series))
     return chart(panels, 4)
+
+
+def course(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> str:
+    """Arm -> seed -> step -> numbers, over the steps."""
+    steps = [int(step) for step in next(iter(next(iter(found.values())).values()))]
+    panels = []
+    for key in COURSE:
+        series = [
+            _banded(arm, place, [(float(step), [one[str(step)][key] for one in seeds.values()]) for step in steps])
+            for place, (arm, seeds) in enumerate(found.items())
+        ]
+        panels.append(Panel(MEASURES[key].title, [(float(step), f"{step}") for step in steps], series))
+    return chart(panels, len(panels))
 
 
 def curves(kept: Mapping[Run, Mapping[str, Any]]) -> str:
@@ -135,7 +146,7 @@ def sheet(study: str, runs: Sequence[Run], folders: Folders, subject: Subject) -
         folder = measured_folder(run, study, folders) / "drawn"
         rows[name] = [Image.open(folder / f"new_{number:02d}_{seed}.png").convert("RGB") for number, seed in places]
     pictures = [one.resize((TILE, TILE), Image.Resampling.LANCZOS) for row in rows.values() for one in row]
-    headings = [subject.asked_new[number] for number, _ in places] if study == CLASSES else None
+    headings = None if study == CONCEPT else [subject.asked_new[number] for number, _ in places]
     return grid(pictures, len(places), column_headings=headings, row_headings=list(rows))
 
 

@@ -39,8 +39,9 @@ from library.merging.source import read_source
 from library.models.locate import locate_base
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.training.state import list_states
+from tools.alignment_study.commands import adapter_file, base_of, side_of
 from tools.alignment_study.reader import Reader, share_right
-from tools.alignment_study.settings import CLASSES, SIDE, Folders, Run, Settings, adapter_file
+from tools.alignment_study.settings import CONCEPT, SCRATCH, Folders, Run, Settings
 from tools.alignment_study.subjects import Subject
 
 MEASURED = "measured.json"
@@ -55,38 +56,49 @@ def measure(
 ) -> None:
     """Draw, and measure losses and features, of a run or of the untouched base (None); kept in the run's folder.
 
-    model: the base, loaded. Nothing is done where it was done before: `measured.json` is written last.
+    model: the study's base, loaded. Nothing is done where it was done before: `measured.json` is written last.
     """
-    folder = measured_folder(run, study, folders)
+    folder, base = measured_folder(run, study, folders), base_of(study, settings, folders)
     if (folder / MEASURED).exists():
         return
-    applied = (
-        None
-        if run is None
-        else AppliedAdapter(adapter_file(run, folders), read_source(adapter_file(run, folders)).adapter)
-    )
+    applied = None if run is None else _applied(adapter_file(run, folders))
     for kind, task in (("new", subject.new), ("old", subject.old)):
+        save_pictures(folder / "drawn", kind, task, draw_prompt_set(model, task, applied, BATCH), applied, base)
+    for step, state in milestones(run, folders):
+        halfway = _applied(state)
         save_pictures(
-            folder / "drawn", kind, task, draw_prompt_set(model, task, applied, BATCH), applied, settings.base
+            folder / "drawn", _at(step), subject.new, draw_prompt_set(model, subject.new, halfway, BATCH), halfway, base
         )
     apply_adapter(model, applied)
-    noised = encode_photos(
-        model, [p.picture for p in subject.photos], subject.photo_prompts, [p.name for p in subject.photos], SIDE
-    )
+    pictures, names = [photo.picture for photo in subject.photos], [photo.name for photo in subject.photos]
+    noised = encode_photos(model, pictures, subject.photo_prompts, names, side_of(study, settings))
     found: dict[str, Any] = {"losses": denoising_losses(model, noised, LOSS_SEED).tolist()}
-    if study == CLASSES:
-        found["features"] = _features(run, settings, folders)
+    if study != CONCEPT:
+        found["features"] = _features(run, study, settings, folders)
     if run is not None:
         found["validation"] = validation_curve(folder / "metrics.jsonl")
     write_json(folder / MEASURED, found)
+
+
+def milestones(run: Run | None, folders: Folders) -> list[tuple[int, Path]]:
+    """(step, state) before the end of a run from nothing, from which pictures are drawn too; of other runs there are none."""
+    return [] if run is None or run.study != SCRATCH else list_states(folders.run(run))[:-1]
+
+
+def _applied(path: Path) -> AppliedAdapter:
+    return AppliedAdapter(path, read_source(path, use_ema=path.is_dir()).adapter)
+
+
+def _at(step: int) -> str:
+    return f"step{step:06d}"
 
 
 def measured_folder(run: Run | None, study: str, folders: Folders) -> Path:
     return folders.study(study) / "base" if run is None else folders.run(run)
 
 
-def load_drawing_model(settings: Settings) -> DrawingModel:
-    return load_model(locate_base(settings.base), dtype=torch.float32, device=choose_device(None))
+def load_drawing_model(base: str) -> DrawingModel:
+    return load_model(locate_base(base), dtype=torch.float32, device=choose_device(None))
 
 
 def validation_curve(metrics: Path) -> list[dict[str, float]]:
@@ -95,17 +107,17 @@ def validation_curve(metrics: Path) -> list[dict[str, float]]:
     return [row for row in rows if "val/loss" in row]
 
 
-def _features(run: Run | None, settings: Settings, folders: Folders) -> list[dict[str, float]]:
+def _features(run: Run | None, study: str, settings: Settings, folders: Folders) -> list[dict[str, float]]:
     """At each timestep, what probes and a newly fitted head read off the trunk, on held-out pictures."""
     device = choose_device(None)
     if run is None:
-        model = load_folded_model(settings.base, device=device)
+        model = load_folded_model(base_of(study, settings, folders), device=device)
     else:
         model = load_feature_model(list_states(folders.run(run))[-1][1], device=device)
-    own = folders.pictures(CLASSES)
+    own = folders.pictures(study)
     classes = ClassPictureOptions(str(own / "train.csv"), str(own / "val.csv"), class_names=own / "class_names.json")
-    caches = ClassCacheOptions(cache_dir=folders.caches(CLASSES))
-    pictures = open_probe_pictures(classes, caches, side=SIDE, fit=MOST_PROBED, test=MOST_PROBED)
+    caches = ClassCacheOptions(cache_dir=folders.caches(study))
+    pictures = open_probe_pictures(classes, caches, side=side_of(study, settings), fit=MOST_PROBED, test=MOST_PROBED)
     return [{"timestep": timestep, **_features_at(model, pictures, settings.tap, timestep)} for timestep in TIMESTEPS]
 
 
@@ -128,9 +140,11 @@ def _features_at(model: FeatureModel, pictures: ProbePictures, tap: str, timeste
 
 @dataclass
 class Judges:
+    """reader: of drawn shapes alone. clip: None where the one that comes with the project would judge photos."""
+
     dino: DinoPictures
-    clip: ClipPictures
-    reader: Reader
+    clip: ClipPictures | None
+    reader: Reader | None
 
 
 class Numbers:
@@ -140,7 +154,10 @@ class Numbers:
         self.study, self.subject, self.judges, self.folders = study, subject, judges, folders
         self.photo_kinds = subject.kinds
         pictures = [photo.picture for photo in subject.photos]
-        self.photos = {"dino": unit(judges.dino(pictures)), "clip": judges.clip.pictures(pictures)}
+        self.photos = {"dino": unit(judges.dino(pictures))}
+        if judges.clip is not None:
+            self.photos["clip"] = judges.clip.pictures(pictures)
+        self.real = None if judges.reader is None else judges.reader.features(pixels_of(pictures)).detach()
         self.base = self._seen(None)
 
     def of(self, run: Run | None) -> dict[str, float]:
@@ -148,29 +165,58 @@ class Numbers:
         seen = self.base if run is None else self._seen(run)
         subject, new = self.subject, unit(self.judges.dino(seen.new))
         asked = [subject.asked_new[group] for group in subject.new.groups]
-        asked_old = [subject.asked_old[group] for group in subject.old.groups]
         own, other = self._likeness(new, asked, "dino")
-        found = {
-            "right": share_right(self.judges.reader, seen.new, asked),
+        found = self._judged(seen.new) | {
             "likeness": float(own.mean()),
-            "likeness_clip": float(self._likeness(self.judges.clip.pictures(seen.new), asked, "clip")[0].mean()),
             "diversity": of_all(picture_measures.diversity(new, torch.tensor(subject.new.groups)), len(asked)),
-            "right_old": share_right(self.judges.reader, seen.old, asked_old),
         }
+        if self.judges.clip is not None:
+            clip = self.judges.clip.pictures(seen.new)
+            found["likeness_clip"] = float(self._likeness(clip, asked, "clip")[0].mean())
         if other is not None:
             found["likeness_margin"] = float((own - other).mean())
+        if self.judges.reader is not None and subject.asked_old is not None:
+            asked_old = [subject.asked_old[group] for group in subject.old.groups]
+            found["right_old"] = share_right(self.judges.reader, seen.old, asked_old)
         if run is not None:
-            old, before = (unit(self.judges.dino(one.old)) for one in (seen, self.base))
-            found["drift"] = float(picture_measures.distances(old, before).mean())
-            pixels = picture_measures.pixel_distances(pixels_of(seen.old), pixels_of(self.base.old))
-            found["drift_pixels"] = float(pixels.mean())
-            ratios = log_ratios(seen.losses, self.base.losses).mean(dim=0)
-            found["loss"] = float(ratios.mean())
-            found |= {f"loss_q{quarter + 1}": float(ratios[quarter]) for quarter in range(QUARTERS)}
+            found |= self._drift(seen) | self._losses(seen)
         return found | {
             name: fmean(row[name] for row in seen.features)
             for name in BY_TIMESTEP
             if seen.features and name in seen.features[0]
+        }
+
+    def course(self, run: Run) -> dict[str, dict[str, float]]:
+        """Step -> what the classifier says of the pictures of that state, the last one's with them."""
+        folder = measured_folder(run, self.study, self.folders) / "drawn"
+        found = {
+            str(step): self._judged(_saved(folder, _at(step), self.subject.new))
+            for step, _ in milestones(run, self.folders)
+        }
+        last, _ = list_states(self.folders.run(run))[-1]
+        return {**found, str(last): self._judged(self._seen(run).new)}
+
+    def _judged(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
+        """What the classifier says of pictures of all that `new` asks for; {} where there is none."""
+        reader, asked = self.judges.reader, [self.subject.asked_new[group] for group in self.subject.new.groups]
+        if reader is None or self.real is None:
+            return {}
+        distance = picture_measures.kernel_distance(reader.features(pixels_of(pictures)).detach(), self.real)
+        return {"right": share_right(reader, pictures, asked), "kid": of_all(distance, len(pictures))}
+
+    def _drift(self, seen: Seen) -> dict[str, float]:
+        if not seen.old:
+            return {}
+        old, before = (unit(self.judges.dino(one.old)) for one in (seen, self.base))
+        pixels = picture_measures.pixel_distances(pixels_of(seen.old), pixels_of(self.base.old))
+        distances = picture_measures.distances(old, before)
+        return {"drift": float(distances.mean()), "drift_pixels": float(pixels.mean())}
+
+    def _losses(self, seen: Seen) -> dict[str, float]:
+        ratios = log_ratios(seen.losses, self.base.losses).mean(dim=0)
+        return {
+            "loss": float(ratios.mean()),
+            **{f"loss_q{quarter + 1}": float(ratios[quarter]) for quarter in range(QUARTERS)},
         }
 
     def gain(self, run: Run) -> dict[str, Any]:

@@ -1,40 +1,88 @@
-"""The results in docs/does_alignment_help.md: the part of the page between two marks is written anew from the numbers."""
+"""The results as Markdown: a part of docs/does_alignment_help.md between two marks, or a page of their own. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.files import write_text
 from tools.alignment_study.arms import WITHOUT, Arm
 from tools.alignment_study.compare import MEASURES, findings, overview, table
-from tools.alignment_study.settings import CLASSES, STUDIES
+from tools.alignment_study.settings import CLASSES, CONCEPT, SCRATCH, STUDIES
 
-BEGIN = "<!-- Results, from here to the next mark: written by tools/does_alignment_help.py, changes are lost. -->"
-END = "<!-- End of the results. -->"
+PAGE, IMAGES = "does_alignment_help.md", "images/does_alignment_help"
+PARTS = ("control", "first", "recipes")
+"""Of the project's page: each has a command of its own."""
 TITLES = {
-    CLASSES: "Nine new classes (train_repa.py)",
-    "concept": "One new thing from twelve pictures (train_network.py)",
+    SCRATCH: "A U-Net from nothing (train_repa.py)",
+    CLASSES: "New classes (train_repa.py)",
+    CONCEPT: "One new thing (train_network.py)",
 }
 CAPTIONS = {
     "numbers": "A line for each seed, from without to with; dashed, the untouched base.",
+    "course": "What is drawn on the way, read by the classifier: mean of the seeds, lowest to highest.",
     "loss": "Loss on held-out pictures while training, by train_repa.py's own validation; differences seed by seed: mean, lowest "
     "to highest. Below 0, alignment has the lower loss. Quarter 1 is the least noise.",
-    "features": "What can be read off the trunk's map at mid, by timestep of the noise: mean of the seeds, lowest to highest.",
+    "features": "What can be read off the trunk's map at the tap, by timestep of the noise: mean of the seeds, lowest to highest.",
     "pictures": "Held-out pictures, and what base and arms draw from the same noise: the first seeds, nothing chosen.",
 }
 TIMES = 3
 """How often its spread a likeness must lie beyond the base's to count as learned."""
+MOST_TABLES = 2
+"""Arms that get a table each; of more, the table of all arms and the sentences are what can be read."""
 
 
-def put_between_marks(page: str, text: str) -> str:
-    """`page` with `text` between its marks. Raises UserError where they are not there once each, in their order."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+@dataclass(frozen=True)
+class Place:
+    """Where results are written. part: of the page in `folder`; "" for a page of their own in `folder`."""
+
+    folder: Path
+    part: str
+
+    @property
+    def page(self) -> Path:
+        return self.folder / PAGE
+
+    @property
+    def images(self) -> Path:
+        return self.folder / IMAGES / self.part
+
+    def read(self) -> str:
+        """The page that the results go into. Raises UserError where it is not there or its marks are lost."""
+        if not self.part:
+            return f"# Does alignment help?\n\n{begin('')}\n{end('')}\n"
+        if not self.page.is_file():
+            raise UserError(f"{self.page} is not there, so no part of it can be written. Leave --part out.")
+        page = self.page.read_text(encoding="utf-8")
+        put_between_marks(page, "", self.part)
+        return page
+
+    def write(self, results: Mapping[str, Any], figures: Mapping[str, Sequence[str]]) -> None:
+        text = results_text(results, figures, self.images.relative_to(self.folder).as_posix())
+        write_text(self.page, put_between_marks(self.read(), text, self.part))
+
+
+def begin(part: str) -> str:
+    named = f", part {part}" if part else ""
+    return f"<!-- Results{named}, from here to the next mark: written by tools/does_alignment_help.py, changes are lost. -->"
+
+
+def end(part: str) -> str:
+    return f"<!-- End of the results{f', part {part}' if part else ''}. -->"
+
+
+def put_between_marks(page: str, text: str, part: str) -> str:
+    """`page` with `text` between a part's marks. Raises UserError where they are not there once each, in their order."""
+    first, last = begin(part), end(part)
+    if page.count(first) != 1 or page.count(last) != 1 or page.index(first) > page.index(last):
         raise UserError(
-            f"The page has lost the marks that the results stand between. Restore these lines: {BEGIN} {END}"
+            f"The page has lost the marks that the results stand between. Restore these lines: {first} {last}"
         )
-    before, after = page[: page.index(BEGIN)], page[page.index(END) :]
-    return f"{before}{BEGIN}\n\n{text.strip()}\n\n{after}"
+    before, after = page[: page.index(first)], page[page.index(last) :]
+    return f"{before}{first}\n\n{text.strip()}\n\n{after}"
 
 
 def results_text(results: Mapping[str, Any], figures: Mapping[str, Sequence[str]], folder: str) -> str:
@@ -66,27 +114,18 @@ def _study(study: str, found: Mapping[str, Any], figures: Sequence[str], folder:
     if len(others) > 1:
         lines += [*overview(arms[WITHOUT], {Arm.parse(arm).label: arms[arm] for arm in others}), ""]
     for arm in others:
-        title = Arm.parse(arm).title
-        said = findings(arms[WITHOUT], arms[arm])
-        lines += [
-            *(
-                [f"#### {title[0].upper() + title[1:] if Arm.parse(arm).recipe else title}", ""]
-                if len(others) > 1
-                else []
-            ),
-            *said[:1],
-            "",
-            *(f"- {one}" for one in said[1:]),
-            "",
-            *table(found["base"], arms[WITHOUT], arms[arm], title),
-            "",
-        ]
+        title, said = Arm.parse(arm).title, findings(arms[WITHOUT], arms[arm])
+        if len(others) > 1:
+            lines += [f"#### {title[0].upper() + title[1:] if Arm.parse(arm).recipe else title}", ""]
+        lines += [*said[:1], "", *(f"- {one}" for one in said[1:]), ""]
+        if len(others) <= MOST_TABLES:
+            lines += [*table(found["base"], arms[WITHOUT], arms[arm], title), ""]
     lines += [
         f"Arms: mean (lowest to highest of the seeds). ± is half of the 95 % interval of the mean difference. Held-out pictures "
         f"are like others of their kind by {found['photos_among_themselves']:.3f}.",
         "",
     ]
-    if study != CLASSES:
+    if study == CONCEPT:
         lines += [*_learned(found["gains"]), ""]
     for name in figures:
         kind = name.removeprefix(f"{study}_").partition(".")[0]

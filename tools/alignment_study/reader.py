@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from library.data.demo_pictures import draw, imagine
+from library.evaluation.generated_pictures import pixels_of
 from library.files import whole_file
 from tools.shapes.fit import fit
 from tools.shapes.judge import Judge
@@ -74,8 +75,7 @@ def _train(reader: Reader, steps: int) -> float:
 
 def share_right(reader: Reader, pictures: Sequence[Image.Image], wanted: Sequence[str]) -> float:
     """Share of the pictures on which the reader sees what was wanted, each as "purple cross"."""
-    pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
-    return _share(reader, pixels, wanted)
+    return _share(reader, pixels_of(pictures), wanted)
 
 
 def _share(reader: Reader, pixels: Tensor, wanted: Sequence[str]) -> float:

@@ -1,29 +1,17 @@
-"""What is compared: two studies, their runs, and the commands that train them. No torch."""
+"""What is compared: the studies, their runs, and what all runs of a folder share. No torch."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from library.errors import UserError
-from library.files import file_hash, read_json, write_json
 from library.models.embedded import SHAPES, SHAPES_CLIP, SHAPES_DINOV2
-from library.models.locate import DINOV2, locate_base, locate_dino, weight_files
 from tools.alignment_study.arms import WITHOUT, Arm
 
-SIDE = 128
-CLASSES, CONCEPT = "classes", "concept"
-STUDIES = (CLASSES, CONCEPT)
-BASE = "base"
-WARMUP = 0.05  # of the steps: Track A's 3,000 of 62,480
-AVERAGED = 0.05  # of the steps: train_repa's 0.9995 averages about 2,000 of 62,480, and would hardly leave a short run's beginning
-VALIDATIONS = 8
-CONCEPT_BATCH = 4
-TEACHER_RESOLUTION = 224  # the tiny teacher's own
-ADAPTER = ("--network_dim", "8", "--network_alpha", "8")
+SCRATCH, CLASSES, CONCEPT = "scratch", "classes", "concept"
+STUDIES = (SCRATCH, CLASSES, CONCEPT)
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,10 @@ class Settings:
     """Peak learning rate of LoRA and heads."""
     lora_scope: str = "all"
     """Blocks with LoRA on the new classes: mid, down_mid or all."""
+    resolution: int = 128
+    """Side of the pictures, in pixels."""
+    mixed_precision: str = "no"
+    """Number format of the trainings: no, fp16 or bf16."""
     train_pictures: int = 360
     """Pictures of the new classes to train on; there are 9 classes."""
     held_out: int = 180
@@ -60,6 +52,14 @@ class Settings:
     """Steps of the sampler."""
     reader_steps: int = 600
     """Steps that the classifier is trained for that reads shape and colour off the pictures."""
+    scratch_steps: int = 1000
+    """Optimizer steps of a run from nothing, the positive control."""
+    scratch_teacher_steps: int = 500
+    """Steps that its teacher is trained for, on pictures like its own."""
+    class_data: str = ""
+    """Folder of class folders instead of the drawn new classes."""
+    concept_data: str = ""
+    """Folder of captioned pictures instead of the drawn new concept."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -73,6 +73,11 @@ class Settings:
                 raise UserError(
                     f"{name} must be a multiple of 9, so that each class has as many, got {getattr(self, name)}."
                 )
+
+    @property
+    def own_pictures(self) -> bool:
+        """Whether the pictures are the user's: no classifier knows what is on them."""
+        return bool(self.class_data or self.concept_data)
 
 
 @dataclass(frozen=True)
@@ -128,124 +133,3 @@ def make_runs(studies: Sequence[str], arms: Sequence[str], seeds: Sequence[int])
 def in_order(runs: Iterable[Run]) -> list[Run]:
     """Without alignment first, then other lambdas, then recipes."""
     return sorted(runs, key=lambda run: (run.arm.recipe, run.arm.coefficient, run.seed))
-
-
-def cache_command(settings: Settings, folders: Folders) -> list[str]:
-    """Caches of the new classes; train_network.py builds its own."""
-    return [
-        sys.executable,
-        "prepare_cache.py",
-        *_classes_options(settings, folders),
-        "--max_data_loader_n_workers",
-        "2",
-    ]
-
-
-def train_command(run: Run, settings: Settings, folders: Folders) -> list[str]:
-    """As a user would start it, from the repository's root."""
-    if run.study == CLASSES:
-        return [
-            sys.executable,
-            "train_repa.py",
-            *_classes_options(settings, folders),
-            *_repa_options(run, settings, folders),
-        ]
-    return [sys.executable, "train_network.py", *_concept_options(run, settings, folders)]
-
-
-def _classes_options(settings: Settings, folders: Folders) -> list[str]:
-    pictures = folders.pictures(CLASSES)
-    return _words(
-        ["--pretrained_model_name_or_path", settings.base, "--dino_model", settings.teacher, "--mixed_precision", "no"],
-        ["--train_data", pictures / "train.csv", "--val_data", pictures / "val.csv"],
-        ["--class_names", pictures / "class_names.json", "--resolution", SIDE],
-        ["--cache_dir", folders.caches(CLASSES), *_tokens(settings)],
-    )
-
-
-def _tokens(settings: Settings) -> list[Any]:
-    return ["--dino_resolution", TEACHER_RESOLUTION, "--token_grid", settings.token_grid]
-
-
-def _repa_options(run: Run, settings: Settings, folders: Folders) -> list[str]:
-    every = max(1, settings.steps // VALIDATIONS)
-    return _words(
-        [*ADAPTER, "--lora_scope", settings.lora_scope, "--taps", settings.tap],
-        ["--align_coeff", f"{run.arm.coefficient:g}", "--align_warmup_steps", round(settings.steps * WARMUP)],
-        run.arm.words(settings.steps),
-        ["--train_batch_size", settings.batch_size, "--max_train_steps", settings.steps],
-        ["--learning_rate", settings.learning_rate, "--ema_decay", ema_decay(settings.steps), "--seed", run.seed],
-        ["--validate_every_n_steps", every, "--save_every_n_steps", 2 * every, "--save_last_n_states", 1],
-        ["--max_data_loader_n_workers", 1, "--output_dir", folders.run(run), "--output_name", CLASSES],
-    )
-
-
-def ema_decay(steps: int) -> float:
-    """So that the average reaches back over `AVERAGED` of the steps."""
-    return round(1 - 1 / max(2.0, AVERAGED * steps), 4)
-
-
-def _concept_options(run: Run, settings: Settings, folders: Folders) -> list[str]:
-    alignment: list[Any] = []
-    if run.arm.coefficient:
-        alignment = ["--alignment", "--dino_model", settings.teacher, *_tokens(settings), "--taps", settings.tap]
-        alignment += ["--align_coeff", f"{run.arm.coefficient:g}"]
-        alignment += ["--align_warmup_steps", round(settings.concept_steps * WARMUP)]
-        alignment += run.arm.words(settings.concept_steps)
-    return _words(
-        ["--pretrained_model_name_or_path", settings.base],
-        ["--train_data_dir", folders.pictures(CONCEPT) / "train", "--caption_extension", ".txt", "--resolution", SIDE],
-        ["--cache_dir", folders.caches(CONCEPT), *ADAPTER, *alignment],
-        ["--train_batch_size", CONCEPT_BATCH, "--max_train_steps", settings.concept_steps],
-        ["--learning_rate", settings.learning_rate, "--seed", run.seed],
-        ["--output_dir", folders.run(run), "--output_name", CONCEPT],
-    )
-
-
-def _words(*parts: Sequence[Any]) -> list[str]:
-    return [str(word) for part in parts for word in part]
-
-
-def adapter_file(run: Run, folders: Folders) -> Path:
-    """What a finished training leaves: of train_repa.py the averaged weights, which its validation measures too."""
-    return folders.run(run) / (f"{CLASSES}-ema.safetensors" if run.study == CLASSES else f"{CONCEPT}.safetensors")
-
-
-def claim_folder(folders: Folders, settings: Settings, make_teacher: Callable[[], object] | None = None) -> None:
-    """Note in the folder what its runs are made with. Raises UserError where it holds runs that were made otherwise.
-
-    make_teacher: trains the teacher that `settings` name, if it is not there; called when all else agrees.
-    """
-    file = folders.out / "settings.json"
-    commands = [train_command(Run(study, Arm("", 1.0), 1), settings, Folders(Path("out")))[1:] for study in STUDIES]
-    wanted = {**asdict(settings), "commands": commands}
-    there = read_json(file) if file.exists() else None
-    _refuse_others(folders, there, wanted)
-    if make_teacher is not None:
-        make_teacher()
-    wanted["weights"] = _weights(settings)
-    _refuse_others(folders, there, wanted)
-    if there is None:
-        write_json(file, wanted)
-
-
-def _refuse_others(folders: Folders, there: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
-    changed = [] if there is None else [name for name in wanted if there.get(name) != wanted[name]]
-    if there is not None and changed:
-        said = [f"{name} {there.get(name)!s:.40} is now {wanted[name]!s:.40}" for name in changed if name != "commands"]
-        raise UserError(
-            f"{folders.out} holds runs made otherwise: {', '.join(said) or 'the commands that train are others now'}. "
-            "Name another --out, move it away, or go back to its settings."
-        )
-
-
-def _weights(settings: Settings) -> str:
-    """Of base and teacher: trained anew, they make other numbers."""
-    base, teacher = locate_base(settings.base), locate_dino(settings.teacher)
-    files = (
-        [base.path]
-        if base.is_file
-        else [file for part in ("unet", "vae", "text_encoder") for file in weight_files(base.path, part)]
-    )
-    files += [teacher.path] if teacher.is_file else weight_files(teacher.path, DINOV2)
-    return " ".join(file_hash(file)[:8] for file in files)

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.data.demo_pictures import CLASSES as OLD_CLASSES
 from library.data.demo_pictures import NEW_CLASSES, make_demo_pictures
-from library.data.new_concept import NAME, make_concept_pictures
+from library.data.new_concept import make_concept_pictures
 from library.data.pixels import decode_rgb
 from library.evaluation.photos import Photo, read_photos
-from library.evaluation.prompt_sets import UNRELATED_SHAPES, PromptSet
+from library.evaluation.prompt_sets import UNRELATED, UNRELATED_SHAPES, PromptSet
+from library.files import read_json
 from library.inference.picture_request import PictureRequest
-from tools.alignment_study.settings import CLASSES, SIDE, Folders, Settings
+from library.models.embedded import SHAPES
+from tools.alignment_study.commands import base_of, side_of, teacher_of
+from tools.alignment_study.control import make_control_pictures, make_control_teacher, make_untrained_base
+from tools.alignment_study.own_data import link_classes, link_concept
+from tools.alignment_study.settings import CLASSES, CONCEPT, SCRATCH, Folders, Settings
 
 CONCEPT_KIND = "purple cross"
 PHOTOS_PER_KIND = 10
 """Held-out pictures that likeness and loss are measured on."""
-CONCEPT_PROMPTS = 6
+CLASS_PROMPTS, CONCEPT_PROMPTS = 25, 6
+"""Prompts at most; of more classes, so many evenly spread ones are drawn and measured."""
 FIRST_SEED, CFG_SCALE = 42, 5.0
 
 
@@ -26,7 +34,7 @@ FIRST_SEED, CFG_SCALE = 42, 5.0
 class Subject:
     """photos: held out. kinds: what is on each, as "purple cross". photo_prompts: under which its noise is removed.
 
-    asked: what each prompt of `new` and of `old` asks for.
+    asked_new, asked_old: what each prompt asks for; None where no classifier can tell.
     """
 
     photos: list[Photo]
@@ -35,35 +43,55 @@ class Subject:
     new: PromptSet
     asked_new: list[str]
     old: PromptSet
-    asked_old: list[str]
+    asked_old: list[str] | None
 
 
 def make_pictures(study: str, settings: Settings, folders: Folders) -> None:
-    """Draw the study's pictures, once."""
+    """Draw the study's pictures, or link those that the user named; once."""
     folder = folders.pictures(study)
     if folder.exists():
         return
-    if study == CLASSES:
-        images = settings.train_pictures + settings.held_out
-        make_demo_pictures(folder, images=images, validation=settings.held_out, size=SIDE, classes=NEW_CLASSES)
+    if study == SCRATCH:
+        make_untrained_base(Path(base_of(study, settings, folders)))
+        make_control_teacher(
+            Path(teacher_of(study, settings, folders)), side_of(study, settings), settings.scratch_teacher_steps
+        )
+        make_control_pictures(folder, side_of(study, settings))
+    elif study == CLASSES and settings.class_data:
+        link_classes(Path(settings.class_data), folder)
+    elif study == CLASSES:
+        images, side = settings.train_pictures + settings.held_out, side_of(study, settings)
+        make_demo_pictures(folder, images=images, validation=settings.held_out, size=side, classes=NEW_CLASSES)
+    elif settings.concept_data:
+        link_concept(Path(settings.concept_data), folder)
     else:
-        make_concept_pictures(folder, size=SIDE)
+        make_concept_pictures(folder, size=side_of(study, settings))
 
 
 def subject_of(study: str, settings: Settings, folders: Folders) -> Subject:
-    if study == CLASSES:
-        photos, kinds = _held_out_of_classes(folders)
-        prompts, asked = [_of_class(name) for name in NEW_CLASSES], list(NEW_CLASSES)
-        photo_prompts = [_of_class(kind) for kind in kinds]
-    else:
+    """Of pictures that are there."""
+    if study == CONCEPT:
         photos = read_photos(folders.pictures(study) / "held_out")
         kinds = [CONCEPT_KIND] * len(photos)
-        photo_prompts = [photo.caption or f"a {NAME}" for photo in photos]
-        prompts, asked = photo_prompts[:CONCEPT_PROMPTS], [CONCEPT_KIND] * CONCEPT_PROMPTS
-    old = [next(name for name in OLD_CLASSES if name in text) for text in UNRELATED_SHAPES]
-    return Subject(
-        photos, kinds, photo_prompts, _task(prompts, settings), asked, _task(UNRELATED_SHAPES, settings), old
-    )
+        photo_prompts = [photo.caption or "" for photo in photos]
+        prompts = photo_prompts[:CONCEPT_PROMPTS]
+        asked = [CONCEPT_KIND] * len(prompts)
+    else:
+        photos, kinds = _held_out_of_classes(folders.pictures(study))
+        asked = list(dict.fromkeys(kinds))
+        prompts, photo_prompts = ([_of_class(kind) for kind in some] for some in (asked, kinds))
+    old, asked_old = _unrelated(study, settings)
+    tasks = (_task(some, study, settings) for some in (prompts, old))
+    return Subject(photos, kinds, photo_prompts, next(tasks), asked, next(tasks), asked_old)
+
+
+def _unrelated(study: str, settings: Settings) -> tuple[Sequence[str], list[str] | None]:
+    """Prompts of what the base knew before, and what each asks for; a base from nothing knew nothing."""
+    if study == SCRATCH:
+        return (), None
+    if settings.base != SHAPES:
+        return UNRELATED, None
+    return UNRELATED_SHAPES, [next(name for name in OLD_CLASSES if name in text) for text in UNRELATED_SHAPES]
 
 
 def _of_class(name: str) -> str:
@@ -71,14 +99,15 @@ def _of_class(name: str) -> str:
     return f"a photo of a {name}"
 
 
-def _held_out_of_classes(folders: Folders) -> tuple[list[Photo], list[str]]:
-    folder = folders.pictures(CLASSES)
+def _held_out_of_classes(folder: Path) -> tuple[list[Photo], list[str]]:
+    names = read_json(folder / "class_names.json")
+    shown = {names[str(number * len(names) // CLASS_PROMPTS)] for number in range(CLASS_PROMPTS)}
     photos, kinds, seen = [], [], Counter[str]()
     with open(folder / "val.csv", encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            kind = NEW_CLASSES[int(row["class_id"])]
+            kind = names[row["class_id"]]
             seen[kind] += 1
-            if seen[kind] <= PHOTOS_PER_KIND:
+            if kind in shown and seen[kind] <= PHOTOS_PER_KIND:
                 photos.append(
                     Photo(row["sample_id"], decode_rgb(folder / row["path"], name=row["path"]), _of_class(kind))
                 )
@@ -86,9 +115,10 @@ def _held_out_of_classes(folders: Folders) -> tuple[list[Photo], list[str]]:
     return photos, kinds
 
 
-def _task(prompts: list[str] | tuple[str, ...], settings: Settings) -> PromptSet:
+def _task(prompts: Sequence[str], study: str, settings: Settings) -> PromptSet:
+    side = side_of(study, settings)
     requests = tuple(
-        PictureRequest(text, "", steps=settings.sampling_steps, cfg_scale=CFG_SCALE, width=SIDE, height=SIDE)
+        PictureRequest(text, "", steps=settings.sampling_steps, cfg_scale=CFG_SCALE, width=side, height=side)
         for text in prompts
     )
     return PromptSet(requests, tuple(range(FIRST_SEED, FIRST_SEED + settings.drawn_seeds)))

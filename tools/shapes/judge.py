@@ -35,9 +35,14 @@ class Judge(nn.Module):
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """uint8 [B, 3, H, W] -> {"shape": [B, 4], "colour": [B, 4]} logits."""
-        values = F.interpolate(pixels.float() / 127.5 - 1.0, size=(64, 64), mode="bilinear", antialias=True)
-        features = self.body(values).amax(dim=(2, 3))
+        features = self.features(pixels)
         return {name: head(features) for name, head in self.heads.items()}
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> [B, 64], what the answers are read off."""
+        values = F.interpolate(pixels.float() / 127.5 - 1.0, size=(64, 64), mode="bilinear", antialias=True)
+        found: Tensor = self.body(values).amax(dim=(2, 3))
+        return found
 
     @torch.no_grad()
     def read(self, pixels: Tensor) -> list[str]:

@@ -1,0 +1,59 @@
+"""Keeps a folder's runs comparable: what they are made with is noted in it, and another run is refused. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.files import file_hash, read_json, write_json
+from library.models.locate import DINOV2, locate_base, locate_dino, weight_files
+from tools.alignment_study.arms import RECIPES, Arm
+from tools.alignment_study.commands import train_command
+from tools.alignment_study.settings import STUDIES, Folders, Run, Settings
+
+
+def claim_folder(folders: Folders, settings: Settings, make_teacher: Callable[[], object] | None = None) -> None:
+    """Note in the folder what its runs are made with. Raises UserError where it holds runs that were made otherwise.
+
+    make_teacher: trains the teacher that `settings` name, if it is not there; called when all else agrees.
+    """
+    file = folders.out / "settings.json"
+    commands = {
+        study: train_command(Run(study, Arm("", 1.0), 1), settings, Folders(Path("out")))[1:] for study in STUDIES
+    }
+    recipes = {recipe: Arm(recipe, 1.0).words(settings.steps) for recipe in RECIPES}
+    wanted = {**asdict(settings), "commands": commands, "recipes": recipes}
+    there = read_json(file) if file.exists() else None
+    _refuse_others(folders, there, wanted)
+    if make_teacher is not None:
+        make_teacher()
+    wanted["weights"] = _weights(settings)
+    _refuse_others(folders, there, wanted)
+    if there is None:
+        write_json(file, wanted)
+
+
+def _refuse_others(folders: Folders, there: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
+    changed = [] if there is None else [name for name in wanted if there.get(name) != wanted[name]]
+    if there is not None and changed:
+        named = [name for name in changed if name not in ("commands", "recipes")]
+        said = [f"{name} {there.get(name)!s:.40} is now {wanted[name]!s:.40}" for name in named]
+        raise UserError(
+            f"{folders.out} holds runs made otherwise: {', '.join(said) or 'the commands that train are others now'}. "
+            "Name another --out, move it away, or go back to its settings."
+        )
+
+
+def _weights(settings: Settings) -> str:
+    """Of base and teacher: trained anew, they make other numbers."""
+    base, teacher = locate_base(settings.base), locate_dino(settings.teacher)
+    files = (
+        [base.path]
+        if base.is_file
+        else [file for part in ("unet", "vae", "text_encoder") for file in weight_files(base.path, part)]
+    )
+    files += [teacher.path] if teacher.is_file else weight_files(teacher.path, DINOV2)
+    return " ".join(file_hash(file)[:8] for file in files)
