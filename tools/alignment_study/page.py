@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,11 +121,10 @@ def _study(study: str, found: Mapping[str, Any], figures: Sequence[str], folder:
         lines += [*said[:1], "", *(f"- {one}" for one in said[1:]), ""]
         if len(others) <= MOST_TABLES:
             lines += [*table(found["base"], arms[WITHOUT], arms[arm], title), ""]
-    lines += [
-        f"Arms: mean (lowest to highest of the seeds). ± is half of the 95 % interval of the mean difference. Held-out pictures "
-        f"are like others of their kind by {found['photos_among_themselves']:.3f}.",
-        "",
-    ]
+    note = "Arms: mean (lowest to highest of the seeds). ± is half of the 95 % interval of the mean difference."
+    if math.isfinite(alike := found["photos_among_themselves"]):
+        note += f" Held-out pictures are like others of their kind by {alike:.3f}."
+    lines += [note, ""]
     if study == CONCEPT:
         lines += [*_learned(found["gains"]), ""]
     for name in figures:

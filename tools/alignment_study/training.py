@@ -29,12 +29,13 @@ def train_all(
 ) -> None:
     """Train what is not there. A study's first run goes alone: it builds the caches that the others share.
 
-    make_pictures: of a study; called before its caches are built.
+    make_pictures: of a study; called for all before caches are built.
     """
     todo = [run for run in runs if not adapter_file(run, folders).exists()]
     studies = list(dict.fromkeys(run.study for run in todo))
     for study in studies:
         make_pictures(study)
+    for study in studies:
         if study != CONCEPT:
             print(f"caches     {study}", flush=True)
             call(cache_command(study, settings, folders), folders.study(study) / "caches.log", jobs=1)
