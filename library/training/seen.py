@@ -43,7 +43,9 @@ class Sight:
         for model in modes:
             model.eval()
         try:
-            batches = Prefetcher(samples, requests_in_order(samples, 0, 1, 1), task.processes.device, workers=1)
+            shown = next(requests_in_order(samples, most=1)).micro.indices[:PICTURES]
+            few = requests_in_order(samples, indices=[int(index) for index in shown])
+            batches = Prefetcher(samples, few, task.processes.device, workers=1)
             batch = next(batches)
             batches.close()
             latents, ids = task.latents(batch), samples.ids_of(batch)
@@ -53,19 +55,19 @@ class Sight:
         finally:
             for model, training in modes.items():
                 model.train(training)
-        heads, features, count = task.alignment.heads, task.alignment.features, min(PICTURES, len(ids))
+        heads, features = task.alignment.heads, task.alignment.features
         tap, (targets, token_grid) = next(iter(heads)), task.alignment.targets(batch, latents)
         maps = dense_maps(
-            ids[:count],
-            [self._photo(samples.images[int(index)]) for index in batch.indices[:count]],
-            targets[heads.teachers[0]][:count].cpu(),
-            heads.tokens(tap, features, token_grid)[:count].cpu(),
-            features[tap][:count].float().cpu(),
+            ids,
+            [self._photo(samples.images[int(index)]) for index in batch.indices],
+            targets[heads.teachers[0]].cpu(),
+            heads.tokens(tap, features, token_grid).cpu(),
+            features[tap].float().cpu(),
             token_grid,
         )
         names = list(maps[0].columns())
         tiles = [tile for one in maps for tile in one.columns().values()]
-        return grid(tiles, len(names), column_headings=names), sum(one.mean_cosine for one in maps) / count
+        return grid(tiles, len(names), column_headings=names), sum(one.mean_cosine for one in maps) / len(maps)
 
     def _photo(self, picture: TrainedImage) -> Image.Image:
         """Read once; grey where it can no longer be read."""
