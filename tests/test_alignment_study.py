@@ -202,10 +202,14 @@ def test_pictures_that_no_study_can_use_are_refused(tmp_path: Path) -> None:
     _pictures(few, 7, captions=True)
     _pictures(plain, 8)
     _pictures(tmp_path / "classes" / "dog", 3)
+    _pictures(tmp_path / "one" / "images", 9)
     with pytest.raises(UserError, match="fewer than 8 pictures, of which two"):
         link_concept(few, tmp_path / "linked")
     with pytest.raises(UserError, match=r"00\.png has no caption beside it\. Write one into 00\.txt"):
         link_concept(plain, tmp_path / "linked")
+    with pytest.raises(UserError, match="one class folder, images; at least two"):
+        link_classes(tmp_path / "one", tmp_path / "linked")
+    _pictures(tmp_path / "classes" / "cat", 4)
     with pytest.raises(UserError, match="dog has fewer than 4 pictures"):
         link_classes(tmp_path / "classes", tmp_path / "linked")
     assert not (tmp_path / "linked").exists()

@@ -43,10 +43,12 @@ def studies_of(data: Sequence[Path]) -> dict[str, str]:
 def link_classes(data: Path, into: Path) -> None:
     """`into`, whole: images/CLASS/*, train.csv, val.csv and class_names.json, as the drawn classes have them.
 
-    Raises UserError where `data` is no folder of class folders, or a class has too few pictures to hold one out.
+    Raises UserError where `data` is no folder of class folders, has one alone, or a class has too few pictures to hold one out.
     """
     source = open_source(data)
     names = load_class_names(None, folder_names=source.folder_names)
+    if len(names) < 2:
+        raise UserError(f"{data} has one class folder, {names[0]}; at least two are needed to tell classes apart.")
     rows: dict[str, list[tuple[str, str, int]]] = {"train": [], "val": []}
     with whole_folder(into) as temporary:
         for class_id, folder in enumerate(source.folder_names or []):
