@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,11 +15,11 @@ from library.evaluation.standard_errors import Estimate
 from library.files import read_json
 from library.options.network import parse_network_options
 from library.options.repa import parse_repa_options
-from tools.alignment_study import claim, page
+from tools.alignment_study import claim, page, training
 from tools.alignment_study.arms import RECIPES, Arm
 from tools.alignment_study.commands import ema_decay, train_command
 from tools.alignment_study.compare import Compared, compare, findings, mean_of_seeds, overview, significant_among, table
-from tools.alignment_study.own_data import link_classes, link_concept, studies_of
+from tools.alignment_study.own_data import copy_classes, copy_concept, studies_of
 from tools.alignment_study.settings import Folders, Run, Settings, make_runs
 from tools.alignment_study.svg import Panel, Series, chart, ticks_between
 from tools.does_alignment_help import parsed, settings_of
@@ -174,27 +176,30 @@ def _pictures(folder: Path, count: int, captions: bool = False) -> None:
 
 
 def test_a_quarter_of_the_users_classes_is_held_out(tmp_path: Path) -> None:
-    for name, count in (("big_cat", 8), ("dog", 4)):
+    for name, count in (("big_cat", 12), ("dog", 4)):
         _pictures(tmp_path / "data" / name, count)
+    (tmp_path / "data/dog/03.png").chmod(0o400)
     assert studies_of([tmp_path / "data"]) == {"classes": str(tmp_path / "data")}
-    link_classes(tmp_path / "data", tmp_path / "linked")
-    train, val = ((tmp_path / "linked" / f"{part}.csv").read_text().splitlines()[1:] for part in ("train", "val"))
-    assert len(train) == 9 and val == [
+    copy_classes(tmp_path / "data", tmp_path / "copied")
+    train, val = ((tmp_path / "copied" / f"{part}.csv").read_text().splitlines()[1:] for part in ("train", "val"))
+    assert len(train) == 12 and val == [
         "big_cat/03,images/big_cat/03.png,0",
         "07,images/big_cat/07.png,0",
+        "11,images/big_cat/11.png,0",
         "dog/03,images/dog/03.png,1",
     ]
-    assert read_json(tmp_path / "linked" / "class_names.json") == {"0": "big cat", "1": "dog"}
-    assert (tmp_path / "linked/images/dog/03.png").read_bytes() == (tmp_path / "data/dog/03.png").read_bytes()
+    assert (tmp_path / "data/dog/03.png").stat().st_mode & 0o777 == 0o400, "the user's own file stays as it was"
+    assert read_json(tmp_path / "copied" / "class_names.json") == {"0": "big cat", "1": "dog"}
+    assert (tmp_path / "copied/images/dog/03.png").read_bytes() == (tmp_path / "data/dog/03.png").read_bytes()
 
 
 def test_a_quarter_of_the_users_captioned_pictures_is_held_out(tmp_path: Path) -> None:
     _pictures(tmp_path / "data", 8, captions=True)
     assert studies_of([tmp_path / "data"]) == {"concept": str(tmp_path / "data")}
-    link_concept(tmp_path / "data", tmp_path / "linked")
-    held_out = sorted(file.name for file in (tmp_path / "linked" / "held_out").iterdir())
+    copy_concept(tmp_path / "data", tmp_path / "copied")
+    held_out = sorted(file.name for file in (tmp_path / "copied" / "held_out").iterdir())
     assert held_out == ["03.png", "03.txt", "07.png", "07.txt"]
-    assert len(list((tmp_path / "linked" / "train").iterdir())) == 12
+    assert len(list((tmp_path / "copied" / "train").iterdir())) == 12
 
 
 def test_pictures_that_no_study_can_use_are_refused(tmp_path: Path) -> None:
@@ -204,19 +209,33 @@ def test_pictures_that_no_study_can_use_are_refused(tmp_path: Path) -> None:
     _pictures(tmp_path / "classes" / "dog", 3)
     _pictures(tmp_path / "one" / "images", 9)
     with pytest.raises(UserError, match="fewer than 8 pictures, of which two"):
-        link_concept(few, tmp_path / "linked")
+        copy_concept(few, tmp_path / "copied")
     with pytest.raises(UserError, match=r"00\.png has no caption beside it\. Write one into 00\.txt"):
-        link_concept(plain, tmp_path / "linked")
+        copy_concept(plain, tmp_path / "copied")
     with pytest.raises(UserError, match="one class folder, images; at least two"):
-        link_classes(tmp_path / "one", tmp_path / "linked")
+        copy_classes(tmp_path / "one", tmp_path / "copied")
     _pictures(tmp_path / "classes" / "cat", 4)
     with pytest.raises(UserError, match="dog has fewer than 4 pictures"):
-        link_classes(tmp_path / "classes", tmp_path / "linked")
-    assert not (tmp_path / "linked").exists()
+        copy_classes(tmp_path / "classes", tmp_path / "copied")
+    assert not (tmp_path / "copied").exists()
+    _pictures(tmp_path / "small" / "a", 4)
+    _pictures(tmp_path / "small" / "b", 4)
+    with pytest.raises(UserError, match="2 pictures would be held out"):
+        copy_classes(tmp_path / "small", tmp_path / "copied")
     with pytest.raises(UserError, match="two folders of captioned pictures"):
         studies_of([few, plain])
+    _pictures(tmp_path / "kohya" / "10_luca", 4)
+    with pytest.raises(UserError, match=r"kohya's layout \(10_luca\)\. Name that folder itself"):
+        studies_of([tmp_path / "kohya"])
+    _pictures(tmp_path / "classes" / "dog" / "inner", 1)
+    with pytest.raises(UserError, match="holds pictures, and folders with pictures too"):
+        studies_of([tmp_path / "classes" / "dog"])
+    shutil.copy(few / "00.png", few / "00.jpg")
+    with pytest.raises(UserError, match="several pictures called 00, which share a caption"):
+        copy_concept(few, tmp_path / "copied")
     with pytest.raises(UserError, match="none is no folder"):
         studies_of([tmp_path / "none"])
+    assert not (tmp_path / "copied").exists()
 
 
 @pytest.mark.parametrize(
@@ -225,6 +244,10 @@ def test_pictures_that_no_study_can_use_are_refused(tmp_path: Path) -> None:
         (["--base", "some/model"], "name them with --data"),
         (["--teacher_steps", "5", "--teacher", "other"], "no other --teacher"),
         (["--data", "DATA", "--studies", "scratch"], "has pictures for concept alone"),
+        (["--data", "DATA", "--base", "m"], "For --base m give --resolution, --token_grid, --learning_rate too"),
+        (["--teacher_steps", "5", "--studies", "scratch"], "no effect on scratch"),
+        (["--docs", "x"], "Name the --part"),
+        (["--jobs", "0"], "--jobs must be positive"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(words: list[str], said: str, tmp_path: Path) -> None:
@@ -238,8 +261,52 @@ def test_the_control_trains_all_of_an_untrained_u_net_and_draws_from_every_state
     words = train_command(with_, Settings(), Folders(Path("out")))
     assert words[words.index("--pretrained_model_name_or_path") + 1] == "out/scratch/untrained"
     assert {"down_blocks", "mid_block", "up_blocks"} <= set(words)
-    assert words[words.index("--save_last_n_states") + 1] == "4"
+    assert int(words[words.index("--save_last_n_states") + 1]) > 100
     assert len(words) == len(train_command(without, Settings(), Folders(Path("out"))))
+
+
+def test_states_of_an_interruption_are_no_milestones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every quarter of the steps, also where they are no multiple of it, and never the last, which is measured as the run."""
+    from tools.alignment_study import measure
+
+    (run, _), folders = make_runs(["scratch"], ["0", "0.5"], [1]), Folders(tmp_path)
+    for states, wanted in (([250, 333, 500, 750, 1000], [250, 500, 750]), ([6, 12, 18, 24, 27], [6, 12, 18, 24])):
+        monkeypatch.setattr(
+            measure, "list_states", lambda folder, states=states: [(step, Path("x")) for step in states]
+        )
+        assert [step for step, _ in measure.milestones(run, folders)] == wanted
+    assert measure.milestones(Run("classes", run.arm, 1), folders) == []
+
+
+def test_times_are_of_the_steps_after_the_first_ten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def called(command: list[str], log: Path, jobs: int) -> None:
+        rows = [
+            {"step": 10, "time/step_ms": 900.0},
+            {"step": 20, "time/step_ms": 500.0, "time/other_s": 3.0},
+            {"step": 20},
+        ]
+        output = Path(command[command.index("--output_dir") + 1])
+        (output / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    said: list[str] = []
+    monkeypatch.setattr(training, "call", called)
+    monkeypatch.setattr("builtins.print", lambda text, **_: said.append(text))
+    runs = make_runs(["classes", "concept"], ["0", "0.5"], [1, 2, 3])
+    training.say_times(runs, Settings(steps=400, concept_steps=100), Folders(tmp_path), 2)
+    assert "time       classes, lambda 0.5: 0.5 s a step, 4 min a run, 3 to train" in said
+    assert "time       concept, lambda 0: 0.5 s a step, 50 s a run, 3 to train" in said
+    assert said[-1] == "time       all trainings: at least 14 min, 2 at once; measuring comes after"
+    assert not list((tmp_path / "classes").glob("timed_*"))
+
+
+def test_what_cannot_be_prepared_leaves_the_folder_unclaimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise UserError("no pictures")
+
+    monkeypatch.setattr(claim, "_weights", lambda of: "as they were")
+    with pytest.raises(UserError, match="no pictures"):
+        claim.claim_folder(Folders(tmp_path), Settings(), refused)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_arm_is_read_back_as_it_is_written() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from tools.alignment_study.settings import (
 )
 from tools.alignment_study.training import ROOT, shown, train_all
 
+FOR_TINY = ("resolution", "token_grid", "learning_rate")
 OF_DATA = ("class_data", "concept_data")
 
 
@@ -51,20 +53,18 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         return EXIT_OK
     from tools.alignment_study.results import measure_all
-    from tools.alignment_study.subjects import make_pictures
 
-    place = Place(options.docs, options.part) if options.part else Place(folders.out, "")
+    place = Place(options.docs or ROOT / "docs", options.part) if options.part else Place(folders.out, "")
     place.read()
-    claim_folder(folders, settings, partial(make_teacher, settings, options.teacher_steps))
-    train_all(runs, settings, folders, options.jobs, lambda study: make_pictures(study, settings, folders))
+    claim_folder(folders, settings, partial(prepare, studies, settings, folders, options.teacher_steps))
+    train_all(runs, settings, folders, options.jobs)
     results = measure_all(runs, settings, folders, place.images)
     results["facts"] = {"command": f"`{as_typed(options)}`", **results["facts"]}
     results["settings"]["teacher"] = options.teacher
     figures = {study: one.pop("figures") for study, one in results["studies"].items()}
-    write_json(folders.out / "results.json", results)
     write_json(place.images / "results.json", results)
     place.write(results, figures)
-    print(f"page       {place.page}\nnumbers    {folders.out / 'results.json'}")
+    print(f"page       {place.page}\nnumbers    {place.images / 'results.json'}")
     return EXIT_OK
 
 
@@ -77,14 +77,39 @@ def settings_of(options: argparse.Namespace) -> tuple[Settings, list[str]]:
         raise UserError("teacher_steps train the embedded teacher further: name steps above 0, and no other --teacher.")
     if options.teacher_steps:
         settings = replace(settings, teacher=str(options.out.resolve() / "teacher"))
+    if options.docs is not None and not options.part:
+        raise UserError(
+            "--docs is the folder of the page that --part writes a part of. Name the --part, or leave --docs out."
+        )
+    if options.jobs < 1:
+        raise UserError(f"--jobs must be positive, got {options.jobs}.")
     own = studies_of(options.data)
-    settings = replace(settings, class_data=own.get(CLASSES, ""), concept_data=own.get(CONCEPT, ""))
+    settings = replace(
+        settings,
+        base=_absolute(settings.base),
+        teacher=_absolute(settings.teacher),
+        clip=_absolute(settings.clip),
+        class_data=own.get(CLASSES, ""),
+        concept_data=own.get(CONCEPT, ""),
+    )
     studies = options.studies or [*(own or (CLASSES, CONCEPT))]
     if own and not set(studies) <= own.keys():
         raise UserError(f"--data has pictures for {' and '.join(own)} alone; leave other --studies out.")
-    if not own and settings.base not in TINY_BASES:
-        raise UserError(f"--base {settings.base} is to learn from pictures of your own: name them with --data.")
+    if options.teacher_steps and CLASSES not in studies and CONCEPT not in studies:
+        raise UserError("teacher_steps has no effect on scratch, whose teacher is trained for scratch_teacher_steps.")
+    if settings.base not in TINY_BASES:
+        if not own:
+            raise UserError(f"--base {settings.base} is to learn from pictures of your own: name them with --data.")
+        if left := [f"--{name}" for name in FOR_TINY if getattr(options, name) == getattr(Settings, name)]:
+            raise UserError(
+                f"The defaults are for the tiny base. For --base {settings.base} give {', '.join(left)} too."
+            )
     return settings, studies
+
+
+def _absolute(name: str) -> str:
+    """A file or folder that is there: the scripts run in another folder. Names of the project's models and the hub's stay."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
@@ -123,7 +148,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--part", choices=PARTS, default="", help="write this part of the page in --docs, not one in --out"
     )
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the project's page and its images")
+    parser.add_argument("--docs", type=Path, help="folder of the page that --part is of (docs)")
     parser.add_argument("--dry_run", action="store_true", help="print the trainings and stop")
     for field in fields(Settings):
         if field.name not in OF_DATA:
@@ -142,13 +167,25 @@ def as_typed(options: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def make_teacher(settings: Settings, steps: int) -> None:
-    """Train the teacher that knows all classes, where one is asked for."""
-    if steps:
-        from tools.alignment_study.teacher import knowing_teacher
+def prepare(studies: Sequence[str], settings: Settings, folders: Folders, teacher_steps: int) -> None:
+    """Teacher and pictures of all studies, where they are not there. What cannot be read or judged is refused here."""
+    from library.evaluation.picture_encoders import check_clip_pictures
+    from tools.alignment_study.subjects import make_pictures, subject_of
+    from tools.alignment_study.teacher import knowing_teacher
 
+    if settings.clip_judges:
+        check_clip_pictures(settings.clip)
+    else:
+        print(
+            "note       no --clip is named, so none judges likeness: the one of the tiny base has never seen photos",
+            flush=True,
+        )
+    if teacher_steps:
         print("teacher    the embedded one, trained further on all classes", flush=True)
-        knowing_teacher(Path(settings.teacher), steps)
+        knowing_teacher(Path(settings.teacher), teacher_steps)
+    for study in studies:
+        make_pictures(study, settings, folders)
+        subject_of(study, settings, folders)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from tools.alignment_study.commands import train_command
 from tools.alignment_study.settings import STUDIES, Folders, Run, Settings
 
 
-def claim_folder(folders: Folders, settings: Settings, make_teacher: Callable[[], object] | None = None) -> None:
+def claim_folder(folders: Folders, settings: Settings, prepare: Callable[[], object] = lambda: None) -> None:
     """Note in the folder what its runs are made with. Raises UserError where it holds runs that were made otherwise.
 
-    make_teacher: trains the teacher that `settings` name, if it is not there; called when all else agrees.
+    prepare: makes what the runs begin with, if it is not there; called when all but its weights agrees. Where it refuses to, and
+    has made no pictures yet, the folder is left to others.
     """
     file = folders.out / "settings.json"
     commands = {
@@ -28,12 +29,19 @@ def claim_folder(folders: Folders, settings: Settings, make_teacher: Callable[[]
     wanted = {**asdict(settings), "commands": commands, "recipes": recipes}
     there = read_json(file) if file.exists() else None
     _refuse_others(folders, there, wanted)
-    if make_teacher is not None:
-        make_teacher()
-    wanted["weights"] = _weights(settings)
-    _refuse_others(folders, there, wanted)
     if there is None:
         write_json(file, wanted)
+    try:
+        prepare()
+    except UserError:
+        if there is None and not any(folders.pictures(study).exists() for study in STUDIES):
+            file.unlink()
+        raise
+    weights = {"weights": _weights(settings)}
+    if there is None or "weights" not in there:
+        write_json(file, wanted | weights)
+    else:
+        _refuse_others(folders, there, weights)
 
 
 def _refuse_others(folders: Folders, there: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:

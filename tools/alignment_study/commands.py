@@ -13,9 +13,6 @@ from tools.alignment_study.settings import CONCEPT, SCRATCH, Folders, Run, Setti
 WARMUP = 0.05  # of the steps: Track A's 3,000 of 62,480
 AVERAGED = 0.05  # of the steps: train_repa's 0.9995 averages about 2,000 of 62,480, and would hardly leave a short run's beginning
 VALIDATIONS = 8
-MILESTONES = 4
-"""States of a run from nothing, at equal distances; pictures are drawn from each."""
-TEACHER_RESOLUTION = 224  # the tiny teacher's own
 ADAPTER = ("--network_dim", "8", "--network_alpha", "8")
 CONCEPT_BATCH = 4
 SCRATCH_SIDE, SCRATCH_BATCH, SCRATCH_RATE = 64, 16, 1.5e-3
@@ -24,7 +21,10 @@ WHOLE_UNET = (
     *("--train_parts", "time_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out"),
     *("--max_validation_samples", "200"),
 )
-"""All of a U-Net is trained: the attention layers by adapters of full rank, everything else itself."""
+"""Every linear layer and convolution of a U-Net is trained, those of the attention by adapters of nearly full rank, the others
+themselves. The scales of the normalisations keep what they begin with, 1 and 0."""
+KEEP_ALL = 1000
+"""States of a run from nothing: also those that an interruption leaves."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ def adapter_file(run: Run, folders: Folders) -> Path:
     return folders.run(run) / f"{run.study}{'' if run.study == CONCEPT else '-ema'}.safetensors"
 
 
+def validation_steps(steps: int) -> int:
+    """Steps between two validations; every second one leaves a state."""
+    return max(1, steps // VALIDATIONS)
+
+
 def ema_decay(steps: int) -> float:
     """So that the average reaches back over `AVERAGED` of the steps."""
     return round(1 - 1 / max(2.0, AVERAGED * steps), 4)
@@ -103,13 +108,12 @@ def _classes_options(study: str, settings: Settings, folders: Folders) -> list[s
 
 
 def _tokens(settings: Settings) -> list[Any]:
-    return ["--dino_resolution", TEACHER_RESOLUTION, "--token_grid", settings.token_grid]
+    return ["--dino_resolution", settings.dino_resolution, "--token_grid", settings.token_grid]
 
 
 def _repa_options(run: Run, settings: Settings) -> list[str]:
     plan = plan_of(run.study, settings)
-    every = max(1, plan.steps // VALIDATIONS)
-    states = MILESTONES if run.study == SCRATCH else 1
+    every, states = validation_steps(plan.steps), KEEP_ALL if run.study == SCRATCH else 1
     return _words(
         [*plan.words, "--taps", settings.tap],
         ["--align_coeff", f"{run.arm.coefficient:g}", "--align_warmup_steps", round(plan.steps * WARMUP)],
@@ -124,12 +128,14 @@ def _repa_options(run: Run, settings: Settings) -> list[str]:
 def _concept_options(run: Run, settings: Settings, folders: Folders) -> list[str]:
     plan, alignment = plan_of(CONCEPT, settings), list[Any]()
     if run.arm.coefficient:
-        alignment = ["--alignment", "--dino_model", settings.teacher, *_tokens(settings), "--taps", settings.tap]
+        teacher = teacher_of(CONCEPT, settings, folders)
+        alignment = ["--alignment", "--dino_model", teacher, *_tokens(settings), "--taps", settings.tap]
         alignment += ["--align_coeff", f"{run.arm.coefficient:g}"]
         alignment += ["--align_warmup_steps", round(plan.steps * WARMUP)]
         alignment += run.arm.words(plan.steps)
     return _words(
-        ["--pretrained_model_name_or_path", settings.base, "--mixed_precision", settings.mixed_precision],
+        ["--pretrained_model_name_or_path", base_of(CONCEPT, settings, folders)],
+        ["--mixed_precision", settings.mixed_precision],
         ["--train_data_dir", folders.pictures(CONCEPT) / "train", "--caption_extension", ".txt"],
         ["--resolution", side_of(CONCEPT, settings), "--cache_dir", folders.caches(CONCEPT), *plan.words, *alignment],
         ["--train_batch_size", plan.batch_size, "--max_train_steps", plan.steps],

@@ -11,8 +11,13 @@ from library.evaluation.standard_errors import CONFIDENCE, Estimate
 
 Numbers = Mapping[str, float]
 """Measure -> value, of one run."""
-Arm = Mapping[int, Numbers]
-"""Seed -> numbers."""
+Seeds = Mapping[int, Numbers]
+"""Seed -> numbers, of an arm."""
+
+
+def with_numbers(seeds: Mapping[str, Numbers]) -> Seeds:
+    """As JSON has it -> as it is compared."""
+    return {int(seed): one for seed, one in seeds.items()}
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ MEASURES = {
     "likeness_margin": Measure(
         "Likeness, own above other", "The same, less the mean cosine to held-out pictures of the other kinds.", 1, DRAWN
     ),
-    "likeness_clip": Measure("Likeness by CLIP", "Likeness by the tiny CLIP, from which no run has learned.", 1, DRAWN),
+    "likeness_clip": Measure("Likeness by CLIP", "Likeness by a CLIP, from which no run has learned.", 1, DRAWN),
     "diversity": Measure("Diversity", "1 - teacher's cosine between seeds of one prompt.", 0, DRAWN),
     "drift": Measure(
         "Drift", "1 - teacher's cosine of pictures of unrelated prompts, with the adapter and without.", -1, KEPT
@@ -115,7 +120,7 @@ class Compared:
         return "better" if self.gap.value * direction > 0 else "worse"
 
 
-def compare(without: Arm, with_: Arm) -> list[Compared]:
+def compare(without: Seeds, with_: Seeds) -> list[Compared]:
     """Measure by measure over the seeds that both arms have, in the order of `MEASURES`."""
     seeds = sorted(without.keys() & with_.keys())
     if not seeds:
@@ -145,7 +150,7 @@ def significant_among(arms: Mapping[str, Sequence[Compared]]) -> dict[str, set[s
     return found
 
 
-def overview(without: Arm, arms: Mapping[str, Arm]) -> list[str]:
+def overview(without: Seeds, arms: Mapping[str, Seeds]) -> list[str]:
     """The Markdown lines of a table of all arms: a row for each measure, differences from `without`, in bold what is left of them
     after the correction for the number of arms, and a sentence that says so. arms: heading -> arm."""
     compared = {arm: compare(without, one) for arm, one in arms.items()}
@@ -178,7 +183,7 @@ def mean_of_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.fmean(values), error, count - 1)
 
 
-def table(base: Numbers, without: Arm, with_: Arm, title: str) -> list[str]:
+def table(base: Numbers, without: Seeds, with_: Seeds, title: str) -> list[str]:
     """The Markdown lines of the comparison, a row for each measure, under the headings of the groups."""
     lines = [
         f"| | untouched base | without | with ({title}) | with - without | better in | |",
@@ -203,7 +208,7 @@ def table(base: Numbers, without: Arm, with_: Arm, title: str) -> list[str]:
     return lines
 
 
-def findings(without: Arm, with_: Arm) -> list[str]:
+def findings(without: Seeds, with_: Seeds) -> list[str]:
     """A sentence on the whole, then one for each group of measures: only what differs beyond its spread is called different."""
     compared = compare(without, with_)
     if not compared or compared[0].seeds < 2:

@@ -14,7 +14,7 @@ from library.data.demo_pictures import Picture, draw, imagine, shape_mask
 from library.files import whole_folder
 from library.models.embedded import SHAPES
 from library.models.locate import locate_base
-from tools.alignment_study.own_data import link_classes
+from tools.alignment_study.own_data import copy_classes
 from tools.alignment_study.reader import KINDS
 from tools.alignment_study.teacher import train_further
 from tools.shapes.denoiser import new_unet
@@ -36,7 +36,7 @@ def make_control_pictures(into: Path, side: int) -> None:
             for number in range(PER_KIND):
                 picture = _imagined(kind, f"control {kind} {number}")
                 draw(picture, side).save(folder / f"{folder.name}_{number:04d}.png")
-    link_classes(into.with_name("drawn"), into)
+    copy_classes(into.with_name("drawn"), into)
 
 
 def _imagined(kind: str, seed: str) -> Picture:

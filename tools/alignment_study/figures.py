@@ -13,7 +13,7 @@ from library.files import read_json, whole_file, write_text
 from library.inference.grids import grid
 from library.report.template import COLOURS
 from tools.alignment_study.arms import Arm
-from tools.alignment_study.compare import MEASURES
+from tools.alignment_study.compare import MEASURES, with_numbers
 from tools.alignment_study.measure import MEASURED, measured_folder
 from tools.alignment_study.settings import CONCEPT, Folders, Run, in_order
 from tools.alignment_study.subjects import Subject
@@ -39,7 +39,7 @@ def write_figures(
     study: str, found: Mapping[str, Any], runs: Sequence[Run], folders: Folders, subject: Subject, into: Path
 ) -> list[str]:
     """The study's pictures in `into`; their file names. found: its numbers, as in the results."""
-    arms = {arm: {int(seed): one for seed, one in some.items()} for arm, some in found["arms"].items()}
+    arms = {arm: with_numbers(some) for arm, some in found["arms"].items()}
     figures = {f"{study}_numbers.svg": numbers(found["base"], arms)}
     if "course" in found:
         figures[f"{study}_course.svg"] = course(found["course"])

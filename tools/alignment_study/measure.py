@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ from library.merging.source import read_source
 from library.models.locate import locate_base
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.training.state import list_states
-from tools.alignment_study.commands import adapter_file, base_of, side_of
+from tools.alignment_study.commands import adapter_file, base_of, side_of, validation_steps
 from tools.alignment_study.reader import Reader, share_right
 from tools.alignment_study.settings import CONCEPT, SCRATCH, Folders, Run, Settings
 from tools.alignment_study.subjects import Subject
@@ -81,8 +82,15 @@ def measure(
 
 
 def milestones(run: Run | None, folders: Folders) -> list[tuple[int, Path]]:
-    """(step, state) before the end of a run from nothing, from which pictures are drawn too; of other runs there are none."""
-    return [] if run is None or run.study != SCRATCH else list_states(folders.run(run))[:-1]
+    """(step, state) before the end of a run from nothing, from which pictures are drawn too; of other runs there are none.
+
+    States that an interruption left between those that were asked for are none of them.
+    """
+    if run is None or run.study != SCRATCH:
+        return []
+    states = list_states(folders.run(run))
+    every = 2 * validation_steps(states[-1][0])
+    return [(step, state) for step, state in states[:-1] if step % every == 0]
 
 
 def _applied(path: Path) -> AppliedAdapter:
@@ -157,7 +165,7 @@ class Numbers:
         self.photos = {"dino": unit(judges.dino(pictures))}
         if judges.clip is not None:
             self.photos["clip"] = judges.clip.pictures(pictures)
-        self.real = None if judges.reader is None else judges.reader.features(pixels_of(pictures)).detach()
+        self.real = None if judges.reader is None else _features_of(judges.reader, pictures)
         self.base = self._seen(None)
 
     def of(self, run: Run | None) -> dict[str, float]:
@@ -201,8 +209,11 @@ class Numbers:
         reader, asked = self.judges.reader, [self.subject.asked_new[group] for group in self.subject.new.groups]
         if reader is None or self.real is None:
             return {}
-        distance = picture_measures.kernel_distance(reader.features(pixels_of(pictures)).detach(), self.real)
-        return {"right": share_right(reader, pictures, asked), "kid": of_all(distance, len(pictures))}
+        found = {"right": share_right(reader, pictures, asked)}
+        if min(len(pictures), len(self.real)) >= picture_measures.FEWEST_FOR_SETS:
+            distance = picture_measures.kernel_distance(_features_of(reader, pictures), self.real)
+            found["kid"] = of_all(distance, len(pictures))
+        return found
 
     def _drift(self, seen: Seen) -> dict[str, float]:
         if not seen.old:
@@ -220,18 +231,19 @@ class Numbers:
         }
 
     def gain(self, run: Run) -> dict[str, Any]:
-        """Likeness beyond the base's, picture by picture of the same prompt and seed, with its spread over seeds."""
+        """Likeness beyond the base's, picture by picture of the same prompt and seed, with its spread over the seeds of drawing."""
         asked = [self.subject.asked_new[group] for group in self.subject.new.groups]
         ours, base = (
             self._likeness(unit(self.judges.dino(one.new)), asked, "dino")[0] for one in (self._seen(run), self.base)
         )
         return jackknife(mean_of(ours - base), torch.tensor(self.subject.new.groups)).to_json()
 
-    def photos_among_themselves(self) -> float:
-        """Mean likeness of the held-out pictures to others of their kind: what pictures as good as these would get."""
+    def photos_among_themselves(self) -> float | None:
+        """Mean likeness of the held-out pictures to others of their kind: what pictures as good as these would get. None where no
+        kind has two."""
         photos = self.photos["dino"]
-        kinds = sorted(set(self.photo_kinds))
-        return fmean(picture_measures.likeness_among(photos[self._of_kind(kind)]) for kind in kinds)
+        kinds = sorted(kind for kind, count in Counter(self.photo_kinds).items() if count > 1)
+        return fmean(picture_measures.likeness_among(photos[self._of_kind(kind)]) for kind in kinds) if kinds else None
 
     def _likeness(self, pictures: Tensor, asked: Sequence[str], judge: str) -> tuple[Tensor, Tensor | None]:
         """Of each picture, the mean cosine to photos of the kind that was asked for, and to those of the others: [n] each."""
@@ -257,6 +269,11 @@ class Numbers:
             for kind, task in (("new", self.subject.new), ("old", self.subject.old))
         )
         return Seen(new, old, torch.tensor(kept["losses"], dtype=torch.float64), kept.get("features", []))
+
+
+@torch.no_grad()
+def _features_of(reader: Reader, pictures: Sequence[Image.Image]) -> Tensor:
+    return reader.features(pixels_of(pictures))
 
 
 @dataclass

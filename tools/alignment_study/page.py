@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from library.errors import UserError
 from library.files import write_text
 from tools.alignment_study.arms import WITHOUT, Arm
-from tools.alignment_study.compare import MEASURES, findings, overview, table
+from tools.alignment_study.compare import MEASURES, findings, overview, table, with_numbers
 from tools.alignment_study.settings import CLASSES, CONCEPT, SCRATCH, STUDIES
 
 PAGE, IMAGES = "does_alignment_help.md", "images/does_alignment_help"
@@ -109,7 +108,7 @@ def _made(facts: Mapping[str, str]) -> str:
 
 
 def _study(study: str, found: Mapping[str, Any], figures: Sequence[str], folder: str) -> list[str]:
-    arms = {arm: {int(seed): one for seed, one in runs.items()} for arm, runs in found["arms"].items()}
+    arms = {arm: with_numbers(runs) for arm, runs in found["arms"].items()}
     lines = [f"### {TITLES[study]}", ""]
     others = [arm for arm in arms if arm != WITHOUT]
     if len(others) > 1:
@@ -122,7 +121,7 @@ def _study(study: str, found: Mapping[str, Any], figures: Sequence[str], folder:
         if len(others) <= MOST_TABLES:
             lines += [*table(found["base"], arms[WITHOUT], arms[arm], title), ""]
     note = "Arms: mean (lowest to highest of the seeds). ± is half of the 95 % interval of the mean difference."
-    if math.isfinite(alike := found["photos_among_themselves"]):
+    if (alike := found["photos_among_themselves"]) is not None:
         note += f" Held-out pictures are like others of their kind by {alike:.3f}."
     lines += [note, ""]
     if study == CONCEPT:
@@ -134,7 +133,7 @@ def _study(study: str, found: Mapping[str, Any], figures: Sequence[str], folder:
 
 
 def _learned(gains: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> list[str]:
-    """Whether a LoRA of twelve pictures draws the thing: likeness beyond the base's, in units of its own spread."""
+    """Whether a LoRA of few pictures draws the thing: likeness beyond the base's, in units of its own spread."""
     lines = [
         "Likeness beyond the base's, picture by picture (same prompt, same noise), with half of its 95 % interval over the noise:",
         "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
@@ -14,12 +14,10 @@ from typing import Any
 from library.device import choose_device
 from library.evaluation.picture_encoders import ClipPictures, DinoPictures
 from library.files import read_json
-from library.models.embedded import SHAPES_CLIP
-from library.models.locate import locate_clip
 from tools.alignment_study import measure
 from tools.alignment_study.arms import WITHOUT
-from tools.alignment_study.commands import base_of, plan_of
-from tools.alignment_study.compare import Arm, compare
+from tools.alignment_study.commands import base_of, plan_of, teacher_of
+from tools.alignment_study.compare import compare, with_numbers
 from tools.alignment_study.figures import write_figures
 from tools.alignment_study.reader import trained_reader
 from tools.alignment_study.settings import SCRATCH, Folders, Run, Settings, in_order
@@ -35,8 +33,8 @@ def measure_all(runs: Sequence[Run], settings: Settings, folders: Folders, image
         print("reader     the classifier that reads shape and colour", flush=True)
         reader, right = trained_reader(folders.out / "reader.pt", settings.reader_steps)
         facts["the classifier reads right"] = f"{right:.1%} of unseen renders"
-    if not settings.own_pictures or settings.clip != SHAPES_CLIP:
-        clip = ClipPictures(str(locate_clip(settings.clip).path), device)
+    if settings.clip_judges:
+        clip = ClipPictures(settings.clip, device)
     judges = measure.Judges(DinoPictures(settings.teacher, device), clip, reader)
     images.mkdir(parents=True, exist_ok=True)
     studies: dict[str, Any] = {}
@@ -84,18 +82,14 @@ def _by_arm(runs: Sequence[Run], of: Callable[[Run], Any]) -> dict[str, dict[str
     return found
 
 
-def with_numbers(seeds: Mapping[str, Mapping[str, float]]) -> Arm:
-    """As JSON has it -> as `compare` takes it."""
-    return {int(seed): one for seed, one in seeds.items()}
-
-
 def facts_of(runs: Sequence[Run], settings: Settings, folders: Folders, device: str) -> dict[str, str]:
     """What the page says of how it was made."""
     files = [file for run in runs if (file := seconds_file(run, folders)).exists()]
     seconds = sum(read_json(file)["seconds"] for file in files)
     studies = dict.fromkeys(run.study for run in runs)
     return {
-        "base, teacher": f"{settings.base}, {Path(settings.teacher).name}",
+        **{f"{study}: base, teacher": _models(study, settings, folders) for study in studies},
+        "likeness and drift by": Path(settings.teacher).name,
         "steps": ", ".join(f"{study} {plan_of(study, settings).steps}" for study in studies),
         "seeds of training": ", ".join(str(seed) for seed in sorted({run.seed for run in runs})),
         "pictures of each prompt": f"{settings.drawn_seeds}, {settings.sampling_steps} sampling steps",
@@ -103,3 +97,7 @@ def facts_of(runs: Sequence[Run], settings: Settings, folders: Folders, device: 
         "versions": f"torch {version('torch')}, diffusers {version('diffusers')}, Python {platform.python_version()}",
         "date": date.today().isoformat(),
     }
+
+
+def _models(study: str, settings: Settings, folders: Folders) -> str:
+    return ", ".join(Path(of(study, settings, folders)).name for of in (base_of, teacher_of))

@@ -40,10 +40,12 @@ class Settings:
     """Blocks with LoRA on the new classes: mid, down_mid or all."""
     resolution: int = 128
     """Side of the pictures, in pixels."""
+    dino_resolution: int = 224
+    """Side of the teacher's pictures, in pixels."""
     mixed_precision: str = "no"
     """Number format of the trainings: no, fp16 or bf16."""
     train_pictures: int = 360
-    """Pictures of the new classes to train on; there are 9 classes."""
+    """Drawn pictures of the new classes to train on; there are 9 classes."""
     held_out: int = 180
     """Further ones to measure on."""
     drawn_seeds: int = 4
@@ -78,6 +80,11 @@ class Settings:
     def own_pictures(self) -> bool:
         """Whether the pictures are the user's: no classifier knows what is on them."""
         return bool(self.class_data or self.concept_data)
+
+    @property
+    def clip_judges(self) -> bool:
+        """Not the one of the tiny base of photos, which it has never seen."""
+        return not self.own_pictures or self.clip != SHAPES_CLIP
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from PIL import Image
 
 from library.data.demo_pictures import CLASSES as OLD_CLASSES
 from library.data.demo_pictures import NEW_CLASSES, make_demo_pictures
 from library.data.new_concept import make_concept_pictures
-from library.data.pixels import decode_rgb
+from library.data.pixels import decode_rgb, square_crop
 from library.evaluation.photos import Photo, read_photos
 from library.evaluation.prompt_sets import UNRELATED, UNRELATED_SHAPES, PromptSet
 from library.files import read_json
@@ -19,7 +21,7 @@ from library.inference.picture_request import PictureRequest
 from library.models.embedded import SHAPES
 from tools.alignment_study.commands import base_of, side_of, teacher_of
 from tools.alignment_study.control import make_control_pictures, make_control_teacher, make_untrained_base
-from tools.alignment_study.own_data import link_classes, link_concept
+from tools.alignment_study.own_data import copy_classes, copy_concept
 from tools.alignment_study.settings import CLASSES, CONCEPT, SCRATCH, Folders, Settings
 
 CONCEPT_KIND = "purple cross"
@@ -47,7 +49,7 @@ class Subject:
 
 
 def make_pictures(study: str, settings: Settings, folders: Folders) -> None:
-    """Draw the study's pictures, or link those that the user named; once."""
+    """Draw the study's pictures, or copy those that the user named; once."""
     folder = folders.pictures(study)
     if folder.exists():
         return
@@ -58,12 +60,12 @@ def make_pictures(study: str, settings: Settings, folders: Folders) -> None:
         )
         make_control_pictures(folder, side_of(study, settings))
     elif study == CLASSES and settings.class_data:
-        link_classes(Path(settings.class_data), folder)
+        copy_classes(Path(settings.class_data), folder)
     elif study == CLASSES:
         images, side = settings.train_pictures + settings.held_out, side_of(study, settings)
         make_demo_pictures(folder, images=images, validation=settings.held_out, size=side, classes=NEW_CLASSES)
     elif settings.concept_data:
-        link_concept(Path(settings.concept_data), folder)
+        copy_concept(Path(settings.concept_data), folder)
     else:
         make_concept_pictures(folder, size=side_of(study, settings))
 
@@ -71,13 +73,16 @@ def make_pictures(study: str, settings: Settings, folders: Folders) -> None:
 def subject_of(study: str, settings: Settings, folders: Folders) -> Subject:
     """Of pictures that are there."""
     if study == CONCEPT:
-        photos = read_photos(folders.pictures(study) / "held_out")
+        photos = [
+            replace(photo, picture=_square(photo.picture, study, settings))
+            for photo in read_photos(folders.pictures(study) / "held_out")
+        ]
         kinds = [CONCEPT_KIND] * len(photos)
         photo_prompts = [photo.caption or "" for photo in photos]
         prompts = photo_prompts[:CONCEPT_PROMPTS]
         asked = [CONCEPT_KIND] * len(prompts)
     else:
-        photos, kinds = _held_out_of_classes(folders.pictures(study))
+        photos, kinds = _held_out_of_classes(study, settings, folders.pictures(study))
         asked = list(dict.fromkeys(kinds))
         prompts, photo_prompts = ([_of_class(kind) for kind in some] for some in (asked, kinds))
     old, asked_old = _unrelated(study, settings)
@@ -99,7 +104,12 @@ def _of_class(name: str) -> str:
     return f"a photo of a {name}"
 
 
-def _held_out_of_classes(folder: Path) -> tuple[list[Photo], list[str]]:
+def _square(picture: Image.Image, study: str, settings: Settings) -> Image.Image:
+    """Of the size that is trained and drawn; photos of twelve megapixels would fill the memory."""
+    return Image.fromarray(square_crop(picture, side_of(study, settings)))
+
+
+def _held_out_of_classes(study: str, settings: Settings, folder: Path) -> tuple[list[Photo], list[str]]:
     names = read_json(folder / "class_names.json")
     shown = {names[str(number * len(names) // CLASS_PROMPTS)] for number in range(CLASS_PROMPTS)}
     photos, kinds, seen = [], [], Counter[str]()
@@ -108,9 +118,8 @@ def _held_out_of_classes(folder: Path) -> tuple[list[Photo], list[str]]:
             kind = names[row["class_id"]]
             seen[kind] += 1
             if kind in shown and seen[kind] <= PHOTOS_PER_KIND:
-                photos.append(
-                    Photo(row["sample_id"], decode_rgb(folder / row["path"], name=row["path"]), _of_class(kind))
-                )
+                picture = _square(decode_rgb(folder / row["path"], name=row["path"]), study, settings)
+                photos.append(Photo(row["sample_id"], picture, _of_class(kind)))
                 kinds.append(kind)
     return photos, kinds
 

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,17 +24,10 @@ TRIED = 20
 """Steps that an arm is timed for; metrics come every ten, and the first ten are slower."""
 
 
-def train_all(
-    runs: Sequence[Run], settings: Settings, folders: Folders, jobs: int, make_pictures: Callable[[str], object]
-) -> None:
-    """Train what is not there. A study's first run goes alone: it builds the caches that the others share.
-
-    make_pictures: of a study; called for all before caches are built.
-    """
+def train_all(runs: Sequence[Run], settings: Settings, folders: Folders, jobs: int) -> None:
+    """Train what is not there. A study's first run goes alone: it builds the caches that the others share."""
     todo = [run for run in runs if not adapter_file(run, folders).exists()]
     studies = list(dict.fromkeys(run.study for run in todo))
-    for study in studies:
-        make_pictures(study)
     for study in studies:
         if study != CONCEPT:
             print(f"caches     {study}", flush=True)
@@ -44,12 +37,12 @@ def train_all(
     for study in studies:
         own = [run for run in todo if run.study == study]
         for some in (own[:1], own[1:]):
-            with ThreadPoolExecutor(max(1, jobs)) as pool:
+            with ThreadPoolExecutor(jobs) as pool:
                 list(pool.map(lambda run: train_one(run, settings, folders, jobs), some))
 
 
 def say_times(todo: Sequence[Run], settings: Settings, folders: Folders, jobs: int) -> None:
-    """Print how long each arm will train, by a few steps of each. Measuring, which comes after, is not counted."""
+    """Print how long each arm will train, by a few steps of each. What starts a script and measures a run is not counted."""
     whole = 0.0
     for study, arm in dict.fromkeys((run.study, run.arm) for run in todo):
         count = sum((run.study, run.arm) == (study, arm) for run in todo)
@@ -60,11 +53,14 @@ def say_times(todo: Sequence[Run], settings: Settings, folders: Folders, jobs: i
             f"time       {study}, {arm.title}: {step:.3g} s a step, {_minutes(seconds)} a run, {count} to train",
             flush=True,
         )
-    print(f"time       all trainings: about {_minutes(whole / jobs)}, {jobs} at once", flush=True)
+    print(
+        f"time       all trainings: at least {_minutes(whole / jobs)}, {jobs} at once; measuring comes after",
+        flush=True,
+    )
 
 
 def _tried(study: str, arm: Arm, settings: Settings, folders: Folders, jobs: int) -> tuple[float, float]:
-    """(seconds of a step, of a validation) of `TRIED` steps in a folder that does not stay."""
+    """(seconds of a step, of a validation) in `TRIED` steps, one validation among them, in a folder that does not stay."""
     short = ["--max_train_steps", str(TRIED)]
     if study != CONCEPT:
         short += ["--validate_every_n_steps", str(TRIED // 2)]
@@ -74,7 +70,7 @@ def _tried(study: str, arm: Arm, settings: Settings, folders: Folders, jobs: int
         call(command, folders.study(study) / "timed.log", jobs)
         rows = [json.loads(line) for line in (Path(into) / METRICS).read_text(encoding="utf-8").splitlines()]
     timed = next(row for row in reversed(rows) if "time/step_ms" in row)
-    return timed["time/step_ms"] / 1000, timed.get("time/other_s", 0.0)
+    return timed["time/step_ms"] / 1000, 0.0 if study == CONCEPT else timed.get("time/other_s", 0.0)
 
 
 def _minutes(seconds: float) -> str:
