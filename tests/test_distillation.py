@@ -224,7 +224,7 @@ def test_what_only_the_store_knows_is_refused_too(
 
 
 def test_a_plan_of_a_training_on_drawn_latents_is_made_without_pictures(
-    teacher_setting: TeacherSetting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    teacher_setting: TeacherSetting, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_forecast: None
 ) -> None:
     assert teacher_setting.train(tmp_path / "out", "--dry_run", **KD) == 0
     said = capsys.readouterr().out

@@ -201,7 +201,7 @@ def test_dry_run_of_track_a_prints_1562_and_62480(capsys: pytest.CaptureFixture[
 
 
 def test_dry_run_of_the_demo_misses_nothing_and_writes_nothing(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, no_forecast: None
 ) -> None:
     import train_repa
 
