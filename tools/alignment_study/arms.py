@@ -20,7 +20,7 @@ class Recipe:
 
 RECIPES = {
     "trd": Recipe("relations between tokens (VideoREPA's TRD)", ("--align_recipe", "trd")),
-    "irepa": Recipe("iREPA", ("--align_recipe", "irepa")),
+    "irepa": Recipe("a convolution as head, tokens normalised (iREPA)", ("--align_recipe", "irepa")),
     "v": Recipe("lambda by noise, U-REPA's V", ("--align_timesteps", "v")),
     "cutoff": Recipe(
         "none after a quarter of the steps", ("--align_schedule", "cutoff", "--align_cutoff_step", "{quarter}")

@@ -40,7 +40,8 @@ MEASURES = {
     ),
     "kid": Measure(
         "KID",
-        "Unbiased kernel distance of these pictures to the held-out ones, on that classifier's last features.",
+        "Unbiased kernel distance of these pictures to the held-out ones, on that classifier's last features, whose root mean "
+        "square over the held-out ones is 1.",
         -1,
         DRAWN,
     ),

@@ -96,7 +96,7 @@ def curves(kept: Mapping[Run, Mapping[str, Any]]) -> str:
     arms = _by_arm(kept)
     runs = {arm: {run.seed: _by_step(one["validation"]) for run, one in some.items()} for arm, some in arms.items()}
     steps = sorted(set.intersection(*(set(rows) for some in runs.values() for rows in some.values())))
-    ticks = [(0.0, "0"), (steps[-1] / 2, f"{steps[-1] // 2}"), (float(steps[-1]), f"{steps[-1]} steps")]
+    ticks = [(0.0, "0"), (steps[-1] / 2, f"{steps[-1] // 2}"), (float(steps[-1]), f"{steps[-1]}")]
     means = []
     for place, (arm, some) in enumerate(runs.items()):
         points = [(step, fmean(rows[step]["val/loss"] for rows in some.values())) for step in steps]

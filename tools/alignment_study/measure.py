@@ -165,7 +165,11 @@ class Numbers:
         self.photos = {"dino": unit(judges.dino(pictures))}
         if judges.clip is not None:
             self.photos["clip"] = judges.clip.pictures(pictures)
-        self.real = None if judges.reader is None else _features_of(judges.reader, pictures)
+        self.real, self.unit = None, 1.0
+        if judges.reader is not None:
+            real = _features_of(judges.reader, pictures)
+            self.unit = float(real.square().mean().sqrt())
+            self.real = real / self.unit
         self.base = self._seen(None)
 
     def of(self, run: Run | None) -> dict[str, float]:
@@ -211,7 +215,7 @@ class Numbers:
             return {}
         found = {"right": share_right(reader, pictures, asked)}
         if min(len(pictures), len(self.real)) >= picture_measures.FEWEST_FOR_SETS:
-            distance = picture_measures.kernel_distance(_features_of(reader, pictures), self.real)
+            distance = picture_measures.kernel_distance(_features_of(reader, pictures) / self.unit, self.real)
             found["kid"] = of_all(distance, len(pictures))
         return found
 
