@@ -21,6 +21,7 @@ from tools.alignment_study.svg import Panel, Series, chart
 
 BLUE, *_, GREY = COLOURS
 ARM_COLOURS = COLOURS[:-1]
+"""Of the first arms; those after them have the same once more, dashed."""
 SHOWN = ("right", "likeness", "likeness_clip", "drift", "right_old", "loss", "linear_probe", "token_cosine_centred")
 GAPS = {"val/loss": "all timesteps", "val/loss_q1": "quarter 1", "val/loss_q4": "quarter 4"}
 BY_TIMESTEP = {
@@ -100,7 +101,7 @@ def curves(kept: Mapping[Run, Mapping[str, Any]]) -> str:
     means = []
     for place, (arm, some) in enumerate(runs.items()):
         points = [(step, fmean(rows[step]["val/loss"] for rows in some.values())) for step in steps]
-        means.append(Series(_arm_title(arm), ARM_COLOURS[place % len(ARM_COLOURS)], points))
+        means.append(_series(arm, place, points))
     panels = [Panel("Loss, mean of the seeds", ticks, means)]
     for key, title in GAPS.items():
         if not all(key in rows[step] for some in runs.values() for rows in some.values() for step in steps):
@@ -171,7 +172,14 @@ def _banded(arm: str, place: int, rows: Iterable[tuple[float, Sequence[float]]])
     rows = list(rows)
     points = [(x, fmean(values)) for x, values in rows]
     band = [(x, min(values), max(values)) for x, values in rows]
-    return Series(_arm_title(arm), ARM_COLOURS[place % len(ARM_COLOURS)], points, band)
+    return _series(arm, place, points, band)
+
+
+def _series(
+    arm: str, place: int, points: Sequence[tuple[float, float]], band: Sequence[tuple[float, float, float]] = ()
+) -> Series:
+    again, colour = divmod(place, len(ARM_COLOURS))
+    return Series(_arm_title(arm), ARM_COLOURS[colour], points, band, dashed=bool(again))
 
 
 def _arm_title(arm: str) -> str:

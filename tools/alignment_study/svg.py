@@ -13,6 +13,9 @@ WIDTH, HEIGHT = 250, 190
 """Of one panel, in pixels."""
 LEFT, RIGHT, TOP, BOTTOM = 52, 22, 30, 26
 LEGEND = 26
+"""Height of a line of it."""
+LETTER, SLANTED = 6.2, 44
+"""Width of a letter; height of labels at a slant, where level ones would lie on each other."""
 INK, GRID = "#33383d", "#dfe3e6"
 
 
@@ -39,16 +42,18 @@ class Panel:
 
 def chart(panels: Sequence[Panel], columns: int) -> str:
     """All panels on one white picture, row by row, with one legend above them."""
-    rows = math.ceil(len(panels) / columns)
-    width, height = columns * WIDTH, LEGEND + rows * HEIGHT
+    rows, width = math.ceil(len(panels) / columns), columns * WIDTH
+    legend, top = _legend(panels, width)
+    row = HEIGHT + SLANTED * any(_is_crowded(panel) for panel in panels)
+    height = top + rows * row
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'font-family="{FONT}" font-size="11" fill="{INK}">',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        *_legend(panels),
+        *legend,
     ]
     for place, panel in enumerate(panels):
-        x, y = place % columns * WIDTH, LEGEND + place // columns * HEIGHT
+        x, y = place % columns * WIDTH, top + place // columns * row
         parts += [f'<g transform="translate({x} {y})">', *_panel(panel), "</g>"]
     return "\n".join([*parts, "</svg>", ""])
 
@@ -64,14 +69,23 @@ def ticks_between(low: float, high: float, count: int = 4) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def _legend(panels: Sequence[Panel]) -> list[str]:
+def _is_crowded(panel: Panel) -> bool:
+    """Whether the labels below a panel would lie on each other."""
+    return sum(LETTER * (len(label) + 1) for _, label in panel.ticks) > WIDTH - LEFT
+
+
+def _legend(panels: Sequence[Panel], width: int) -> tuple[list[str], int]:
+    """Its parts, in as many lines as it takes, and its height."""
     known = {series.name: series for panel in panels for series in reversed(panel.series) if series.name}
-    parts, x = [], float(LEFT)
+    parts, x, y = [], float(LEFT), 0
     for name, series in sorted(known.items(), key=lambda item: _first_place(panels, item[0])):
-        parts.append(f'<line x1="{x:.0f}" y1="13" x2="{x + 22:.0f}" y2="13" {_stroke(series)}/>')
-        parts.append(f'<text x="{x + 28:.0f}" y="17">{escape(name)}</text>')
-        x += 48 + 6.2 * len(name)
-    return parts
+        room = 48 + LETTER * len(name)
+        if x > LEFT and x + room > width:
+            x, y = float(LEFT), y + LEGEND
+        parts.append(f'<line x1="{x:.0f}" y1="{y + 13}" x2="{x + 22:.0f}" y2="{y + 13}" {_stroke(series)}/>')
+        parts.append(f'<text x="{x + 28:.0f}" y="{y + 17}">{escape(name)}</text>')
+        x += room
+    return parts, y + LEGEND
 
 
 def _first_place(panels: Sequence[Panel], name: str) -> int:
@@ -100,7 +114,8 @@ def _panel(panel: Panel) -> list[str]:
         label = f"{level:.{digits}f}".replace("-", "−")
         parts.append(f'<text x="{LEFT - 6}" y="{down(level) + 4:.1f}" text-anchor="end">{label}</text>')
     for x, label in panel.ticks:
-        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 9}" text-anchor="middle">{escape(label)}</text>')
+        turned = f'end" transform="rotate(-45 {across(x):.1f} {HEIGHT - 13})' if _is_crowded(panel) else "middle"
+        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 9}" text-anchor="{turned}">{escape(label)}</text>')
     for series in panel.series:
         if series.band:
             edge = [(x, high) for x, _, high in series.band] + [(x, low) for x, low, _ in reversed(series.band)]
