@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
-from PIL import Image
 
 from library.errors import UserError
 from library.evaluation.standard_errors import Estimate
-from library.files import read_json
 from library.options.network import parse_network_options
 from library.options.repa import parse_repa_options
 from tools.alignment_study import claim, page, training
 from tools.alignment_study.arms import RECIPES, Arm
 from tools.alignment_study.commands import ema_decay, train_command
 from tools.alignment_study.compare import Compared, compare, findings, mean_of_seeds, overview, significant_among, table
-from tools.alignment_study.own_data import copy_classes, copy_concept, studies_of
 from tools.alignment_study.settings import Folders, Run, Settings, make_runs
-from tools.alignment_study.svg import Panel, Series, chart, ticks_between
-from tools.does_alignment_help import parsed, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seeds move likeness by 0.1, alignment by 0.01: only pairs show it. Drift moves with the seed alone.
@@ -167,95 +160,6 @@ def test_both_scripts_take_the_options_of_every_recipe(recipe: str, tmp_path: Pa
         assert options.alignment.align_coeff == 0.1 and options.alignment.alignment
 
 
-def _pictures(folder: Path, count: int, captions: bool = False) -> None:
-    folder.mkdir(parents=True)
-    for number in range(count):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number:02d}.png")
-        if captions:
-            (folder / f"{number:02d}.txt").write_text(f"number {number}")
-
-
-def test_a_quarter_of_the_users_classes_is_held_out(tmp_path: Path) -> None:
-    for name, count in (("big_cat", 12), ("dog", 4)):
-        _pictures(tmp_path / "data" / name, count)
-    (tmp_path / "data/dog/03.png").chmod(0o400)
-    assert studies_of([tmp_path / "data"]) == {"classes": str(tmp_path / "data")}
-    copy_classes(tmp_path / "data", tmp_path / "copied")
-    train, val = ((tmp_path / "copied" / f"{part}.csv").read_text().splitlines()[1:] for part in ("train", "val"))
-    assert len(train) == 12 and val == [
-        "big_cat/03,images/big_cat/03.png,0",
-        "07,images/big_cat/07.png,0",
-        "11,images/big_cat/11.png,0",
-        "dog/03,images/dog/03.png,1",
-    ]
-    assert (tmp_path / "data/dog/03.png").stat().st_mode & 0o777 == 0o400, "the user's own file stays as it was"
-    assert read_json(tmp_path / "copied" / "class_names.json") == {"0": "big cat", "1": "dog"}
-    assert (tmp_path / "copied/images/dog/03.png").read_bytes() == (tmp_path / "data/dog/03.png").read_bytes()
-
-
-def test_a_quarter_of_the_users_captioned_pictures_is_held_out(tmp_path: Path) -> None:
-    _pictures(tmp_path / "data", 8, captions=True)
-    assert studies_of([tmp_path / "data"]) == {"concept": str(tmp_path / "data")}
-    copy_concept(tmp_path / "data", tmp_path / "copied")
-    held_out = sorted(file.name for file in (tmp_path / "copied" / "held_out").iterdir())
-    assert held_out == ["03.png", "03.txt", "07.png", "07.txt"]
-    assert len(list((tmp_path / "copied" / "train").iterdir())) == 12
-
-
-def test_pictures_that_no_study_can_use_are_refused(tmp_path: Path) -> None:
-    few, plain = tmp_path / "few", tmp_path / "plain"
-    _pictures(few, 7, captions=True)
-    _pictures(plain, 8)
-    _pictures(tmp_path / "classes" / "dog", 3)
-    _pictures(tmp_path / "one" / "images", 9)
-    with pytest.raises(UserError, match="fewer than 8 pictures, of which two"):
-        copy_concept(few, tmp_path / "copied")
-    with pytest.raises(UserError, match=r"00\.png has no caption beside it\. Write one into 00\.txt"):
-        copy_concept(plain, tmp_path / "copied")
-    with pytest.raises(UserError, match="one class folder, images; at least two"):
-        copy_classes(tmp_path / "one", tmp_path / "copied")
-    _pictures(tmp_path / "classes" / "cat", 4)
-    with pytest.raises(UserError, match="dog has fewer than 4 pictures"):
-        copy_classes(tmp_path / "classes", tmp_path / "copied")
-    assert not (tmp_path / "copied").exists()
-    _pictures(tmp_path / "small" / "a", 4)
-    _pictures(tmp_path / "small" / "b", 4)
-    with pytest.raises(UserError, match="2 pictures would be held out"):
-        copy_classes(tmp_path / "small", tmp_path / "copied")
-    with pytest.raises(UserError, match="two folders of captioned pictures"):
-        studies_of([few, plain])
-    _pictures(tmp_path / "kohya" / "10_luca", 4)
-    with pytest.raises(UserError, match=r"kohya's layout \(10_luca\)\. Name that folder itself"):
-        studies_of([tmp_path / "kohya"])
-    _pictures(tmp_path / "classes" / "dog" / "inner", 1)
-    with pytest.raises(UserError, match="holds pictures, and folders with pictures too"):
-        studies_of([tmp_path / "classes" / "dog"])
-    shutil.copy(few / "00.png", few / "00.jpg")
-    with pytest.raises(UserError, match="several pictures called 00, which share a caption"):
-        copy_concept(few, tmp_path / "copied")
-    with pytest.raises(UserError, match="none is no folder"):
-        studies_of([tmp_path / "none"])
-    assert not (tmp_path / "copied").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--base", "some/model"], "name them with --data"),
-        (["--teacher_steps", "5", "--teacher", "other"], "no other --teacher"),
-        (["--data", "DATA", "--studies", "scratch"], "has pictures for concept alone"),
-        (["--data", "DATA", "--base", "m"], "For --base m give --resolution, --token_grid, --learning_rate too"),
-        (["--teacher_steps", "5", "--studies", "scratch"], "no effect on scratch"),
-        (["--docs", "x"], "Name the --part"),
-        (["--jobs", "0"], "--jobs must be positive"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(words: list[str], said: str, tmp_path: Path) -> None:
-    _pictures(tmp_path / "data", 8, captions=True)
-    with pytest.raises(UserError, match=said):
-        settings_of(parsed([str(tmp_path / "data") if word == "DATA" else word for word in words]))
-
-
 def test_the_control_trains_all_of_an_untrained_u_net_and_draws_from_every_state() -> None:
     with_, without = make_runs(["scratch"], ["0", "0.5"], [7])
     words = train_command(with_, Settings(), Folders(Path("out")))
@@ -363,32 +267,3 @@ def test_a_folder_keeps_to_its_settings(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_average_reaches_back_over_a_share_of_the_steps() -> None:
     assert ema_decay(400) == 0.95
     assert ema_decay(4) == 0.5
-
-
-def test_a_chart_is_an_svg_with_every_panel_and_one_legend() -> None:
-    flat = Series("a < b", "#000000", [(0, 1.0), (1, 1.0)], band=[(0, 1.0, 1.0), (1, 1.0, 1.0)])
-    panels = [Panel(title, [(0, "x"), (1, "y")], [flat]) for title in ("one", "two", "three")]
-    root = ElementTree.fromstring(chart(panels, 2))
-    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
-    assert {"one", "two", "three"} <= set(texts)
-    assert texts.count("a < b") == 1
-
-
-def test_a_long_legend_goes_on_in_the_next_line_and_crowded_labels_slant() -> None:
-    names = [f"arm number {number}" for number in range(9)]
-    ticks = [(float(place), name) for place, name in enumerate(names)]
-    panel = Panel("all", ticks, [Series(name, "#000000", [(0, 1.0), (8, 2.0)]) for name in names])
-    root = ElementTree.fromstring(chart([panel], 2))
-    width = float(root.get("width", 0))
-    texts = [one for one in root.iter() if one.tag.endswith("text")]
-    legend = [one for one in texts if one.text in names and one.get("transform") is None]
-    assert len(legend) == 9 and all(float(one.get("x", 0)) + 6 * len(one.text or "") < width for one in legend)
-    assert len({one.get("y") for one in legend}) > 1
-    assert sum(one.get("transform", "").startswith("rotate") for one in texts) == 9
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.37, 0.0021), (5.0, 5.0), (0.0, 0.0), (1e-6, 2e-6)])
-def test_ticks_are_round_and_hold_all_values(low: float, high: float) -> None:
-    levels = ticks_between(low, high)
-    assert levels[0] <= low and high <= levels[-1]
-    assert 2 <= len(levels) <= 7

@@ -355,18 +355,6 @@ def test_dry_run_counts_heads_and_the_disk_of_their_tokens(
     assert "2 of 4 batches of an epoch hold one picture: manifold_mode sample has nothing to compare there" in said
 
 
-def test_dry_run_says_which_teacher_is_missing(
-    network_setting: NetworkSetting,
-    aligned: dict[str, object],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    no_forecast: None,
-) -> None:
-    aligned = {**aligned, "dino_model": "facebook/dinov2-nowhere"}
-    assert network_setting.train(tmp_path / "out", "--dry_run", **aligned) == 0
-    assert "missing          facebook/dinov2-nowhere" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -109,6 +109,17 @@ def built(network_setting: NetworkSetting, tiny_dinov2: Path, other: Path) -> Bu
     ).stir()  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_forecast")
+def test_a_plan_says_which_teachers_are_missing(
+    network_setting: NetworkSetting, tiny_dinov2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = f"facebook/dinov2-nowhere {tiny_dinov2}"
+    options = {"alignment": "", "dino_model": names, "dino_resolution": 56, "token_grid": 4}
+    assert network_setting.train(tmp_path / "out", "--dry_run", **options) == 0
+    said = capsys.readouterr().out
+    assert "missing          facebook/dinov2-nowhere" in said and said.count("missing  ") == 1
+
+
 def test_each_head_learns_the_tokens_of_its_teacher_in_every_bucket(built: Built) -> None:
     assert built.prepared.training.tokens.keys() == {"tiny-dinov2", "other_1"}
     for number in range(3):
