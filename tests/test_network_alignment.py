@@ -346,9 +346,11 @@ def test_sdxl_aligns_at_its_own_width_with_regularisation_pictures_and_validatio
 def test_dry_run_counts_heads_and_the_disk_of_their_tokens(
     network_setting: NetworkSetting, aligned: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert network_setting.train(tmp_path / "out", "--dry_run") == 0
+    without = capsys.readouterr().out
     assert network_setting.train(tmp_path / "out", "--dry_run", **aligned, cache_dir=tmp_path / "new") == 0
     said = capsys.readouterr().out
-    assert f"{96 * 64 + 64 + 64 * 64:,} align_heads = " in said
+    assert f"{96 * 64 + 64 + 64 * 64:,} align_heads = " in said and "align_heads" not in without
     # Six pictures of 16 or 18 tokens of 64 halves: a page of 4 KiB each, and its share of the keys.
     assert "disk             25.5 KiB for tokens in" in said and "missing          nothing" in said
     assert not (tmp_path / "new").exists()
