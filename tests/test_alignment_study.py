@@ -13,7 +13,7 @@ from library.options.network import parse_network_options
 from library.options.repa import parse_repa_options
 from tools.alignment_study import claim, page, training
 from tools.alignment_study.arms import RECIPES, Arm
-from tools.alignment_study.commands import ema_decay, train_command
+from tools.alignment_study.commands import ema_decay, plan_of, train_command
 from tools.alignment_study.compare import Compared, compare, findings, mean_of_seeds, overview, significant_among, table
 from tools.alignment_study.settings import Folders, Run, Settings, make_runs
 
@@ -262,6 +262,27 @@ def test_a_folder_keeps_to_its_settings(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(claim, "_weights", lambda of: "trained anew")
     with pytest.raises(UserError, match="weights as they were is now trained anew"):
         claim.claim_folder(Folders(tmp_path), Settings(steps=40))
+
+
+def test_a_study_that_is_new_to_a_folder_joins_it_and_one_that_changed_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "_weights", lambda of: "as they were")
+    monkeypatch.setattr(claim, "STUDIES", ("scratch", "classes"))
+    claim.claim_folder(Folders(tmp_path), Settings())
+    monkeypatch.setattr(claim, "STUDIES", ("scratch", "plain", "classes"))
+    claim.claim_folder(Folders(tmp_path), Settings())
+    assert "plain" in json.loads((tmp_path / "settings.json").read_text())["commands"]
+    monkeypatch.setattr(claim, "train_command", lambda run, *_: ["python", run.study])
+    with pytest.raises(UserError, match="the commands that train are others now"):
+        claim.claim_folder(Folders(tmp_path), Settings())
+
+
+def test_a_lora_on_the_pictures_of_the_control_differs_from_it_in_what_is_trained() -> None:
+    folders = Folders(Path("out"))
+    control, lora = (plan_of(study, Settings(), folders) for study in ("scratch", "plain"))
+    assert (control.side, control.batch_size) == (lora.side, lora.batch_size)
+    assert lora.base == "tiny-shapes" and "--train_parts" not in lora.words and "--train_parts" in control.words
 
 
 def test_the_average_reaches_back_over_a_share_of_the_steps() -> None:

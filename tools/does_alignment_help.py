@@ -96,7 +96,9 @@ def settings_of(options: argparse.Namespace) -> tuple[Settings, list[str]]:
     if own and not set(studies) <= own.keys():
         raise UserError(f"--data has pictures for {' and '.join(own)} alone; leave other --studies out.")
     if options.teacher_steps and CLASSES not in studies and CONCEPT not in studies:
-        raise UserError("teacher_steps has no effect on scratch, whose teacher is trained for scratch_teacher_steps.")
+        raise UserError(
+            "teacher_steps has no effect on scratch and plain, whose teachers are trained for scratch_teacher_steps."
+        )
     if settings.base not in TINY_BASES:
         if not own:
             raise UserError(f"--base {settings.base} is to learn from pictures of your own: name them with --data.")
@@ -121,7 +123,8 @@ def parsed(argv: list[str]) -> argparse.Namespace:
         nargs="+",
         choices=STUDIES,
         default=[],
-        help="scratch, the positive control: a U-Net from nothing; classes: new classes; concept: one new thing (classes concept)",
+        help="scratch, the positive control: a U-Net from nothing; plain: a LoRA on its pictures; classes: new classes; "
+        "concept: one new thing (classes concept)",
     )
     parser.add_argument(
         "--arms",

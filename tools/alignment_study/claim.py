@@ -38,14 +38,13 @@ def claim_folder(folders: Folders, settings: Settings, prepare: Callable[[], obj
             file.unlink()
         raise
     weights = {"weights": _weights(settings)}
-    if there is None or "weights" not in there:
-        write_json(file, wanted | weights)
-    else:
+    if there is not None and "weights" in there:
         _refuse_others(folders, there, weights)
+    write_json(file, wanted | weights)
 
 
 def _refuse_others(folders: Folders, there: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
-    changed = [] if there is None else [name for name in wanted if there.get(name) != wanted[name]]
+    changed = [] if there is None else [name for name in wanted if _differs(there.get(name), wanted[name])]
     if there is not None and changed:
         named = [name for name in changed if name not in ("commands", "recipes")]
         said = [f"{name} {there.get(name)!s:.40} is now {wanted[name]!s:.40}" for name in named]
@@ -53,6 +52,13 @@ def _refuse_others(folders: Folders, there: Mapping[str, Any] | None, wanted: Ma
             f"{folders.out} holds runs made otherwise: {', '.join(said) or 'the commands that train are others now'}. "
             "Name another --out, move it away, or go back to its settings."
         )
+
+
+def _differs(noted: Any, wanted: Any) -> bool:
+    """A study or recipe that was not known yet when the folder was claimed changes none of its runs."""
+    if isinstance(noted, Mapping) and isinstance(wanted, Mapping):
+        return any(noted[name] != wanted.get(name) for name in noted)
+    return bool(noted != wanted)
 
 
 def _weights(settings: Settings) -> str:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.alignment_study.settings import CONCEPT, SCRATCH, Folders, Run, Settings
+from tools.alignment_study.settings import CONCEPT, PLAIN, SCRATCH, Folders, Run, Settings
 
 WARMUP = 0.05  # of the steps: Track A's 3,000 of 62,480
 AVERAGED = 0.05  # of the steps: train_repa's 0.9995 averages about 2,000 of 62,480, and would hardly leave a short run's beginning
 VALIDATIONS = 8
 ADAPTER = ("--network_dim", "8", "--network_alpha", "8")
 CONCEPT_BATCH = 4
-SCRATCH_SIDE, SCRATCH_BATCH, SCRATCH_RATE = 64, 16, 1.5e-3
+CONTROL_SIDE, CONTROL_BATCH, SCRATCH_RATE = 64, 16, 1.5e-3
 WHOLE_UNET = (
     *("--network_dim", "64", "--network_alpha", "64", "--lora_scope", "all"),
     *("--train_parts", "time_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out"),
@@ -29,36 +29,30 @@ KEEP_ALL = 1000
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained in a study, and for how long. words: the options that say what."""
+    """What is trained in a study, on what, and for how long. words: the options that say what; base: model that its runs begin
+    with; teacher: what its heads learn from; side: of its pictures, in pixels."""
 
     words: tuple[str, ...]
     steps: int
     batch_size: int
     learning_rate: float
+    base: str
+    teacher: str
+    side: int
 
 
-def plan_of(study: str, settings: Settings) -> Plan:
+def plan_of(study: str, settings: Settings, folders: Folders) -> Plan:
+    rate, of_control = settings.learning_rate, (str(folders.study(study) / "teacher"), CONTROL_SIDE)
     if study == SCRATCH:
-        return Plan(WHOLE_UNET, settings.scratch_steps, SCRATCH_BATCH, SCRATCH_RATE)
+        untrained = str(folders.study(SCRATCH) / "untrained")
+        return Plan(WHOLE_UNET, settings.scratch_steps, CONTROL_BATCH, SCRATCH_RATE, untrained, *of_control)
+    own = (settings.base, settings.teacher, settings.resolution)
     if study == CONCEPT:
-        return Plan(ADAPTER, settings.concept_steps, CONCEPT_BATCH, settings.learning_rate)
+        return Plan(ADAPTER, settings.concept_steps, CONCEPT_BATCH, rate, *own)
     words = (*ADAPTER, "--lora_scope", settings.lora_scope)
-    return Plan(words, settings.steps, settings.batch_size, settings.learning_rate)
-
-
-def base_of(study: str, settings: Settings, folders: Folders) -> str:
-    """The base model that a study's runs begin with."""
-    return str(folders.study(SCRATCH) / "untrained") if study == SCRATCH else settings.base
-
-
-def teacher_of(study: str, settings: Settings, folders: Folders) -> str:
-    """What a study's heads learn from."""
-    return str(folders.study(SCRATCH) / "teacher") if study == SCRATCH else settings.teacher
-
-
-def side_of(study: str, settings: Settings) -> int:
-    """Of the study's pictures, in pixels."""
-    return SCRATCH_SIDE if study == SCRATCH else settings.resolution
+    if study == PLAIN:
+        return Plan(words, settings.steps, CONTROL_BATCH, rate, settings.base, *of_control)
+    return Plan(words, settings.steps, settings.batch_size, rate, *own)
 
 
 def cache_command(study: str, settings: Settings, folders: Folders) -> list[str]:
@@ -72,7 +66,7 @@ def train_command(run: Run, settings: Settings, folders: Folders, into: Path | N
     output = ["--output_dir", str(into or folders.run(run)), "--output_name", run.study]
     if run.study == CONCEPT:
         return [sys.executable, "train_network.py", *_concept_options(run, settings, folders), *output]
-    words = [*_classes_options(run.study, settings, folders), *_repa_options(run, settings)]
+    words = [*_classes_options(run.study, settings, folders), *_repa_options(run, settings, folders)]
     return [sys.executable, "train_repa.py", *words, *output]
 
 
@@ -92,17 +86,12 @@ def ema_decay(steps: int) -> float:
 
 
 def _classes_options(study: str, settings: Settings, folders: Folders) -> list[str]:
-    pictures = folders.pictures(study)
+    pictures, plan = folders.pictures(study), plan_of(study, settings, folders)
     return _words(
-        [
-            "--pretrained_model_name_or_path",
-            base_of(study, settings, folders),
-            "--dino_model",
-            teacher_of(study, settings, folders),
-        ],
+        ["--pretrained_model_name_or_path", plan.base, "--dino_model", plan.teacher],
         ["--mixed_precision", settings.mixed_precision],
         ["--train_data", pictures / "train.csv", "--val_data", pictures / "val.csv"],
-        ["--class_names", pictures / "class_names.json", "--resolution", side_of(study, settings)],
+        ["--class_names", pictures / "class_names.json", "--resolution", plan.side],
         ["--cache_dir", folders.caches(study), *_tokens(settings)],
     )
 
@@ -111,8 +100,8 @@ def _tokens(settings: Settings) -> list[Any]:
     return ["--dino_resolution", settings.dino_resolution, "--token_grid", settings.token_grid]
 
 
-def _repa_options(run: Run, settings: Settings) -> list[str]:
-    plan = plan_of(run.study, settings)
+def _repa_options(run: Run, settings: Settings, folders: Folders) -> list[str]:
+    plan = plan_of(run.study, settings, folders)
     every, states = validation_steps(plan.steps), KEEP_ALL if run.study == SCRATCH else 1
     return _words(
         [*plan.words, "--taps", settings.tap],
@@ -126,18 +115,17 @@ def _repa_options(run: Run, settings: Settings) -> list[str]:
 
 
 def _concept_options(run: Run, settings: Settings, folders: Folders) -> list[str]:
-    plan, alignment = plan_of(CONCEPT, settings), list[Any]()
+    plan, alignment = plan_of(CONCEPT, settings, folders), list[Any]()
     if run.arm.coefficient:
-        teacher = teacher_of(CONCEPT, settings, folders)
-        alignment = ["--alignment", "--dino_model", teacher, *_tokens(settings), "--taps", settings.tap]
+        alignment = ["--alignment", "--dino_model", plan.teacher, *_tokens(settings), "--taps", settings.tap]
         alignment += ["--align_coeff", f"{run.arm.coefficient:g}"]
         alignment += ["--align_warmup_steps", round(plan.steps * WARMUP)]
         alignment += run.arm.words(plan.steps)
     return _words(
-        ["--pretrained_model_name_or_path", base_of(CONCEPT, settings, folders)],
+        ["--pretrained_model_name_or_path", plan.base],
         ["--mixed_precision", settings.mixed_precision],
         ["--train_data_dir", folders.pictures(CONCEPT) / "train", "--caption_extension", ".txt"],
-        ["--resolution", side_of(CONCEPT, settings), "--cache_dir", folders.caches(CONCEPT), *plan.words, *alignment],
+        ["--resolution", plan.side, "--cache_dir", folders.caches(CONCEPT), *plan.words, *alignment],
         ["--train_batch_size", plan.batch_size, "--max_train_steps", plan.steps],
         ["--learning_rate", plan.learning_rate, "--seed", run.seed],
     )

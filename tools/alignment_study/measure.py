@@ -40,7 +40,7 @@ from library.merging.source import read_source
 from library.models.locate import locate_base
 from library.options.data import ClassCacheOptions, ClassPictureOptions
 from library.training.state import list_states
-from tools.alignment_study.commands import adapter_file, base_of, side_of, validation_steps
+from tools.alignment_study.commands import adapter_file, plan_of, validation_steps
 from tools.alignment_study.reader import Reader, share_right
 from tools.alignment_study.settings import CONCEPT, SCRATCH, Folders, Run, Settings
 from tools.alignment_study.subjects import Subject
@@ -59,20 +59,25 @@ def measure(
 
     model: the study's base, loaded. Nothing is done where it was done before: `measured.json` is written last.
     """
-    folder, base = measured_folder(run, study, folders), base_of(study, settings, folders)
+    folder, plan = measured_folder(run, study, folders), plan_of(study, settings, folders)
     if (folder / MEASURED).exists():
         return
     applied = None if run is None else _applied(adapter_file(run, folders))
     for kind, task in (("new", subject.new), ("old", subject.old)):
-        save_pictures(folder / "drawn", kind, task, draw_prompt_set(model, task, applied, BATCH), applied, base)
+        save_pictures(folder / "drawn", kind, task, draw_prompt_set(model, task, applied, BATCH), applied, plan.base)
     for step, state in milestones(run, folders):
         halfway = _applied(state)
         save_pictures(
-            folder / "drawn", _at(step), subject.new, draw_prompt_set(model, subject.new, halfway, BATCH), halfway, base
+            folder / "drawn",
+            _at(step),
+            subject.new,
+            draw_prompt_set(model, subject.new, halfway, BATCH),
+            halfway,
+            plan.base,
         )
     apply_adapter(model, applied)
     pictures, names = [photo.picture for photo in subject.photos], [photo.name for photo in subject.photos]
-    noised = encode_photos(model, pictures, subject.photo_prompts, names, side_of(study, settings))
+    noised = encode_photos(model, pictures, subject.photo_prompts, names, plan.side)
     found: dict[str, Any] = {"losses": denoising_losses(model, noised, LOSS_SEED).tolist()}
     if study != CONCEPT:
         found["features"] = _features(run, study, settings, folders)
@@ -117,15 +122,15 @@ def validation_curve(metrics: Path) -> list[dict[str, float]]:
 
 def _features(run: Run | None, study: str, settings: Settings, folders: Folders) -> list[dict[str, float]]:
     """At each timestep, what probes and a newly fitted head read off the trunk, on held-out pictures."""
-    device = choose_device(None)
+    device, plan = choose_device(None), plan_of(study, settings, folders)
     if run is None:
-        model = load_folded_model(base_of(study, settings, folders), device=device)
+        model = load_folded_model(plan.base, device=device)
     else:
         model = load_feature_model(list_states(folders.run(run))[-1][1], device=device)
     own = folders.pictures(study)
     classes = ClassPictureOptions(str(own / "train.csv"), str(own / "val.csv"), class_names=own / "class_names.json")
     caches = ClassCacheOptions(cache_dir=folders.caches(study))
-    pictures = open_probe_pictures(classes, caches, side=side_of(study, settings), fit=MOST_PROBED, test=MOST_PROBED)
+    pictures = open_probe_pictures(classes, caches, side=plan.side, fit=MOST_PROBED, test=MOST_PROBED)
     return [{"timestep": timestep, **_features_at(model, pictures, settings.tap, timestep)} for timestep in TIMESTEPS]
 
 

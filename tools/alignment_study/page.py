@@ -11,13 +11,14 @@ from library.errors import UserError
 from library.files import write_text
 from tools.alignment_study.arms import WITHOUT, Arm
 from tools.alignment_study.compare import MEASURES, findings, overview, table, with_numbers
-from tools.alignment_study.settings import CLASSES, CONCEPT, SCRATCH, STUDIES
+from tools.alignment_study.settings import CLASSES, CONCEPT, PLAIN, SCRATCH, STUDIES
 
 PAGE, IMAGES = "does_alignment_help.md", "images/does_alignment_help"
 PARTS = ("control", "first", "recipes")
 """Of the project's page: each has a command of its own."""
 TITLES = {
     SCRATCH: "A U-Net from nothing (train_repa.py)",
+    PLAIN: "A LoRA on the pictures of the control (train_repa.py)",
     CLASSES: "New classes (train_repa.py)",
     CONCEPT: "One new thing (train_network.py)",
 }

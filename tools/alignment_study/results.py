@@ -16,7 +16,7 @@ from library.evaluation.picture_encoders import ClipPictures, DinoPictures
 from library.files import read_json
 from tools.alignment_study import measure
 from tools.alignment_study.arms import WITHOUT
-from tools.alignment_study.commands import base_of, plan_of, teacher_of
+from tools.alignment_study.commands import plan_of
 from tools.alignment_study.compare import compare, with_numbers
 from tools.alignment_study.figures import write_figures
 from tools.alignment_study.reader import trained_reader
@@ -40,7 +40,7 @@ def measure_all(runs: Sequence[Run], settings: Settings, folders: Folders, image
     studies: dict[str, Any] = {}
     for study in dict.fromkeys(run.study for run in runs):
         subject, own = subject_of(study, settings, folders), [run for run in runs if run.study == study]
-        model = measure.load_drawing_model(base_of(study, settings, folders))
+        model = measure.load_drawing_model(plan_of(study, settings, folders).base)
         for run in (None, *own):
             print(f"measuring  {run or f'{study}, the untouched base'}", flush=True)
             measure.measure(run, study, settings, folders, subject, model)
@@ -90,7 +90,7 @@ def facts_of(runs: Sequence[Run], settings: Settings, folders: Folders, device: 
     return {
         **{f"{study}: base, teacher": _models(study, settings, folders) for study in studies},
         "likeness and drift by": Path(settings.teacher).name,
-        "steps": ", ".join(f"{study} {plan_of(study, settings).steps}" for study in studies),
+        "steps": ", ".join(f"{study} {plan_of(study, settings, folders).steps}" for study in studies),
         "seeds of training": ", ".join(str(seed) for seed in sorted({run.seed for run in runs})),
         "pictures of each prompt": f"{settings.drawn_seeds}, {settings.sampling_steps} sampling steps",
         "training, all runs": f"{seconds / 60:.0f} min on {device} ({os.cpu_count()} cores)",
@@ -100,4 +100,5 @@ def facts_of(runs: Sequence[Run], settings: Settings, folders: Folders, device: 
 
 
 def _models(study: str, settings: Settings, folders: Folders) -> str:
-    return ", ".join(Path(of(study, settings, folders)).name for of in (base_of, teacher_of))
+    plan = plan_of(study, settings, folders)
+    return f"{Path(plan.base).name}, {Path(plan.teacher).name}"

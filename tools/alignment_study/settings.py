@@ -10,8 +10,8 @@ from library.errors import UserError
 from library.models.embedded import SHAPES, SHAPES_CLIP, SHAPES_DINOV2
 from tools.alignment_study.arms import WITHOUT, Arm
 
-SCRATCH, CLASSES, CONCEPT = "scratch", "classes", "concept"
-STUDIES = (SCRATCH, CLASSES, CONCEPT)
+SCRATCH, PLAIN, CLASSES, CONCEPT = "scratch", "plain", "classes", "concept"
+STUDIES = (SCRATCH, PLAIN, CLASSES, CONCEPT)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Settings:
     scratch_steps: int = 1000
     """Optimizer steps of a run from nothing, the positive control."""
     scratch_teacher_steps: int = 500
-    """Steps that its teacher is trained for, on pictures like its own."""
+    """Steps that the teacher of the control's pictures is trained for, on others like them."""
     class_data: str = ""
     """Folder of class folders instead of the drawn new classes."""
     concept_data: str = ""

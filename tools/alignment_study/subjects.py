@@ -19,10 +19,10 @@ from library.evaluation.prompt_sets import UNRELATED, UNRELATED_SHAPES, PromptSe
 from library.files import read_json
 from library.inference.picture_request import PictureRequest
 from library.models.embedded import SHAPES
-from tools.alignment_study.commands import base_of, side_of, teacher_of
+from tools.alignment_study.commands import plan_of
 from tools.alignment_study.control import make_control_pictures, make_control_teacher, make_untrained_base
 from tools.alignment_study.own_data import copy_classes, copy_concept
-from tools.alignment_study.settings import CLASSES, CONCEPT, SCRATCH, Folders, Settings
+from tools.alignment_study.settings import CLASSES, CONCEPT, PLAIN, SCRATCH, Folders, Settings
 
 CONCEPT_KIND = "purple cross"
 PHOTOS_PER_KIND = 10
@@ -50,31 +50,31 @@ class Subject:
 
 def make_pictures(study: str, settings: Settings, folders: Folders) -> None:
     """Draw the study's pictures, or copy those that the user named; once."""
-    folder = folders.pictures(study)
+    folder, plan = folders.pictures(study), plan_of(study, settings, folders)
     if folder.exists():
         return
     if study == SCRATCH:
-        make_untrained_base(Path(base_of(study, settings, folders)))
-        make_control_teacher(
-            Path(teacher_of(study, settings, folders)), side_of(study, settings), settings.scratch_teacher_steps
-        )
-        make_control_pictures(folder, side_of(study, settings))
+        make_untrained_base(Path(plan.base))
+    if study in (SCRATCH, PLAIN):
+        make_control_teacher(Path(plan.teacher), plan.side, settings.scratch_teacher_steps)
+        make_control_pictures(folder, plan.side)
     elif study == CLASSES and settings.class_data:
         copy_classes(Path(settings.class_data), folder)
     elif study == CLASSES:
-        images, side = settings.train_pictures + settings.held_out, side_of(study, settings)
-        make_demo_pictures(folder, images=images, validation=settings.held_out, size=side, classes=NEW_CLASSES)
+        images = settings.train_pictures + settings.held_out
+        make_demo_pictures(folder, images=images, validation=settings.held_out, size=plan.side, classes=NEW_CLASSES)
     elif settings.concept_data:
         copy_concept(Path(settings.concept_data), folder)
     else:
-        make_concept_pictures(folder, size=side_of(study, settings))
+        make_concept_pictures(folder, size=plan.side)
 
 
 def subject_of(study: str, settings: Settings, folders: Folders) -> Subject:
     """Of pictures that are there."""
+    side = plan_of(study, settings, folders).side
     if study == CONCEPT:
         photos = [
-            replace(photo, picture=_square(photo.picture, study, settings))
+            replace(photo, picture=_square(photo.picture, side))
             for photo in read_photos(folders.pictures(study) / "held_out")
         ]
         kinds = [CONCEPT_KIND] * len(photos)
@@ -82,11 +82,11 @@ def subject_of(study: str, settings: Settings, folders: Folders) -> Subject:
         prompts = photo_prompts[:CONCEPT_PROMPTS]
         asked = [CONCEPT_KIND] * len(prompts)
     else:
-        photos, kinds = _held_out_of_classes(study, settings, folders.pictures(study))
+        photos, kinds = _held_out_of_classes(folders.pictures(study), side)
         asked = list(dict.fromkeys(kinds))
         prompts, photo_prompts = ([_of_class(kind) for kind in some] for some in (asked, kinds))
     old, asked_old = _unrelated(study, settings)
-    tasks = (_task(some, study, settings) for some in (prompts, old))
+    tasks = (_task(some, side, settings) for some in (prompts, old))
     return Subject(photos, kinds, photo_prompts, next(tasks), asked, next(tasks), asked_old)
 
 
@@ -104,12 +104,12 @@ def _of_class(name: str) -> str:
     return f"a photo of a {name}"
 
 
-def _square(picture: Image.Image, study: str, settings: Settings) -> Image.Image:
+def _square(picture: Image.Image, side: int) -> Image.Image:
     """Of the size that is trained and drawn; photos of twelve megapixels would fill the memory."""
-    return Image.fromarray(square_crop(picture, side_of(study, settings)))
+    return Image.fromarray(square_crop(picture, side))
 
 
-def _held_out_of_classes(study: str, settings: Settings, folder: Path) -> tuple[list[Photo], list[str]]:
+def _held_out_of_classes(folder: Path, side: int) -> tuple[list[Photo], list[str]]:
     names = read_json(folder / "class_names.json")
     shown = {names[str(number * len(names) // CLASS_PROMPTS)] for number in range(CLASS_PROMPTS)}
     photos, kinds, seen = [], [], Counter[str]()
@@ -118,14 +118,13 @@ def _held_out_of_classes(study: str, settings: Settings, folder: Path) -> tuple[
             kind = names[row["class_id"]]
             seen[kind] += 1
             if kind in shown and seen[kind] <= PHOTOS_PER_KIND:
-                picture = _square(decode_rgb(folder / row["path"], name=row["path"]), study, settings)
+                picture = _square(decode_rgb(folder / row["path"], name=row["path"]), side)
                 photos.append(Photo(row["sample_id"], picture, _of_class(kind)))
                 kinds.append(kind)
     return photos, kinds
 
 
-def _task(prompts: Sequence[str], study: str, settings: Settings) -> PromptSet:
-    side = side_of(study, settings)
+def _task(prompts: Sequence[str], side: int, settings: Settings) -> PromptSet:
     requests = tuple(
         PictureRequest(text, "", steps=settings.sampling_steps, cfg_scale=CFG_SCALE, width=side, height=side)
         for text in prompts

@@ -47,7 +47,7 @@ def say_times(todo: Sequence[Run], settings: Settings, folders: Folders, jobs: i
     for study, arm in dict.fromkeys((run.study, run.arm) for run in todo):
         count = sum((run.study, run.arm) == (study, arm) for run in todo)
         step, other = _tried(study, arm, settings, folders, jobs)
-        seconds = plan_of(study, settings).steps * step + VALIDATIONS * other
+        seconds = plan_of(study, settings, folders).steps * step + VALIDATIONS * other
         whole += count * seconds
         print(
             f"time       {study}, {arm.title}: {step:.3g} s a step, {_minutes(seconds)} a run, {count} to train",
