@@ -19,10 +19,10 @@ CONTROL_SIDE, CONTROL_BATCH, SCRATCH_RATE = 64, 16, 1.5e-3
 WHOLE_UNET = (
     *("--network_dim", "64", "--network_alpha", "64", "--lora_scope", "all"),
     *("--train_parts", "time_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out"),
-    *("--max_validation_samples", "200"),
 )
 """Every linear layer and convolution of a U-Net is trained, those of the attention by adapters of nearly full rank, the others
 themselves. The scales of the normalisations keep what they begin with, 1 and 0."""
+FEW_VALIDATED = ("--max_validation_samples", "200")
 KEEP_ALL = 1000
 """States of a run from nothing: also those that an interruption leaves."""
 
@@ -45,13 +45,15 @@ def plan_of(study: str, settings: Settings, folders: Folders) -> Plan:
     rate, of_control = settings.learning_rate, (str(folders.study(study) / "teacher"), CONTROL_SIDE)
     if study == SCRATCH:
         untrained = str(folders.study(SCRATCH) / "untrained")
-        return Plan(WHOLE_UNET, settings.scratch_steps, CONTROL_BATCH, SCRATCH_RATE, untrained, *of_control)
+        return Plan(
+            (*WHOLE_UNET, *FEW_VALIDATED), settings.scratch_steps, CONTROL_BATCH, SCRATCH_RATE, untrained, *of_control
+        )
     own = (settings.base, settings.teacher, settings.resolution)
     if study == CONCEPT:
         return Plan(ADAPTER, settings.concept_steps, CONCEPT_BATCH, rate, *own)
     words = (*ADAPTER, "--lora_scope", settings.lora_scope)
     if study == PLAIN:
-        return Plan(words, settings.steps, CONTROL_BATCH, rate, settings.base, *of_control)
+        return Plan((*words, *FEW_VALIDATED), settings.steps, CONTROL_BATCH, rate, settings.base, *of_control)
     return Plan(words, settings.steps, settings.batch_size, rate, *own)
 
 
