@@ -26,7 +26,7 @@ from tools.alignment_study.arms import RECIPES
 from tools.alignment_study.claim import claim_folder
 from tools.alignment_study.commands import adapter_file, train_command
 from tools.alignment_study.own_data import studies_of
-from tools.alignment_study.page import PARTS, Place
+from tools.alignment_study.page import PARTS, RESULTS, Place
 from tools.alignment_study.settings import (
     CLASSES,
     CONCEPT,
@@ -45,6 +45,11 @@ OF_DATA = ("class_data", "concept_data")
 def main(argv: list[str]) -> int:
     options = parsed(argv)
     settings, studies = settings_of(options)
+    place = Place(options.docs or ROOT / "docs", options.part) if options.part else Place(options.out.resolve(), "")
+    if options.from_results:
+        place.write()
+        print(f"page       {place.page}")
+        return EXIT_OK
     runs = make_runs(studies, options.arms, options.seeds)
     folders = Folders(options.out.resolve())
     for run in runs:
@@ -54,17 +59,15 @@ def main(argv: list[str]) -> int:
         return EXIT_OK
     from tools.alignment_study.results import measure_all
 
-    place = Place(options.docs or ROOT / "docs", options.part) if options.part else Place(folders.out, "")
     place.read()
     claim_folder(folders, settings, partial(prepare, studies, settings, folders, options.teacher_steps))
     train_all(runs, settings, folders, options.jobs)
     results = measure_all(runs, settings, folders, place.images)
     results["facts"] = {"command": f"`{as_typed(options)}`", **results["facts"]}
     results["settings"]["teacher"] = options.teacher
-    figures = {study: one.pop("figures") for study, one in results["studies"].items()}
-    write_json(place.images / "results.json", results)
-    place.write(results, figures)
-    print(f"page       {place.page}\nnumbers    {place.images / 'results.json'}")
+    write_json(place.images / RESULTS, results)
+    place.write()
+    print(f"page       {place.page}\nnumbers    {place.images / RESULTS}")
     return EXIT_OK
 
 
@@ -152,6 +155,11 @@ def parsed(argv: list[str]) -> argparse.Namespace:
         "--part", choices=PARTS, default="", help="write this part of the page in --docs, not one in --out"
     )
     parser.add_argument("--docs", type=Path, help="folder of the page that --part is of (docs)")
+    parser.add_argument(
+        "--from_results",
+        action="store_true",
+        help="write the page anew from the results.json that is there; train and measure nothing",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the trainings and stop")
     for field in fields(Settings):
         if field.name not in OF_DATA:
@@ -165,7 +173,7 @@ def as_typed(options: argparse.Namespace) -> str:
     words = ["python", "tools/does_alignment_help.py"]
     for name, default in vars(parsed([])).items():
         value = getattr(options, name)
-        if value != default and name not in ("out", "docs", "jobs", "dry_run"):
+        if value != default and name not in ("out", "docs", "jobs", "dry_run", "from_results"):
             words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return shlex.join(words)
 

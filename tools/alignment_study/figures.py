@@ -38,8 +38,8 @@ Arms = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 def write_figures(
     study: str, found: Mapping[str, Any], runs: Sequence[Run], folders: Folders, subject: Subject, into: Path
-) -> list[str]:
-    """The study's pictures in `into`; their file names. found: its numbers, as in the results."""
+) -> None:
+    """The study's figures in `into`, of the kinds of `page.CAPTIONS`. found: its numbers, as in the results."""
     arms = {arm: with_numbers(some) for arm, some in found["arms"].items()}
     figures = {f"{study}_numbers.svg": numbers(found["base"], arms)}
     if "course" in found:
@@ -51,10 +51,8 @@ def write_figures(
         figures[f"{study}_features.svg"] = features(of_base["features"], kept)
     for name, text in figures.items():
         write_text(into / name, text)
-    name = f"{study}_pictures.jpg"
-    with whole_file(into / name) as temporary:
+    with whole_file(into / f"{study}_pictures.jpg") as temporary:
         sheet(study, runs, folders, subject).save(temporary, "JPEG", quality=82)
-    return [*figures, name]
 
 
 def numbers(base: Mapping[str, float], arms: Arms) -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.files import write_text
+from library.files import read_json, write_text
 from tools.alignment_study.arms import WITHOUT, Arm
 from tools.alignment_study.compare import MEASURES, findings, overview, table, with_numbers
 from tools.alignment_study.settings import CLASSES, CONCEPT, PLAIN, SCRATCH, STUDIES
 
 PAGE, IMAGES = "does_alignment_help.md", "images/does_alignment_help"
+RESULTS = "results.json"
 PARTS = ("control", "first", "recipes")
 """Of the project's page: each has a command of its own."""
 TITLES = {
@@ -23,17 +24,17 @@ TITLES = {
     CONCEPT: "One new thing (train_network.py)",
 }
 CAPTIONS = {
+    "pictures": "Held-out pictures, and what base and arms draw from the same noise: the first seeds, nothing chosen.",
     "numbers": "A line for each seed, from without to with; dashed, the untouched base.",
     "course": "What is drawn on the way, read by the classifier: mean of the seeds, lowest to highest.",
     "loss": "Loss on held-out pictures while training, by train_repa.py's own validation; differences seed by seed: mean, lowest "
     "to highest. Below 0, alignment has the lower loss. Quarter 1 is the least noise.",
     "features": "What can be read off the trunk's map at the tap, by timestep of the noise: mean of the seeds, lowest to highest.",
-    "pictures": "Held-out pictures, and what base and arms draw from the same noise: the first seeds, nothing chosen.",
 }
+FIRST_SHOWN = ("pictures", "numbers")
+"""Figures that are seen at once; the others are opened."""
 TIMES = 3
 """How often its spread a likeness must lie beyond the base's to count as learned."""
-MOST_TABLES = 2
-"""Arms that get a table each; of more, the table of all arms and the sentences are what can be read."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,21 @@ class Place:
         put_between_marks(page, "", self.part)
         return page
 
-    def write(self, results: Mapping[str, Any], figures: Mapping[str, Sequence[str]]) -> None:
-        text = results_text(results, figures, self.images.relative_to(self.folder).as_posix())
-        write_text(self.page, put_between_marks(self.read(), text, self.part))
+    def write(self) -> None:
+        """The results that lie among the images, with what figures there are. Raises UserError where there are none."""
+        write_text(self.page, self.written())
+
+    def written(self) -> str:
+        if not (self.images / RESULTS).is_file():
+            raise UserError(
+                f"{self.images / RESULTS} is not there. Leave --from_results out, to measure the runs first."
+            )
+        text = results_text(
+            read_json(self.images / RESULTS), self.images, self.images.relative_to(self.folder).as_posix()
+        )
+        if not self.part:
+            text += "\n" + glossary()
+        return put_between_marks(self.read(), text, self.part)
 
 
 def begin(part: str) -> str:
@@ -86,51 +99,58 @@ def put_between_marks(page: str, text: str, part: str) -> str:
     return f"{before}{first}\n\n{text.strip()}\n\n{after}"
 
 
-def results_text(results: Mapping[str, Any], figures: Mapping[str, Sequence[str]], folder: str) -> str:
-    """Markdown of everything that was found. folder: of the figures, as the page names it."""
-    lines = [_made(results["facts"]), ""]
+def results_text(results: Mapping[str, Any], images: Path, folder: str) -> str:
+    """Markdown of everything that was found. images: folder of the figures; folder: the same, as the page names it."""
+    facts = {**results["facts"], "all numbers, seed by seed": f"[{RESULTS}]({folder}/{RESULTS})"}
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    lines = folded("Made with", ["| | |", "|---|---|", *rows, ""])
     for study in STUDIES:
         if study in results["studies"]:
-            lines += _study(study, results["studies"][study], figures[study], folder)
-    lines += ["### What the numbers are", "", "| | |", "|---|---|"]
-    there = {
-        name
-        for one in results["studies"].values()
-        for arm in one["arms"].values()
-        for run in arm.values()
-        for name in run
-    }
-    lines += [f"| {one.title} | {one.meaning} |" for name, one in MEASURES.items() if name in there]
+            lines += _study(study, results["studies"][study])
+            lines += _figures(study, images, folder)
     return "\n".join(lines)
 
 
-def _made(facts: Mapping[str, str]) -> str:
-    return "\n".join(["| made with | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())])
+def glossary() -> str:
+    """What each number is; once on a page."""
+    rows = [f"| {one.title} | {one.meaning} |" for one in MEASURES.values()]
+    return "\n".join(["### What the numbers are", "", "| | |", "|---|---|", *rows])
 
 
-def _study(study: str, found: Mapping[str, Any], figures: Sequence[str], folder: str) -> list[str]:
+def folded(title: str, lines: list[str]) -> list[str]:
+    """Lines that a reader opens."""
+    return ["<details>", f"<summary>{title}</summary>", "", *lines, "</details>", ""]
+
+
+def _study(study: str, found: Mapping[str, Any]) -> list[str]:
     arms = {arm: with_numbers(runs) for arm, runs in found["arms"].items()}
     lines = [f"### {TITLES[study]}", ""]
     others = [arm for arm in arms if arm != WITHOUT]
     if len(others) > 1:
         lines += [*overview(arms[WITHOUT], {Arm.parse(arm).label: arms[arm] for arm in others}), ""]
+    each: list[str] = []
     for arm in others:
         title, said = Arm.parse(arm).title, findings(arms[WITHOUT], arms[arm])
         if len(others) > 1:
-            lines += [f"#### {title[0].upper() + title[1:] if Arm.parse(arm).recipe else title}", ""]
-        lines += [*said[:1], "", *(f"- {one}" for one in said[1:]), ""]
-        if len(others) <= MOST_TABLES:
-            lines += [*table(found["base"], arms[WITHOUT], arms[arm], title), ""]
+            each += [f"#### {title[0].upper() + title[1:] if Arm.parse(arm).recipe else title}", ""]
+        each += [*said[:1], "", *(f"- {one}" for one in said[1:]), ""]
+        each += [*table(found["base"], arms[WITHOUT], arms[arm], title), ""]
+    lines += folded("Each arm: in words, and with its numbers", each) if len(others) > 1 else each
     note = "Arms: mean (lowest to highest of the seeds). ± is half of the 95 % interval of the mean difference."
     if (alike := found["photos_among_themselves"]) is not None:
         note += f" Held-out pictures are like others of their kind by {alike:.3f}."
     lines += [note, ""]
     if study == CONCEPT:
         lines += [*_learned(found["gains"]), ""]
-    for name in figures:
-        kind = name.removeprefix(f"{study}_").partition(".")[0]
-        lines += [f"![{CAPTIONS[kind]}]({folder}/{name})", "", f"*{CAPTIONS[kind]}*", ""]
     return lines
+
+
+def _figures(study: str, images: Path, folder: str) -> list[str]:
+    shown: dict[bool, list[str]] = {True: [], False: []}
+    for kind, caption in CAPTIONS.items():
+        for file in images.glob(f"{study}_{kind}.*"):
+            shown[kind in FIRST_SHOWN] += [f"![{caption}]({folder}/{file.name})", "", f"*{caption}*", ""]
+    return [*shown[True], *(folded("More figures: on the way, and by timestep", shown[False]) if shown[False] else [])]
 
 
 def _learned(gains: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> list[str]:

@@ -26,7 +26,7 @@ from tools.alignment_study.training import seconds_file
 
 
 def measure_all(runs: Sequence[Run], settings: Settings, folders: Folders, images: Path) -> dict[str, Any]:
-    """The results, and in `studies.*.figures` the names of the pictures written into `images`."""
+    """The results; their figures are written into `images`."""
     device, facts = choose_device(None), dict[str, str]()
     clip, reader = None, None
     if not settings.own_pictures:
@@ -45,7 +45,7 @@ def measure_all(runs: Sequence[Run], settings: Settings, folders: Folders, image
             print(f"measuring  {run or f'{study}, the untouched base'}", flush=True)
             measure.measure(run, study, settings, folders, subject, model)
         found = studies[study] = compared(measure.Numbers(study, subject, judges, folders), own)
-        found["figures"] = write_figures(study, found, own, folders, subject, images)
+        write_figures(study, found, own, folders, subject, images)
     facts = facts_of(runs, settings, folders, str(device)) | facts
     return {"format_version": 1, "facts": facts, "settings": asdict(settings), "studies": studies}
 
