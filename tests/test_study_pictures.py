@@ -10,7 +10,9 @@ from PIL import Image
 
 from library.errors import UserError
 from library.files import read_json
+from tools.alignment_study import claim
 from tools.alignment_study.own_data import copy_classes, copy_concept, studies_of
+from tools.alignment_study.settings import Folders, Settings
 from tools.does_alignment_help import parsed, settings_of
 
 
@@ -101,3 +103,14 @@ def test_settings_that_contradict_each_other_are_refused(words: list[str], said:
     _pictures(tmp_path / "data", 8, captions=True)
     with pytest.raises(UserError, match=said):
         settings_of(parsed([str(tmp_path / "data") if word == "DATA" else word for word in words]))
+
+
+def test_a_picture_that_comes_later_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "_weights", lambda of: "as they were")
+    _pictures(tmp_path / "animals" / "cat", 4)
+    folders, settings = Folders(tmp_path / "out"), Settings(class_data=str(tmp_path / "animals"))
+    claim.claim_folder(folders, settings)
+    claim.claim_folder(folders, settings)
+    _pictures(tmp_path / "animals" / "dog", 1)
+    with pytest.raises(UserError, match=r"class_pictures 4 files, \w{8} is now 5 files, \w{8}\. Name another --out"):
+        claim.claim_folder(folders, settings)

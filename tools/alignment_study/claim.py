@@ -12,6 +12,7 @@ from library.files import file_hash, read_json, write_json
 from library.models.locate import DINOV2, locate_base, locate_dino, weight_files
 from tools.alignment_study.arms import RECIPES, Arm
 from tools.alignment_study.commands import train_command
+from tools.alignment_study.own_data import listing
 from tools.alignment_study.settings import STUDIES, Folders, Run, Settings
 
 
@@ -26,7 +27,8 @@ def claim_folder(folders: Folders, settings: Settings, prepare: Callable[[], obj
         study: train_command(Run(study, Arm("", 1.0), 1), settings, Folders(Path("out")))[1:] for study in STUDIES
     }
     recipes = {recipe: Arm(recipe, 1.0).words(settings.steps) for recipe in RECIPES}
-    wanted = {**asdict(settings), "commands": commands, "recipes": recipes}
+    pictures = {"class_pictures": listing(settings.class_data), "concept_pictures": listing(settings.concept_data)}
+    wanted = {**asdict(settings), **pictures, "commands": commands, "recipes": recipes}
     there = read_json(file) if file.exists() else None
     _refuse_others(folders, there, wanted)
     if there is None:
@@ -44,7 +46,9 @@ def claim_folder(folders: Folders, settings: Settings, prepare: Callable[[], obj
 
 
 def _refuse_others(folders: Folders, there: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
-    changed = [] if there is None else [name for name in wanted if _differs(there.get(name), wanted[name])]
+    changed = (
+        [] if there is None else [name for name in wanted if name in there and _differs(there[name], wanted[name])]
+    )
     if there is not None and changed:
         named = [name for name in changed if name not in ("commands", "recipes")]
         said = [f"{name} {there.get(name)!s:.40} is now {wanted[name]!s:.40}" for name in named]
@@ -55,7 +59,7 @@ def _refuse_others(folders: Folders, there: Mapping[str, Any] | None, wanted: Ma
 
 
 def _differs(noted: Any, wanted: Any) -> bool:
-    """A study or recipe that was not known yet when the folder was claimed changes none of its runs."""
+    """A study, a recipe or a setting that was not known yet when the folder was claimed changes none of its runs."""
     if isinstance(noted, Mapping) and isinstance(wanted, Mapping):
         return any(noted[name] != wanted.get(name) for name in noted)
     return bool(noted != wanted)

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -131,10 +132,17 @@ def _features(run: Run | None, study: str, settings: Settings, folders: Folders)
     classes = ClassPictureOptions(str(own / "train.csv"), str(own / "val.csv"), class_names=own / "class_names.json")
     caches = ClassCacheOptions(cache_dir=folders.caches(study))
     pictures = open_probe_pictures(classes, caches, side=plan.side, fit=MOST_PROBED, test=MOST_PROBED)
-    return [{"timestep": timestep, **_features_at(model, pictures, settings.tap, timestep)} for timestep in TIMESTEPS]
+    measures = RepresentationMeasures(len(pictures.test), NEIGHBOURS, (), probes=True)
+    if run is None:
+        for sentence in measures.left_out():
+            print(f"note       {sentence}", flush=True)
+    at = partial(_features_at, model, pictures, measures, settings.tap)
+    return [{"timestep": timestep, **at(timestep)} for timestep in TIMESTEPS]
 
 
-def _features_at(model: FeatureModel, pictures: ProbePictures, tap: str, timestep: int) -> dict[str, float]:
+def _features_at(
+    model: FeatureModel, pictures: ProbePictures, measures: RepresentationMeasures, tap: str, timestep: int
+) -> dict[str, float]:
     fit_set, test_set = pictures.fit, pictures.test
     fit, test = (
         features_at_tap(
@@ -143,7 +151,6 @@ def _features_at(model: FeatureModel, pictures: ProbePictures, tap: str, timeste
         for one in (fit_set, test_set)
     )
     teacher = test_set.teacher()
-    measures = RepresentationMeasures(len(test_set), NEIGHBOURS, (1, 5, 10), probes=True)
     head = RidgeHead.fit(fit.maps, fit_set.teacher(), fit_set.ids)
     found = measures.of_probes(fit.trunk, fit_set.labels, test.trunk, test_set.labels, fit_set.ids)
     # In this order: of what both know, the trunk's is kept.

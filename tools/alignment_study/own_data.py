@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import re
 import shutil
 from collections.abc import Sequence
@@ -49,6 +50,16 @@ def studies_of(data: Sequence[Path]) -> dict[str, str]:
             )
         found[study] = str(folder.resolve())
     return found
+
+
+def listing(data: str) -> str:
+    """What lies in such a folder, so that it is seen when a picture or caption comes later; "" for none."""
+    if not data:
+        return ""
+    folder = Path(data)
+    files = sorted({*picture_files(folder), *folder.rglob("*.txt")})
+    names = "\n".join(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}" for file in files)
+    return f"{len(files)} files, {hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
 def copy_classes(data: Path, into: Path) -> None:
