@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tests.tools.runs import RepaSetting
     from tests.tools.teacher import TeacherSetting
 
+gc.disable()  # until all tests are collected: of what their imports make, nearly all stays
+
 # Tiny tensors: threads cost more than they bring, above all where several processes share two cores. Said before torch is
 # imported, it holds for this process as for those that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -48,6 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Looking for garbage among half a million objects, of what is imported, would take a tenth of the time of the tests.
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(10_000, 20, 20)
 
 
