@@ -115,8 +115,10 @@ def test_a_page_of_numbers_names_its_figures_and_what_was_learned(tmp_path: Path
     study = {"base": {}, "arms": arms, "gains": gains, "photos_among_themselves": 0.7}
     results = {"facts": {"steps": "300"}, "studies": {"concept": study}}
     (tmp_path / "concept_numbers.svg").touch()
+    study["gradients"] = {"conflict": {"1": {"20": 0.2, "40": 0.4}, "2": {"20": 0.1}}}
     text = page.results_text(results, tmp_path, "images/x")
     assert "(images/x/concept_numbers.svg)" in text
+    assert "losses, conflict: +0.200 ± 1.271 (mean of the seeds; each is the mean of 1 to 2 measurements" in text
     assert "Beyond 3 times its spread: 1 of 2 runs." in text
 
 

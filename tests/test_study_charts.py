@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tools.alignment_study.figures import gradients
 from tools.alignment_study.svg import Panel, Series, chart, ticks_between
 
 
@@ -36,3 +37,8 @@ def test_ticks_are_round_and_hold_all_values(low: float, high: float) -> None:
     levels = ticks_between(low, high)
     assert levels[0] <= low and high <= levels[-1]
     assert 2 <= len(levels) <= 7
+
+
+def test_cosines_of_gradients_end_where_they_were_last_measured() -> None:
+    drawn = gradients({"conflict": {"1": {"20": 0.1, "40": -0.2}, "2": {"20": 0.0, "40": 0.1, "60": -0.1}}})
+    assert drawn.count("<polyline") == 3 and ">60<" in drawn and ">30<" in drawn

@@ -44,6 +44,8 @@ def write_figures(
     figures = {f"{study}_numbers.svg": numbers(found["base"], arms)}
     if "course" in found:
         figures[f"{study}_course.svg"] = course(found["course"])
+    if "gradients" in found:
+        figures[f"{study}_gradients.svg"] = gradients(found["gradients"])
     if study != CONCEPT:
         kept = {run: read_json(folders.run(run) / MEASURED) for run in runs}
         figures[f"{study}_loss.svg"] = curves(kept)
@@ -113,6 +115,18 @@ def curves(kept: Mapping[Run, Mapping[str, Any]]) -> str:
             series.append(_banded(arm, place, rows))
         panels.append(Panel(f"Difference, {title}", ticks, series))
     return chart(panels, 4)
+
+
+def gradients(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Arm -> seed -> step -> cosine: a panel for each arm, a line for each seed, until alignment ended."""
+    panels = []
+    for arm, seeds in found.items():
+        lines = [[(float(step), cosine) for step, cosine in one.items()] for one in seeds.values()]
+        last = max(step for points in lines for step, _ in points)
+        zero = Series("", GREY, [(0.0, 0.0), (last, 0.0)], dashed=True, marks=False)
+        ticks = [(0.0, "0"), (last / 2, f"{last / 2:.0f}"), (last, f"{last:.0f}")]
+        panels.append(Panel(_arm_title(arm), ticks, [zero, *(Series("a seed", BLUE, points) for points in lines)]))
+    return chart(panels, max(2, len(panels)))
 
 
 def _by_step(rows: Sequence[Mapping[str, float]]) -> dict[int, Mapping[str, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,15 +39,18 @@ from library.inference.drawing_model import DrawingModel, load_model
 from library.merging.source import read_source
 from library.models.locate import locate_base
 from library.options.data import ClassCacheOptions, ClassPictureOptions
+from library.training.output import METRICS
 from library.training.state import list_states
 from tools.alignment_study.commands import adapter_file, plan_of, validation_steps
 from tools.alignment_study.reader import Reader, share_right
 from tools.alignment_study.settings import CONCEPT, SCRATCH, Folders, Run, Settings
 from tools.alignment_study.subjects import Subject
+from tools.alignment_study.training import metric_rows
 
 MEASURED = "measured.json"
 LOSS_SEED, NOISE_SEED = 0, 0
 NEIGHBOURS, MOST_PROBED = 10, 512
+COSINE = "align/gradient_cosine"
 BATCH = 8
 BY_TIMESTEP = ("linear_probe", "knn_accuracy", "mutual_knn", "token_cosine", "token_cosine_centred")
 
@@ -83,7 +85,7 @@ def measure(
     if study != CONCEPT:
         found["features"] = _features(run, study, settings, folders)
     if run is not None:
-        found["validation"] = validation_curve(folder / "metrics.jsonl")
+        found["validation"] = validation_curve(folder / METRICS)
     write_json(folder / MEASURED, found)
 
 
@@ -117,8 +119,7 @@ def load_drawing_model(base: str) -> DrawingModel:
 
 def validation_curve(metrics: Path) -> list[dict[str, float]]:
     """The rows of a training's own validations: {"step", "val/loss", ...}."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if "val/loss" in row]
+    return [row for row in metric_rows(metrics) if "val/loss" in row]
 
 
 def _features(run: Run | None, study: str, settings: Settings, folders: Folders) -> list[dict[str, float]]:
@@ -219,6 +220,11 @@ class Numbers:
         }
         last, _ = list_states(self.folders.run(run))[-1]
         return {**found, str(last): self._judged(self._seen(run).new)}
+
+    def gradients(self, run: Run) -> dict[str, float]:
+        """Step -> cosine between the gradients of both losses, where the training measured it."""
+        rows = metric_rows(self.folders.run(run) / METRICS)
+        return {f"{row['step']}": row[COSINE] for row in rows if COSINE in row}
 
     def _judged(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
         """What the classifier says of pictures of all that `new` asks for; {} where there is none."""

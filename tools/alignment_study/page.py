@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from library.errors import UserError
 from library.files import read_json, write_text
 from tools.alignment_study.arms import WITHOUT, Arm
-from tools.alignment_study.compare import MEASURES, findings, overview, table, with_numbers
+from tools.alignment_study.compare import MEASURES, findings, mean_of_seeds, overview, signed, table, with_numbers
 from tools.alignment_study.settings import CLASSES, CONCEPT, PLAIN, SCRATCH, STUDIES
 
 PAGE, IMAGES = "does_alignment_help.md", "images/does_alignment_help"
@@ -27,6 +28,7 @@ CAPTIONS = {
     "pictures": "Held-out pictures, and what base and arms draw from the same noise: the first seeds, nothing chosen.",
     "numbers": "A line for each seed, from without to with; dashed, the untouched base.",
     "course": "What is drawn on the way, read by the classifier: mean of the seeds, lowest to highest.",
+    "gradients": "Cosine between the gradients of both losses on what is trained: a line for each seed, until alignment ended.",
     "loss": "Loss on held-out pictures while training, by train_repa.py's own validation; differences seed by seed: mean, lowest "
     "to highest. Below 0, alignment has the lower loss. Quarter 1 is the least noise.",
     "features": "What can be read off the trunk's map at the tap, by timestep of the noise: mean of the seeds, lowest to highest.",
@@ -140,9 +142,21 @@ def _study(study: str, found: Mapping[str, Any]) -> list[str]:
     if (alike := found["photos_among_themselves"]) is not None:
         note += f" Held-out pictures are like others of their kind by {alike:.3f}."
     lines += [note, ""]
+    for arm, seeds in found.get("gradients", {}).items():
+        lines += [_cosine(arm, [[*one.values()] for one in seeds.values() if one]), ""]
     if study == CONCEPT:
         lines += [*_learned(found["gains"]), ""]
     return lines
+
+
+def _cosine(arm: str, measured: Sequence[Sequence[float]]) -> str:
+    """measured: of each seed, the cosines on the way."""
+    counts, mean = [len(one) for one in measured], mean_of_seeds([fmean(one) for one in measured])
+    among = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+    return (
+        f"Cosine between the gradients of both losses, {Arm.parse(arm).label}: {signed(mean)} (mean of the seeds; each is the mean "
+        f"of {among} measurements, until alignment ended)."
+    )
 
 
 def _figures(study: str, images: Path, folder: str) -> list[str]:

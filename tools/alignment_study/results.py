@@ -69,6 +69,8 @@ def compared(numbers: measure.Numbers, runs: Sequence[Run]) -> dict[str, Any]:
         "gains": _by_arm(runs, numbers.gain),
         "photos_among_themselves": numbers.photos_among_themselves(),
     }
+    if gradients := {arm: runs for arm, runs in _by_arm(runs, numbers.gradients).items() if any(runs.values())}:
+        found["gradients"] = gradients
     if any(run.study == SCRATCH for run in runs):
         found["course"] = _by_arm(runs, numbers.course)
     return found

@@ -68,9 +68,13 @@ def _tried(study: str, arm: Arm, settings: Settings, folders: Folders, jobs: int
     with tempfile.TemporaryDirectory(prefix="timed_", dir=folders.study(study)) as into:
         command = [*train_command(Run(study, arm, 0), settings, folders, Path(into)), *short]
         call(command, folders.study(study) / "timed.log", jobs)
-        rows = [json.loads(line) for line in (Path(into) / METRICS).read_text(encoding="utf-8").splitlines()]
+        rows = metric_rows(Path(into) / METRICS)
     timed = next(row for row in reversed(rows) if "time/step_ms" in row)
     return timed["time/step_ms"] / 1000, 0.0 if study == CONCEPT else timed.get("time/other_s", 0.0)
+
+
+def metric_rows(file: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _minutes(seconds: float) -> str:
