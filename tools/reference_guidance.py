@@ -68,6 +68,8 @@ TRAINING = [
     *("--cache_dir", OUTPUT / "caches", "--output_dir", OUTPUT / "run"),
 ]
 SIDE, STEPS, PHOTOS, SEEDS, SHOWN = 128, 12, 32, (1, 2), 7
+FIRST = 8
+"""The photos before it are those that the method and its window were chosen on."""
 SHEET = 0.8  # of its size, for a page
 STRENGTHS = (0.0, 0.1, 0.2, 0.4, 0.8)
 MEASURES = {
@@ -129,7 +131,7 @@ def make_cases() -> list[Case]:
     """Photos of each class in turn, that no training has seen."""
     cases, folder = [], OUTPUT / "photos"
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(PHOTOS):
+    for number in range(FIRST, FIRST + PHOTOS):
         colour, shape = (kind := CLASSES[(number * 5 + 3) % len(CLASSES)]).split()
         picture = imagine(kind, random.Random(f"photo {number}"))
         render(picture, SIDE).save(folder / f"{number:02d}.png")
