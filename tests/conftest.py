@@ -6,7 +6,7 @@ import fcntl
 import gc
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,10 +60,12 @@ def no_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("library.training.forecast._print_model", lambda *given: None)
 
 
-@pytest.fixture
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files need not survive a loss of power here."""
-    monkeypatch.setattr("os.fsync", lambda file: None)
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """Files need not survive a loss of power here: who is killed loses nothing that was written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda file: None)
+        yield
 
 
 def built_once(name: str, build: Callable[[Path], Path], factory: pytest.TempPathFactory) -> Path:

@@ -24,7 +24,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
 
 def test_who_writes_one_file_at_once_does_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads of one process, and processes of containers that have the same number."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
     path = tmp_path / "best.json"
     with files.whole_file(path) as one, files.whole_file(path) as other:
         one.write_text("one")
@@ -45,6 +44,25 @@ def test_who_writes_one_file_at_once_does_not_meet(tmp_path: Path, monkeypatch: 
     for thread in threads:
         thread.join()
     assert not failures and files.read_json(path) == [29] * 100 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_renamed_into_place_is_on_the_disk_before_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("rename"), replace(old, new)))
+    files.write_json(tmp_path / "a.json", {"x": 1})
+    assert done == ["file", "rename", "folder"]
+    done.clear()
+    with files.whole_folder(tmp_path / "s") as folder:
+        (folder / "one").write_text("1")
+    assert done == ["file", "folder", "rename", "folder"]
 
 
 def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:

@@ -34,9 +34,6 @@ IMAGE = replace(TERMS, objective="image", judging={"clip_model": "somewhere"})
 BROKE, KEPT = {"constraint_adherence": 0.01}, {"constraint_adherence": -0.01}
 
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
-
 def trial(number: int, value: float, components: dict[str, float] = KEPT, **attrs: Any) -> FrozenTrial:
     """Trial `number`, from 1; of the default configuration where attrs say so."""
     params = SPACE.defaults if "baseline" in attrs or "of_trial" in attrs else {}

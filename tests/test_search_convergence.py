@@ -12,8 +12,6 @@ from library.search.study.convergence import ALERTS, alerts, announce, has_conve
 from library.search.study.progress import progress
 from tests.tools.search import SPACE, ledger, trial
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 def levels(trials: list[FrozenTrial], n_trials: int = 50) -> set[str]:
     return {one.level for one in alerts(trials, SPACE, n_trials)}

@@ -24,8 +24,6 @@ from library.search.results.contact_sheet import draw_best, sheet_pictures
 from library.search.run.driver import Driver
 from tests.tools.search import FakeTrainer, ledger, plan, run, said, view
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 class Drawing(FakeTrainer):
     """Leaves two pictures of the subject and one of something else in each trial's slots 5 and 10, its best one."""

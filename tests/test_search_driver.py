@@ -25,8 +25,6 @@ from library.search.study.study import check_study
 from library.search.terms import Terms
 from tests.tools.search import FACTS, SPACE, TERMS, FakeTrainer, ledger, plan, run, said, view
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 def test_a_study_leaves_what_it_promises(tmp_path: Path) -> None:
     driver = Driver(plan(tmp_path, 12, confirm=5, facts=FACTS), lambda number: FakeTrainer())

@@ -15,8 +15,6 @@ from library.search.results.status import status_text
 from library.search.run.driver import Driver
 from tests.tools.search import FACTS, FakeTrainer, ledger, plan, run, said, view
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 def test_convergence_stops_a_study_only_when_asked_to(tmp_path: Path) -> None:
     class Flat(FakeTrainer):

@@ -26,8 +26,6 @@ from library.search.study.presence import Presence
 from library.search.study.progress import progress, set_budget
 from tests.tools.search import SPACE, FakeTrainer, dead_lease, ledger, next_trial, plan, run, said, trial, view
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 class Slow(FakeTrainer):
     """Stops itself, as Ctrl-C twice would, in its second training."""

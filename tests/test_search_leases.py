@@ -13,9 +13,6 @@ from library.search.study.leases import LEASE, Heartbeat, this_process, why_dead
 from tests.tools.search import SPACE, dead_lease, ledger, next_trial
 from tests.tools.waiting import wait_until
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
-
 NOW = 2e9
 
 

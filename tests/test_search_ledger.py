@@ -17,8 +17,6 @@ from library.search.study.running import Running
 from library.search.study.trial_values import best_of, is_real
 from tests.tools.search import DISTRIBUTIONS, SPACE, dead_lease, ledger, next_trial, params_key
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 def report(mine: Ledger, running: Running, values: list[float]) -> int:
     """Report values slot by slot until the ledger has enough; the last slot."""

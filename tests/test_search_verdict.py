@@ -20,8 +20,6 @@ from library.search.study.verdict import (
 )
 from tests.tools.search import SPACE, ledger, next_trial, trial
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 def baselines(*values: float) -> list[FrozenTrial]:
     return [
