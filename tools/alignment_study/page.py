@@ -16,7 +16,7 @@ from tools.alignment_study.settings import CLASSES, CONCEPT, PLAIN, SCRATCH, STU
 
 PAGE, IMAGES = "does_alignment_help.md", "images/does_alignment_help"
 RESULTS = "results.json"
-PARTS = ("control", "first", "recipes")
+PARTS = ("control", "first", "recipes", "seeds", "scope")
 """Of the project's page: each has a command of its own."""
 TITLES = {
     SCRATCH: "A U-Net from nothing (train_repa.py)",
