@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+LINT := $(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 CAPS := \
 	"OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2" \
 	"OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2" \
@@ -15,9 +16,10 @@ demo: $(STAMP)
 	$(VENV)/bin/python tools/demo.py
 
 test: $(STAMP)  # mypy works on one core: the tests begin beside it
-	@$(MAKE) --no-print-directory lint & lint=$$!; \
+	@($(LINT)) & lint=$$!; \
 	$(PYTEST) --durations=10; tests=$$?; \
-	wait $$lint && exit $$tests
+	wait $$lint || { echo "Lint failed, see above, or run make lint."; exit 1; }; \
+	exit $$tests
 
 test-portable: $(STAMP)
 	@failed=; for cap in $(CAPS); do \
@@ -26,9 +28,7 @@ test-portable: $(STAMP)
 	test -z "$$failed" || { printf "Failed with:$$failed\n"; exit 1; }
 
 lint: $(STAMP)
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	$(LINT)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 13) else "Python 3.10 to 3.13 is needed, this is " + sys.version.split()[0] + ". Name another with make PYTHON=python3.12 ...")'

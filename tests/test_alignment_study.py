@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from library.errors import UserError
+from library.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from library.evaluation.standard_errors import Estimate
 from library.files import write_json
 from library.options.network import parse_network_options
@@ -17,6 +18,7 @@ from tools.alignment_study.arms import RECIPES, Arm
 from tools.alignment_study.commands import ema_decay, plan_of, train_command
 from tools.alignment_study.compare import Compared, compare, findings, mean_of_seeds, overview, significant_among, table
 from tools.alignment_study.settings import Folders, Run, Settings, make_runs
+from tools.does_alignment_help import main
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seeds move likeness by 0.1, alignment by 0.01: only pairs show it. Drift moves with the seed alone.
@@ -29,6 +31,13 @@ WITH = {
     1: {"likeness": 0.511, "drift": 0.24},
     2: {"likeness": 0.609, "drift": 0.22},
     3: {"likeness": 0.41, "drift": 0.20},
+}
+
+
+STUDY: dict[str, Any] = {
+    "base": {},
+    "arms": {arm: {str(seed): one for seed, one in seeds.items()} for arm, seeds in (("0", WITHOUT), ("0.5", WITH))},
+    "photos_among_themselves": 0.7,
 }
 
 
@@ -95,29 +104,32 @@ def test_a_page_without_its_marks_is_refused(broken: str) -> None:
 def test_the_page_in_the_repository_says_what_its_results_say(part: str) -> None:
     place = page.Place(ROOT / "docs", part)
     assert place.written() == place.read()
-    assert place.read().count(page.glossary()) == 1
 
 
 def test_without_a_part_the_page_is_one_of_its_own(tmp_path: Path) -> None:
     place = page.Place(tmp_path, "")
-    with pytest.raises(UserError, match=r"results\.json is not there\. Leave --from_results out"):
-        place.write()
-    write_json(place.images / page.RESULTS, {"facts": {"steps": "3"}, "studies": {}})
-    place.write()
-    assert "| steps | 3 |" in place.page.read_text(encoding="utf-8") and page.glossary() in place.written()
+    from_results = ["--from_results", "--out", str(tmp_path)]
+    assert main(from_results) == EXIT_BAD_INPUT
+    write_json(place.images / page.RESULTS, {"facts": {"steps": "3"}, "studies": {"classes": STUDY}})
+    assert main([*from_results, "--dry_run"]) == EXIT_BAD_INPUT and not place.page.exists()
+    assert main(from_results) == EXIT_OK
+    text = place.page.read_text(encoding="utf-8")
+    assert "| steps | 3 |" in text and "| Likeness | Cosine" in text and "| KID |" not in text
     with pytest.raises(UserError, match=r"is not there, so no part of it can be written\. Leave --part out"):
         page.Place(tmp_path / "none", "first").read()
 
 
 def test_a_page_of_numbers_names_its_figures_and_what_was_learned(tmp_path: Path) -> None:
-    arms = {"0": {str(s): one for s, one in WITHOUT.items()}, "0.5": {str(s): one for s, one in WITH.items()}}
     gains = {"0": {"1": {"value": 0.3, "margin": 0.05}, "2": {"value": 0.1, "margin": 0.05}}}
-    study = {"base": {}, "arms": arms, "gains": gains, "photos_among_themselves": 0.7}
+    study = {**STUDY, "gains": gains}
     results = {"facts": {"steps": "300"}, "studies": {"concept": study}}
-    (tmp_path / "concept_numbers.svg").touch()
-    study["gradients"] = {"conflict": {"1": {"20": 0.2, "40": 0.4}, "2": {"20": 0.1}}}
+    for name in ("concept_numbers.svg", "concept_gradients.svg", "classes_loss.svg"):
+        (tmp_path / name).touch()
+    study["gradients"] = {"conflict": {"1": {"20": 0.2, "40": 0.4}, "2": {"20": 0.1}, "3": {}}}
     text = page.results_text(results, tmp_path, "images/x")
-    assert "(images/x/concept_numbers.svg)" in text
+    shown, folded = text.partition("<summary>More figures</summary>")[::2]
+    assert "(images/x/concept_numbers.svg)" in shown and "(images/x/concept_gradients.svg)" in folded
+    assert "classes_loss" not in text and "<summary>Each arm" not in text, "figures of another study, one arm"
     assert "losses, conflict: +0.200 ± 1.271 (mean of the seeds; each is the mean of 1 to 2 measurements" in text
     assert "Beyond 3 times its spread: 1 of 2 runs." in text
 

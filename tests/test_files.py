@@ -52,17 +52,19 @@ def test_what_is_renamed_into_place_is_on_the_disk_before_and_its_name_after(
     done: list[str] = []
 
     def fsync(descriptor: int) -> None:
-        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        of = os.fstat(descriptor)
+        parent = of.st_ino == tmp_path.stat().st_ino
+        done.append("parent" if parent else "folder" if stat.S_ISDIR(of.st_mode) else "file")
 
     replace = os.replace
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", lambda old, new: (done.append("rename"), replace(old, new)))
     files.write_json(tmp_path / "a.json", {"x": 1})
-    assert done == ["file", "rename", "folder"]
+    assert done == ["file", "rename", "parent"]
     done.clear()
     with files.whole_folder(tmp_path / "s") as folder:
         (folder / "one").write_text("1")
-    assert done == ["file", "folder", "rename", "folder"]
+    assert done == ["file", "folder", "rename", "parent"]
 
 
 def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:

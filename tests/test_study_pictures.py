@@ -94,7 +94,7 @@ def test_pictures_that_no_study_can_use_are_refused(tmp_path: Path) -> None:
         (["--teacher_steps", "5", "--teacher", "other"], "no other --teacher"),
         (["--data", "DATA", "--studies", "scratch"], "has pictures for concept alone"),
         (["--data", "DATA", "--base", "m"], "For --base m give --resolution, --token_grid, --learning_rate too"),
-        (["--teacher_steps", "5", "--studies", "scratch"], "no effect on scratch"),
+        (["--teacher_steps", "5", "--studies", "scratch"], "trains no teacher of scratch and plain"),
         (["--docs", "x"], "Name the --part"),
         (["--jobs", "0"], "--jobs must be positive"),
     ],
@@ -112,5 +112,5 @@ def test_a_picture_that_comes_later_is_not_passed_over(tmp_path: Path, monkeypat
     claim.claim_folder(folders, settings)
     claim.claim_folder(folders, settings)
     _pictures(tmp_path / "animals" / "dog", 1)
-    with pytest.raises(UserError, match=r"class_pictures 4 files, \w{8} is now 5 files, \w{8}\. Name another --out"):
+    with pytest.raises(UserError, match=r"classes 4 pictures \(\w{8}\) is now 5 pictures \(\w{8}\)\. Name another"):
         claim.claim_folder(folders, settings)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,12 +45,14 @@ OF_DATA = ("class_data", "concept_data")
 @script
 def main(argv: list[str]) -> int:
     options = parsed(argv)
-    settings, studies = settings_of(options)
     place = Place(options.docs or ROOT / "docs", options.part) if options.part else Place(options.out.resolve(), "")
     if options.from_results:
+        if others := [f"--{name}" for name in given(options) if name not in ("from_results", "part", "docs", "out")]:
+            raise UserError(f"--from_results writes what was found before: leave {', '.join(others)} out.")
         place.write()
         print(f"page       {place.page}")
         return EXIT_OK
+    settings, studies = settings_of(options)
     runs = make_runs(studies, options.arms, options.seeds)
     folders = Folders(options.out.resolve())
     for run in runs:
@@ -100,7 +103,7 @@ def settings_of(options: argparse.Namespace) -> tuple[Settings, list[str]]:
         raise UserError(f"--data has pictures for {' and '.join(own)} alone; leave other --studies out.")
     if options.teacher_steps and CLASSES not in studies and CONCEPT not in studies:
         raise UserError(
-            "teacher_steps has no effect on scratch and plain, whose teachers are trained for scratch_teacher_steps."
+            "--teacher_steps trains no teacher of scratch and plain: leave it out, or give --scratch_teacher_steps."
         )
     if settings.base not in TINY_BASES:
         if not own:
@@ -168,12 +171,18 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that are not at their defaults."""
+    return {
+        name: getattr(options, name) for name, default in vars(parsed([])).items() if getattr(options, name) != default
+    }
+
+
 def as_typed(options: argparse.Namespace) -> str:
     """The command that gives the same numbers: what is not default, but for where things lie and how many run at once."""
     words = ["python", "tools/does_alignment_help.py"]
-    for name, default in vars(parsed([])).items():
-        value = getattr(options, name)
-        if value != default and name not in ("out", "docs", "jobs", "dry_run", "from_results"):
+    for name, value in given(options).items():
+        if name not in ("out", "docs", "jobs", "dry_run"):
             words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return shlex.join(words)
 

@@ -5,12 +5,12 @@ python -m library.training.best_adapter outputs/mine
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from library.errors import EXIT_OK, UserError, script
+from library.training.metrics_file import METRICS, metric_rows
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,10 @@ def judged_adapters(folder: Path) -> list[Judged]:
     """
     from safetensors import safe_open
 
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / METRICS
     if not metrics.is_file():
         raise UserError(f"{folder} has no metrics.jsonl. Name the output_dir of a training.")
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    losses = {row["step"]: row["val/loss"] for row in rows if row.get("val/loss") is not None}
+    losses = {row["step"]: row["val/loss"] for row in metric_rows(metrics) if row.get("val/loss") is not None}
     if not losses:
         raise UserError(f"{metrics} has no val/loss: no pictures were held out. Train with validation_split.")
     found: dict[int, Judged] = {}

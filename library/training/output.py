@@ -11,9 +11,10 @@ from typing import Any
 from library.files import lock_folder, recover_folders, write_text
 from library.options.toml_file import read_toml
 from library.training.earlier import RESOLVED
+from library.training.metrics_file import METRICS
 from library.training.tracking import MetricLog
 
-METRICS, RUN_PAGE = "metrics.jsonl", "run.html"
+RUN_PAGE = "run.html"
 
 
 def own_output(folder: Path) -> AbstractContextManager[object]:

@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,8 @@ from library.progress import clock_text
 from library.report.curves import Chart, Curve, Point
 from library.report.page import WEBP_QUALITY, Embedded, Page
 from library.training.loop import Run
-from library.training.output import METRICS, RUN_PAGE
+from library.training.metrics_file import METRICS, metric_rows
+from library.training.output import RUN_PAGE
 from library.training.seen import Sight
 from library.training.task import LoraTask
 from library.words import plural
@@ -108,7 +109,7 @@ class RunPage:
             self._failed = True
 
     def page(self) -> Page:
-        last, rows = self.run.plan.last_step, self._rows()
+        last, rows = self.run.plan.last_step, metric_rows(self.run.output.output_dir / METRICS)
         page = Page(f"{self.name}: step {self.step} of {last}", self._lead(rows), None if self.ended else RELOAD)
         if self.ended:
             (page.paragraph if self.ended.startswith(FINISHED) else page.notice)(self.ended)
@@ -132,14 +133,6 @@ class RunPage:
         given = {name: value for name, value in self.options.items() if value is not None}
         page.code("\n".join(f"{name} = {_shown(value)}" for name, value in given.items()), "All options")
         return page
-
-    def _rows(self) -> list[dict[str, Any]]:
-        rows = []
-        with open(self.run.output.output_dir / METRICS, encoding="utf-8") as file:
-            for line in file:
-                with suppress(ValueError):  # torn
-                    rows.append(json.loads(line))
-        return rows
 
     def _lead(self, rows: Sequence[Mapping[str, Any]]) -> str:
         newest = {name: value for row in rows for name, value in row.items()}

@@ -25,7 +25,8 @@ from library.training.earlier import Outputs, finished_adapter, state_to_resume
 from library.training.facts import base_facts, samples_digest
 from library.training.inputs import check_start
 from library.training.loop import Run, train
-from library.training.output import METRICS, RUN_PAGE, open_log, own_output
+from library.training.metrics_file import METRICS
+from library.training.output import RUN_PAGE, open_log, own_output
 from library.training.pictures import collect_pictures, print_data
 from library.training.plan import Plan, make_order, make_plan
 from library.training.preflight import preflight

@@ -27,31 +27,33 @@ def claim_folder(folders: Folders, settings: Settings, prepare: Callable[[], obj
         study: train_command(Run(study, Arm("", 1.0), 1), settings, Folders(Path("out")))[1:] for study in STUDIES
     }
     recipes = {recipe: Arm(recipe, 1.0).words(settings.steps) for recipe in RECIPES}
-    pictures = {"class_pictures": listing(settings.class_data), "concept_pictures": listing(settings.concept_data)}
+    pictures = {
+        "pictures of the classes": listing(settings.class_data),
+        "pictures of the concept": listing(settings.concept_data, captions=True),
+    }
     wanted = {**asdict(settings), **pictures, "commands": commands, "recipes": recipes}
-    there = read_json(file) if file.exists() else None
+    there = read_json(file) if file.exists() else {}
     _refuse_others(folders, there, wanted)
-    if there is None:
+    if not there:
         write_json(file, wanted)
     try:
         prepare()
     except UserError:
-        if there is None and not any(folders.pictures(study).exists() for study in STUDIES):
+        if not there and not any(folders.pictures(study).exists() for study in STUDIES):
             file.unlink()
         raise
     weights = {"weights": _weights(settings)}
-    if there is not None and "weights" in there:
-        _refuse_others(folders, there, weights)
+    _refuse_others(folders, there, weights)
     write_json(file, wanted | weights)
 
 
-def _refuse_others(folders: Folders, there: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
-    changed = (
-        [] if there is None else [name for name in wanted if name in there and _differs(there[name], wanted[name])]
-    )
-    if there is not None and changed:
+def _refuse_others(folders: Folders, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """A setting that was not known yet when the folder was claimed had its default."""
+    noted = {**asdict(Settings()), **there} if there else {}
+    changed = [name for name in wanted if name in noted and _differs(noted[name], wanted[name])]
+    if changed:
         named = [name for name in changed if name not in ("commands", "recipes")]
-        said = [f"{name} {there.get(name)!s:.40} is now {wanted[name]!s:.40}" for name in named]
+        said = [f"{name} {noted[name]!s:.40} is now {wanted[name]!s:.40}" for name in named]
         raise UserError(
             f"{folders.out} holds runs made otherwise: {', '.join(said) or 'the commands that train are others now'}. "
             "Name another --out, move it away, or go back to its settings."
@@ -59,7 +61,7 @@ def _refuse_others(folders: Folders, there: Mapping[str, Any] | None, wanted: Ma
 
 
 def _differs(noted: Any, wanted: Any) -> bool:
-    """A study, a recipe or a setting that was not known yet when the folder was claimed changes none of its runs."""
+    """A study or a recipe that was not known yet when the folder was claimed changes none of its runs."""
     if isinstance(noted, Mapping) and isinstance(wanted, Mapping):
         return any(noted[name] != wanted.get(name) for name in noted)
     return bool(noted != wanted)

@@ -42,7 +42,8 @@ class Plan:
 
 
 def plan_of(study: str, settings: Settings, folders: Folders) -> Plan:
-    rate, of_control = settings.learning_rate, (str(folders.study(study) / "teacher"), CONTROL_SIDE)
+    """Of a study of `STUDIES`. The two on the control's pictures share a teacher."""
+    rate, of_control = settings.learning_rate, (str(folders.study(SCRATCH) / "teacher"), CONTROL_SIDE)
     if study == SCRATCH:
         untrained = str(folders.study(SCRATCH) / "untrained")
         return Plan(

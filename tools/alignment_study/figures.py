@@ -40,6 +40,8 @@ def write_figures(
     study: str, found: Mapping[str, Any], runs: Sequence[Run], folders: Folders, subject: Subject, into: Path
 ) -> None:
     """The study's figures in `into`, of the kinds of `page.CAPTIONS`. found: its numbers, as in the results."""
+    for earlier in into.glob(f"{study}_*.*"):
+        earlier.unlink()
     arms = {arm: with_numbers(some) for arm, some in found["arms"].items()}
     figures = {f"{study}_numbers.svg": numbers(found["base"], arms)}
     if "course" in found:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,13 +38,12 @@ from library.inference.drawing_model import DrawingModel, load_model
 from library.merging.source import read_source
 from library.models.locate import locate_base
 from library.options.data import ClassCacheOptions, ClassPictureOptions
-from library.training.output import METRICS
+from library.training.metrics_file import METRICS, metric_rows
 from library.training.state import list_states
 from tools.alignment_study.commands import adapter_file, plan_of, validation_steps
 from tools.alignment_study.reader import Reader, share_right
 from tools.alignment_study.settings import CONCEPT, SCRATCH, Folders, Run, Settings
 from tools.alignment_study.subjects import Subject
-from tools.alignment_study.training import metric_rows
 
 MEASURED = "measured.json"
 LOSS_SEED, NOISE_SEED = 0, 0
@@ -137,8 +135,10 @@ def _features(run: Run | None, study: str, settings: Settings, folders: Folders)
     if run is None:
         for sentence in measures.left_out():
             print(f"note       {sentence}", flush=True)
-    at = partial(_features_at, model, pictures, measures, settings.tap)
-    return [{"timestep": timestep, **at(timestep)} for timestep in TIMESTEPS]
+    return [
+        {"timestep": timestep, **_features_at(model, pictures, measures, settings.tap, timestep)}
+        for timestep in TIMESTEPS
+    ]
 
 
 def _features_at(

@@ -14,6 +14,7 @@ from library.data.sources import load_class_names, open_source
 from library.errors import UserError
 from library.evaluation.photos import picture_files
 from library.files import whole_folder, write_json
+from library.words import plural
 from tools.alignment_study.settings import CLASSES, CONCEPT
 
 EVERY = 4
@@ -52,14 +53,20 @@ def studies_of(data: Sequence[Path]) -> dict[str, str]:
     return found
 
 
-def listing(data: str) -> str:
-    """What lies in such a folder, so that it is seen when a picture or caption comes later; "" for none."""
+def listing(data: str, *, captions: bool = False) -> str:
+    """Count and digest of the pictures in a user's folder, so that it is seen when one comes later; "" for no folder.
+
+    captions: with the texts beside the pictures.
+    """
     if not data:
         return ""
-    folder = Path(data)
-    files = sorted({*picture_files(folder), *folder.rglob("*.txt")})
-    names = "\n".join(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}" for file in files)
-    return f"{len(files)} files, {hashlib.sha256(names.encode()).hexdigest()[:8]}"
+    found, digest = picture_files(Path(data)), hashlib.sha256()
+    texts = CaptionFolders(Path(data))
+    for file in found:
+        digest.update(f"{file} {file.stat().st_size}\n".encode())
+        if captions and (text := texts.find(file.stem, ".txt")) is not None:
+            digest.update(text.read_bytes())
+    return f"{plural(len(found), 'picture')} ({digest.hexdigest()[:8]})"
 
 
 def copy_classes(data: Path, into: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +10,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.files import read_json, write_text
+from library.words import plural
 from tools.alignment_study.arms import WITHOUT, Arm
 from tools.alignment_study.compare import MEASURES, findings, mean_of_seeds, overview, signed, table, with_numbers
 from tools.alignment_study.settings import CLASSES, CONCEPT, PLAIN, SCRATCH, STUDIES
@@ -18,6 +19,8 @@ PAGE, IMAGES = "does_alignment_help.md", "images/does_alignment_help"
 RESULTS = "results.json"
 PARTS = ("control", "first", "recipes", "seeds", "scope")
 """Of the project's page: each has a command of its own."""
+GLOSSARY = "glossary"
+"""Between marks of its own; every command writes it."""
 TITLES = {
     SCRATCH: "A U-Net from nothing (train_repa.py)",
     PLAIN: "A LoRA on the pictures of the control (train_repa.py)",
@@ -57,7 +60,8 @@ class Place:
     def read(self) -> str:
         """The page that the results go into. Raises UserError where it is not there or its marks are lost."""
         if not self.part:
-            return f"# Does alignment help?\n\n{begin('')}\n{end('')}\n"
+            marks = "".join(f"\n{begin(part)}\n{end(part)}\n" for part in ("", GLOSSARY))
+            return f"# Does alignment help?\n{marks}"
         if not self.page.is_file():
             raise UserError(f"{self.page} is not there, so no part of it can be written. Leave --part out.")
         page = self.page.read_text(encoding="utf-8")
@@ -65,20 +69,19 @@ class Place:
         return page
 
     def write(self) -> None:
-        """The results that lie among the images, with what figures there are. Raises UserError where there are none."""
+        """The page anew, from the results and the figures that lie in `images`. Raises UserError as `written` does."""
         write_text(self.page, self.written())
 
     def written(self) -> str:
+        """The page's text. Raises UserError where the results, the page or its marks are not there."""
         if not (self.images / RESULTS).is_file():
             raise UserError(
                 f"{self.images / RESULTS} is not there. Leave --from_results out, to measure the runs first."
             )
-        text = results_text(
-            read_json(self.images / RESULTS), self.images, self.images.relative_to(self.folder).as_posix()
-        )
-        if not self.part:
-            text += "\n" + glossary()
-        return put_between_marks(self.read(), text, self.part)
+        results = read_json(self.images / RESULTS)
+        text = results_text(results, self.images, self.images.relative_to(self.folder).as_posix())
+        page = put_between_marks(self.read(), text, self.part)
+        return put_between_marks(page, glossary(None if self.part else names_in(results)), GLOSSARY)
 
 
 def begin(part: str) -> str:
@@ -113,9 +116,15 @@ def results_text(results: Mapping[str, Any], images: Path, folder: str) -> str:
     return "\n".join(lines)
 
 
-def glossary() -> str:
-    """What each number is; once on a page."""
-    rows = [f"| {one.title} | {one.meaning} |" for one in MEASURES.values()]
+def names_in(results: Mapping[str, Any]) -> set[str]:
+    """The measures that the results have."""
+    arms = [arm for one in results["studies"].values() for arm in one["arms"].values()]
+    return {name for arm in arms for run in arm.values() for name in run}
+
+
+def glossary(names: Collection[str] | None = None) -> str:
+    """What each number is; once on a page. names: those that the page has, by default all."""
+    rows = [f"| {one.title} | {one.meaning} |" for name, one in MEASURES.items() if names is None or name in names]
     return "\n".join(["### What the numbers are", "", "| | |", "|---|---|", *rows])
 
 
@@ -152,10 +161,10 @@ def _study(study: str, found: Mapping[str, Any]) -> list[str]:
 def _cosine(arm: str, measured: Sequence[Sequence[float]]) -> str:
     """measured: of each seed, the cosines on the way."""
     counts, mean = [len(one) for one in measured], mean_of_seeds([fmean(one) for one in measured])
-    among = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+    among = f"{min(counts)} to " if min(counts) < max(counts) else ""
     return (
         f"Cosine between the gradients of both losses, {Arm.parse(arm).label}: {signed(mean)} (mean of the seeds; each is the mean "
-        f"of {among} measurements, until alignment ended)."
+        f"of {among}{plural(max(counts), 'measurement')}, until alignment ended)."
     )
 
 
@@ -164,7 +173,7 @@ def _figures(study: str, images: Path, folder: str) -> list[str]:
     for kind, caption in CAPTIONS.items():
         for file in images.glob(f"{study}_{kind}.*"):
             shown[kind in FIRST_SHOWN] += [f"![{caption}]({folder}/{file.name})", "", f"*{caption}*", ""]
-    return [*shown[True], *(folded("More figures: on the way, and by timestep", shown[False]) if shown[False] else [])]
+    return [*shown[True], *(folded("More figures", shown[False]) if shown[False] else [])]
 
 
 def _learned(gains: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> list[str]:

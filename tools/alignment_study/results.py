@@ -69,7 +69,7 @@ def compared(numbers: measure.Numbers, runs: Sequence[Run]) -> dict[str, Any]:
         "gains": _by_arm(runs, numbers.gain),
         "photos_among_themselves": numbers.photos_among_themselves(),
     }
-    if gradients := {arm: runs for arm, runs in _by_arm(runs, numbers.gradients).items() if any(runs.values())}:
+    if gradients := {arm: seeds for arm, seeds in _by_arm(runs, numbers.gradients).items() if any(seeds.values())}:
         found["gradients"] = gradients
     if any(run.study == SCRATCH for run in runs):
         found["course"] = _by_arm(runs, numbers.course)

@@ -29,7 +29,7 @@ class Settings:
     token_grid: int = 4
     """Rows and columns of the teacher's tokens: at mid twice those of the map, as at 512 px."""
     steps: int = 400
-    """Optimizer steps of a run on the new classes."""
+    """Optimizer steps of a run on the new classes, and of a LoRA on the control's pictures."""
     concept_steps: int = 300
     """Optimizer steps of a run on the new concept."""
     batch_size: int = 8
@@ -37,7 +37,7 @@ class Settings:
     learning_rate: float = 1e-3
     """Peak learning rate of LoRA and heads."""
     lora_scope: str = "all"
-    """Blocks with LoRA on the new classes: mid, down_mid or all."""
+    """Blocks with LoRA in these two: mid, down_mid or all."""
     resolution: int = 128
     """Side of the pictures, in pixels."""
     dino_resolution: int = 224

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from library.errors import RunFailed
 from library.files import read_json, write_json
-from library.training.output import METRICS
+from library.training.metrics_file import METRICS, metric_rows
 from tools.alignment_study.arms import Arm
 from tools.alignment_study.commands import VALIDATIONS, adapter_file, cache_command, plan_of, train_command
 from tools.alignment_study.settings import CONCEPT, Folders, Run, Settings
@@ -71,10 +70,6 @@ def _tried(study: str, arm: Arm, settings: Settings, folders: Folders, jobs: int
         rows = metric_rows(Path(into) / METRICS)
     timed = next(row for row in reversed(rows) if "time/step_ms" in row)
     return timed["time/step_ms"] / 1000, 0.0 if study == CONCEPT else timed.get("time/other_s", 0.0)
-
-
-def metric_rows(file: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _minutes(seconds: float) -> str:
