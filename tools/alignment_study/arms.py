@@ -34,6 +34,7 @@ RECIPES = {
         ("--manifold_target", "latents", "--token_weight", "0", "--manifold_mode", "token"),
     ),
     "film": Recipe("a head that knows the timestep", ("--align_film",)),
+    "clip": Recipe("gradients of the heads clipped apart", ("--align_max_grad_norm", "1")),
 }
 
 
