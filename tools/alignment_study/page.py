@@ -17,7 +17,7 @@ from tools.alignment_study.settings import CLASSES, CONCEPT, PLAIN, SCRATCH, STU
 
 PAGE, IMAGES = "does_alignment_help.md", "images/does_alignment_help"
 RESULTS = "results.json"
-PARTS = ("control", "first", "recipes", "seeds", "scope")
+PARTS = ("control", "gradients", "plain", "first", "recipes", "seeds", "scope")
 """Of the project's page: each has a command of its own."""
 GLOSSARY = "glossary"
 """Between marks of its own; every command writes it."""
