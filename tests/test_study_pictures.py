@@ -114,3 +114,12 @@ def test_a_picture_that_comes_later_is_not_passed_over(tmp_path: Path, monkeypat
     _pictures(tmp_path / "animals" / "dog", 1)
     with pytest.raises(UserError, match=r"classes 4 pictures \(\w{8}\) is now 5 pictures \(\w{8}\)\. Name another"):
         claim.claim_folder(folders, settings)
+
+
+def test_a_default_of_the_tiny_base_that_is_named_is_taken(tmp_path: Path) -> None:
+    _pictures(tmp_path / "data", 8, captions=True)
+    words = ["--data", str(tmp_path / "data"), "--base", "m", "--resolution", "128", "--token_grid", "4"]
+    with pytest.raises(UserError, match="For --base m give --learning_rate too"):
+        settings_of(parsed(words))
+    settings, _ = settings_of(parsed([*words, "--learning_rate", "1e-3"]))
+    assert (settings.resolution, settings.learning_rate) == (128, 1e-3)

@@ -76,9 +76,8 @@ def main(argv: list[str]) -> int:
 
 def settings_of(options: argparse.Namespace) -> tuple[Settings, list[str]]:
     """What all runs share, and the studies. Raises UserError for options that contradict each other."""
-    settings = Settings(
-        **{field.name: getattr(options, field.name) for field in fields(Settings) if field.name not in OF_DATA}
-    )
+    named = {field.name: getattr(options, field.name) for field in fields(Settings) if field.name not in OF_DATA}
+    settings = Settings(**{name: value for name, value in named.items() if value is not None})
     if options.teacher_steps < 0 or (options.teacher_steps and options.teacher != Settings.teacher):
         raise UserError("teacher_steps train the embedded teacher further: name steps above 0, and no other --teacher.")
     if options.teacher_steps:
@@ -108,7 +107,7 @@ def settings_of(options: argparse.Namespace) -> tuple[Settings, list[str]]:
     if settings.base not in TINY_BASES:
         if not own:
             raise UserError(f"--base {settings.base} is to learn from pictures of your own: name them with --data.")
-        if left := [f"--{name}" for name in FOR_TINY if getattr(options, name) == getattr(Settings, name)]:
+        if left := [f"--{name}" for name in FOR_TINY if named[name] is None]:
             raise UserError(
                 f"The defaults are for the tiny base. For --base {settings.base} give {', '.join(left)} too."
             )
@@ -167,7 +166,8 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     for field in fields(Settings):
         if field.name not in OF_DATA:
             kind = {"str": str, "int": int, "float": float}[str(field.type)]
-            parser.add_argument(f"--{field.name}", type=kind, default=field.default, help="(%(default)s)")
+            default = None if field.name in FOR_TINY else field.default
+            parser.add_argument(f"--{field.name}", type=kind, default=default, help=f"({field.default})")
     return parser.parse_args(argv)
 
 
